@@ -1,0 +1,1 @@
+"""Containers and files: safetensors, GGUF, resumable output. These modules know bytes, not meaning."""
