@@ -8,6 +8,7 @@ Sizes of types come from the ``gguf`` package.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import stat
@@ -98,10 +99,10 @@ class GgufLayout:
 def tensor_bytes(shape: Sequence[int], ggml_type: GGMLQuantizationType) -> int:
     """Bytes of a tensor of row-major ``shape``; ValueError where a row is not whole blocks."""
     block, block_bytes = GGML_QUANT_SIZES[ggml_type]
-    columns = shape[-1]
+    columns = int(shape[-1])
     if columns % block:
         raise ValueError(f"row length {columns} is not a multiple of {ggml_type.name}'s block of {block}")
-    return math.prod(shape[:-1]) * (columns // block) * block_bytes
+    return int(math.prod(shape[:-1]) * (columns // block) * block_bytes)
 
 
 def _pad(size: int, alignment: int) -> int:
@@ -204,9 +205,7 @@ class _Cursor:
             self._window = self._read(self.offset, max(count, 1 << 20))
             start = 0
             if len(self._window) < count:
-                raise IntegrityError(
-                    "the file became shorter while it was read", file=self.path, offset=self.offset
-                )
+                raise IntegrityError("the file became shorter while it was read", file=self.path, offset=self.offset)
         self.offset += count
         return self._window[start : start + count]
 
@@ -355,9 +354,7 @@ def _read_body(cursor: _Cursor) -> GgufFile:
             raise cursor.fail("a tensor name stands twice", tensor=name)
         seen.add(name)
         if relative % alignment:
-            raise cursor.fail(
-                "a tensor offset is not aligned", tensor=name, expected=alignment, found=relative
-            )
+            raise cursor.fail("a tensor offset is not aligned", tensor=name, expected=alignment, found=relative)
         if data_start + relative + nbytes > cursor.size:
             raise cursor.fail(
                 "the file is truncated: a tensor ends beyond it",
@@ -367,7 +364,7 @@ def _read_body(cursor: _Cursor) -> GgufFile:
             )
         entries.append(TensorEntry(name, shape, kind, data_start + relative, nbytes))
     ordered = sorted(entries, key=lambda entry: entry.offset)
-    for left, right in zip(ordered, ordered[1:], strict=False):
+    for left, right in itertools.pairwise(ordered):
         if left.offset + left.nbytes > right.offset:
             raise cursor.fail("two tensors overlap", tensor=right.name, found=f"{left.name} and {right.name}")
     return GgufFile(cursor.path, metadata, tuple(entries), data_start, cursor.size, alignment)
@@ -376,7 +373,7 @@ def _read_body(cursor: _Cursor) -> GgufFile:
 def _alignment(cursor: _Cursor, metadata: Mapping[str, MetaValue]) -> int:
     value = metadata.get(Keys.General.ALIGNMENT)
     if value is None:
-        return GGUF_DEFAULT_ALIGNMENT
+        return int(GGUF_DEFAULT_ALIGNMENT)
     if value.type != GGUFValueType.UINT32 or value.value < 8 or value.value & (value.value - 1):
         raise cursor.fail("bad alignment", expected="a power of two, at least 8", found=value.value)
     return int(value.value)
