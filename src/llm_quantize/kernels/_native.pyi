@@ -1,0 +1,12 @@
+import numpy as np
+import numpy.typing as npt
+
+def levels() -> list[str]: ...
+def qtypes() -> list[tuple[str, int, int]]: ...
+def quantize(
+    level: str,
+    qtype: str,
+    rows: npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16],
+    importance: npt.NDArray[np.float32] | None,
+    out: npt.NDArray[np.uint8],
+) -> None: ...

@@ -1,0 +1,147 @@
+// The Python face of the kernels: checks shapes, widens 16-bit rows block by block, calls the kernel without the GIL.
+// It holds no state: the level is an argument, buffers live on the caller's stack or in the call.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "registry.hpp"
+
+namespace nb = nanobind;
+
+namespace lq {
+#define LQ_X(level_name)             \
+    namespace level_name {           \
+    extern const Level level;        \
+    }
+LQ_LEVELS
+#undef LQ_X
+}  // namespace lq
+
+namespace {
+
+const lq::Level* const all_levels[] = {
+#define LQ_X(level_name) &lq::level_name::level,
+    LQ_LEVELS
+#undef LQ_X
+};
+
+bool supported(const std::string& level) {
+#if defined(__x86_64__) || defined(_M_X64)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("sse4.2") || !__builtin_cpu_supports("popcnt")) return false;
+    if (level == "x86-64-v2") return true;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) {
+        return false;
+    }
+    if (level == "x86-64-v3") return true;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+#else
+    return level == "baseline";
+#endif
+}
+
+std::vector<std::string> levels() {
+    std::vector<std::string> names;
+    for (const lq::Level* level : all_levels) {
+        if (supported(level->name)) names.emplace_back(level->name);
+    }
+    return names;
+}
+
+const lq::Level& find_level(const std::string& name) {
+    for (const lq::Level* level : all_levels) {
+        if (name == level->name && supported(name)) return *level;
+    }
+    throw nb::value_error(("this processor or build has no SIMD level " + name).c_str());
+}
+
+const lq::Kernel& find_kernel(const lq::Level& level, const std::string& qtype) {
+    for (int32_t f = 0; f < level.family_count; ++f) {
+        const lq::Family& family = *level.families[f];
+        for (int32_t k = 0; k < family.count; ++k) {
+            if (qtype == family.kernels[k].name) return family.kernels[k];
+        }
+    }
+    throw nb::value_error(("no native kernel for type " + qtype).c_str());
+}
+
+std::vector<std::tuple<std::string, int, int>> qtypes() {
+    std::vector<std::tuple<std::string, int, int>> rows;
+    const lq::Level& level = *all_levels[0];
+    for (int32_t f = 0; f < level.family_count; ++f) {
+        const lq::Family& family = *level.families[f];
+        for (int32_t k = 0; k < family.count; ++k) {
+            rows.emplace_back(family.kernels[k].name, family.kernels[k].block, family.kernels[k].bytes);
+        }
+    }
+    return rows;
+}
+
+using Rows = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Importance = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Out = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+constexpr int64_t widened_floats = 1 << 15;  // rows are widened about 128 KiB at a time: they stay in the L2 cache
+
+void quantize(const std::string& level_name, const std::string& qtype, Rows rows, std::optional<Importance> importance,
+              Out out) {
+    const lq::Level& level = find_level(level_name);
+    const lq::Kernel& kernel = find_kernel(level, qtype);
+    const auto count = static_cast<int64_t>(rows.shape(0));
+    const auto columns = static_cast<int64_t>(rows.shape(1));
+    if (columns % kernel.block != 0) throw nb::value_error("columns are not a multiple of the block size");
+    const int64_t row_bytes = columns / kernel.block * kernel.bytes;
+    if (static_cast<int64_t>(out.shape(0)) != count || static_cast<int64_t>(out.shape(1)) != row_bytes) {
+        throw nb::value_error("out has the wrong shape");
+    }
+    if (importance && static_cast<int64_t>(importance->shape(0)) != columns) {
+        throw nb::value_error("importance has the wrong length");
+    }
+    const bool is_float = rows.dtype() == nb::dtype<float>();
+    const bool is_bf16 = rows.dtype() == nb::dtype<uint16_t>();
+    const nb::dlpack::dtype half{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
+    if (!is_float && !is_bf16 && !(rows.dtype() == half)) {
+        throw nb::value_error("rows must be float32, float16 or uint16 (bfloat16 bits)");
+    }
+    const void* source = rows.data();
+    const float* weights = importance ? importance->data() : nullptr;
+    uint8_t* target = out.data();
+    if (count == 0 || columns == 0) return;
+
+    nb::gil_scoped_release unlocked;
+    if (is_float) {
+        kernel.quantize(static_cast<const float*>(source), count, columns, weights, target);
+        return;
+    }
+    const lq::Widen widen = is_bf16 ? level.widen_bf16 : level.widen_f16;
+    const int64_t step = columns >= widened_floats ? 1 : widened_floats / columns;
+    const std::unique_ptr<float[]> buffer(new float[static_cast<size_t>((step < count ? step : count) * columns)]);
+    for (int64_t first = 0; first < count; first += step) {
+        const int64_t taken = first + step <= count ? step : count - first;
+        widen(static_cast<const uint16_t*>(source) + first * columns, taken * columns, buffer.get());
+        kernel.quantize(buffer.get(), taken, columns, weights, target + first * row_bytes);
+    }
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+    module.doc() = "Quantization kernels; llm_quantize.kernels is their public face.";
+    module.def("levels", &levels, "SIMD levels that this processor can run, slowest first.");
+    module.def("qtypes", &qtypes, "(name, weights per block, bytes per block) of every native type.");
+    module.def("quantize", &quantize, nb::arg("level"), nb::arg("qtype"), nb::arg("rows"),
+               nb::arg("importance").none(), nb::arg("out"),
+               "Quantizes rows (R, C) into out (R, C / block * bytes) at a SIMD level.");
+}

@@ -1,0 +1,58 @@
+// The registry of native kernels.
+//
+// HOW TO ADD A TYPE
+//   1. Pick or make a family file `native/<family>.cpp` (a new family is one more word in LLM_QUANTIZE_FAMILIES of
+//      CMakeLists.txt). It is compiled once per SIMD level, with LQ_LANES floats per vector.
+//   2. Include "simd.hpp" and write, inside `namespace { }`, a function of type QuantizeRows. It sees whole rows:
+//      x is (rows, cols) float32, packed; cols is a multiple of the block; importance is null or (cols); out is
+//      (rows, cols / block * bytes), and every byte of it must be written. It keeps no state, never fails, and for any
+//      values at all (NaN and infinity too) stays inside its arrays and ends.
+//   3. Name it at the end of the file:  LQ_FAMILY(family, {"q4_k", 256, 144, quantize_q4_k}, ...)
+//   4. Write its meaning in kernels/reference.py (or reference_legacy.py) and its tests in tests/kernels/.
+// Everything else (16-bit input, row blocks, the GIL, shape checks, choice of level) is module.cpp's work.
+//
+// THE ONE RULE: a per-level unit has nothing with external linkage but its Family. Put all code in the anonymous
+// namespace and call no inline function of the standard library (<algorithm>, <cmath>, <vector>): the linker keeps one
+// copy of such a function for the whole module, and it may be the AVX512 one.
+#pragma once
+
+#include <cstdint>
+
+namespace lq {
+
+using QuantizeRows = void (*)(const float* x, int64_t rows, int64_t cols, const float* importance, uint8_t* out);
+using Widen = void (*)(const uint16_t* source, int64_t count, float* target);
+
+struct Kernel {
+    const char* name;  // lower-case ggml name
+    int32_t block;     // weights per block
+    int32_t bytes;     // bytes per block
+    QuantizeRows quantize;
+};
+
+struct Family {
+    const Kernel* kernels;
+    int32_t count;
+};
+
+struct Level {
+    const char* name;
+    int32_t lanes;
+    const Family* const* families;
+    int32_t family_count;
+    Widen widen_f16;
+    Widen widen_bf16;
+};
+
+}  // namespace lq
+
+#define LQ_FAMILY(family, ...)                                                                                \
+    namespace {                                                                                               \
+    const ::lq::Kernel family_kernels[] = {__VA_ARGS__};                                                      \
+    }                                                                                                         \
+    namespace lq {                                                                                            \
+    namespace LQ_LEVEL {                                                                                      \
+    extern const Family family;                                                                               \
+    const Family family = {family_kernels, static_cast<int32_t>(sizeof(family_kernels) / sizeof(Kernel))};    \
+    }                                                                                                         \
+    }

@@ -1,0 +1,28 @@
+"""The meaning of the kernels in plain numpy: slow, readable, and equal to the native ones bit for bit.
+
+``QUANTIZE[name](rows, importance)``: float32 (R, C) and float32 (C,) or None → uint8 (R, row bytes).
+``DEQUANTIZE[name](packed, columns)``: uint8 (R, row bytes) → float32 (R, columns).
+The rules are ggml's (ggml/src/ggml-quants.c, the owner of these formats); the code is not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["DEQUANTIZE", "QUANTIZE"]
+
+Quantizer = Callable[[npt.NDArray[np.float32], npt.NDArray[np.float32] | None], npt.NDArray[np.uint8]]
+Dequantizer = Callable[[npt.NDArray[np.uint8], int], npt.NDArray[np.float32]]
+
+QUANTIZE: dict[str, Quantizer] = {}
+DEQUANTIZE: dict[str, Dequantizer] = {}
+
+if importlib.util.find_spec("llm_quantize.kernels.reference_legacy") is not None:
+    from llm_quantize.kernels import reference_legacy
+
+    QUANTIZE |= reference_legacy.QUANTIZE
+    DEQUANTIZE |= reference_legacy.DEQUANTIZE

@@ -1,0 +1,67 @@
+"""The number grids of GGUF tensors: one row per type that this version writes.
+
+Sizes come from the owner of the format (``gguf.GGML_QUANT_SIZES``); the layouts themselves are in
+``llm_quantize.kernels.reference``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from llm_quantize.errors import UsageError
+
+__all__ = ["QTYPES", "QType"]
+
+
+@dataclass(frozen=True)
+class QType:
+    """One number grid.
+
+    ``name`` is ggml's name in lower case; ``block_size`` counts weights, ``block_bytes`` bytes.
+    ``uses_importance``: an imatrix row changes the codes; ``needs_importance``: there are no codes without one.
+    """
+
+    name: str
+    ggml_type: GGMLQuantizationType
+    block_size: int
+    block_bytes: int
+    needs_importance: bool
+    uses_importance: bool
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one row of ``columns`` weights. UsageError if it is not whole blocks."""
+        if columns < 0 or columns % self.block_size:
+            raise UsageError(
+                f"A row of {columns} weights cannot be stored as {self.name}",
+                expected=f"a multiple of {self.block_size}",
+                found=columns,
+                remedy="use a type with a smaller block for this tensor",
+            )
+        return columns // self.block_size * self.block_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each weight, scales included."""
+        return 8 * self.block_bytes / self.block_size
+
+
+_PLAIN = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "mxfp4")
+_WEIGHTED = (
+    *("q4_0", "q4_1", "q5_0", "q5_1"),
+    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+    *("iq4_nl", "iq4_xs"),
+)
+
+
+def _row(name: str, *, uses_importance: bool) -> QType:
+    ggml_type = GGMLQuantizationType[name.upper()]
+    block_size, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    return QType(name, ggml_type, block_size, block_bytes, False, uses_importance)
+
+
+QTYPES: dict[str, QType] = {
+    **{name: _row(name, uses_importance=False) for name in _PLAIN},
+    **{name: _row(name, uses_importance=True) for name in _WEIGHTED},
+}

@@ -1,0 +1,76 @@
+"""ggml itself, through ctypes: the C symbols that the xllamacpp wheel's shared object exports."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The shared object with ggml in it, initialised (ggml fills its float16 tables on the first context)."""
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or spec.submodule_search_locations is None:
+        raise RuntimeError("the oracle needs xllamacpp: pip install 'llm-quantize[llamacpp]'")
+    folders = [Path(p) for p in spec.submodule_search_locations]
+    candidates = [p for f in folders for pattern in ("*.so", "*.dylib", "*.pyd") for p in sorted(f.rglob(pattern))]
+    for path in candidates:
+        loaded = ctypes.CDLL(str(path))
+        if hasattr(loaded, "ggml_quantize_chunk"):
+            _declare(loaded)
+            context = loaded.ggml_init(_InitParams(1024, None, True))
+            loaded.ggml_free(context)
+            return loaded
+    raise RuntimeError(f"no ggml_quantize_chunk in {[str(p) for p in candidates]}")
+
+
+def _declare(ggml: ctypes.CDLL) -> None:
+    ggml.ggml_init.restype = ctypes.c_void_p
+    ggml.ggml_init.argtypes = [_InitParams]
+    ggml.ggml_free.restype = None
+    ggml.ggml_free.argtypes = [ctypes.c_void_p]
+    ggml.ggml_quantize_init.restype = None
+    ggml.ggml_quantize_init.argtypes = [ctypes.c_int]
+    ggml.ggml_quantize_free.restype = None
+    ggml.ggml_quantize_free.argtypes = []
+    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    ggml.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,  # type
+        ctypes.c_void_p,  # source
+        ctypes.c_void_p,  # target
+        ctypes.c_int64,  # first element
+        ctypes.c_int64,  # rows
+        ctypes.c_int64,  # columns
+        ctypes.c_void_p,  # importance
+    ]
+
+
+def quantize(qtype: str, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """ggml_quantize_chunk of float32 ``rows`` (R, C): uint8 (R, row bytes)."""
+    kind = GGMLQuantizationType[qtype.upper()]
+    block, size = GGML_QUANT_SIZES[kind]
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    count, columns = rows.shape
+    out = np.zeros((count, columns // block * size), np.uint8)
+    weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
+    pointer = None if weights is None else weights.ctypes.data
+    ggml = library()
+    ggml.ggml_quantize_init(int(kind))
+    written = ggml.ggml_quantize_chunk(int(kind), rows.ctypes.data, out.ctypes.data, 0, count, columns, pointer)
+    if written != out.nbytes:
+        raise RuntimeError(f"ggml wrote {written} bytes of {out.nbytes}")
+    return out
+
+
+def release() -> None:
+    """Free the tables that ggml built for its IQ types."""
+    library().ggml_quantize_free()
