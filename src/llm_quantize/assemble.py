@@ -1,0 +1,131 @@
+"""Rows of an output tensor, produced from row ranges of the source: gathered, transposed, offset, never whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.architectures.base import OutputTensor, Piece
+
+CHUNK_WEIGHTS = 1 << 20
+UNIT_WEIGHTS = 1 << 24
+
+Rows = npt.NDArray[Any]
+
+
+class RowSource(Protocol):
+    """What this module needs of a checkpoint (``checkpoint.Checkpoint`` is one)."""
+
+    def read_rows(self, name: str, start: int, stop: int, *, digest: Any = None) -> Rows: ...
+
+    def read_columns_as_rows(self, name: str, start: int, stop: int, *, digest: Any = None) -> Rows: ...
+
+    def row_count(self, name: str) -> int: ...
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a tensor seen as a matrix; a vector is one row."""
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows, (shape[-1] if shape else 1)
+
+
+def unit_ranges(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Row ranges in which a tensor is quantized and journalled; a function of the shape alone.
+
+    A range holds at most UNIT_WEIGHTS weights or one row; it is part of one matrix of a 3-D tensor, or whole matrices.
+    """
+    rows, columns = matrix_shape(shape)
+    per_matrix = shape[-2] if len(shape) > 1 else 1
+    weights = per_matrix * columns
+    if weights <= UNIT_WEIGHTS:
+        step = per_matrix * max(1, UNIT_WEIGHTS // max(1, weights))
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    chunk = chunk_rows(columns)
+    step = max(chunk, UNIT_WEIGHTS // columns // chunk * chunk)
+    return [
+        (base + start, base + min(start + step, per_matrix))
+        for base in range(0, rows, per_matrix)
+        for start in range(0, per_matrix, step)
+    ]
+
+
+def chunk_rows(columns: int) -> int:
+    """Rows handled at a time by one thread."""
+    return max(1, CHUNK_WEIGHTS // max(1, columns))
+
+
+def chunk_ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(matrix index, first row, end row) of the pieces of a unit; no piece crosses from one matrix to the next."""
+    per_matrix = shape[-2] if len(shape) > 1 else 1
+    step = chunk_rows(shape[-1] if shape else 1)
+    while start < stop:
+        matrix = start // per_matrix
+        end = min(stop, start + step, (matrix + 1) * per_matrix)
+        yield matrix, start, end
+        start = end
+
+
+def read_output_rows(source: RowSource, tensor: OutputTensor, start: int, stop: int, *, digest: Any = None) -> Rows:
+    """Rows [start, stop) of ``tensor`` as (stop - start, columns): float32, float16, or uint16 = bfloat16 bits.
+
+    ``digest`` (a hashlib object) is updated with the source bytes as they are read.
+    """
+    if tensor.constant is not None:
+        rows, columns = matrix_shape(tensor.shape)
+        return np.ascontiguousarray(tensor.constant, dtype=np.float32).reshape(rows, columns)[start:stop]
+    parts: list[Rows] = []
+    base = 0
+    for piece in tensor.pieces:
+        count = piece.count if piece.count is not None else _rows_of(source, piece) - piece.start
+        first, last = max(start, base) - base, min(stop, base + count) - base
+        if first < last:
+            parts.append(_read_piece(source, piece, first, last, digest))
+        base += count
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.dtype for part in parts}) > 1:
+        parts = [to_float32(part) for part in parts]
+    return np.concatenate(parts)
+
+
+def to_float32(rows: Rows) -> npt.NDArray[np.float32]:
+    """Float32 values of rows read from a source; uint16 means bfloat16 bits. Exact."""
+    if rows.dtype == np.uint16:
+        return (rows.astype(np.uint32) << 16).view(np.float32)
+    return rows.astype(np.float32, copy=False)
+
+
+def _rows_of(source: RowSource, piece: Piece) -> int:
+    if piece.transpose:
+        raise ValueError(f"{piece.source}: a transposed piece needs an explicit count")
+    return source.row_count(piece.source)
+
+
+def _read_piece(source: RowSource, piece: Piece, first: int, last: int, digest: Any) -> Rows:
+    read = source.read_columns_as_rows if piece.transpose else source.read_rows
+    if piece.order is None:
+        rows = read(piece.source, piece.start + first, piece.start + last, digest=digest)
+    else:
+        wanted = piece.order[first:last].astype(np.int64) + piece.start
+        rows = _gather(read, piece.source, wanted, digest)
+    return to_float32(rows) + np.float32(piece.add) if piece.add else rows
+
+
+def _gather(read: Any, name: str, wanted: npt.NDArray[np.int64], digest: Any) -> Rows:
+    """Rows in an arbitrary order: one block when they lie close together, else run by run."""
+    low, high = int(wanted.min()), int(wanted.max()) + 1
+    if high - low <= 2 * len(wanted):
+        block = read(name, low, high, digest=digest)
+        return np.ascontiguousarray(block[wanted - low])
+    breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
+    edges = [0, *breaks.tolist(), len(wanted)]
+    runs = [
+        read(name, int(wanted[left]), int(wanted[right - 1]) + 1, digest=digest)
+        for left, right in zip(edges, edges[1:], strict=False)
+    ]
+    return np.concatenate(runs)

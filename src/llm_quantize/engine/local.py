@@ -1,0 +1,81 @@
+"""The local thread pool. Kernels, reads, writes and hashes release the GIL, so threads are enough."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+from llm_quantize.errors import StoppedError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def run(
+    work: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    *,
+    threads: int,
+    stop: threading.Event | None = None,
+) -> Iterator[Result]:
+    """Results of ``work`` over ``jobs`` in order of completion; at most ``2 * threads`` jobs are in the pool.
+
+    The first exception ends the run: jobs in flight are finished, their results dropped, and it is raised.
+    When ``stop`` is set, jobs in flight are finished and yielded, then StoppedError is raised.
+    """
+    pending: set[Future[Result]] = set()
+    source = iter(jobs)
+    exhausted = False
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="llm-quantize") as pool:
+        try:
+            while pending or not exhausted:
+                stopped = stop is not None and stop.is_set()
+                while not exhausted and not stopped and len(pending) < 2 * threads:
+                    try:
+                        pending.add(pool.submit(work, next(source)))
+                    except StopIteration:
+                        exhausted = True
+                if stopped:
+                    pending = {future for future in pending if not future.cancel()}
+                    exhausted = True
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+                if stopped and not pending:
+                    raise StoppedError(
+                        "stopped by a signal; finished parts are kept",
+                        remedy="run the same command again: it continues where it stopped",
+                    )
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event set by the first SIGINT or SIGTERM; the second ends the process at once with exit code 75.
+
+    Outside of the main thread no handler is installed and the event is never set by a signal.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        if event.is_set():
+            os._exit(StoppedError.exit_code)
+        event.set()
+
+    previous: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,184 @@
+"""The plan: a pure function of headers, architecture, recipe and format that fixes every byte before any work.
+
+Size, ``--dry-run``, preflight, resume, verify and report all read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.assemble import CHUNK_WEIGHTS, matrix_shape, unit_ranges
+from llm_quantize.errors import UsageError
+from llm_quantize.formats import gguf as gguf_format
+from llm_quantize.io.gguf_file import MetaValue, layout_gguf
+from llm_quantize.io.output import OutputFile, Span, canonical_json
+from llm_quantize.qtypes import QTYPES
+
+BASE_MEMORY = 160 << 20  # interpreter, numpy, libraries
+MEMORY_PER_THREAD = 32 << 20  # stack, allocator arena, kernel scratch
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of an artifact: where it comes from, its qtype, and its place (absolute offset in file number)."""
+
+    output: OutputTensor
+    qtype: str
+    file: int
+    offset: int
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        return self.output.name
+
+    @property
+    def row_bytes(self) -> int:
+        return QTYPES[self.qtype].row_bytes(self.output.shape[-1])
+
+    def span(self, start: int, stop: int) -> Span:
+        """The place of rows [start, stop)."""
+        return Span(self.file, self.offset + start * self.row_bytes, (stop - start) * self.row_bytes)
+
+
+@dataclass(frozen=True)
+class ArtifactPlan:
+    """Everything about one artifact, fixed."""
+
+    level: str
+    name: str
+    files: tuple[OutputFile, ...]
+    tensors: tuple[TensorPlan, ...]
+    weights: int
+    identity: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+    importance: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All stored bits, headers included, per source weight."""
+        return 8 * self.size / self.weights if self.weights else 0.0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the identity: the same artifact from the same source by the same version."""
+        return hashlib.sha256(canonical_json(dict(self.identity))).hexdigest()
+
+    def units(self) -> dict[str, Span]:
+        """Every unit of work and the place of its bytes, in order."""
+        return {
+            unit_key(tensor.name, start, stop): tensor.span(start, stop)
+            for tensor in self.tensors
+            for start, stop in unit_ranges(tensor.output.shape)
+        }
+
+    def type_counts(self) -> dict[str, int]:
+        """How many tensors have each qtype."""
+        counts: dict[str, int] = {}
+        for tensor in self.tensors:
+            counts[tensor.qtype] = counts.get(tensor.qtype, 0) + 1
+        return counts
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: one entry per tensor and file."""
+        return {
+            "level": self.level,
+            "name": self.name,
+            "size": self.size,
+            "weights": self.weights,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "files": [{"name": file.name, "size": file.size} for file in self.files],
+            "types": self.type_counts(),
+            "warnings": list(self.warnings),
+            "tensors": [
+                {
+                    "name": tensor.name,
+                    "shape": list(tensor.output.shape),
+                    "type": tensor.qtype,
+                    "bytes": tensor.nbytes,
+                    "file": tensor.file,
+                    "offset": tensor.offset,
+                    "sources": [piece.source for piece in tensor.output.pieces],
+                }
+                for tensor in self.tensors
+            ],
+        }
+
+
+def unit_key(name: str, start: int, stop: int) -> str:
+    """The name of a unit: a tensor and its rows."""
+    return f"{name}[{start}:{stop}]"
+
+
+def plan_artifact(
+    *,
+    level: str,
+    name: str,
+    outputs: Sequence[OutputTensor],
+    qtypes: Sequence[str],
+    metadata: Mapping[str, MetaValue],
+    source_identity: Mapping[str, Any],
+    options: Mapping[str, Any],
+    split_max_bytes: int | None,
+    warnings: Sequence[str] = (),
+) -> ArtifactPlan:
+    """Lay out one GGUF artifact. ``qtypes`` goes with ``outputs``; ``name`` is the file name without ``.gguf``."""
+    triples = [
+        (output.name, output.shape or (1,), QTYPES[qtype].ggml_type)
+        for output, qtype in zip(outputs, qtypes, strict=True)
+    ]
+    groups = gguf_format.split_tensors(triples, split_max_bytes)
+    if len(groups) > 65_535:
+        raise UsageError("--split-max-size makes more than 65535 files", found=len(groups), remedy="give a larger size")
+    files: list[OutputFile] = []
+    tensors: list[TensorPlan] = []
+    for number, indices in enumerate(groups):
+        keys = dict(metadata) if number == 0 else {}
+        file_name = f"{name}.gguf"
+        if len(groups) > 1:
+            keys |= gguf_format.split_metadata(number, len(groups), len(outputs))
+            file_name = f"{name}-{number + 1:05d}-of-{len(groups):05d}.gguf"
+        layout = layout_gguf(keys, [triples[index] for index in indices])
+        files.append(OutputFile(file_name, layout.size, layout.header))
+        for index, entry in zip(indices, layout.tensors, strict=True):
+            tensors.append(TensorPlan(outputs[index], qtypes[index], number, entry.offset, entry.nbytes))
+    headers = hashlib.sha256()
+    for file in files:
+        headers.update(file.header)
+    weights = sum(_weights(output) for output in outputs if output.constant is None)
+    return ArtifactPlan(
+        level=level,
+        name=name,
+        files=tuple(files),
+        tensors=tuple(tensors),
+        weights=weights,
+        identity={**source_identity, "level": level, **options, "layout_sha256": headers.hexdigest()},
+        warnings=tuple(warnings),
+    )
+
+
+def _weights(output: OutputTensor) -> int:
+    rows, columns = matrix_shape(output.shape)
+    return rows * columns
+
+
+def memory_needed(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
+    """Peak resident bytes of a run, planned: buffers are sized by the widest row and the chunk, not by the model."""
+    chunk = CHUNK_WEIGHTS
+    for artifact in artifacts:
+        for tensor in artifact.tensors:
+            chunk = max(chunk, tensor.output.shape[-1] if tensor.output.shape else 1)
+    # One chunk as read (up to 8 bytes a weight while it is decoded), as float32, gathered, and as packed bytes.
+    per_thread = MEMORY_PER_THREAD + chunk * (8 + 4 + 4 + 4)
+    bookkeeping = sum(len(file.header) * 4 for artifact in artifacts for file in artifact.files)
+    bookkeeping += sum(4096 * len(artifact.tensors) for artifact in artifacts)
+    return BASE_MEMORY + bookkeeping + threads * per_thread
