@@ -1,0 +1,290 @@
+"""The files of a model directory: which they are, what they may be called, and whether they agree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError, printable
+from llm_quantize.io.float8 import is_scaled_float8
+from llm_quantize.io.json_file import read_json_object
+from llm_quantize.io.paths import inside
+from llm_quantize.io.safetensors_file import Header, TensorInfo, read_header
+
+CONFIG_LIMIT = 16 << 20
+INDEX_LIMIT = 100_000_000
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_PACKED_SUFFIXES = (".qweight", ".weight_packed", ".weight.absmax", ".SCB", "_proj_blocks")
+
+OnEvent = Callable[[Mapping[str, object]], None]
+"""Called with {"event": kind, ...} of JSON-ready facts as work goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a model lies: its directory, the name to call it by, and its hub commit if it has one."""
+
+    directory: Path
+    name: str
+    revision: str | None
+
+
+def locate(model: str | os.PathLike[str], revision: str | None, on_event: OnEvent | None) -> Place:
+    """The directory of ``model``: itself, or the hub's snapshot. An existing path wins over a hub id."""
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    try:
+        exists = path.exists()
+    except (OSError, ValueError):
+        exists = False
+    if exists:
+        return _local(path, revision)
+    if not text or text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith("/"):
+        raise UsageError(
+            "no such model directory",
+            file=text or "(empty)",
+            remedy="give an existing directory, or a hub id such as HuggingFaceTB/SmolLM2-135M",
+        )
+    from llm_quantize.io.hub import resolve
+
+    snapshot = resolve(text, revision, on_event=on_event)
+    return Place(snapshot.directory, text, snapshot.commit)
+
+
+def _local(path: Path, revision: str | None) -> Place:
+    if not path.is_dir():
+        remedy = "give the directory that holds config.json and the .safetensors files"
+        if path.suffix == ".gguf":
+            raise UnsupportedError("a GGUF file is not a source that this version reads", file=path, remedy=remedy)
+        raise UsageError("MODEL must be a directory or a hub id", file=path, found="a file", remedy=remedy)
+    if revision is not None:
+        raise UsageError(
+            "a directory has no revisions",
+            file=path,
+            found=f"--revision {printable(revision, 80)}",
+            remedy="leave --revision out, or give the hub id instead of the directory",
+        )
+    real = path.resolve()
+    name = real.name or "model"
+    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
+        name = real.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    return Place(path.absolute(), name, None)
+
+
+def read_configuration(
+    directory: Path, model: str
+) -> tuple[dict[str, Any], dict[str, Any] | None, Mapping[str, Any] | None]:
+    """(config.json, generation_config.json or None, quantization_config if it is an FP8 form that we decode)."""
+    if not _present(directory, "config.json"):
+        _refuse_without_config(directory, model)
+    config = read_json_object(inside(directory, "config.json"), limit_bytes=CONFIG_LIMIT)
+    generation = None
+    if _present(directory, "generation_config.json"):
+        generation = read_json_object(inside(directory, "generation_config.json"), limit_bytes=CONFIG_LIMIT)
+    return config, generation, _quantization(config, directory / "config.json")
+
+
+def _present(directory: Path, name: str) -> bool:
+    """Whether the directory has an entry of this name, of whatever kind (a dangling link counts)."""
+    return os.path.lexists(directory / name)
+
+
+def _refuse_without_config(directory: Path, model: str) -> NoReturn:
+    if _present(directory, "adapter_config.json"):
+        raise UnsupportedError(
+            "this is an adapter (LoRA), not a model: it only holds changes to another model's weights",
+            file=directory / "adapter_config.json",
+            expected="a whole model with config.json",
+            found="adapter_config.json",
+            remedy="merge it first: peft's AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload()"
+            ".save_pretrained(OUT), then give OUT",
+        )
+    raise MalformedInputError(
+        "config.json is absent, so the architecture is unknown",
+        file=directory / "config.json",
+        found=_listing(directory),
+        remedy=f"fetch all files of the model: hf download {printable(model, 120)}"
+        if not directory.exists()
+        else "give the directory that holds config.json, or fetch it from where the weights came from",
+    )
+
+
+def _quantization(config: Mapping[str, Any], file: Path) -> Mapping[str, Any] | None:
+    text = config.get("text_config")
+    candidates = [config.get("quantization_config"), config.get("compression_config")]
+    if isinstance(text, dict):
+        candidates += [text.get("quantization_config"), text.get("compression_config")]
+    found = next((candidate for candidate in candidates if candidate is not None), None)
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise MalformedInputError(
+            "quantization_config must be an object", file=file, found=type(found).__name__, remedy="fetch it again"
+        )
+    if is_scaled_float8(found):
+        return found
+    raise UnsupportedError(
+        "this checkpoint is already quantized; its original weights are gone",
+        file=file,
+        expected="no quantization_config, or FP8 weights",
+        found=f"quant_method {printable(repr(found.get('quant_method')), 80)}",
+        remedy="start from the model it was made from, in BF16 or F16 (its model card names it)",
+    )
+
+
+def read_headers(directory: Path, model: str) -> tuple[tuple[Header, ...], dict[str, TensorInfo]]:
+    """Every weight file's header, and all tensors in file order, proved to agree with the index."""
+    if _present(directory, SINGLE):
+        header = read_header(inside(directory, SINGLE))
+        _check_weights(header.tensors, header.path)
+        return (header,), header.tensors
+    if not _present(directory, INDEX):
+        _refuse_without_weights(directory, model)
+    index = inside(directory, INDEX)
+    weight_map = _weight_map(index)
+    paths = {name: inside(directory, name, declared_in=index) for name in sorted(set(weight_map.values()))}
+    headers: list[Header] = []
+    tensors: dict[str, TensorInfo] = {}
+    for name, path in paths.items():
+        if not path.is_symlink() and not path.exists():
+            owner = next(tensor for tensor, shard in weight_map.items() if shard == name)
+            raise MalformedInputError(
+                "a shard that the index names is missing",
+                file=path,
+                tensor=owner,
+                expected=f"{len(paths)} shards",
+                found="no such file",
+                remedy="fetch this file; then run the same command again",
+            )
+        header = read_header(path)
+        headers.append(header)
+        for tensor in header.tensors.values():
+            _check_owner(tensor, name, weight_map, tensors, index)
+            tensors[tensor.name] = tensor
+    if len(tensors) != len(weight_map):
+        lost = next(name for name in weight_map if name not in tensors)
+        raise MalformedInputError(
+            "the index names a tensor that its shard does not hold",
+            file=paths[weight_map[lost]],
+            tensor=lost,
+            expected=f"{len(weight_map):,} tensors",
+            found=f"{len(tensors):,}",
+            remedy="fetch this shard and the index again; they are of different versions",
+        )
+    _check_weights(tensors, index)
+    return tuple(headers), tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    value = read_json_object(index, limit_bytes=INDEX_LIMIT).get("weight_map")
+    if not isinstance(value, dict) or not value or not all(isinstance(name, str) for name in value.values()):
+        raise MalformedInputError(
+            "weight_map must map tensor names to file names",
+            file=index,
+            expected='{"weight_map": {"tensor": "file.safetensors", ...}}',
+            found="nothing" if not value else type(value).__name__,
+            remedy="fetch the index again",
+        )
+    for tensor, name in value.items():
+        if not name.endswith(".safetensors"):
+            raise UnsupportedError(
+                "the index names a file that is not safetensors",
+                file=index,
+                tensor=tensor,
+                expected="NAME.safetensors",
+                found=name,
+                remedy="fetch the model's safetensors files and their index",
+            )
+    return value
+
+
+def _check_owner(
+    tensor: TensorInfo, shard: str, weight_map: Mapping[str, str], seen: Mapping[str, TensorInfo], index: Path
+) -> None:
+    if tensor.name in seen:
+        raise MalformedInputError(
+            "two shards hold a tensor of the same name",
+            file=tensor.file,
+            tensor=tensor.name,
+            offset=tensor.offset,
+            expected=f"only in {weight_map.get(tensor.name)}",
+            found=f"also in {seen[tensor.name].file.name}",
+            remedy="fetch the model again; shards of two versions are mixed",
+        )
+    owner = weight_map.get(tensor.name)
+    if owner != shard:
+        raise MalformedInputError(
+            "a shard holds a tensor that the index does not know"
+            if owner is None
+            else "a shard holds a tensor that the index places elsewhere",
+            file=tensor.file,
+            tensor=tensor.name,
+            offset=tensor.offset,
+            expected=f"as {index.name} says: {owner or 'no such tensor'}",
+            found=shard,
+            remedy="fetch the index and this shard again; they are of different versions",
+        )
+
+
+def _check_weights(tensors: Mapping[str, TensorInfo], file: Path) -> None:
+    if not tensors:
+        raise MalformedInputError(
+            "this model holds no tensors", file=file, expected="weights", found="none", remedy="fetch it again"
+        )
+    packed = next((name for name in tensors if name.endswith(_PACKED_SUFFIXES)), None)
+    if packed is not None:
+        raise UnsupportedError(
+            "this checkpoint is already quantized: its weights are packed codes",
+            file=tensors[packed].file,
+            tensor=packed,
+            offset=tensors[packed].offset,
+            expected="float weights",
+            found=tensors[packed].dtype,
+            remedy="start from the model it was made from, in BF16 or F16",
+        )
+
+
+def _refuse_without_weights(directory: Path, model: str) -> NoReturn:
+    names = sorted(entry.name for entry in directory.iterdir())
+    pickled = [n for n in names if n.endswith((".bin", ".pt", ".pth")) and not n.startswith(("training_", "optim"))]
+    if pickled:
+        raise UnsupportedError(
+            "the weights are pickled, which can run code when loaded; only safetensors are read",
+            file=directory / pickled[0],
+            expected=SINGLE,
+            found=", ".join(pickled[:3]),
+            remedy=conversion_command(str(directory)),
+        )
+    if "adapter_config.json" in names:
+        _refuse_without_config(directory, model)
+    shards = [name for name in names if name.endswith(".safetensors")]
+    raise MalformedInputError(
+        "the index of the shards is missing" if shards else "no weights here",
+        file=directory / INDEX,
+        expected=f"{SINGLE} or {INDEX}",
+        found=_listing(directory),
+        remedy="fetch the index from where the shards came from" if shards else "fetch the .safetensors files too",
+    )
+
+
+def conversion_command(source: str) -> str:
+    """The shell command that writes a safetensors copy of a pickled model, with transformers."""
+    import shlex
+
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        "s, d = sys.argv[1:]; M.from_pretrained(s, dtype='auto').save_pretrained(d); "
+        "T.from_pretrained(s).save_pretrained(d)"
+    )
+    target = source.rstrip("/").rsplit("/", 1)[-1] + "-safetensors"
+    return f'python -c "{code}" {shlex.quote(source)} {shlex.quote(target)}'
+
+
+def _listing(directory: Path) -> str:
+    names = sorted(entry.name for entry in directory.iterdir())
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "an empty directory"
