@@ -21,6 +21,7 @@ class QType:
 
     ``name`` is ggml's name in lower case; ``block_size`` counts weights, ``block_bytes`` bytes.
     ``uses_importance``: an imatrix row changes the codes; ``needs_importance``: there are no codes without one.
+    ``half_offsets``: where a block's float16 numbers stand, in bytes; an infinite one would poison the block.
     """
 
     name: str
@@ -29,6 +30,7 @@ class QType:
     block_bytes: int
     needs_importance: bool
     uses_importance: bool
+    half_offsets: tuple[int, ...] = ()
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of one row of ``columns`` weights. UsageError if it is not whole blocks."""
@@ -55,10 +57,17 @@ _WEIGHTED = (
 )
 
 
+_HALVES: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("f16", "q8_0", "q4_0", "q5_0", "iq4_nl", "iq4_xs"), (0,)),
+    **dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), (0, 2)),
+    **{"q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,), "tq1_0": (52,), "tq2_0": (64,)},
+}
+
+
 def _row(name: str, *, uses_importance: bool) -> QType:
     ggml_type = GGMLQuantizationType[name.upper()]
     block_size, block_bytes = GGML_QUANT_SIZES[ggml_type]
-    return QType(name, ggml_type, block_size, block_bytes, False, uses_importance)
+    return QType(name, ggml_type, block_size, block_bytes, False, uses_importance, _HALVES.get(name, ()))
 
 
 QTYPES: dict[str, QType] = {
