@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
+from llm_quantize.events import EventSink
 from llm_quantize.io import float8
-from llm_quantize.io.checkpoint_files import OnEvent, locate, read_configuration, read_headers
+from llm_quantize.io.checkpoint_files import locate, read_configuration, read_headers
 from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
 
@@ -264,7 +265,7 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(model: str, *, revision: str | None = None, on_event: OnEvent | None = None) -> Checkpoint:
+def open_checkpoint(model: str, *, revision: str | None = None, on_event: EventSink | None = None) -> Checkpoint:
     """Open the model in directory ``model``, or the hub's ``model`` at ``revision`` (branch, tag or commit).
 
     Reads config.json, generation_config.json, the index and every header; no tensor data. Raises UsageError (no

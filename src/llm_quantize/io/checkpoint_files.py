@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError, printable
+from llm_quantize.events import EventSink
 from llm_quantize.io.float8 import is_scaled_float8
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
@@ -21,9 +22,6 @@ INDEX = "model.safetensors.index.json"
 
 _PACKED_SUFFIXES = (".qweight", ".weight_packed", ".weight.absmax", ".SCB", "_proj_blocks")
 
-OnEvent = Callable[[Mapping[str, object]], None]
-"""Called with {"event": kind, ...} of JSON-ready facts as work goes on."""
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -34,7 +32,7 @@ class Place:
     revision: str | None
 
 
-def locate(model: str | os.PathLike[str], revision: str | None, on_event: OnEvent | None) -> Place:
+def locate(model: str | os.PathLike[str], revision: str | None, on_event: EventSink | None) -> Place:
     """The directory of ``model``: itself, or the hub's snapshot. An existing path wins over a hub id."""
     text = os.fspath(model)
     path = Path(text).expanduser()
@@ -146,13 +144,13 @@ def read_headers(directory: Path, model: str) -> tuple[tuple[Header, ...], dict[
     if not _present(directory, INDEX):
         _refuse_without_weights(directory, model)
     index = inside(directory, INDEX)
-    weight_map = _weight_map(index)
-    paths = {name: inside(directory, name, declared_in=index) for name in sorted(set(weight_map.values()))}
+    owners = weight_map(index)
+    paths = {name: inside(directory, name, declared_in=index) for name in sorted(set(owners.values()))}
     headers: list[Header] = []
     tensors: dict[str, TensorInfo] = {}
     for name, path in paths.items():
         if not path.is_symlink() and not path.exists():
-            owner = next(tensor for tensor, shard in weight_map.items() if shard == name)
+            owner = next(tensor for tensor, shard in owners.items() if shard == name)
             raise MalformedInputError(
                 "a shard that the index names is missing",
                 file=path,
@@ -164,15 +162,15 @@ def read_headers(directory: Path, model: str) -> tuple[tuple[Header, ...], dict[
         header = read_header(path)
         headers.append(header)
         for tensor in header.tensors.values():
-            _check_owner(tensor, name, weight_map, tensors, index)
+            _check_owner(tensor, name, owners, tensors, index)
             tensors[tensor.name] = tensor
-    if len(tensors) != len(weight_map):
-        lost = next(name for name in weight_map if name not in tensors)
+    if len(tensors) != len(owners):
+        lost = next(name for name in owners if name not in tensors)
         raise MalformedInputError(
             "the index names a tensor that its shard does not hold",
-            file=paths[weight_map[lost]],
+            file=paths[owners[lost]],
             tensor=lost,
-            expected=f"{len(weight_map):,} tensors",
+            expected=f"{len(owners):,} tensors",
             found=f"{len(tensors):,}",
             remedy="fetch this shard and the index again; they are of different versions",
         )
@@ -180,7 +178,8 @@ def read_headers(directory: Path, model: str) -> tuple[tuple[Header, ...], dict[
     return tuple(headers), tensors
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
+    """{tensor: file name} as the index says; the names are not yet proved harmless (``paths.inside`` does)."""
     value = read_json_object(index, limit_bytes=INDEX_LIMIT).get("weight_map")
     if not isinstance(value, dict) or not value or not all(isinstance(name, str) for name in value.values()):
         raise MalformedInputError(
@@ -204,7 +203,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_owner(
-    tensor: TensorInfo, shard: str, weight_map: Mapping[str, str], seen: Mapping[str, TensorInfo], index: Path
+    tensor: TensorInfo, shard: str, owners: Mapping[str, str], seen: Mapping[str, TensorInfo], index: Path
 ) -> None:
     if tensor.name in seen:
         raise MalformedInputError(
@@ -212,11 +211,11 @@ def _check_owner(
             file=tensor.file,
             tensor=tensor.name,
             offset=tensor.offset,
-            expected=f"only in {weight_map.get(tensor.name)}",
+            expected=f"only in {owners.get(tensor.name)}",
             found=f"also in {seen[tensor.name].file.name}",
             remedy="fetch the model again; shards of two versions are mixed",
         )
-    owner = weight_map.get(tensor.name)
+    owner = owners.get(tensor.name)
     if owner != shard:
         raise MalformedInputError(
             "a shard holds a tensor that the index does not know"
