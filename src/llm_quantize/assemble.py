@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,11 +21,9 @@ Rows = npt.NDArray[Any]
 class RowSource(Protocol):
     """What this module needs of a checkpoint (``checkpoint.Checkpoint`` is one)."""
 
-    def read_rows(self, name: str, start: int, stop: int, *, digest: Any = None) -> Rows: ...
+    def read_rows(self, name: str, start: int, stop: int, *, transpose: bool = False, digest: Any = None) -> Rows: ...
 
-    def read_columns_as_rows(self, name: str, start: int, stop: int, *, digest: Any = None) -> Rows: ...
-
-    def row_count(self, name: str) -> int: ...
+    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]: ...
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -81,7 +81,9 @@ def read_output_rows(source: RowSource, tensor: OutputTensor, start: int, stop: 
     parts: list[Rows] = []
     base = 0
     for piece in tensor.pieces:
-        count = piece.count if piece.count is not None else _rows_of(source, piece) - piece.start
+        count = piece.count
+        if count is None:
+            count = source.matrix(piece.source, transpose=piece.transpose)[0] - piece.start
         first, last = max(start, base) - base, min(stop, base + count) - base
         if first < last:
             parts.append(_read_piece(source, piece, first, last, digest))
@@ -100,32 +102,23 @@ def to_float32(rows: Rows) -> npt.NDArray[np.float32]:
     return rows.astype(np.float32, copy=False)
 
 
-def _rows_of(source: RowSource, piece: Piece) -> int:
-    if piece.transpose:
-        raise ValueError(f"{piece.source}: a transposed piece needs an explicit count")
-    return source.row_count(piece.source)
-
-
 def _read_piece(source: RowSource, piece: Piece, first: int, last: int, digest: Any) -> Rows:
-    read = source.read_columns_as_rows if piece.transpose else source.read_rows
+    read = partial(source.read_rows, piece.source, transpose=piece.transpose, digest=digest)
     if piece.order is None:
-        rows = read(piece.source, piece.start + first, piece.start + last, digest=digest)
+        rows = read(piece.start + first, piece.start + last)
     else:
-        wanted = piece.order[first:last].astype(np.int64) + piece.start
-        rows = _gather(read, piece.source, wanted, digest)
+        rows = _gather(read, piece.order[first:last].astype(np.int64) + piece.start)
     return to_float32(rows) + np.float32(piece.add) if piece.add else rows
 
 
-def _gather(read: Any, name: str, wanted: npt.NDArray[np.int64], digest: Any) -> Rows:
+def _gather(read: Callable[[int, int], Rows], wanted: npt.NDArray[np.int64]) -> Rows:
     """Rows in an arbitrary order: one block when they lie close together, else run by run."""
     low, high = int(wanted.min()), int(wanted.max()) + 1
     if high - low <= 2 * len(wanted):
-        block = read(name, low, high, digest=digest)
+        block = read(low, high)
         return np.ascontiguousarray(block[wanted - low])
     breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
     edges = [0, *breaks.tolist(), len(wanted)]
-    runs = [
-        read(name, int(wanted[left]), int(wanted[right - 1]) + 1, digest=digest)
-        for left, right in zip(edges, edges[1:], strict=False)
-    ]
-    return np.concatenate(runs)
+    return np.concatenate(
+        [read(int(wanted[left]), int(wanted[right - 1]) + 1) for left, right in itertools.pairwise(edges)]
+    )

@@ -135,6 +135,7 @@ class ResumableOutput:
         self.files = tuple(files)
         self.spans = spans
         self.records: dict[str, dict[str, Any]] = {}
+        self.notes: dict[str, Any] = {}
         self._identity = dict(identity)
         self._journal_path = journal_path
         self._warn = on_warning
@@ -223,6 +224,7 @@ class ResumableOutput:
         if damaged:
             self._warn(f"{self._journal_path}: {damaged} damaged journal record(s) passed over; those units are redone")
         for record in records[1:]:
+            self.notes |= record.get("note", {})
             span = self.spans.get(record.get("unit", ""))
             if span is not None and [span.file, span.offset, span.nbytes] == record.get("span"):
                 self.records[record["unit"]] = record
@@ -230,7 +232,7 @@ class ResumableOutput:
             self._append_raw(b"\n")
 
     def _compare_identity(self, found: Mapping[str, Any]) -> None:
-        for key in sorted(set(found) | set(self._identity)):
+        for key in dict.fromkeys([*self._identity, *sorted(found)]):
             if found.get(key) == self._identity.get(key):
                 continue
             facts: dict[str, Any] = {
@@ -302,6 +304,13 @@ class ResumableOutput:
             self._unsynced += span.nbytes
             if self._unsynced >= SYNC_BYTES or time.monotonic() - self._last_sync >= SYNC_SECONDS:
                 self._sync()
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Remember facts about this run for the next one (``notes``); they are not part of the identity."""
+        if self._journal >= 0 and any(self.notes.get(key) != value for key, value in facts.items()):
+            with self._lock:
+                self._append({"note": dict(facts)})
+        self.notes |= facts
 
     def sync(self) -> None:
         """Make all that was written and recorded durable."""

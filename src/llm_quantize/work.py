@@ -1,0 +1,238 @@
+"""One unit of work: read some rows once, quantize them for every artifact that lacks them, write, record."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize import kernels
+from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.assemble import (
+    Rows,
+    RowSource,
+    chunk_ranges,
+    matrix_shape,
+    read_output_rows,
+    to_float32,
+    unit_ranges,
+)
+from llm_quantize.errors import IntegrityError, NumericPolicyError
+from llm_quantize.io.output import ResumableOutput
+from llm_quantize.plan import ArtifactPlan, TensorPlan, unit_key
+from llm_quantize.qtypes import QTYPES
+
+Importance = Mapping[str, npt.NDArray[np.float32]]
+
+_UNIT_FACTS = ("sha256", "source_sha256", "nonfinite_replaced")
+NONFINITE_POLICIES = ("refuse", "zero", "keep")
+
+
+@dataclass
+class Target:
+    """An artifact being made: its plan and its open output; ``seconds`` of thread time spent on it so far."""
+
+    plan: ArtifactPlan
+    output: ResumableOutput
+    seconds: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows [start, stop) of one tensor, wanted by ``targets`` (all plans list the same tensors in the same order)."""
+
+    tensor: int
+    start: int
+    stop: int
+    targets: tuple[Target, ...]
+
+    @property
+    def output(self) -> OutputTensor:
+        return self.targets[0].plan.tensors[self.tensor].output
+
+    @property
+    def key(self) -> str:
+        return unit_key(self.output.name, self.start, self.stop)
+
+    @property
+    def weight(self) -> int:
+        """Weights to quantize, counted once per artifact."""
+        return (self.stop - self.start) * matrix_shape(self.output.shape)[1] * len(self.targets)
+
+
+def missing_units(targets: Sequence[Target]) -> Iterator[Unit]:
+    """Units that at least one target lacks, in the order of the source's tensors."""
+    if not targets:
+        return
+    for index, tensor in enumerate(targets[0].plan.tensors):
+        for start, stop in unit_ranges(tensor.output.shape):
+            key = unit_key(tensor.name, start, stop)
+            wanting = tuple(target for target in targets if key not in target.output.records)
+            if wanting:
+                yield Unit(index, start, stop, wanting)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Quantizes units. ``importance``: float32 (matrices, columns) per output tensor. Thread-safe."""
+
+    source: RowSource
+    importance: Importance
+    nonfinite: str = "refuse"
+
+    def __call__(self, unit: Unit) -> Unit:
+        """Do one unit. Raises NumericPolicyError for NaN, infinity or an overflowing scale."""
+        source_digest = hashlib.sha256()
+        digests = [hashlib.sha256() for _ in unit.targets]
+        replaced = 0
+        for matrix, start, stop in chunk_ranges(unit.output.shape, unit.start, unit.stop):
+            rows = read_output_rows(self.source, unit.output, start, stop, digest=source_digest)
+            rows, count = self._finite(unit.output, rows, start)
+            replaced += count
+            packed: dict[str, npt.NDArray[np.uint8]] = {}
+            for target, digest in zip(unit.targets, digests, strict=True):
+                began = time.thread_time()
+                tensor = target.plan.tensors[unit.tensor]
+                if tensor.qtype not in packed:
+                    packed[tensor.qtype] = self._quantize(tensor, rows, matrix, start)
+                data = packed[tensor.qtype]
+                span = tensor.span(unit.start, unit.stop)
+                target.output.write(span, (start - unit.start) * tensor.row_bytes, data.data)
+                digest.update(data.data)
+                with target.lock:
+                    target.seconds += time.thread_time() - began
+        for target, digest in zip(unit.targets, digests, strict=True):
+            facts: dict[str, Any] = {"sha256": digest.hexdigest(), "source_sha256": source_digest.hexdigest()}
+            if replaced:
+                facts["nonfinite_replaced"] = replaced
+            target.output.record(unit.key, facts)
+        return unit
+
+    def _quantize(self, tensor: TensorPlan, rows: Rows, matrix: int, start: int) -> npt.NDArray[np.uint8]:
+        qtype = QTYPES[tensor.qtype]
+        vectors = self.importance.get(tensor.name) if qtype.uses_importance else None
+        importance = None if vectors is None else np.ascontiguousarray(vectors[matrix])
+        packed = kernels.quantize(tensor.qtype, rows, importance)
+        if self.nonfinite != "keep":
+            self._check_scales(tensor, packed, start)
+        return packed
+
+    def _check_scales(self, tensor: TensorPlan, packed: npt.NDArray[np.uint8], start: int) -> None:
+        """A float16 scale (or value) that became infinite would poison its whole block in silence."""
+        qtype = QTYPES[tensor.qtype]
+        blocks = packed.reshape(-1, qtype.block_bytes)
+        for offset in qtype.half_offsets:
+            high = blocks[:, offset + 1]
+            bad = (high & 0x7C) == 0x7C
+            if bad.any():
+                row = start + int(np.flatnonzero(bad)[0]) * qtype.block_size // max(1, tensor.output.shape[-1])
+                raise NumericPolicyError(
+                    f"the weights are too large for {tensor.qtype}: a float16 scale overflows",
+                    tensor=tensor.name,
+                    found=f"row {row}",
+                    expected="magnitudes below about 65504",
+                    remedy=f"keep this tensor in BF16: --tensor-type '^{tensor.name}$=bf16', or --nonfinite=keep",
+                )
+
+    def _finite(self, output: OutputTensor, rows: Rows, start: int) -> tuple[Rows, int]:
+        """The rows, by the policy for NaN and infinity, and how many values were replaced."""
+        if self.nonfinite == "keep":
+            return rows, 0
+        count, first = kernels.scan_nonfinite(rows)
+        if count == 0:
+            return rows, 0
+        if self.nonfinite == "zero":
+            return np.nan_to_num(to_float32(rows), nan=0.0, posinf=0.0, neginf=0.0), count
+        columns = rows.shape[-1]
+        total = self._count_nonfinite(output)
+        sources = ", ".join(piece.source for piece in output.pieces[:3])
+        raise NumericPolicyError(
+            "a weight is NaN or infinite",
+            tensor=output.name,
+            found=f"{total} such values, the first at row {start + first // columns}, column {first % columns}",
+            expected="finite weights",
+            remedy=f"check the source ({sources}); --nonfinite=zero replaces them, --nonfinite=keep copies them",
+        )
+
+    def _count_nonfinite(self, output: OutputTensor) -> int:
+        total = 0
+        for _, start, stop in chunk_ranges(output.shape, 0, matrix_shape(output.shape)[0]):
+            total += kernels.scan_nonfinite(read_output_rows(self.source, output, start, stop))[0]
+        return total
+
+
+@dataclass(frozen=True)
+class Recheck:
+    """Checks a unit that an earlier run recorded: its bytes, and (``deep``) that the source still hashes the same."""
+
+    source: RowSource
+    deep: bool
+
+    def __call__(self, job: tuple[Target, str]) -> bool:
+        target, key = job
+        record = target.output.records[key]
+        if not target.output.check(key):
+            return False
+        if not self.deep:
+            return True
+        tensor, start, stop = _parse_key(target.plan, key)
+        digest = hashlib.sha256()
+        for _, first, last in chunk_ranges(tensor.output.shape, start, stop):
+            read_output_rows(self.source, tensor.output, first, last, digest=digest)
+        if digest.hexdigest() != record["source_sha256"]:
+            raise IntegrityError(
+                "the source's weights changed since the unfinished run",
+                tensor=tensor.name,
+                expected=record["source_sha256"],
+                found=digest.hexdigest(),
+                remedy="restore the source, or start again with --overwrite",
+            )
+        return True
+
+
+def _parse_key(plan: ArtifactPlan, key: str) -> tuple[TensorPlan, int, int]:
+    name, _, rows = key.rpartition("[")
+    start, _, stop = rows.rstrip("]").partition(":")
+    tensor = next(tensor for tensor in plan.tensors if tensor.name == name)
+    return tensor, int(start), int(stop)
+
+
+def replaced_values(target: Target) -> dict[str, int]:
+    """How many non-finite weights were replaced, per tensor that had any."""
+    counts: dict[str, int] = {}
+    for key, record in target.output.records.items():
+        if record.get("nonfinite_replaced"):
+            name = key.rpartition("[")[0]
+            counts[name] = counts.get(name, 0) + record["nonfinite_replaced"]
+    return dict(sorted(counts.items()))
+
+
+def unit_records(target: Target) -> list[dict[str, Any]]:
+    """What the manifest says of each tensor: type, place, sources, and the hashes of its units."""
+    entries = []
+    for tensor in target.plan.tensors:
+        units = []
+        for start, stop in unit_ranges(tensor.output.shape):
+            record = target.output.records[unit_key(tensor.name, start, stop)]
+            facts = {key: record[key] for key in _UNIT_FACTS if key in record}
+            units.append({"rows": [start, stop], **facts})
+        entries.append(
+            {
+                "name": tensor.name,
+                "type": tensor.qtype,
+                "shape": list(tensor.output.shape),
+                "file": tensor.file,
+                "offset": tensor.offset,
+                "bytes": tensor.nbytes,
+                "sources": sorted({piece.source for piece in tensor.output.pieces}),
+                "units": units,
+            }
+        )
+    return entries
