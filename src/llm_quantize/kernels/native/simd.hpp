@@ -109,4 +109,52 @@ LQ_INLINE void store_half(uint8_t* p, uint16_t half) {  // little-endian, whatev
     p[1] = static_cast<uint8_t>(half >> 8);
 }
 
+// Transposition of a square tile by log2(lanes) rounds of two-vector shuffles.
+template <int... index>
+struct Indices {};
+#if LQ_LANES == 16
+typedef Indices<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> AllLanes;
+#elif LQ_LANES == 8
+typedef Indices<0, 1, 2, 3, 4, 5, 6, 7> AllLanes;
+#elif LQ_LANES == 4
+typedef Indices<0, 1, 2, 3> AllLanes;
+#endif
+
+template <int stride, int... k>
+LQ_INLINE void exchange(vf& a, vf& b, Indices<k...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    const vf low = __builtin_shufflevector(a, b, ((k & stride) ? lanes + k - stride : k)...);
+    const vf high = __builtin_shufflevector(a, b, ((k & stride) ? lanes + k : k + stride)...);
+#else
+    const vf low = __builtin_shuffle(a, b, vi{((k & stride) ? lanes + k - stride : k)...});
+    const vf high = __builtin_shuffle(a, b, vi{((k & stride) ? lanes + k : k + stride)...});
+#endif
+    a = low;
+    b = high;
+}
+
+template <int stride>
+LQ_INLINE void exchange_all(vf* tile) {
+    for (int i = 0; i < lanes; ++i) {
+        if (!(i & stride)) exchange<stride>(tile[i], tile[i + stride], AllLanes{});
+    }
+}
+
+// Column i of `rows` becomes out[i]: out[i][lane] = rows[lane][i]. columns is a multiple of the lanes.
+LQ_INLINE void load_transposed(const float* const* rows, int columns, vf* out) {
+    for (int first = 0; first < columns; first += lanes) {
+        vf tile[lanes];
+        for (int i = 0; i < lanes; ++i) tile[i] = load(rows[i] + first);
+        exchange_all<1>(tile);
+        exchange_all<2>(tile);
+#if LQ_LANES >= 8
+        exchange_all<4>(tile);
+#endif
+#if LQ_LANES >= 16
+        exchange_all<8>(tile);
+#endif
+        for (int i = 0; i < lanes; ++i) out[first + i] = tile[i];
+    }
+}
+
 }  // namespace
