@@ -14,9 +14,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf import LlamaFileType
 
 from llm_quantize.errors import UnsupportedError, UsageError
+from llm_quantize.qtypes import QTYPES
 
 
 @dataclass(frozen=True)
@@ -29,38 +30,32 @@ class Level:
     about: str
 
 
-def _level(name: str, base: str, file_type: LlamaFileType, about: str) -> tuple[str, Level]:
-    return name, Level(name, base, int(file_type), about)
-
-
-_F = LlamaFileType
-LEVELS: Mapping[str, Level] = dict(
-    (
-        _level("F32", "f32", _F.ALL_F32, "32-bit floats: nothing is lost"),
-        _level("F16", "f16", _F.MOSTLY_F16, "16-bit floats, IEEE half"),
-        _level("BF16", "bf16", _F.MOSTLY_BF16, "16-bit floats with the range of F32"),
-        _level("Q8_0", "q8_0", _F.MOSTLY_Q8_0, "8 bit: indistinguishable in use, the base of comparisons"),
-        _level("Q6_K", "q6_k", _F.MOSTLY_Q6_K, "6 bit: nearly indistinguishable"),
-        _level("Q5_K_M", "q5_k", _F.MOSTLY_Q5_K_M, "5 bit, sensitive tensors at 6: very small loss"),
-        _level("Q5_K_S", "q5_k", _F.MOSTLY_Q5_K_S, "5 bit throughout: small loss"),
-        _level("Q5_1", "q5_1", _F.MOSTLY_Q5_1, "5 bit, older grid with an offset"),
-        _level("Q5_0", "q5_0", _F.MOSTLY_Q5_0, "5 bit, older symmetric grid"),
-        _level("Q4_K_M", "q4_k", _F.MOSTLY_Q4_K_M, "4 bit, sensitive tensors at 6: the usual choice"),
-        _level("Q4_K_S", "q4_k", _F.MOSTLY_Q4_K_S, "4 bit, the first layers at 5: a little smaller"),
-        _level("IQ4_NL", "iq4_nl", _F.MOSTLY_IQ4_NL, "4 bit, non-linear grid"),
-        _level("IQ4_XS", "iq4_xs", _F.MOSTLY_IQ4_XS, "4.25 bit, non-linear grid: the smallest good 4-bit level"),
-        _level("Q4_1", "q4_1", _F.MOSTLY_Q4_1, "4 bit, older grid with an offset"),
-        _level("Q4_0", "q4_0", _F.MOSTLY_Q4_0, "4 bit, older symmetric grid: fast on many devices"),
-        _level("Q3_K_L", "q3_k", _F.MOSTLY_Q3_K_L, "3 bit, sensitive tensors at 5"),
-        _level("Q3_K_M", "q3_k", _F.MOSTLY_Q3_K_M, "3 bit, sensitive tensors at 4 and 5: visible loss"),
-        _level("Q3_K_S", "q3_k", _F.MOSTLY_Q3_K_S, "3 bit throughout: large loss"),
-        _level("Q2_K", "q2_k", _F.MOSTLY_Q2_K, "2.6 bit, sensitive tensors at 3 and 4: very large loss"),
-        _level("Q2_K_S", "q2_k", _F.MOSTLY_Q2_K_S, "2.6 bit throughout; wants an importance matrix"),
-        _level("TQ2_0", "tq2_0", _F.MOSTLY_TQ2_0, "2 bit, for models trained with ternary weights"),
-        _level("TQ1_0", "tq1_0", _F.MOSTLY_TQ1_0, "1.7 bit, for models trained with ternary weights"),
-        _level("MXFP4_MOE", "mxfp4", _F.MOSTLY_MXFP4_MOE, "experts in MXFP4, everything else at 8 bit"),
-    )
+_LEVELS = (
+    ("F32", "f32", LlamaFileType.ALL_F32, "32-bit floats: nothing is lost"),
+    ("F16", "f16", LlamaFileType.MOSTLY_F16, "16-bit floats, IEEE half"),
+    ("BF16", "bf16", LlamaFileType.MOSTLY_BF16, "16-bit floats with the range of F32"),
+    ("Q8_0", "q8_0", LlamaFileType.MOSTLY_Q8_0, "8 bit: indistinguishable in use, the base of comparisons"),
+    ("Q6_K", "q6_k", LlamaFileType.MOSTLY_Q6_K, "6 bit: nearly indistinguishable"),
+    ("Q5_K_M", "q5_k", LlamaFileType.MOSTLY_Q5_K_M, "5 bit, sensitive tensors at 6: very small loss"),
+    ("Q5_K_S", "q5_k", LlamaFileType.MOSTLY_Q5_K_S, "5 bit throughout: small loss"),
+    ("Q5_1", "q5_1", LlamaFileType.MOSTLY_Q5_1, "5 bit, older grid with an offset"),
+    ("Q5_0", "q5_0", LlamaFileType.MOSTLY_Q5_0, "5 bit, older symmetric grid"),
+    ("Q4_K_M", "q4_k", LlamaFileType.MOSTLY_Q4_K_M, "4 bit, sensitive tensors at 6: the usual choice"),
+    ("Q4_K_S", "q4_k", LlamaFileType.MOSTLY_Q4_K_S, "4 bit, the first layers at 5: a little smaller"),
+    ("IQ4_NL", "iq4_nl", LlamaFileType.MOSTLY_IQ4_NL, "4 bit, non-linear grid"),
+    ("IQ4_XS", "iq4_xs", LlamaFileType.MOSTLY_IQ4_XS, "4.25 bit, non-linear grid: the smallest good 4-bit level"),
+    ("Q4_1", "q4_1", LlamaFileType.MOSTLY_Q4_1, "4 bit, older grid with an offset"),
+    ("Q4_0", "q4_0", LlamaFileType.MOSTLY_Q4_0, "4 bit, older symmetric grid: fast on many devices"),
+    ("Q3_K_L", "q3_k", LlamaFileType.MOSTLY_Q3_K_L, "3 bit, sensitive tensors at 5"),
+    ("Q3_K_M", "q3_k", LlamaFileType.MOSTLY_Q3_K_M, "3 bit, sensitive tensors at 4 and 5: visible loss"),
+    ("Q3_K_S", "q3_k", LlamaFileType.MOSTLY_Q3_K_S, "3 bit throughout: large loss"),
+    ("Q2_K", "q2_k", LlamaFileType.MOSTLY_Q2_K, "2.6 bit, sensitive tensors at 3 and 4: very large loss"),
+    ("Q2_K_S", "q2_k", LlamaFileType.MOSTLY_Q2_K_S, "2.6 bit throughout; wants an importance matrix"),
+    ("TQ2_0", "tq2_0", LlamaFileType.MOSTLY_TQ2_0, "2 bit, for models trained with ternary weights"),
+    ("TQ1_0", "tq1_0", LlamaFileType.MOSTLY_TQ1_0, "1.7 bit, for models trained with ternary weights"),
+    ("MXFP4_MOE", "mxfp4", LlamaFileType.MOSTLY_MXFP4_MOE, "experts in MXFP4, everything else at 8 bit"),
 )
+LEVELS: Mapping[str, Level] = {name: Level(name, base, int(number), about) for name, base, number, about in _LEVELS}
 
 ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 
@@ -79,10 +74,7 @@ LATER_LEVELS: Mapping[str, str] = {
 }
 
 # qtypes that users may name for single tensors, in falling order of bits; and those that come later.
-TENSOR_TYPES = (
-    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "iq4_nl", "iq4_xs"),
-    *("mxfp4", "q3_k", "q2_k", "tq2_0", "tq1_0"),
-)
+TENSOR_TYPES = tuple(sorted(QTYPES, key=lambda name: -QTYPES[name].bits_per_weight))
 LATER_TENSOR_TYPES = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")
 
 
@@ -106,9 +98,7 @@ def parse_qtype(text: str) -> str:
     if name in TENSOR_TYPES:
         return name
     if name in LATER_TENSOR_TYPES:
-        raise UnsupportedError(
-            f"type {name} comes in a later version", remedy="take one of " + ", ".join(TENSOR_TYPES)
-        )
+        raise UnsupportedError(f"type {name} comes in a later version", remedy="take one of " + ", ".join(TENSOR_TYPES))
     is_level = name.upper() in LEVELS or name.upper() in LATER_LEVELS
     raise UsageError(
         f"{text!r} is a level for whole files, not the type of a tensor" if is_level else f"there is no type {text!r}",
@@ -300,11 +290,6 @@ def is_quantizable(tensor: TensorShape) -> bool:
     )
 
 
-def block_size(qtype: str) -> int:
-    """Weights per block of a qtype: a row's length must be a multiple of it."""
-    return int(GGML_QUANT_SIZES[GGMLQuantizationType[qtype.upper()]][0])
-
-
 def assign(
     level: str,
     tensors: Sequence[TensorShape],
@@ -330,40 +315,35 @@ def _layer(name: str) -> int:
     return int(found[1]) if found else -1
 
 
+@dataclass
 class _Recipe:
     """One walk over a model: the mix rules count the tensors of each role that they have decided."""
 
-    def __init__(
-        self,
-        level: Level,
-        tensors: Sequence[TensorShape],
-        hyper: Hyper,
-        arch: str,
-        importance_names: Collection[str],
-        overrides: Overrides,
-    ) -> None:
-        self.level = level
-        self.hyper = hyper
-        self.arch = arch
-        self.importance_names = importance_names
-        self.overrides = overrides
-        self.expressions = [(_compile(text), qtype) for text, qtype in overrides.tensor_types]
+    level: Level
+    tensors: Sequence[TensorShape]
+    hyper: Hyper
+    arch: str
+    importance_names: Collection[str]
+    overrides: Overrides
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.expressions = [(_compile(text), qtype) for text, qtype in self.overrides.tensor_types]
         self.used = [False] * len(self.expressions)
-        self.tied = all(tensor.name != "output.weight" for tensor in tensors)
-        self.values = sum(role(tensor.name) == "value" for tensor in tensors)
+        self.tied = all(tensor.name != "output.weight" for tensor in self.tensors)
+        self.values = sum(role(tensor.name) == "value" for tensor in self.tensors)
         self.decided = {"value": 0, "down": 0}
-        self.warnings: list[str] = []
 
     def qtype(self, tensor: TensorShape) -> str:
         """The qtype of a tensor that may be quantized."""
         qtype = self._wanted(tensor)
         columns = tensor.shape[-1]
-        if columns % block_size(qtype):
+        if columns % QTYPES[qtype].block_size:
             other = FALLBACKS.get(qtype, "f16")
-            other = other if columns % block_size(other) == 0 else "f16"
+            other = other if columns % QTYPES[other].block_size == 0 else "f16"
             self.warnings.append(
-                f"{tensor.name}: rows of {columns} weights do not divide into the blocks of {block_size(qtype)} that "
-                f"{qtype} needs; {other} is used instead"
+                f"{tensor.name}: rows of {columns} weights do not divide into {qtype}'s blocks of "
+                f"{QTYPES[qtype].block_size}; {other} is used instead"
             )
             qtype = other
         needs = self.level.name == "Q2_K_S" and qtype == "q2_k" and role(tensor.name) not in ("embedding", "output")
@@ -381,14 +361,14 @@ class _Recipe:
         fixed = {"embedding": self.overrides.embedding_type, "output": self.overrides.output_type}.get(kind)
         if fixed is not None:
             return fixed
-        # llama.cpp looks at expressions and mixes only where the level's own type is quantized.
-        if self.level.base in ("f32", "f16", "bf16"):
+        # llama.cpp looks at expressions and mixes only where the level's own type is quantized, and not under pure.
+        if self.level.base in ("f32", "f16", "bf16") or self.overrides.pure:
             return self.level.base
         for index, (expression, qtype) in enumerate(self.expressions):
             if expression.search(tensor.name):
                 self.used[index] = True
                 return qtype
-        return self.level.base if self.overrides.pure else self._mixed(tensor, kind)
+        return self._mixed(tensor, kind)
 
     def _mixed(self, tensor: TensorShape, kind: str) -> str:
         """The level's mix rules, with llama.cpp's rules that hold across levels."""
@@ -410,7 +390,11 @@ class _Recipe:
 
     def _output(self, tensor: TensorShape) -> str:
         """The output matrix, or the embedding that serves as one: errors here reach the logits unsoftened."""
-        if self.level.name == "MXFP4_MOE" or self.arch == "falcon" or tensor.shape[-1] % block_size(self.level.base):
+        if (
+            self.level.name == "MXFP4_MOE"
+            or self.arch == "falcon"
+            or tensor.shape[-1] % QTYPES[self.level.base].block_size
+        ):
             return "q8_0"
         return "q8_0" if self.level.base == "q8_0" else "q6_k"
 
@@ -426,8 +410,10 @@ class _Recipe:
         return Place(index, count, sharing, self.hyper.n_expert, self.arch, bool(self.importance_names))
 
     def _is_70b(self) -> bool:
-        """Llama 70B's values are an eighth of its queries, so more bits there cost next to nothing."""
-        return self.arch == "llama" and self.hyper.n_layer == 80 and self.hyper.n_head != self.hyper.n_head_kv
+        """A 70B model's values are an eighth of its queries, so more bits there cost next to nothing. llama.cpp knows
+        such a model by its 80 layers (Llama with as many key as query heads is the older 65B)."""
+        shared = self.hyper.n_head != self.hyper.n_head_kv
+        return self.hyper.n_layer == 80 and (self.arch == "qwen2" or (self.arch == "llama" and shared))
 
     def unused_expressions(self) -> list[str]:
         """A warning for each expression that decided nothing."""
