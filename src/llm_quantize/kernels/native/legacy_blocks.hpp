@@ -1,0 +1,133 @@
+// Steps shared by the grids of 32-weight blocks (legacy, iq4, ternary, mxfp4): extremes of many blocks at once, codes
+// packed into bytes, vectors of float16, serial sums of squares.
+#pragma once
+
+#include <cstddef>
+
+#include "simd.hpp"
+
+namespace {
+
+constexpr int block = 32;
+constexpr int vectors = block / lanes;  // vectors per block
+
+typedef uint8_t vb __attribute__((vector_size(LQ_LANES)));
+
+// The low byte of every lane.
+LQ_INLINE void store_bytes(uint8_t* p, vi v) {
+    const vb bytes = __builtin_convertvector(v, vb);
+    __builtin_memcpy(p, &bytes, sizeof bytes);
+}
+
+LQ_INLINE vi to_int(vf v) { return __builtin_convertvector(v, vi); }  // towards zero
+
+// C's roundf, to an integer: nearest, ties away from zero, for |v| < 2^22. The constant is the float below 0.5: with 0.5
+// itself the float below 0.5 would round up.
+LQ_INLINE vi round_half_away(vf v) {
+    return to_int(v + as_float((as_int(v) & INT32_MIN) | as_int(splat(0.49999997f))));
+}
+
+// 1 / v, and 0 for v = 0.
+LQ_INLINE vf reciprocal(vf v) { return select(v == 0.0f, vf{}, 1.0f / v); }
+
+// float_to_half (simd.hpp) of every lane, in the low 16 bits.
+LQ_INLINE vi to_half(vf v) {
+    const vi sign = (as_int(v) >> 16) & 0x8000;
+    const vi magnitude = as_int(v) & 0x7fffffff;
+    const vi normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const vi subnormal = as_int(as_float(magnitude) + 0.5f) - 0x3f000000;
+    vi half = select(magnitude < 0x38800000, subnormal, normal);
+    half = select(magnitude >= 0x477ff000, splat(0x7c00), half);
+    half = select(magnitude > 0x7f800000, splat(0x7e00), half);
+    return half | sign;
+}
+
+LQ_INLINE void store(int32_t* p, vi v) { __builtin_memcpy(p, &v, sizeof v); }
+
+struct Smaller {
+    static inline __attribute__((always_inline)) vf of(vf a, vf b) { return smaller(a, b); }
+};
+struct Larger {
+    static inline __attribute__((always_inline)) vf of(vf a, vf b) { return larger(a, b); }
+};
+
+// Halves of two vectors folded: the first half of the result is `a` (pairs of lanes), the second is `b`.
+template <class Fold, int... k>
+LQ_INLINE vf fold_pair(vf a, vf b, Indices<k...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return Fold::of(__builtin_shufflevector(a, b, (2 * k)...), __builtin_shufflevector(a, b, (2 * k + 1)...));
+#else
+    return Fold::of(__builtin_shuffle(a, b, vi{(2 * k)...}), __builtin_shuffle(a, b, vi{(2 * k + 1)...}));
+#endif
+}
+
+// Lane k of the result is the fold of all lanes of parts[k]. `parts` is used up.
+template <class Fold>
+LQ_INLINE vf fold_lanes(vf (&parts)[lanes]) {
+    for (int count = lanes; count > 1; count /= 2) {
+        for (int i = 0; i < count; i += 2) parts[i / 2] = fold_pair<Fold>(parts[i], parts[i + 1], AllLanes{});
+    }
+    return parts[0];
+}
+
+// Codes of one block (code(k) gives those of vector k) as 16 bytes: weight j in the low, j + 16 in the high nibble.
+template <class Code>
+LQ_INLINE void store_nibbles(uint8_t* out, Code code) {
+    for (int k = 0; k < vectors / 2; ++k) store_bytes(out + k * lanes, code(k) | code(k + vectors / 2) << 4);
+}
+
+// The same for codes of five bits: the fifth bit of weight j is bit j of the 4 bytes before the nibbles.
+template <class Code>
+LQ_INLINE void store_five_bits(uint8_t* out, Code code) {
+    uint8_t bytes[block];
+    vi c[vectors];
+    for (int k = 0; k < vectors; ++k) {
+        c[k] = code(k);
+        store_bytes(bytes + k * lanes, c[k] >> 4);
+    }
+    for (int k = 0; k < vectors / 2; ++k) {
+        store_bytes(out + 4 + k * lanes, (c[k] & 15) | (c[k + vectors / 2] & 15) << 4);
+    }
+    for (int k = 0; k < 4; ++k) {
+        // Eight bytes of 0 or 1: the product moves byte i to bit 56 + i.
+        uint64_t word = 0;
+        for (int i = 0; i < 8; ++i) word |= static_cast<uint64_t>(bytes[8 * k + i]) << (8 * i);
+        out[k] = static_cast<uint8_t>((word * 0x0102040810204080u) >> 56);
+    }
+}
+
+// Sums of squares of `count` runs of `length` floats, `stride` apart, each run added first to last in float32.
+static inline void serial_squares(const float* x, int64_t count, int64_t length, int64_t stride, float* sum) {
+    constexpr int together = 8;  // independent chains hide the latency of the additions
+    int64_t first = 0;
+    for (; first + together <= count; first += together) {
+        float s[together] = {};
+        const float* p = x + first * stride;
+        for (int64_t i = 0; i < length; ++i) {
+            for (int k = 0; k < together; ++k) s[k] += p[k * stride + i] * p[k * stride + i];
+        }
+        for (int k = 0; k < together; ++k) sum[first + k] = s[k];
+    }
+    for (; first < count; ++first) {
+        float s = 0.0f;
+        for (int64_t i = 0; i < length; ++i) s += x[first * stride + i] * x[first * stride + i];
+        sum[first] = s;
+    }
+}
+
+// Runs body(x, blocks, out) over all blocks, `lanes` at a time; the last ones are padded with zeros. The body must write
+// `bytes` bytes for each of `lanes` blocks of `length` floats.
+template <int length, int bytes, class Body>
+LQ_INLINE void for_block_groups(const float* x, int64_t blocks, uint8_t* out, Body body) {
+    int64_t first = 0;
+    for (; first + lanes <= blocks; first += lanes) body(x + first * length, out + first * bytes);
+    if (first == blocks) return;
+    alignas(64) float padded[lanes * length] = {};
+    uint8_t packed[lanes * bytes];
+    const auto left = static_cast<size_t>(blocks - first);
+    __builtin_memcpy(padded, x + first * length, left * length * sizeof(float));
+    body(padded, packed);
+    __builtin_memcpy(out + first * bytes, packed, left * bytes);
+}
+
+}  // namespace
