@@ -1,0 +1,211 @@
+"""What commands share: output modes, progress, sizes, and the options that plan and quantize have in common."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llm_quantize.events import EventSink
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How this call talks: JSON or text, how much, and whether stderr is a terminal."""
+
+    json: bool
+    verbose: int
+    quiet: bool
+
+    @property
+    def live(self) -> bool:
+        return not self.json and not self.quiet and sys.stderr.isatty()
+
+
+def mode(ctx: click.Context, as_json: bool) -> Mode:
+    """The output mode, from the global options and the command's own --json."""
+    found: dict[str, Any] = ctx.obj or {}
+    return Mode(as_json or found.get("json", False), found.get("verbose", 0), found.get("quiet", False))
+
+
+def json_option(function: Function) -> Function:
+    """``--json`` after the command's name, too."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+
+
+class Size(click.ParamType):
+    """Bytes with a unit: 512M, 4G (powers of ten), 4GiB (powers of two)."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
+        if match is None or match[2] == "I" or float(match[1]) <= 0:
+            self.fail(f"{value!r} is not a size; write for example 512M, 4G or 4GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+def tensor_type(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """REGEX=TYPE pairs; the last '=' divides, as a regular expression may hold one."""
+    pairs = []
+    for value in values:
+        expression, separator, name = value.rpartition("=")
+        if not separator or not expression or not name:
+            raise click.BadParameter(f"{value!r} is not REGEX=TYPE, for example 'ffn_down=q6_k'")
+        pairs.append((expression, name))
+    return tuple(pairs)
+
+
+def recipe_options(function: Function) -> Function:
+    """Options that change the plan."""
+    options = [
+        click.option("-q", "--level", "levels", multiple=True, required=True, metavar="LEVEL",
+                     help="Level, for example Q4_K_M; repeat for several in one read."),
+        click.option("-n", "--name", help="Name of the output without level and suffix. [default: the model's name]"),
+        click.option("--output-type", metavar="TYPE", help="Type of output.weight."),
+        click.option("--embedding-type", metavar="TYPE", help="Type of token_embd.weight."),
+        click.option("--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", callback=tensor_type,
+                     help="Type of the tensors whose name matches; repeatable, the first match wins."),
+        click.option("--pure", is_flag=True, help="One type for all: no mix rules."),
+        click.option("--split-max-size", type=Size(), help="Split into files of at most this size, for example 4G."),
+        click.option("--imatrix", type=click.Path(dir_okay=False), metavar="FILE",
+                     help="llama.cpp importance matrix (GGUF or legacy .dat)."),
+        click.option("--nonfinite", type=click.Choice(["refuse", "zero", "keep"]), default="refuse",
+                     show_default=True, help="What to do with NaN and infinite weights."),
+        click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model."),
+        click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: all CPUs]"),
+        click.option("--max-ram", type=Size(), help="Memory limit, for example 4G."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def build_options(arguments: Mapping[str, Any]) -> Any:
+    """pipeline.Options from the parsed command line."""
+    from pathlib import Path
+
+    from llm_quantize.pipeline import Options
+    from llm_quantize.recipes import Overrides, parse_qtype
+
+    def typed(name: str | None) -> str | None:
+        return None if name is None else parse_qtype(name)
+
+    overrides = Overrides(
+        output_type=typed(arguments["output_type"]),
+        embedding_type=typed(arguments["embedding_type"]),
+        tensor_types=tuple((expression, parse_qtype(name)) for expression, name in arguments["tensor_types"]),
+        pure=arguments["pure"],
+    )
+    paths = {key: arguments.get(key) for key in ("imatrix", "checkpoint_dir")}
+    return Options(
+        threads=arguments["threads"],
+        max_ram=arguments["max_ram"],
+        overrides=overrides,
+        split_max_size=arguments["split_max_size"],
+        imatrix=Path(paths["imatrix"]) if paths["imatrix"] else None,
+        nonfinite=arguments["nonfinite"],
+        checkpoints=arguments.get("checkpoints", True),
+        checkpoint_dir=Path(paths["checkpoint_dir"]) if paths["checkpoint_dir"] else None,
+        overwrite=arguments.get("overwrite", False),
+        ignore_space=arguments.get("ignore_space", False),
+    )
+
+
+def emit_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def warn(shown: Mode, text: str) -> None:
+    """A warning on stderr."""
+    if not shown.quiet and not shown.json:
+        click.secho(f"warning: {text}", fg="yellow", err=True)
+
+
+@contextmanager
+def events(shown: Mode, description: str) -> Iterator[EventSink]:
+    """A sink for the library's events: a rich progress bar on a terminal, plain lines elsewhere, JSON with --json."""
+    if shown.json:
+        yield lambda event: click.echo(json.dumps(dict(event)), err=True)
+    elif shown.live:
+        with _live_progress(description, shown) as sink:
+            yield sink
+    else:
+        yield _plain_sink(description, shown)
+
+
+def _rate(done: float, seconds: float) -> str:
+    return f"{done / max(seconds, 1e-9) / 1e6:.0f} Mw/s"
+
+
+def _memory() -> str:
+    from llm_quantize.preflight import resident_bytes
+
+    return f"{resident_bytes() / 1e6:.0f} MB"
+
+
+def _plain_sink(description: str, shown: Mode) -> EventSink:
+    began = time.monotonic()
+    last = [began, -1]
+
+    def sink(event: Mapping[str, Any]) -> None:
+        if event["event"] == "warning":
+            warn(shown, event["text"])
+        elif event["event"] == "start" and event["resumed_units"] and not shown.quiet:
+            click.echo(f"resuming: {event['resumed_units']} finished units kept", err=True)
+        elif event["event"] == "progress" and not shown.quiet:
+            now, percent = time.monotonic(), int(100 * event["done"] / max(1, event["total"]))
+            if percent == 100 or (now - last[0] >= 5 and percent > last[1]):
+                last[:] = [now, percent]
+                left = (now - began) * (100 - percent) / max(1, percent)
+                facts = f"{_rate(event['done'], now - began)}, {left:.0f} s left, {_memory()}"
+                click.echo(f"{description}: {percent}% ({facts})", err=True)
+
+    return sink
+
+
+@contextmanager
+def _live_progress(description: str, shown: Mode) -> Iterator[EventSink]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(), TextColumn("{task.fields[memory]}"),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(description, total=None, rate="", memory="")
+        began = time.monotonic()
+
+        def sink(event: Mapping[str, Any]) -> None:
+            if event["event"] == "warning":
+                console.print(f"warning: {event['text']}", style="yellow", markup=False, highlight=False)
+            elif event["event"] == "start" and event["resumed_units"]:
+                console.print(f"resuming: {event['resumed_units']} finished units kept", highlight=False)
+            elif event["event"] == "download":
+                progress.update(task, description=f"download {event.get('file', '')}",
+                                completed=event.get("done"), total=event.get("total"))  # fmt: skip
+            elif event["event"] == "progress":
+                rate = _rate(event["done"], time.monotonic() - began)
+                progress.update(task, description=description, completed=event["done"], total=event["total"],
+                                rate=rate, memory=_memory())  # fmt: skip
+
+        yield sink

@@ -1,0 +1,31 @@
+"""``llm-quantize info``."""
+
+from __future__ import annotations
+
+import click
+
+from llm_quantize.cli.common import emit_json, events, json_option, mode
+
+
+@click.command("info")
+@click.argument("model")
+@click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model.")
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@json_option
+@click.pass_context
+def command(ctx: click.Context, as_json: bool, model: str, revision: str | None, tensors: bool) -> int:
+    """Show what MODEL is: architecture, parameters, layers, heads, dtypes, tokenizer, memory.
+
+    MODEL is a local directory, a hub id, or a .gguf file. Reads headers only.
+    """
+    from llm_quantize import report
+    from llm_quantize.describe import describe
+
+    shown = mode(ctx, as_json)
+    with events(shown, "info") as sink:
+        facts = describe(model, revision=revision, on_event=sink)
+    if shown.json:
+        emit_json(facts)
+    else:
+        report.print_facts(facts, tensors=tensors)
+    return 0

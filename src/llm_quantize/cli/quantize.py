@@ -1,0 +1,58 @@
+"""``llm-quantize quantize``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from llm_quantize.cli.common import build_options, emit_json, events, json_option, mode, recipe_options, warn
+
+
+@click.command("quantize")
+@click.argument("model")
+@click.argument("format", metavar="FORMAT", default="gguf")
+@recipe_options
+@click.option("-o", "--output-dir", default=".", show_default=True, type=click.Path(file_okay=False), metavar="DIR")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--checkpoints/--no-checkpoints", default=True, help="Keep a journal, so that a stopped run can go on.")
+@click.option("--checkpoint-dir", type=click.Path(file_okay=False), metavar="DIR", help="Where the journal is kept.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing or unfinished output.")
+@click.option("--ignore-space", is_flag=True, help="Try even if the disk looks too small.")
+@click.option("--strict", is_flag=True, help="Exit with 9 instead of 20 when the result is degraded.")
+@json_option
+@click.pass_context
+def command(ctx: click.Context, as_json: bool, model: str, format: str, **arguments: Any) -> int:
+    """Quantize MODEL to FORMAT (gguf) at one or more levels, in one pass over the source.
+
+    The same command after an interruption continues, and ends in the same bytes.
+
+    Example: llm-quantize quantize ./Llama-3.2-1B gguf -q Q4_K_M -q Q8_0 -o out
+    """
+    from llm_quantize import pipeline, report
+
+    shown = mode(ctx, as_json)
+    options = build_options(arguments)
+    common = {"levels": arguments["levels"], "name": arguments["name"], "revision": arguments["revision"]}
+    if arguments["dry_run"]:
+        with events(shown, "plan") as sink:
+            plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
+        emit_json(report.plans_to_dict(plans)) if shown.json else report.print_plans(plans, verbose=shown.verbose)
+        return 0
+    with events(shown, "quantize") as sink:
+        results = pipeline.quantize(
+            model, format, output_dir=arguments["output_dir"], options=options, on_event=sink, **common
+        )
+    if shown.json:
+        emit_json({"artifacts": [report.result_to_dict(result) for result in results]})
+    elif not shown.quiet:
+        report.print_results(results)
+    return _exit_code(results, shown, arguments["strict"])
+
+
+def _exit_code(results: Any, shown: Any, strict: bool) -> int:
+    degraded = [result for result in results if result.degraded]
+    for result in degraded:
+        for name, count in result.degraded.items():
+            warn(shown, f"{result.path.name}: {name}: {count} non-finite weights were replaced by zero")
+    return (9 if strict else 20) if degraded else 0

@@ -1,0 +1,39 @@
+"""``llm-quantize run``."""
+
+from __future__ import annotations
+
+import click
+
+from llm_quantize.cli.common import emit_json, json_option, mode
+
+
+@click.command("run")
+@click.argument("artifact", type=click.Path())
+@click.argument("prompt")
+@click.option("-n", "--max-tokens", default=64, show_default=True, type=click.IntRange(1, 1 << 20))
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0.0, 10.0), help="0 is greedy.")
+@click.option("--seed", default=0, show_default=True, type=int, help="Seed of the sampling.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's own chat template.")
+@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: all CPUs]")
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context, as_json: bool, artifact: str, prompt: str, max_tokens: int, temperature: float, seed: int,
+    chat: bool, threads: int | None,
+) -> int:  # fmt: skip
+    """Generate text: a .gguf file (or the directory of a split one) runs in llama.cpp, a Hugging Face directory
+    in transformers."""
+    from llm_quantize.evaluation.runtimes import generate
+
+    shown = mode(ctx, as_json)
+    settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "chat": chat, "threads": threads}
+    pieces = []
+    for piece in generate(artifact, prompt, **settings):
+        pieces.append(piece)
+        if not shown.json:
+            click.echo(piece, nl=False)
+    if shown.json:
+        emit_json({"artifact": artifact, "prompt": prompt, "text": "".join(pieces)})
+    else:
+        click.echo()
+    return 0

@@ -1,0 +1,124 @@
+"""What a model or a GGUF file is, from its headers: the facts behind ``llm-quantize info``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import Keys
+
+from llm_quantize.assemble import matrix_shape
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.gguf_file import GgufFile, read_gguf
+from llm_quantize.pipeline import Source, open_source
+
+CONTEXT = 8192
+
+
+def describe(model: str, *, revision: str | None = None, on_event: EventSink = ignore) -> dict[str, Any]:
+    """JSON-ready facts of a checkpoint (directory or hub id) or of a ``.gguf`` file. Sizes in bytes.
+
+    Raises the error tree for anything malformed or unsupported.
+    """
+    if str(model).endswith(".gguf") and Path(model).is_file():
+        return _describe_gguf(read_gguf(model))
+    source = open_source(model, revision=revision, on_event=on_event)
+    with source.checkpoint:
+        return _describe_source(source)
+
+
+def _describe_source(source: Source) -> dict[str, Any]:
+    checkpoint, hyper = source.checkpoint, source.architecture.hyper
+    weights = sum(_count(output.shape) for output in source.tensors.outputs if output.constant is None)
+    dtypes: dict[str, dict[str, int]] = {}
+    for info in checkpoint.tensors.values():
+        entry = dtypes.setdefault(info.dtype, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += info.nbytes
+    names = {output.name for output in source.tensors.outputs}
+    return {
+        "name": checkpoint.name,
+        "directory": str(checkpoint.directory),
+        "revision": checkpoint.revision,
+        "model_type": checkpoint.config.get("model_type"),
+        "architecture": source.architecture.gguf_name,
+        "parameters": weights,
+        "layers": hyper.n_layer,
+        "hidden_size": hyper.embedding_length,
+        "heads": hyper.n_head,
+        "kv_heads": hyper.n_head_kv,
+        "head_dim": hyper.head_dim,
+        "experts": hyper.n_expert,
+        "vocabulary": hyper.vocab_size,
+        "context_length": hyper.context_length,
+        "tied_embeddings": "output.weight" not in names,
+        "dtypes": dtypes,
+        "files": [{"name": fact.name, "size": fact.size} for fact in checkpoint.fingerprint()],
+        **_tokenizer(source.metadata),
+        "memory": {
+            "source_weights": sum(info.nbytes for info in checkpoint.tensors.values()),
+            "weights_16bit": 2 * weights,
+            f"kv_cache_f16_{CONTEXT}": kv_cache_bytes(hyper, CONTEXT),
+        },
+        "left_out": source.left_out,
+        "tensors": [
+            {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes}
+            for info in checkpoint.tensors.values()
+        ],
+    }
+
+
+def kv_cache_bytes(hyper: Any, context: int) -> int:
+    """Bytes of a float16 key and value cache of ``context`` tokens with full attention in every layer."""
+    return int(2 * 2 * hyper.n_layer * hyper.n_head_kv * hyper.head_dim * context)
+
+
+def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    keys = Keys.Tokenizer
+
+    def value(key: str) -> Any:
+        found = metadata.get(key)
+        return None if found is None else found.value
+
+    return {
+        "tokenizer": {
+            "model": value(keys.MODEL),
+            "pre_tokenizer": value(keys.PRE),
+            "tokens": len(value(keys.LIST) or []),
+            "chat_template": keys.CHAT_TEMPLATE in metadata,
+        }
+    }
+
+
+def _describe_gguf(file: GgufFile) -> dict[str, Any]:
+    types: dict[str, dict[str, int]] = {}
+    for tensor in file.tensors:
+        entry = types.setdefault(tensor.type.name, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += tensor.nbytes
+    weights = sum(_count(tensor.shape) for tensor in file.tensors)
+    simple = {
+        key: value.value
+        for key, value in file.metadata.items()
+        if value.item is None and not isinstance(value.value, bytes) and len(str(value.value)) <= 200
+    }
+    return {
+        "name": simple.get(Keys.General.NAME, file.path.name),
+        "file": str(file.path),
+        "size": file.file_size,
+        "architecture": simple.get(Keys.General.ARCHITECTURE),
+        "parameters": weights,
+        "bits_per_weight": round(8 * file.file_size / max(1, weights), 4),
+        "dtypes": types,
+        **_tokenizer(file.metadata),
+        "metadata": simple,
+        "tensors": [
+            {"name": t.name, "dtype": t.type.name, "shape": list(t.shape), "bytes": t.nbytes} for t in file.tensors
+        ],
+    }
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    rows, columns = matrix_shape(shape)
+    return rows * columns

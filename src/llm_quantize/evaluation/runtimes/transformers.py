@@ -1,0 +1,52 @@
+"""Hugging Face directories in transformers, on the CPU. No code of the model repository is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from llm_quantize.errors import MissingExtraError, UnsupportedError
+
+
+def generate(
+    directory: Path,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    chat: bool,
+    threads: int | None,
+) -> Iterator[str]:
+    """The text that transformers generates from the model in ``directory``, in one piece.
+
+    Raises MissingExtraError without torch and transformers, UnsupportedError for a chat without template.
+    """
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        raise MissingExtraError("Running a Hugging Face directory", "torch")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(directory), local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    if chat:
+        if tokenizer.chat_template is None:
+            raise UnsupportedError("this model has no chat template", file=directory, remedy="run without --chat")
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=max_tokens, **sampling)
+    yield tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

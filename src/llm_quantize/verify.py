@@ -1,0 +1,264 @@
+"""Verification of an artifact: structure, manifest hashes, finite values, and the error against the source.
+
+Without a manifest (a file from elsewhere) the structure and the values are still checked, and every tensor can be
+compared with a source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize import kernels
+from llm_quantize.assemble import chunk_ranges, matrix_shape, read_output_rows, to_float32
+from llm_quantize.errors import IntegrityError, MalformedInputError, UsageError
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
+from llm_quantize.io.output import HASH_CHUNK, manifest_path
+from llm_quantize.pipeline import Source, open_source
+from llm_quantize.qtypes import QTYPES
+
+# Largest plausible relative error ||Q - W|| / ||W|| of a sound tensor, by stored bits per weight (rounding of
+# heavy-tailed weights included). Above it the tensor is not a quantization of this source.
+_ERROR_BOUNDS = ((32.0, 0.0), (16.0, 0.005), (8.0, 0.03), (6.0, 0.08), (5.0, 0.15), (4.0, 0.3), (3.0, 0.5), (0.0, 1.0))
+
+
+@dataclass
+class TensorCheck:
+    """One tensor: ``hash`` is "ok", "mismatch" or "unknown"; ``relative_error`` (RMS) where a source was given."""
+
+    name: str
+    type: str
+    hash: str = "unknown"
+    nonfinite: int = 0
+    relative_error: float | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Verification:
+    """The outcome. ``problems`` are about the artifact as a whole; each tensor has its own."""
+
+    path: Path
+    has_manifest: bool
+    compared: bool
+    tensors: list[TensorCheck]
+    problems: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and not any(tensor.problems for tensor in self.tensors)
+
+    def all_problems(self) -> list[str]:
+        """Every problem in one list, tensor names in front."""
+        return self.problems + [f"{check.name}: {text}" for check in self.tensors for text in check.problems]
+
+    def raise_on_problems(self) -> None:
+        """Raise IntegrityError naming the first problem, if there is any."""
+        problems = self.all_problems()
+        if problems:
+            raise IntegrityError(
+                "the artifact is not what it should be",
+                file=self.path,
+                found=f"{problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""),
+                remedy="make it again with --overwrite, or copy it again",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "artifact": str(self.path),
+            "ok": self.ok,
+            "manifest": self.has_manifest,
+            "compared_with_source": self.compared,
+            "problems": self.all_problems(),
+            "tensors": [vars(check) for check in self.tensors],
+        }
+
+
+def verify(
+    artifact: str | Path, *, source: str | None = None, revision: str | None = None, on_event: EventSink = ignore
+) -> Verification:
+    """Check ``artifact`` (a GGUF file or the directory of a split one), against ``source`` too if given.
+
+    Raises UsageError or MalformedInputError where the artifact cannot be read at all; what is merely wrong is in the
+    result (see ``raise_on_problems``).
+    """
+    path, files = _open_artifact(Path(artifact))
+    manifest = _read_manifest(path)
+    problems: list[str] = []
+    if manifest is not None:
+        problems += _compare_plan(files, manifest)
+    known = {entry["name"]: entry for entry in (manifest or {}).get("tensors", [])}
+    opened = open_source(source, revision=revision, on_event=on_event) if source is not None else None
+    try:
+        if opened is not None:
+            problems += _compare_names(files, opened)
+        entries = [(file, tensor) for file in files for tensor in file.tensors]
+        total = sum(tensor.nbytes for _, tensor in entries)
+        checks: list[TensorCheck] = []
+        done = 0
+        for file, tensor in entries:
+            checks.append(_check_tensor(file, tensor, known.get(tensor.name), opened))
+            done += tensor.nbytes
+            on_event({"event": "progress", "done": done, "total": total})
+    finally:
+        if opened is not None:
+            opened.checkpoint.close()
+    return Verification(path, manifest is not None, opened is not None, checks, problems)
+
+
+def _open_artifact(path: Path) -> tuple[Path, list[GgufFile]]:
+    if not path.exists():
+        raise UsageError("no such artifact", file=path, remedy="check the path")
+    names = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    if not names:
+        raise UsageError("no GGUF file in this directory", file=path, remedy="give the path of the artifact")
+    if not path.is_dir() and "-of-" in path.name and (path.parent / "manifest.json").is_file():
+        return _open_artifact(path.parent)
+    return path, [read_gguf(name) for name in names]
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    file = manifest_path(path)
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise MalformedInputError(
+            "the manifest is not JSON", file=file, remedy="delete it to verify without a manifest"
+        ) from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("tensors"), list):
+        raise MalformedInputError("the manifest has the wrong form", file=file, expected="an object with tensors")
+    return manifest
+
+
+def _compare_plan(files: list[GgufFile], manifest: Mapping[str, Any]) -> list[str]:
+    """Files, sizes and headers against what the plan fixed."""
+    problems = []
+    planned = [(entry["name"], entry["size"]) for entry in manifest.get("files", [])]
+    found = [(file.path.name, file.file_size) for file in files]
+    if [size for _, size in planned] != [size for _, size in found]:
+        problems.append(f"files differ from the manifest: expected {planned}, found {found}")
+    headers = hashlib.sha256()
+    for file in files:
+        with file.path.open("rb") as stream:
+            headers.update(stream.read(file.data_start))
+    if headers.hexdigest() != manifest.get("identity", {}).get("layout_sha256"):
+        problems.append("the metadata at the front of the file does not match the manifest's hash")
+    names = {tensor.name for file in files for tensor in file.tensors}
+    planned_names = {entry["name"] for entry in manifest["tensors"]}
+    problems += [f"tensor {name} is in the manifest but not in the file" for name in sorted(planned_names - names)]
+    problems += [f"tensor {name} is in the file but not in the manifest" for name in sorted(names - planned_names)]
+    return problems
+
+
+def _compare_names(files: list[GgufFile], source: Source) -> list[str]:
+    problems = []
+    wanted = {output.name: output.shape or (1,) for output in source.tensors.outputs}
+    found = {tensor.name: tensor.shape for file in files for tensor in file.tensors}
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            problems.append(f"tensor {name} of the source is missing from the artifact")
+        elif name not in wanted:
+            problems.append(f"tensor {name} is not in the source")
+        elif _squeezed(found[name]) != _squeezed(wanted[name]):
+            problems.append(f"tensor {name} has shape {found[name]}, the source gives {wanted[name]}")
+    return problems
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """GGUF does not keep leading dimensions of 1."""
+    return tuple(size for size in shape if size != 1)
+
+
+def _check_tensor(
+    file: GgufFile, tensor: TensorEntry, known: Mapping[str, Any] | None, source: Source | None
+) -> TensorCheck:
+    check = TensorCheck(tensor.name, tensor.type.name.lower())
+    if known is not None:
+        _check_hashes(file, tensor, known, check)
+    if check.type not in QTYPES:
+        check.problems.append(f"type {check.type} cannot be decoded by this version; values were not checked")
+        return check
+    output = None
+    if source is not None:
+        output = next((o for o in source.tensors.outputs if o.name == tensor.name), None)
+        if output is not None and _squeezed(output.shape) != _squeezed(tensor.shape):
+            output = None
+    error = norm = 0.0
+    for start, stop, values in _decoded(file, tensor):
+        finite = np.isfinite(values)
+        check.nonfinite += int(values.size - np.count_nonzero(finite))
+        if output is not None and source is not None:
+            exact = to_float32(read_output_rows(source.checkpoint, output, start, stop)).reshape(values.shape)
+            error += float(np.sum(np.square(values - exact, dtype=np.float64)))
+            norm += float(np.sum(np.square(exact, dtype=np.float64)))
+    if check.nonfinite:
+        check.problems.append(f"{check.nonfinite} values are NaN or infinite")
+    if output is not None:
+        check.relative_error = float(np.sqrt(error / norm)) if norm > 0 else float(np.sqrt(error))
+        bound = error_bound(check.type)
+        if not check.relative_error <= bound:
+            check.problems.append(f"relative error {check.relative_error:.4g} is above {bound} for {check.type}")
+    return check
+
+
+def error_bound(qtype: str) -> float:
+    """The relative error above which a tensor of this type is not taken for a quantization of its source."""
+    bits = QTYPES[qtype].bits_per_weight
+    return next(bound for least, bound in _ERROR_BOUNDS if bits >= least)
+
+
+def _check_hashes(file: GgufFile, tensor: TensorEntry, known: Mapping[str, Any], check: TensorCheck) -> None:
+    if known["type"] != check.type or known["bytes"] != tensor.nbytes or known["offset"] != tensor.offset:
+        check.problems.append("type, size or offset differ from the manifest")
+        check.hash = "mismatch"
+        return
+    rows = matrix_shape(tensor.shape)[0]
+    row_bytes = tensor.nbytes // rows
+    check.hash = "ok"
+    with file.path.open("rb") as stream:
+        for unit in known["units"]:
+            start, stop = unit["rows"]
+            first = tensor.offset + start * row_bytes
+            digest = _hash_range(stream.fileno(), first, (stop - start) * row_bytes)
+            if digest != unit["sha256"]:
+                check.hash = "mismatch"
+                check.problems.append(f"bytes {first} to {first + (stop - start) * row_bytes} do not match their hash")
+
+
+def _hash_range(descriptor: int, offset: int, nbytes: int) -> str:
+    digest = hashlib.sha256()
+    while nbytes > 0:
+        part = os.pread(descriptor, min(HASH_CHUNK, nbytes), offset)
+        if not part:
+            break
+        digest.update(part)
+        offset += len(part)
+        nbytes -= len(part)
+    return digest.hexdigest()
+
+
+def _decoded(file: GgufFile, tensor: TensorEntry) -> Iterator[tuple[int, int, npt.NDArray[np.float32]]]:
+    """(first row, end row, float32 values) of a tensor, chunk by chunk."""
+    rows, columns = matrix_shape(tensor.shape)
+    row_bytes = tensor.nbytes // rows
+    with file.path.open("rb") as stream:
+        for _, start, stop in chunk_ranges(tensor.shape, 0, rows):
+            stream.seek(tensor.offset + start * row_bytes)
+            data = stream.read((stop - start) * row_bytes)
+            if len(data) != (stop - start) * row_bytes:
+                raise IntegrityError("the file became shorter while it was read", file=file.path, tensor=tensor.name)
+            packed = np.frombuffer(data, np.uint8).reshape(stop - start, row_bytes)
+            with np.errstate(invalid="ignore", over="ignore"):
+                yield start, stop, kernels.dequantize(tensor.type.name.lower(), packed, columns)
