@@ -65,7 +65,7 @@ def signed_extreme(x: Float32) -> tuple[Float32, Float32]:
 
 
 def importance_weights(rows: Float32, importance: Float32, block: int) -> Float32:
-    """importance * sqrt(mean of the row's squares + x^2) as (N, block); the sum over the row is a serial float32 one."""
+    """importance * sqrt(mean of the row's squares + x^2) as (N, block); its sum is a serial float32 one."""
     mean = serial_sum(rows * rows) / np.float32(rows.shape[1])
     return split_blocks(importance * np.sqrt(mean[:, None] + rows * rows), block)
 

@@ -113,8 +113,8 @@ def search_affine(x: Float32, weight: Float32, levels: int) -> tuple[Float32, Fl
         new_scale = (weights * cross - moments * first) / determinant
         new_minimum = (second * moments - first * cross) / determinant
         positive = new_minimum > 0
-        new_scale = np.where(positive, cross / second, new_scale)
-        new_minimum = np.where(positive, np.float32(0), new_minimum)
+        new_scale[positive] = (cross / second)[positive]
+        new_minimum[positive] = 0
         new_error = error(new_scale, new_minimum, trial)
         better = (determinant > 0) & (new_error < best)
         codes = np.where(better[:, None], trial, codes)

@@ -16,6 +16,11 @@ struct alignas(64) Group {
     int32_t minimum[lanes];  // float16 bits
 };
 
+template <int bytes>
+LQ_INLINE void store_scales(uint8_t* q, const int32_t (&half)[lanes]) {
+    for (int b = 0; b < lanes; ++b) store_half(q + b * bytes, static_cast<uint16_t>(half[b]));
+}
+
 template <class Fold, class Part>
 LQ_INLINE vf fold_blocks(const float* x, Part part) {
     vf folded[lanes];
@@ -36,11 +41,10 @@ void quantize_q8_0(const float* x, int64_t rows, int64_t cols, const float*, uin
         const vf scale = fold_blocks<Larger>(p, [](vf v) { return absolute(v); }) / 127.0f;
         store(g.inverse, reciprocal(scale));
         store(g.scale, to_half(scale));
+        store_scales<34>(q, g.scale);
         for (int b = 0; b < lanes; ++b, p += block, q += 34) {
-            store_half(q, static_cast<uint16_t>(g.scale[b]));
-            const vf inverse = splat(g.inverse[b]);
             for (int k = 0; k < vectors; ++k) {
-                store_bytes(q + 2 + k * lanes, round_half_away(load(p + k * lanes) * inverse));
+                store_bytes(q + 2 + k * lanes, round_half_away(load(p + k * lanes) * g.inverse[b]));
             }
         }
     });
@@ -70,19 +74,12 @@ LQ_INLINE void symmetric_group(const float* p, uint8_t* q) {
     const vf scale = first_extremes(p) * (-1.0f / float(levels));
     store(g.inverse, reciprocal(scale));
     store(g.scale, to_half(scale));
-    for (int b = 0; b < lanes; ++b, p += block, q += bytes) {
-        store_half(q, static_cast<uint16_t>(g.scale[b]));
-        const vf inverse = splat(g.inverse[b]);
-        const auto code = [&](int k) {
-            const vi c = to_int(load(p + k * lanes) * inverse + (float(levels) + 0.5f));
-            return smaller(c, splat(2 * levels - 1)) & (2 * levels - 1);
-        };
-        if constexpr (levels == 8) {
-            store_nibbles(q + 2, code);
-        } else {
-            store_five_bits(q + 2, code);
-        }
-    }
+    store_scales<bytes>(q, g.scale);
+    store_codes<levels == 8 ? 4 : 5, bytes>(q + 2, [&](int b, int k) {
+        const vf x = load(p + b * block + k * lanes);
+        const vi c = to_int(x * g.inverse[b] + (float(levels) + 0.5f));
+        return smaller(c, splat(2 * levels - 1)) & (2 * levels - 1);
+    });
 }
 
 // Asymmetric grids: code = trunc((x - low) / scale + 0.5), scale = (high - low) / top.
@@ -105,20 +102,13 @@ LQ_INLINE void asymmetric_group(const float* p, uint8_t* q) {
     store(g.inverse, reciprocal(scale));
     store(g.scale, to_half(scale));
     store(g.minimum, to_half(low));
-    for (int b = 0; b < lanes; ++b, p += block, q += bytes) {
-        store_half(q, static_cast<uint16_t>(g.scale[b]));
-        store_half(q + 2, static_cast<uint16_t>(g.minimum[b]));
-        const vf inverse = splat(g.inverse[b]), origin = splat(g.low[b]);
-        const auto code = [&](int k) {
-            const vi c = to_int((load(p + k * lanes) - origin) * inverse + 0.5f);
-            return (top == 15 ? smaller(c, splat(top)) : c) & top;
-        };
-        if constexpr (top == 15) {
-            store_nibbles(q + 4, code);
-        } else {
-            store_five_bits(q + 4, code);
-        }
-    }
+    store_scales<bytes>(q, g.scale);
+    store_scales<bytes>(q + 2, g.minimum);
+    store_codes<top == 15 ? 4 : 5, bytes>(q + 4, [&](int b, int k) {
+        const vf x = load(p + b * block + k * lanes);
+        const vi c = to_int((x - g.low[b]) * g.inverse[b] + 0.5f);
+        return (top == 15 ? smaller(c, splat(top)) : c) & top;
+    });
 }
 
 // With an imatrix: weight = importance * sqrt(mean square of the row + x^2). `Coder` searches the blocks of a group, one
@@ -171,19 +161,11 @@ void quantize_symmetric(const float* x, int64_t rows, int64_t cols, const float*
         store(g.scale, to_half(fit.scale));
         // A vanishing block has code 0 throughout, not the code of zero.
         store(g.minimum, select(fit.dead, vi{}, splat(-1)));
-        for (int b = 0; b < lanes; ++b, p += block, q += bytes) {
-            store_half(q, static_cast<uint16_t>(g.scale[b]));
-            const vf inverse = splat(g.inverse[b]);
-            const vi alive = splat(g.minimum[b]);
-            const auto code = [&](int k) {
-                return (clamp(nearest(load(p + k * lanes) * inverse), -levels, levels - 1) + levels) & alive;
-            };
-            if constexpr (levels == 8) {
-                store_nibbles(q + 2, code);
-            } else {
-                store_five_bits(q + 2, code);
-            }
-        }
+        store_scales<bytes>(q, g.scale);
+        store_codes<levels == 8 ? 4 : 5, bytes>(q + 2, [&](int b, int k) {
+            const vf x = load(p + b * block + k * lanes);
+            return (clamp(nearest(x * g.inverse[b]), -levels, levels - 1) + levels) & g.minimum[b];
+        });
     };
     quantize_weighted<bytes>(x, rows, cols, importance, out, coder);
 }
@@ -202,19 +184,12 @@ void quantize_asymmetric(const float* x, int64_t rows, int64_t cols, const float
         store(g.inverse, fit.inverse);
         store(g.scale, to_half(fit.scale));
         store(g.minimum, to_half(fit.minimum));
-        for (int b = 0; b < lanes; ++b, p += block, q += bytes) {
-            store_half(q, static_cast<uint16_t>(g.scale[b]));
-            store_half(q + 2, static_cast<uint16_t>(g.minimum[b]));
-            const vf inverse = splat(g.inverse[b]), origin = splat(g.low[b]);
-            const auto code = [&](int k) {
-                return clamp(nearest(inverse * (load(p + k * lanes) - origin)), 0, top);
-            };
-            if constexpr (top == 15) {
-                store_nibbles(q + 4, code);
-            } else {
-                store_five_bits(q + 4, code);
-            }
-        }
+        store_scales<bytes>(q, g.scale);
+        store_scales<bytes>(q + 2, g.minimum);
+        store_codes<top == 15 ? 4 : 5, bytes>(q + 4, [&](int b, int k) {
+            const vf x = load(p + b * block + k * lanes);
+            return clamp(nearest(g.inverse[b] * (x - g.low[b])), 0, top);
+        });
     };
     quantize_weighted<bytes>(x, rows, cols, importance, out, coder);
 }

@@ -51,6 +51,10 @@ struct Larger {
     static inline __attribute__((always_inline)) vf of(vf a, vf b) { return larger(a, b); }
 };
 
+struct Either {  // the bits of one or the other
+    static inline __attribute__((always_inline)) vf of(vf a, vf b) { return as_float(as_int(a) | as_int(b)); }
+};
+
 // Halves of two vectors folded: the first half of the result is `a` (pairs of lanes), the second is `b`.
 template <class Fold, int... k>
 LQ_INLINE vf fold_pair(vf a, vf b, Indices<k...>) {
@@ -70,29 +74,44 @@ LQ_INLINE vf fold_lanes(vf (&parts)[lanes]) {
     return parts[0];
 }
 
-// Codes of one block (code(k) gives those of vector k) as 16 bytes: weight j in the low, j + 16 in the high nibble.
-template <class Code>
-LQ_INLINE void store_nibbles(uint8_t* out, Code code) {
-    for (int k = 0; k < vectors / 2; ++k) store_bytes(out + k * lanes, code(k) | code(k + vectors / 2) << 4);
+// The fifth bits of the codes of one block, on their way to one word per block: bit j of the word is that of weight j,
+// and the OR of the lanes of the result (fold_lanes) is the word.
+LQ_INLINE vf fifth_bits(const vi (&code)[vectors]) {
+    vi place;
+    for (int i = 0; i < lanes; ++i) place[i] = i;
+    vi word = vi{};
+    for (int k = 0; k < vectors; ++k) word |= ((code[k] >> 4) & 1) << (place + k * lanes);
+    return as_float(word);
 }
 
-// The same for codes of five bits: the fifth bit of weight j is bit j of the 4 bytes before the nibbles.
-template <class Code>
-LQ_INLINE void store_five_bits(uint8_t* out, Code code) {
-    uint8_t bytes[block];
-    vi c[vectors];
-    for (int k = 0; k < vectors; ++k) {
-        c[k] = code(k);
-        store_bytes(bytes + k * lanes, c[k] >> 4);
-    }
-    for (int k = 0; k < vectors / 2; ++k) {
-        store_bytes(out + 4 + k * lanes, (c[k] & 15) | (c[k + vectors / 2] & 15) << 4);
-    }
-    for (int k = 0; k < 4; ++k) {
-        // Eight bytes of 0 or 1: the product moves byte i to bit 56 + i.
-        uint64_t word = 0;
-        for (int i = 0; i < 8; ++i) word |= static_cast<uint64_t>(bytes[8 * k + i]) << (8 * i);
-        out[k] = static_cast<uint8_t>((word * 0x0102040810204080u) >> 56);
+LQ_INLINE void store_word(uint8_t* p, uint32_t word) {  // little-endian, whatever the machine
+    for (int i = 0; i < 4; ++i) p[i] = static_cast<uint8_t>(word >> (8 * i));
+}
+
+// Codes of a group of blocks, made by code(b, k) for vector k of block b. Grids of five bits have 4 bytes of fifth bits
+// before the nibbles.
+template <int bits, int bytes, class Code>
+LQ_INLINE void store_codes(uint8_t* out, Code code) {
+    if constexpr (bits == 4) {
+        for (int b = 0; b < lanes; ++b, out += bytes) {
+            for (int k = 0; k < vectors / 2; ++k) {
+                store_bytes(out + k * lanes, code(b, k) | code(b, k + vectors / 2) << 4);
+            }
+        }
+    } else {
+        vf fifth[lanes];
+        uint8_t* q = out + 4;
+        for (int b = 0; b < lanes; ++b, q += bytes) {
+            vi c[vectors];
+            for (int k = 0; k < vectors; ++k) c[k] = code(b, k);
+            for (int k = 0; k < vectors / 2; ++k) {
+                store_bytes(q + k * lanes, (c[k] & 15) | (c[k + vectors / 2] & 15) << 4);
+            }
+            fifth[b] = fifth_bits(c);
+        }
+        alignas(64) int32_t words[lanes];
+        store(words, as_int(fold_lanes<Either>(fifth)));
+        for (int b = 0; b < lanes; ++b, out += bytes) store_word(out, static_cast<uint32_t>(words[b]));
     }
 }
 
