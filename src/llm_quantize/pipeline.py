@@ -20,11 +20,20 @@ from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats import gguf as gguf_format
 from llm_quantize.formats.gguf_vocabulary import read_vocabulary
 from llm_quantize.io.gguf_file import MetaValue
-from llm_quantize.io.imatrix_file import Imatrix, check_imatrix, read_imatrix
+from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
 from llm_quantize.io.output import ResumableOutput, canonical_json, discard_partial, manifest_path
 from llm_quantize.plan import ArtifactPlan, plan_artifact
 from llm_quantize.recipes import Overrides, TensorShape, assign, parse_level
-from llm_quantize.work import NONFINITE_POLICIES, Recheck, Target, Worker, missing_units, replaced_values, unit_records
+from llm_quantize.work import (
+    NONFINITE_POLICIES,
+    Importance,
+    Recheck,
+    Target,
+    Worker,
+    missing_units,
+    replaced_values,
+    unit_records,
+)
 
 FORMATS = ("gguf",)
 FLOAT_LEVELS = ("F32", "F16", "BF16")
@@ -150,7 +159,8 @@ def plan_source(
         raise UnsupportedError(f"unknown format {format!r}", expected=", ".join(FORMATS), found=format)
     if not levels:
         raise UsageError("no level given", remedy="name one or more with -q, for example -q Q4_K_M")
-    imatrix = _importance(source, options)
+    imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
+    _importance_rows(source, imatrix)
     names = list(dict.fromkeys(parse_level(level).name for level in levels))
     stem = _file_stem(name or source.checkpoint.name)
     return [_plan_level(source, level, stem, imatrix, options) for level in names]
@@ -218,12 +228,12 @@ def _unquantized(source: Source, output: OutputTensor, level: str) -> str:
     return {"float16": "f16", "uint16": "bf16"}.get(stored.pop() if len(stored) == 1 else "", "f32")
 
 
-def _importance(source: Source, options: Options) -> Imatrix | None:
-    if options.imatrix is None:
-        return None
-    imatrix = read_imatrix(options.imatrix)
-    shapes = {output.name: output.shape for output in source.tensors.outputs}
-    return check_imatrix(imatrix, shapes, file=options.imatrix)
+def _importance_rows(source: Source, imatrix: Imatrix | None) -> Importance:
+    """float32 (matrices, columns) for each output tensor that the matrix covers; a wrong shape is refused."""
+    if imatrix is None:
+        return {}
+    found = {output.name: imatrix.rows(output.name, output.shape) for output in source.tensors.outputs}
+    return {name: rows for name, rows in found.items() if rows is not None}
 
 
 def _file_stem(name: str) -> str:
@@ -286,10 +296,10 @@ def _write_all(
     on_event: EventSink,
 ) -> dict[Path, ArtifactResult]:
     """Quantize what is missing into every open output, then put each in place."""
-    imatrix = _importance(source, options)
+    imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
     facts = source.checkpoint.fingerprint()
     times = [[fact.name, fact.mtime_ns] for fact in facts]
-    worker = Worker(source.checkpoint, {} if imatrix is None else imatrix.values, options.nonfinite)
+    worker = Worker(source.checkpoint, _importance_rows(source, imatrix), options.nonfinite)
     with ExitStack() as stack, stop_on_signals() as stop:
         targets = [
             Target(artifact, stack.enter_context(_open_output(artifact, path, options, on_event)))

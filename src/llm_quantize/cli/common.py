@@ -47,7 +47,7 @@ def json_option(function: Function) -> Function:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """Bytes with a unit: 512M, 4G (powers of ten), 4GiB (powers of two)."""
 
     name = "SIZE"

@@ -15,7 +15,7 @@ from llm_quantize.cli.common import build_options, emit_json, events, json_optio
 @recipe_options
 @json_option
 @click.pass_context
-def command(ctx: click.Context, as_json: bool, model: str, format: str, **arguments: Any) -> int:
+def command(ctx: click.Context, /, as_json: bool, model: str, format: str, **arguments: Any) -> int:
     """Print each tensor's type and bytes, the exact size of the file, and the disk and memory needed.
 
     Reads headers only. Example: llm-quantize plan ./Llama-3.2-1B gguf -q Q4_K_M

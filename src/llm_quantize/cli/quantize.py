@@ -22,7 +22,7 @@ from llm_quantize.cli.common import build_options, emit_json, events, json_optio
 @click.option("--strict", is_flag=True, help="Exit with 9 instead of 20 when the result is degraded.")
 @json_option
 @click.pass_context
-def command(ctx: click.Context, as_json: bool, model: str, format: str, **arguments: Any) -> int:
+def command(ctx: click.Context, /, as_json: bool, model: str, format: str, **arguments: Any) -> int:
     """Quantize MODEL to FORMAT (gguf) at one or more levels, in one pass over the source.
 
     The same command after an interruption continues, and ends in the same bytes.

@@ -26,9 +26,10 @@ def command(
     from llm_quantize.evaluation.runtimes import generate
 
     shown = mode(ctx, as_json)
-    settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "chat": chat, "threads": threads}
     pieces = []
-    for piece in generate(artifact, prompt, **settings):
+    for piece in generate(
+        artifact, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads
+    ):
         pieces.append(piece)
         if not shown.json:
             click.echo(piece, nl=False)
