@@ -356,9 +356,7 @@ def train(model: Any, corpus: np.ndarray, run: Run, state: Path, stop: Stop, sav
         if run.steps_done % 20 == 0:
             recent = float(np.mean(run.losses[-20:]))
             speed = run.tokens_done / (before + now - start)
-            print(
-                f"step {run.steps_done} {100 * progress:.1f} % loss {recent:.4f} {speed:.0f} tokens/s", flush=True
-            )
+            print(f"step {run.steps_done} {100 * progress:.1f} % loss {recent:.4f} {speed:.0f} tokens/s", flush=True)
         if now - saved > save_every:
             run.seconds_done, saved = before + now - start, now
             save_state(state, model, optimizer, run)
