@@ -1,6 +1,6 @@
 // Q2_K, Q3_K, Q4_K, Q5_K and Q6_K with ggml's bytes, plain and with an imatrix.
 //
-// Work goes in batches of 16 superblocks: (1) the search, one sub-block per lane; (2) the scales of the superblocks,
+// Work goes in batches of superblocks: (1) the search, one sub-block per lane; (2) the scales of the superblocks,
 // with an imatrix one superblock per lane; (3) the codes for the stored scales, and the packing, one superblock at a
 // time. A sub-block whose stored scale is zero keeps the codes of its search, which are made only then.
 #include "pack.hpp"
@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int batch = 16;  // superblocks; a multiple of the lanes
+constexpr int batch = 32;  // superblocks; a multiple of `wide`
 
 // Where the batch's superblocks are: rows are packed, so only the importance must know about rows.
 struct Batch {
@@ -26,22 +26,20 @@ struct alignas(64) Found {
     int32_t flag[batch * 16];  // asymmetric: stepped; symmetric: dead
 };
 
-LQ_INLINE void store(int32_t* p, vi v) { __builtin_memcpy(p, &v, sizeof v); }
-
 template <int N>
-LQ_INLINE void load_sub_blocks(const Batch& b, int first, vf* x) {
+LQ_INLINE void load_sub_blocks(const Batch& b, int first, wf* x) {
     const int last = b.count * (superblock / N) - 1;
-    const float* rows[lanes];
-    for (int k = 0; k < lanes; ++k) rows[k] = b.x + (first + k < last ? first + k : last) * N;
+    const float* rows[wide];
+    for (int k = 0; k < wide; ++k) rows[k] = b.x + (first + k < last ? first + k : last) * N;
     load_transposed(rows, N, x);
 }
 
 template <int N>
-LQ_INLINE void load_importance(const Batch& b, int first, vf* w) {
+LQ_INLINE void load_importance(const Batch& b, int first, wf* w) {
     constexpr int per = superblock / N;
     const int last = b.count * per - 1;
-    const float* rows[lanes];
-    for (int k = 0; k < lanes; ++k) {
+    const float* rows[wide];
+    for (int k = 0; k < wide; ++k) {
         const int s = first + k < last ? first + k : last;
         rows[k] = b.importance[s / per] + s % per * N;
     }
@@ -50,15 +48,15 @@ LQ_INLINE void load_importance(const Batch& b, int first, vf* w) {
 
 // sum of x^2 over each superblock, in order, one superblock per lane.
 static inline void sums_of_squares(const Batch& b, float* sum) {
-    for (int first = 0; first < b.count; first += lanes) {
-        vf total = vf{};
+    for (int first = 0; first < b.count; first += wide) {
+        wf total = wf{};
         for (int part = 0; part < superblock; part += lanes) {
-            const float* rows[lanes];
-            for (int k = 0; k < lanes; ++k) {
+            const float* rows[wide];
+            for (int k = 0; k < wide; ++k) {
                 const int s = first + k < b.count ? first + k : b.count - 1;
                 rows[k] = b.x + s * superblock + part;
             }
-            vf x[lanes];
+            wf x[lanes];
             load_transposed(rows, lanes, x);
             for (int i = 0; i < lanes; ++i) total += x[i] * x[i];
         }
@@ -68,25 +66,26 @@ static inline void sums_of_squares(const Batch& b, float* sum) {
 
 // w = importance * sqrt(sigma2 + x^2), sigma2 the superblock's.
 template <int N>
-LQ_INLINE void weigh(const Batch& b, int first, const float* sigma2, const vf* x, vf* w) {
+LQ_INLINE void weigh(const Batch& b, int first, const float* sigma2, const wf* x, wf* w) {
     constexpr int per = superblock / N;
-    vf s;
-    for (int k = 0; k < lanes; ++k) s[k] = sigma2[(first + k) / per < batch ? (first + k) / per : batch - 1];
+    float of_lane[wide];
+    for (int k = 0; k < wide; ++k) of_lane[k] = sigma2[(first + k) / per < batch ? (first + k) / per : batch - 1];
+    const wf s = load_wide(of_lane);
     load_importance<N>(b, first, w);
     for (int i = 0; i < N; ++i) w[i] = w[i] * square_root(s + x[i] * x[i]);
 }
 
 template <int N, int top, bool mad, int steps>
 static inline void search_asymmetric(const Batch& b, float first_step, float step, Found& found) {
-    for (int first = 0; first < b.count * (superblock / N); first += lanes) {
-        vf x[N], w[N];
+    for (int first = 0; first < b.count * (superblock / N); first += wide) {
+        wf x[N], w[N];
         load_sub_blocks<N>(b, first, x);
         if (mad) {
             for (int i = 0; i < N; ++i) w[i] = absolute(x[i]);
         } else {
-            vf sum = vf{};
+            wf sum = wf{};
             for (int i = 0; i < N; ++i) sum += x[i] * x[i];
-            const vf mean = square_root(sum / float(N));
+            const wf mean = square_root(sum / float(N));
             for (int i = 0; i < N; ++i) w[i] = mean + absolute(x[i]);
         }
         const AsymmetricFit fit = fit_asymmetric<N, top, steps, mad, false>(x, w, first_step, step);
@@ -94,7 +93,7 @@ static inline void search_asymmetric(const Batch& b, float first_step, float ste
         store(found.minimum + first, fit.minimum);
         store(found.inverse + first, fit.inverse);
         store(found.origin + first, fit.origin);
-        store(found.flag + first, vi{});
+        store(found.flag + first, wi{});
     }
 }
 
@@ -103,8 +102,8 @@ static inline void search_asymmetric_weighted(const Batch& b, float factor, Foun
     float sigma2[batch];
     sums_of_squares(b, sigma2);
     for (int k = 0; k < b.count; ++k) sigma2[k] = factor * sigma2[k] / float(superblock);
-    for (int first = 0; first < b.count * (superblock / N); first += lanes) {
-        vf x[N], w[N];
+    for (int first = 0; first < b.count * (superblock / N); first += wide) {
+        wf x[N], w[N];
         load_sub_blocks<N>(b, first, x);
         weigh<N>(b, first, sigma2, x, w);
         const AsymmetricFit fit = fit_asymmetric<N, top, 36, false, true>(x, w, -0.9f, 0.05f);
@@ -130,12 +129,24 @@ template <int N, int top>
 
 // Values of one superblock per lane: out[j][k] = from[(first + k) * per + j].
 template <int per>
-LQ_INLINE void across(const float* from, int first, int count, float sign, vf* out) {
+LQ_INLINE void across(const float* from, int first, int count, float sign, wf* out) {
     for (int j = 0; j < per; ++j) {
-        for (int k = 0; k < lanes; ++k) {
+        float value[wide];
+        for (int k = 0; k < wide; ++k) {
             const int s = first + k < count ? first + k : count - 1;
-            out[j][k] = sign * from[s * per + j];
+            value[k] = sign * from[s * per + j];
         }
+        out[j] = load_wide(value);
+    }
+}
+
+// The other way, for codes: to[(first + k) * per + j] = code[j][k].
+template <int per>
+LQ_INLINE void along(const wi* code, int first, uint8_t* to) {
+    for (int j = 0; j < per; ++j) {
+        int32_t value[wide];
+        store(value, code[j]);
+        for (int k = 0; k < wide; ++k) to[(first + k) * per + j] = static_cast<uint8_t>(value[k]);
     }
 }
 
@@ -143,17 +154,14 @@ LQ_INLINE void across(const float* from, int first, int count, float sign, vf* o
 template <int per, int top>
 static inline void fit_superblocks(const Batch& b, const Found& found, uint8_t* scale_code, uint8_t* min_code,
                                    float* scale, float* minimum) {
-    for (int first = 0; first < b.count; first += lanes) {
-        vf value[per], w[per];
-        vi code[per];
+    for (int first = 0; first < b.count; first += wide) {
+        wf value[per], w[per];
+        wi code[per];
         across<per>(found.weight, first, b.count, 1.0f, w);
         for (int which = 0; which < 2; ++which) {
             across<per>(which ? found.minimum : found.scale, first, b.count, which ? -1.0f : 1.0f, value);
             store((which ? minimum : scale) + first, fit_positive<per, top>(value, w, code));
-            uint8_t* target = which ? min_code : scale_code;
-            for (int j = 0; j < per; ++j) {
-                for (int k = 0; k < lanes; ++k) target[(first + k) * per + j] = static_cast<uint8_t>(code[j][k]);
-            }
+            along<per>(code, first, which ? min_code : scale_code);
         }
     }
 }
@@ -308,8 +316,8 @@ void quantize_q5_k(const float* x, int64_t rows, int64_t cols, const float* impo
 // x^2, importance, or importance * sqrt(sigma2 + x^2): the three weights of the symmetric searches.
 template <int top>
 static inline void search_symmetric(const Batch& b, const float* sigma2, bool weighted, Found& found) {
-    for (int first = 0; first < b.count * 16; first += lanes) {
-        vf x[16], w[16];
+    for (int first = 0; first < b.count * 16; first += wide) {
+        wf x[16], w[16];
         load_sub_blocks<16>(b, first, x);
         if (sigma2) {
             weigh<16>(b, first, sigma2, x, w);
@@ -318,7 +326,7 @@ static inline void search_symmetric(const Batch& b, const float* sigma2, bool we
         } else {
             for (int i = 0; i < 16; ++i) w[i] = x[i] * x[i];
         }
-        vf sum = vf{};
+        wf sum = wf{};
         for (int i = 0; i < 16; ++i) sum += w[i];
         const SymmetricFit fit = fit_symmetric<16, top>(x, w);
         store(found.scale + first, fit.scale);
@@ -371,17 +379,17 @@ void quantize_q6_k(const float* x, int64_t rows, int64_t cols, const float* impo
 }
 
 struct alignas(64) MovedCodes {
-    float code[batch * superblock];  // [group of lanes][weight][lane]
+    float code[batch * superblock];  // [group of wide][weight][lane]
 };
 
 static inline void search_by_moves(const Batch& b, Found& found, MovedCodes& moved) {
-    for (int first = 0; first < b.count * 16; first += lanes) {
-        vf x[16], code[16];
-        vi dead;
+    for (int first = 0; first < b.count * 16; first += wide) {
+        wf x[16], code[16];
+        wi dead;
         load_sub_blocks<16>(b, first, x);
         store(found.scale + first, fit_by_moves<16, 4>(x, code, dead));
         store(found.flag + first, dead);
-        for (int i = 0; i < 16; ++i) store(moved.code + first * 16 + i * lanes, code[i]);
+        for (int i = 0; i < 16; ++i) store(moved.code + first * 16 + i * wide, code[i]);
     }
 }
 
@@ -407,16 +415,15 @@ LQ_INLINE float largest_scale_codes(const float* scales, uint8_t* code) {
 
 // Q3_K with an imatrix: the same by the symmetric search, one superblock per lane.
 static inline void fitted_scale_codes(const Batch& b, const Found& found, uint8_t* code, float* scale) {
-    for (int first = 0; first < b.count; first += lanes) {
-        vf value[16], w[16];
+    for (int first = 0; first < b.count; first += wide) {
+        wf value[16], w[16];
         across<16>(found.scale, first, b.count, 1.0f, value);
         across<16>(found.weight, first, b.count, 1.0f, w);
         const SymmetricFit fit = fit_symmetric<16, 32>(value, w);
         store(scale + first, fit.scale);
-        for (int j = 0; j < 16; ++j) {
-            const vi l = (clamp(nearest(fit.inverse * value[j]), -32, 31) + 32) & ~fit.dead;
-            for (int k = 0; k < lanes; ++k) code[(first + k) * 16 + j] = static_cast<uint8_t>(l[k]);
-        }
+        wi l[16];
+        for (int j = 0; j < 16; ++j) l[j] = (clamp(nearest(fit.inverse * value[j]), -32, 31) + 32) & ~fit.dead;
+        along<16>(l, first, code);
     }
 }
 
@@ -451,9 +458,9 @@ void quantize_q3_k(const float* x, int64_t rows, int64_t cols, const float* impo
                 } else if (importance) {
                     searched_codes(xs, found.inverse[at], found.flag[at] != 0, 4, code + 16 * j);
                 } else {
-                    const float* kept = moved.code + at / lanes * lanes * 16 + at % lanes;
+                    const float* kept = moved.code + at / wide * wide * 16 + at % wide;
                     for (int i = 0; i < 16; ++i) {
-                        code[16 * j + i] = found.flag[at] ? 0 : static_cast<uint8_t>(int32_t(kept[i * lanes]) + 4);
+                        code[16 * j + i] = found.flag[at] ? 0 : static_cast<uint8_t>(int32_t(kept[i * wide]) + 4);
                     }
                 }
             }

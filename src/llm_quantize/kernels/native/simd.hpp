@@ -40,19 +40,27 @@ LQ_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 LQ_INLINE vf absolute(vf v) { return as_float(as_int(v) & 0x7fffffff); }
 
 // ggml's MAX and MIN: the second operand wins when the comparison fails, a NaN included.
-LQ_INLINE vf larger(vf a, vf b) { return select(a > b, a, b); }
+// (Written in one expression: only so does the compiler see the one instruction that does it.)
+LQ_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 
-LQ_INLINE vf smaller(vf a, vf b) { return select(a < b, a, b); }
+LQ_INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
 
-LQ_INLINE vi larger(vi a, vi b) { return select(a > b, a, b); }
+LQ_INLINE vi larger(vi a, vi b) { return a > b ? a : b; }
 
-LQ_INLINE vi smaller(vi a, vi b) { return select(a < b, a, b); }
+LQ_INLINE vi smaller(vi a, vi b) { return a < b ? a : b; }
 
 LQ_INLINE vi clamp(vi v, int32_t low, int32_t high) { return larger(splat(low), smaller(splat(high), v)); }
 
 LQ_INLINE vf square_root(vf v) {
     vf r;
     for (int i = 0; i < lanes; ++i) r[i] = __builtin_sqrtf(v[i]);
+    return r;
+}
+
+// Nearest integer as a float, ties to even.
+LQ_INLINE vf round_even(vf v) {
+    vf r;
+    for (int i = 0; i < lanes; ++i) r[i] = __builtin_rintf(v[i]);
     return r;
 }
 
@@ -109,7 +117,7 @@ LQ_INLINE void store_half(uint8_t* p, uint16_t half) {  // little-endian, whatev
     p[1] = static_cast<uint8_t>(half >> 8);
 }
 
-// Transposition of a square tile by log2(lanes) rounds of two-vector shuffles.
+// Transposition of a square tile, in place, by log2(lanes) rounds of two-vector shuffles.
 template <int... index>
 struct Indices {};
 #if LQ_LANES == 16
@@ -140,19 +148,23 @@ LQ_INLINE void exchange_all(vf* tile) {
     }
 }
 
-// Column i of `rows` becomes out[i]: out[i][lane] = rows[lane][i]. columns is a multiple of the lanes.
+LQ_INLINE void transpose(vf* tile) {
+    exchange_all<1>(tile);
+    exchange_all<2>(tile);
+#if LQ_LANES >= 8
+    exchange_all<4>(tile);
+#endif
+#if LQ_LANES >= 16
+    exchange_all<8>(tile);
+#endif
+}
+
+// out[i] lane k = rows[k][i], for `lanes` rows; columns is a multiple of the lanes.
 LQ_INLINE void load_transposed(const float* const* rows, int columns, vf* out) {
     for (int first = 0; first < columns; first += lanes) {
         vf tile[lanes];
         for (int i = 0; i < lanes; ++i) tile[i] = load(rows[i] + first);
-        exchange_all<1>(tile);
-        exchange_all<2>(tile);
-#if LQ_LANES >= 8
-        exchange_all<4>(tile);
-#endif
-#if LQ_LANES >= 16
-        exchange_all<8>(tile);
-#endif
+        transpose(tile);
         for (int i = 0; i < lanes; ++i) out[first + i] = tile[i];
     }
 }
