@@ -108,6 +108,8 @@ def _read_piece(source: RowSource, piece: Piece, first: int, last: int, digest: 
         rows = read(piece.start + first, piece.start + last)
     else:
         rows = _gather(read, piece.order[first:last].astype(np.int64) + piece.start)
+    if piece.columns is not None:
+        rows = np.ascontiguousarray(rows[:, piece.columns])
     return to_float32(rows) + np.float32(piece.add) if piece.add else rows
 
 

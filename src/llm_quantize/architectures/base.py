@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 
@@ -22,6 +24,8 @@ class Piece:
     ``order``: int64 (count,), which row of that block each output row is (None = as they stand).
     ``transpose``: the source is stored (in, out), as GPT-2's Conv1D: output row i is source column i. For a 3-D
     source the last two dimensions of each matrix are exchanged.
+    ``columns``: int64 (columns,), which source column each output column is (None = as they stand): a bias, which
+    is one row, is reordered with it as its matrix is with ``order``.
     ``add``: added to every value in float32 (Gemma stores norm weights minus one).
     """
 
@@ -30,6 +34,7 @@ class Piece:
     count: int | None = None
     order: npt.NDArray[np.int64] | None = None
     transpose: bool = False
+    columns: npt.NDArray[np.int64] | None = None
     add: float = 0.0
 
 
@@ -56,3 +61,151 @@ class TensorMap:
 
     outputs: tuple[OutputTensor, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """The sizes of a model, read from its configuration and checked. All are counts; ``rotary`` is the number of
+    dimensions of a head that are rotated (0: none). ``vocab_size`` is the number of embedding rows."""
+
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    n_expert: int
+    n_expert_used: int
+    vocab_size: int
+    context_length: int
+    embedding_length: int
+    feed_forward_length: int
+    expert_feed_forward_length: int
+    shared_feed_forward_length: int
+    head_dim: int
+    rotary: int
+    tied: bool
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The words that ``Weight.shape`` may use, with their values."""
+        q, kv = self.n_head * self.head_dim, self.n_head_kv * self.head_dim
+        return {
+            "one": 1,
+            "embd": self.embedding_length,
+            "ff": self.feed_forward_length,
+            "2ff": 2 * self.feed_forward_length,
+            "vocab": self.vocab_size,
+            "context": self.context_length,
+            "head": self.head_dim,
+            "heads": self.n_head,
+            "kv_heads": self.n_head_kv,
+            "q": q,
+            "kv": kv,
+            "qkv": q + 2 * kv,
+            "experts": self.n_expert,
+            "expert_ff": self.expert_feed_forward_length,
+            "2expert_ff": 2 * self.expert_feed_forward_length,
+            "shared_ff": self.shared_feed_forward_length,
+            "2shared_ff": 2 * self.shared_feed_forward_length,
+        }
+
+
+# How the rows of a projection are reordered; ``mapping.row_order`` gives the meaning of each word.
+Order = Literal["", "rope_q", "rope_k", "grouped_qkv"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way in which a weight may be stored in a checkpoint.
+
+    ``name``: its name there, without the family's prefix; ``{}`` is the layer, ``{each}`` the index along ``each``.
+    ``shape``: of the source tensor, in words of ``Hyper.sizes``. ``each``: the word for how many source tensors are
+    stacked (experts, heads). ``part``: (i, n), the i-th of n equal row blocks of each matrix of the source.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    each: str = ""
+    part: tuple[int, int] = (0, 1)
+    order: Order = ""
+    transpose: bool = False
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of the artifact: which it is, its shape there, and the forms in which checkpoints store it.
+
+    ``when``: the boolean of the configuration it depends on ("!" before it negates); "" = always there.
+    ``add``: see Piece.
+    """
+
+    tensor: gguf.MODEL_TENSOR
+    shape: tuple[str, ...]
+    forms: tuple[Form, ...]
+    when: str = ""
+    add: float = 0.0
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metadata value copied from the configuration. ``key`` is the gguf package's, with ``{arch}``.
+
+    ``required``: the runtime would put a value of its own in the place of none; else none leaves the key out.
+    """
+
+    key: str
+    name: str
+    kind: Literal["int", "float", "bool"]
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A value of the configuration that the runtime's graph cannot vary: only ``allowed`` ones can be converted."""
+
+    name: str
+    allowed: tuple[object, ...]
+    default: object = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family as one row of data.
+
+    ``arch``: its name in GGUF. ``weights``: everything a checkpoint holds. ``prefixes``: (old, new) pairs that bring
+    source names to the ones used here; the first that fits is taken. ``left_out``: (regular expression, reason).
+    ``defaults``: configuration values that transformers fills in where config.json has none.
+    ``layer_types``: the period of full attention among sliding layers that the runtime has built in (0: no check).
+    ``rope``: which rope scalings the runtime computes for this family. ``rope_default``: rope_theta, or None where
+    positions are not rotated. ``partial_default``: rotated share of a head; ``partial``: whether it may be less than 1.
+    ``count_rope``: write rope.dimension_count always. ``needs_output``: the runtime wants output.weight although the
+    embedding is tied; ``output``: False where the runtime cannot have one. ``nested``: the configuration stands under
+    ``text_config``. ``notes``: (name, text) pairs said to the user where the configuration has a value for name.
+    ``feed_multiple``: the feed-forward width where the configuration has none, in embedding widths.
+    ``score_layers``: the runtime scales scores by the head size, but by embedding / heads in models of so many layers.
+    ``falcon_heads``: key heads follow from multi_query and new_decoder_architecture, as in Falcon.
+    """
+
+    model_type: str
+    arch: gguf.MODEL_ARCH
+    weights: tuple[Weight, ...]
+    activations: tuple[str, ...]
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    prefixes: tuple[tuple[str, str], ...] = (("model.", ""),)
+    left_out: tuple[tuple[str, str], ...] = ()
+    values: tuple[Value, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
+    norm: Literal["rms", "layer"] = "rms"
+    layer_types: int = 0
+    rope: frozenset[str] = frozenset({"linear", "dynamic", "yarn"})
+    rope_default: float | None = 10000.0
+    rope_local_default: float | None = None
+    partial_default: float = 1.0
+    partial: bool = False
+    count_rope: bool = False
+    own_head_dim: bool = False
+    needs_output: bool = False
+    output: bool = True
+    nested: bool = False
+    feed_multiple: int = 0
+    falcon_heads: bool = False
+    score_layers: int = 0

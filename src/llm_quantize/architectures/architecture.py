@@ -1,0 +1,207 @@
+"""A configuration understood: the sizes of the model, its metadata in GGUF, and the map of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+from gguf import GGUFValueType
+
+from ..errors import UnsupportedError
+from ..io.gguf_file import MetaValue
+from ..io.safetensors_file import TensorInfo
+from .base import Family, Hyper, TensorMap
+from .config_reader import ConfigReader
+from .mapping import map_tensors
+from .rope import Rope, read_rope, rope_constants, rope_metadata
+
+_MOST_LAYERS, _MOST_EXPERTS, _LARGEST_HEAD = 4096, 4096, 1 << 16
+
+
+class Architecture:
+    """One model of one family. ``gguf_name``: the architecture's name in GGUF. ``hyper``: its sizes.
+    ``notes``: what the user must know that is not an error.
+
+    Raises: MalformedInputError (a value absent, of a wrong type or impossible), UnsupportedError (a variant that the
+    runtime's graph of this family cannot compute).
+    """
+
+    def __init__(self, family: Family, config: Mapping[str, object], file: Path | None) -> None:
+        self.family = family
+        values = dict(config)
+        if family.nested and isinstance(nested := config.get("text_config"), Mapping):
+            values |= nested
+        if family.falcon_heads:
+            new = values.get("new_decoder_architecture") is True
+            values["two_norms"] = new and values.get("num_ln_in_parallel_attn") in (2, None)
+        self.config = ConfigReader(values, file, family.defaults)
+        self.gguf_name: str = gguf.MODEL_ARCH_NAMES[family.arch]
+        self._check_limits()
+        self.rope: Rope | None = read_rope(self.config, family)
+        self.hyper = read_hyper(self.config, family, self.rope)
+        self._check_layer_types()
+        self._check_scores()
+        self._constants = rope_constants(self.rope, self.config, self.hyper)
+        self.notes = tuple(
+            text.format(value=self.config.get(name)) for name, text in family.notes if self.config.get(name)
+        )
+
+    def _refuse(self, name: str, expected: object, found: object) -> UnsupportedError:
+        return UnsupportedError(
+            f"llama.cpp cannot compute {self.family.model_type} with this {name}",
+            file=self.config.file,
+            expected=expected,
+            found=repr(found)[:200],
+        )
+
+    def _check_limits(self) -> None:
+        act = self.config.text("hidden_act")
+        if act is not None and act not in self.family.activations:
+            raise self._refuse("activation", " or ".join(self.family.activations), act)
+        for limit in self.family.limits:
+            value = self.config.get(limit.name)
+            value = limit.default if value is None else value
+            if not any(type(value) is type(one) and value == one for one in limit.allowed):
+                raise self._refuse(limit.name, " or ".join(map(repr, limit.allowed)), value)
+
+    def _check_layer_types(self) -> None:
+        """Sliding and full layers must alternate as the runtime has it built in."""
+        period, n_layer = self.family.layer_types, self.hyper.n_layer
+        types = self.config.sequence("layer_types")
+        expected: list[str] = ["full_attention"] * n_layer
+        if period:
+            expected = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(n_layer)]
+            every = self.config.integer("sliding_window_pattern", low=0, default=period)
+            if types is None and every != period:
+                raise self._refuse("sliding_window_pattern", period, every)
+        if types is not None and list(types) != expected:
+            raise self._refuse("order of layer_types", f"full_attention every {period or 1} layers", types)
+
+    def _check_scores(self) -> None:
+        """The divisor of attention scores, where the runtime derives it instead of reading it."""
+        if not self.family.score_layers:
+            return
+        hyper, scalar = self.hyper, self.config.number("query_pre_attn_scalar")
+        expected = hyper.head_dim
+        if hyper.n_layer == self.family.score_layers:
+            expected = hyper.embedding_length // hyper.n_head
+        if scalar != expected:
+            raise self._refuse("query_pre_attn_scalar", expected, scalar)
+
+    def map_tensors(self, tensors: Mapping[str, TensorInfo]) -> TensorMap:
+        """Every tensor of the checkpoint mapped, or left out with the reason (see mapping.map_tensors)."""
+        return map_tensors(self.family, self.config, self.hyper, tensors, self._constants)
+
+    def metadata(self, generation_config: Mapping[str, object] | None = None) -> dict[str, MetaValue]:
+        """Hyper-parameters under GGUF's keys (no general.*, no tokenizer.*), in the order of convert_hf_to_gguf.
+
+        ``generation_config`` is part of the interface; no present family takes a hyper-parameter from it.
+        """
+        del generation_config
+        found: dict[str, int | float | bool | str] = dict(self._sizes())
+        if self.rope is not None:
+            found |= rope_metadata(self.rope, self.config, self.family, self.hyper)
+        keys = gguf.Keys.Attention
+        if self.family.norm == "rms":
+            found[keys.LAYERNORM_RMS_EPS] = self.config.number("rms_norm_eps")
+        else:
+            found[keys.LAYERNORM_EPS] = self.config.number("layer_norm_eps")
+        for value in self.family.values:
+            if self.config.get(value.name) is None and not value.required:
+                continue
+            if value.kind == "int":
+                found[value.key] = self.config.integer(value.name, low=0)
+            elif value.kind == "float":
+                found[value.key] = self.config.number(value.name)
+            else:
+                found[value.key] = self.config.boolean(value.name)
+        return {key.format(arch=self.gguf_name): _meta(value) for key, value in found.items()}
+
+    def _sizes(self) -> dict[str, int | float | bool | str]:
+        hyper, keys, heads = self.hyper, gguf.Keys.LLM, gguf.Keys.Attention
+        found: dict[str, int | float | bool | str] = {
+            keys.BLOCK_COUNT: hyper.n_layer,
+            keys.CONTEXT_LENGTH: hyper.context_length,
+            keys.EMBEDDING_LENGTH: hyper.embedding_length,
+            keys.FEED_FORWARD_LENGTH: hyper.feed_forward_length,
+            heads.HEAD_COUNT: hyper.n_head,
+            heads.HEAD_COUNT_KV: hyper.n_head_kv,
+            keys.VOCAB_SIZE: hyper.vocab_size,
+        }
+        if self.family.own_head_dim:
+            found |= {heads.KEY_LENGTH: hyper.head_dim, heads.VALUE_LENGTH: hyper.head_dim}
+        if hyper.n_expert:
+            found |= {keys.EXPERT_COUNT: hyper.n_expert, keys.EXPERT_USED_COUNT: hyper.n_expert_used}
+            if hyper.expert_feed_forward_length != hyper.feed_forward_length:
+                found[keys.EXPERT_FEED_FORWARD_LENGTH] = hyper.expert_feed_forward_length
+            if hyper.shared_feed_forward_length:
+                found[keys.EXPERT_SHARED_FEED_FORWARD_LENGTH] = hyper.shared_feed_forward_length
+        return found
+
+
+def _meta(value: int | float | bool | str) -> MetaValue:
+    if isinstance(value, bool):
+        return MetaValue(GGUFValueType.BOOL, value)
+    if isinstance(value, int):
+        return MetaValue(GGUFValueType.UINT32, value)
+    if isinstance(value, float):
+        return MetaValue(GGUFValueType.FLOAT32, value)
+    return MetaValue(GGUFValueType.STRING, value)
+
+
+def read_hyper(config: ConfigReader, family: Family, rope: Rope | None) -> Hyper:
+    """The sizes of the model, checked against each other.
+
+    Raises: MalformedInputError (absent, wrong, contradictory), UnsupportedError (a size the runtime derives
+    otherwise).
+    """
+    heads = config.integer("num_attention_heads", high=1 << 16)
+    kv = config.integer("num_key_value_heads", high=1 << 16, default=heads)
+    if family.falcon_heads and not config.boolean("new_decoder_architecture"):
+        kv = 1 if config.boolean("multi_query", default=True) else heads
+    if heads % kv:
+        raise config.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})", kv)
+    embedding = config.integer("hidden_size")
+    head_dim = _head_dim(config, family, embedding, heads)
+    rotary = 0 if rope is None else int(head_dim * rope.share)
+    if rotary % 2:
+        raise config.wrong("number of rotated dimensions", "an even number", rotary)
+    feed = config.integer("intermediate_size", default=family.feed_multiple * embedding or None)
+    experts = config.integer("num_experts", low=0, high=_MOST_EXPERTS, default=0)
+    used = config.integer("num_experts_per_tok", low=1, high=max(1, experts)) if experts else 0
+    return Hyper(
+        n_layer=config.integer("num_hidden_layers", high=_MOST_LAYERS),
+        n_head=heads,
+        n_head_kv=kv,
+        n_expert=experts,
+        n_expert_used=used,
+        vocab_size=config.integer("vocab_size"),
+        context_length=config.integer("max_position_embeddings"),
+        embedding_length=embedding,
+        feed_forward_length=feed,
+        expert_feed_forward_length=config.integer("moe_intermediate_size", default=feed) if experts else 0,
+        shared_feed_forward_length=config.integer("shared_expert_intermediate_size", low=0, default=0)
+        if experts
+        else 0,
+        head_dim=head_dim,
+        rotary=rotary,
+        tied=config.boolean("tie_word_embeddings"),
+    )
+
+
+def _head_dim(config: ConfigReader, family: Family, embedding: int, heads: int) -> int:
+    own = config.get("head_dim")
+    if own is not None:
+        head = config.integer("head_dim", high=_LARGEST_HEAD)
+        if family.own_head_dim or head * heads == embedding:
+            return head
+        raise UnsupportedError(
+            f"llama.cpp derives the head size of {family.model_type} from hidden_size and num_attention_heads",
+            file=config.file,
+            expected=embedding // heads,
+            found=head,
+        )
+    if embedding % heads:
+        raise config.wrong("hidden_size", f"a multiple of num_attention_heads ({heads})", embedding)
+    return embedding // heads

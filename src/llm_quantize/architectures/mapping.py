@@ -1,0 +1,261 @@
+"""From the tensors of a checkpoint to the tensors of the artifact: nothing missing, nothing unexplained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import AccessError, MalformedInputError, UnsupportedError
+from ..io.safetensors_file import TensorInfo
+from .base import Family, Form, Hyper, Order, OutputTensor, Piece, TensorMap, Weight
+from .config_reader import ConfigReader
+
+_CHUNK = 1 << 22
+_FLOAT32 = {
+    gguf.MODEL_TENSOR.FFN_GATE_INP,
+    gguf.MODEL_TENSOR.FFN_GATE_INP_SHEXP,
+    gguf.MODEL_TENSOR.POS_EMBD,
+}
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+def row_order(order: Order, hyper: Hyper) -> npt.NDArray[np.int64] | None:
+    """int64 (rows,): which source row each output row is.
+
+    ``rope_q``/``rope_k``: transformers rotates dimension i with i + head/2; llama.cpp, for the families that say so,
+    rotates neighbours, so the halves of each head are interleaved. ``grouped_qkv``: a fused projection stored as
+    groups of (queries of the group, key, value) becomes all queries, all keys, all values.
+    """
+    if order == "":
+        return None
+    if order == "grouped_qkv":
+        shared = hyper.n_head // hyper.n_head_kv
+        rows = np.arange(hyper.n_head_kv * (shared + 2) * hyper.head_dim).reshape(hyper.n_head_kv, shared + 2, -1)
+        return np.concatenate([rows[:, :-2].ravel(), rows[:, -2].ravel(), rows[:, -1].ravel()])
+    heads = hyper.n_head if order == "rope_q" else hyper.n_head_kv
+    rows = np.arange(heads * hyper.head_dim).reshape(heads, 2, hyper.head_dim // 2)
+    return rows.swapaxes(1, 2).ravel()
+
+
+class Mapper:
+    """One checkpoint's tensors, under the family's names, being used up by the weights of the family."""
+
+    def __init__(self, family: Family, config: ConfigReader, hyper: Hyper, tensors: Mapping[str, TensorInfo]) -> None:
+        self.family, self.config, self.hyper = family, config, hyper
+        self.tensors: dict[str, TensorInfo] = {}
+        self.names: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
+        self.used: set[str] = set()
+        reasons = [(re.compile(pattern), reason) for pattern, reason in family.left_out]
+        for name, info in tensors.items():
+            reason = next((reason for pattern, reason in reasons if pattern.search(name)), None)
+            if reason is not None:
+                self.left_out[name] = reason
+                continue
+            short = self._short(name)
+            if short in self.tensors:
+                raise MalformedInputError(
+                    "two tensors of the checkpoint have the same meaning",
+                    file=info.file,
+                    tensor=name,
+                    found=self.names[short],
+                )
+            self.tensors[short], self.names[short] = info, name
+
+    def _short(self, name: str) -> str:
+        for old, new in self.family.prefixes:
+            if name.startswith(old):
+                return new + name[len(old) :]
+        return name
+
+    def has(self, name: str) -> bool:
+        return name in self.tensors
+
+    def wanted(self, weight: Weight) -> bool:
+        """Whether the configuration calls for this weight."""
+        if not weight.when:
+            return True
+        return self.config.boolean(weight.when.lstrip("!")) != weight.when.startswith("!")
+
+    def output(self, weight: Weight, layer: int | None) -> OutputTensor:
+        """The artifact's tensor for ``weight``. Raises MalformedInputError: absent, or of another shape."""
+        form = next((f for f in weight.forms if self.has(self._source(f, layer, 0))), weight.forms[0])
+        sizes = self.hyper.sizes
+        count = sizes[form.each] if form.each else 1
+        pieces: list[Piece] = []
+        for index in range(count):
+            short = self._source(form, layer, index)
+            pieces += self._pieces(form, self._check(short, form, layer), weight.add)
+            self.used.add(short)
+        shape = tuple(sizes[word] for word in weight.shape)
+        return output_tensor(weight.tensor, form.name, layer, shape, tuple(pieces))
+
+    def _source(self, form: Form, layer: int | None, index: int) -> str:
+        return form.name.replace("{each}", str(index)).replace("{}", str(layer))
+
+    def _check(self, short: str, form: Form, layer: int | None) -> TensorInfo:
+        expected = tuple(self.hyper.sizes[word] for word in form.shape)
+        info = self.tensors.get(short)
+        if info is None:
+            n_layer = self.hyper.n_layer
+            anything = layer is None or any(
+                (found := _LAYER.search(name)) is not None and int(found[1]) == layer for name in self.tensors
+            )
+            what = "a weight that the configuration calls for is not in the checkpoint"
+            if not anything:
+                what = f"the configuration has {n_layer} layers, but there are no weights for layer {layer}"
+            raise MalformedInputError(
+                what,
+                file=self.config.file,
+                tensor=self._long(short),
+                expected=f"{form.shape} = {list(expected)}",
+                found="no such tensor",
+                remedy="download the checkpoint again; all its shards must be there",
+            )
+        if info.shape != expected:
+            raise MalformedInputError(
+                f"the shape of a weight disagrees with the configuration ({', '.join(form.shape)})",
+                file=info.file,
+                tensor=info.name,
+                expected=list(expected),
+                found=list(info.shape),
+                remedy="config.json and the weights must come from the same model",
+            )
+        return info
+
+    def _long(self, short: str) -> str:
+        old, new = self.family.prefixes[0] if self.family.prefixes else ("", "")
+        bare = short == "lm_head.weight" or not short.startswith(new)
+        return short if bare else old + short[len(new) :]
+
+    def _pieces(self, form: Form, info: TensorInfo, add: float) -> list[Piece]:
+        order = row_order(form.order, self.hyper)
+        if len(info.shape) == 1:
+            return [Piece(info.name, columns=order, add=add)]
+        index, parts = form.part
+        if parts == 1:
+            return [Piece(info.name, order=order, transpose=form.transpose, add=add)]
+        rows = info.shape[-2] // parts
+        matrices = info.shape[0] if len(info.shape) == 3 else 1
+        return [Piece(info.name, start=m * info.shape[-2] + index * rows, count=rows, add=add) for m in range(matrices)]
+
+    def finish(self) -> dict[str, str]:
+        """What was left out and why. Raises MalformedInputError for a tensor that nothing explains."""
+        for short, info in self.tensors.items():
+            if short in self.used:
+                continue
+            found = _LAYER.search(short)
+            layer, n_layer = (int(found[1][:9]), self.hyper.n_layer) if found else (-1, 0)
+            extra = self.config.integer("num_nextn_predict_layers", low=0, default=0)
+            if found and n_layer <= layer < n_layer + extra:
+                self.left_out[info.name] = "a head that predicts several tokens at once, not part of the model proper"
+                continue
+            what = f"the checkpoint holds a tensor that {self.family.model_type} with this configuration does not have"
+            if layer >= n_layer:
+                what = f"the configuration has {n_layer} layers, but there are weights for layer {layer}"
+            raise MalformedInputError(
+                what,
+                file=info.file,
+                tensor=info.name,
+                found=f"{info.dtype} {list(info.shape)}",
+                remedy="config.json and the weights must come from the same model",
+            )
+        return self.left_out
+
+
+def output_tensor(
+    tensor: gguf.MODEL_TENSOR, source: str, layer: int | None, shape: tuple[int, ...], pieces: tuple[Piece, ...]
+) -> OutputTensor:
+    """An output under its GGUF name, marked where GGUF keeps F32 (as convert_hf_to_gguf: vectors, norms, routers)."""
+    suffix = ".bias" if source.endswith(".bias") else ".weight"
+    name = gguf.TENSOR_NAMES[tensor].replace("{bid}", str(layer)) + suffix
+    float32 = len(shape) < 2 or name.endswith("_norm.weight") or suffix != ".weight" or tensor in _FLOAT32
+    return OutputTensor(name, shape, pieces, float32=float32)
+
+
+def map_tensors(
+    family: Family,
+    config: ConfigReader,
+    hyper: Hyper,
+    tensors: Mapping[str, TensorInfo],
+    constants: Mapping[gguf.MODEL_TENSOR, npt.NDArray[np.float32]],
+    same: Callable[[TensorInfo, TensorInfo], bool] | None = None,
+) -> TensorMap:
+    """Every tensor of the checkpoint accounted for. Order: as the network runs, whatever the order of the source.
+
+    Raises: MalformedInputError (a weight absent, of another shape, or unexplained; layers that do not fit the
+    configuration), UnsupportedError (an output matrix of its own where the runtime can have none).
+    """
+    mapper = Mapper(family, config, hyper, tensors)
+    whole = [w for w in family.weights if "{}" not in w.forms[0].name and mapper.wanted(w)]
+    layered = [w for w in family.weights if "{}" in w.forms[0].name and mapper.wanted(w)]
+    first = [w for w in whole if w.tensor in (gguf.MODEL_TENSOR.TOKEN_EMBD, gguf.MODEL_TENSOR.POS_EMBD)]
+    outputs = [mapper.output(weight, None) for weight in first]
+    for tensor, values in constants.items():
+        name = gguf.TENSOR_NAMES[tensor] + ".weight"
+        outputs.append(OutputTensor(name, values.shape, constant=values, float32=True))
+    for layer in range(hyper.n_layer):
+        outputs += [mapper.output(weight, layer) for weight in layered]
+    head = [w for w in whole if w.tensor == gguf.MODEL_TENSOR.OUTPUT]
+    outputs += [mapper.output(weight, None) for weight in whole if weight not in first and weight not in head]
+    for weight in head:
+        outputs += _head(mapper, weight, first[0], same or same_bytes)
+    return TensorMap(tuple(outputs), mapper.finish())
+
+
+def _head(
+    mapper: Mapper, weight: Weight, embedding: Weight, same: Callable[[TensorInfo, TensorInfo], bool]
+) -> list[OutputTensor]:
+    """output.weight (and its bias): the checkpoint's own, or the embedding where it is tied and the runtime asks."""
+    family, short = mapper.family, weight.forms[0].name
+    if not mapper.hyper.tied or weight.forms[0].name.endswith(".bias"):
+        if family.output:
+            return [mapper.output(weight, None)]
+        info = mapper.tensors.get(short)
+        raise UnsupportedError(
+            f"llama.cpp ties the output of {family.model_type} to its embedding; this checkpoint does not",
+            file=info.file if info else mapper.config.file,
+            tensor=info.name if info else "lm_head.weight",
+            expected="tie_word_embeddings true",
+            found="tie_word_embeddings false",
+        )
+    table = mapper.tensors[embedding.forms[0].name]
+    if mapper.has(short):
+        own = mapper.output(weight, None)
+        info = mapper.tensors[short]
+        if not same(info, table):
+            if not family.output:
+                raise UnsupportedError(
+                    f"llama.cpp ties the output of {family.model_type} to its embedding; this checkpoint has another",
+                    file=info.file,
+                    tensor=info.name,
+                )
+            return [own]
+        mapper.left_out[info.name] = f"the same values as {table.name}, to which the configuration ties it"
+    if not family.needs_output:
+        return []
+    shape = tuple(mapper.hyper.sizes[word] for word in weight.shape)
+    return [output_tensor(weight.tensor, short, None, shape, (Piece(table.name),))]
+
+
+def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors hold the same bytes in the same type. Raises AccessError if they cannot be read."""
+    if (one.dtype, one.shape, one.nbytes) != (other.dtype, other.shape, other.nbytes):
+        return False
+    if (one.file, one.offset) == (other.file, other.offset):
+        return True
+    try:
+        with one.file.open("rb") as left, other.file.open("rb") as right:
+            left.seek(one.offset)
+            right.seek(other.offset)
+            for start in range(0, one.nbytes, _CHUNK):
+                size = min(_CHUNK, one.nbytes - start)
+                if left.read(size) != right.read(size):
+                    return False
+    except OSError as problem:
+        raise AccessError("a weight cannot be read", file=one.file, tensor=one.name, found=problem) from problem
+    return True

@@ -1,0 +1,186 @@
+"""Rotary positions: what a configuration says, in transformers 4.x or 5.x words, and how GGUF says it.
+
+Source of the formulas: transformers ``modeling_rope_utils`` (the meaning of rope_type); owner of the keys: llama.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UnsupportedError
+from .base import Family, Hyper
+from .config_reader import ConfigReader
+
+_NESTED = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of one model. ``theta``: base of full-attention layers; ``local_theta``: of sliding ones, if
+    it has its own; ``kind``: rope_type; ``share``: rotated part of a head; ``scaling``: the numbers of ``kind``."""
+
+    theta: float
+    local_theta: float | None
+    kind: str
+    share: float
+    scaling: Mapping[str, object] = field(default_factory=dict)
+
+
+def read_rope(config: ConfigReader, family: Family) -> Rope | None:
+    """The rotary positions that ``config`` describes, or None where the family has none.
+
+    Raises: MalformedInputError (a value of the wrong kind), UnsupportedError (a scaling the runtime cannot compute).
+    """
+    if family.rope_default is None:
+        return None
+    parameters = config.mapping("rope_scaling") or config.mapping("rope_parameters")
+    local: Mapping[str, object] = {}
+    if any(name in parameters for name in _NESTED):
+        reader = ConfigReader(parameters, config.file)
+        parameters, local = reader.mapping("full_attention"), reader.mapping("sliding_attention")
+    reader = ConfigReader(parameters, config.file)
+    kind = reader.text("rope_type") or reader.text("type") or "default"
+    if kind == "su" or (kind == "yarn" and "longrope" in family.rope):
+        kind = "longrope"
+    if kind != "default" and kind not in family.rope:
+        raise UnsupportedError(
+            f"the rotary scaling {kind!r} cannot be computed by llama.cpp for {family.model_type}",
+            file=config.file,
+            expected=", ".join(["default", *sorted(family.rope)]),
+            found=kind,
+            remedy="use a checkpoint without this scaling",
+        )
+    theta = reader.number("rope_theta", default=config.number("rope_theta", default=family.rope_default))
+    if theta <= 0:
+        raise config.wrong("rope_theta", "a number above 0", theta)
+    local_theta = family.rope_local_default
+    if local_theta is not None:
+        local_theta = config.number("rope_local_base_freq", default=local_theta, positive=True)
+        local_theta = ConfigReader(local, config.file).number("rope_theta", default=local_theta, positive=True)
+    share = reader.number(
+        "partial_rotary_factor",
+        default=config.number("partial_rotary_factor", default=family.partial_default),
+        positive=True,
+    )
+    if share > 1 or (share != 1 and not family.partial):
+        raise UnsupportedError(
+            f"llama.cpp rotates whole heads for {family.model_type}",
+            file=config.file,
+            expected="partial_rotary_factor 1",
+            found=share,
+        )
+    return Rope(theta, local_theta, kind, share, parameters)
+
+
+def _original_context(rope: Rope, config: ConfigReader, hyper: Hyper) -> int:
+    outside = config.get("original_max_position_embeddings")
+    source = config if outside is not None else ConfigReader(rope.scaling, config.file)
+    return source.integer("original_max_position_embeddings", default=hyper.context_length)
+
+
+def _longrope_attention(rope: Rope, config: ConfigReader, hyper: Hyper) -> float:
+    scaling = ConfigReader(rope.scaling, config.file)
+    if scaling.get("attention_factor") is not None:
+        return scaling.number("attention_factor", positive=True)
+    original = _original_context(rope, config, hyper)
+    factor = scaling.number("factor", default=hyper.context_length / original, positive=True)
+    return 1.0 if factor <= 1 or original < 2 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def _yarn(rope: Rope, config: ConfigReader, hyper: Hyper) -> dict[str, int | float | str]:
+    scaling, keys = ConfigReader(rope.scaling, config.file), gguf.Keys.Rope
+    original = _original_context(rope, config, hyper)
+    factor = scaling.number("factor", default=hyper.context_length / original, positive=True)
+    if not scaling.boolean("truncate", default=True):
+        raise UnsupportedError(
+            "llama.cpp always rounds the bounds of YaRN's ramp",
+            file=config.file,
+            expected="truncate true",
+            found="truncate false",
+        )
+    found: dict[str, int | float | str] = {
+        keys.SCALING_TYPE: gguf.RopeScalingType.YARN.value,
+        keys.SCALING_FACTOR: factor,
+        keys.SCALING_ORIG_CTX_LEN: original,
+    }
+    for name, key in (
+        ("beta_fast", keys.SCALING_YARN_BETA_FAST),
+        ("beta_slow", keys.SCALING_YARN_BETA_SLOW),
+    ):
+        if scaling.get(name) is not None:
+            found[key] = scaling.number(name)
+    # The runtime itself multiplies by 1 + 0.1 ln(factor); the key holds what is to be multiplied besides.
+    usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
+    wanted = usual
+    if scaling.get("attention_factor") is not None:
+        wanted = scaling.number("attention_factor", positive=True)
+    elif scaling.get("mscale") is not None and scaling.get("mscale_all_dim") is not None and factor > 1:
+        over, under = scaling.number("mscale"), scaling.number("mscale_all_dim")
+        if over and under:
+            wanted = (0.1 * over * math.log(factor) + 1) / (0.1 * under * math.log(factor) + 1)
+    if not math.isclose(wanted, usual):
+        found[keys.SCALING_ATTN_FACTOR] = wanted / usual
+    return found
+
+
+def rope_metadata(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper) -> dict[str, int | float | str]:
+    """GGUF keys (with ``{arch}``) and values: bases, rotated dimensions, scaling."""
+    keys = gguf.Keys.Rope
+    found: dict[str, int | float | str] = {}
+    if rope.kind == "linear":
+        found[keys.SCALING_TYPE] = gguf.RopeScalingType.LINEAR.value
+        found[keys.SCALING_FACTOR] = ConfigReader(rope.scaling, config.file).number("factor", positive=True)
+    elif rope.kind == "yarn":
+        found |= _yarn(rope, config, hyper)
+    if "longrope" in family.rope:
+        found[keys.SCALING_ORIG_CTX_LEN] = _original_context(rope, config, hyper)
+    if rope.kind == "longrope":
+        found[keys.SCALING_ATTN_FACTOR] = _longrope_attention(rope, config, hyper)
+    found[keys.FREQ_BASE] = rope.theta
+    if rope.local_theta is not None:
+        found[keys.FREQ_BASE_SWA] = rope.local_theta
+    if family.count_rope or hyper.rotary != hyper.head_dim:
+        found[keys.DIMENSION_COUNT] = hyper.rotary
+    return found
+
+
+def rope_constants(
+    rope: Rope | None, config: ConfigReader, hyper: Hyper
+) -> dict[gguf.MODEL_TENSOR, npt.NDArray[np.float32]]:
+    """Divisors of the rotary frequencies, float32 (rotary / 2,), where the scaling is more than one number."""
+    if rope is None or rope.kind not in ("llama3", "longrope"):
+        return {}
+    if rope.kind == "llama3":
+        return {gguf.MODEL_TENSOR.ROPE_FREQS: _llama3_divisors(rope, config, hyper)}
+    found = {}
+    for name, tensor in (
+        ("long_factor", gguf.MODEL_TENSOR.ROPE_FACTORS_LONG),
+        ("short_factor", gguf.MODEL_TENSOR.ROPE_FACTORS_SHORT),
+    ):
+        values = rope.scaling.get(name)
+        if not isinstance(values, list) or len(values) != hyper.rotary // 2:
+            raise config.wrong(f"rotary {name}", f"a list of {hyper.rotary // 2} numbers", values)
+        numbers = [config.checked_number(f"rotary {name}", value, positive=True) for value in values]
+        found[tensor] = np.array(numbers, np.float32)
+    return found
+
+
+def _llama3_divisors(rope: Rope, config: ConfigReader, hyper: Hyper) -> npt.NDArray[np.float32]:
+    """Llama 3's scaling: long waves are stretched by ``factor``, short ones kept, those between mixed."""
+    scaling = ConfigReader(rope.scaling, config.file)
+    factor = scaling.number("factor", positive=True)
+    low, high = scaling.number("low_freq_factor", positive=True), scaling.number("high_freq_factor", positive=True)
+    if high <= low:
+        raise config.wrong("high_freq_factor", f"more than low_freq_factor ({low})", high)
+    original = _original_context(rope, config, hyper)
+    frequencies = rope.theta ** (-np.arange(0, hyper.rotary, 2, dtype=np.float64) / hyper.rotary)
+    wave = 2 * np.pi / frequencies
+    smooth = (original / wave - low) / (high - low)
+    mixed = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(wave < original / high, 1, np.where(wave > original / low, factor, mixed)).astype(np.float32)

@@ -1,0 +1,346 @@
+"""Tiny random models of every family, made by transformers, with a tokenizer, in a directory as the hub has them.
+
+The weights are not transformers' initial ones, whose logits are nearly flat: matrices keep the variance of what
+passes through them, norms and biases are perturbed, so a swapped, shifted or forgotten tensor moves the logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+VOCABULARY = 320  # rows of the embedding; the tokenizer below has fewer, as padded checkpoints do
+WINDOW = 24
+THETA = 50.0  # one turn of the slowest rotary pair within about 200 positions
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+_EIGHT = [1.0, 1.05, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0]
+
+# What every family shares, under its usual names.
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+_ROPE = {"rope_type": "default", "rope_theta": THETA}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_GEMMA3: dict[str, Any] = {
+    "head_dim": 16,
+    "sliding_window": WINDOW,
+    "num_hidden_layers": 7,
+    "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 2 * THETA},
+        "sliding_attention": _ROPE,
+    },
+    "query_pre_attn_scalar": 16,
+}
+
+# variant -> (model_type, what differs from _COMMON; None removes a key)
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"rope_parameters": _ROPE}),
+    "llama-bias": ("llama", {"rope_parameters": _ROPE, "attention_bias": True}),
+    "llama3": ("llama", {"rope_parameters": {**_LLAMA3, "rope_theta": 500.0}, "tie_word_embeddings": True}),
+    "llama-linear": ("llama", {"rope_parameters": {**LINEAR, "rope_theta": THETA}, "head_dim": 32}),
+    "llama-yarn": ("llama", {"rope_parameters": {**YARN, "rope_theta": THETA}}),
+    "llama-dynamic": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": THETA}},
+    ),
+    "mistral": ("mistral", {"rope_parameters": _ROPE, "sliding_window": None, "head_dim": 24}),
+    "mixtral": (
+        "mixtral",
+        {"rope_parameters": _ROPE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
+    "qwen2": ("qwen2", {"rope_parameters": _ROPE}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": {**YARN, "rope_theta": THETA}, "tie_word_embeddings": True}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**_EXPERTS, "rope_parameters": _ROPE, "shared_expert_intermediate_size": 80},
+    ),
+    "qwen3": ("qwen3", {"rope_parameters": _ROPE, "head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**_EXPERTS, "rope_parameters": _ROPE, "head_dim": 32, "norm_topk_prob": True},
+    ),
+    "gemma": ("gemma", {"rope_parameters": _ROPE, "head_dim": 32}),
+    "gemma2": (
+        "gemma2",
+        {
+            "rope_parameters": _ROPE,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": WINDOW,
+            "num_hidden_layers": 4,
+        },
+    ),
+    "gemma3_text": ("gemma3_text", _GEMMA3),
+    "gemma3": ("gemma3", _GEMMA3),
+    "phi3": ("phi3", {"rope_parameters": _ROPE, "sliding_window": None}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": THETA,
+                "short_factor": _EIGHT,
+                "long_factor": [4 * f for f in _EIGHT],
+                "original_max_position_embeddings": 512,
+            },
+            "max_position_embeddings": 2048,
+            "original_max_position_embeddings": 512,
+            "sliding_window": None,
+        },
+    ),
+    "gpt2": (
+        "gpt2",
+        {
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 512,
+            "hidden_size": None,
+            "intermediate_size": None,
+            "num_key_value_heads": None,
+            "num_hidden_layers": None,
+            "num_attention_heads": None,
+            "max_position_embeddings": None,
+        },
+    ),
+    "gpt_neox": (
+        "gpt_neox",
+        {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}, "num_key_value_heads": None},
+    ),
+    "gpt_neox-serial": (
+        "gpt_neox",
+        {
+            "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25},
+            "num_key_value_heads": None,
+            "use_parallel_residual": False,
+        },
+    ),
+    "stablelm": ("stablelm", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25}}),
+    "stablelm-12b": (
+        "stablelm",
+        {
+            "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25},
+            "use_parallel_residual": True,
+            "qk_layernorm": True,
+        },
+    ),
+    "stablelm-bias": (
+        "stablelm",
+        {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}, "use_qkv_bias": True},
+    ),
+    "olmo2": ("olmo2", {"rope_parameters": _ROPE}),
+    "granite": (
+        "granite",
+        {
+            "rope_parameters": _ROPE,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm3": ("smollm3", {"rope_parameters": _ROPE, "num_hidden_layers": 5}),
+    "falcon": (
+        "falcon",
+        {
+            "rope_parameters": _ROPE,
+            "multi_query": True,
+            "new_decoder_architecture": False,
+            "num_key_value_heads": None,
+            "intermediate_size": None,
+            "parallel_attn": True,
+        },
+    ),
+    "falcon-new": (
+        "falcon",
+        {
+            "rope_parameters": _ROPE,
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_key_value_heads": None,
+            "intermediate_size": None,
+        },
+    ),
+}
+
+
+def row_lengths_of_256(variant: str) -> dict[str, Any]:
+    """Overrides that make every matrix row a multiple of 256 long, as K-quants want."""
+    changes = TINY[variant][1]
+    if TINY[variant][0] == "gpt2":
+        return {"n_embd": 256}
+    wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512}
+    if "moe_intermediate_size" in changes:
+        wide |= {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
+    if changes.get("head_dim"):
+        wide["head_dim"] = 64
+    return {k: v for k, v in wide.items() if changes.get(k, 0) is not None}
+
+
+def _config(variant: str, overrides: Mapping[str, Any]) -> transformers.PreTrainedConfig:
+    model_type, changes = TINY[variant]
+    values = {k: v for k, v in {**_COMMON, **changes, **overrides}.items() if v is not None or k in overrides}
+    for name in changes:
+        if changes[name] is None and name == "sliding_window":
+            values[name] = None
+    if model_type == "gemma3":
+        text = transformers.Gemma3TextConfig(**values)
+        vision = {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        }
+        return transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return transformers.AutoConfig.for_model(model_type, **values)
+
+
+def _randomize(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    centred = "gemma" in type(model).__name__.lower()  # Gemma stores norm weights minus one
+
+    for name, value in sorted(model.named_parameters()):
+        noise = torch.randn(value.shape, generator=generator)
+        if value.ndim == 1 and "norm" in name + type(model).__name__ and name.endswith("weight"):
+            new = 0.2 * noise if centred and "vision" not in name else 1 + 0.2 * noise
+        elif value.ndim == 1 and ("ln_" in name or "layernorm" in name) and name.endswith("weight"):
+            new = 1 + 0.2 * noise
+        elif value.ndim == 1:
+            new = 0.3 * noise
+        elif "embed" in name or name.endswith(("wte.weight", "wpe.weight")):
+            new = (0.3 if centred else 1.0) * noise
+        else:
+            conv = type(model).__name__.startswith("GPT2") and "lm_head" not in name
+            fan_in = value.shape[0] if conv else value.shape[-1]
+            new = noise * (2.0 / fan_in**0.5 if "gate.weight" in name else 1.2 / fan_in**0.5)
+        with torch.no_grad():
+            value.copy_(new)
+    model.tie_weights()
+
+
+def _tokenizer(directory: Path) -> None:
+    """A minimal byte-level BPE tokenizer: GPT-2's splitting rule, 256 bytes, a few merges, three specials."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("i", "n"), ("a", "n"), ("Ġ", "the"), ("1", "2")]
+    words = [*alphabet, *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<s>", "</s>", "<pad>")])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "model_max_length": 512,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def make_tiny(
+    variant: str, directory: Path, *, dtype: str = "bfloat16", seed: int = 0, **config_overrides: Any
+) -> Path:
+    """A tiny model of ``variant`` (a key of TINY) in ``directory``, which is made and returned."""
+    directory.mkdir(parents=True, exist_ok=True)
+    words = len(pre_tokenizers.ByteLevel.alphabet()) + 6
+    ids = {"bos_token_id": words, "eos_token_id": words + 1, "pad_token_id": words + 2}
+    config = _config(variant, {**ids, **config_overrides})
+    kind = (
+        transformers.Gemma3ForConditionalGeneration
+        if TINY[variant][0] == "gemma3"
+        else transformers.AutoModelForCausalLM
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = (
+            kind(config) if kind is not transformers.AutoModelForCausalLM else kind.from_config(config)
+        ).eval()
+    _randomize(model, seed)
+    model = model.to(getattr(torch, dtype))
+    with quiet():
+        model.save_pretrained(directory)
+    _tokenizer(directory)
+    return directory
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """transformers without its progress bars."""
+    transformers.utils.logging.disable_progress_bar()
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
+def reference_model(directory: Path) -> Any:
+    """The checkpoint in transformers, float32, exact attention."""
+    wrapper = json.loads((directory / "config.json").read_text())["model_type"] == "gemma3"
+    kind = (
+        transformers.Gemma3ForConditionalGeneration if wrapper else transformers.AutoModelForCausalLM
+    )
+    with quiet():
+        return kind.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def reference_logits(model: Any, ids: list[int]) -> Any:
+    """float32 (n, vocabulary)."""
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
+
+
+def to_version_4(directory: Path) -> None:
+    """Rewrites config.json as transformers 4.x spells it: rope_theta, rope_scaling, torch_dtype."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["torch_dtype"] = config.pop("dtype", "bfloat16")
+    rope = config.pop("rope_parameters", None) or {}
+    if "full_attention" in rope:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    rope = dict(rope)
+    config["rope_theta"] = rope.pop("rope_theta", 10000.0)
+    if (partial := rope.pop("partial_rotary_factor", None)) is not None:
+        config["rotary_pct" if config["model_type"] == "gpt_neox" else "partial_rotary_factor"] = partial
+    if config["model_type"] == "gpt_neox":
+        config["rotary_emb_base"] = config.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        if rope["rope_type"] == "longrope":
+            config["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
+        rope["type"] = rope.pop("rope_type")
+        config["rope_scaling"] = rope
+    else:
+        config["rope_scaling"] = None
+    config["transformers_version"] = "4.46.0"
+    path.write_text(json.dumps(config, indent=1))
