@@ -88,7 +88,9 @@ def resolve(model_id: str, revision: str | None, *, on_event: EventSink | None =
             raise
         tell({"event": "warning", "text": f"the hub cannot be reached; using the cached commit {cached.commit}"})
         return cached
-    return _fetch(hub, model_id, commit, files, tell)
+    snapshot = _fetch(hub, model_id, commit, files, tell)
+    _remember(hub, model_id, revision or "main", commit)
+    return snapshot
 
 
 def _offline(hub: Any) -> bool:
@@ -125,6 +127,18 @@ def _whole(snapshot: LocalSnapshot, model_id: str) -> LocalSnapshot:
             remedy="unset HF_HUB_OFFLINE and run the same command again: what is there is kept",
         )
     return snapshot
+
+
+def _remember(hub: Any, model_id: str, revision: str, commit: str) -> None:
+    """Note in the cache which commit a branch or tag was, as huggingface_hub does, so that offline runs find it."""
+    if revision == commit or not re.fullmatch(
+        r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", revision
+    ):
+        return
+    ref = Path(hub.constants.HF_HUB_CACHE) / ("models--" + model_id.replace("/", "--")) / "refs" / revision
+    with translated(model_id, None):
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit, encoding="ascii")
 
 
 def _listing(hub: Any, model_id: str, revision: str | None) -> tuple[str, dict[str, RemoteFile]]:
