@@ -88,7 +88,7 @@ static inline void search_asymmetric(const Batch& b, float first_step, float ste
             const wf mean = square_root(sum / float(N));
             for (int i = 0; i < N; ++i) w[i] = mean + absolute(x[i]);
         }
-        const AsymmetricFit fit = fit_asymmetric<N, top, steps, mad, false>(x, w, first_step, step);
+        const AsymmetricFit<wf> fit = fit_asymmetric<N, top, steps, mad, false>(x, w, first_step, step);
         store(found.scale + first, fit.scale);
         store(found.minimum + first, fit.minimum);
         store(found.inverse + first, fit.inverse);
@@ -106,7 +106,7 @@ static inline void search_asymmetric_weighted(const Batch& b, float factor, Foun
         wf x[N], w[N];
         load_sub_blocks<N>(b, first, x);
         weigh<N>(b, first, sigma2, x, w);
-        const AsymmetricFit fit = fit_asymmetric<N, top, 36, false, true>(x, w, -0.9f, 0.05f);
+        const AsymmetricFit<wf> fit = fit_asymmetric<N, top, 36, false, true>(x, w, -0.9f, 0.05f);
         store(found.scale + first, fit.scale);
         store(found.minimum + first, fit.minimum);
         store(found.inverse + first, fit.inverse);
@@ -328,7 +328,7 @@ static inline void search_symmetric(const Batch& b, const float* sigma2, bool we
         }
         wf sum = wf{};
         for (int i = 0; i < 16; ++i) sum += w[i];
-        const SymmetricFit fit = fit_symmetric<16, top>(x, w);
+        const SymmetricFit<wf> fit = fit_symmetric<16, top>(x, w);
         store(found.scale + first, fit.scale);
         store(found.inverse + first, fit.inverse);
         store(found.flag + first, fit.dead);
@@ -419,7 +419,7 @@ static inline void fitted_scale_codes(const Batch& b, const Found& found, uint8_
         wf value[16], w[16];
         across<16>(found.scale, first, b.count, 1.0f, value);
         across<16>(found.weight, first, b.count, 1.0f, w);
-        const SymmetricFit fit = fit_symmetric<16, 32>(value, w);
+        const SymmetricFit<wf> fit = fit_symmetric<16, 32>(value, w);
         store(scale + first, fit.scale);
         wi l[16];
         for (int j = 0; j < 16; ++j) l[j] = (clamp(nearest(fit.inverse * value[j]), -32, 31) + 32) & ~fit.dead;

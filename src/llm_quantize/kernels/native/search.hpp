@@ -14,25 +14,28 @@ constexpr float no_scale_below = 1e-15f;  // a sub-block whose largest magnitude
 constexpr float safe_code = 2097152.0f;   // 2^21: below, ggml's integer rounding does not wrap
 
 // round(v) held to low..high, as a float; for NaN gives low.
-LQ_INLINE wf round_clamped(wf v, float low, float high) {
-    return round_even(smaller(larger(v, splat_wide(low)), splat_wide(high)));
+template <class V>
+LQ_INLINE V round_clamped(V v, float low, float high) {
+    return round_even(smaller(larger(v, spread<V>(low)), spread<V>(high)));
 }
 
 // The same by ggml's integers, for values where those wrap.
-LQ_INLINE wf round_wrapping(wf v, int32_t low, int32_t high) { return to_float(clamp(nearest(v), low, high)); }
+template <class V>
+LQ_INLINE V round_wrapping(V v, int32_t low, int32_t high) { return to_float(clamp(nearest(v), low, high)); }
 
+template <class V>
 struct AsymmetricFit {
-    wf scale, minimum;    // x ~ scale * code + minimum; minimum <= 0
-    wf inverse, origin;   // what made the codes
-    wi stepped;           // the codes come from a step of the search, not from the first guess
-    wf sum_w;
+    V scale, minimum;    // x ~ scale * code + minimum; minimum <= 0
+    V inverse, origin;   // what made the codes
+    IntegersOf<V> stepped;           // the codes come from a step of the search, not from the first guess
+    V sum_w;
 };
 
-template <int N, int top, bool mad>
-LQ_INLINE wf asymmetric_error(const wf* x, const wf* w, const wf* code, wf scale, wf minimum) {
-    wf error = wf{};
+template <int N, int top, bool mad, class V>
+LQ_INLINE V asymmetric_error(const V* x, const V* w, const V* code, V scale, V minimum) {
+    V error = V{};
     for (int i = 0; i < N; ++i) {
-        const wf off = scale * code[i] + minimum - x[i];
+        const V off = scale * code[i] + minimum - x[i];
         error += w[i] * (mad ? absolute(off) : off * off);
     }
     return error;
@@ -41,44 +44,45 @@ LQ_INLINE wf asymmetric_error(const wf* x, const wf* w, const wf* code, wf scale
 // Scale and minimum of least error among the codes of steps+1 inverse scales (first + step * s + top) / range.
 // Each accepted step moves the minimum, and the next steps start from it. `guarded` is how the search with an
 // imatrix treats inverse scales so large that integers would wrap.
-template <int N, int top, int steps, bool mad, bool guarded>
-static inline AsymmetricFit fit_asymmetric(const wf* x, const wf* w, float first, float step) {
-    AsymmetricFit fit;
-    wf low = x[0], high = x[0], sum_w = w[0], sum_x = w[0] * x[0];
+template <int N, int top, int steps, bool mad, bool guarded, class V>
+static inline AsymmetricFit<V> fit_asymmetric(const V* x, const V* w, float first, float step) {
+    using M = IntegersOf<V>;
+    AsymmetricFit<V> fit;
+    V low = x[0], high = x[0], sum_w = w[0], sum_x = w[0] * x[0];
     for (int i = 1; i < N; ++i) {
         low = smaller(x[i], low);
         high = larger(x[i], high);
         sum_w += w[i];
         sum_x += w[i] * x[i];
     }
-    const wf smallest = low;
-    low = select(low > 0.0f, wf{}, low);
-    const wi dead = high == low;
-    const auto spread = [&](wf minimum) { return select(dead, splat_wide(1.0f), high - minimum); };
-    const auto wraps = [&](wf inverse, wf minimum) {
-        const wf above = absolute(inverse * (high - minimum)), below = absolute(inverse * (smallest - minimum));
+    const V smallest = low;
+    low = select(low > 0.0f, V{}, low);
+    const M dead = high == low;
+    const auto range = [&](V minimum) { return select(dead, spread<V>(1.0f), high - minimum); };
+    const auto wraps = [&](V inverse, V minimum) {
+        const V above = absolute(inverse * (high - minimum)), below = absolute(inverse * (smallest - minimum));
         return any(~((above < safe_code) & (below < safe_code)));
     };
 
-    fit.inverse = float(top) / spread(low);
+    fit.inverse = float(top) / range(low);
     fit.scale = 1.0f / fit.inverse;
     fit.origin = low;
-    fit.stepped = wi{};
+    fit.stepped = M{};
     fit.sum_w = sum_w;
-    wf code[N];
+    V code[N];
     if (wraps(fit.inverse, low)) {
         for (int i = 0; i < N; ++i) code[i] = round_wrapping(fit.inverse * (x[i] - low), 0, top);
     } else {
         for (int i = 0; i < N; ++i) code[i] = round_clamped(fit.inverse * (x[i] - low), 0.0f, float(top));
     }
-    wf best = asymmetric_error<N, top, mad>(x, w, code, fit.scale, low);
+    V best = asymmetric_error<N, top, mad>(x, w, code, fit.scale, low);
 
     for (int s = 0; s <= steps; ++s) {
-        const wf inverse = (first + step * float(s) + float(top)) / spread(low);
-        wf sum_l = wf{}, sum_l2 = wf{}, sum_xl = wf{};
-        const auto add = [&](int i, wf l) {
+        const V inverse = (first + step * float(s) + float(top)) / range(low);
+        V sum_l = V{}, sum_l2 = V{}, sum_xl = V{};
+        const auto add = [&](int i, V l) {
             code[i] = l;
-            const wf wl = w[i] * l;
+            const V wl = w[i] * l;
             sum_l += wl;
             sum_l2 += wl * l;
             sum_xl += wl * x[i];
@@ -88,14 +92,14 @@ static inline AsymmetricFit fit_asymmetric(const wf* x, const wf* w, float first
         } else {
             for (int i = 0; i < N; ++i) add(i, round_clamped(inverse * (x[i] - low), 0.0f, float(top)));
         }
-        const wf determinant = sum_w * sum_l2 - sum_l * sum_l;
-        wf scale = (sum_w * sum_xl - sum_x * sum_l) / determinant;
-        wf minimum = (sum_l2 * sum_x - sum_l * sum_xl) / determinant;
-        const wi positive = minimum > 0.0f;
+        const V determinant = sum_w * sum_l2 - sum_l * sum_l;
+        V scale = (sum_w * sum_xl - sum_x * sum_l) / determinant;
+        V minimum = (sum_l2 * sum_x - sum_l * sum_xl) / determinant;
+        const M positive = minimum > 0.0f;
         scale = select(positive, sum_xl / sum_l2, scale);
-        minimum = select(positive, wf{}, minimum);
-        const wf error = asymmetric_error<N, top, mad>(x, w, code, scale, minimum);
-        const wi better = (error < best) & (determinant > 0.0f) & ~dead;
+        minimum = select(positive, V{}, minimum);
+        const V error = asymmetric_error<N, top, mad>(x, w, code, scale, minimum);
+        const M better = (error < best) & (determinant > 0.0f) & ~dead;
         best = select(better, error, best);
         fit.scale = select(better, scale, fit.scale);
         fit.inverse = select(better, inverse, fit.inverse);
@@ -104,103 +108,106 @@ static inline AsymmetricFit fit_asymmetric(const wf* x, const wf* w, float first
         fit.stepped |= better;
     }
     fit.minimum = low;
-    fit.scale = select(dead, wf{}, fit.scale);
-    fit.inverse = select(dead, wf{}, fit.inverse);
+    fit.scale = select(dead, V{}, fit.scale);
+    fit.inverse = select(dead, V{}, fit.inverse);
     return fit;
 }
 
+template <class V>
 struct SymmetricFit {
-    wf scale, inverse;  // x ~ scale * code, code = round(inverse * x) in -top..top-1
-    wi dead;            // all weights count as zero: scale 0
+    V scale, inverse;  // x ~ scale * code, code = round(inverse * x) in -top..top-1
+    IntegersOf<V> dead;            // all weights count as zero: scale 0
 };
 
 // The largest (sum w x code)^2 / sum w code^2 among 19 inverse scales around the one that sends the weight of largest
 // magnitude to -top.
-template <int N, int top>
-static inline SymmetricFit fit_symmetric(const wf* x, const wf* w) {
-    wf largest = wf{}, magnitude = wf{};
-    wf wx[N];
+template <int N, int top, class V>
+static inline SymmetricFit<V> fit_symmetric(const V* x, const V* w) {
+    using M = IntegersOf<V>;
+    V largest = V{}, magnitude = V{};
+    V wx[N];
     for (int i = 0; i < N; ++i) {
-        const wf a = absolute(x[i]);
-        const wi more = a > magnitude;
+        const V a = absolute(x[i]);
+        const M more = a > magnitude;
         magnitude = select(more, a, magnitude);
         largest = select(more, x[i], largest);
         wx[i] = w[i] * x[i];
     }
-    SymmetricFit fit;
+    SymmetricFit<V> fit;
     fit.dead = magnitude < no_scale_below;
-    largest = select(fit.dead, splat_wide(1.0f), largest);
+    largest = select(fit.dead, spread<V>(1.0f), largest);
     fit.inverse = -float(top) / largest;
-    wf sum_xl, sum_l2;
-    const auto sums = [&](wf inverse) {
-        sum_xl = sum_l2 = wf{};
+    V sum_xl, sum_l2;
+    const auto sums = [&](V inverse) {
+        sum_xl = sum_l2 = V{};
         for (int i = 0; i < N; ++i) {
-            const wf l = round_clamped(inverse * x[i], -float(top), float(top - 1));
+            const V l = round_clamped(inverse * x[i], -float(top), float(top - 1));
             sum_xl += wx[i] * l;
             sum_l2 += w[i] * l * l;
         }
     };
     sums(fit.inverse);
-    fit.scale = select(sum_l2 != 0.0f, sum_xl / sum_l2, wf{});
-    wf best = fit.scale * sum_xl;
+    fit.scale = select(sum_l2 != 0.0f, sum_xl / sum_l2, V{});
+    V best = fit.scale * sum_xl;
     for (int s = -9; s <= 9; ++s) {
         if (s == 0) continue;
-        const wf inverse = -(float(top) + 0.1f * float(s)) / largest;
+        const V inverse = -(float(top) + 0.1f * float(s)) / largest;
         sums(inverse);
-        const wi better = (sum_l2 > 0.0f) & (sum_xl * sum_xl > best * sum_l2);
-        const wf scale = sum_xl / sum_l2;
+        const M better = (sum_l2 > 0.0f) & (sum_xl * sum_xl > best * sum_l2);
+        const V scale = sum_xl / sum_l2;
         fit.scale = select(better, scale, fit.scale);
         best = select(better, scale * sum_xl, best);
         fit.inverse = select(better, inverse, fit.inverse);
     }
-    fit.scale = select(fit.dead, wf{}, fit.scale);
+    fit.scale = select(fit.dead, V{}, fit.scale);
     return fit;
 }
 
 // Codes 0..top of N non-negative numbers (scales, or minima, of a superblock; here a lane is a superblock), and their
 // common scale: nine inverse scales, then up to five passes that move one code at a time. Codes are bytes in ggml and
 // wrap as bytes do.
-template <int N, int top>
-static inline wf fit_positive(const wf* x, const wf* w, wi* code) {
-    wf most = wf{};
+template <int N, int top, class V>
+static inline V fit_positive(const V* x, const V* w, IntegersOf<V>* code) {
+    using M = IntegersOf<V>;
+    V most = V{};
     for (int i = 0; i < N; ++i) most = larger(most, x[i]);
-    const wi dead = most < no_scale_below;
-    most = select(dead, splat_wide(1.0f), most);
-    wf inverse = float(top) / most;
-    wf best = wf{};
-    const wf first_scale = 1.0f / inverse;
+    const M dead = most < no_scale_below;
+    most = select(dead, spread<V>(1.0f), most);
+    V inverse = float(top) / most;
+    V best = V{};
+    const V first_scale = 1.0f / inverse;
     for (int i = 0; i < N; ++i) {
-        const wf off = x[i] - first_scale * to_float(nearest(inverse * x[i]) & 0xff);
+        const V off = x[i] - first_scale * to_float(nearest(inverse * x[i]) & 0xff);
         best += w[i] * off * off;
     }
     for (int s = -4; s <= 4; ++s) {
         if (s == 0) continue;
-        const wf tried = (0.1f * float(s) + float(top)) / most;
-        const wf scale = 1.0f / tried;
-        wf error = wf{};
+        const V tried = (0.1f * float(s) + float(top)) / most;
+        const V scale = 1.0f / tried;
+        V error = V{};
         for (int i = 0; i < N; ++i) {
-            const wf off = x[i] - scale * to_float(smaller(splat_wide(top), nearest(tried * x[i])));
+            const V off = x[i] - scale * to_float(smaller(spread<M>(top), nearest(tried * x[i])));
             error += w[i] * off * off;
         }
-        const wi better = error < best;
+        const M better = error < best;
         best = select(better, error, best);
         inverse = select(better, tried, inverse);
     }
-    wf sum_xl = wf{}, sum_l2 = wf{};
+    V sum_xl = V{}, sum_l2 = V{};
     for (int i = 0; i < N; ++i) {
-        const wi l = smaller(splat_wide(top), nearest(inverse * x[i]));
+        const M l = smaller(spread<M>(top), nearest(inverse * x[i]));
         code[i] = l & 0xff;
         sum_xl += w[i] * x[i] * to_float(l);
         sum_l2 += w[i] * to_float(l) * to_float(l);
     }
     for (int pass = 0; pass < 5; ++pass) {
-        wi changed = wi{};
+        M changed = M{};
         for (int i = 0; i < N; ++i) {
-            const wf l = to_float(code[i]);
-            wf xl = sum_xl - w[i] * x[i] * l;
-            wf l2 = sum_l2 - w[i] * l * l;
-            wi moved = (xl > 0.0f) & (l2 > 0.0f);
-            const wi next = smaller(splat_wide(top), nearest(x[i] * l2 / xl));
+            const V l = to_float(code[i]);
+            V xl = sum_xl - w[i] * x[i] * l;
+            V l2 = sum_l2 - w[i] * l * l;
+            M moved = (xl > 0.0f) & (l2 > 0.0f);
+            const M next = smaller(spread<M>(top), nearest(x[i] * l2 / xl));
             moved &= next != code[i];
             xl += w[i] * x[i] * to_float(next);
             l2 += w[i] * to_float(next) * to_float(next);
@@ -213,36 +220,37 @@ static inline wf fit_positive(const wf* x, const wf* w, wi* code) {
         if (!any(changed & ~dead)) break;
     }
     for (int i = 0; i < N; ++i) code[i] &= ~dead;
-    return select((sum_l2 > 0.0f) & ~dead, sum_xl / sum_l2, wf{});
+    return select((sum_l2 > 0.0f) & ~dead, sum_xl / sum_l2, V{});
 }
 
 // Q3_K without an imatrix: start as fit_symmetric does, then up to five passes that move one code at a time; w = x^2.
-template <int N, int top>
-static inline wf fit_by_moves(const wf* x, wf* code, wi& dead) {
-    wf largest = wf{}, magnitude = wf{};
+template <int N, int top, class V>
+static inline V fit_by_moves(const V* x, V* code, IntegersOf<V>& dead) {
+    using M = IntegersOf<V>;
+    V largest = V{}, magnitude = V{};
     for (int i = 0; i < N; ++i) {
-        const wf a = absolute(x[i]);
-        const wi more = a > magnitude;
+        const V a = absolute(x[i]);
+        const M more = a > magnitude;
         magnitude = select(more, a, magnitude);
         largest = select(more, x[i], largest);
     }
     dead = magnitude < no_scale_below;
-    const wf inverse = -float(top) / select(dead, splat_wide(1.0f), largest);
-    wf sum_xl = wf{}, sum_l2 = wf{};
+    const V inverse = -float(top) / select(dead, spread<V>(1.0f), largest);
+    V sum_xl = V{}, sum_l2 = V{};
     for (int i = 0; i < N; ++i) {
-        const wf w = x[i] * x[i];
+        const V w = x[i] * x[i];
         code[i] = round_clamped(inverse * x[i], -float(top), float(top - 1));
         sum_xl += w * x[i] * code[i];
         sum_l2 += w * code[i] * code[i];
     }
     for (int pass = 0; pass < 5; ++pass) {
-        wi changed = wi{};
+        M changed = M{};
         for (int i = 0; i < N; ++i) {
-            const wf w = x[i] * x[i], wx = w * x[i], l = code[i];
-            wf xl = sum_xl - wx * l;
-            wf l2 = sum_l2 - w * l * l;
-            wi moved = xl > 0.0f;
-            const wf next = round_wrapping(x[i] * l2 / xl, -top, top - 1);
+            const V w = x[i] * x[i], wx = w * x[i], l = code[i];
+            V xl = sum_xl - wx * l;
+            V l2 = sum_l2 - w * l * l;
+            M moved = xl > 0.0f;
+            const V next = round_wrapping(x[i] * l2 / xl, -top, top - 1);
             moved &= next != l;
             xl += wx * next;
             l2 += w * next * next;
@@ -254,7 +262,7 @@ static inline wf fit_by_moves(const wf* x, wf* code, wi& dead) {
         }
         if (!any(changed & ~dead)) break;
     }
-    return select((sum_l2 > 0.0f) & ~dead, sum_xl / sum_l2, wf{});
+    return select((sum_l2 > 0.0f) & ~dead, sum_xl / sum_l2, V{});
 }
 
 }  // namespace

@@ -35,6 +35,12 @@ LQ_INLINE vf as_float(vi v) { return reinterpret_cast<vf>(v); }
 
 LQ_INLINE vi as_int(vf v) { return reinterpret_cast<vi>(v); }
 
+LQ_INLINE bool any(vi mask) {
+    int32_t bits = 0;
+    for (int i = 0; i < lanes; ++i) bits |= mask[i];
+    return bits != 0;
+}
+
 LQ_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
 LQ_INLINE vf absolute(vf v) { return as_float(as_int(v) & 0x7fffffff); }

@@ -41,9 +41,27 @@ LQ_INLINE wi& operator&=(wi& x, wi y) { return x = x & y; }
 
 LQ_INLINE wi& operator|=(wi& x, wi y) { return x = x | y; }
 
-LQ_INLINE wf splat_wide(float value) { return {splat(value), splat(value)}; }
+// For code that is the same on one vector (vf) and on two (wf).
+template <class V>
+struct Vector;
 
-LQ_INLINE wi splat_wide(int32_t value) { return {splat(value), splat(value)}; }
+template <>
+struct Vector<vf> {
+    typedef vi Integers;
+};
+
+template <>
+struct Vector<wf> {
+    typedef wi Integers;
+};
+
+template <class V>
+using IntegersOf = typename Vector<V>::Integers;
+
+template <class V, class T>
+LQ_INLINE V spread(T value) {
+    return V{} + value;  // only for values other than -0
+}
 
 LQ_INLINE wf select(wi mask, wf x, wf y) { return {select(mask.a, x.a, y.a), select(mask.b, x.b, y.b)}; }
 
@@ -67,12 +85,7 @@ LQ_INLINE wi nearest(wf x) { return {nearest(x.a), nearest(x.b)}; }
 
 LQ_INLINE wf to_float(wi x) { return {to_float(x.a), to_float(x.b)}; }
 
-LQ_INLINE bool any(wi mask) {
-    const vi both = mask.a | mask.b;
-    int32_t sum = 0;
-    for (int i = 0; i < lanes; ++i) sum |= both[i];
-    return sum != 0;
-}
+LQ_INLINE bool any(wi mask) { return any(mask.a | mask.b); }
 
 LQ_INLINE void store(float* p, wf x) {
     store(p, x.a);
