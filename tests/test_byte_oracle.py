@@ -1,0 +1,193 @@
+"""The bytes of every tensor, against llama.cpp's own quantizer.
+
+Two roads: random GGUF models (all levels, families and row lengths: recipe + importance + kernels, no checkpoint), and
+tiny checkpoints through the whole pipeline. The full product is in test_byte_oracle_heavy.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from llm_quantize import kernels, recipes
+from llm_quantize.io.imatrix_file import read_imatrix
+from llm_quantize.pipeline import Options, quantize
+from llm_quantize.recipes import LEVELS, Overrides, TensorShape
+
+from .oracles.legacy_imatrix import random_entry, slow_means, write_gguf_imatrix
+from .oracles.llama_quantize import Job, Model, data_of, run, save_importance, types_of, write_model
+from .tiny_models import make_tiny, row_lengths_of_256
+
+# One variant of each family, and the row length its tensors are given: K-quants need 256, fallbacks show at others.
+VARIANTS = (
+    *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"),
+    *("gemma3", "phi3", "gpt2", "gpt_neox", "stablelm", "olmo2", "granite", "smollm3", "falcon", "falcon-new"),
+)
+# Levels that between them use every type and every rule that importance switches; the rest is in the heavy file.
+GATE_LEVELS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "IQ4_NL", "IQ4_XS")
+NEED_NONE = ("F16", "BF16", "TQ1_0", "TQ2_0", "MXFP4_MOE", "Q6_K")
+
+
+def random_importance(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, np.ndarray]:
+    """Writes an importance matrix for the weights of the layers; returns what it means, by the slow twin."""
+    random = np.random.default_rng(11)
+    entries = {}
+    for name, shape in shapes.items():
+        if name.startswith("blk.") and name.endswith("weight") and len(shape) > 1:
+            entries[name] = random_entry(random, int(np.prod(shape[:-2], dtype=int)), shape[-1])
+            if len(shape) == 3:
+                entries[name][1][-1] = 0  # an expert that the text never reached
+    write_gguf_imatrix(path, entries)
+    return {name: slow_means(*entry) for name, entry in entries.items()}
+
+
+def oracle_bytes(
+    source: Path, levels: Sequence[str], directory: Path, importance: Mapping[str, np.ndarray] | None = None
+) -> dict[str, dict[str, tuple[str, bytes]]]:
+    """llama.cpp's tensors for each level, from a float GGUF file."""
+    stored = save_importance(directory / "importance.npz", importance) if importance else None
+    jobs = [Job(str(source), str(directory / f"{n}.theirs"), LEVELS[n].file_type, stored) for n in levels]
+    found = {}
+    for level, job, outcome in zip(levels, jobs, run(jobs), strict=True):
+        assert not outcome.error, f"{level}: {outcome.error}"
+        found[level] = data_of(job.target)
+        Path(job.target).unlink()
+    return found
+
+
+def unequal(ours: Mapping[str, tuple[str, bytes]], theirs: Mapping[str, tuple[str, bytes]]) -> list[str]:
+    """Names of tensors that differ, with the reason."""
+    names = [f"{name}: only in one file" for name in ours.keys() ^ theirs.keys()]
+    for name in ours.keys() & theirs.keys():
+        (our_type, our_data), (their_type, their_data) = ours[name], theirs[name]
+        if our_type != their_type:
+            names.append(f"{name}: {our_type}, llama.cpp {their_type}")
+        elif our_data != their_data:
+            count = sum(a != b for a, b in zip(our_data, their_data, strict=True))
+            names.append(f"{name}: {our_type}, {count} of {len(their_data)} bytes differ")
+    return sorted(names)
+
+
+def quantize_directly(
+    source: Path, model: Model, level: str, importance: Mapping[str, np.ndarray] | None
+) -> dict[str, tuple[str, bytes]]:
+    """A GGUF file's tensors by our recipe and kernels, without the pipeline."""
+    tensors = {t.name: t.data for t in gguf.GGUFReader(source).tensors}
+    shapes = [TensorShape(name, data.shape) for name, data in tensors.items()]
+    found = recipes.assign(level, shapes, model, arch=model.arch, importance_names=importance)
+    result = {}
+    for (name, data), qtype in zip(tensors.items(), found.qtypes, strict=True):
+        matrices = np.ascontiguousarray(data).reshape(int(np.prod(data.shape[:-2], dtype=int)), -1, data.shape[-1])
+        rows = None if importance is None else importance.get(name)
+        packed = [
+            kernels.quantize(qtype, matrix, None if rows is None or qtype in ("f16", "f32") else rows[index])
+            for index, matrix in enumerate(matrices)
+        ]
+        result[name] = (qtype, b"".join(piece.tobytes() for piece in packed))
+    return result
+
+
+@pytest.mark.parametrize("with_importance", [False, True], ids=["plain", "importance"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        Model(n_layer=8, n_head=8, n_head_kv=2),
+        Model(arch="qwen3moe", n_layer=3, n_expert=4, columns=288, ffn_columns=512),
+        Model(n_layer=2, n_expert=8, tied=True),
+        Model(arch="falcon", n_layer=16, n_head_kv=1, ffn_columns=160),
+    ],
+    ids=lambda model: model.arch,
+)
+def test_random_models(model: Model, with_importance: bool, tmp_path: Path) -> None:
+    source = Path(write_model(tmp_path / "model.gguf", model))
+    importance = None
+    if with_importance:
+        slow = random_importance({t.name: t.shape for t in model.tensors()}, tmp_path / "imatrix.gguf")
+        importance = dict(read_imatrix(tmp_path / "imatrix.gguf").values)
+        assert importance.keys() == slow.keys()
+        assert all((importance[name] == slow[name]).all() for name in slow)
+    levels = [level for level in LEVELS if with_importance or level != "Q2_K_S"]
+    theirs = oracle_bytes(source, levels, tmp_path, importance)
+    for level in levels:
+        assert unequal(quantize_directly(source, model, level, importance), theirs[level]) == [], level
+
+
+def pipeline_bytes(
+    model: Path, levels: Iterable[str], directory: Path, options: Options | None = None
+) -> dict[str, Path]:
+    """Our files for each level."""
+    results = quantize(str(model), "gguf", levels=list(levels), output_dir=directory, options=options)
+    return {result.level: result.path for result in results}
+
+
+def compare_pipeline(
+    model: Path, levels: Sequence[str], directory: Path, *, importance: bool, base: str = "F32"
+) -> None:
+    """Our artifacts of a checkpoint against llama.cpp's quantizer on our own float artifact."""
+    directory.mkdir(exist_ok=True)
+    source = pipeline_bytes(model, [base], directory)[base]
+    options, values = Options(), None
+    if importance:
+        shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in gguf.GGUFReader(source).tensors}
+        values = random_importance(shapes, directory / "imatrix.gguf")
+        options = Options(imatrix=directory / "imatrix.gguf")
+    ours = pipeline_bytes(model, levels, directory / "ours", options)
+    theirs = oracle_bytes(source, levels, directory, values)
+    for level in levels:
+        assert unequal(data_of(ours[level]), theirs[level]) == [], level
+        assert_metadata(ours[level], source, level)
+
+
+def assert_metadata(path: Path, source: Path, level: str) -> None:
+    """What a runtime reads is the float file's, and the file type is the level's."""
+    fields, before = gguf.GGUFReader(path).fields, gguf.GGUFReader(source).fields
+    assert fields["general.file_type"].contents() == LEVELS[level].file_type
+    if level not in ("F32", "F16", "BF16"):
+        assert fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
+    architecture = before["general.architecture"].contents()
+    for key, field in before.items():
+        if key.startswith((f"{architecture}.", "tokenizer.")):
+            assert fields[key].contents() == field.contents(), key
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tiny_checkpoints(variant: str, tmp_path: Path) -> None:
+    model = make_tiny(variant, tmp_path / "model", **row_lengths_of_256(variant))
+    spread = VARIANTS.index(variant)
+    # Every variant takes every third level, each another third, so families and levels are all met.
+    compare_pipeline(model, GATE_LEVELS[spread % 3 :: 3], tmp_path / "with", importance=True)
+    compare_pipeline(model, (NEED_NONE + GATE_LEVELS)[spread % 4 :: 4], tmp_path / "without", importance=False)
+
+
+def test_odd_row_lengths(tmp_path: Path) -> None:
+    model = make_tiny("llama", tmp_path / "model", hidden_size=96, intermediate_size=160)
+    compare_pipeline(model, ("Q4_K_M", "Q3_K_M", "IQ4_XS", "TQ1_0"), tmp_path / "out", importance=True)
+
+
+def test_from_bf16_as_from_f32(tmp_path: Path) -> None:
+    model = make_tiny("qwen3", tmp_path / "model", **row_lengths_of_256("qwen3"))
+    compare_pipeline(model, ("Q4_K_M", "Q6_K"), tmp_path / "out", importance=True, base="BF16")
+
+
+def test_overrides_reach_the_file(tmp_path: Path) -> None:
+    model = make_tiny("llama", tmp_path / "model", **row_lengths_of_256("llama"))
+    chosen = (("attn_v", "q8_0"), (r"blk\.0\.", "q5_1"))
+    overrides = Overrides(output_type="q5_k", embedding_type="iq4_nl", tensor_types=chosen)
+    source = pipeline_bytes(model, ["F32"], tmp_path)["F32"]
+    ours = pipeline_bytes(model, ["Q4_K_M"], tmp_path / "ours", Options(overrides=overrides))["Q4_K_M"]
+    numbers = {name: int(gguf.GGMLQuantizationType[name.upper()]) for name in ("q5_k", "iq4_nl", "q8_0", "q5_1")}
+    job = Job(
+        str(source),
+        str(tmp_path / "theirs"),
+        LEVELS["Q4_K_M"].file_type,
+        output_type=numbers["q5_k"],
+        embedding_type=numbers["iq4_nl"],
+        tensor_types=tuple((text, numbers[qtype]) for text, qtype in chosen),
+    )
+    assert run([job])[0].error == ""
+    assert types_of(ours) == types_of(job.target)
+    assert unequal(data_of(ours), data_of(job.target)) == []
