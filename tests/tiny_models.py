@@ -207,7 +207,7 @@ def _config(variant: str, overrides: Mapping[str, Any]) -> transformers.PreTrain
     model_type, changes = TINY[variant]
     values = {k: v for k, v in {**_COMMON, **changes, **overrides}.items() if v is not None or k in overrides}
     for name in changes:
-        if changes[name] is None and name == "sliding_window":
+        if changes[name] is None and name == "sliding_window" and name not in overrides:
             values[name] = None
     if model_type == "gemma3":
         text = transformers.Gemma3TextConfig(**values)
@@ -219,7 +219,10 @@ def _config(variant: str, overrides: Mapping[str, Any]) -> transformers.PreTrain
             "image_size": 32,
             "patch_size": 8,
         }
-        return transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        tied = values.get("tie_word_embeddings", True)
+        return transformers.Gemma3Config(
+            text_config=text, vision_config=vision, mm_tokens_per_image=4, tie_word_embeddings=tied
+        )
     return transformers.AutoConfig.for_model(model_type, **values)
 
 

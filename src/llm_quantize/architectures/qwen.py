@@ -49,6 +49,7 @@ FAMILIES = (
         defaults={"rms_norm_eps": 1e-6, "qkv_bias": True},
         left_out=(ROTARY,),
         limits=(*_EVERY_LAYER, Limit("norm_topk_prob", (False,), False)),
+        needs_output=True,
     ),
     Family(
         "qwen3",
