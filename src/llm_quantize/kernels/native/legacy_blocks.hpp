@@ -88,30 +88,26 @@ LQ_INLINE void store_word(uint8_t* p, uint32_t word) {  // little-endian, whatev
     for (int i = 0; i < 4; ++i) p[i] = static_cast<uint8_t>(word >> (8 * i));
 }
 
-// Codes of a group of blocks, made by code(b, k) for vector k of block b. Grids of five bits have 4 bytes of fifth bits
-// before the nibbles.
-template <int bits, int bytes, class Code>
+// Codes of `count` blocks, a multiple of the lanes, made by code(b, k) for vector k of block b. Grids of five bits have 4
+// bytes of fifth bits before the nibbles.
+template <int bits, int bytes, int count, class Code>
 LQ_INLINE void store_codes(uint8_t* out, Code code) {
-    if constexpr (bits == 4) {
-        for (int b = 0; b < lanes; ++b, out += bytes) {
-            for (int k = 0; k < vectors / 2; ++k) {
-                store_bytes(out + k * lanes, code(b, k) | code(b, k + vectors / 2) << 4);
-            }
-        }
-    } else {
+    for (int first = 0; first < count; first += lanes) {
         vf fifth[lanes];
-        uint8_t* q = out + 4;
-        for (int b = 0; b < lanes; ++b, q += bytes) {
+        for (int b = 0; b < lanes; ++b) {
             vi c[vectors];
-            for (int k = 0; k < vectors; ++k) c[k] = code(b, k);
+            for (int k = 0; k < vectors; ++k) c[k] = code(first + b, k);
+            uint8_t* q = out + (first + b) * bytes + (bits == 5 ? 4 : 0);
             for (int k = 0; k < vectors / 2; ++k) {
                 store_bytes(q + k * lanes, (c[k] & 15) | (c[k + vectors / 2] & 15) << 4);
             }
-            fifth[b] = fifth_bits(c);
+            if constexpr (bits == 5) fifth[b] = fifth_bits(c);
         }
-        alignas(64) int32_t words[lanes];
-        store(words, as_int(fold_lanes<Either>(fifth)));
-        for (int b = 0; b < lanes; ++b, out += bytes) store_word(out, static_cast<uint32_t>(words[b]));
+        if constexpr (bits == 5) {
+            alignas(64) int32_t words[lanes];
+            store(words, as_int(fold_lanes<Either>(fifth)));
+            for (int b = 0; b < lanes; ++b) store_word(out + (first + b) * bytes, static_cast<uint32_t>(words[b]));
+        }
     }
 }
 
@@ -134,19 +130,37 @@ static inline void serial_squares(const float* x, int64_t count, int64_t length,
     }
 }
 
-// Runs body(x, blocks, out) over all blocks, `lanes` at a time; the last ones are padded with zeros. The body must write
-// `bytes` bytes for each of `lanes` blocks of `length` floats.
-template <int length, int bytes, class Body>
+// Runs body(x, out) over all blocks, `group` at a time; the last group is padded with zeros. The body must write `bytes`
+// bytes for each of the `group` blocks of `length` floats.
+template <int group, int length, int bytes, class Body>
 LQ_INLINE void for_block_groups(const float* x, int64_t blocks, uint8_t* out, Body body) {
     int64_t first = 0;
-    for (; first + lanes <= blocks; first += lanes) body(x + first * length, out + first * bytes);
+    for (; first + group <= blocks; first += group) body(x + first * length, out + first * bytes);
     if (first == blocks) return;
-    alignas(64) float padded[lanes * length] = {};
-    uint8_t packed[lanes * bytes];
+    alignas(64) float padded[group * length] = {};
+    uint8_t packed[group * bytes];
     const auto left = static_cast<size_t>(blocks - first);
     __builtin_memcpy(padded, x + first * length, left * length * sizeof(float));
     body(padded, packed);
     __builtin_memcpy(out + first * bytes, packed, left * bytes);
+}
+
+// Float16 numbers of consecutive blocks, given as integers.
+template <int bytes, int count>
+LQ_INLINE void store_halves(uint8_t* q, const int32_t (&half)[count]) {
+    for (int b = 0; b < count; ++b) store_half(q + b * bytes, static_cast<uint16_t>(half[b]));
+}
+
+// Per lane, one block of `block` floats each, from p on: fold of all weights.
+template <class Fold, int length, class Part>
+LQ_INLINE vf fold_blocks(const float* p, Part part) {
+    vf folded[lanes];
+    for (int b = 0; b < lanes; ++b, p += length) {
+        vf v = part(load(p));
+        for (int k = lanes; k < length; k += lanes) v = Fold::of(part(load(p + k)), v);
+        folded[b] = v;
+    }
+    return fold_lanes<Fold>(folded);
 }
 
 }  // namespace
