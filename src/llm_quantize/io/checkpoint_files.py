@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,8 +274,6 @@ def _refuse_without_weights(directory: Path, model: str) -> NoReturn:
 
 def conversion_command(source: str) -> str:
     """The shell command that writes a safetensors copy of a pickled model, with transformers."""
-    import shlex
-
     code = (
         "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
         "s, d = sys.argv[1:]; M.from_pretrained(s, dtype='auto').save_pretrained(d); "

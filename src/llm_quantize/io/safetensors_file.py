@@ -88,6 +88,9 @@ def read_header(path: str | Path) -> Header:
             )
         raw = bytearray(8)
         pread_into(descriptor, memoryview(raw), 0, path)
+        if raw == b"version ":
+            remedy = "run `git lfs pull` in the model's directory"
+            _refuse("a Git LFS pointer stands in the file's place", path, offset=0, remedy=remedy)
         length = int.from_bytes(raw, "little")
         _check_length(length, size, path)
         raw += bytes(length)
