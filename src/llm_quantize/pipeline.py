@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import llm_quantize
 from llm_quantize import preflight
@@ -19,9 +20,11 @@ from llm_quantize.errors import IntegrityError, UnsupportedError, UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats import gguf as gguf_format
 from llm_quantize.formats.gguf_vocabulary import read_vocabulary
+from llm_quantize.io.artifact_paths import discard_partial, manifest_path, partial_path
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
-from llm_quantize.io.output import ResumableOutput, canonical_json, discard_partial, manifest_path
+from llm_quantize.io.journal import canonical_json
+from llm_quantize.io.output import ResumableOutput
 from llm_quantize.plan import ArtifactPlan, plan_artifact
 from llm_quantize.recipes import Overrides, TensorShape, assign, parse_level
 from llm_quantize.work import (
@@ -31,6 +34,7 @@ from llm_quantize.work import (
     Target,
     Worker,
     missing_units,
+    refuse_other_source,
     replaced_values,
     unit_records,
 )
@@ -268,7 +272,7 @@ def quantize(
         for warning in (text for artifact in plans for text in artifact.warnings):
             on_event({"event": "warning", "text": warning})
         paths = [_target_path(Path(output_dir), artifact) for artifact in plans]
-        done = [_already_complete(artifact, path, options) for artifact, path in zip(plans, paths, strict=True)]
+        done = [_already_complete(source, artifact, path, options) for artifact, path in zip(plans, paths, strict=True)]
         todo = [(artifact, path) for artifact, path, ready in zip(plans, paths, done, strict=True) if not ready]
         fitted = preflight.check(
             [artifact for artifact, _ in todo],
@@ -297,15 +301,14 @@ def _write_all(
 ) -> dict[Path, ArtifactResult]:
     """Quantize what is missing into every open output, then put each in place."""
     imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
-    facts = source.checkpoint.fingerprint()
-    times = [[fact.name, fact.mtime_ns] for fact in facts]
+    times = _source_times(source.checkpoint)
     worker = Worker(source.checkpoint, _importance_rows(source, imatrix), options.nonfinite)
     with ExitStack() as stack, stop_on_signals() as stop:
         targets = [
             Target(artifact, stack.enter_context(_open_output(artifact, path, options, on_event)))
             for artifact, path in todo
         ]
-        deep = any(target.output.notes.get("source_times", times) != times for target in targets)
+        deep = any(target.output.notes.get("source_times") != times for target in targets)
         rechecks = [(target, key) for target in targets for key in target.output.records]
         resumed = dict.fromkeys((path for _, path in todo), 0)
         for _ in run(Recheck(source.checkpoint, deep), rechecks, threads=threads, stop=stop):
@@ -341,6 +344,12 @@ def _refuse_changed(checkpoint: Checkpoint) -> None:
             )
 
 
+def _source_times(checkpoint: Checkpoint) -> list[list[Any]]:
+    """What changes when a weight file is written, replaced or touched; a copy may keep the first time, not the rest."""
+    facts = [(header.path.name, header.path.stat()) for header in checkpoint.headers]
+    return [[name, fact.st_mtime_ns, fact.st_ctime_ns, fact.st_ino] for name, fact in facts]
+
+
 def _target_path(directory: Path, artifact: ArtifactPlan) -> Path:
     return directory / (artifact.name if len(artifact.files) > 1 else artifact.files[0].name)
 
@@ -352,8 +361,6 @@ def _journal_path(path: Path, options: Options) -> Path | None:
 
 
 def _open_output(artifact: ArtifactPlan, path: Path, options: Options, on_event: EventSink) -> ResumableOutput:
-    if options.overwrite:
-        discard_partial(path, _journal_path(path, options))
     return ResumableOutput(
         path,
         artifact.files,
@@ -361,18 +368,22 @@ def _open_output(artifact: ArtifactPlan, path: Path, options: Options, on_event:
         spans=artifact.units(),
         journal_path=_journal_path(path, options),
         on_warning=lambda text: on_event({"event": "warning", "text": text}),
+        replace=options.overwrite,
     )
 
 
 def _partial_bytes(path: Path) -> int:
     """Bytes that an unfinished run has already allocated on disk."""
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     files = list(partial.iterdir()) if partial.is_dir() else [partial]
     return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
 
 
-def _already_complete(artifact: ArtifactPlan, path: Path, options: Options) -> bool:
-    """Whether ``path`` is this very artifact, finished. Anything else under that name is refused."""
+def _already_complete(source: Source, artifact: ArtifactPlan, path: Path, options: Options) -> bool:
+    """Whether ``path`` is this very artifact, finished. Anything else under that name is refused.
+
+    A source that was written or replaced after the artifact is read once more: its hashes stand in the manifest.
+    """
     if not path.exists() or options.overwrite:
         return False
     manifest = manifest_path(path)
@@ -383,6 +394,9 @@ def _already_complete(artifact: ArtifactPlan, path: Path, options: Options) -> b
         except ValueError:
             known = {}
         if isinstance(known, dict) and known.get("plan_sha256") == artifact.digest:
+            made = manifest.stat().st_mtime_ns
+            if any(max(times[1], times[2]) >= made for times in _source_times(source.checkpoint)):
+                refuse_other_source(source.checkpoint, artifact, known)
             discard_partial(path, _journal_path(path, options))
             return True
     raise UsageError(

@@ -15,7 +15,8 @@ from llm_quantize.assemble import CHUNK_WEIGHTS, matrix_shape, unit_ranges
 from llm_quantize.errors import UsageError
 from llm_quantize.formats import gguf as gguf_format
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf
-from llm_quantize.io.output import OutputFile, Span, canonical_json
+from llm_quantize.io.journal import canonical_json
+from llm_quantize.io.output import OutputFile, Span
 from llm_quantize.qtypes import QTYPES
 
 BASE_MEMORY = 160 << 20  # interpreter, numpy, libraries

@@ -21,8 +21,9 @@ from llm_quantize import kernels
 from llm_quantize.assemble import chunk_ranges, matrix_shape, read_output_rows, to_float32
 from llm_quantize.errors import IntegrityError, MalformedInputError, UsageError
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
-from llm_quantize.io.output import HASH_CHUNK, manifest_path
+from llm_quantize.io.output import HASH_CHUNK
 from llm_quantize.pipeline import Source, open_source
 from llm_quantize.qtypes import QTYPES
 

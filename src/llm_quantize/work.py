@@ -183,18 +183,38 @@ class Recheck:
         if not self.deep:
             return True
         tensor, start, stop = _parse_key(target.plan, key)
-        digest = hashlib.sha256()
-        for _, first, last in chunk_ranges(tensor.output.shape, start, stop):
-            read_output_rows(self.source, tensor.output, first, last, digest=digest)
-        if digest.hexdigest() != record["source_sha256"]:
-            raise IntegrityError(
-                "the source's weights changed since the unfinished run",
-                tensor=tensor.name,
-                expected=record["source_sha256"],
-                found=digest.hexdigest(),
-                remedy="restore the source, or start again with --overwrite",
-            )
+        found = _source_hash(self.source, tensor, start, stop)
+        if found != record["source_sha256"]:
+            raise _source_changed("since the unfinished run", tensor, record["source_sha256"], found)
         return True
+
+
+def refuse_other_source(source: RowSource, plan: ArtifactPlan, manifest: Mapping[str, Any]) -> None:
+    """Raise IntegrityError naming the first tensor whose weights are not those that ``manifest``'s artifact holds."""
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    for entry in manifest.get("tensors", []):
+        tensor = tensors[entry["name"]]
+        for unit in entry["units"]:
+            found = _source_hash(source, tensor, *unit["rows"])
+            if found != unit["source_sha256"]:
+                raise _source_changed("since the artifact was made", tensor, unit["source_sha256"], found)
+
+
+def _source_hash(source: RowSource, tensor: TensorPlan, start: int, stop: int) -> str:
+    digest = hashlib.sha256()
+    for _, first, last in chunk_ranges(tensor.output.shape, start, stop):
+        read_output_rows(source, tensor.output, first, last, digest=digest)
+    return digest.hexdigest()
+
+
+def _source_changed(when: str, tensor: TensorPlan, expected: str, found: str) -> IntegrityError:
+    return IntegrityError(
+        f"the source's weights changed {when}",
+        tensor=tensor.name,
+        expected=f"source bytes with SHA-256 {expected}",
+        found=found,
+        remedy="restore the source, or start again with --overwrite",
+    )
 
 
 def _parse_key(plan: ArtifactPlan, key: str) -> tuple[TensorPlan, int, int]:

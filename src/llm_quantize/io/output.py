@@ -4,33 +4,41 @@ The rule that everything rests on: a unit counts as done only if its journal rec
 same inputs, **and** the bytes in the partial file hash to what the record says. Locks, fsync and order only decide
 how little is done again after a crash, never whether the result is right.
 
-Journal: one line per record, ``crc32 length json``. The first describes the run (what, from what, by which version);
-a torn or damaged line is skipped and its unit is done again.
+The journal's first record (``journal.py``) describes the run: what, from what, by which version. A torn or damaged
+line is skipped and its unit is done again.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
-import json
 import os
-import stat
 import threading
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from llm_quantize.errors import (
-    AccessError,
-    BusyError,
-    IntegrityError,
-    ResourceError,
-    UsageError,
+from llm_quantize.errors import AccessError, BusyError, IntegrityError, LlmQuantizeError, ResourceError, UsageError
+from llm_quantize.io.artifact_paths import (
+    is_artifact_directory,
+    manifest_path,
+    partial_path,
+    remove_artifact,
+    replaced_path,
 )
+from llm_quantize.io.durable import (
+    allocate,
+    fail_os,
+    is_same_file,
+    open_regular_output,
+    read_at,
+    remove_files,
+    sync_directory,
+    write_whole,
+)
+from llm_quantize.io.journal import parse_journal, record_line
 
 SYNC_BYTES = 256 << 20
 SYNC_SECONDS = 10.0
@@ -57,68 +65,13 @@ class Span:
     nbytes: int
 
 
-def canonical_json(value: Any) -> bytes:
-    """``value`` as JSON bytes that do not depend on dictionary order or locale."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
-
-
-def fail_os(error: OSError, what: str, file: Path) -> NoReturn:
-    """Raise the tree's error for a failed system call: disk and limits are 5, access is 6."""
-    facts: dict[str, Any] = {"file": file, "found": error.strerror}
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "free some disk space and run the same command again: it continues where it stopped"
-        raise ResourceError(f"{what}: the disk is full", remedy=remedy, **facts) from error
-    if error.errno == errno.EFBIG:
-        remedy = "raise the file size limit, use another file system, or --split-max-size"
-        raise ResourceError(f"{what}: the file is larger than allowed", remedy=remedy, **facts) from error
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = "choose a directory that you can write to with -o"
-        raise AccessError(f"{what}: not permitted", remedy=remedy, **facts) from error
-    remedy = "check the disk and run the same command again: finished parts are kept"
-    raise ResourceError(f"{what}: the system refused", remedy=remedy, **facts) from error
-
-
-def record_line(record: Mapping[str, Any]) -> bytes:
-    """One journal line: CRC-32 and length of the JSON that follows."""
-    data = canonical_json(record)
-    return b"%08x %d %s\n" % (zlib.crc32(data), len(data), data)
-
-
-def parse_journal(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The valid records of a journal, and how many damaged lines were passed over (a torn last line counts)."""
-    records: list[dict[str, Any]] = []
-    damaged = 0
-    for line in data.split(b"\n"):
-        if not line:
-            continue
-        record = _parse_line(line)
-        if record is None:
-            damaged += 1
-        else:
-            records.append(record)
-    return records, damaged
-
-
-def _parse_line(line: bytes) -> dict[str, Any] | None:
-    fields = line.split(b" ", 2)
-    if len(fields) != 3:
-        return None
-    crc, length, body = fields
-    if crc != b"%08x" % zlib.crc32(body) or length != b"%d" % len(body):
-        return None
-    try:
-        record = json.loads(body)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
-
-
 class ResumableOutput:
     """One artifact being written: ``target`` is its final path, a file, or a directory when it has several files.
 
     ``identity`` says what is being made from what; a partial artifact with another identity is refused, naming the
-    argument that differs. ``spans`` gives each unit's place. Use as a context manager; leaving it without
-    ``finish`` keeps the partial file and the journal for the next run.
+    argument that differs. ``spans`` gives each unit's place. ``replace`` forgets an unfinished run and, at the end,
+    takes the place of a finished artifact. Use as a context manager; leaving it without ``finish`` keeps the
+    partial file and the journal for the next run.
     """
 
     def __init__(
@@ -130,6 +83,7 @@ class ResumableOutput:
         spans: Mapping[str, Span],
         journal_path: Path | None,
         on_warning: Callable[[str], None],
+        replace: bool = False,
     ) -> None:
         self.target = target
         self.files = tuple(files)
@@ -139,11 +93,13 @@ class ResumableOutput:
         self._identity = dict(identity)
         self._journal_path = journal_path
         self._warn = on_warning
+        self._replace = replace
         self._is_directory = len(self.files) > 1
-        self.partial = target.with_name(target.name + ".partial")
+        self.partial = partial_path(target)
         self._descriptors: list[int] = []
         self._journal = -1
         self._lock = threading.Lock()
+        self._failure: LlmQuantizeError | None = None
         self._unsynced = 0
         self._synced_journal_length = 0
         self._last_sync = time.monotonic()
@@ -171,28 +127,49 @@ class ResumableOutput:
 
     def _open(self) -> None:
         try:
+            self._refuse_target()
             self.target.parent.mkdir(parents=True, exist_ok=True)
             if self._is_directory:
                 self.partial.mkdir(exist_ok=True)
+                if self.partial.is_symlink():
+                    raise AccessError("the output is a link", file=self.partial, remedy="remove the link")
             if self._journal_path is not None:
                 self._journal_path.parent.mkdir(parents=True, exist_ok=True)
-                self._journal = _open_output(self._journal_path)
+                self._journal = open_regular_output(self._journal_path, append=True)
             for path in self._paths():
-                self._descriptors.append(_open_output(path))
+                self._descriptors.append(open_regular_output(path))
+            self._take_lock()
+            self._refuse_moved()
+            self._load_journal()
+            self._allocate()
         except OSError as error:
             fail_os(error, "the output cannot be created", self.target)
-        self._take_lock()
-        self._refuse_moved()
-        self._load_journal()
-        self._allocate()
+
+    def _refuse_target(self) -> None:
+        """What stands under the final name may be replaced only by its own kind; no foreign file is ever removed."""
+        if not self.target.exists() and not self.target.is_symlink():
+            return
+        if self.target.exists() and not self._replace:
+            raise BusyError("another process has just finished this output", file=self.target)
+        if not (is_artifact_directory(self.target) if self._is_directory else self.target.is_file()):
+            kind = "a directory of GGUF files and a manifest, nothing else" if self._is_directory else "a file"
+            raise AccessError(
+                "the output exists and is not an artifact that --overwrite may replace",
+                file=self.target,
+                expected=kind,
+                remedy="move it away, or choose another name with -n or directory with -o",
+            )
 
     def _refuse_moved(self) -> None:
         """A writer that finished between our open and our lock has renamed what we opened: hands off."""
         paths = [*self._paths(), *([self._journal_path] if self._journal_path is not None else [])]
         for descriptor, path in zip((*self._descriptors, self._journal), paths, strict=False):
-            ours = os.fstat(descriptor)
-            if not path.exists() or not os.path.samestat(ours, path.stat()):
-                raise BusyError("another process has just finished this output", file=self.target)
+            if not is_same_file(descriptor, path):
+                raise BusyError(
+                    "another process has finished or removed this output",
+                    file=path,
+                    remedy="run the same command again when the other process has ended",
+                )
 
     def _take_lock(self) -> None:
         for descriptor in (*self._descriptors[:1], *([self._journal] if self._journal >= 0 else [])):
@@ -209,16 +186,14 @@ class ResumableOutput:
 
     def _load_journal(self) -> None:
         if self._journal < 0:
-            for descriptor in self._descriptors:
-                os.ftruncate(descriptor, 0)
+            self._start_again()
             return
-        data = _read_all(self._journal)
+        data = read_at(self._journal, os.fstat(self._journal).st_size, 0)
         records, damaged = parse_journal(data)
-        if not records or "identity" not in records[0]:
-            if data:
+        if self._replace or not records or not isinstance(records[0].get("identity"), dict):
+            if data and not self._replace:
                 self._warn(f"{self._journal_path}: the journal is unreadable; starting again")
-            os.ftruncate(self._journal, 0)
-            self._append({"identity": self._identity})
+            self._start_again()
             return
         self._compare_identity(records[0]["identity"])
         if damaged:
@@ -228,8 +203,21 @@ class ResumableOutput:
             span = self.spans.get(record.get("unit", ""))
             if span is not None and [span.file, span.offset, span.nbytes] == record.get("span"):
                 self.records[record["unit"]] = record
-        if data and not data.endswith(b"\n"):
+        if not data.endswith(b"\n"):
             self._append_raw(b"\n")
+        # What we are about to read back may still be in memory only: a disk that loses it must say so first.
+        self.sync()
+
+    def _start_again(self) -> None:
+        """Nothing of an earlier run is known: empty every file, so that its bytes cannot show in gaps between units."""
+        if self._journal >= 0:
+            os.ftruncate(self._journal, 0)
+        for descriptor in self._descriptors:
+            os.ftruncate(descriptor, 0)
+        if self._is_directory:
+            remove_files(self.partial, keep=[file.name for file in self.files])
+        if self._journal >= 0:
+            self._append({"identity": self._identity})
 
     def _compare_identity(self, found: Mapping[str, Any]) -> None:
         for key in dict.fromkeys([*self._identity, *sorted(found)]):
@@ -247,14 +235,22 @@ class ResumableOutput:
 
     def _allocate(self) -> None:
         for number, (file, path) in enumerate(zip(self.files, self._paths(), strict=True)):
-            descriptor = self._descriptors[number]
             try:
-                if os.fstat(descriptor).st_size != file.size:
-                    os.ftruncate(descriptor, file.size)
-                _fallocate(descriptor, file.size)
+                allocate(self._descriptors[number], file.size)
             except OSError as error:
                 fail_os(error, "the output cannot be allocated", path)
             self.write(Span(number, 0, len(file.header)), 0, file.header)
+            if self.records:
+                self._clear_gaps(number, file)
+
+    def _clear_gaps(self, number: int, file: OutputFile) -> None:
+        """Zeros between units, which no hash covers: what an accident left there must not reach the artifact."""
+        at = len(file.header)
+        spans = sorted((span.offset, span.nbytes) for span in self.spans.values() if span.file == number)
+        for offset, nbytes in [*spans, (file.size, 0)]:
+            if offset > at:
+                self.write(Span(number, at, offset - at), 0, bytes(offset - at))
+            at = max(at, offset + nbytes)
 
     # checking what an earlier run left
 
@@ -263,13 +259,18 @@ class ResumableOutput:
         record = self.records[unit]
         span = self.spans[unit]
         digest = hashlib.sha256()
-        for start in range(0, span.nbytes, HASH_CHUNK):
-            count = min(HASH_CHUNK, span.nbytes - start)
-            digest.update(os.pread(self._descriptors[span.file], count, span.offset + start))
-        if digest.hexdigest() == record["sha256"]:
-            return True
+        reason = "does not match its journal record"
+        try:
+            for start in range(0, span.nbytes, HASH_CHUNK):
+                count = min(HASH_CHUNK, span.nbytes - start)
+                digest.update(read_at(self._descriptors[span.file], count, span.offset + start))
+            if digest.hexdigest() == record.get("sha256"):
+                return True
+        except OSError as error:
+            # Writing a bad sector again is what makes a disk replace it; if that fails too, the write says so.
+            reason = f"cannot be read back ({error.strerror})"
         self.forget(unit)
-        self._warn(f"{self.partial}: {unit} does not match its journal record; doing it again")
+        self._warn(f"{self.partial}: {unit} {reason}; doing it again")
         return False
 
     def forget(self, unit: str) -> None:
@@ -298,16 +299,15 @@ class ResumableOutput:
         span = self.spans[unit]
         record = {"unit": unit, "span": [span.file, span.offset, span.nbytes], **facts}
         with self._lock:
+            self._append(record)
             self.records[unit] = record
-            if self._journal >= 0:
-                self._append(record)
             self._unsynced += span.nbytes
             if self._unsynced >= SYNC_BYTES or time.monotonic() - self._last_sync >= SYNC_SECONDS:
                 self._sync()
 
     def note(self, facts: Mapping[str, Any]) -> None:
         """Remember facts about this run for the next one (``notes``); they are not part of the identity."""
-        if self._journal >= 0 and any(self.notes.get(key) != value for key, value in facts.items()):
+        if any(self.notes.get(key) != value for key, value in facts.items()):
             with self._lock:
                 self._append({"note": dict(facts)})
         self.notes |= facts
@@ -318,6 +318,7 @@ class ResumableOutput:
             self._sync()
 
     def _sync(self) -> None:
+        self._refuse_after_failure()
         try:
             for descriptor in self._descriptors:
                 os.fsync(descriptor)
@@ -325,118 +326,89 @@ class ResumableOutput:
                 os.fsync(self._journal)
                 self._synced_journal_length = os.fstat(self._journal).st_size
         except OSError as error:
-            # After a failed fsync the cache may show bytes that the disk lost: nothing since the last good one counts.
-            if self._journal >= 0:
-                os.ftruncate(self._journal, self._synced_journal_length)
-            fail_os(error, "the output could not be made durable", self.target)
+            self._cut_journal()
+            self._fail(error, "the output could not be made durable", self.target)
         self._unsynced = 0
         self._last_sync = time.monotonic()
+
+    def _cut_journal(self) -> None:
+        """After a failed fsync memory may show bytes that the disk lost: nothing since the last good one counts."""
+        if self._journal < 0:
+            return
+        try:
+            os.ftruncate(self._journal, self._synced_journal_length)
+        except OSError as error:
+            self._warn(f"{self._journal_path}: cannot be cut back ({error.strerror}); start again with --overwrite")
+
+    def _fail(self, error: OSError, what: str, file: Path) -> None:
+        """Raise, and let no other thread record anything after this failure."""
+        try:
+            fail_os(error, what, file)
+        except LlmQuantizeError as failure:
+            self._failure = failure
+            raise
+
+    def _refuse_after_failure(self) -> None:
+        if self._failure is not None:
+            raise ResourceError("stopped after a failure in another thread", file=self.target) from self._failure
 
     def _append(self, record: Mapping[str, Any]) -> None:
         self._append_raw(record_line(record))
 
     def _append_raw(self, data: bytes) -> None:
+        if self._journal < 0:
+            return
+        self._refuse_after_failure()
         view = memoryview(data)
         try:
             while view:
                 view = view[os.write(self._journal, view) :]
         except OSError as error:
-            fail_os(error, "the journal cannot be written", self._journal_path or self.target)
+            self._fail(error, "the journal cannot be written", self._journal_path or self.target)
 
     # the end
 
     def finish(self, manifest: bytes) -> None:
         """All units are recorded: make them durable, put the manifest in place, rename once, drop the journal.
 
-        Raises IntegrityError if a unit is missing. The manifest of a single file stands beside it; that of a
-        directory inside it.
+        Raises IntegrityError if a unit is missing, BusyError if the partial files are no longer ours. The manifest of
+        a single file stands beside it; that of a directory inside it. Between any two steps the disk holds either no
+        artifact under the final name or a whole one with its own manifest.
         """
         missing = [unit for unit in self.spans if unit not in self.records]
         if missing:
             raise IntegrityError("not all parts of the output were written", file=self.target, found=missing[:3])
         self.sync()
         try:
-            _write_file(manifest_path(self.target, staged=self.partial if self._is_directory else None), manifest)
+            self._refuse_moved()
             if self._is_directory:
-                _sync_directory(self.partial)
-                if self.target.is_dir():
-                    _remove_tree(self.target)
-            self.partial.rename(self.target)
-            _sync_directory(self.target.parent)
+                self._place_directory(manifest)
+            else:
+                self._place_file(manifest)
             if self._journal_path is not None:
                 self._journal_path.unlink(missing_ok=True)
         except OSError as error:
             fail_os(error, "the finished output cannot be put in place", self.target)
 
+    def _place_file(self, manifest: bytes) -> None:
+        final = manifest_path(self.target)
+        staged = partial_path(final)
+        write_whole(staged, manifest)
+        if self.target.exists():
+            self.target.unlink()
+            sync_directory(self.target.parent)
+        staged.rename(final)
+        sync_directory(self.target.parent)
+        self.partial.rename(self.target)
+        sync_directory(self.target.parent)
 
-def manifest_path(target: Path, *, staged: Path | None = None) -> Path:
-    """Where an artifact's manifest stands: inside a directory, beside a single file."""
-    if staged is not None or target.is_dir():
-        return (staged or target) / "manifest.json"
-    return target.with_name(target.name + ".manifest.json")
-
-
-def discard_partial(target: Path, journal_path: Path | None) -> None:
-    """Forget an unfinished run of ``target`` (``--overwrite``)."""
-    partial = target.with_name(target.name + ".partial")
-    if partial.is_dir() and not partial.is_symlink():
-        _remove_tree(partial)
-    else:
-        partial.unlink(missing_ok=True)
-    if journal_path is not None:
-        journal_path.unlink(missing_ok=True)
-
-
-def _remove_tree(directory: Path) -> None:
-    for path in directory.iterdir():
-        path.unlink()
-    directory.rmdir()
-
-
-def _open_output(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise AccessError("the output exists and is not a regular file", file=path, remedy="choose another -o or -n")
-    if path.suffix == ".journal":
-        os.lseek(descriptor, 0, os.SEEK_END)
-    return descriptor
-
-
-def _fallocate(descriptor: int, size: int) -> None:
-    if size == 0 or not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-
-
-def _read_all(descriptor: int) -> bytes:
-    size = os.fstat(descriptor).st_size
-    parts, offset = [], 0
-    while offset < size:
-        part = os.pread(descriptor, size - offset, offset)
-        if not part:
-            break
-        parts.append(part)
-        offset += len(part)
-    return b"".join(parts)
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def _place_directory(self, manifest: bytes) -> None:
+        write_whole(self.partial / "manifest.json", manifest)
+        sync_directory(self.partial)
+        replaced = replaced_path(self.target)
+        if self.target.is_dir():
+            remove_artifact(replaced)
+            self.target.rename(replaced)
+        self.partial.rename(self.target)
+        sync_directory(self.target.parent)
+        remove_artifact(replaced)

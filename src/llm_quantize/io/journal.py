@@ -1,0 +1,48 @@
+"""The journal of an unfinished output: one line per record, ``crc32 length json``; a damaged line is passed over."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+
+def canonical_json(value: Any) -> bytes:
+    """``value`` as JSON bytes that do not depend on dictionary order or locale."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def record_line(record: Mapping[str, Any]) -> bytes:
+    """One journal line: CRC-32 and length of the JSON that follows."""
+    data = canonical_json(record)
+    return b"%08x %d %s\n" % (zlib.crc32(data), len(data), data)
+
+
+def parse_journal(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The valid records of a journal, and how many damaged lines were passed over (a torn last line counts)."""
+    records: list[dict[str, Any]] = []
+    damaged = 0
+    for line in data.split(b"\n"):
+        if not line:
+            continue
+        record = _parse_line(line)
+        if record is None:
+            damaged += 1
+        else:
+            records.append(record)
+    return records, damaged
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    fields = line.split(b" ", 2)
+    if len(fields) != 3:
+        return None
+    crc, length, body = fields
+    if crc != b"%08x" % zlib.crc32(body) or length != b"%d" % len(body):
+        return None
+    try:
+        record = json.loads(body)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
