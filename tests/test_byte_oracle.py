@@ -48,11 +48,14 @@ def random_importance(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict
 def oracle_bytes(
     source: Path, levels: Sequence[str], directory: Path, importance: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, dict[str, tuple[str, bytes]]]:
-    """llama.cpp's tensors for each level, from a float GGUF file."""
+    """llama.cpp's tensors for each level, from a float GGUF file; nothing for a level that it cannot store because a
+    row length fits no type."""
     stored = save_importance(directory / "importance.npz", importance) if importance else None
     jobs = [Job(str(source), str(directory / f"{n}.theirs"), LEVELS[n].file_type, stored) for n in levels]
     found = {}
     for level, job, outcome in zip(levels, jobs, run(jobs), strict=True):
+        if "no tensor type fallback" in outcome.error:
+            continue
         assert not outcome.error, f"{level}: {outcome.error}"
         found[level] = data_of(job.target)
         Path(job.target).unlink()
@@ -112,6 +115,7 @@ def test_random_models(model: Model, with_importance: bool, tmp_path: Path) -> N
         assert all((importance[name] == slow[name]).all() for name in slow)
     levels = [level for level in LEVELS if with_importance or level != "Q2_K_S"]
     theirs = oracle_bytes(source, levels, tmp_path, importance)
+    assert list(theirs) == levels
     for level in levels:
         assert unequal(quantize_directly(source, model, level, importance), theirs[level]) == [], level
 
@@ -137,9 +141,10 @@ def compare_pipeline(
         options = Options(imatrix=directory / "imatrix.gguf")
     ours = pipeline_bytes(model, levels, directory / "ours", options)
     theirs = oracle_bytes(source, levels, directory, values)
-    for level in levels:
+    for level in theirs:
         assert unequal(data_of(ours[level]), theirs[level]) == [], level
         assert_metadata(ours[level], source, level)
+    return list(theirs)
 
 
 def assert_metadata(path: Path, source: Path, level: str) -> None:
@@ -154,27 +159,37 @@ def assert_metadata(path: Path, source: Path, level: str) -> None:
             assert fields[key].contents() == field.contents(), key
 
 
+def wide_model(variant: str, directory: Path) -> Path:
+    """A tiny model whose rows are multiples of 256 long."""
+    wide = row_lengths_of_256(variant)
+    if variant.startswith(("gemma2", "gemma3")):
+        wide["query_pre_attn_scalar"] = wide["head_dim"]
+    return make_tiny(variant, directory, **wide)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tiny_checkpoints(variant: str, tmp_path: Path) -> None:
-    model = make_tiny(variant, tmp_path / "model", **row_lengths_of_256(variant))
+    model = wide_model(variant, tmp_path / "model")
     spread = VARIANTS.index(variant)
-    # Every variant takes every third level, each another third, so families and levels are all met.
-    compare_pipeline(model, GATE_LEVELS[spread % 3 :: 3], tmp_path / "with", importance=True)
-    compare_pipeline(model, (NEED_NONE + GATE_LEVELS)[spread % 4 :: 4], tmp_path / "without", importance=False)
+    # Every variant takes some levels, each others, so that families and levels are all met.
+    with_importance, without = GATE_LEVELS[spread % 3 :: 3], (NEED_NONE + GATE_LEVELS)[spread % 4 :: 4]
+    compared = compare_pipeline(model, with_importance, tmp_path / "with", importance=True)
+    compared += compare_pipeline(model, without, tmp_path / "without", importance=False)
+    assert compared == [*with_importance, *without]
 
 
 def test_odd_row_lengths(tmp_path: Path) -> None:
     model = make_tiny("llama", tmp_path / "model", hidden_size=96, intermediate_size=160)
-    compare_pipeline(model, ("Q4_K_M", "Q3_K_M", "IQ4_XS", "TQ1_0"), tmp_path / "out", importance=True)
+    assert len(compare_pipeline(model, ("Q4_K_M", "Q3_K_M", "IQ4_XS", "TQ1_0"), tmp_path / "out", importance=True)) == 4
 
 
 def test_from_bf16_as_from_f32(tmp_path: Path) -> None:
-    model = make_tiny("qwen3", tmp_path / "model", **row_lengths_of_256("qwen3"))
+    model = wide_model("qwen3", tmp_path / "model")
     compare_pipeline(model, ("Q4_K_M", "Q6_K"), tmp_path / "out", importance=True, base="BF16")
 
 
 def test_overrides_reach_the_file(tmp_path: Path) -> None:
-    model = make_tiny("llama", tmp_path / "model", **row_lengths_of_256("llama"))
+    model = wide_model("llama", tmp_path / "model")
     chosen = (("attn_v", "q8_0"), (r"blk\.0\.", "q5_1"))
     overrides = Overrides(output_type="q5_k", embedding_type="iq4_nl", tensor_types=chosen)
     source = pipeline_bytes(model, ["F32"], tmp_path)["F32"]
