@@ -16,9 +16,10 @@ from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.kernels import _native, reference
 from llm_quantize.qtypes import QTYPES, QType
 
-__all__ = ["dequantize", "quantize", "set_simd_level", "simd_level", "simd_levels"]
+__all__ = ["dequantize", "quantize", "scan_nonfinite", "set_simd_level", "simd_level", "simd_levels"]
 
 LEVEL_VARIABLE: Final = "LLM_QUANTIZE_SIMD"
+PASSED_THROUGH: Final = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}
 
 
 def simd_levels() -> list[str]:
@@ -96,9 +97,29 @@ def quantize(
             expected=f"{shape}, uint8, C-contiguous, writeable",
             found=f"{out.shape}, {out.dtype}",
         )
+    if rows.dtype == PASSED_THROUGH.get(qtype):
+        out[...] = rows.view(np.uint8)
+        return out
     used = importance if row_type.uses_importance else None
     _native.quantize(_level, qtype, rows, used, out)
     return out
+
+
+def scan_nonfinite(
+    rows: npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16],
+) -> tuple[int, int]:
+    """How many values are infinite or NaN, and the flat index of the first one (-1 when there is none).
+
+    ``rows``: float32, float16, or uint16 holding bfloat16 bits; any shape, C-contiguous. Releases the GIL.
+    Raises UsageError for another dtype or layout.
+    """
+    if rows.dtype not in (np.float32, np.float16, np.uint16) or not rows.flags.c_contiguous:
+        raise UsageError(
+            "Values to scan have the wrong form",
+            expected="C-contiguous float32, float16 or uint16",
+            found=f"{rows.dtype}, contiguous: {rows.flags.c_contiguous}",
+        )
+    return _native.scan_nonfinite(_level, rows)
 
 
 def dequantize(qtype: str, packed: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.float32]:

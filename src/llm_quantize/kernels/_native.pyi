@@ -3,6 +3,9 @@ import numpy.typing as npt
 
 def levels() -> list[str]: ...
 def qtypes() -> list[tuple[str, int, int]]: ...
+def scan_nonfinite(
+    level: str, values: npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
+) -> tuple[int, int]: ...
 def quantize(
     level: str,
     qtype: str,

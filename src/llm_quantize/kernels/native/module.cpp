@@ -93,6 +93,27 @@ using Rows = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Importance = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Out = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
+using Values = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+template <class Array>
+lq::Source source_of(const Array& values) {
+    const nb::dlpack::dtype half{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
+    if (values.dtype() == nb::dtype<float>()) return lq::Source::float32;
+    if (values.dtype() == nb::dtype<uint16_t>()) return lq::Source::bfloat16;
+    if (values.dtype() == half) return lq::Source::float16;
+    throw nb::value_error("values must be float32, float16 or uint16 (bfloat16 bits)");
+}
+
+std::tuple<int64_t, int64_t> scan_nonfinite(const std::string& level_name, Values values) {
+    const lq::Level& level = find_level(level_name);
+    const lq::Source source = source_of(values);
+    const void* data = values.data();
+    const auto count = static_cast<int64_t>(values.size());
+    nb::gil_scoped_release unlocked;
+    const lq::NonFinite found = level.scan_nonfinite(data, count, source);
+    return {found.count, found.first};
+}
+
 constexpr int64_t widened_floats = 1 << 15;  // rows are widened about 128 KiB at a time: they stay in the L2 cache
 
 void quantize(const std::string& level_name, const std::string& qtype, Rows rows, std::optional<Importance> importance,
@@ -109,23 +130,18 @@ void quantize(const std::string& level_name, const std::string& qtype, Rows rows
     if (importance && static_cast<int64_t>(importance->shape(0)) != columns) {
         throw nb::value_error("importance has the wrong length");
     }
-    const bool is_float = rows.dtype() == nb::dtype<float>();
-    const bool is_bf16 = rows.dtype() == nb::dtype<uint16_t>();
-    const nb::dlpack::dtype half{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
-    if (!is_float && !is_bf16 && !(rows.dtype() == half)) {
-        throw nb::value_error("rows must be float32, float16 or uint16 (bfloat16 bits)");
-    }
+    const lq::Source type = source_of(rows);
     const void* source = rows.data();
     const float* weights = importance ? importance->data() : nullptr;
     uint8_t* target = out.data();
     if (count == 0 || columns == 0) return;
 
     nb::gil_scoped_release unlocked;
-    if (is_float) {
+    if (type == lq::Source::float32) {
         kernel.quantize(static_cast<const float*>(source), count, columns, weights, target);
         return;
     }
-    const lq::Widen widen = is_bf16 ? level.widen_bf16 : level.widen_f16;
+    const lq::Widen widen = type == lq::Source::bfloat16 ? level.widen_bf16 : level.widen_f16;
     const int64_t step = columns >= widened_floats ? 1 : widened_floats / columns;
     const std::unique_ptr<float[]> buffer(new float[static_cast<size_t>((step < count ? step : count) * columns)]);
     for (int64_t first = 0; first < count; first += step) {
@@ -141,6 +157,8 @@ NB_MODULE(_native, module) {
     module.doc() = "Quantization kernels; llm_quantize.kernels is their public face.";
     module.def("levels", &levels, "SIMD levels that this processor can run, slowest first.");
     module.def("qtypes", &qtypes, "(name, weights per block, bytes per block) of every native type.");
+    module.def("scan_nonfinite", &scan_nonfinite, nb::arg("level"), nb::arg("values"),
+               "How many values are infinite or NaN, and the flat index of the first (-1: none).");
     module.def("quantize", &quantize, nb::arg("level"), nb::arg("qtype"), nb::arg("rows"),
                nb::arg("importance").none(), nb::arg("out"),
                "Quantizes rows (R, C) into out (R, C / block * bytes) at a SIMD level.");

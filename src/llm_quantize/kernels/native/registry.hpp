@@ -23,6 +23,15 @@ namespace lq {
 using QuantizeRows = void (*)(const float* x, int64_t rows, int64_t cols, const float* importance, uint8_t* out);
 using Widen = void (*)(const uint16_t* source, int64_t count, float* target);
 
+enum class Source { float32, float16, bfloat16 };
+
+struct NonFinite {
+    int64_t count;  // of infinities and NaNs
+    int64_t first;  // where the first one stands; -1 when there is none
+};
+
+using Scan = NonFinite (*)(const void* values, int64_t count, Source source);
+
 struct Kernel {
     const char* name;  // lower-case ggml name
     int32_t block;     // weights per block
@@ -42,6 +51,7 @@ struct Level {
     int32_t family_count;
     Widen widen_f16;
     Widen widen_bf16;
+    Scan scan_nonfinite;
 };
 
 }  // namespace lq
