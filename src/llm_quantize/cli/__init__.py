@@ -46,7 +46,7 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--json", "as_json", is_flag=True, help="Print results as JSON, progress as JSON lines on stderr.")
-@click.option("-v", "--verbose", count=True, help="Say more; an internal error shows its traceback anyway.")
+@click.option("-v", "--verbose", count=True, help="Say more: every tensor of a plan or a verification.")
 @click.option("-q", "--quiet", is_flag=True, help="Print results only: no progress, no notes.")
 @click.version_option(__version__, prog_name="llm-quantize")
 @click.pass_context
