@@ -7,22 +7,17 @@ The rules are ggml's (ggml/src/ggml-quants.c, the owner of these formats); the c
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+
+from llm_quantize.kernels import reference_kquants, reference_legacy
 
 __all__ = ["DEQUANTIZE", "QUANTIZE"]
 
 Quantizer = Callable[[npt.NDArray[np.float32], npt.NDArray[np.float32] | None], npt.NDArray[np.uint8]]
 Dequantizer = Callable[[npt.NDArray[np.uint8], int], npt.NDArray[np.float32]]
 
-QUANTIZE: dict[str, Quantizer] = {}
-DEQUANTIZE: dict[str, Dequantizer] = {}
-
-if importlib.util.find_spec("llm_quantize.kernels.reference_legacy") is not None:
-    from llm_quantize.kernels import reference_legacy
-
-    QUANTIZE |= reference_legacy.QUANTIZE
-    DEQUANTIZE |= reference_legacy.DEQUANTIZE
+QUANTIZE: dict[str, Quantizer] = {**reference_legacy.QUANTIZE, **reference_kquants.QUANTIZE}
+DEQUANTIZE: dict[str, Dequantizer] = {**reference_legacy.DEQUANTIZE, **reference_kquants.DEQUANTIZE}

@@ -55,8 +55,8 @@ def low_byte(values: npt.NDArray[np.floating]) -> Bytes:
 
 
 def signed_extreme(x: Float32) -> tuple[Float32, Float32]:
-    """The first value of largest magnitude in each row of (N, n), and that magnitude."""
-    magnitude = np.abs(x)
+    """The first value of largest magnitude in each row of (N, n), and that magnitude; NaN is passed over, as in C."""
+    magnitude = np.where(np.isnan(x), np.float32(0), np.abs(x))
     at = magnitude.argmax(axis=1)[:, None]
     extreme = np.take_along_axis(x, at, axis=1)[:, 0]
     largest = np.take_along_axis(magnitude, at, axis=1)[:, 0]
