@@ -284,9 +284,7 @@ def make_tiny(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (
-            kind(config) if kind is not transformers.AutoModelForCausalLM else kind.from_config(config)
-        ).eval()
+        model = (kind(config) if kind is not transformers.AutoModelForCausalLM else kind.from_config(config)).eval()
     _randomize(model, seed)
     model = model.to(getattr(torch, dtype))
     with quiet():
@@ -310,11 +308,11 @@ def quiet() -> Any:
 def reference_model(directory: Path) -> Any:
     """The checkpoint in transformers, float32, exact attention."""
     wrapper = json.loads((directory / "config.json").read_text())["model_type"] == "gemma3"
-    kind = (
-        transformers.Gemma3ForConditionalGeneration if wrapper else transformers.AutoModelForCausalLM
-    )
+    kind = transformers.Gemma3ForConditionalGeneration if wrapper else transformers.AutoModelForCausalLM
     with quiet():
-        return kind.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+        return kind.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
 
 
 def reference_logits(model: Any, ids: list[int]) -> Any:

@@ -93,28 +93,36 @@ def _longrope_attention(rope: Rope, config: ConfigReader, hyper: Hyper) -> float
     return 1.0 if factor <= 1 or original < 2 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
+def _yarn_ramp(fast: float, slow: float, rope: Rope, hyper: Hyper, original: int) -> tuple[float, float]:
+    """YaRN, section 3.2: the dimensions between which waves go over from kept to stretched, rounded outwards."""
+    if fast <= 0 or slow <= 0 or rope.theta == 1:
+        return 0.0, 0.0
+
+    def dimension(turns: float) -> float:
+        return hyper.rotary * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    return max(math.floor(dimension(fast)), 0), min(math.ceil(dimension(slow)), hyper.rotary - 1)
+
+
 def _yarn(rope: Rope, config: ConfigReader, hyper: Hyper) -> dict[str, int | float | str]:
     scaling, keys = ConfigReader(rope.scaling, config.file), gguf.Keys.Rope
     original = _original_context(rope, config, hyper)
     factor = scaling.number("factor", default=hyper.context_length / original, positive=True)
-    if not scaling.boolean("truncate", default=True):
+    fast, slow = scaling.number("beta_fast", default=32.0), scaling.number("beta_slow", default=1.0)
+    ramp = _yarn_ramp(fast or 32.0, slow or 1.0, rope, hyper, original)
+    truncate = scaling.boolean("truncate", default=True)
+    if not truncate or ramp != _yarn_ramp(32.0, 1.0, rope, hyper, original):
         raise UnsupportedError(
-            "llama.cpp always rounds the bounds of YaRN's ramp",
+            "llama.cpp has YaRN's ramp built in for this family",
             file=config.file,
-            expected="truncate true",
-            found="truncate false",
+            expected="beta_fast 32, beta_slow 1, truncate true",
+            found=f"beta_fast {fast}, beta_slow {slow}, truncate {truncate}",
         )
     found: dict[str, int | float | str] = {
         keys.SCALING_TYPE: gguf.RopeScalingType.YARN.value,
         keys.SCALING_FACTOR: factor,
         keys.SCALING_ORIG_CTX_LEN: original,
     }
-    for name, key in (
-        ("beta_fast", keys.SCALING_YARN_BETA_FAST),
-        ("beta_slow", keys.SCALING_YARN_BETA_SLOW),
-    ):
-        if scaling.get(name) is not None:
-            found[key] = scaling.number(name)
     # The runtime itself multiplies by 1 + 0.1 ln(factor); the key holds what is to be multiplied besides.
     usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
     wanted = usual
