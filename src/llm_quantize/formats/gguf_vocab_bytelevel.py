@@ -75,19 +75,23 @@ def byte_level(source: TokenizerJson) -> Vocabulary:
 
 
 def _choose(source: TokenizerJson, rules: tuple[Rule, ...]) -> Rule:
-    """The rule whose ``ignore_merges`` is the file's, or the first one where that makes no difference."""
+    """The rule whose ``ignore_merges`` is the file's; another, more exact one where that makes no difference."""
     wanted = flag(source.model, "ignore_merges", False, source.file, "model")
-    for rule in rules:
-        if rule.ignore_merges == wanted:
+    same = [rule for rule in rules if rule.ignore_merges == wanted]
+    for rule in same:
+        if rule.exact:
             return rule
-    astray = _unreachable(source)
-    if astray is not None:
+    others = [rule for rule in rules if rule not in same and (rule.exact or not same)]
+    astray = _unreachable(source) if others else None
+    if others and astray is None:
+        return others[0]
+    if not same:
         source.refuse(
             "llama.cpp knows this tokenizer's pre-tokenizer only with the other setting of ignore_merges",
             expected=f"ignore_merges {str(not wanted).lower()}, or merges that make every token",
-            found=f"ignore_merges {str(wanted).lower()}; the merges do not make {printable(astray, 60)!r}",
+            found=f"ignore_merges {str(wanted).lower()}; the merges do not make {printable(str(astray), 60)!r}",
         )
-    return rules[0]
+    return same[0]
 
 
 def _unreachable(source: TokenizerJson) -> str | None:

@@ -44,11 +44,19 @@ _UFAKZEKA = rf"{_WORD}|\p{{N}}|{_MARKS}[\r\n]*|{_TAIL}"
 _ASCII_MARK = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
 _DEEPSEEK_V3 = _ASCII_MARK + r"[A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _TAIL
 _BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
-_KANA_HAN = "[一-龥\u3040-ゟ゠-ヿ]+"
-_HAN_HANGUL = "[一-龥\u0800-一가-\ud7ff]+"
+_KANA_HAN = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+_HAN_HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _CASED_RANGES = (
-    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼι"
-    "ῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+    "A-Za-z\xb5\xc0-\xd6\xd8-\xf6\xf8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377"
+    "\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-"
+    "\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-"
+    "\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80"
+    "-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4"
+    "\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d\u212f-\u2134\u2139"
+    "\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d"
+    "\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a"
+    "\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-"
+    "\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
 
 
@@ -56,12 +64,14 @@ _CASED_RANGES = (
 class Rule:
     """One of llama.cpp's pre-tokenizers: its name, the steps that mean it, and what its name also switches.
 
-    ``ignore_merges``: a whole word that is a token is taken as it is, whatever the merges say.
+    ``ignore_merges``: a whole word that is a token is taken as it is, whatever the merges say. ``exact``: False where
+    llama.cpp's expression cuts words at combining marks, which the file's own expression does not.
     """
 
     name: str
     steps: tuple[str, ...]
     ignore_merges: bool = False
+    exact: bool = True
 
 
 # Where several names stand for one rule, the one that most builds of llama.cpp know is listed.
@@ -72,15 +82,22 @@ RULES: tuple[Rule, ...] = (
     Rule("dbrx", (_LLAMA3,)),
     Rule("qwen2", (_QWEN2,)),
     Rule("qwen35", (_QWEN35,)),
-    Rule("tekken", (_TEKKEN,), ignore_merges=True),
-    Rule("gpt-4o", (_GPT4O,)),
+    Rule("tekken", (_TEKKEN,), ignore_merges=True, exact=False),
+    Rule("gpt-4o", (_GPT4O,), exact=False),
     Rule("granite-embed-multi-97m", (_GPT4O,), ignore_merges=True),
     Rule("falcon", ("punctuation runs", "words", "digit runs", "[0-9][0-9][0-9]")),
     Rule("deepseek-v3", (r"\p{N}{1,3}", _KANA_HAN, _DEEPSEEK_V3)),
     Rule("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN_HANGUL, "digits")),
     Rule(
         "deepseek-llm",
-        (r"[\r\n]", rf"\s?[{_CASED_RANGES}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _HAN_HANGUL, "digits"),
+        (
+            r"[\r\n]",
+            rf"\s?[{_CASED_RANGES}]+",
+            "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+            r"\s+$",
+            _HAN_HANGUL,
+            "digits",
+        ),
     ),
     Rule("bloom", (_BLOOM,)),
     Rule("viking", (_BLOOM, "digits")),
@@ -91,8 +108,6 @@ RULES: tuple[Rule, ...] = (
     Rule("exaone-moe", (_EXAONE_MOE,)),
     Rule("minicpm5", (r"\p{N}{1,3}", _MINICPM5), ignore_merges=True),
     Rule("laguna", (r"next (?:\r?\n)+(?!\r?\n)", _QWEN2)),
-    Rule("tiny_aya", (r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O)),
-    Rule("superbpe", (r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
 )
 
 _CONTRACTIONS = (
@@ -180,7 +195,7 @@ def canonical_steps(pre_tokenizer: object, file: Path) -> tuple[str, ...]:
 
 
 def find_rules(pre_tokenizer: object, file: Path) -> tuple[Rule, ...]:
-    """The rules that cut text as ``pre_tokenizer`` does (they differ in ``ignore_merges`` only).
+    """The rules that cut text as ``pre_tokenizer`` does (they differ in ``ignore_merges`` and ``exact``).
 
     Raises UnsupportedError, with the file's own rule and the nearest known one, when there is none.
     """

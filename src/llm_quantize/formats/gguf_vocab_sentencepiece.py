@@ -188,12 +188,11 @@ def sentencepiece_vocabulary(path: Path, added: tuple[AddedToken, ...]) -> Vocab
         vocabulary.flags[Keys.Tokenizer.ADD_PREFIX] = flag_value(spaces.prefix)
     else:
         spaces.charsmap = checked_charsmap(None, model.charsmap)
-        unigram_flags(vocabulary, model.unk, spaces)
+        unigram_flags(vocabulary, spaces)
     _check_added(path, vocabulary, added)
     vocabulary.add(added)
-    for name, index in (("<unk>", model.unk), ("<s>", model.bos), ("</s>", model.eos), ("<pad>", model.pad)):
-        if 0 <= index < len(model.pieces):
-            ids.setdefault(name, index)
+    own = {"unk": model.unk, "bos": model.bos, "eos": model.eos, "pad": model.pad}
+    vocabulary.roles = {role: index for role, index in own.items() if 0 <= index < len(model.pieces)}
     return vocabulary
 
 

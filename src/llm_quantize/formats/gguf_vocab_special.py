@@ -151,7 +151,8 @@ def special_ids(
     """The ``*_token_id`` keys and ``add_*_token``.
 
     A role's token: what the post-processor adds, else tokenizer_config.json, special_tokens_map.json (by text), else
-    config.json (by id). Ids beyond the vocabulary in config.json are left out, as llama.cpp would ignore them.
+    config.json (by id), else what the tokenizer's own file says. Ids in config.json that no token has are left out, as
+    llama.cpp would ignore them.
     """
     named = read_optional(directory, "special_tokens_map.json") | {
         key: value
@@ -167,6 +168,7 @@ def special_ids(
             value = value[0] if isinstance(value, list) and value else value
             if index is None and type(value) is int and value in vocabulary.texts:
                 index = value
+        index = vocabulary.roles.get(role) if index is None else index
         if index is not None:
             roles[role] = index
     found: dict[str, MetaValue] = {}

@@ -77,8 +77,8 @@ def _normalizer_step(source: TokenizerJson, step: Mapping[str, Any], spaces: Spa
         if kind == "Precompiled":
             spaces.charsmap = _charsmap(source, step.get("precompiled_charsmap"))
             return
-        if kind == "Strip" and not flag(step, "strip_left", False, source.file, "normalizer"):
-            return  # llama.cpp drops spaces at the end whenever it merges runs of them
+        if kind == "Strip" and spaces.charsmap and not flag(step, "strip_left", False, source.file, "normalizer"):
+            return  # the map has made all white space spaces; llama.cpp drops those at the end when it merges runs
     source.refuse(
         "llama.cpp cannot normalize text as this tokenizer does",
         expected="'▁' prepended, ' ' replaced by '▁', NFC; for Unigram also Precompiled and runs of spaces",
@@ -167,6 +167,7 @@ def character_bpe(source: TokenizerJson) -> Vocabulary:
     unknown = source.model.get("unk_token")
     if isinstance(unknown, str) and unknown in source.ids:
         vocabulary.types[source.ids[unknown]] = TokenType.UNKNOWN
+        vocabulary.roles["unk"] = source.ids[unknown]
     reason = _set_scores(source, vocabulary)
     if reason is not None:
         if spaces.prefix:
@@ -246,17 +247,17 @@ def unigram(source: TokenizerJson) -> Vocabulary:
         texts=dict(source.tokens),
         types={unknown: int(TokenType.UNKNOWN)},
         scores=dict(enumerate(source.scores)),
+        roles={"unk": unknown},
     )
     vocabulary.add(source.added)
-    unigram_flags(vocabulary, unknown, spaces)
+    unigram_flags(vocabulary, spaces)
     return vocabulary
 
 
-def unigram_flags(vocabulary: Vocabulary, unknown: int, spaces: Spaces) -> None:
+def unigram_flags(vocabulary: Vocabulary, spaces: Spaces) -> None:
     """What llama.cpp's ``t5`` model reads besides the tokens."""
     keys = Keys.Tokenizer
     vocabulary.flags[keys.ADD_PREFIX] = flag_value(spaces.prefix)
     vocabulary.flags[keys.REMOVE_EXTRA_WS] = flag_value(spaces.collapse)
-    vocabulary.ids.setdefault("<unk>", unknown)
     if spaces.charsmap:
         vocabulary.flags[keys.PRECOMPILED_CHARSMAP] = array_value(GGUFValueType.UINT8, spaces.charsmap)

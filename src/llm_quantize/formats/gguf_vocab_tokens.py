@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from llm_quantize.io.gguf_file import MetaValue
 
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
 MAX_ROWS = 16_000_000
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Added tokens that mark structure though their files do not call them special: by shape, and these by text.
 _LOOK_SPECIAL = frozenset(("<pad>", "<mask>", "<2mass>", "[@BOS@]"))
 
@@ -41,7 +39,8 @@ class Vocabulary:
     """``model`` and ``pre``: llama.cpp's names. Dictionaries are keyed by token id.
 
     ``ids`` gives the id of a text as the model's own files spell it. ``add_bos`` and ``add_eos`` are what the
-    tokenizer itself does around a text, None where it does not say.
+    tokenizer itself does around a text, None where it does not say. ``roles``: ids of "unk", "bos", "eos", "pad" as the
+    model's own file gives them.
     """
 
     file: Path
@@ -54,6 +53,7 @@ class Vocabulary:
     merges: list[str] | None = None
     flags: dict[str, MetaValue] = field(default_factory=dict)
     controls: set[int] = field(default_factory=set)
+    roles: dict[str, int] = field(default_factory=dict)
     add_bos: bool | None = None
     add_eos: bool | None = None
 
@@ -121,21 +121,24 @@ class Vocabulary:
             seen[text] = index
 
     def mark_bytes(self) -> None:
-        """Give ``<0x00>`` to ``<0xFF>`` their type. Raises UnsupportedError unless all 256 are there.
+        """Give ``<0x00>`` to ``<0xFF>`` their type. Raises UnsupportedError unless every byte has a token.
 
-        llama.cpp ends the process when it needs a byte token that is not there.
+        llama.cpp ends the process when it needs a byte that has none; an ASCII character may stand for its byte
+        (Gemma's tokenizer.json spells 0x09 as a tab).
         """
-        count = 0
-        for text, index in self.ids.items():
-            if len(text) == 6 and _BYTE.fullmatch(text):
+        missing = []
+        for byte in range(256):
+            index = self.ids.get(f"<0x{byte:02X}>")
+            if index is not None:
                 self.types[index] = TokenType.BYTE
-                count += 1
-        if count != 256:
+            elif byte > 127 or chr(byte) not in self.ids:
+                missing.append(f"<0x{byte:02X}>")
+        if missing:
             raise UnsupportedError(
                 "this SentencePiece vocabulary lacks byte tokens, without which llama.cpp fails on unknown characters",
                 file=self.file,
                 expected="256 tokens <0x00> to <0xFF>",
-                found=count,
+                found=f"{len(missing)} missing, {missing[0]} first",
             )
 
 

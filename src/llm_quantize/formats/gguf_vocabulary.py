@@ -7,6 +7,7 @@ name, or, where it concerns rare text only, listed in docs/reference/tokenizers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,28 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any], *, embedding_row
     metadata |= vocabulary.flags
     metadata |= chat_templates(Path(directory))
     return metadata
+
+
+_PHI3 = ("phi-3", "phi3")
+_PHI3_TOKENS = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
+
+
+def runtime_name(name: str, directory: Path, metadata: Mapping[str, MetaValue]) -> str:
+    """``name`` for ``general.name``, so that llama.cpp treats white space after special tokens as this tokenizer does.
+
+    GGUF has no key for "strips white space after it". llama.cpp does it for every special token but three when
+    ``general.name`` holds "phi-3" or "phi3", and then fails to load a vocabulary without Phi-3's own tokens. So a
+    tokenizer of that kind gets "Phi-3" in its name, and another gets it taken out. ``metadata``: read_vocabulary's.
+    """
+    named = any(word in name.lower() for word in _PHI3)
+    complete = set(metadata[Keys.Tokenizer.LIST].value) >= _PHI3_TOKENS
+    path = inside(Path(directory), "tokenizer.json")
+    strips = False
+    if complete and path.exists():
+        strips = any(token.rstrip for token in read_tokenizer_json(path).added)
+    if strips == named:
+        return name
+    return f"{name} Phi-3" if strips else re.sub("(?i)phi-?3", "Phi 3", name)
 
 
 def _load(directory: Path) -> tuple[Vocabulary, dict[str, int]]:
