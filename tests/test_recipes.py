@@ -161,8 +161,8 @@ def test_models_of_eighty_layers(tmp_path: Path) -> None:
 def test_the_whole_product(arch: str, tmp_path: Path) -> None:
     models = [
         Model(arch=arch, n_layer=layers, n_head=8, n_head_kv=kv, n_expert=experts, tied=tied, columns=columns)
-        for layers in (1, 3, 7, 16, 32)
-        for kv in (1, 2, 8)
+        for layers in (3, 16)
+        for kv in (2, 8)
         for experts in ((2, 8) if "moe" in arch else (0,))
         for tied in (False, True)
         for columns in (256, 288)
