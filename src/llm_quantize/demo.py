@@ -22,8 +22,8 @@ REFERENCE = "F32"
 LEVELS = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 PROMPT = "The old man looked at the sea and"
 CONTEXT = 256
-WINDOWS = 64
-NEW_TOKENS = 24
+WINDOWS = 48
+NEW_TOKENS = 40
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def run_demo(
             threads=threads,
             on_window=lambda done, total: on_event({"event": "measure", "done": done, "total": total}),
         )
-        texts = [_continue(path, threads) for path in paths]
-        agreement = compare_with_transformers(data.demo_model(), paths[0], threads=threads)
+        texts = [_continue(path) for path in paths]
+        agreement = compare_with_transformers(data.demo_model(), paths[0])
     rows = tuple(
         DemoRow(
             level=result.level,
@@ -125,10 +125,10 @@ def run_demo(
     return DemoResult(rows, divergences[0].tokens, CONTEXT, PROMPT, agreement, seconds, kept=output_dir is not None)
 
 
-def _continue(path: Path, threads: int | None) -> str:
+def _continue(path: Path) -> str:
     from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
 
-    with LlamaCpp(path, context=CONTEXT, threads=threads) as model:
+    with LlamaCpp(path, context=CONTEXT, threads=1) as model:  # a token at a time: threads would only wait
         return "".join(model.generate(PROMPT, max_tokens=NEW_TOKENS, temperature=0.0, chat=False))
 
 
@@ -142,7 +142,7 @@ def compare_with_transformers(model: Path, gguf: Path, *, windows: int = 4, thre
         return Agreement(checked=False, problem=f"{' and '.join(missing)} not installed")
     from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
 
-    with LlamaCpp(gguf, context=CONTEXT, threads=threads) as runtime:
+    with LlamaCpp(gguf, context=CONTEXT, threads=1) as runtime:
         ids = runtime.tokenize(data.evaluation_text(), add_special=True, parse_special=False)
         rows = cut_windows(ids, CONTEXT, bos=begin_token(runtime), limit=windows)
         ours = [runtime.logits(row.tolist()) for row in rows]
@@ -165,7 +165,14 @@ def compare_with_transformers(model: Path, gguf: Path, *, windows: int = 4, thre
 def _transformers_logits(model: Path, rows: Tokens) -> Sequence[np.ndarray[Any, np.dtype[np.float32]]]:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    with torch.inference_mode():
+    had_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
+    finally:
+        if had_bar:
+            logging.enable_progress_bar()
+    with torch.inference_mode():
         return [network(torch.from_numpy(row.astype(np.int64))[None]).logits[0].numpy() for row in rows]

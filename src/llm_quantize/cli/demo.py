@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -110,10 +111,14 @@ def _table(result: DemoResult) -> Table:
             f"{row.bits_per_weight:.2f}",
             f"{row.seconds:.2f} s" if row.seconds else "–",
             f"{row.perplexity:.2f}",
-            "source" if lost is None else f"{lost.kld:.5f} ±{lost.kld_sem:.5f}",
+            "source" if lost is None else f"{lost.kld:.5f} {_plus_minus(lost.kld_sem)}",
             "" if lost is None else f"{100 * lost.same_top:.1f} %",
         )
     return table
+
+
+def _plus_minus(error: float) -> str:
+    return f"±{error:.5f}" if error >= 5e-6 else f"±{error:.0e}".rjust(8)
 
 
 def _agreement(found: Agreement) -> str:
@@ -128,4 +133,5 @@ def _agreement(found: Agreement) -> str:
 def _next_step(output_dir: str | None) -> str:
     if output_dir is None:
         return "The files were temporary; -o DIR keeps them."
-    return f"The files are in {output_dir}. Try: llm-quantize run {output_dir}/demo-llama-Q4_K_M.gguf 'Once upon'"
+    artifact = shlex.quote(f"{output_dir}/demo-llama-Q4_K_M.gguf")
+    return f"The files are in {output_dir}. Try: llm-quantize run {artifact} 'Once upon a time'"

@@ -15,7 +15,9 @@ Position selection and windows: evaluation/perplexity.py. Dense twin: tests/orac
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -158,16 +160,23 @@ def measure(
 ) -> list[Divergence]:
     """Run GGUF files through llama.cpp over ``text`` and compare each candidate to ``reference``.
 
-    All files are open together, their weights mapped, and the reference runs once. The reference's vocabulary
-    tokenizes. ``max_windows`` keeps windows at even distances; None scores all, as llama.cpp's tool does.
-    ``on_window(done, total)`` is called after each window. Raises MissingExtraError without xllamacpp, and what
-    ``LlamaCpp`` raises.
+    All files are open together, their weights mapped, and the reference runs once; the models share ``threads``
+    (None: every CPU) by running side by side. The reference's vocabulary tokenizes. ``max_windows`` keeps windows
+    at even distances; None scores all, as llama.cpp's tool does. ``on_window(done, total)`` is called after each
+    window. Raises MissingExtraError without xllamacpp, UsageError without a candidate, and what ``LlamaCpp`` raises.
     """
     from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
 
+    if not candidates:
+        raise UsageError("no file to compare with the reference")
+    total = threads or len(os.sched_getaffinity(0))
+    # One thread in each model does the most work per CPU: llama.cpp's threads wait for one another many times a layer.
+    each = max(1, total // (1 + len(candidates)))
     with ExitStack() as stack:
-        source = stack.enter_context(LlamaCpp(reference, context=context, threads=threads))
-        models = [stack.enter_context(LlamaCpp(path, context=context, threads=threads)) for path in candidates]
+        pool = stack.enter_context(ThreadPoolExecutor(total))
+        source, *models = (
+            stack.enter_context(LlamaCpp(path, context=context, threads=each)) for path in (reference, *candidates)
+        )
         windows = cut_windows(
             source.tokenize(text, add_special=True, parse_special=False),
             context,
@@ -178,9 +187,10 @@ def measure(
         for done, window in enumerate(windows, start=1):
             ids = window.tolist()
             where, targets = scored(window)
-            base = log_softmax(source.logits(ids)[where])
-            for model, comparison in zip(models, comparisons, strict=True):
-                comparison.add_log_probabilities(base, model.logits(ids)[where], targets)
+            first, *others = pool.map(lambda model, ids=ids: model.logits(ids), (source, *models))
+            base = log_softmax(first[where])
+            for comparison, logits in zip(comparisons, others, strict=True):
+                comparison.add_log_probabilities(base, logits[where], targets)
             if on_window is not None:
                 on_window(done, len(windows))
         return [comparison.result() for comparison in comparisons]
