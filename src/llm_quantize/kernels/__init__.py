@@ -134,6 +134,8 @@ def dequantize(qtype: str, packed: npt.NDArray[np.uint8], columns: int) -> npt.N
             expected=f"(rows, {row_bytes}), uint8",
             found=f"{packed.shape}, {packed.dtype}",
         )
+    if packed.size == 0:
+        return np.empty((packed.shape[0], columns), np.float32)
     return reference.DEQUANTIZE[qtype](packed, columns)
 
 

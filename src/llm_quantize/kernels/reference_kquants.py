@@ -254,7 +254,8 @@ def _pack_six_bits(scale: Integers) -> Bytes:
 def _unpack_six_bits(packed: Bytes) -> Bytes:
     low = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
     high: Bytes = packed[:, None, 8:] >> SHIFTS[:, None] & np.uint8(3)
-    return low | high.reshape(-1, 16) << np.uint8(4)
+    scales: Bytes = low | high.reshape(-1, 16) << np.uint8(4)
+    return scales
 
 
 def quantize_q3_k(rows: Float32, importance: Float32 | None = None) -> Bytes:

@@ -1,0 +1,34 @@
+"""The table of types against the owner of the format."""
+
+from __future__ import annotations
+
+import gguf
+import pytest
+
+from llm_quantize.errors import UsageError
+from llm_quantize.qtypes import QTYPES
+
+
+def test_rows_are_the_owners():
+    for name, qtype in QTYPES.items():
+        assert qtype.name == name == qtype.ggml_type.name.lower()
+        assert (qtype.block_size, qtype.block_bytes) == gguf.GGML_QUANT_SIZES[qtype.ggml_type]
+        columns = 3 * qtype.block_size
+        assert qtype.row_bytes(columns) == gguf.quants.quant_shape_to_byte_shape((columns,), qtype.ggml_type)[0]
+
+
+def test_bits_per_weight():
+    assert QTYPES["q4_k"].bits_per_weight == 4.5
+    assert QTYPES["f16"].bits_per_weight == 16
+
+
+@pytest.mark.parametrize("columns", [-256, 1, 255, 300])
+def test_a_broken_row_is_refused(columns):
+    with pytest.raises(UsageError, match="cannot be stored as q4_k"):
+        QTYPES["q4_k"].row_bytes(columns)
+
+
+def test_importance_flags():
+    assert not QTYPES["q8_0"].uses_importance
+    assert QTYPES["q4_k"].uses_importance
+    assert not any(q.needs_importance for q in QTYPES.values())
