@@ -42,6 +42,7 @@ class Architecture:
         self.hyper = read_hyper(self.config, family, self.rope)
         self._check_layer_types()
         self._check_scores()
+        self._check_rotated_layers()
         self._constants = rope_constants(self.rope, self.config, self.hyper)
         self.notes = tuple(
             text.format(value=self.config.get(name)) for name, text in family.notes if self.config.get(name)
@@ -53,6 +54,7 @@ class Architecture:
             file=self.config.file,
             expected=expected,
             found=repr(found)[:200],
+            remedy="this variant cannot be run there; check config.json, or choose another model of the family",
         )
 
     def _check_limits(self) -> None:
@@ -77,6 +79,13 @@ class Architecture:
                 raise self._refuse("sliding_window_pattern", period, every)
         if types is not None and list(types) != expected:
             raise self._refuse("order of layer_types", f"full_attention every {period or 1} layers", types)
+
+    def _check_rotated_layers(self) -> None:
+        """Layers without rotary positions must be those that the runtime leaves without."""
+        period = self.family.rope_period
+        rotated = self.config.sequence("no_rope_layers") if period else None
+        if rotated is not None and list(rotated) != [int((i + 1) % period != 0) for i in range(self.hyper.n_layer)]:
+            raise self._refuse("no_rope_layers", f"0 every {period} layers, else 1", rotated)
 
     def _check_scores(self) -> None:
         """The divisor of attention scores, where the runtime derives it instead of reading it."""

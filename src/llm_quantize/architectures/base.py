@@ -181,6 +181,7 @@ class Family:
     ``text_config``. ``notes``: (name, text) pairs said to the user where the configuration has a value for name.
     ``feed_multiple``: the feed-forward width where the configuration has none, in embedding widths.
     ``score_layers``: the runtime scales scores by the head size, but by embedding / heads in models of so many layers.
+    ``rope_period``: the runtime leaves every so-manieth layer without rotation.
     ``falcon_heads``: key heads follow from multi_query and new_decoder_architecture, as in Falcon.
     """
 
@@ -209,3 +210,4 @@ class Family:
     feed_multiple: int = 0
     falcon_heads: bool = False
     score_layers: int = 0
+    rope_period: int = 0

@@ -79,6 +79,7 @@ FAMILIES = (
         left_out=(ROTARY,),
         limits=(Limit("no_rope_layer_interval", (4,), 4), Limit("use_sliding_window", (False,), False)),
         rope_default=2e6,
+        rope_period=4,
         count_rope=True,
         own_head_dim=True,
     ),
