@@ -91,8 +91,10 @@ def search_affine(x: Float32, weight: Float32, levels: int) -> tuple[Float32, Fl
     low = np.where(low > 0, np.float32(0), low)
     weights, moments = serial_sum(weight), serial_sum(weight * x)
 
-    def quantize(inverse: Float32, minimum: Float32) -> Integers:
-        return np.clip(magic_round(inverse[:, None] * (x - minimum[:, None])), 0, levels)
+    def step_codes(inverse: Float32, minimum: Float32) -> Integers:
+        # The minimum may have come close to the largest value, so these can be infinite or NaN.
+        wanted = inverse[:, None] * (x - minimum[:, None])
+        return magic_round(np.where(wanted > 0, np.minimum(wanted, top), np.float32(0)))
 
     def error(scale: Float32, minimum: Float32, codes: Integers) -> Float32:
         difference = scale[:, None] * codes.astype(np.float32) + minimum[:, None] - x
@@ -101,11 +103,11 @@ def search_affine(x: Float32, weight: Float32, levels: int) -> tuple[Float32, Fl
     minimum: Float32 = low
     inverse = top / (high - low)
     scale: Float32 = np.float32(1) / inverse
-    codes = quantize(inverse, low)
+    codes = np.clip(magic_round(inverse[:, None] * (x - low[:, None])), 0, levels)
     best = error(scale, low, codes)
     for step in range(37):
         factor = np.float32(-0.9) + np.float32(0.05) * np.float32(step) + top
-        trial = quantize(factor / (high - minimum), minimum)
+        trial = step_codes(factor / (high - minimum), minimum)
         level = trial.astype(np.float32)
         first, second = serial_sum(weight * level), serial_sum(weight * level * level)
         cross = serial_sum(weight * level * x)

@@ -15,6 +15,7 @@ struct alignas(64) Group {
     float inverse[count];
     int32_t scale[count];    // float16 bits
     int32_t minimum[count];  // float16 bits
+    int32_t mask[count];     // of a search: see the coders
 };
 
 LQ_INLINE vf identity(vf v) { return v; }
@@ -145,11 +146,11 @@ void quantize_symmetric(const float* x, int64_t rows, int64_t cols, const float*
         const auto fit = fit_symmetric<block, levels>(xs, ws);
         store(g.inverse, fit.inverse);
         store(g.scale, to_half(fit.scale));
-        store(g.minimum, ~fit.dead);  // a vanishing block has code 0 throughout, not the code of zero
+        store(g.mask, ~fit.dead);  // a vanishing block has code 0 throughout, not the code of zero
         store_halves<bytes>(q, g.scale);
         const auto code = [&](int b, int k) {
             const vf v = load(p + b * block + k * lanes) * g.inverse[b];
-            return (clamp(nearest(v), -levels, levels - 1) + levels) & g.minimum[b];
+            return (clamp(nearest(v), -levels, levels - 1) + levels) & g.mask[b];
         };
         store_codes<levels == 8 ? 4 : 5, bytes, wide>(q + 2, code);
     };
@@ -165,16 +166,18 @@ void quantize_asymmetric(const float* x, int64_t rows, int64_t cols, const float
     }
     const auto coder = [](const float* p, const wf* xs, const wf* ws, uint8_t* q) {
         Group<wide> g;
-        const auto fit = fit_asymmetric<block, top, 36, false, false>(xs, ws, -0.9f, 0.05f);
+        const auto fit = fit_asymmetric<block, top, 36, false, true>(xs, ws, -0.9f, 0.05f);
         store(g.low, fit.origin);
         store(g.inverse, fit.inverse);
         store(g.scale, to_half(fit.scale));
         store(g.minimum, to_half(fit.minimum));
+        store(g.mask, fit.stepped);
         store_halves<bytes>(q, g.scale);
         store_halves<bytes>(q + 2, g.minimum);
         const auto code = [&](int b, int k) {
             const vf v = g.inverse[b] * (load(p + b * block + k * lanes) - g.low[b]);
-            return clamp(nearest(v), 0, top);
+            // ggml holds the codes of a step to the range before it rounds them, those of the first guess afterwards.
+            return g.mask[b] ? nearest(smaller(larger(v, vf{}), splat(float(top)))) : clamp(nearest(v), 0, top);
         };
         store_codes<top == 15 ? 4 : 5, bytes, wide>(q + 4, code);
     };
