@@ -61,16 +61,9 @@ ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_
 
 # Levels that llama-quantize knows and this version does not, with the nearest level there is.
 LATER_LEVELS: Mapping[str, str] = {
-    "IQ1_S": "TQ1_0 for ternary models, else Q2_K_S",
-    "IQ1_M": "TQ1_0 for ternary models, else Q2_K_S",
-    "IQ2_XXS": "Q2_K_S",
-    "IQ2_XS": "Q2_K_S",
-    "IQ2_S": "Q2_K_S",
-    "IQ2_M": "Q2_K",
-    "IQ3_XXS": "Q2_K",
-    "IQ3_XS": "Q3_K_S",
-    "IQ3_S": "Q3_K_S",
-    "IQ3_M": "Q3_K_M",
+    **dict.fromkeys(("IQ1_S", "IQ1_M"), "TQ1_0 for ternary models, else Q2_K_S"),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S"), "Q2_K_S"),
+    **{"IQ2_M": "Q2_K", "IQ3_XXS": "Q2_K", "IQ3_XS": "Q3_K_S", "IQ3_S": "Q3_K_S", "IQ3_M": "Q3_K_M"},
 }
 
 # qtypes that users may name for single tensors, in falling order of bits; and those that come later.
@@ -156,30 +149,8 @@ class Place:
     index: int
     count: int
     sharing: int
-    n_expert: int
     arch: str
     importance: bool
-
-
-Rule = tuple[str, Callable[[Place], bool]]
-
-
-def _always(place: Place) -> bool:
-    return True
-
-
-def _falcon(place: Place) -> bool:
-    return place.arch == "falcon"
-
-
-def _grouped(place: Place) -> bool:
-    """At least four query heads share each value head, so that tensor is small and bits there are cheap."""
-    return place.sharing >= 4
-
-
-def _first(part: int) -> Callable[[Place], bool]:
-    """In the first 1/part of the layers."""
-    return lambda place: place.index < place.count // part
 
 
 def _more(place: Place) -> bool:
@@ -188,58 +159,55 @@ def _more(place: Place) -> bool:
     return place.index < eighth or place.index >= 7 * place.count // 8 or (place.index - eighth) % 3 == 2
 
 
-def _both(*rules: Callable[[Place], bool]) -> Callable[[Place], bool]:
-    return lambda place: all(rule(place) for rule in rules)
+CONDITIONS: Mapping[str, Callable[[Place], bool]] = {
+    "falcon": lambda place: place.arch == "falcon",
+    "not falcon": lambda place: place.arch != "falcon",
+    # At least four query heads share each value head, so that tensor is small and bits there are cheap.
+    "shared": lambda place: place.sharing >= 4,
+    "first 2": lambda place: place.index < 2,
+    "first 4": lambda place: place.index < 4,
+    "first 1/8": lambda place: place.index < place.count // 8,
+    "first 1/16": lambda place: place.index < place.count // 16,
+    "more": _more,
+    "importance": lambda place: place.importance,
+    "no importance": lambda place: not place.importance,
+}
 
-
-def _not(rule: Callable[[Place], bool]) -> Callable[[Place], bool]:
-    return lambda place: not rule(place)
-
-
-def _important(place: Place) -> bool:
-    return place.importance
-
-
-# For each level, the roles that do not simply get the base qtype; the first rule that holds decides.
+# For each level, the roles that do not simply get the base qtype: a qtype and the conditions that must all hold; the
+# first such rule decides.
+Rule = tuple[str, ...]
+_IQ4: Mapping[str, Sequence[Rule]] = {"value": (("q5_k", "shared"),), "down": (("q5_k", "first 1/8", "no importance"),)}
 MIXES: Mapping[str, Mapping[str, Sequence[Rule]]] = {
     "Q2_K": {
-        "value": (("q4_k", _grouped), ("q3_k", _always)),
-        "down": (("q3_k", _always),),
-        "attention_output": (("q3_k", _not(_falcon)),),
+        "value": (("q4_k", "shared"), ("q3_k",)),
+        "down": (("q3_k",),),
+        "attention_output": (("q3_k", "not falcon"),),
     },
-    "Q2_K_S": {"value": (("q4_k", _grouped),), "down": (("q4_k", _first(8)),)},
+    "Q2_K_S": {"value": (("q4_k", "shared"),), "down": (("q4_k", "first 1/8"),)},
     "Q3_K_M": {
-        "value": (("q5_k", lambda place: place.index < 2), ("q4_k", _always)),
-        "down": (("q5_k", _first(16)), ("q4_k", _not(_falcon)), ("q4_k", _more)),
-        "attention_output": (("q4_k", _not(_falcon)),),
+        "value": (("q5_k", "first 2"), ("q4_k",)),
+        "down": (("q5_k", "first 1/16"), ("q4_k", "not falcon"), ("q4_k", "more")),
+        "attention_output": (("q4_k", "not falcon"),),
     },
     "Q3_K_L": {
-        "value": (("q5_k", _always),),
-        "down": (("q4_k", _falcon), ("q5_k", _always)),
-        "attention_output": (("q4_k", _falcon), ("q5_k", _always)),
+        "value": (("q5_k",),),
+        "down": (("q4_k", "falcon"), ("q5_k",)),
+        "attention_output": (("q4_k", "falcon"), ("q5_k",)),
     },
-    "Q4_K_S": {
-        "value": (("q5_k", lambda place: place.index < 4),),
-        "down": (("q5_k", _both(_not(_falcon), _first(8))),),
-    },
+    "Q4_K_S": {"value": (("q5_k", "first 4"),), "down": (("q5_k", "first 1/8", "not falcon"),)},
     "Q4_K_M": {
-        "value": (("q6_k", _more),),
-        "down": (
-            ("q6_k", _both(_falcon, _first(16))),
-            ("q5_k", _both(_falcon, _more)),
-            ("q4_k", _falcon),
-            ("q6_k", _more),
-        ),
+        "value": (("q6_k", "more"),),
+        "down": (("q6_k", "falcon", "first 1/16"), ("q5_k", "falcon", "more"), ("q4_k", "falcon"), ("q6_k", "more")),
     },
-    "Q5_K_M": {"value": (("q6_k", _more),), "down": (("q6_k", _more),)},
-    "IQ4_NL": {"value": (("q5_k", _grouped),), "down": (("q5_k", _both(_first(8), _not(_important))),)},
-    "IQ4_XS": {"value": (("q5_k", _grouped),), "down": (("q5_k", _both(_first(8), _not(_important))),)},
+    "Q5_K_M": {"value": (("q6_k", "more"),), "down": (("q6_k", "more"),)},
+    "IQ4_NL": _IQ4,
+    "IQ4_XS": _IQ4,
     # An importance matrix does not save the first layers from the symmetric grids; without one the bytes stay
     # what they were before there were importance matrices.
-    "Q4_0": {"down": (("q4_1", _both(_first(8), _important)),)},
-    "Q5_0": {"down": (("q5_1", _both(_first(8), _important)),)},
-    "TQ1_0": {"embedding": (("q4_k", _always),)},
-    "TQ2_0": {"embedding": (("q4_k", _always),)},
+    "Q4_0": {"down": (("q4_1", "first 1/8", "importance"),)},
+    "Q5_0": {"down": (("q5_1", "first 1/8", "importance"),)},
+    "TQ1_0": {"embedding": (("q4_k",),)},
+    "TQ2_0": {"embedding": (("q4_k",),)},
 }
 
 # With exactly eight experts attention is a small part of the model: these levels give its output 5 bits, and every
@@ -378,7 +346,8 @@ class _Recipe:
         if self.level.name == "MXFP4_MOE":
             return "mxfp4" if len(tensor.shape) == 3 and tensor.shape[0] > 1 else "q8_0"
         place = self._place(tensor, kind)
-        qtype = next((q for q, holds in MIXES.get(self.level.name, {}).get(kind, ()) if holds(place)), base)
+        rules = MIXES.get(self.level.name, {}).get(kind, ())
+        qtype = next((q for q, *names in rules if all(CONDITIONS[name](place) for name in names)), base)
         if kind == "value" and self._is_70b() and qtype in ("q3_k", "q4_k"):
             qtype = "q5_k"
         if self.hyper.n_expert == 8:
@@ -407,7 +376,7 @@ class _Recipe:
             index = _layer(tensor.name)
         kv = self.hyper.n_head_kv
         sharing = self.hyper.n_head // kv if kv else 0
-        return Place(index, count, sharing, self.hyper.n_expert, self.arch, bool(self.importance_names))
+        return Place(index, count, sharing, self.arch, bool(self.importance_names))
 
     def _is_70b(self) -> bool:
         """A 70B model's values are an eighth of its queries, so more bits there cost next to nothing. llama.cpp knows
