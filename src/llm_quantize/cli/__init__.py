@@ -99,4 +99,6 @@ def _show(error: LlmQuantizeError, as_json: bool) -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    # Half a surrogate pair (a file name's byte that is not UTF-8) has no UTF-8; JSON's own escape for it is the same.
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
+    print(text, flush=True)

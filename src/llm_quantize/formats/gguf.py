@@ -7,6 +7,7 @@ Key names come from the ``gguf`` package. Model-card fields are read from the YA
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueTy
 from gguf.utility import size_label
 
 from llm_quantize.io.gguf_file import MetaValue, tensor_bytes
+from llm_quantize.io.paths import inside, read_limited
 
 PROVENANCE = "llm_quantize"
 MAX_CARD_BYTES = 1 << 20
+MAX_FRONT_MATTER = 1 << 15  # characters; the YAML parser reads about 100,000 a second
+MAX_CARD_DEPTH = 64
+_DEPTH = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 _SAMPLING = {
     "temperature": (Keys.General.SAMPLING_TEMP, GGUFValueType.FLOAT32),
@@ -109,14 +114,18 @@ def _strings(value: object) -> list[str]:
 
 def read_card(directory: Path, on_warning: Callable[[str], None]) -> dict[str, Any]:
     """The YAML front matter of ``README.md``, or {} (with a warning when there is one that cannot be read)."""
-    path = directory / "README.md"
+    path = inside(directory, "README.md")
     if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES:
         return {}
-    content = path.read_text(encoding="utf-8", errors="replace")
+    content = read_limited(path, MAX_CARD_BYTES).decode("utf-8", errors="replace")
     if not content.startswith("---"):
         return {}
     front, separator, _ = content[3:].partition("\n---")
     if not separator:
+        return {}
+    deepest = max(accumulate(_DEPTH.get(character, 0) for character in front), default=0)
+    if len(front) > MAX_FRONT_MATTER or deepest > MAX_CARD_DEPTH:
+        on_warning(f"{path}: the front matter is too long or too deep; licence and tags were not copied")
         return {}
     if "&" in front and "*" in front:
         on_warning(f"{path}: the front matter uses YAML anchors; licence and tags were not copied")

@@ -115,6 +115,7 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
             file=path,
             expected="model.type BPE or Unigram",
             found=kind,
+            remedy="use a model whose tokenizer is of one of these kinds, or fetch tokenizer.json again",
         )
     tokens = {index: text for text, index in ids.items()}
     if len(tokens) != len(ids):
@@ -175,25 +176,39 @@ def _merges(merges: object, ids: Mapping[str, int], path: Path) -> tuple[tuple[s
         malformed(path, "model.merges must be a list", found=type(merges).__name__)
     pairs: list[tuple[str, str]] = []
     for index, item in enumerate(merges):
-        parts = item.split(" ") if isinstance(item, str) else item
-        if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(p, str) and p for p in parts):
-            malformed(
-                path,
-                f"model.merges[{index}] is not a pair of tokens",
-                expected="'left right' or ['left', 'right']",
-                found=printable(repr(item), 80),
-            )
-        left, right = parts
-        for part in (left, right, left + right):
-            if part not in ids:
-                malformed(
-                    path,
-                    f"model.merges[{index}] names a token that is not in model.vocab",
-                    expected="tokens of model.vocab",
-                    found=printable(repr(part), 80),
-                )
-        pairs.append((left, right))
+        parts = item.split(" ") if type(item) is str else item
+        if type(parts) is list and len(parts) == 2:
+            left, right = parts
+            if (
+                type(left) is str
+                and type(right) is str
+                and left
+                and right
+                and left in ids
+                and right in ids
+                and left + right in ids
+            ):
+                pairs.append((left, right))
+                continue
+        _explain_merge(index, parts, ids, path)
     return tuple(pairs)
+
+
+def _explain_merge(index: int, parts: object, ids: Mapping[str, int], path: Path) -> NoReturn:
+    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(p, str) and p for p in parts):
+        malformed(
+            path,
+            f"model.merges[{index}] is not a pair of tokens",
+            expected="'left right' or ['left', 'right']",
+            found=printable(repr(parts), 80),
+        )
+    absent = next(part for part in (*parts, parts[0] + parts[1]) if part not in ids)
+    malformed(
+        path,
+        f"model.merges[{index}] names a token that is not in model.vocab",
+        expected="tokens of model.vocab",
+        found=printable(repr(absent), 80),
+    )
 
 
 def _added(items: object, ids: Mapping[str, int], tokens: Mapping[int, str], path: Path) -> tuple[AddedToken, ...]:

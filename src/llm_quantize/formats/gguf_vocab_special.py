@@ -242,9 +242,13 @@ def _text(path: Path) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise MalformedInputError("a chat template must be UTF-8", file=path, offset=error.start) from error
+        remedy = "save the file as UTF-8, or fetch it again"
+        raise MalformedInputError(
+            "a chat template must be UTF-8", file=path, offset=error.start, remedy=remedy
+        ) from error
     if "\0" in text:
-        raise MalformedInputError("a chat template holds a NUL character", file=path, offset=data.index(b"\0"))
+        what, remedy = "a chat template holds a NUL character", "fetch the file again"
+        raise MalformedInputError(what, file=path, offset=data.index(b"\0"), remedy=remedy)
     return text
 
 

@@ -69,7 +69,7 @@ def _local(path: Path, revision: str | None) -> Place:
             remedy="leave --revision out, or give the hub id instead of the directory",
         )
     real = path.resolve()
-    name = real.name or "model"
+    name = os.fsencode(real.name).decode("utf-8", "replace") or "model"  # bytes that are not UTF-8 go into no metadata
     if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
         name = real.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
     return Place(path.absolute(), name, None)
