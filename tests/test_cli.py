@@ -140,6 +140,7 @@ def test_run_generates(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureF
     code, result = call_json(capsys, "run", artifact, "It is a truth", "-n", "12", "--json")
     assert code == 0
     assert len(result["text"]) > 10
-    code, same = call_json(capsys, "run", str(demo_model), "It is a truth", "-n", "12", "--json")
+    assert call_json(capsys, "run", artifact, "It is a truth", "-n", "12", "--json")[1] == result
+    code, source = call_json(capsys, "run", str(demo_model), "It is a truth", "-n", "12", "--json")
     assert code == 0
-    assert same["text"].split()[:4] == result["text"].split()[:4]
+    assert len(source["text"]) > 10
