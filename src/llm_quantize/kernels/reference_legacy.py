@@ -29,6 +29,7 @@ from llm_quantize.kernels.reference_blocks import (
     split_bytes,
 )
 from llm_quantize.kernels.reference_floats import half_bits, half_values
+from llm_quantize.kernels.reference_search import search_asymmetric, weighted_grid
 
 BLOCK = 32
 SMALLEST_MAXIMUM = np.float32(1e-15)  # a block whose largest magnitude is below this is written as zero
@@ -80,54 +81,6 @@ def search_symmetric(x: Float32, weight: Float32, levels: int) -> tuple[Float32,
     return np.where(empty, np.float32(0), scale), np.where(empty[:, None], 0, codes + levels)
 
 
-def search_affine(x: Float32, weight: Float32, levels: int) -> tuple[Float32, Float32, Integers]:
-    """Scale, minimum (<= 0) and codes of an unsigned grid (ggml's make_qkx3_quants, 37 steps, squared error).
-
-    x, weight: (N, n). Every accepted step replaces the minimum from which the later steps start.
-    Returns (N,) scales, (N,) minima, (N, n) codes from 0 to ``levels``.
-    """
-    top = np.float32(levels)
-    low, high = extremes(x)
-    low = np.where(low > 0, np.float32(0), low)
-    weights, moments = serial_sum(weight), serial_sum(weight * x)
-
-    def step_codes(inverse: Float32, minimum: Float32) -> Integers:
-        # The minimum may have come close to the largest value, so these can be infinite or NaN.
-        wanted = inverse[:, None] * (x - minimum[:, None])
-        return magic_round(np.where(wanted > 0, np.minimum(wanted, top), np.float32(0)))
-
-    def error(scale: Float32, minimum: Float32, codes: Integers) -> Float32:
-        difference = scale[:, None] * codes.astype(np.float32) + minimum[:, None] - x
-        return serial_sum(weight * (difference * difference))
-
-    minimum: Float32 = low
-    inverse = top / (high - low)
-    scale: Float32 = np.float32(1) / inverse
-    codes = np.clip(magic_round(inverse[:, None] * (x - low[:, None])), 0, levels)
-    best = error(scale, low, codes)
-    for step in range(37):
-        factor = np.float32(-0.9) + np.float32(0.05) * np.float32(step) + top
-        trial = step_codes(factor / (high - minimum), minimum)
-        level = trial.astype(np.float32)
-        first, second = serial_sum(weight * level), serial_sum(weight * level * level)
-        cross = serial_sum(weight * level * x)
-        determinant = weights * second - first * first
-        new_scale = (weights * cross - moments * first) / determinant
-        new_minimum = (second * moments - first * cross) / determinant
-        positive = new_minimum > 0
-        new_scale[positive] = (cross / second)[positive]
-        new_minimum[positive] = 0
-        new_error = error(new_scale, new_minimum, trial)
-        better = (determinant > 0) & (new_error < best)
-        codes = np.where(better[:, None], trial, codes)
-        best = np.where(better, new_error, best)
-        scale = np.where(better, new_scale, scale)
-        minimum = np.where(better, new_minimum, minimum)
-    flat = high <= low
-    scale = np.where(flat, np.float32(0), scale)
-    return scale, np.where(flat, low, minimum), np.where(flat[:, None], 0, codes)
-
-
 def quantize_q8_0(rows: Float32, importance: Float32 | None = None) -> Bytes:
     """34 bytes per block: half scale, 32 signed bytes. The importance is not used, as in ggml."""
     with np.errstate(all="ignore"):
@@ -150,7 +103,7 @@ def _symmetric(rows: Float32, importance: Float32 | None, levels: int) -> tuple[
 def _affine(rows: Float32, importance: Float32 | None, levels: int) -> tuple[Float32, Float32, Integers]:
     x = split_blocks(rows, BLOCK)
     if importance is not None:
-        return search_affine(x, importance_weights(rows, importance, BLOCK), levels)
+        return search_asymmetric(x, importance_weights(rows, importance, BLOCK), weighted_grid(levels))
     low, high = extremes(x)
     scale = (high - low) / np.float32(levels)
     codes = low_byte((x - low[:, None]) * _reciprocal(scale)[:, None] + np.float32(0.5))
