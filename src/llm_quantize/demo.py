@@ -77,8 +77,9 @@ def run_demo(
     """Quantize the built-in model to F32 and LEVELS, run each file in llama.cpp, and compare it to the F32 file.
 
     Without ``output_dir`` the files live in a temporary directory and are removed. ``on_event`` hears the events of
-    ``pipeline.quantize`` and ``{"event": "measure", "done": n, "total": n}``. Raises MissingExtraError before any
-    work if xllamacpp is not installed, and the errors of the pipeline and of LlamaCpp.
+    ``pipeline.quantize``, then ``{"event": "measure", "done": n, "total": n}`` and ``{"event": "stage", "text": s}``.
+    Raises MissingExtraError before any work if xllamacpp is not installed, and the errors of the pipeline and of
+    LlamaCpp.
     """
     from llm_quantize.evaluation.runtimes.llama_cpp_library import load_library
     from llm_quantize.pipeline import Options, quantize
@@ -106,7 +107,9 @@ def run_demo(
             threads=threads,
             on_window=lambda done, total: on_event({"event": "measure", "done": done, "total": total}),
         )
+        on_event({"event": "stage", "text": "generate"})
         texts = [_continue(path) for path in paths]
+        on_event({"event": "stage", "text": "compare with transformers"})
         agreement = compare_with_transformers(data.demo_model(), paths[0])
     rows = tuple(
         DemoRow(

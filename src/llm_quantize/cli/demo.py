@@ -61,6 +61,8 @@ def _progress(shown: Mode) -> Iterator[EventSink]:
             elif event["event"] in ("progress", "measure"):
                 stage = "quantize" if event["event"] == "progress" else "measure in llama.cpp"
                 progress.update(task, description=stage, completed=event["done"], total=event["total"])
+            elif event["event"] == "stage":
+                progress.update(task, description=event["text"], completed=0, total=None)
 
         yield draw
 
