@@ -17,10 +17,10 @@ from llm_quantize.architectures import ARCHITECTURES, open_architecture
 from llm_quantize.checkpoint import open_checkpoint
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
+from llm_quantize.pipeline import Options, quantize
 
 from ..oracles.rounded_linear import rounding
 from ..tiny_models import TINY, VOCABULARY, WINDOW, make_tiny, reference_logits, reference_model
-from .artifact import write_gguf
 
 LENGTHS = (1, 40, 300)
 
@@ -38,11 +38,10 @@ def tokens(count: int) -> list[int]:
 
 
 def artifacts(model: Path, *levels: str) -> list[Path]:
-    paths = []
-    for level in levels:
-        paths.append(model / f"{level}.gguf")
-        write_gguf(model, paths[-1], level)
-    return paths
+    """The model through the whole pipeline, at every level. (No model here is called after its family: llama.cpp
+    looks for "phi3" in a model's name, and then for that family's tokens in the vocabulary.)"""
+    results = quantize(str(model), "gguf", levels=levels, output_dir=model / "out", options=Options(threads=1))
+    return [result.path for result in results]
 
 
 def distance(got: np.ndarray, expected: np.ndarray) -> float:
@@ -61,7 +60,7 @@ def test_every_family_has_a_tiny_model() -> None:
 
 @pytest.mark.parametrize("variant", TINY)
 def test_f32_computes_the_same_logits(variant: str, tmp_path: Path) -> None:
-    model = make_tiny(variant, tmp_path / variant)
+    model = make_tiny(variant, tmp_path / "model")
     reference = reference_model(model)
     (artifact,) = artifacts(model, "F32")
     with LlamaCpp(artifact, context=512, threads=1) as llama:
@@ -75,7 +74,7 @@ def test_f32_computes_the_same_logits(variant: str, tmp_path: Path) -> None:
 def test_bf16_and_q8_0_differ_by_their_rounding_alone(variant: str, tmp_path: Path) -> None:
     """llama.cpp also rounds activations to the type of the matrix. The oracle does both roundings; what remains is
     values that fall on the other side of a rounding boundary, which must stay below what rounding itself does."""
-    model = make_tiny(variant, tmp_path / variant, dtype="float32")
+    model = make_tiny(variant, tmp_path / "model", dtype="float32")
     reference = reference_model(model)
     ids = tokens(100)
     exact = reference_logits(reference, ids)
@@ -93,7 +92,7 @@ def test_bf16_and_q8_0_differ_by_their_rounding_alone(variant: str, tmp_path: Pa
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_the_output_matrix_tied_or_not(family: str, tied: bool, tmp_path: Path) -> None:
     variant = next(name for name, (model_type, _) in TINY.items() if model_type == family)
-    model = make_tiny(variant, tmp_path / variant, tie_word_embeddings=tied)
+    model = make_tiny(variant, tmp_path / "model", tie_word_embeddings=tied)
     if not tied and not ARCHITECTURES[family].output:
         with pytest.raises(UnsupportedError, match="ties the output"):
             artifacts(model, "F32")
@@ -108,7 +107,7 @@ def test_longrope_beyond_the_original_context(tmp_path: Path) -> None:
     sequence is."""
     factors = {"short_factor": [1.0] * 8, "long_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 3.1, 3.8]}
     rope = {"rope_type": "longrope", "rope_theta": 50.0, "original_max_position_embeddings": 256, **factors}
-    model = make_tiny("phi3-longrope", tmp_path / "phi3", rope_parameters=rope, original_max_position_embeddings=256)
+    model = make_tiny("phi3-longrope", tmp_path / "model", rope_parameters=rope, original_max_position_embeddings=256)
     reference = reference_model(model)
     (artifact,) = artifacts(model, "F32")
     for context, length in ((256, 200), (512, 300)):
@@ -152,7 +151,7 @@ def test_a_sliding_window_that_llama_cpp_lacks_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma3_text", "gpt_neox", "falcon-new", "gpt2"])
 def test_one_wrong_value_anywhere_is_seen(variant: str, tmp_path: Path) -> None:
     """The comparison has teeth: any layer tensor of the checkpoint changed moves the logits past the limit."""
-    model = make_tiny(variant, tmp_path / variant)
+    model = make_tiny(variant, tmp_path / "model")
     reference = reference_model(model)
     expected = reference_logits(reference, tokens(60))
     with open_checkpoint(str(model)) as checkpoint:
