@@ -134,22 +134,24 @@ def compare_pipeline(
     """Our artifacts of a checkpoint against llama.cpp's quantizer on our own float artifact."""
     directory.mkdir(exist_ok=True)
     source = pipeline_bytes(model, [base], directory)[base]
+    before = gguf.GGUFReader(source)
     options, values = Options(), None
     if importance:
-        shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in gguf.GGUFReader(source).tensors}
+        shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in before.tensors}
         values = random_importance(shapes, directory / "imatrix.gguf")
         options = Options(imatrix=directory / "imatrix.gguf")
     ours = pipeline_bytes(model, levels, directory / "ours", options)
     theirs = oracle_bytes(source, levels, directory, values)
     for level in theirs:
-        assert unequal(data_of(ours[level]), theirs[level]) == [], level
-        assert_metadata(ours[level], source, level)
+        written = gguf.GGUFReader(ours[level])
+        assert unequal(data_of(written), theirs[level]) == [], level
+        assert_metadata(written, before, level)
     return list(theirs)
 
 
-def assert_metadata(path: Path, source: Path, level: str) -> None:
+def assert_metadata(written: gguf.GGUFReader, source: gguf.GGUFReader, level: str) -> None:
     """What a runtime reads is the float file's, and the file type is the level's."""
-    fields, before = gguf.GGUFReader(path).fields, gguf.GGUFReader(source).fields
+    fields, before = written.fields, source.fields
     assert fields["general.file_type"].contents() == LEVELS[level].file_type
     if level not in ("F32", "F16", "BF16"):
         assert fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION

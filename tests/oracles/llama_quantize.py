@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -174,11 +175,12 @@ def types_of(path: str | Path) -> dict[str, str]:
     return {t.name: t.tensor_type.name.lower() for t in gguf.GGUFReader(path).tensors}
 
 
-def data_of(path: str | Path) -> dict[str, tuple[str, bytes]]:
-    """Tensor name to (qtype name, bytes)."""
+def data_of(file: Any) -> dict[str, tuple[str, bytes]]:
+    """Tensor name to (qtype name, bytes), of a path or an open gguf.GGUFReader."""
     import gguf
 
-    return {t.name: (t.tensor_type.name.lower(), t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
+    reader = file if isinstance(file, gguf.GGUFReader) else gguf.GGUFReader(file)
+    return {t.name: (t.tensor_type.name.lower(), t.data.tobytes()) for t in reader.tensors}
 
 
 class _Importance(ctypes.Structure):
