@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path[0] = str(ROOT)  # in place of this folder, whose gguf.py would hide the package gguf
 
-from llm_quantize import kernels  # noqa: E402
-from llm_quantize.qtypes import QTYPES  # noqa: E402
-from tests.oracles import ggml  # noqa: E402
+from llm_quantize import kernels
+from llm_quantize.qtypes import QTYPES
+from tests.oracles import ggml
 
 AIMS = {
     **dict.fromkeys(("q8_0", "q4_0"), (4.0, 0.0)),
