@@ -108,7 +108,8 @@ def read_documents(texts: Path) -> Iterator[str]:
     if not paths:
         raise SystemExit(f"no *.txt.xz in {texts}")
     for path in paths:
-        with lzma.open(path, "rt", encoding="utf-8", newline="") as stream:
+        # Text mode turns CR and CRLF, which some Aozora files use, into LF.
+        with lzma.open(path, "rt", encoding="utf-8") as stream:
             yield from (document for document in stream.read().split("\0") if document)
 
 
