@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats import gguf as gguf_format
 from llm_quantize.formats.gguf_vocabulary import read_vocabulary
 from llm_quantize.io.artifact_paths import discard_partial, manifest_path, partial_path
-from llm_quantize.io.gguf_file import MetaValue
+from llm_quantize.io.gguf_file import MetaValue, layout_gguf
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.output import ResumableOutput
@@ -214,6 +215,7 @@ def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, o
         source_identity={
             "source": source.checkpoint.name,
             "source_revision": source.checkpoint.revision,
+            "source_metadata_sha256": hashlib.sha256(layout_gguf(source.metadata, []).header).hexdigest(),
             "source_files": files,
         },
         options=chosen,

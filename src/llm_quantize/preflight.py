@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llm_quantize.errors import AccessError, ResourceError
-from llm_quantize.plan import ArtifactPlan, memory_needed
+from llm_quantize.plan import BASE_MEMORY, ArtifactPlan, memory_needed
+
+ARENA_BYTES = 64 << 20  # address space that glibc's allocator reserves for each thread, used or not
+DEFAULT_STACK_BYTES = 8 << 20
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -32,7 +35,7 @@ def available_cpus() -> int:
 
 
 def memory_limit(max_ram: int | None) -> int | None:
-    """The smallest of --max-ram, the cgroup's limit, RLIMIT_AS and physical memory, in bytes."""
+    """The smallest of --max-ram, the cgroup's limit and physical memory, in bytes of resident memory."""
     limits = [] if max_ram is None else [max_ram]
     for path in _CGROUP_LIMITS:
         try:
@@ -41,12 +44,28 @@ def memory_limit(max_ram: int | None) -> int | None:
             continue
         if text.isdigit():
             limits.append(int(text))
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        limits.append(soft)
     if "SC_PHYS_PAGES" in os.sysconf_names:
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(limits) if limits else None
+
+
+def address_limit() -> int | None:
+    """RLIMIT_AS in bytes: what may be mapped, not what may be used; None without such a limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def address_needed(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
+    """Address space of a run, in bytes: what is mapped now; for each thread a stack, an arena and its buffers."""
+    try:
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        mapped = 256 << 20
+    stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    stack = DEFAULT_STACK_BYTES if stack == resource.RLIM_INFINITY else stack
+    buffers = memory_needed(artifacts, threads) - memory_needed(artifacts, 0)
+    bookkeeping = memory_needed(artifacts, 0) - BASE_MEMORY
+    return mapped + bookkeeping + threads * (stack + ARENA_BYTES) + buffers
 
 
 def resident_bytes() -> int:
@@ -92,18 +111,32 @@ def check(
         )
     _check_file_size(artifacts)
     limit = memory_limit(max_ram)
-    wanted = threads or available_cpus()
-    count = wanted
-    while limit is not None and count > 1 and memory_needed(artifacts, count) > limit:
-        count -= 1
-    if limit is not None and memory_needed(artifacts, count) > limit:
+    count = threads or available_cpus()
+    count = _fit(artifacts, count, limit, memory_needed, "raise --max-ram or the memory limit of the container")
+    count = _fit(artifacts, count, address_limit(), address_needed, "raise the limit of address space (ulimit -v)")
+    return Preflight(count, memory_needed(artifacts, count), limit, needed, free)
+
+
+def _fit(
+    artifacts: Sequence[ArtifactPlan],
+    threads: int,
+    limit: int | None,
+    needed: Callable[[Sequence[ArtifactPlan], int], int],
+    remedy: str,
+) -> int:
+    """The most threads, up to ``threads``, that stay under ``limit`` bytes; ResourceError if one does not."""
+    if limit is None:
+        return threads
+    while threads > 1 and needed(artifacts, threads) > limit:
+        threads -= 1
+    if needed(artifacts, threads) > limit:
         raise ResourceError(
             "the memory limit is too small for this model's rows",
-            expected=f"{memory_needed(artifacts, count)} bytes",
+            expected=f"{needed(artifacts, threads)} bytes",
             found=f"a limit of {limit} bytes",
-            remedy="raise --max-ram or the process limit",
+            remedy=remedy,
         )
-    return Preflight(count, memory_needed(artifacts, count), limit, needed, free)
+    return threads
 
 
 def _existing_parent(directory: Path) -> Path:

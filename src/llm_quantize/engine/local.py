@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
-from llm_quantize.errors import StoppedError
+from llm_quantize.errors import ResourceError, StoppedError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -38,7 +38,7 @@ def run(
                 stopped = stop is not None and stop.is_set()
                 while not exhausted and not stopped and len(pending) < 2 * threads:
                     try:
-                        pending.add(pool.submit(work, next(source)))
+                        pending.add(_submit(pool, work, next(source)))
                     except StopIteration:
                         exhausted = True
                 if stopped:
@@ -55,6 +55,17 @@ def run(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _submit(pool: ThreadPoolExecutor, work: Callable[[Job], Result], job: Job) -> Future[Result]:
+    try:
+        return pool.submit(work, job)
+    except RuntimeError as error:
+        raise ResourceError(
+            "the system gives this process no more threads",
+            found=error,
+            remedy="lower --threads, or raise the limits of memory (ulimit -v) and processes (ulimit -u)",
+        ) from error
 
 
 @contextmanager

@@ -1,0 +1,90 @@
+"""A Llama of under a million weights, written without torch: quantized in milliseconds, every kind of tensor in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_quantize.data import demo_model
+
+from ..safetensors_by_hand import write_model, write_raw
+
+VOCABULARY = 320
+
+
+def config(layers: int = 2, hidden: int = 256, inner: int = 256, **changes: Any) -> dict[str, Any]:
+    """config.json of the model below, from that of the built-in one."""
+    base = json.loads((demo_model() / "config.json").read_text())
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner, "vocab_size": VOCABULARY}
+    return {**base, **sizes, "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128, **changes}
+
+
+def shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """{tensor: shape} of a Llama with this configuration."""
+    hidden, inner = settings["hidden_size"], settings["intermediate_size"]
+    key_value = settings["num_key_value_heads"] * settings["head_dim"]
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (settings["vocab_size"], hidden)}
+    for layer in range(settings["num_hidden_layers"]):
+        front = f"model.layers.{layer}."
+        found |= {
+            f"{front}input_layernorm.weight": (hidden,),
+            f"{front}self_attn.q_proj.weight": (hidden, hidden),
+            f"{front}self_attn.k_proj.weight": (key_value, hidden),
+            f"{front}self_attn.v_proj.weight": (key_value, hidden),
+            f"{front}self_attn.o_proj.weight": (hidden, hidden),
+            f"{front}post_attention_layernorm.weight": (hidden,),
+            f"{front}mlp.gate_proj.weight": (inner, hidden),
+            f"{front}mlp.up_proj.weight": (inner, hidden),
+            f"{front}mlp.down_proj.weight": (hidden, inner),
+        }
+    return found | {"model.norm.weight": (hidden,), "lm_head.weight": (settings["vocab_size"], hidden)}
+
+
+def write_tokenizer(directory: Path) -> None:
+    """The built-in model's tokenizer, cut to its first VOCABULARY tokens."""
+    data = json.loads((demo_model() / "tokenizer.json").read_text())
+    model = data["model"]
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < VOCABULARY}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    (directory / "tokenizer.json").write_text(json.dumps(data))
+    (directory / "tokenizer_config.json").write_text((demo_model() / "tokenizer_config.json").read_text())
+
+
+def write_tiny_llama(directory: Path, *, seed: int = 0) -> Path:
+    """The model directory: two shards with an index, bfloat16 matrices of heavy-tailed weights."""
+    settings = config()
+    random = np.random.default_rng(seed)
+    arrays = {
+        name: (random.standard_t(4, shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        for name, shape in shapes(settings).items()
+    }
+    names = list(arrays)
+    shards = {
+        f"model-0000{number + 1}-of-00002.safetensors": {name: arrays[name] for name in part}
+        for number, part in enumerate((names[:9], names[9:]))
+    }
+    write_model(directory, shards, config=settings)
+    write_tokenizer(directory)
+    return directory
+
+
+def write_sparse_llama(directory: Path, *, layers: int, hidden: int, inner: int, key_value_heads: int) -> Path:
+    """A model of any size whose weight file is a hole: it takes no room on the disk and reads as zeros."""
+    settings = config(layers, hidden, inner, num_attention_heads=hidden // 128, head_dim=128)
+    settings["num_key_value_heads"] = key_value_heads
+    header: dict[str, Any] = {}
+    at = 0
+    for name, shape in shapes(settings).items():
+        end = at + 2 * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    directory.mkdir(parents=True)
+    path = write_raw(directory / "model.safetensors", header)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + at)
+    (directory / "config.json").write_text(json.dumps(settings))
+    write_tokenizer(directory)
+    return directory
