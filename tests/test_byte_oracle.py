@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from llm_quantize import kernels, recipes
+from llm_quantize.errors import MalformedInputError
 from llm_quantize.io.imatrix_file import read_imatrix
 from llm_quantize.pipeline import Options, quantize
 from llm_quantize.recipes import LEVELS, Overrides, TensorShape
 
-from .oracles.legacy_imatrix import random_entry, slow_means, write_gguf_imatrix
+from .oracles.legacy_imatrix import random_entry, slow_means, write_gguf_imatrix, write_legacy
 from .oracles.llama_quantize import Job, Model, data_of, run, save_importance, types_of, write_model
 from .tiny_models import make_tiny, row_lengths_of_256
 
@@ -208,3 +209,33 @@ def test_overrides_reach_the_file(tmp_path: Path) -> None:
     assert run([job])[0].error == ""
     assert types_of(ours) == types_of(job.target)
     assert unequal(data_of(ours), data_of(job.target)) == []
+
+
+def test_legacy_importance_of_some_tensors(tmp_path: Path) -> None:
+    """A legacy file that covers every other tensor, the output matrix, and the embedding in a wrong size."""
+    model = wide_model("mixtral", tmp_path / "model")
+    source = pipeline_bytes(model, ["F32"], tmp_path)["F32"]
+    random = np.random.default_rng(12)
+    shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in gguf.GGUFReader(source).tensors}
+    names = sorted(name for name in shapes if name.startswith("blk.") and name.endswith("weight"))[::2]
+    sizes = {name: int(np.prod(shapes[name][:-2], dtype=int)) * shapes[name][-1] for name in [*names, "output.weight"]}
+    sizes["token_embd.weight"] = 100
+    entries = [(name, 3, random.lognormal(0, 2, size).astype(np.float32)) for name, size in sizes.items()]
+    write_legacy(tmp_path / "old.dat", entries, chunks=3, dataset="text.txt")
+    levels = ["Q4_K_M", "Q4_0", "IQ4_XS"]
+    ours = pipeline_bytes(model, levels, tmp_path / "ours", Options(imatrix=tmp_path / "old.dat"))
+    theirs = oracle_bytes(source, levels, tmp_path, {name: values / np.float32(3) for name, _, values in entries})
+    for level in levels:
+        written = gguf.GGUFReader(ours[level])
+        assert unequal(data_of(written), theirs[level]) == [], level
+        assert written.fields["quantize.imatrix.dataset"].contents() == "text.txt"
+        assert written.fields["quantize.imatrix.chunks_count"].contents() == 3
+
+
+def test_importance_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = make_tiny("llama", tmp_path / "model")
+    write_gguf_imatrix(tmp_path / "i.gguf", {"blk.0.attn_q.weight": random_entry(np.random.default_rng(1), 1, 32)})
+    with pytest.raises(MalformedInputError, match=r"blk\.0\.attn_q\.weight") as refused:
+        pipeline_bytes(model, ["Q4_K_M"], tmp_path / "out", Options(imatrix=tmp_path / "i.gguf"))
+    assert refused.value.exit_code == 3
+    assert not list((tmp_path / "out").glob("*.gguf"))
