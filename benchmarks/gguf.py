@@ -22,6 +22,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# This file is called like the package it measures: its own folder must not come first on the import path.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
 import numpy as np
 from gguf import GGUFReader, LlamaFileType
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -44,7 +47,8 @@ for key, field in reader.fields.items():
     if key.startswith("GGUF.") or key == "general.architecture":
         continue
     kind, item = field.types[0], (field.types[-1] if len(field.types) > 1 else None)
-    writer.add_key_value(key, field.contents(), kind, item)
+    if item is None or field.contents():
+        writer.add_key_value(key, field.contents(), kind, item)
 heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
 with safe_open(source + "/model.safetensors", framework="pt") as tensors:
     for name in tensors.keys():
