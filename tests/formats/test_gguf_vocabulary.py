@@ -266,3 +266,29 @@ def test_chat_templates(qwen: tuple[Path, Tokenizer, dict[str, Any]], tmp_path: 
     assert metadata[keys.CHAT_TEMPLATE].value == "C 日本"
     assert metadata[keys.CHAT_TEMPLATES].value == ["rag"]
     assert "tokenizer.chat_template.tool_use" not in metadata
+
+
+def test_holes_are_filled_up_to_the_embedding(qwen: tuple[Path, Tokenizer, dict[str, Any]], tmp_path: Path) -> None:
+    data = json.loads(json.dumps(qwen[2]))
+    data["added_tokens"] = data["added_tokens"][:3]
+    data["model"]["vocab"]["[PAD3005]"] = 3007
+    tokenizer = save_tokenizer(tmp_path, data)
+    metadata = read_vocabulary(tmp_path, {}, embedding_rows=3010)
+    texts, types = metadata[Keys.Tokenizer.LIST].value, metadata[Keys.Tokenizer.TOKEN_TYPE].value
+    assert texts[3000] == "[PAD3000]"
+    assert types[3000] == TokenType.UNUSED
+    assert len(set(texts)) == 3010  # llama.cpp refuses two tokens of one text
+    assert differing(tmp_path, tokenizer, metadata, nasty_texts()[:60]) == []
+    with pytest.raises(MalformedInputError, match="hole"):
+        read_vocabulary(tmp_path, {}, embedding_rows=None)
+
+
+def test_a_space_mark_is_no_space_to_byte_level_bpe(
+    qwen: tuple[Path, Tokenizer, dict[str, Any]], tmp_path: Path
+) -> None:
+    data = json.loads(json.dumps(qwen[2]))
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    data["added_tokens"].append({"id": 3002, "content": "a\u2581b", **plain})
+    tokenizer = save_tokenizer(tmp_path, data)
+    metadata = read_vocabulary(tmp_path, {}, embedding_rows=None)
+    assert differing(tmp_path, tokenizer, metadata, ("a\u2581b", "xa\u2581by", "a b")) == []

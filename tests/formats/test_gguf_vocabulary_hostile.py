@@ -31,6 +31,14 @@ def vocab(**tokens: object) -> bytes:
     return edited(lambda d: d["model"]["vocab"].update(tokens))
 
 
+def hole(index: int) -> bytes:
+    def change(data: dict[str, Any]) -> None:
+        data["model"]["vocab"]["qq"] = index
+        data["added_tokens"] = data["added_tokens"][:3]
+
+    return edited(change)
+
+
 def added(**token: object) -> bytes:
     return edited(lambda d: d["added_tokens"].append({"id": LAST + 1, "content": "<new>"} | token))
 
@@ -62,8 +70,8 @@ CASES: dict[str, tuple[bytes, type[LlmQuantizeError], str]] = {
     "id a boolean": (vocab(qq=True), MalformedInputError, "qq"),
     "id negative": (vocab(qq=-1), MalformedInputError, "qq"),
     "id huge": (vocab(qq=2**40), MalformedInputError, "qq"),
-    "a hole": (vocab(qq=LAST + 7), MalformedInputError, "hole"),
-    "a hole of a billion": (vocab(qq=2**31 - 1), MalformedInputError, "hole"),
+    "a hole": (hole(LAST + 7), MalformedInputError, f"a token {LAST + 1}"),
+    "a hole of a billion": (hole(2**31 - 1), MalformedInputError, f"a token {LAST + 1}"),
     "one id twice": (vocab(qq=5), MalformedInputError, "qq"),
     "NUL": (vocab(**{"q\0q": LAST + 1}), UnsupportedError, "NUL"),
     "merges a string": (model(merges="a b"), MalformedInputError, "model.merges"),
@@ -80,6 +88,7 @@ CASES: dict[str, tuple[bytes, type[LlmQuantizeError], str]] = {
     "added flag a number": (added(special=1), MalformedInputError, "special"),
     "added on a taken id": (added(id=7), MalformedInputError, "id 7"),
     "added text of another id": (added(content="a"), MalformedInputError, "'a'"),
+    "added after a gap": (added(id=LAST + 9), MalformedInputError, f"expected: {LAST + 3}"),
     "ignore_merges a string": (model(ignore_merges="yes"), MalformedInputError, "ignore_merges"),
     "dropout": (model(dropout=0.5), UnsupportedError, "dropout"),
     "subword prefix": (model(continuing_subword_prefix="##"), UnsupportedError, "continuing_subword_prefix"),

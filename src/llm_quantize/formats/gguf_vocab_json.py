@@ -234,9 +234,29 @@ def _added(items: object, ids: Mapping[str, int], tokens: Mapping[int, str], pat
         for text in (tokens.get(token.id), by_id.get(token.id)):
             if text is not None and text != token.content:
                 malformed(path, f"two tokens have the id {token.id}", found=f"{text!r} and {token.content!r}")
+        _check_number(token, ids, by_text, path, where)
         by_text[token.content], by_id[token.id] = token.id, token.content
         result.append(token)
     return tuple(result)
+
+
+def _check_number(
+    token: AddedToken, ids: Mapping[str, int], by_text: Mapping[str, int], path: Path, where: str
+) -> None:
+    """``tokenizers`` numbers added tokens outside the vocabulary by itself: on from its end, whatever the file says.
+
+    A file that says otherwise has one id on paper and another in every program that loads it.
+    """
+    if token.content in ids or token.content in by_text:
+        return
+    given = max(len(ids), max(by_text.values(), default=-1) + 1)
+    if token.id != given:
+        malformed(
+            path,
+            f"{where} ({printable(token.content, 60)!r}) gets another id than the file says when it is loaded",
+            expected=f"{given}, the next after the vocabulary",
+            found=token.id,
+        )
 
 
 def added_token(item: Mapping[str, Any], index: int, path: Path, where: str) -> AddedToken:

@@ -20,7 +20,7 @@ from llm_quantize.errors import printable
 from llm_quantize.formats.gguf_vocab_bytelevel import check_bpe_options
 from llm_quantize.formats.gguf_vocab_json import TokenizerJson, flag, malformed
 from llm_quantize.formats.gguf_vocab_pretokenizers import flatten
-from llm_quantize.formats.gguf_vocab_tokens import SPACE_MARK, Vocabulary, array_value, flag_value
+from llm_quantize.formats.gguf_vocab_tokens import RANKED, SPACE_MARK, Vocabulary, array_value, flag_value
 
 
 @dataclass
@@ -222,7 +222,7 @@ def _set_ranks(source: TokenizerJson, vocabulary: Vocabulary) -> None:
     for left, right in source.merges:
         if " " in left or " " in right:
             source.refuse("a merge holds a space, which GGUF cannot hold", found=repr((left, right)))
-    vocabulary.model, vocabulary.pre, vocabulary.scores = "gpt2", "sarvam-moe", None
+    vocabulary.model, vocabulary.pre, vocabulary.scores = "gpt2", RANKED, None
     vocabulary.merges = [f"{left} {right}" for left, right in source.merges]
 
 

@@ -12,6 +12,7 @@ from llm_quantize.errors import MalformedInputError, UnsupportedError, printable
 from llm_quantize.formats.gguf_vocab_json import AddedToken
 from llm_quantize.io.gguf_file import MetaValue
 
+RANKED = "sarvam-moe"  # the pre-tokenizer of llama.cpp's BPE over characters, by ranks
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
 MAX_ROWS = 16_000_000
 # Added tokens that mark structure though their files do not call them special: by shape, and these by text.
@@ -60,9 +61,10 @@ class Vocabulary:
     def add(self, tokens: Iterable[AddedToken]) -> None:
         """Enter added tokens: control tokens where they mark structure, user-defined ones otherwise.
 
-        llama.cpp cuts user-defined tokens out of the raw text, so their spaces are written as spaces.
+        llama.cpp cuts user-defined tokens out of the raw text, so where spaces are marked theirs are written as spaces.
         """
         for token in tokens:
+            text = token.content if self.merges is not None and self.pre != RANKED else self._raw(token)
             self.ids[token.content] = token.id
             if token.special or looks_special(token.content):
                 self.texts[token.id] = token.content
@@ -70,10 +72,14 @@ class Vocabulary:
                     self.types[token.id] = TokenType.CONTROL
                 self.controls.add(token.id)
             else:
-                self.texts[token.id] = token.content.replace(SPACE_MARK, " ")
+                self.texts[token.id] = text
                 self.types[token.id] = TokenType.USER_DEFINED
             if self.scores is not None:
                 self.scores.setdefault(token.id, -1000.0)
+
+    def _raw(self, token: AddedToken) -> str:
+        text = token.content.replace(SPACE_MARK, " ")
+        return text if self.ids.get(text, token.id) == token.id else token.content
 
     def arrays(self, rows: int | None) -> tuple[list[str], list[int], list[float]]:
         """Texts, types and scores of all ids from 0, holes and rows beyond the tokenizer filled with unused tokens.
@@ -98,12 +104,16 @@ class Vocabulary:
             )
         if total > MAX_ROWS:
             raise UnsupportedError("too many tokens", file=self.file, expected=f"at most {MAX_ROWS:,}", found=total)
-        texts, types, scores = [], [], []
+        texts = [self.texts.get(index, "") for index in range(total)]
+        types = [int(self.types.get(index, TokenType.NORMAL)) for index in range(total)]
+        known = self.scores
+        scores = [] if known is None else [known.get(index, -1000.0) for index in range(total)]
+        taken = set(texts)
         for index in range(total):
-            known = self.texts.get(index)
-            texts.append(f"[PAD{index}]" if known is None else known)
-            types.append(int(TokenType.UNUSED if known is None else self.types.get(index, TokenType.NORMAL)))
-            scores.append(-1000.0 if self.scores is None else self.scores.get(index, -1000.0))
+            if index not in self.texts:
+                text = f"[PAD{index}]"
+                texts[index] = text if text not in taken else f"[PAD{index}|unused]"
+                types[index] = int(TokenType.UNUSED)
         self._check_unique(texts)
         return texts, types, scores
 
