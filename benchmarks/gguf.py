@@ -47,7 +47,7 @@ for key, field in reader.fields.items():
     if key.startswith("GGUF.") or key == "general.architecture":
         continue
     kind, item = field.types[0], (field.types[-1] if len(field.types) > 1 else None)
-    if item is None or field.contents():
+    if kind != gguf.GGUFValueType.ARRAY or field.contents():
         writer.add_key_value(key, field.contents(), kind, item)
 heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
 with safe_open(source + "/model.safetensors", framework="pt") as tensors:
