@@ -88,7 +88,9 @@ def hashes(directory: Path) -> dict[str, str]:
 
 def finished(directory: Path) -> dict[str, str]:
     """``hashes`` without what an unfinished run keeps."""
-    return {name: value for name, value in hashes(directory).items() if ".partial" not in name and ".journal" not in name}
+    return {
+        name: value for name, value in hashes(directory).items() if ".partial" not in name and ".journal" not in name
+    }
 
 
 def recorded(directory: Path) -> int:

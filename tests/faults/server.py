@@ -1,9 +1,9 @@
-"""A process that has imported everything and forks one child per request: the real command line, ready in milliseconds.
+"""A process that has imported everything and forks one child per request: the real command line in milliseconds.
 
-Requests and answers are JSON lines on standard input and output. A request: ``arguments`` of the command line, and any of
-``kill_call`` k (SIGKILL ahead of the k-th persistence call), ``fail_call`` [k, errno] (only that one), ``fail_from``
-[k, errno] (that one and all later ones), ``signal_call`` [[k, number], ...], ``kill_after`` seconds, ``file_size`` bytes
-(RLIMIT_FSIZE), ``environment``. The answer: ``code`` (negative: killed by that signal), ``calls``
+Requests and answers are JSON lines on standard input and output. A request: ``arguments`` of the command line, and
+any of ``kill_call`` k (SIGKILL ahead of the k-th persistence call), ``fail_call`` [k, errno] (only that one),
+``fail_from`` [k, errno] (that one and all later ones), ``signal_call`` [[k, number], ...], ``kill_after`` seconds,
+``file_size`` bytes (RLIMIT_FSIZE), ``environment``. The answer: ``code`` (negative: killed by that signal), ``calls``
 (names of persistence calls; absent when killed), ``out``, ``err``.
 """
 

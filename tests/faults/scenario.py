@@ -1,0 +1,83 @@
+"""Kill, kill again while recovering, run again: what must hold after every step."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .forking import CommandLine, Outcome, finished, hashes, recorded
+
+
+@dataclass
+class Scenario:
+    """A command whose result is known. ``arguments`` follow the output directory; ``root`` holds one per try."""
+
+    command_line: CommandLine
+    model: Path
+    root: Path
+    arguments: tuple[str, ...]
+    kills: int = 0
+    resumed: int = 0
+    expected: dict[str, str] = field(default_factory=dict)
+    units: int = 0
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        outcome = self.run(self.root / "reference")
+        assert outcome.code == 0, outcome.err
+        assert outcome.calls is not None
+        self.expected, self.calls, self.units = hashes(self.root / "reference"), len(outcome.calls), outcome.made
+
+    def run(self, directory: Path, *more: str, **faults: Any) -> Outcome:
+        """The command into ``directory``; ``{}`` in an argument stands for it."""
+        words = [word.replace("{}", str(directory)) for word in (*self.arguments, *more)]
+        return self.command_line.run("quantize", self.model, "gguf", "-o", directory / "out", *words, **faults)
+
+    def check_visible(self, directory: Path) -> None:
+        """Nothing stands under a final name but what belongs there, whole."""
+        for name, digest in finished(directory).items():
+            assert self.expected[name] == digest, name
+
+    def recover(self, directory: Path) -> Outcome:
+        """The same command to its end: the bytes of an uninterrupted run, nothing recorded done again, nothing left."""
+        before = recorded(directory)
+        outcome = self.run(directory)
+        assert outcome.code == 0, outcome.err + outcome.out
+        assert hashes(directory) == self.expected
+        assert not [event for event in outcome.events if event["event"] == "warning"]
+        if before and outcome.made + outcome.resumed:
+            assert outcome.resumed == before
+        self.resumed += outcome.resumed
+        shutil.rmtree(directory)
+        return outcome
+
+    def kill_at_calls(self, calls: Iterable[int], *, seed: int = 0) -> None:
+        """SIGKILL ahead of each of these persistence calls, then again at a random call of the recovery."""
+        chance = random.Random(seed)
+        for call in calls:
+            directory = self.root / f"call-{call}"
+            outcome = self.run(directory, kill_call=call)
+            assert outcome.code == -9, (call, outcome.code, outcome.err)
+            self.check_visible(directory)
+            again = self.run(directory, kill_call=chance.randrange(1, self.calls - call // 2))
+            assert again.code in (-9, 0), again.err
+            self.check_visible(directory)
+            self.kills += 1 + (again.code == -9)
+            self.recover(directory)
+
+    def kill_at_instants(self, count: int, longest: float, *, seed: int = 0) -> None:
+        """SIGKILL after random times up to ``longest`` seconds, twice, then the end."""
+        chance = random.Random(seed)
+        for number in range(count):
+            directory = self.root / f"instant-{number}"
+            for _ in range(2):
+                outcome = self.run(directory, kill_after=chance.uniform(0.0, longest))
+                assert outcome.code in (-9, 0), outcome.err
+                self.kills += outcome.code == -9
+                if directory.exists():
+                    self.check_visible(directory)
+            self.recover(directory)
