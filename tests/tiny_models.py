@@ -187,6 +187,55 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "intermediate_size": None,
         },
     ),
+    "granitemoe": (
+        "granitemoe",
+        {
+            "rope_parameters": _ROPE,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "embedding_multiplier": 2.0,
+            "logits_scaling": 1.5,
+            "residual_multiplier": 0.8,
+            "attention_multiplier": 0.3,
+        },
+    ),
+    "seed_oss": ("seed_oss", {"rope_parameters": _ROPE, "head_dim": 24}),
+    "arcee": ("arcee", {"rope_parameters": _ROPE}),
+    "phi": ("phi", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}, "num_key_value_heads": 4}),
+    "olmo": ("olmo", {"rope_parameters": _ROPE, "clip_qkv": 0.9}),
+    "olmo3": (
+        "olmo3",
+        {
+            "rope_parameters": {
+                "full_attention": {**YARN, "rope_theta": THETA},
+                "sliding_attention": _ROPE,
+            },
+            "sliding_window": WINDOW,
+            "num_hidden_layers": 5,
+        },
+    ),
+    "olmo3-pattern": (
+        "olmo3",
+        {
+            "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE},
+            "sliding_window": WINDOW,
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "olmoe": (
+        "olmoe",
+        {"rope_parameters": _ROPE, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    ),
+    "nemotron": ("nemotron", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}}),
+    "starcoder2": ("starcoder2", {"rope_parameters": _ROPE, "sliding_window": None}),
+    "cohere": ("cohere", {"rope_parameters": _ROPE, "logit_scale": 0.5}),
+    "cohere2": (
+        "cohere2",
+        {"rope_parameters": _ROPE, "logit_scale": 0.5, "sliding_window": WINDOW, "num_hidden_layers": 5},
+    ),
+    "glm4": ("glm4", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}, "head_dim": 32}),
+    "ernie4_5": ("ernie4_5", {"rope_parameters": _ROPE, "head_dim": 32}),
 }
 
 
@@ -228,7 +277,8 @@ def _config(variant: str, overrides: Mapping[str, Any]) -> transformers.PreTrain
 
 def _randomize(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    centred = "gemma" in type(model).__name__.lower()  # Gemma stores norm weights minus one
+    # These store norm weights minus one.
+    centred = any(word in type(model).__name__.lower() for word in ("gemma", "nemotron"))
 
     for name, value in sorted(model.named_parameters()):
         noise = torch.randn(value.shape, generator=generator)

@@ -44,6 +44,10 @@ def plain(model_type: str, **changes: Any) -> dict[str, Any]:
         config |= {"num_experts": 4, "moe_intermediate_size": 48}
     if model_type == "qwen2_moe":
         config |= {"norm_topk_prob": False}
+    if model_type == "olmoe":
+        config |= {"norm_topk_prob": False, "num_key_value_heads": 4}
+    if ARCHITECTURES[model_type].activations[0] == "relu2":
+        config |= {"hidden_act": "relu2"}
     return {**config, **changes}
 
 

@@ -13,6 +13,9 @@ from typing import Any
 import gguf
 import torch
 
+# GGUF keeps these in F32.
+_ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "router.layer.weight", "shared_expert_gate.weight")
+
 
 def rounded(values: torch.Tensor, qtype: str) -> torch.Tensor:
     """``values`` through the type and back, along the last dimension; as they are where it is no whole blocks."""
@@ -32,7 +35,7 @@ def rounding(model: Any, qtype: str) -> Iterator[None]:
     block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[qtype]][0]
     convolutions = {id(m.weight) for m in model.modules() if type(m).__name__ == "Conv1D"}
     for name, value in model.named_parameters():
-        router = name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight", "shared_expert_gate.weight"))
+        router = name.endswith(_ROUTERS)
         if value.ndim < 2 or router or name.endswith("wpe.weight"):
             continue
         swapped = id(value) in convolutions

@@ -21,7 +21,8 @@ _MOST_LAYERS, _MOST_EXPERTS, _LARGEST_HEAD = 4096, 4096, 1 << 16
 
 class Architecture:
     """One model of one family. ``gguf_name``: the architecture's name in GGUF. ``hyper``: its sizes.
-    ``notes``: what the user must know that is not an error.
+    ``sliding``: for each layer, whether its attention has a window. ``notes``: what the user must know that is not
+    an error.
 
     Raises: MalformedInputError (a value absent, of a wrong type or impossible), UnsupportedError (a variant that the
     runtime's graph of this family cannot compute).
@@ -40,7 +41,7 @@ class Architecture:
         self._check_limits()
         self.rope: Rope | None = read_rope(self.config, family)
         self.hyper = read_hyper(self.config, family, self.rope)
-        self._check_layer_types()
+        self.sliding = self._layer_types()
         self._check_scores()
         self._check_rotated_layers()
         self._constants = rope_constants(self.rope, self.config, self.hyper)
@@ -67,18 +68,21 @@ class Architecture:
             if not any(type(value) is type(one) and value == one for one in limit.allowed):
                 raise self._refuse(limit.name, " or ".join(map(repr, limit.allowed)), value)
 
-    def _check_layer_types(self) -> None:
-        """Sliding and full layers must alternate as the runtime has it built in."""
+    def _layer_types(self) -> list[bool]:
+        """Which layers have a sliding window: as configured, and, unless the runtime reads it, as it has built in."""
         period, n_layer = self.family.layer_types, self.hyper.n_layer
+        usual = [bool(period) and (i + 1) % max(1, period) != 0 for i in range(n_layer)]
         types = self.config.sequence("layer_types")
-        expected: list[str] = ["full_attention"] * n_layer
-        if period:
-            expected = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(n_layer)]
-            every = self.config.integer("sliding_window_pattern", low=0, default=period)
-            if types is None and every != period:
+        if types is None:
+            every = self.config.integer("sliding_window_pattern", low=0, default=period) if period else 0
+            if every != period:
                 raise self._refuse("sliding_window_pattern", period, every)
-        if types is not None and list(types) != expected:
+            return usual
+        found = [kind == "sliding_attention" for kind in types]
+        known = all(kind in ("sliding_attention", "full_attention") for kind in types)
+        if not known or len(found) != n_layer or (found != usual and not self.family.sliding_pattern):
             raise self._refuse("order of layer_types", f"full_attention every {period or 1} layers", types)
+        return found
 
     def _check_rotated_layers(self) -> None:
         """Layers without rotary positions must be those that the runtime leaves without."""
@@ -125,7 +129,11 @@ class Architecture:
                 found[value.key] = self.config.number(value.name)
             else:
                 found[value.key] = self.config.boolean(value.name)
-        return {key.format(arch=self.gguf_name): _meta(value) for key, value in found.items()}
+        named = {key.format(arch=self.gguf_name): _meta(value) for key, value in found.items()}
+        if self.family.sliding_pattern:
+            name = keys.SLIDING_WINDOW_PATTERN.format(arch=self.gguf_name)
+            named[name] = MetaValue(GGUFValueType.ARRAY, list(self.sliding), GGUFValueType.BOOL)
+        return named
 
     def _sizes(self) -> dict[str, int | float | bool | str]:
         hyper, keys, heads = self.hyper, gguf.Keys.LLM, gguf.Keys.Attention
@@ -171,6 +179,13 @@ def read_hyper(config: ConfigReader, family: Family, rope: Rope | None) -> Hyper
         kv = 1 if config.boolean("multi_query", default=True) else heads
     if heads % kv:
         raise config.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})", kv)
+    if family.equal_heads and kv != heads:
+        raise UnsupportedError(
+            f"llama.cpp wants as many key heads as query heads for {family.model_type}",
+            file=config.file,
+            expected=heads,
+            found=kv,
+        )
     embedding = config.integer("hidden_size")
     head_dim = _head_dim(config, family, embedding, heads)
     rotary = 0 if rope is None else int(head_dim * rope.share)

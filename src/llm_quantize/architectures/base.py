@@ -174,6 +174,7 @@ class Family:
     source names to the ones used here; the first that fits is taken. ``left_out``: (regular expression, reason).
     ``defaults``: configuration values that transformers fills in where config.json has none.
     ``layer_types``: the period of full attention among sliding layers that the runtime has built in (0: no check).
+    ``sliding_pattern``: instead, the runtime reads which layers slide; ``layer_types`` is then the default period.
     ``rope``: which rope scalings the runtime computes for this family. ``rope_default``: rope_theta, or None where
     positions are not rotated. ``partial_default``: rotated share of a head; ``partial``: whether it may be less than 1.
     ``count_rope``: write rope.dimension_count always. ``needs_output``: the runtime wants output.weight although the
@@ -183,6 +184,7 @@ class Family:
     ``score_layers``: the runtime scales scores by the head size, but by embedding / heads in models of so many layers.
     ``rope_period``: the runtime leaves every so-manieth layer without rotation.
     ``falcon_heads``: key heads follow from multi_query and new_decoder_architecture, as in Falcon.
+    ``equal_heads``: the runtime wants as many key heads as query heads.
     """
 
     model_type: str
@@ -209,5 +211,7 @@ class Family:
     nested: bool = False
     feed_multiple: int = 0
     falcon_heads: bool = False
+    equal_heads: bool = False
+    sliding_pattern: bool = False
     score_layers: int = 0
     rope_period: int = 0

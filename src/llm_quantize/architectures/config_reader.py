@@ -18,7 +18,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx"),
     "num_experts": ("num_experts", "num_local_experts"),
     "rms_norm_eps": ("rms_norm_eps",),
-    "layer_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
+    "layer_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
     "hidden_act": ("hidden_activation", "hidden_act", "activation_function", "activation"),
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),

@@ -1,4 +1,4 @@
-"""The older line: GPT-2, GPT-NeoX, Falcon, with biases, layer norms and fused projections."""
+"""The older line: GPT-2, GPT-NeoX, Falcon, StarCoder 2, with biases, layer norms and fused projections."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
 from .base import Family, Limit, Value
-from .parts import ROTARY, one, pair
+from .parts import EMBEDDING, HEAD, ROTARY, SLIDING, attention, one, pair
 
 _MASK = "a causal mask kept as a buffer, not a weight"
 
@@ -102,5 +102,25 @@ FAMILIES = (
         norm="layer",
         feed_multiple=4,
         falcon_heads=True,
+    ),
+    Family(
+        "starcoder2",
+        A.STARCODER2,
+        weights=(
+            EMBEDDING,
+            HEAD,
+            *pair(T.OUTPUT_NORM, "norm", "embd"),
+            *pair(T.ATTN_NORM, "layers.{}.input_layernorm", "embd"),
+            *pair(T.FFN_NORM, "layers.{}.post_attention_layernorm", "embd"),
+            *attention(qkv_bias="", out_bias=""),
+            *pair(T.FFN_UP, "layers.{}.mlp.c_fc", "ff", "embd"),
+            *pair(T.FFN_DOWN, "layers.{}.mlp.c_proj", "embd", "ff"),
+        ),
+        activations=("gelu_pytorch_tanh", "gelu_new"),
+        defaults={"norm_epsilon": 1e-5, "layer_norm_eps": 1e-5, "tie_word_embeddings": True},
+        left_out=(ROTARY,),
+        limits=(Limit("use_bias", (True,), True),),
+        notes=(SLIDING,),
+        norm="layer",
     ),
 )

@@ -1,4 +1,4 @@
-"""Llama and what is built like it: Mistral, Mixtral, SmolLM3, Granite."""
+"""Llama and what is built like it: Mistral, Mixtral, SmolLM3, Granite, Seed-OSS, Arcee."""
 
 from __future__ import annotations
 
@@ -6,13 +6,39 @@ from gguf import MODEL_ARCH as A
 from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
-from .base import Family, Limit, Value
-from .parts import EDGES, LAYER_NORMS, ROTARY, attention, either, experts, gated, one
+from .base import Family, Form, Limit, Value, Weight
+from .parts import EDGES, LAYER_NORMS, ROTARY, SLIDING, attention, either, experts, gated, norm, one
 
 _SCALINGS = frozenset({"linear", "dynamic", "yarn"})
-_SLIDING = (
-    "sliding_window",
-    "llama.cpp has no sliding window for this family: beyond {value} tokens it attends to more than the model did",
+
+_GRANITE_DEFAULTS: dict[str, object] = {
+    "rms_norm_eps": 1e-6,
+    "attention_multiplier": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+_GRANITE_VALUES = (
+    Value(Keys.Attention.SCALE, "attention_multiplier", "float", required=True),
+    Value(Keys.LLM.EMBEDDING_SCALE, "embedding_multiplier", "float", required=True),
+    Value(Keys.LLM.RESIDUAL_SCALE, "residual_multiplier", "float", required=True),
+    Value(Keys.LLM.LOGIT_SCALE, "logits_scaling", "float", required=True),
+)
+_GRANITE_MOE = "layers.{}.block_sparse_moe."
+_BOTH = ("experts", "2expert_ff", "embd")
+_GRANITE_EXPERTS = (
+    one(T.FFN_GATE_INP, _GRANITE_MOE + "router.layer.weight", "experts", "embd"),
+    Weight(
+        T.FFN_GATE_EXP,
+        ("experts", "expert_ff", "embd"),
+        (Form(_GRANITE_MOE + "input_linear.weight", _BOTH, part=(0, 2)),),
+    ),
+    Weight(
+        T.FFN_UP_EXP,
+        ("experts", "expert_ff", "embd"),
+        (Form(_GRANITE_MOE + "input_linear.weight", _BOTH, part=(1, 2)),),
+    ),
+    one(T.FFN_DOWN_EXP, _GRANITE_MOE + "output_linear.weight", "experts", "embd", "expert_ff"),
 )
 
 FAMILIES = (
@@ -42,7 +68,7 @@ FAMILIES = (
         rope=_SCALINGS | {"llama3"},
         count_rope=True,
         own_head_dim=True,
-        notes=(_SLIDING,),
+        notes=(SLIDING,),
     ),
     Family(
         "mixtral",
@@ -63,7 +89,7 @@ FAMILIES = (
         rope_default=1e6,
         count_rope=True,
         own_head_dim=True,
-        notes=(_SLIDING,),
+        notes=(SLIDING,),
     ),
     Family(
         "smollm3",
@@ -93,20 +119,54 @@ FAMILIES = (
             *gated(bias="mlp_bias"),
         ),
         activations=("silu",),
-        defaults={
-            "rms_norm_eps": 1e-6,
-            "attention_multiplier": 1.0,
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "logits_scaling": 1.0,
-        },
+        defaults=_GRANITE_DEFAULTS,
         left_out=(ROTARY,),
-        values=(
-            Value(Keys.Attention.SCALE, "attention_multiplier", "float", required=True),
-            Value(Keys.LLM.EMBEDDING_SCALE, "embedding_multiplier", "float", required=True),
-            Value(Keys.LLM.RESIDUAL_SCALE, "residual_multiplier", "float", required=True),
-            Value(Keys.LLM.LOGIT_SCALE, "logits_scaling", "float", required=True),
-        ),
+        values=_GRANITE_VALUES,
         count_rope=True,
+    ),
+    Family(
+        "granitemoe",
+        A.GRANITE_MOE,
+        weights=(*EDGES, *LAYER_NORMS, *attention(rotated=True), *_GRANITE_EXPERTS),
+        activations=("silu",),
+        defaults={**_GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2},
+        left_out=(ROTARY,),
+        values=_GRANITE_VALUES,
+        limits=(Limit("attention_bias", (False,), False),),
+        count_rope=True,
+    ),
+    Family(
+        "seed_oss",
+        A.SEED_OSS,
+        weights=(
+            *EDGES,
+            norm(T.ATTN_NORM, "layers.{}.input_layernorm"),
+            norm(T.ATTN_POST_NORM, "layers.{}.post_attention_layernorm"),
+            *attention(qkv_bias="attention_bias"),
+            *gated(),
+        ),
+        activations=("silu",),
+        defaults={"rms_norm_eps": 1e-6, "attention_bias": True, "head_dim": 128},
+        left_out=(ROTARY,),
+        limits=(Limit("attention_out_bias", (False,), False), Limit("mlp_bias", (False,), False)),
+        own_head_dim=True,
+    ),
+    Family(
+        "arcee",
+        A.ARCEE,
+        weights=(
+            *EDGES,
+            *LAYER_NORMS,
+            *attention(rotated=True),
+            one(T.FFN_UP, "layers.{}.mlp.up_proj.weight", "ff", "embd"),
+            one(T.FFN_DOWN, "layers.{}.mlp.down_proj.weight", "embd", "ff"),
+        ),
+        activations=("relu2",),
+        defaults={"rms_norm_eps": 1e-5},
+        left_out=(ROTARY,),
+        limits=(Limit("attention_bias", (False,), False), Limit("mlp_bias", (False,), False)),
+        rope=_SCALINGS | {"llama3"},
+        count_rope=True,
+        own_head_dim=True,
     ),
 )

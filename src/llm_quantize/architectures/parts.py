@@ -11,6 +11,11 @@ from .base import Form, Order, Weight
 
 ROTARY = (r"\.rotary_emb\.inv_freq$", "rotary frequencies, which the runtime computes from the metadata")
 
+SLIDING = (
+    "sliding_window",
+    "llama.cpp has no sliding window for this family: beyond {value} tokens it attends to more than the model did",
+)
+
 
 def one(
     tensor: T,

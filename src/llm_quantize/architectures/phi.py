@@ -1,4 +1,4 @@
-"""Phi-3 (and Phi-4, which is built like it)."""
+"""Phi 1 and 2; Phi-3 (and Phi-4, which is built like it)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,32 @@ from gguf import MODEL_ARCH as A
 from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
-from .base import Family, Value
-from .parts import EDGES, LAYER_NORMS, ROTARY, one
+from .base import Family, Limit, Value
+from .parts import EDGES, EMBEDDING, LAYER_NORMS, ROTARY, SLIDING, attention, one, pair
 
 FAMILIES = (
+    Family(
+        "phi",
+        A.PHI2,
+        weights=(
+            EMBEDDING,
+            *pair(T.OUTPUT_NORM, "final_layernorm", "embd"),
+            *pair(T.OUTPUT, "lm_head", "vocab", "embd"),
+            *pair(T.ATTN_NORM, "layers.{}.input_layernorm", "embd"),
+            *attention(qkv_bias="", out_bias="", out="dense"),
+            *pair(T.FFN_UP, "layers.{}.mlp.fc1", "ff", "embd"),
+            *pair(T.FFN_DOWN, "layers.{}.mlp.fc2", "embd", "ff"),
+        ),
+        activations=("gelu_new", "gelu_pytorch_tanh"),
+        defaults={"layer_norm_eps": 1e-5},
+        left_out=(ROTARY,),
+        limits=(Limit("qk_layernorm", (False,), False),),
+        norm="layer",
+        partial_default=0.5,
+        partial=True,
+        count_rope=True,
+        needs_output=True,
+    ),
     Family(
         "phi3",
         A.PHI3,
@@ -26,13 +48,7 @@ FAMILIES = (
         defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "sliding_window": 0},
         left_out=(ROTARY,),
         values=(Value(Keys.Attention.SLIDING_WINDOW, "sliding_window", "int"),),
-        notes=(
-            (
-                "sliding_window",
-                "llama.cpp has no sliding window for this family: beyond {value} tokens it attends to more than "
-                "the model did",
-            ),
-        ),
+        notes=(SLIDING,),
         rope=frozenset({"longrope"}),
         partial=True,
         count_rope=True,

@@ -63,6 +63,13 @@ def read_rope(config: ConfigReader, family: Family) -> Rope | None:
     if local_theta is not None:
         local_theta = config.number("rope_local_base_freq", default=local_theta, positive=True)
         local_theta = ConfigReader(local, config.file).number("rope_theta", default=local_theta, positive=True)
+    elif (other := ConfigReader(local, config.file).number("rope_theta", default=theta)) != theta:
+        raise UnsupportedError(
+            f"llama.cpp has one rotary base for all layers of {family.model_type}",
+            file=config.file,
+            expected=theta,
+            found=other,
+        )
     share = reader.number(
         "partial_rotary_factor",
         default=config.number("partial_rotary_factor", default=family.partial_default),

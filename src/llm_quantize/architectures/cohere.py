@@ -1,0 +1,84 @@
+"""Cohere's Command R and R7B, GLM-4, ERNIE 4.5: families that rotate neighbours already, as llama.cpp does."""
+
+from __future__ import annotations
+
+from gguf import MODEL_ARCH as A
+from gguf import MODEL_TENSOR as T
+from gguf import Keys
+
+from .base import Family, Limit, Value
+from .parts import EDGES, LAYER_NORMS, ROTARY, attention, gated, norm, one
+
+_LOGITS = Value(Keys.LLM.LOGIT_SCALE, "logit_scale", "float", required=True)
+_NO_BIAS = Limit("attention_bias", (False,), False)
+_COHERE = (*EDGES, norm(T.ATTN_NORM, "layers.{}.input_layernorm"), *attention(), *gated())
+
+FAMILIES = (
+    Family(
+        "cohere",
+        A.COMMAND_R,
+        weights=_COHERE,
+        activations=("silu",),
+        defaults={"layer_norm_eps": 1e-5, "tie_word_embeddings": True, "logit_scale": 0.0625},
+        left_out=(ROTARY,),
+        values=(_LOGITS,),
+        limits=(_NO_BIAS, Limit("use_qk_norm", (False,), False)),
+        norm="layer",
+        rope=frozenset({"linear", "dynamic"}),
+        rope_default=5e5,
+        output=False,
+    ),
+    Family(
+        "cohere2",
+        A.COHERE2,
+        weights=_COHERE,
+        activations=("silu",),
+        defaults={
+            "layer_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "logit_scale": 0.0625,
+            "sliding_window": 4096,
+        },
+        left_out=(ROTARY,),
+        values=(_LOGITS, Value(Keys.Attention.SLIDING_WINDOW, "sliding_window", "int", required=True)),
+        limits=(_NO_BIAS,),
+        norm="layer",
+        layer_types=4,
+        rope=frozenset(),
+        count_rope=True,
+        own_head_dim=True,
+        output=False,
+    ),
+    Family(
+        "glm4",
+        A.GLM4,
+        weights=(
+            *EDGES,
+            norm(T.ATTN_NORM, "layers.{}.input_layernorm"),
+            norm(T.ATTN_POST_NORM, "layers.{}.post_self_attn_layernorm"),
+            norm(T.FFN_NORM, "layers.{}.post_attention_layernorm"),
+            norm(T.FFN_POST_NORM, "layers.{}.post_mlp_layernorm"),
+            *attention(qkv_bias="attention_bias"),
+            one(T.FFN_UP, "layers.{}.mlp.gate_up_proj.weight", "2ff", "embd"),
+            one(T.FFN_DOWN, "layers.{}.mlp.down_proj.weight", "embd", "ff"),
+        ),
+        activations=("silu",),
+        defaults={"rms_norm_eps": 1.5625e-07, "attention_bias": True, "head_dim": 128, "num_key_value_heads": 2},
+        left_out=(ROTARY,),
+        partial_default=0.5,
+        partial=True,
+        count_rope=True,
+        own_head_dim=True,
+    ),
+    Family(
+        "ernie4_5",
+        A.ERNIE4_5,
+        weights=(*EDGES, *LAYER_NORMS, *attention(), *gated()),
+        activations=("silu",),
+        defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        left_out=(ROTARY,),
+        limits=(Limit("use_bias", (False,), False),),
+        rope_default=5e5,
+        own_head_dim=True,
+    ),
+)
