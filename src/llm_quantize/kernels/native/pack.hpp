@@ -13,7 +13,8 @@ template <int N>
 LQ_INLINE void encode(const float* x, float scale, float offset, int32_t bottom, int32_t top, uint8_t* code) {
     for (int i = 0; i < N; i += lanes) {
         const vi l = clamp(nearest((load(x + i) + offset) / scale), -bottom, top) + bottom;
-        for (int k = 0; k < lanes; ++k) code[i + k] = static_cast<uint8_t>(l[k]);
+        const vb bytes = __builtin_convertvector(l, vb);
+        __builtin_memcpy(code + i, &bytes, sizeof bytes);
     }
 }
 
@@ -22,7 +23,8 @@ template <int N>
 LQ_INLINE void encode(const float* x, float scale, int32_t bottom, int32_t top, uint8_t* code) {
     for (int i = 0; i < N; i += lanes) {
         const vi l = clamp(nearest(load(x + i) / scale), -bottom, top) + bottom;
-        for (int k = 0; k < lanes; ++k) code[i + k] = static_cast<uint8_t>(l[k]);
+        const vb bytes = __builtin_convertvector(l, vb);
+        __builtin_memcpy(code + i, &bytes, sizeof bytes);
     }
 }
 

@@ -15,9 +15,16 @@ constexpr float safe_code = 2097152.0f;   // 2^21: below, ggml's integer roundin
 
 // round(v) held to low..high, as a float; for NaN gives low.
 template <class V>
-LQ_INLINE V round_clamped(V v, float low, float high) {
-    return round_even(smaller(larger(v, spread<V>(low)), spread<V>(high)));
-}
+struct Rounding {
+    V low, high;
+
+    __attribute__((always_inline)) Rounding(int from, int to) {
+        opaque(float(from), low);
+        opaque(float(to), high);
+    }
+
+    __attribute__((always_inline)) V operator()(V v) const { return round_even(smaller(larger(v, low), high)); }
+};
 
 // The same by ggml's integers, for values where those wrap.
 template <class V>
@@ -48,6 +55,7 @@ template <int N, int top, int steps, bool mad, bool guarded, class V>
 static inline AsymmetricFit<V> fit_asymmetric(const V* x, const V* w, float first, float step) {
     using M = IntegersOf<V>;
     AsymmetricFit<V> fit;
+    const Rounding<V> rounded(0, top);
     V low = x[0], high = x[0], sum_w = w[0], sum_x = w[0] * x[0];
     for (int i = 1; i < N; ++i) {
         low = smaller(x[i], low);
@@ -73,7 +81,7 @@ static inline AsymmetricFit<V> fit_asymmetric(const V* x, const V* w, float firs
     if (wraps(fit.inverse, low)) {
         for (int i = 0; i < N; ++i) code[i] = round_wrapping(fit.inverse * (x[i] - low), 0, top);
     } else {
-        for (int i = 0; i < N; ++i) code[i] = round_clamped(fit.inverse * (x[i] - low), 0.0f, float(top));
+        for (int i = 0; i < N; ++i) code[i] = rounded(fit.inverse * (x[i] - low));
     }
     V best = asymmetric_error<N, top, mad>(x, w, code, fit.scale, low);
 
@@ -90,7 +98,7 @@ static inline AsymmetricFit<V> fit_asymmetric(const V* x, const V* w, float firs
         if (!guarded && __builtin_expect(wraps(inverse, low), 0)) {
             for (int i = 0; i < N; ++i) add(i, round_wrapping(inverse * (x[i] - low), 0, top));
         } else {
-            for (int i = 0; i < N; ++i) add(i, round_clamped(inverse * (x[i] - low), 0.0f, float(top)));
+            for (int i = 0; i < N; ++i) add(i, rounded(inverse * (x[i] - low)));
         }
         const V determinant = sum_w * sum_l2 - sum_l * sum_l;
         V scale = (sum_w * sum_xl - sum_x * sum_l) / determinant;
@@ -134,6 +142,7 @@ static inline SymmetricFit<V> fit_symmetric(const V* x, const V* w) {
         wx[i] = w[i] * x[i];
     }
     SymmetricFit<V> fit;
+    const Rounding<V> rounded(-top, top - 1);
     fit.dead = magnitude < no_scale_below;
     largest = select(fit.dead, spread<V>(1.0f), largest);
     fit.inverse = -float(top) / largest;
@@ -141,7 +150,7 @@ static inline SymmetricFit<V> fit_symmetric(const V* x, const V* w) {
     const auto sums = [&](V inverse) {
         sum_xl = sum_l2 = V{};
         for (int i = 0; i < N; ++i) {
-            const V l = round_clamped(inverse * x[i], -float(top), float(top - 1));
+            const V l = rounded(inverse * x[i]);
             sum_xl += wx[i] * l;
             sum_l2 += w[i] * l * l;
         }
@@ -235,11 +244,12 @@ static inline V fit_by_moves(const V* x, V* code, IntegersOf<V>& dead) {
         largest = select(more, x[i], largest);
     }
     dead = magnitude < no_scale_below;
+    const Rounding<V> rounded(-top, top - 1);
     const V inverse = -float(top) / select(dead, spread<V>(1.0f), largest);
     V sum_xl = V{}, sum_l2 = V{};
     for (int i = 0; i < N; ++i) {
         const V w = x[i] * x[i];
-        code[i] = round_clamped(inverse * x[i], -float(top), float(top - 1));
+        code[i] = rounded(inverse * x[i]);
         sum_xl += w * x[i] * code[i];
         sum_l2 += w * code[i] * code[i];
     }

@@ -58,6 +58,10 @@ struct Vector<wf> {
 template <class V>
 using IntegersOf = typename Vector<V>::Integers;
 
+LQ_INLINE void opaque(float value, vf& v) { v = opaque(value); }
+
+LQ_INLINE void opaque(float value, wf& v) { v.a = v.b = opaque(value); }
+
 template <class V, class T>
 LQ_INLINE V spread(T value) {
     return V{} + value;  // only for values other than -0
@@ -80,6 +84,10 @@ LQ_INLINE wf absolute(wf x) { return {absolute(x.a), absolute(x.b)}; }
 LQ_INLINE wf square_root(wf x) { return {square_root(x.a), square_root(x.b)}; }
 
 LQ_INLINE wf round_even(wf x) { return {round_even(x.a), round_even(x.b)}; }
+
+LQ_INLINE wi as_int(wf x) { return {as_int(x.a), as_int(x.b)}; }
+
+LQ_INLINE wf as_float(wi x) { return {as_float(x.a), as_float(x.b)}; }
 
 LQ_INLINE wi nearest(wf x) { return {nearest(x.a), nearest(x.b)}; }
 
