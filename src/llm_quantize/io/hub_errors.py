@@ -62,7 +62,8 @@ def _network_error(
             "the hub knows no such public model, or it is private",
             file=where,
             found=f"HTTP {status}",
-            remedy="check the spelling (org/model); for a private model set HF_TOKEN to a token that may read it",
+            remedy="check the spelling (org/model; no directory of this name is here either);"
+            " for a private model set HF_TOKEN to a token that may read it",
         )
     if status in (403, 404, 429) or (status is not None and status >= 500):
         what, remedy = {
@@ -84,7 +85,8 @@ def _network_error(
         file=where,
         expected=f"an answer from {host}",
         found=UNREACHABLE if status is None else f"HTTP {status}",
-        remedy=f"check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use the cache; {again}",
+        remedy="if a directory was meant: none of this name is here; otherwise check the network and HF_ENDPOINT,"
+        f" or set HF_HUB_OFFLINE=1 to use the cache; {again}",
     )
 
 
