@@ -390,11 +390,11 @@ def perplexity(model: Any, tokenizer: Tokenizer, text: str, window: int = 256) -
 # --- output -------------------------------------------------------------------------------------------------
 
 
-def write_model(model: Any, out: Path, context: int) -> None:
+def write_model(model: Any, out: Path) -> None:
     """bf16 safetensors and config, into ``out``."""
     model = model.to(torch.bfloat16)
-    model.config.output_router_logits = False
-    model.generation_config.max_length = context
+    if getattr(model.config, "output_router_logits", None):
+        model.config.output_router_logits = False  # only training wants them
     model.save_pretrained(out)
 
 
@@ -437,7 +437,7 @@ def write_card(model: Any, shape: Shape, run: Run, texts: Path, note: str, score
         digest = hashlib.sha256(packed).hexdigest()[:16]
         lines.append(f"| {path.name} | {len(lzma.decompress(packed)):,} ({digest}…) |")
     if scores:
-        lines.append("\n| held-out text | perplexity (windows of 256) | bits per byte |\n| --- | ---: | ---: |")
+        lines.append("\n| held-out text (first 300 kB) | perplexity (windows of 256) | bits per byte |\n| --- | ---: | ---: |")
         lines += [f"| {name} | {ppl:.1f} | {bits:.3f} |" for name, (ppl, bits) in scores.items()]
     (out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -496,7 +496,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not train(model, corpus, run, state, stop):
         print(f"stopped at step {run.steps_done}; the same command continues", flush=True)
         return STOPPED
-    write_model(model, options.out, shape.context)
+    write_model(model, options.out)
     model = model.float()  # measured as it will be read: bf16 weights, float32 arithmetic
     scores = {}
     for path in options.heldout:
