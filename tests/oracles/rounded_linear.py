@@ -14,7 +14,7 @@ import gguf
 import torch
 
 # GGUF keeps these in F32.
-_ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "router.layer.weight", "shared_expert_gate.weight")
+_ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "moe.router.weight", "shared_expert_gate.weight")
 
 
 def rounded(values: torch.Tensor, qtype: str) -> torch.Tensor:
