@@ -323,6 +323,10 @@ def load_state(path: Path, model: torch.nn.Module, optimizer: Optimizer, run: Ru
         if saved[name] != getattr(run, name):
             raise SystemExit(f"{path} is of a run with {name}={saved[name]}, not {getattr(run, name)}: delete it")
     tensors = load_file(path)
+    expected = {f"weight.{name}": value.shape for name, value in optimizer.parameters.items()}
+    expected |= {name: value.shape for name, value in optimizer.state.items()}
+    if {name: value.shape for name, value in tensors.items()} != expected:
+        raise SystemExit(f"{path} is of a model with other tensors: delete it")
     for name, value in optimizer.parameters.items():
         value.copy_(tensors[f"weight.{name}"])
     for name, value in optimizer.state.items():
@@ -437,7 +441,8 @@ def write_card(model: Any, shape: Shape, run: Run, texts: Path, note: str, score
         digest = hashlib.sha256(packed).hexdigest()[:16]
         lines.append(f"| {path.name} | {len(lzma.decompress(packed)):,} ({digest}…) |")
     if scores:
-        lines.append("\n| held-out text (first 300 kB) | perplexity (windows of 256) | bits per byte |\n| --- | ---: | ---: |")
+        lines.append("\n| held-out text (first 300 kB) | perplexity (windows of 256) | bits per byte |")
+        lines.append("| --- | ---: | ---: |")
         lines += [f"| {name} | {ppl:.1f} | {bits:.3f} |" for name, (ppl, bits) in scores.items()]
     (out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -98,6 +98,9 @@ def test_stopped_and_continued_gives_the_same_bytes(
     other = [word if word != "12k" else "13k" for word in command]
     with pytest.raises(SystemExit, match="tokens="):
         script.main(other)
+    other = [word if word != "qwen3" else "llama" for word in command]
+    with pytest.raises(SystemExit, match="other tensors"):
+        script.main(other)
     assert script.main(command) == 0
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
