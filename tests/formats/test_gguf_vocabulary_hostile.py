@@ -248,3 +248,57 @@ def test_hand_made_wire_errors(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(data)
     with pytest.raises(MalformedInputError):
         read_vocabulary(tmp_path, {}, embedding_rows=None)
+
+
+def bent(value: Any, dice: random.Random) -> Any:
+    """A copy of ``value`` with one node somewhere inside replaced or removed."""
+    strange: list[Any] = [None, True, -1, 2**70, 1.5, "", "x", [], {}, [None], {"type": 3}, {"type": "Sequence"}, [[]]]
+    if not isinstance(value, dict | list) or not value or dice.random() < 0.15:
+        return dice.choice(strange)
+    copy = value.copy()
+    key = dice.choice(list(value)) if isinstance(value, dict) else dice.randrange(len(value))
+    if dice.random() < 0.1:
+        del copy[key]
+    else:
+        copy[key] = bent(value[key], dice)
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["bytes", "characters", "unigram"])
+def test_a_node_of_the_wrong_kind_anywhere(kind: str, tmp_path: Path) -> None:
+    around = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    special = [{"id": 1, "content": "<s>", "special": True, "normalized": False}]
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    if kind == "bytes":
+        base = BASE | {"post_processor": around, "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}}
+        base = base | {"pre_tokenizer": PRE_TOKENIZERS["deepseek-coder"][0]}
+        base["added_tokens"] = base["added_tokens"][:2]
+    else:
+        texts = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a"]
+        bpe = {"type": "BPE", "byte_fallback": True, "unk_token": "<unk>", "merges": [["▁", "a"]]}
+        bpe["vocab"] = {text: index for index, text in enumerate(texts)}
+        scores = {"type": "Unigram", "unk_id": 0, "vocab": [[text, -1.0] for text in texts]}
+        metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+        base = {"model": scores if kind == "unigram" else bpe, "added_tokens": special, "post_processor": around}
+        base |= {"pre_tokenizer": metaspace} if kind == "unigram" else {"normalizer": space}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(base))
+    read_vocabulary(tmp_path, {}, embedding_rows=None)
+    settings = {
+        "bos_token": "<s>",
+        "chat_template": [{"name": "default", "template": "x"}],
+        "pad_token": {"content": "a"},
+    }
+    dice = random.Random(11)
+    refused = 0
+    for _ in range(120):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(bent(base, dice)))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(bent(settings, dice) if dice.random() < 0.3 else {}))
+        try:
+            read_vocabulary(tmp_path, {}, embedding_rows=400)
+        except (MalformedInputError, UnsupportedError):
+            refused += 1
+    assert refused > 40

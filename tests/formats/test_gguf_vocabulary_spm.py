@@ -257,3 +257,30 @@ def test_the_wire_reader_agrees_with_sentencepiece(gemma_model: Path) -> None:
     assert (read.model_type, read.unk, read.bos, read.eos, read.pad) == (2, 0, 1, 2, -1)
     assert (trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id) == (0, 1, 2, -1)
     assert (read.dummy_prefix, read.collapse) == (normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces)
+
+
+@pytest.mark.parametrize("style", ["llama", "gemma", "ranks"])
+def test_ids_become_the_text_again(style: str, llama_model: Path, tmp_path: Path) -> None:
+    data = trained_over_characters() if style == "ranks" else character_bpe_json(llama_model, style)
+    save_tokenizer(tmp_path, data)
+    metadata = read_vocabulary(tmp_path, {}, embedding_rows=None)
+    with LlamaCpp(write_model(tmp_path / "m.gguf", metadata), context=64, threads=1) as runtime:
+        for text in ALL_TEXTS:
+            ids = runtime.tokenize(text, add_special=False, parse_special=False)
+            assert runtime.detokenize(ids, special=True) == text
+
+
+def test_the_trained_models_scores_serve_where_the_merges_give_none(llama_model: Path, tmp_path: Path) -> None:
+    """Converters of the first years left out the pairs of the one token whose score is 0."""
+    data = character_bpe_json(llama_model, "llama")
+    del data["model"]["merges"][0]
+    save_tokenizer(tmp_path, data)
+    with pytest.raises(UnsupportedError, match="another order"):
+        read_vocabulary(tmp_path, {}, embedding_rows=None)
+    (tmp_path / "tokenizer.model").write_bytes(llama_model.read_bytes())
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(llama_model))
+    assert differing(tmp_path, lambda text, _: list(processor.encode(text)), parse=(False,)) == []
+    (tmp_path / "tokenizer.model").unlink()
+    sentencepiece_model(tmp_path, **BPE, split_digits=True)
+    with pytest.raises(UnsupportedError, match="another order"):
+        read_vocabulary(tmp_path, {}, embedding_rows=None)

@@ -17,7 +17,7 @@ from pathlib import Path
 from gguf.constants import Keys, TokenType
 
 from llm_quantize.errors import MalformedInputError, UnsupportedError, printable
-from llm_quantize.formats.gguf_vocab_json import LIMIT_BYTES, MAX_TOKENS, AddedToken, check_text
+from llm_quantize.formats.gguf_vocab_json import LIMIT_BYTES, MAX_TOKENS, AddedToken, TokenizerJson, check_text
 from llm_quantize.formats.gguf_vocab_spm import Spaces, checked_charsmap, unigram_flags
 from llm_quantize.formats.gguf_vocab_tokens import SPACE_MARK, Vocabulary, flag_value
 from llm_quantize.io.paths import read_limited
@@ -194,6 +194,17 @@ def sentencepiece_vocabulary(path: Path, added: tuple[AddedToken, ...]) -> Vocab
     own = {"unk": model.unk, "bos": model.bos, "eos": model.eos, "pad": model.pad}
     vocabulary.roles = {role: index for role, index in own.items() if 0 <= index < len(model.pieces)}
     return vocabulary
+
+
+def trained_scores(path: Path, source: TokenizerJson) -> dict[int, float] | None:
+    """Scores of the BPE model at ``path`` when ``source`` was made from it: the same pieces under the same ids."""
+    if not path.exists():
+        return None
+    model = read_sentencepiece(path)
+    same = all(source.ids.get(text) == index for index, (text, _, _) in enumerate(model.pieces))
+    if model.model_type != BPE or not same:
+        return None
+    return {index: score for index, (_, score, _) in enumerate(model.pieces)}
 
 
 def _check(path: Path, model: SentencePieceModel) -> None:

@@ -255,15 +255,15 @@ def _text(path: Path) -> str:
 def _templates_in(path: Path, value: object) -> dict[str, str]:
     if value is None:
         return {}
-    items = {"default": value} if isinstance(value, str) else value
-    if isinstance(items, list):
-        items = {
-            item.get("name"): item.get("template") if isinstance(item, Mapping) else None
-            for item in items
-            if isinstance(item, Mapping)
-        }
-    if not isinstance(items, Mapping) or not all(
-        isinstance(x, str) and "\0" not in x for kv in items.items() for x in kv
-    ):
+    pairs: list[tuple[Any, Any]]
+    if isinstance(value, str):
+        pairs = [("default", value)]
+    elif isinstance(value, list):
+        pairs = [(i.get("name"), i.get("template")) if isinstance(i, Mapping) else (None, None) for i in value]
+    elif isinstance(value, Mapping):
+        pairs = list(value.items())
+    else:
+        pairs = [(None, None)]
+    if not all(isinstance(text, str) and "\0" not in text for pair in pairs for text in pair):
         malformed(path, "chat_template must be a text or named texts", found=printable(repr(value), 80))
-    return dict(items)
+    return dict(pairs)

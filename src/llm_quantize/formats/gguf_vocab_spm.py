@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,8 +147,13 @@ def _check_words(source: TokenizerJson, spaces: Spaces) -> None:
             )
 
 
-def character_bpe(source: TokenizerJson) -> Vocabulary:
-    """BPE over characters with byte fallback. Raises UnsupportedError, MalformedInputError."""
+def character_bpe(
+    source: TokenizerJson, trained_scores: Callable[[TokenizerJson], dict[int, float] | None]
+) -> Vocabulary:
+    """BPE over characters with byte fallback. Raises UnsupportedError, MalformedInputError.
+
+    ``trained_scores``: asked where the merges give no scores; those of the model that the file was made from, or None.
+    """
     check_bpe_options(source)
     if not flag(source.model, "byte_fallback", False, source.file, "model"):
         source.refuse(
@@ -169,13 +174,15 @@ def character_bpe(source: TokenizerJson) -> Vocabulary:
         vocabulary.types[source.ids[unknown]] = TokenType.UNKNOWN
         vocabulary.roles["unk"] = source.ids[unknown]
     reason = _set_scores(source, vocabulary)
-    if reason is not None:
-        if spaces.prefix:
+    if reason is not None and spaces.prefix:
+        vocabulary.scores = trained_scores(source)
+        if vocabulary.scores is None:
             source.refuse(
                 "llama.cpp would merge this vocabulary in another order than the file says",
                 expected="for every token all its pairs, side by side in model.merges",
                 found=reason,
             )
+    elif reason is not None:
         _set_ranks(source, vocabulary)
     vocabulary.add(source.added)
     vocabulary.flags[Keys.Tokenizer.ADD_PREFIX] = flag_value(spaces.prefix)

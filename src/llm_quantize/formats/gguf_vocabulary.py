@@ -7,6 +7,7 @@ name, or, where it concerns rare text only, listed in docs/reference/tokenizers.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.formats.gguf_vocab_bytelevel import byte_level
 from llm_quantize.formats.gguf_vocab_json import AddedToken, added_token, check_id, malformed, read_tokenizer_json
 from llm_quantize.formats.gguf_vocab_pretokenizers import is_byte_level
-from llm_quantize.formats.gguf_vocab_sentencepiece import sentencepiece_vocabulary
+from llm_quantize.formats.gguf_vocab_sentencepiece import sentencepiece_vocabulary, trained_scores
 from llm_quantize.formats.gguf_vocab_special import chat_templates, read_optional, special_ids, template_ids
 from llm_quantize.formats.gguf_vocab_spm import character_bpe, unigram
 from llm_quantize.formats.gguf_vocab_tokens import Vocabulary, array_value, text_value
@@ -88,7 +89,7 @@ def runtime_name(name: str, directory: Path, metadata: Mapping[str, MetaValue]) 
 
 def _load(directory: Path) -> tuple[Vocabulary, dict[str, int]]:
     """The vocabulary, and the ids of what its post-processor adds."""
-    path = inside(directory, "tokenizer.json")
+    path, model = inside(directory, "tokenizer.json"), inside(directory, "tokenizer.model")
     if path.exists():
         source = read_tokenizer_json(path)
         if source.kind == "Unigram":
@@ -96,9 +97,8 @@ def _load(directory: Path) -> tuple[Vocabulary, dict[str, int]]:
         elif is_byte_level(source.pre_tokenizer, path):
             vocabulary = byte_level(source)
         else:
-            vocabulary = character_bpe(source)
+            vocabulary = character_bpe(source, functools.partial(trained_scores, model))
         return vocabulary, template_ids(source, vocabulary)
-    model = inside(directory, "tokenizer.model")
     if model.exists():
         settings = read_optional(directory, "tokenizer_config.json")
         vocabulary = sentencepiece_vocabulary(model, _added_beside(directory, settings))
