@@ -91,6 +91,8 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": _ROPE,
             "head_dim": 32,
             "query_pre_attn_scalar": 32,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 12.0,
             "sliding_window": WINDOW,
             "num_hidden_layers": 4,
         },

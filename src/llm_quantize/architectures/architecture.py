@@ -122,6 +122,8 @@ class Architecture:
             found[keys.LAYERNORM_EPS] = self.config.number("layer_norm_eps")
         for value in self.family.values:
             if self.config.get(value.name) is None and not value.required:
+                if value.empty is not None:
+                    found[value.key] = value.empty
                 continue
             if value.kind == "int":
                 found[value.key] = self.config.integer(value.name, low=0)

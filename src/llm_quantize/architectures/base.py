@@ -148,13 +148,15 @@ class Weight:
 class Value:
     """A metadata value copied from the configuration. ``key`` is the gguf package's, with ``{arch}``.
 
-    ``required``: the runtime would put a value of its own in the place of none; else none leaves the key out.
+    ``required``: the runtime would put a value of its own in the place of none; else none leaves the key out, or
+    writes ``empty``.
     """
 
     key: str
     name: str
     kind: Literal["int", "float", "bool"]
     required: bool = False
+    empty: int | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ FAMILIES = (
         activations=("silu",),
         defaults={"layer_norm_eps": 1e-5, "tie_word_embeddings": True, "logit_scale": 0.0625},
         left_out=(ROTARY,),
-        values=(_LOGITS,),
+        # Command R's max_position_embeddings is shorter than what the model was trained for.
+        values=(_LOGITS, Value(Keys.LLM.CONTEXT_LENGTH, "model_max_length", "int")),
         limits=(_NO_BIAS, Limit("use_qk_norm", (False,), False)),
         norm="layer",
         rope=frozenset({"linear", "dynamic"}),
