@@ -29,19 +29,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_killed_at_every_persistence_call(
-    command_line: CommandLine, model: Path, tmp_path: Path, variant: str, record_property: pytest.RecordProperty
+    command_line: CommandLine, model: Path, tmp_path: Path, variant: str, request: pytest.FixtureRequest
 ) -> None:
     scenario = Scenario(command_line, model, tmp_path, VARIANTS[variant])
     # With several threads the order of calls, and so the number of the last one, differs from run to run by a few.
     calls = scenario.calls - (4 if "two threads" in variant else 0)
     scenario.kill_at_calls(range(1, calls + 1), seed=1)
-    record_property("kills", scenario.kills)
+    request.node.user_properties.append(("kills", scenario.kills))
     assert scenario.kills > 1.5 * calls
 
 
 @pytest.mark.parametrize("variant", ["one file", "two levels, two threads"])
 def test_killed_at_two_hundred_random_instants(
-    command_line: CommandLine, model: Path, tmp_path: Path, variant: str, record_property: pytest.RecordProperty
+    command_line: CommandLine, model: Path, tmp_path: Path, variant: str, request: pytest.FixtureRequest
 ) -> None:
     scenario = Scenario(command_line, model, tmp_path, VARIANTS[variant])
     seed = 0
@@ -49,7 +49,7 @@ def test_killed_at_two_hundred_random_instants(
         scenario.kill_at_instants(25, 0.25, seed=seed)
         seed += 1
         assert seed < 40
-    record_property("kills", scenario.kills)
+    request.node.user_properties.append(("kills", scenario.kills))
     assert scenario.resumed > 0
 
 

@@ -35,11 +35,16 @@ from llm_quantize.errors import (
     UsageError,
     printable,
 )
+from llm_quantize.io.paths import read_failure
 
 VERSION = 3
 MAX_METADATA_BYTES = 256 << 20
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 65_535
+MAX_STRING_BYTES = 64 << 20
+MAX_ENTRIES = 65_536  # keys, and tensors
+MAX_ARRAY_ITEMS = 1 << 22  # of all arrays together: what Python makes of them is larger than the file
+MAX_ALIGNMENT = 1 << 16
 LLAMA_CPP_NAME_BYTES = 63  # ggml keeps tensor names in 64 bytes with the closing zero
 
 _SCALARS: dict[GGUFValueType, str] = {
@@ -182,6 +187,7 @@ class _Cursor:
 
     def __init__(self, path: Path, descriptor: int, size: int) -> None:
         self.path, self.size, self.offset = path, size, 0
+        self.items = 0
         self._descriptor = descriptor
         self._window = b""
         self._window_start = 0
@@ -212,7 +218,10 @@ class _Cursor:
     def _read(self, offset: int, count: int) -> bytes:
         parts = []
         while count > 0:
-            part = os.pread(self._descriptor, count, offset)
+            try:
+                part = os.pread(self._descriptor, count, offset)
+            except OSError as error:
+                raise read_failure(error, self.path, offset=offset) from error
             if not part:
                 break
             parts.append(part)
@@ -223,9 +232,9 @@ class _Cursor:
     def number(self, code: str, meaning: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code), meaning))[0]
 
-    def string(self, meaning: str, limit: int | None = None) -> str:
+    def string(self, meaning: str, limit: int = MAX_STRING_BYTES) -> str:
         length = self.number("Q", f"the length of {meaning}")
-        if limit is not None and length > limit:
+        if length > limit:
             raise self.fail(f"{meaning} is too long", expected=f"at most {limit} bytes", found=length)
         data = self.take(length, meaning)
         try:
@@ -233,6 +242,32 @@ class _Cursor:
         except UnicodeDecodeError as error:
             self.offset -= length
             raise self.fail(f"{meaning} is not UTF-8", found=printable(repr(data[:40]))) from error
+
+    def name(self, meaning: str) -> str:
+        name = self.string(meaning, MAX_NAME_BYTES)
+        if not name or "\0" in name:
+            raise self.fail(f"{meaning} is empty or holds a zero byte", found=printable(name))
+        return name
+
+    def strings(self, count: int, meaning: str) -> list[str]:
+        """``count`` strings: those that lie whole in the window at once, the others (and the bad ones) with care."""
+        found: list[str] = []
+        length_at = struct.Struct("<Q").unpack_from
+        while len(found) < count:
+            window, at = self._window, self.offset - self._window_start
+            while len(found) < count and 0 <= at <= len(window) - 8:
+                end = at + 8 + length_at(window, at)[0]
+                if end > len(window):
+                    break
+                try:
+                    found.append(window[at + 8 : end].decode("utf-8"))
+                except UnicodeDecodeError:
+                    break
+                at = end
+            self.offset = self._window_start + at
+            if len(found) < count:
+                found.append(self.string(meaning))
+        return found
 
 
 def _read_type(cursor: _Cursor, meaning: str) -> GGUFValueType:
@@ -261,16 +296,17 @@ def _read_value(cursor: _Cursor, key: str) -> MetaValue:
             found=f"{count} items",
             expected=f"at most {(cursor.size - cursor.offset) // least}",
         )
+    cursor.items += count
+    if cursor.items > MAX_ARRAY_ITEMS:
+        raise cursor.fail("the arrays have too many items", found=cursor.items, expected=f"at most {MAX_ARRAY_ITEMS}")
     if item == GGUFValueType.STRING:
-        return MetaValue(kind, [cursor.string(meaning) for _ in range(count)], item)
+        return MetaValue(kind, cursor.strings(count, meaning), item)
     data = cursor.take(count * least, meaning)
     return MetaValue(kind, list(struct.unpack(f"<{count}{_SCALARS[item]}", data)), item)
 
 
 def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int, int]:
-    name = cursor.string("a tensor name", MAX_NAME_BYTES)
-    if not name or "\0" in name:
-        raise cursor.fail("a tensor name is empty or holds a zero byte", tensor=name)
+    name = cursor.name("a tensor name")
     count = cursor.number("I", "a number of dimensions")
     if not 1 <= count <= MAX_DIMENSIONS:
         raise cursor.fail("bad number of dimensions", tensor=name, expected="1 to 4", found=count)
@@ -336,11 +372,11 @@ def _read_body(cursor: _Cursor) -> GgufFile:
     tensor_count = cursor.number("Q", "the number of tensors")
     key_count = cursor.number("Q", "the number of keys")
     room = cursor.size - cursor.offset
-    if tensor_count * 32 > room or key_count * 13 > room:
+    if tensor_count * 32 > room or key_count * 13 > room or max(tensor_count, key_count) > MAX_ENTRIES:
         raise cursor.fail("more tensors or keys than the file can hold", found=(tensor_count, key_count))
     metadata: dict[str, MetaValue] = {}
     for _ in range(key_count):
-        key = cursor.string("a key", MAX_NAME_BYTES)
+        key = cursor.name("a key")
         if key in metadata:
             raise cursor.fail("a key stands twice", found=printable(key))
         metadata[key] = _read_value(cursor, key)
@@ -374,6 +410,8 @@ def _alignment(cursor: _Cursor, metadata: Mapping[str, MetaValue]) -> int:
     value = metadata.get(Keys.General.ALIGNMENT)
     if value is None:
         return int(GGUF_DEFAULT_ALIGNMENT)
-    if value.type != GGUFValueType.UINT32 or value.value < 8 or value.value & (value.value - 1):
-        raise cursor.fail("bad alignment", expected="a power of two, at least 8", found=value.value)
-    return int(value.value)
+    number = value.value if value.type == GGUFValueType.UINT32 else 0
+    if not 8 <= number <= MAX_ALIGNMENT or number & (number - 1):
+        expected = f"a power of two from 8 to {MAX_ALIGNMENT}, of type UINT32"
+        raise cursor.fail("bad alignment", expected=expected, found=printable(str(value.value)))
+    return int(number)
