@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_tokenizer_files(victim: Path, name: str, data: st.DataObject) -> None:
         container, key = data.draw(st.sampled_from(list(places(value))))
         how = data.draw(st.sampled_from(["replace", "delete", "rename"]))
         if how == "replace":
-            container[key] = data.draw(VALUES)
+            container[key] = deepcopy(data.draw(VALUES))  # the drawn lists are shared between examples
         elif how == "delete" or isinstance(container, list):
             del container[key]
         else:
