@@ -174,6 +174,13 @@ def test_an_unknown_family_names_the_nearest(model_type: str, nearest: str) -> N
         open_architecture({"model_type": model_type}, file=FILE)
 
 
+def test_a_classifier_is_not_a_language_model() -> None:
+    with pytest.raises(UnsupportedError, match="generates text"):
+        open_architecture(plain("llama", architectures=["LlamaForSequenceClassification"]), file=FILE)
+    for odd in ([], [3], "LlamaModel", {}):
+        assert open_architecture(plain("llama", architectures=odd), file=FILE).gguf_name == "llama"
+
+
 @pytest.mark.parametrize("config", [{}, {"model_type": None}, {"model_type": 3}, {"model_type": ""}])
 def test_no_model_type(config: dict[str, Any]) -> None:
     with pytest.raises(MalformedInputError, match="what kind of model"):

@@ -26,6 +26,8 @@ ARCHITECTURES: dict[str, Family] = {
     family.model_type: family for module in (llama, qwen, gemma, phi, gpt, olmo, cohere) for family in module.FAMILIES
 }
 
+_GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
 
 def open_architecture(config: Mapping[str, object], *, file: Path | None = None) -> Architecture:
     """The architecture that ``config`` (config.json as a mapping, read from ``file``) describes.
@@ -51,5 +53,14 @@ def open_architecture(config: Mapping[str, object], *, file: Path | None = None)
             expected=f"the nearest supported one is {near[0]!r}" if near else None,
             found=repr(config.get("architectures"))[:200],
             remedy="supported: " + ", ".join(sorted(ARCHITECTURES)),
+        )
+    kinds = config.get("architectures")
+    kind = kinds[0] if isinstance(kinds, list) and kinds else None
+    if isinstance(kind, str) and not kind.endswith(_GENERATORS):
+        raise UnsupportedError(
+            "this is not a model that generates text",
+            file=file,
+            expected="an architecture that ends in " + " or ".join(_GENERATORS),
+            found=kind[:80],
         )
     return Architecture(family, config, file)

@@ -46,6 +46,8 @@ class Mapper:
 
     def __init__(self, family: Family, config: ConfigReader, hyper: Hyper, tensors: Mapping[str, TensorInfo]) -> None:
         self.family, self.config, self.hyper = family, config, hyper
+        self.sizes = hyper.sizes
+        self.orders: dict[Order, npt.NDArray[np.int64] | None] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.names: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
@@ -84,21 +86,20 @@ class Mapper:
     def output(self, weight: Weight, layer: int | None) -> OutputTensor:
         """The artifact's tensor for ``weight``. Raises MalformedInputError: absent, or of another shape."""
         form = next((f for f in weight.forms if self.has(self._source(f, layer, 0))), weight.forms[0])
-        sizes = self.hyper.sizes
-        count = sizes[form.each] if form.each else 1
+        count = self.sizes[form.each] if form.each else 1
         pieces: list[Piece] = []
         for index in range(count):
             short = self._source(form, layer, index)
             pieces += self._pieces(form, self._check(short, form, layer), weight.add)
             self.used.add(short)
-        shape = tuple(sizes[word] for word in weight.shape)
+        shape = tuple(self.sizes[word] for word in weight.shape)
         return output_tensor(weight.tensor, form.name, layer, shape, tuple(pieces))
 
     def _source(self, form: Form, layer: int | None, index: int) -> str:
         return form.name.replace("{each}", str(index)).replace("{}", str(layer))
 
     def _check(self, short: str, form: Form, layer: int | None) -> TensorInfo:
-        expected = tuple(self.hyper.sizes[word] for word in form.shape)
+        expected = tuple(self.sizes[word] for word in form.shape)
         info = self.tensors.get(short)
         if info is None:
             n_layer = self.hyper.n_layer
@@ -133,7 +134,9 @@ class Mapper:
         return short if bare else old + short[len(new) :]
 
     def _pieces(self, form: Form, info: TensorInfo, add: float) -> list[Piece]:
-        order = row_order(form.order, self.hyper)
+        if form.order not in self.orders:  # one array serves all layers
+            self.orders[form.order] = row_order(form.order, self.hyper)
+        order = self.orders[form.order]
         if len(info.shape) == 1:
             return [Piece(info.name, columns=order, add=add)]
         index, parts = form.part
@@ -238,7 +241,7 @@ def _head(
         mapper.left_out[info.name] = f"the same values as {table.name}, to which the configuration ties it"
     if not family.needs_output:
         return []
-    shape = tuple(mapper.hyper.sizes[word] for word in weight.shape)
+    shape = tuple(mapper.sizes[word] for word in weight.shape)
     return [output_tensor(weight.tensor, short, None, shape, (Piece(table.name),))]
 
 

@@ -46,7 +46,7 @@ class LlamaCpp:
             raise UsageError("there is no such file", file=self.path)
         self._library: Library = load_library()
         try:
-            self._open(context, threads or len(os.sched_getaffinity(0)))
+            self._open(context, threads or _cpus())
         except LlmQuantizeError:
             self.close()
             raise
@@ -287,6 +287,11 @@ class LlamaCpp:
             if count <= room:
                 return buffer.raw[:count].decode("utf-8", "replace")
             room = count
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _choose(logits: npt.NDArray[np.float32], temperature: float, random: np.random.Generator) -> int:
