@@ -60,11 +60,14 @@ def test_of_two_zeros_the_first_is_the_minimum(qtype: str) -> None:
     assert packed[:, 3].tolist() == [0, 128, 128, 0]  # the sign of the stored minimum
 
 
-def test_halves_round_away_from_zero_in_q8_0() -> None:
-    rows = (np.arange(-127, 129, dtype=np.float32).reshape(8, 32) + 0.5).clip(-127, 127)
-    rows[:, 0] = 127  # the scale is 1
-    codes = assert_same_bytes("q8_0", rows)[:, 2:].view(np.int8)
-    assert (codes == np.trunc(rows + np.copysign(0.5, rows))).all()
+def test_halves_round_away_from_zero_in_q8_0_and_their_neighbours_below_do_not() -> None:
+    halves = (np.arange(-127, 129, dtype=np.float32).reshape(8, 32) + np.float32(0.5)).clip(-126.5, 126.5)
+    below = np.nextafter(halves, np.float32(0))
+    for rows in (halves, below):
+        rows[:, 0] = 127  # the scale is 1
+    codes = assert_same_bytes("q8_0", np.concatenate([halves, below]))[:, 2:].view(np.int8)
+    assert (codes[:8, 1:] == np.trunc(halves + np.copysign(np.float32(0.5), halves))[:, 1:]).all()
+    assert (codes[8:, 1:] == np.trunc(halves)[:, 1:]).all()
 
 
 @pytest.mark.parametrize("qtype", TYPES)

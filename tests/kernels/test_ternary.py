@@ -47,6 +47,14 @@ def test_ternary_weights_survive_exactly(qtype: str) -> None:
 
 
 @pytest.mark.parametrize("qtype", TYPES)
+def test_one_half_rounds_away_from_zero_and_its_neighbour_below_does_not(qtype: str) -> None:
+    half = np.float32(0.5)
+    rows = np.resize(np.array([half, -half, np.nextafter(half, np.float32(0)), 1, 0.1], np.float32), (1, 256))
+    packed = assert_same_bytes(qtype, rows)
+    assert kernels.dequantize(qtype, packed, 256)[0, :5].tolist() == [1, -1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("qtype", TYPES)
 def test_rows_are_independent_and_16_bit_rows_are_their_values(qtype: str) -> None:
     rows = make_rows("heavy", 3, (19, 512))
     whole = kernels.quantize(qtype, rows, make_importance("plain", 3, 512))
