@@ -72,23 +72,25 @@ LQ_INLINE void weigh(const Batch& b, int first, const float* sigma2, const wf* x
     for (int k = 0; k < wide; ++k) of_lane[k] = sigma2[(first + k) / per < batch ? (first + k) / per : batch - 1];
     const wf s = load_wide(of_lane);
     load_importance<N>(b, first, w);
-    for (int i = 0; i < N; ++i) w[i] = w[i] * square_root(s + x[i] * x[i]);
+    for (int i = 0; i < N; ++i) put(w[i], w[i] * square_root(s + x[i] * x[i]));
 }
 
 template <int N, int top, bool mad, int steps>
 static inline void search_asymmetric(const Batch& b, float first_step, float step, Found& found) {
+    Workspace<N, wf> g;
     for (int first = 0; first < b.count * (superblock / N); first += wide) {
-        wf x[N], w[N];
+        wf* const x = g.x;
+        wf* const w = g.w;
         load_sub_blocks<N>(b, first, x);
         if (mad) {
-            for (int i = 0; i < N; ++i) w[i] = absolute(x[i]);
+            for (int i = 0; i < N; ++i) put(w[i], absolute(x[i]));
         } else {
             wf sum = wf{};
             for (int i = 0; i < N; ++i) sum += x[i] * x[i];
             const wf mean = square_root(sum / float(N));
-            for (int i = 0; i < N; ++i) w[i] = mean + absolute(x[i]);
+            for (int i = 0; i < N; ++i) put(w[i], mean + absolute(x[i]));
         }
-        const AsymmetricFit<wf> fit = fit_asymmetric<N, top, steps, mad, false>(x, w, first_step, step);
+        const AsymmetricFit<wf> fit = fit_asymmetric<N, top, steps, mad, false>(g, first_step, step);
         store(found.scale + first, fit.scale);
         store(found.minimum + first, fit.minimum);
         store(found.inverse + first, fit.inverse);
@@ -102,11 +104,13 @@ static inline void search_asymmetric_weighted(const Batch& b, float factor, Foun
     float sigma2[batch];
     sums_of_squares(b, sigma2);
     for (int k = 0; k < b.count; ++k) sigma2[k] = factor * sigma2[k] / float(superblock);
+    Workspace<N, wf> g;
     for (int first = 0; first < b.count * (superblock / N); first += wide) {
-        wf x[N], w[N];
+        wf* const x = g.x;
+        wf* const w = g.w;
         load_sub_blocks<N>(b, first, x);
         weigh<N>(b, first, sigma2, x, w);
-        const AsymmetricFit<wf> fit = fit_asymmetric<N, top, 36, false, true>(x, w, -0.9f, 0.05f);
+        const AsymmetricFit<wf> fit = fit_asymmetric<N, top, 36, false, true>(g, -0.9f, 0.05f);
         store(found.scale + first, fit.scale);
         store(found.minimum + first, fit.minimum);
         store(found.inverse + first, fit.inverse);
@@ -324,7 +328,7 @@ static inline void search_symmetric(const Batch& b, const float* sigma2, bool we
         } else if (weighted) {
             load_importance<16>(b, first, w);
         } else {
-            for (int i = 0; i < 16; ++i) w[i] = x[i] * x[i];
+            for (int i = 0; i < 16; ++i) put(w[i], x[i] * x[i]);
         }
         wf sum = wf{};
         for (int i = 0; i < 16; ++i) sum += w[i];

@@ -48,12 +48,25 @@ LQ_INLINE V asymmetric_error(const V* x, const V* w, const V* code, V scale, V m
     return error;
 }
 
-// Scale and minimum of least error among the codes of steps+1 inverse scales (first + step * s + top) / range.
-// Each accepted step moves the minimum, and the next steps start from it. `guarded` is how the search with an
-// imatrix treats inverse scales so large that integers would wrap.
-template <int N, int top, int steps, bool mad, bool guarded, class V>
-static inline AsymmetricFit<V> fit_asymmetric(const V* x, const V* w, float first, float step) {
+// A group of sub-blocks at work. The gaps keep a store to code[i] from sharing its low 12 address bits with a load of
+// x[i] or w[i], which processors take for the same address and wait for.
+template <int N, class V>
+struct alignas(64) Workspace {
+    static constexpr int size = N * sizeof(V);
+    V x[N];
+    char gap_1[256];
+    V w[N];
+    char gap_2[(3 * 4096 - 512 - 256 - 2 * size) % 4096];
+    V code[N];
+};
+
+// The search itself. `wild` tells that a lane met inverse scales so large that ggml's integers wrap: then the result
+// counts for nothing and the `careful` variant, which wraps as they do, must be run.
+template <int N, int top, int steps, bool mad, bool guarded, bool careful, class V>
+static inline AsymmetricFit<V> search_grid(Workspace<N, V>& g, float first, float step, IntegersOf<V>& wild) {
     using M = IntegersOf<V>;
+    const V* x = g.x;
+    const V* w = g.w;
     AsymmetricFit<V> fit;
     const Rounding<V> rounded(0, top);
     V low = x[0], high = x[0], sum_w = w[0], sum_x = w[0] * x[0];
@@ -69,7 +82,7 @@ static inline AsymmetricFit<V> fit_asymmetric(const V* x, const V* w, float firs
     const auto range = [&](V minimum) { return select(dead, spread<V>(1.0f), high - minimum); };
     const auto wraps = [&](V inverse, V minimum) {
         const V above = absolute(inverse * (high - minimum)), below = absolute(inverse * (smallest - minimum));
-        return any(~((above < safe_code) & (below < safe_code)));
+        return ~((above < safe_code) & (below < safe_code));
     };
 
     fit.inverse = float(top) / range(low);
@@ -77,28 +90,25 @@ static inline AsymmetricFit<V> fit_asymmetric(const V* x, const V* w, float firs
     fit.origin = low;
     fit.stepped = M{};
     fit.sum_w = sum_w;
-    V code[N];
-    if (wraps(fit.inverse, low)) {
-        for (int i = 0; i < N; ++i) code[i] = round_wrapping(fit.inverse * (x[i] - low), 0, top);
-    } else {
-        for (int i = 0; i < N; ++i) code[i] = rounded(fit.inverse * (x[i] - low));
+    wild = wraps(fit.inverse, low);
+    for (int i = 0; i < N; ++i) {
+        const V v = fit.inverse * (x[i] - low);
+        put(g.code[i], careful ? round_wrapping(v, 0, top) : rounded(v));
     }
-    V best = asymmetric_error<N, top, mad>(x, w, code, fit.scale, low);
+    V best = asymmetric_error<N, top, mad>(x, w, g.code, fit.scale, low);
 
     for (int s = 0; s <= steps; ++s) {
         const V inverse = (first + step * float(s) + float(top)) / range(low);
+        if (!guarded) wild |= wraps(inverse, low);
         V sum_l = V{}, sum_l2 = V{}, sum_xl = V{};
-        const auto add = [&](int i, V l) {
-            code[i] = l;
+        for (int i = 0; i < N; ++i) {
+            const V v = inverse * (x[i] - low);
+            const V l = careful && !guarded ? round_wrapping(v, 0, top) : rounded(v);
             const V wl = w[i] * l;
             sum_l += wl;
             sum_l2 += wl * l;
             sum_xl += wl * x[i];
-        };
-        if (!guarded && __builtin_expect(wraps(inverse, low), 0)) {
-            for (int i = 0; i < N; ++i) add(i, round_wrapping(inverse * (x[i] - low), 0, top));
-        } else {
-            for (int i = 0; i < N; ++i) add(i, rounded(inverse * (x[i] - low)));
+            put(g.code[i], l);
         }
         const V determinant = sum_w * sum_l2 - sum_l * sum_l;
         V scale = (sum_w * sum_xl - sum_x * sum_l) / determinant;
@@ -106,7 +116,7 @@ static inline AsymmetricFit<V> fit_asymmetric(const V* x, const V* w, float firs
         const M positive = minimum > 0.0f;
         scale = select(positive, sum_xl / sum_l2, scale);
         minimum = select(positive, V{}, minimum);
-        const V error = asymmetric_error<N, top, mad>(x, w, code, scale, minimum);
+        const V error = asymmetric_error<N, top, mad>(x, w, g.code, scale, minimum);
         const M better = (error < best) & (determinant > 0.0f) & ~dead;
         best = select(better, error, best);
         fit.scale = select(better, scale, fit.scale);
@@ -119,6 +129,33 @@ static inline AsymmetricFit<V> fit_asymmetric(const V* x, const V* w, float firs
     fit.scale = select(dead, V{}, fit.scale);
     fit.inverse = select(dead, V{}, fit.inverse);
     return fit;
+}
+
+template <int N, int top, int steps, bool mad, bool guarded, class V>
+[[gnu::noinline, gnu::cold]] static AsymmetricFit<V> search_grid_carefully(Workspace<N, V>& g, float first, float step) {
+    IntegersOf<V> wild;
+    return search_grid<N, top, steps, mad, guarded, true>(g, first, step, wild);
+}
+
+// Scale and minimum of least error among the codes of steps+1 inverse scales (first + step * s + top) / range.
+// Each accepted step moves the minimum, and the next steps start from it. `guarded` is how the search with an
+// imatrix treats inverse scales so large that integers would wrap.
+template <int N, int top, int steps, bool mad, bool guarded, class V>
+static inline AsymmetricFit<V> fit_asymmetric(Workspace<N, V>& g, float first, float step) {
+    IntegersOf<V> wild;
+    const AsymmetricFit<V> fit = search_grid<N, top, steps, mad, guarded, false>(g, first, step, wild);
+    if (__builtin_expect(!any(wild), 1)) return fit;
+    return search_grid_carefully<N, top, steps, mad, guarded>(g, first, step);
+}
+
+template <int N, int top, int steps, bool mad, bool guarded, class V>
+static inline AsymmetricFit<V> fit_asymmetric(const V* x, const V* w, float first, float step) {
+    Workspace<N, V> g;
+    for (int i = 0; i < N; ++i) {
+        put(g.x[i], x[i]);
+        put(g.w[i], w[i]);
+    }
+    return fit_asymmetric<N, top, steps, mad, guarded>(g, first, step);
 }
 
 template <class V>
@@ -139,7 +176,7 @@ static inline SymmetricFit<V> fit_symmetric(const V* x, const V* w) {
         const M more = a > magnitude;
         magnitude = select(more, a, magnitude);
         largest = select(more, x[i], largest);
-        wx[i] = w[i] * x[i];
+        put(wx[i], w[i] * x[i]);
     }
     SymmetricFit<V> fit;
     const Rounding<V> rounded(-top, top - 1);
@@ -249,7 +286,7 @@ static inline V fit_by_moves(const V* x, V* code, IntegersOf<V>& dead) {
     V sum_xl = V{}, sum_l2 = V{};
     for (int i = 0; i < N; ++i) {
         const V w = x[i] * x[i];
-        code[i] = rounded(inverse * x[i]);
+        put(code[i], rounded(inverse * x[i]));
         sum_xl += w * x[i] * code[i];
         sum_l2 += w * code[i] * code[i];
     }
@@ -265,7 +302,7 @@ static inline V fit_by_moves(const V* x, V* code, IntegersOf<V>& dead) {
             xl += wx * next;
             l2 += w * next * next;
             moved &= (l2 > 0.0f) & (xl * xl * sum_l2 > sum_xl * sum_xl * l2);
-            code[i] = select(moved, next, l);
+            put(code[i], select(moved, next, l));
             sum_xl = select(moved, xl, sum_xl);
             sum_l2 = select(moved, l2, sum_l2);
             changed |= moved;

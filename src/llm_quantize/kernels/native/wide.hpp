@@ -58,6 +58,14 @@ struct Vector<wf> {
 template <class V>
 using IntegersOf = typename Vector<V>::Integers;
 
+// to = from, vector by vector: a plain assignment of the pair may be compiled as a copy of bytes through memory.
+LQ_INLINE void put(vf& to, vf from) { to = from; }
+
+LQ_INLINE void put(wf& to, wf from) {
+    to.a = from.a;
+    to.b = from.b;
+}
+
 LQ_INLINE void opaque(float value, vf& v) { v = opaque(value); }
 
 LQ_INLINE void opaque(float value, wf& v) { v.a = v.b = opaque(value); }
