@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,15 +16,15 @@ from llm_quantize.architectures import Architecture, open_architecture
 from llm_quantize.architectures.base import OutputTensor, TensorMap
 from llm_quantize.checkpoint import Checkpoint, open_checkpoint
 from llm_quantize.engine import run, stop_on_signals
-from llm_quantize.errors import IntegrityError, UnsupportedError, UsageError
+from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats import gguf as gguf_format
-from llm_quantize.formats.gguf_vocabulary import read_vocabulary
+from llm_quantize.formats.gguf_vocabulary import read_vocabulary, runtime_name
 from llm_quantize.io.artifact_paths import discard_partial, manifest_path, partial_path
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
-from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.output import ResumableOutput
+from llm_quantize.manifest import manifest_bytes, read_manifest
 from llm_quantize.plan import ArtifactPlan, plan_artifact
 from llm_quantize.recipes import Overrides, TensorShape, assign, parse_level
 from llm_quantize.work import (
@@ -122,7 +121,7 @@ def _describe(checkpoint: Checkpoint, on_event: EventSink) -> Source:
     experts = [output for output in counted if len(output.shape) == 3]
     general = gguf_format.general_metadata(
         architecture=architecture.gguf_name,
-        name=checkpoint.name,
+        name=runtime_name(checkpoint.name, checkpoint.directory, vocabulary),
         parameters=sum(_weights(output) for output in counted),
         expert_parameters=sum(_weights(output) for output in experts),
         experts=architecture.hyper.n_expert,
@@ -392,10 +391,10 @@ def _already_complete(source: Source, artifact: ArtifactPlan, path: Path, option
     sizes = [file.stat().st_size for file in (sorted(path.glob("*.gguf")) if path.is_dir() else [path])]
     if manifest.is_file() and sizes == [file.size for file in artifact.files]:
         try:
-            known = json.loads(manifest.read_bytes())
-        except ValueError:
+            known = read_manifest(manifest) or {}
+        except (MalformedInputError, IntegrityError):
             known = {}
-        if isinstance(known, dict) and known.get("plan_sha256") == artifact.digest:
+        if known.get("plan_sha256") == artifact.digest:
             made = manifest.stat().st_mtime_ns
             if any(max(times[1], times[2]) >= made for times in _source_times(source.checkpoint)):
                 refuse_other_source(source.checkpoint, artifact, known)
@@ -423,4 +422,4 @@ def _manifest(source: Source, target: Target) -> bytes:
         "nonfinite_replaced": replaced_values(target),
         "tensors": unit_records(target),
     }
-    return json.dumps(json.loads(canonical_json(content)), indent=1, sort_keys=True).encode() + b"\n"
+    return manifest_bytes(content)
