@@ -6,9 +6,9 @@ compared with a source.
 
 from __future__ import annotations
 
+import glob
 import hashlib
-import json
-import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +16,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gguf.constants import Keys
 
 from llm_quantize import kernels
 from llm_quantize.assemble import chunk_ranges, matrix_shape, read_output_rows, to_float32
-from llm_quantize.errors import IntegrityError, MalformedInputError, UsageError
+from llm_quantize.errors import IntegrityError, UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
 from llm_quantize.io.output import HASH_CHUNK
+from llm_quantize.io.paths import opened, pread_into
+from llm_quantize.manifest import read_manifest
 from llm_quantize.pipeline import Source, open_source
 from llm_quantize.qtypes import QTYPES
 
@@ -94,73 +97,101 @@ def verify(
     result (see ``raise_on_problems``).
     """
     path, files = _open_artifact(Path(artifact))
-    manifest = _read_manifest(path)
-    problems: list[str] = []
+    manifest = read_manifest(manifest_path(path))
+    problems = _compare_parts(files)
     if manifest is not None:
         problems += _compare_plan(files, manifest)
     known = {entry["name"]: entry for entry in (manifest or {}).get("tensors", [])}
-    opened = open_source(source, revision=revision, on_event=on_event) if source is not None else None
+    model = open_source(source, revision=revision, on_event=on_event) if source is not None else None
     try:
-        if opened is not None:
-            problems += _compare_names(files, opened)
+        if model is not None:
+            problems += _compare_names(files, model)
         entries = [(file, tensor) for file in files for tensor in file.tensors]
         total = sum(tensor.nbytes for _, tensor in entries)
         checks: list[TensorCheck] = []
         done = 0
         for file, tensor in entries:
-            checks.append(_check_tensor(file, tensor, known.get(tensor.name), opened))
+            checks.append(_check_tensor(file, tensor, known.get(tensor.name), model))
             done += tensor.nbytes
             on_event({"event": "progress", "done": done, "total": total})
     finally:
-        if opened is not None:
-            opened.checkpoint.close()
-    return Verification(path, manifest is not None, opened is not None, checks, problems)
+        if model is not None:
+            model.checkpoint.close()
+    return Verification(path, manifest is not None, model is not None, checks, problems)
 
 
 def _open_artifact(path: Path) -> tuple[Path, list[GgufFile]]:
     if not path.exists():
         raise UsageError("no such artifact", file=path, remedy="check the path")
-    names = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    part = re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.gguf", path.name)
+    if part is not None and (path.parent / "manifest.json").is_file():
+        return _open_artifact(path.parent)
+    if path.is_dir():
+        names = sorted(path.glob("*.gguf"))
+    elif part is not None:
+        names = sorted(path.parent.glob(f"{glob.escape(part[1])}-*-of-{path.name[-10:-5]}.gguf"))
+    else:
+        names = [path]
     if not names:
         raise UsageError("no GGUF file in this directory", file=path, remedy="give the path of the artifact")
-    if not path.is_dir() and "-of-" in path.name and (path.parent / "manifest.json").is_file():
-        return _open_artifact(path.parent)
     return path, [read_gguf(name) for name in names]
 
 
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    file = manifest_path(path)
-    if not file.is_file():
-        return None
-    try:
-        manifest = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise MalformedInputError(
-            "the manifest is not JSON", file=file, remedy="delete it to verify without a manifest"
-        ) from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("tensors"), list):
-        raise MalformedInputError("the manifest has the wrong form", file=file, expected="an object with tensors")
-    return manifest
+def _compare_parts(files: list[GgufFile]) -> list[str]:
+    """Parts of a split model that are missing, doubled or of another model."""
+    keys = (Keys.Split.LLM_KV_SPLIT_NO, Keys.Split.LLM_KV_SPLIT_COUNT, Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)
+    declared = [tuple(getattr(file.metadata.get(key), "value", None) for key in keys) for file in files]
+    if len(files) == 1 and declared[0][1] in (None, 0, 1):
+        return []
+    tensors = sum(len(file.tensors) for file in files)
+    wanted = [(number, len(files), tensors) for number in range(len(files))]
+    if declared == wanted:
+        return []
+    return [f"parts of a split model are missing or mixed: (number, parts, tensors) {declared}, expected {wanted}"]
 
 
 def _compare_plan(files: list[GgufFile], manifest: Mapping[str, Any]) -> list[str]:
-    """Files, sizes and headers against what the plan fixed."""
+    """Files, sizes, headers and the padding between tensors against what the plan fixed."""
     problems = []
-    planned = [(entry["name"], entry["size"]) for entry in manifest.get("files", [])]
+    planned = [(entry["name"], entry["size"]) for entry in manifest["files"]]
     found = [(file.path.name, file.file_size) for file in files]
     if [size for _, size in planned] != [size for _, size in found]:
         problems.append(f"files differ from the manifest: expected {planned}, found {found}")
     headers = hashlib.sha256()
     for file in files:
-        with file.path.open("rb") as stream:
-            headers.update(stream.read(file.data_start))
-    if headers.hexdigest() != manifest.get("identity", {}).get("layout_sha256"):
-        problems.append("the metadata at the front of the file does not match the manifest's hash")
+        headers.update(_read(file, 0, file.data_start))
+    if headers.hexdigest() != manifest["identity"].get("layout_sha256"):
+        ends = ", ".join(f"{file.path.name} bytes 0 to {file.data_start}" for file in files)
+        problems.append(f"the metadata at the front ({ends}) does not match the manifest's hash")
+    for file in files:
+        problems += _check_padding(file)
     names = {tensor.name for file in files for tensor in file.tensors}
     planned_names = {entry["name"] for entry in manifest["tensors"]}
     problems += [f"tensor {name} is in the manifest but not in the file" for name in sorted(planned_names - names)]
     problems += [f"tensor {name} is in the file but not in the manifest" for name in sorted(names - planned_names)]
     return problems
+
+
+def _check_padding(file: GgufFile) -> list[str]:
+    """Ranges between tensors and at the end that are not zeros."""
+    problems = []
+    at = file.data_start
+    spans = sorted((tensor.offset, tensor.nbytes) for tensor in file.tensors)
+    for offset, nbytes in [*spans, (file.file_size, 0)]:
+        for start in range(at, offset, HASH_CHUNK):
+            stop = min(start + HASH_CHUNK, offset)
+            if any(_read(file, start, stop - start)):
+                problems.append(f"{file.path.name}: bytes {start} to {stop} between tensors are not zeros")
+        at = max(at, offset + nbytes)
+    return problems
+
+
+def _read(file: GgufFile, offset: int, nbytes: int) -> bytes:
+    """Bytes of the artifact. Raises IntegrityError where it became shorter, ResourceError where the disk fails."""
+    data = bytearray(nbytes)
+    with opened(file.path) as descriptor:
+        pread_into(descriptor, memoryview(data), offset, file.path)
+    return bytes(data)
 
 
 def _compare_names(files: list[GgufFile], source: Source) -> list[str]:
@@ -228,38 +259,30 @@ def _check_hashes(file: GgufFile, tensor: TensorEntry, known: Mapping[str, Any],
     rows = matrix_shape(tensor.shape)[0]
     row_bytes = tensor.nbytes // rows
     check.hash = "ok"
-    with file.path.open("rb") as stream:
-        for unit in known["units"]:
-            start, stop = unit["rows"]
-            first = tensor.offset + start * row_bytes
-            digest = _hash_range(stream.fileno(), first, (stop - start) * row_bytes)
-            if digest != unit["sha256"]:
-                check.hash = "mismatch"
-                check.problems.append(f"bytes {first} to {first + (stop - start) * row_bytes} do not match their hash")
-
-
-def _hash_range(descriptor: int, offset: int, nbytes: int) -> str:
-    digest = hashlib.sha256()
-    while nbytes > 0:
-        part = os.pread(descriptor, min(HASH_CHUNK, nbytes), offset)
-        if not part:
+    done = 0
+    for unit in known["units"]:
+        start, stop = unit["rows"]
+        if start != done or not start < stop <= rows:
             break
-        digest.update(part)
-        offset += len(part)
-        nbytes -= len(part)
-    return digest.hexdigest()
+        first, end = tensor.offset + start * row_bytes, tensor.offset + stop * row_bytes
+        digest = hashlib.sha256()
+        for at in range(first, end, HASH_CHUNK):
+            digest.update(_read(file, at, min(HASH_CHUNK, end - at)))
+        if digest.hexdigest() != unit["sha256"]:
+            check.hash = "mismatch"
+            check.problems.append(f"bytes {first} to {end} of {file.path.name} do not match their hash")
+        done = stop
+    if done != rows:
+        check.hash = "mismatch"
+        check.problems.append(f"the manifest's hashes cover {done} of {rows} rows")
 
 
 def _decoded(file: GgufFile, tensor: TensorEntry) -> Iterator[tuple[int, int, npt.NDArray[np.float32]]]:
     """(first row, end row, float32 values) of a tensor, chunk by chunk."""
     rows, columns = matrix_shape(tensor.shape)
     row_bytes = tensor.nbytes // rows
-    with file.path.open("rb") as stream:
-        for _, start, stop in chunk_ranges(tensor.shape, 0, rows):
-            stream.seek(tensor.offset + start * row_bytes)
-            data = stream.read((stop - start) * row_bytes)
-            if len(data) != (stop - start) * row_bytes:
-                raise IntegrityError("the file became shorter while it was read", file=file.path, tensor=tensor.name)
-            packed = np.frombuffer(data, np.uint8).reshape(stop - start, row_bytes)
-            with np.errstate(invalid="ignore", over="ignore"):
-                yield start, stop, kernels.dequantize(tensor.type.name.lower(), packed, columns)
+    for _, start, stop in chunk_ranges(tensor.shape, 0, rows):
+        data = _read(file, tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+        packed = np.frombuffer(data, np.uint8).reshape(stop - start, row_bytes)
+        with np.errstate(invalid="ignore", over="ignore"):
+            yield start, stop, kernels.dequantize(tensor.type.name.lower(), packed, columns)

@@ -94,9 +94,12 @@ def finished(directory: Path) -> dict[str, str]:
 
 
 def recorded(directory: Path) -> int:
-    """Units that the journals under a directory declare done."""
+    """Units that the journals under a directory declare done, of artifacts that are not in place yet."""
     count = 0
+    placed = {path.name for path in directory.rglob("*")}
     for path in directory.rglob("*.journal"):
+        if path.stem in placed:
+            continue
         records, _ = parse_journal(path.read_bytes())
         count += len({record["unit"] for record in records if "unit" in record})
     return count

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_quantize.errors import AccessError, BusyError, IntegrityError, LlmQuantizeError, ResourceError, UsageError
+from llm_quantize.errors import AccessError, BusyError, IntegrityError, LlmQuantizeError, UsageError
 from llm_quantize.io.artifact_paths import (
     is_artifact_directory,
     manifest_path,
@@ -350,7 +350,7 @@ class ResumableOutput:
 
     def _refuse_after_failure(self) -> None:
         if self._failure is not None:
-            raise ResourceError("stopped after a failure in another thread", file=self.target) from self._failure
+            raise self._failure  # the first cause, whichever thread is asked first
 
     def _append(self, record: Mapping[str, Any]) -> None:
         self._append_raw(record_line(record))

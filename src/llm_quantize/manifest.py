@@ -1,0 +1,76 @@
+"""The manifest of an artifact: what it was made from, and the hash of every part; sealed by a hash of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_quantize.errors import IntegrityError, MalformedInputError
+from llm_quantize.io.journal import canonical_json
+from llm_quantize.io.json_file import read_json_object
+
+MAX_MANIFEST_BYTES = 256 << 20
+SEAL = "manifest_sha256"
+
+_REMEDY = "delete it to verify without a manifest, or make the artifact again"
+
+
+def manifest_bytes(content: Mapping[str, Any]) -> bytes:
+    """The file for ``content`` (JSON-ready): sorted, indented, with a hash over all else."""
+    plain = json.loads(canonical_json(dict(content)))
+    sealed = plain | {SEAL: hashlib.sha256(canonical_json(plain)).hexdigest()}
+    return json.dumps(sealed, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def read_manifest(file: Path) -> dict[str, Any] | None:
+    """The manifest in ``file``, or None where there is none.
+
+    Raises MalformedInputError (not JSON, or not a manifest) and IntegrityError (changed since it was written).
+    """
+    if not file.is_file():
+        return None
+    manifest = read_json_object(file, limit_bytes=MAX_MANIFEST_BYTES)
+    seal = manifest.pop(SEAL, None)
+    found = hashlib.sha256(canonical_json(manifest)).hexdigest()
+    if seal != found:
+        raise IntegrityError(
+            "the manifest was changed since it was written",
+            file=file,
+            expected=f"{SEAL} = {found}",
+            found=seal,
+            remedy=_REMEDY,
+        )
+    if not _is_manifest(manifest):
+        expected = "an object with identity, files and tensors as llm-quantize writes them"
+        raise MalformedInputError("the manifest has the wrong form", file=file, expected=expected, remedy=_REMEDY)
+    return manifest
+
+
+def _is_manifest(value: Mapping[str, Any]) -> bool:
+    return (
+        isinstance(value.get("identity"), dict)
+        and _all(value.get("files"), lambda entry: _has(entry, name=str, size=int))
+        and _all(value.get("tensors"), _is_tensor)
+    )
+
+
+def _is_tensor(entry: Any) -> bool:
+    return _has(entry, name=str, type=str, bytes=int, offset=int, units=list) and _all(entry["units"], _is_unit)
+
+
+def _is_unit(entry: Any) -> bool:
+    if not _has(entry, rows=list, sha256=str, source_sha256=str):
+        return False
+    rows = entry["rows"]
+    return len(rows) == 2 and all(isinstance(row, int) for row in rows)
+
+
+def _all(values: Any, check: Any) -> bool:
+    return isinstance(values, list) and all(check(value) for value in values)
+
+
+def _has(entry: Any, **kinds: type) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
