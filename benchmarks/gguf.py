@@ -87,8 +87,9 @@ if code:
 
 IO_REPORT = """
 import sys
-with open("/proc/self/io") as file:
-    sys.stderr.write("IO " + " ".join(file.read().split()) + chr(10))
+with open("/proc/self/io") as file, open("/proc/self/status") as status:
+    peak = [line for line in status if line.startswith("VmHWM")][0].split()[1]
+    sys.stderr.write("IO peak: " + peak + " " + " ".join(file.read().split()) + chr(10))
 """
 
 
@@ -183,7 +184,7 @@ def measure(code: str, *arguments: object) -> dict[str, float]:
     return {
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
         "wall_seconds": round(wall, 3),
-        "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "peak_rss_bytes": counts["peak"] * 1024,
         "read_bytes": counts["rchar"],
         "written_bytes": counts["wchar"],
     }

@@ -31,9 +31,15 @@ class Memory:
             array = np.swapaxes(array, -1, -2)
         return array.reshape(-1, array.shape[-1])
 
-    def read_rows(self, name: str, start: int, stop: int, *, transpose: bool = False, digest: Any = None) -> Any:
+    def read_rows(
+        self, name: str, start: int, stop: int, *, transpose: bool = False, buffer: Any = None, digest: Any = None
+    ) -> Any:
         self.reads.append((name, start, stop))
         rows = np.ascontiguousarray(self._view(name, transpose)[start:stop])
+        if buffer is not None:
+            view = np.frombuffer(buffer, rows.dtype, rows.size).reshape(rows.shape)
+            view[...] = rows
+            rows = view
         if digest is not None:
             digest.update(rows.tobytes())
         return rows
@@ -88,7 +94,8 @@ def test_rows_follow_order_and_offset(data: st.DataObject) -> None:
     expected = np.concatenate([left[order], right[start:] + 1.0])
     first = data.draw(st.integers(0, len(expected) - 1))
     last = data.draw(st.integers(first + 1, len(expected)))
-    found = read_output_rows(Memory(left=left, right=right), tensor, first, last)
+    memory = np.full(data.draw(st.sampled_from([0, 64, 1 << 14])), 0xFF, np.uint8)
+    found = read_output_rows(Memory(left=left, right=right), tensor, first, last, buffer=memory)
     assert found.flags.c_contiguous
     np.testing.assert_array_equal(found, expected[first:last])
 

@@ -70,10 +70,13 @@ def chunk_ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tupl
         start = end
 
 
-def read_output_rows(source: RowSource, tensor: OutputTensor, start: int, stop: int, *, digest: Any = None) -> Rows:
+def read_output_rows(
+    source: RowSource, tensor: OutputTensor, start: int, stop: int, *, buffer: Any = None, digest: Any = None
+) -> Rows:
     """Rows [start, stop) of ``tensor`` as (stop - start, columns): float32, float16, or uint16 = bfloat16 bits.
 
-    ``digest`` (a hashlib object) is updated with the source bytes as they are read.
+    ``digest`` (a hashlib object) is updated with the source bytes as they are read. ``buffer`` (writable bytes) is
+    read into where one contiguous piece of the source is enough and fits; the result may lie in it.
     """
     if tensor.constant is not None:
         rows, columns = matrix_shape(tensor.shape)
@@ -86,7 +89,8 @@ def read_output_rows(source: RowSource, tensor: OutputTensor, start: int, stop: 
             count = source.matrix(piece.source, transpose=piece.transpose)[0] - piece.start
         first, last = max(start, base) - base, min(stop, base + count) - base
         if first < last:
-            parts.append(_read_piece(source, piece, first, last, digest))
+            alone = first == start - base and last == stop - base
+            parts.append(_read_piece(source, piece, first, last, buffer if alone else None, digest))
         base += count
     if len(parts) == 1:
         return parts[0]
@@ -102,10 +106,11 @@ def to_float32(rows: Rows) -> npt.NDArray[np.float32]:
     return rows.astype(np.float32, copy=False)
 
 
-def _read_piece(source: RowSource, piece: Piece, first: int, last: int, digest: Any) -> Rows:
+def _read_piece(source: RowSource, piece: Piece, first: int, last: int, buffer: Any, digest: Any) -> Rows:
     read = partial(source.read_rows, piece.source, transpose=piece.transpose, digest=digest)
     if piece.order is None:
-        rows = read(piece.start + first, piece.start + last)
+        fits = buffer is not None and len(buffer) >= (last - first) * source.matrix(piece.source)[1] * 8
+        rows = read(piece.start + first, piece.start + last, buffer=buffer if fits and not piece.transpose else None)
     else:
         rows = _gather(read, piece.order[first:last].astype(np.int64) + piece.start)
     if piece.columns is not None:
@@ -113,7 +118,7 @@ def _read_piece(source: RowSource, piece: Piece, first: int, last: int, digest: 
     return to_float32(rows) + np.float32(piece.add) if piece.add else rows
 
 
-def _gather(read: Callable[[int, int], Rows], wanted: npt.NDArray[np.int64]) -> Rows:
+def _gather(read: Callable[..., Rows], wanted: npt.NDArray[np.int64]) -> Rows:
     """Rows in an arbitrary order: one block when they lie close together, else run by run."""
     low, high = int(wanted.min()), int(wanted.max()) + 1
     if high - low <= 2 * len(wanted):

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from llm_quantize import kernels
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.assemble import (
+    CHUNK_WEIGHTS,
     Rows,
     RowSource,
     chunk_ranges,
@@ -86,6 +87,14 @@ class Worker:
     source: RowSource
     importance: Importance
     nonfinite: str = "refuse"
+    memory: threading.local = field(default_factory=threading.local)
+
+    def _buffer(self) -> npt.NDArray[np.uint8]:
+        """This thread's own buffer for one chunk as it lies in the source: touched once, used again and again."""
+        if not hasattr(self.memory, "chunk"):
+            self.memory.chunk = np.empty(8 * CHUNK_WEIGHTS, np.uint8)
+        chunk: npt.NDArray[np.uint8] = self.memory.chunk
+        return chunk
 
     def __call__(self, unit: Unit) -> Unit:
         """Do one unit. Raises NumericPolicyError for NaN, infinity or an overflowing scale."""
@@ -93,7 +102,7 @@ class Worker:
         digests = [hashlib.sha256() for _ in unit.targets]
         replaced = 0
         for matrix, start, stop in chunk_ranges(unit.output.shape, unit.start, unit.stop):
-            rows = read_output_rows(self.source, unit.output, start, stop, digest=source_digest)
+            rows = read_output_rows(self.source, unit.output, start, stop, buffer=self._buffer(), digest=source_digest)
             rows, count = self._finite(unit.output, rows, start)
             replaced += count
             packed: dict[str, npt.NDArray[np.uint8]] = {}
