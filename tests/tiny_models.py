@@ -251,6 +251,14 @@ def row_lengths_of_256(variant: str) -> dict[str, Any]:
         wide |= {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
     if changes.get("head_dim"):
         wide["head_dim"] = 64
+    if "query_pre_attn_scalar" in changes:
+        wide["query_pre_attn_scalar"] = 64
+    if "short_factor" in changes.get("rope_parameters", {}):
+        rope = changes["rope_parameters"]
+        wide["rope_parameters"] = {
+            **rope,
+            **{name: [f for f in rope[name] for _ in range(4)] for name in ("short_factor", "long_factor")},
+        }
     return {k: v for k, v in wide.items() if changes.get(k, 0) is not None}
 
 

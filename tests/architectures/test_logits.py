@@ -20,7 +20,7 @@ from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
 from llm_quantize.pipeline import Options, quantize
 
 from ..oracles.rounded_linear import rounding
-from ..tiny_models import TINY, VOCABULARY, WINDOW, make_tiny, reference_logits, reference_model
+from ..tiny_models import TINY, VOCABULARY, WINDOW, make_tiny, reference_logits, reference_model, row_lengths_of_256
 
 LENGTHS = (1, 40, 300)
 
@@ -100,6 +100,18 @@ def test_the_output_matrix_tied_or_not(family: str, tied: bool, tmp_path: Path) 
     expected = reference_logits(reference_model(model), tokens(30))
     with LlamaCpp(artifacts(model, "F32")[0], context=64, threads=1) as llama:
         assert distance(llama.logits(tokens(30)), expected) < 1e-3
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_a_k_quant_runs(family: str, tmp_path: Path) -> None:
+    """Four bits on random weights are coarse; what is shown is that no tensor is misplaced or fell back."""
+    model = make_tiny(family, tmp_path / "model", **row_lengths_of_256(family))
+    results = quantize(str(model), "gguf", levels=["Q4_K_M"], output_dir=model / "out", options=Options(threads=1))
+    assert results[0].degraded == {}
+    expected = reference_logits(reference_model(model), tokens(40))
+    with LlamaCpp(results[0].path, context=64, threads=1) as llama:
+        got = llama.logits(tokens(40))
+    assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > 0.93
 
 
 def test_longrope_beyond_the_original_context(tmp_path: Path) -> None:
