@@ -28,7 +28,7 @@ from llm_quantize.plan import memory_needed
 
 from .faults.forking import QUIET_MACHINE, CommandLine, Outcome, finished, hashes, recorded
 from .faults.scenario import Scenario
-from .faults.tiny_llama import write_sparse_llama, write_tiny_llama
+from .faults.tiny_llama import write_fp8_llama, write_sparse_llama, write_tiny_llama
 
 VARIANTS = {
     "one file": ("-q", "Q4_K_M", "--threads", "1"),
@@ -287,6 +287,18 @@ def test_a_damaged_note_of_the_times_means_a_full_check(
     journal.write_bytes(b"".join(line for line in lines if b'"note"' not in line))
     _edit(own_model / FIRST_SHARD, _first_weight(own_model))
     assert command_line.run("quantize", own_model, "-q", "Q4_K", "-o", out).code == 8
+
+
+def test_changed_scales_of_an_fp8_source_are_refused(command_line: CommandLine, tmp_path: Path) -> None:
+    """The weights' own bytes stay; only what they are multiplied with changes."""
+    model = write_fp8_llama(tmp_path / "fp8")
+    half_done(command_line, model, tmp_path / "half")
+    assert command_line.run("quantize", model, "-q", "Q4_K", "-o", tmp_path / "whole").code == 0
+    write_fp8_llama(model, scale=0.02)
+    for out in ("half", "whole"):
+        outcome = command_line.run("quantize", model, "-q", "Q4_K", "-o", tmp_path / out)
+        assert outcome.code == 8, outcome.out
+        assert outcome.error["tensor"] == "blk.0.attn_q.weight"
 
 
 def test_touched_source_is_checked_and_goes_on(command_line: CommandLine, own_model: Path, tmp_path: Path) -> None:

@@ -154,8 +154,8 @@ class Checkpoint:
 
         F32, F16 and BF16 (as uint16 bits) unconverted; F64 rounded to float32; FP8 decoded with its scale to
         float32. ``buffer`` (writable bytes, large enough) is reused where nothing is converted: the result then
-        lies in it. ``digest`` is updated with the stored bytes in the order of the result (for FP8, the scale's
-        bytes that apply are left to ``fingerprint``'s file). Raises UnsupportedError (integers), IntegrityError
+        lies in it. ``digest`` is updated with the stored bytes in the order of the result, for FP8 followed by the
+        tensor's whole scale as float32. Raises UnsupportedError (integers), IntegrityError
         (file changed or truncated meanwhile), ResourceError (device failed), NumericPolicyError (an F64 value
         beyond float32).
         """
@@ -168,6 +168,8 @@ class Checkpoint:
             stored = np.frombuffer(raw, dtype).reshape(stop - start, self.matrix(name)[1])
         if digest is not None:
             digest.update(stored.reshape(-1).view(np.uint8).data)
+            if (layout := self._layouts.get(name)) is not None:
+                digest.update(self._scale(layout).data)
         return self._converted(name, start, stored)
 
     def read_columns_as_rows(self, name: str, start: int, stop: int) -> Rows:

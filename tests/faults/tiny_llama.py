@@ -71,6 +71,25 @@ def write_tiny_llama(directory: Path, *, seed: int = 0) -> Path:
     return directory
 
 
+def write_fp8_llama(directory: Path, *, scale: float = 0.01) -> Path:
+    """The same sizes with matrices in FP8 and a scale for each block of 128 by 128; ``scale``: that of q_proj."""
+    random = np.random.default_rng(3)
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for name, shape in shapes(config()).items():
+        if "_proj" not in name:
+            arrays[name] = (random.standard_normal(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+            continue
+        arrays[name] = (random.integers(0x20, 0x60, shape) | random.integers(0, 2, shape) << 7).astype(np.uint8)
+        arrays[f"{name}_scale_inv"] = np.full((shape[0] // 128, shape[1] // 128), 0.01, np.float32)
+    arrays["model.layers.0.self_attn.q_proj.weight_scale_inv"][0, 0] = scale
+    words = {name: "F8_E4M3" for name, array in arrays.items() if array.dtype == np.uint8}
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    settings = config(quantization_config=quantization)
+    write_model(directory, {"model.safetensors": arrays}, config=settings, dtypes=words)
+    write_tokenizer(directory)
+    return directory
+
+
 def write_sparse_llama(directory: Path, *, layers: int, hidden: int, inner: int, key_value_heads: int) -> Path:
     """A model of any size whose weight file is a hole: it takes no room on the disk and reads as zeros."""
     settings = config(layers, hidden, inner, num_attention_heads=hidden // 128, head_dim=128)
