@@ -21,7 +21,9 @@ Rows = npt.NDArray[Any]
 class RowSource(Protocol):
     """What this module needs of a checkpoint (``checkpoint.Checkpoint`` is one)."""
 
-    def read_rows(self, name: str, start: int, stop: int, *, transpose: bool = False, digest: Any = None) -> Rows: ...
+    def read_rows(
+        self, name: str, start: int, stop: int, *, transpose: bool = False, buffer: Any = None, digest: Any = None
+    ) -> Rows: ...
 
     def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]: ...
 
