@@ -72,29 +72,6 @@ def dequantize_bf16(packed: Bytes, columns: int) -> Float32:
     return bfloat16_values(np.ascontiguousarray(packed).view("<u2").astype(np.uint16))
 
 
-def _float8_table() -> Float32:
-    """E4M3FN (OCP 8-bit floating point 1.0, section 5): bias 7, no infinity, S.1111.111 is NaN."""
-    codes = np.arange(256)
-    exponent, mantissa = (codes >> 3) & 15, codes & 7
-    magnitude = np.where(exponent == 0, np.ldexp(mantissa / 8.0, -6), np.ldexp(1.0 + mantissa / 8.0, exponent - 7))
-    magnitude[(codes & 0x7F) == 0x7F] = np.nan
-    return np.copysign(magnitude, np.where(codes & 0x80, -1.0, 1.0)).astype(np.float32)
-
-
-FLOAT8_E4M3 = _float8_table()
-
-
-def float8_to_float32(codes: Bytes) -> Float32:
-    """float32 values of FP8 E4M3FN codes, exact, same shape; the two NaN codes give NaN."""
-    return FLOAT8_E4M3[codes]
-
-
-def float64_to_float32(values: npt.NDArray[np.float64]) -> Float32:
-    """float32 values nearest to float64 ones (ties to even); beyond the range of float32 they become infinite."""
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        return values.astype(np.float32)
-
-
 def scan_nonfinite(rows: npt.NDArray[np.float32] | npt.NDArray[np.float16] | Bits16) -> tuple[int, int]:
     """How many values are infinite or NaN, and the flat index of the first one (-1 when there is none).
 
