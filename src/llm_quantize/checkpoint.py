@@ -20,7 +20,8 @@ import numpy.typing as npt
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.io import float8
-from llm_quantize.io.checkpoint_files import locate, read_configuration, read_headers
+from llm_quantize.io.checkpoint_files import read_configuration, read_headers
+from llm_quantize.io.locate import locate
 from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
 

@@ -110,6 +110,8 @@ def open_source(model: str, *, revision: str | None = None, on_event: EventSink 
 
 def _describe(checkpoint: Checkpoint, on_event: EventSink) -> Source:
     architecture = open_architecture(checkpoint.config, file=checkpoint.directory / "config.json")
+    for note in architecture.notes:
+        on_event({"event": "warning", "text": note})
     tensors = architecture.map_tensors(checkpoint.tensors)
     for output in tensors.outputs:
         for piece in output.pieces:
@@ -241,6 +243,10 @@ def _importance_rows(source: Source, imatrix: Imatrix | None) -> Importance:
     return {name: rows for name, rows in found.items() if rows is not None}
 
 
+def _files(source: Source) -> dict[str, Path]:
+    return {name: info.file for name, info in source.checkpoint.tensors.items()}
+
+
 def _file_stem(name: str) -> str:
     stem = re.sub(r"[^\w.+-]+", "-", name.rsplit("/", 1)[-1]).strip("-.") or "model"
     if len(stem.encode()) > 180:
@@ -303,7 +309,7 @@ def _write_all(
     """Quantize what is missing into every open output, then put each in place."""
     imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
     times = _source_times(source.checkpoint)
-    worker = Worker(source.checkpoint, _importance_rows(source, imatrix), options.nonfinite)
+    worker = Worker(source.checkpoint, _importance_rows(source, imatrix), options.nonfinite, _files(source))
     with ExitStack() as stack, stop_on_signals() as stop:
         targets = [
             Target(artifact, stack.enter_context(_open_output(artifact, path, options, on_event)))

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,11 +83,13 @@ def missing_units(targets: Sequence[Target]) -> Iterator[Unit]:
 
 @dataclass(frozen=True)
 class Worker:
-    """Quantizes units. ``importance``: float32 (matrices, columns) per output tensor. Thread-safe."""
+    """Quantizes units. ``importance``: float32 (matrices, columns) per output tensor; ``files``: where each source
+    tensor lies, for messages. Thread-safe."""
 
     source: RowSource
     importance: Importance
     nonfinite: str = "refuse"
+    files: Mapping[str, Path] = field(default_factory=dict)
     memory: threading.local = field(default_factory=threading.local)
 
     def _buffer(self) -> npt.NDArray[np.uint8]:
@@ -164,6 +167,7 @@ class Worker:
         sources = ", ".join(piece.source for piece in output.pieces[:3])
         raise NumericPolicyError(
             "a weight is NaN or infinite",
+            file=self.files.get(output.pieces[0].source) if output.pieces else None,
             tensor=output.name,
             found=f"{total} such values, the first at row {start + first // columns}, column {first % columns}",
             expected="finite weights",

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError, printable
-from llm_quantize.events import EventSink
+from llm_quantize.errors import MalformedInputError, UnsupportedError, printable
 from llm_quantize.io.float8 import is_scaled_float8
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
@@ -22,57 +20,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _PACKED_SUFFIXES = (".qweight", ".weight_packed", ".weight.absmax", ".SCB", "_proj_blocks")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a model lies: its directory, the name to call it by, and its hub commit if it has one."""
-
-    directory: Path
-    name: str
-    revision: str | None
-
-
-def locate(model: str | os.PathLike[str], revision: str | None, on_event: EventSink | None) -> Place:
-    """The directory of ``model``: itself, or the hub's snapshot. An existing path wins over a hub id."""
-    text = os.fspath(model)
-    path = Path(text).expanduser()
-    try:
-        exists = path.exists()
-    except (OSError, ValueError):
-        exists = False
-    if exists:
-        return _local(path, revision)
-    if not text or text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith("/"):
-        raise UsageError(
-            "no such model directory",
-            file=text or "(empty)",
-            remedy="give an existing directory, or a hub id such as HuggingFaceTB/SmolLM2-135M",
-        )
-    from llm_quantize.io.hub import resolve
-
-    snapshot = resolve(text, revision, on_event=on_event)
-    return Place(snapshot.directory, text, snapshot.commit)
-
-
-def _local(path: Path, revision: str | None) -> Place:
-    if not path.is_dir():
-        remedy = "give the directory that holds config.json and the .safetensors files"
-        if path.suffix == ".gguf":
-            raise UnsupportedError("a GGUF file is not a source that this version reads", file=path, remedy=remedy)
-        raise UsageError("MODEL must be a directory or a hub id", file=path, found="a file", remedy=remedy)
-    if revision is not None:
-        raise UsageError(
-            "a directory has no revisions",
-            file=path,
-            found=f"--revision {printable(revision, 80)}",
-            remedy="leave --revision out, or give the hub id instead of the directory",
-        )
-    real = path.resolve()
-    name = os.fsencode(real.name).decode("utf-8", "replace") or "model"  # bytes that are not UTF-8 go into no metadata
-    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
-        name = real.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-    return Place(path.absolute(), name, None)
 
 
 def read_configuration(
