@@ -78,6 +78,13 @@ def test_killed_at_persistence_calls(command_line: CommandLine, model: Path, tmp
     assert scenario.resumed > 0
 
 
+def test_killed_with_several_split_levels(command_line: CommandLine, model: Path, tmp_path: Path) -> None:
+    arguments = ("-q", "Q2_K", "-q", "F16", "--split-max-size", "400K", "--threads", "3")
+    scenario = Scenario(command_line, model, tmp_path, arguments)
+    scenario.kill_at_calls(range(30, scenario.calls - 8, 29))
+    assert scenario.resumed > 20
+
+
 def test_killed_at_random_instants(scenario: Scenario) -> None:
     scenario.kill_at_instants(10, 0.2)
     assert scenario.kills >= 5
@@ -301,11 +308,14 @@ def test_changed_scales_of_an_fp8_source_are_refused(command_line: CommandLine, 
         assert outcome.error["tensor"] == "blk.0.attn_q.weight"
 
 
-def test_touched_source_is_checked_and_goes_on(command_line: CommandLine, own_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", [None, (0, 0)], ids=["now", "clock set back"])
+def test_touched_source_is_checked_and_goes_on(
+    command_line: CommandLine, own_model: Path, tmp_path: Path, moment: tuple[int, int] | None
+) -> None:
     half_done(command_line, own_model, tmp_path / "out")
     count = recorded(tmp_path / "out")
     for shard in own_model.glob("*.safetensors"):
-        os.utime(shard)
+        os.utime(shard, moment)
     outcome = command_line.run("quantize", own_model, "-q", "Q4_K", "-o", tmp_path / "out")
     assert (outcome.code, outcome.resumed) == (0, count)
 
