@@ -36,6 +36,12 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, (shape[-1] if shape else 1)
 
 
+def weights_of(shape: tuple[int, ...]) -> int:
+    """How many weights a tensor has."""
+    rows, columns = matrix_shape(shape)
+    return rows * columns
+
+
 def unit_ranges(shape: tuple[int, ...]) -> list[tuple[int, int]]:
     """Row ranges in which a tensor is quantized and journalled; a function of the shape alone.
 

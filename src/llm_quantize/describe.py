@@ -8,10 +8,10 @@ from typing import Any
 
 from gguf.constants import Keys
 
-from llm_quantize.assemble import matrix_shape
+from llm_quantize.assemble import weights_of
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
-from llm_quantize.pipeline import Source, open_source
+from llm_quantize.source import Source, open_source
 
 CONTEXT = 8192
 
@@ -30,7 +30,7 @@ def describe(model: str, *, revision: str | None = None, on_event: EventSink = i
 
 def _describe_source(source: Source) -> dict[str, Any]:
     checkpoint, hyper = source.checkpoint, source.architecture.hyper
-    weights = sum(_count(output.shape) for output in source.tensors.outputs if output.constant is None)
+    weights = sum(weights_of(output.shape) for output in source.tensors.outputs if output.constant is None)
     dtypes: dict[str, dict[str, int]] = {}
     for info in checkpoint.tensors.values():
         entry = dtypes.setdefault(info.dtype, {"tensors": 0, "bytes": 0})
@@ -97,7 +97,7 @@ def _describe_gguf(file: GgufFile) -> dict[str, Any]:
         entry = types.setdefault(tensor.type.name, {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["bytes"] += tensor.nbytes
-    weights = sum(_count(tensor.shape) for tensor in file.tensors)
+    weights = sum(weights_of(tensor.shape) for tensor in file.tensors)
     simple = {
         key: value.value
         for key, value in file.metadata.items()
@@ -117,8 +117,3 @@ def _describe_gguf(file: GgufFile) -> dict[str, Any]:
             {"name": t.name, "dtype": t.type.name, "shape": list(t.shape), "bytes": t.nbytes} for t in file.tensors
         ],
     }
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    rows, columns = matrix_shape(shape)
-    return rows * columns

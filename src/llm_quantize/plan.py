@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.assemble import CHUNK_WEIGHTS, matrix_shape, unit_ranges
+from llm_quantize.assemble import CHUNK_WEIGHTS, unit_ranges, weights_of
 from llm_quantize.errors import UsageError
 from llm_quantize.formats import gguf as gguf_format
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf
@@ -155,7 +155,7 @@ def plan_artifact(
     headers = hashlib.sha256()
     for file in files:
         headers.update(file.header)
-    weights = sum(_weights(output) for output in outputs if output.constant is None)
+    weights = sum(weights_of(output.shape) for output in outputs if output.constant is None)
     return ArtifactPlan(
         level=level,
         name=name,
@@ -165,11 +165,6 @@ def plan_artifact(
         identity={**source_identity, "level": level, **options, "layout_sha256": headers.hexdigest()},
         warnings=tuple(warnings),
     )
-
-
-def _weights(output: OutputTensor) -> int:
-    rows, columns = matrix_shape(output.shape)
-    return rows * columns
 
 
 def memory_needed(artifacts: Sequence[ArtifactPlan], threads: int) -> int:

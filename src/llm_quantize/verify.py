@@ -27,8 +27,8 @@ from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
 from llm_quantize.io.output import HASH_CHUNK
 from llm_quantize.io.paths import opened, pread_into
 from llm_quantize.manifest import read_manifest
-from llm_quantize.pipeline import Source, open_source
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.source import Source, open_source
 
 # Largest plausible relative error ||Q - W|| / ||W|| of a sound tensor, by stored bits per weight (rounding of
 # heavy-tailed weights included). Above it the tensor is not a quantization of this source.

@@ -1,0 +1,134 @@
+"""From an opened source and the user's options to exact plans: imatrix, recipe, metadata, layout."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import llm_quantize
+from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.errors import UnsupportedError, UsageError
+from llm_quantize.formats import gguf as gguf_format
+from llm_quantize.io.gguf_file import layout_gguf
+from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
+from llm_quantize.plan import ArtifactPlan, plan_artifact
+from llm_quantize.recipes import Overrides, TensorShape, assign, parse_level
+from llm_quantize.source import Source
+from llm_quantize.work import NONFINITE_POLICIES, Importance
+
+FORMATS = ("gguf",)
+FLOAT_LEVELS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may set beside model and levels. Sizes in bytes."""
+
+    threads: int | None = None
+    max_ram: int | None = None
+    overrides: Overrides = field(default_factory=Overrides)
+    split_max_size: int | None = None
+    imatrix: Path | None = None
+    nonfinite: str = "refuse"
+    checkpoints: bool = True
+    checkpoint_dir: Path | None = None
+    overwrite: bool = False
+    ignore_space: bool = False
+
+
+def plan_source(
+    source: Source, format: str, *, levels: Sequence[str], name: str | None, options: Options
+) -> list[ArtifactPlan]:
+    """``plan`` for an opened source."""
+    if format not in FORMATS:
+        raise UnsupportedError(f"unknown format {format!r}", expected=", ".join(FORMATS), found=format)
+    if options.nonfinite not in NONFINITE_POLICIES:
+        raise UsageError("unknown --nonfinite policy", expected=NONFINITE_POLICIES, found=options.nonfinite)
+    if not levels:
+        raise UsageError("no level given", remedy="name one or more with -q, for example -q Q4_K_M")
+    imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
+    importance_rows(source, imatrix)
+    names = list(dict.fromkeys(parse_level(level).name for level in levels))
+    stem = _file_stem(name or source.checkpoint.name)
+    return [_plan_level(source, level, stem, imatrix, options) for level in names]
+
+
+def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, options: Options) -> ArtifactPlan:
+    level = parse_level(name)
+    outputs = source.tensors.outputs
+    shapes = [TensorShape(output.name, output.shape, _unquantized(source, output, name)) for output in outputs]
+    assigned = assign(
+        name,
+        shapes,
+        source.architecture.hyper,
+        arch=source.architecture.gguf_name,
+        importance_names=None if imatrix is None else imatrix.values.keys(),
+        overrides=options.overrides,
+    )
+    version = llm_quantize.__version__
+    metadata = dict(source.metadata)
+    quantized = name not in FLOAT_LEVELS
+    metadata |= gguf_format.recipe_metadata(file_type=level.file_type, quantized=quantized, level=name, version=version)
+    if imatrix is not None:
+        metadata |= gguf_format.importance_metadata(
+            file=options.imatrix.name if options.imatrix else "",
+            datasets=imatrix.datasets,
+            entries=len(imatrix.values),
+            chunks=imatrix.chunks,
+        )
+    overrides = options.overrides
+    chosen = {
+        "version": version,
+        "imatrix": None if imatrix is None else imatrix.sha256,
+        "output_type": overrides.output_type,
+        "embedding_type": overrides.embedding_type,
+        "tensor_types": [list(pair) for pair in overrides.tensor_types],
+        "pure": overrides.pure,
+        "split_max_size": options.split_max_size,
+        "nonfinite": options.nonfinite,
+    }
+    files = [[fact.name, fact.size, fact.header_sha256] for fact in source.checkpoint.fingerprint()]
+    return plan_artifact(
+        level=name,
+        name=f"{stem}-{name}",
+        outputs=outputs,
+        qtypes=assigned.qtypes,
+        metadata=metadata,
+        source_identity={
+            "source": source.checkpoint.name,
+            "source_revision": source.checkpoint.revision,
+            "source_metadata_sha256": hashlib.sha256(layout_gguf(source.metadata, []).header).hexdigest(),
+            "source_files": files,
+        },
+        options=chosen,
+        split_max_bytes=options.split_max_size,
+        warnings=assigned.warnings,
+    )
+
+
+def _unquantized(source: Source, output: OutputTensor, level: str) -> str:
+    """The qtype of a tensor that the recipe leaves alone: what the runtime wants in F32, all else at 16 bit."""
+    if output.float32 or output.constant is not None or len(output.shape) < 2 or level == "F32":
+        return "f32"
+    if level in ("F16", "BF16"):
+        return level.lower()
+    stored = {str(source.checkpoint.stored_dtype(piece.source)) for piece in output.pieces}
+    return {"float16": "f16", "uint16": "bf16"}.get(stored.pop() if len(stored) == 1 else "", "f32")
+
+
+def importance_rows(source: Source, imatrix: Imatrix | None) -> Importance:
+    """float32 (matrices, columns) for each output tensor that the matrix covers; a wrong shape is refused."""
+    if imatrix is None:
+        return {}
+    found = {output.name: imatrix.rows(output.name, output.shape) for output in source.tensors.outputs}
+    return {name: rows for name, rows in found.items() if rows is not None}
+
+
+def _file_stem(name: str) -> str:
+    stem = re.sub(r"[^\w.+-]+", "-", name.rsplit("/", 1)[-1]).strip("-.") or "model"
+    if len(stem.encode()) > 180:
+        raise UsageError("the output name is too long", found=len(stem.encode()), expected="at most 180 bytes")
+    return stem
