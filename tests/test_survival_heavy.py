@@ -46,7 +46,7 @@ def test_killed_at_two_hundred_random_instants(
     scenario = Scenario(command_line, model, tmp_path, VARIANTS[variant])
     seed = 0
     while scenario.kills < 200:
-        scenario.kill_at_instants(25, 0.25, seed=seed)
+        scenario.kill_at_instants(25, seed=seed)
         seed += 1
         assert seed < 40
     request.node.user_properties.append(("kills", scenario.kills))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ class Scenario:
     expected: dict[str, str] = field(default_factory=dict)
     units: int = 0
     calls: int = 0
+    times: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         outcome = self.run(self.root / "reference")
@@ -69,9 +71,19 @@ class Scenario:
             self.kills += 1 + (again.code == -9)
             self.recover(directory)
 
-    def kill_at_instants(self, count: int, longest: float, *, seed: int = 0) -> None:
-        """SIGKILL after random times up to ``longest`` seconds, twice, then the end."""
+    def _shortest_run(self) -> float:
+        """Seconds of the quickest of three undisturbed runs: the time in which a kill can strike."""
+        if not self.times:
+            for number in range(3):
+                began = time.monotonic()
+                assert self.run(self.root / f"timing-{number}").code == 0
+                self.times.append(time.monotonic() - began)
+        return min(self.times)
+
+    def kill_at_instants(self, count: int, *, seed: int = 0) -> None:
+        """SIGKILL after random times up to that of a whole run, twice, then the end."""
         chance = random.Random(seed)
+        longest = self._shortest_run()
         for number in range(count):
             directory = self.root / f"instant-{number}"
             for _ in range(2):
