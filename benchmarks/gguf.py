@@ -217,7 +217,7 @@ def benchmark(directory: Path, shape: str, level: str, threads: list[int]) -> di
         ours[str(count)] = measure(OURS, *arguments)
     artifact = out / f"{source.name}-{level}.gguf"
     seed = directory / "seed"
-    measure(OURS, "quantize", source, "gguf", "-q", "Q8_0", "-o", seed)
+    measure(OURS, "quantize", source, "gguf", "-q", "Q8_0", "-o", seed, "--overwrite")
     half, peer_file = directory / "peer-bf16.gguf", directory / "peer.gguf"
     convert = measure(PEER_CONVERT, source, half, seed / f"{source.name}-Q8_0.gguf")
     file_type = LlamaFileType[f"MOSTLY_{level}"].value

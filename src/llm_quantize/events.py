@@ -1,8 +1,8 @@
 """What the library tells while it works: small dictionaries with an ``event`` key, given to ``on_event``.
 
 Events: ``note`` and ``warning`` (text); ``download`` (file, done, total); ``start`` (total weights to quantize,
-threads, resumed units); ``progress`` (done, total, in weights times artifacts); ``artifact`` (level, path, size,
-status).
+threads, memory needed in bytes, resumed units); ``progress`` (done, total, in weights times artifacts);
+``artifact`` (level, path, size, status); ``stage`` (text) and ``measure`` (done, total) of the demo.
 The command line draws them with rich or prints them as JSON lines.
 """
 

@@ -101,7 +101,7 @@ def quantize(
             already_allocated=sum(partial_bytes(path) for _, path in todo),
             ignore_space=options.ignore_space,
         )
-        written = _write_all(source, todo, options, fitted.threads, on_event) if todo else {}
+        written = _write_all(source, todo, options, fitted, on_event) if todo else {}
     results = []
     for artifact, path in zip(plans, paths, strict=True):
         result = written.get(path) or ArtifactResult(artifact, path, "already complete", 0.0, 0)
@@ -115,10 +115,11 @@ def _write_all(
     source: Source,
     todo: Sequence[tuple[ArtifactPlan, Path]],
     options: Options,
-    threads: int,
+    fitted: preflight.Preflight,
     on_event: EventSink,
 ) -> dict[Path, ArtifactResult]:
     """Quantize what is missing into every open output, then put each in place."""
+    threads = fitted.threads
     imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
     times = source_times(source.checkpoint)
     worker = Worker(source.checkpoint, importance_rows(source, imatrix), options.nonfinite, source.files)
@@ -137,7 +138,8 @@ def _write_all(
             target.output.note({"source_times": times})
         units = list(missing_units(targets))
         total = sum(unit.weight for unit in units)
-        on_event({"event": "start", "total": total, "threads": threads, "resumed_units": sum(resumed.values())})
+        facts = {"total": total, "threads": threads, "memory_needed": fitted.memory_needed}
+        on_event({"event": "start", **facts, "resumed_units": sum(resumed.values())})
         finished = 0
         for unit in run(worker, units, threads=threads, stop=stop):
             finished += unit.weight

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.assemble import CHUNK_WEIGHTS, unit_ranges, weights_of
+from llm_quantize.assemble import chunk_rows, matrix_shape, unit_ranges, weights_of
 from llm_quantize.errors import UsageError
 from llm_quantize.formats import gguf as gguf_format
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf
@@ -19,8 +19,8 @@ from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.output import OutputFile, Span
 from llm_quantize.qtypes import QTYPES
 
-BASE_MEMORY = 160 << 20  # interpreter, numpy, libraries
-MEMORY_PER_THREAD = 32 << 20  # stack, allocator arena, kernel scratch
+FIXED_WORK = 6 << 20  # journal, jobs, the pool
+PER_THREAD = 1 << 20  # stack, kernel scratch
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ArtifactPlan:
     weights: int
     identity: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
-    importance: Mapping[str, str] = field(default_factory=dict)
+    source_itemsize: int = 2
 
     @property
     def size(self) -> int:
@@ -130,9 +130,11 @@ def plan_artifact(
     source_identity: Mapping[str, Any],
     options: Mapping[str, Any],
     split_max_bytes: int | None,
+    source_itemsize: int,
     warnings: Sequence[str] = (),
 ) -> ArtifactPlan:
-    """Lay out one GGUF artifact. ``qtypes`` goes with ``outputs``; ``name`` is the file name without ``.gguf``."""
+    """Lay out one GGUF artifact. ``qtypes`` goes with ``outputs``; ``name`` is the file name without ``.gguf``;
+    ``source_itemsize`` is the most bytes that the source stores a weight in."""
     triples = [
         (output.name, output.shape or (1,), QTYPES[qtype].ggml_type)
         for output, qtype in zip(outputs, qtypes, strict=True)
@@ -164,17 +166,25 @@ def plan_artifact(
         weights=weights,
         identity={**source_identity, "level": level, **options, "layout_sha256": headers.hexdigest()},
         warnings=tuple(warnings),
+        source_itemsize=source_itemsize,
     )
 
 
-def memory_needed(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
-    """Peak resident bytes of a run, planned: buffers are sized by the widest row and the chunk, not by the model."""
-    chunk = CHUNK_WEIGHTS
-    for artifact in artifacts:
-        for tensor in artifact.tensors:
-            chunk = max(chunk, tensor.output.shape[-1] if tensor.output.shape else 1)
-    # One chunk as read (up to 8 bytes a weight while it is decoded), as float32, gathered, and as packed bytes.
-    per_thread = MEMORY_PER_THREAD + chunk * (8 + 4 + 4 + 4)
-    bookkeeping = sum(len(file.header) * 4 for artifact in artifacts for file in artifact.files)
+def work_bytes(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
+    """Bytes that a run takes on top of the opened model: by the chunk and the widest row, not by the model's size."""
+    bookkeeping = sum(len(file.header) for artifact in artifacts for file in artifact.files)
     bookkeeping += sum(4096 * len(artifact.tensors) for artifact in artifacts)
-    return BASE_MEMORY + bookkeeping + threads * per_thread
+    return bookkeeping + FIXED_WORK + threads * (PER_THREAD + _chunk_bytes(artifacts))
+
+
+def _chunk_bytes(artifacts: Sequence[ArtifactPlan]) -> int:
+    """The most that one thread holds of one chunk: as read, gathered, converted, and packed for each qtype."""
+    most = 0
+    for together in zip(*(artifact.tensors for artifact in artifacts), strict=True):
+        rows, columns = matrix_shape(together[0].output.shape)
+        count = min(rows, chunk_rows(columns))
+        stored = artifacts[0].source_itemsize
+        converted = 4 if stored not in (2, 4) or any(piece.add for piece in together[0].output.pieces) else 0
+        packed = {tensor.qtype: tensor.row_bytes for tensor in together}
+        most = max(most, count * (columns * (3 * stored + 2 * converted) + sum(packed.values())))
+    return most

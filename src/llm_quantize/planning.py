@@ -14,6 +14,7 @@ from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats import gguf as gguf_format
 from llm_quantize.io.gguf_file import layout_gguf
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
+from llm_quantize.io.safetensors_file import DTYPE_BITS
 from llm_quantize.plan import ArtifactPlan, plan_artifact
 from llm_quantize.recipes import Overrides, TensorShape, assign, parse_level
 from llm_quantize.source import Source
@@ -105,8 +106,13 @@ def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, o
         },
         options=chosen,
         split_max_bytes=options.split_max_size,
+        source_itemsize=max((_itemsize(info.dtype) for info in source.checkpoint.tensors.values()), default=2),
         warnings=assigned.warnings,
     )
+
+
+def _itemsize(dtype: str) -> int:
+    return DTYPE_BITS[dtype] // 8
 
 
 def _unquantized(source: Source, output: OutputTensor, level: str) -> str:

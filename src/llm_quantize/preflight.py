@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_quantize.errors import AccessError, ResourceError
-from llm_quantize.plan import BASE_MEMORY, ArtifactPlan, memory_needed
+from llm_quantize.plan import ArtifactPlan, work_bytes
 
 ARENA_BYTES = 64 << 20  # address space that glibc's allocator reserves for each thread, used or not
 DEFAULT_STACK_BYTES = 8 << 20
@@ -63,9 +63,12 @@ def address_needed(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
         mapped = 256 << 20
     stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
     stack = DEFAULT_STACK_BYTES if stack == resource.RLIM_INFINITY else stack
-    buffers = memory_needed(artifacts, threads) - memory_needed(artifacts, 0)
-    bookkeeping = memory_needed(artifacts, 0) - BASE_MEMORY
-    return mapped + bookkeeping + threads * (stack + ARENA_BYTES) + buffers
+    return mapped + threads * (stack + ARENA_BYTES) + work_bytes(artifacts, threads)
+
+
+def memory_needed(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
+    """Peak resident bytes of a run that goes on from here: the model is open, its buffers come on top."""
+    return max(peak_resident_bytes(), resident_bytes() + work_bytes(artifacts, threads))
 
 
 def resident_bytes() -> int:
@@ -79,6 +82,11 @@ def resident_bytes() -> int:
 
 def peak_resident_bytes() -> int:
     """Highest resident memory of this process so far."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration, ValueError):
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from llm_quantize import preflight
 from llm_quantize.pipeline import ArtifactResult
-from llm_quantize.plan import ArtifactPlan, memory_needed
+from llm_quantize.plan import ArtifactPlan
 from llm_quantize.verify import Verification
 
 
@@ -36,7 +36,7 @@ def plans_to_dict(plans: Sequence[ArtifactPlan], threads: int | None = None) -> 
     count = threads or preflight.available_cpus()
     return {
         "disk_needed": sum(plan.size for plan in plans),
-        "memory_needed": memory_needed(plans, count),
+        "memory_needed": preflight.memory_needed(plans, count),
         "threads": count,
         "artifacts": [plan.to_dict() for plan in plans],
     }

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from gguf.constants import Keys
 
 from llm_quantize import kernels
-from llm_quantize.assemble import chunk_ranges, matrix_shape, read_output_rows, to_float32
+from llm_quantize.assemble import chunk_ranges, matrix_shape, read_output_rows, to_float32, weights_of
 from llm_quantize.errors import IntegrityError, UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_paths import manifest_path
@@ -107,12 +107,12 @@ def verify(
         if model is not None:
             problems += _compare_names(files, model)
         entries = [(file, tensor) for file in files for tensor in file.tensors]
-        total = sum(tensor.nbytes for _, tensor in entries)
+        total = sum(weights_of(tensor.shape) for _, tensor in entries)
         checks: list[TensorCheck] = []
         done = 0
         for file, tensor in entries:
             checks.append(_check_tensor(file, tensor, known.get(tensor.name), model))
-            done += tensor.nbytes
+            done += weights_of(tensor.shape)
             on_event({"event": "progress", "done": done, "total": total})
     finally:
         if model is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import stat
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,14 +27,13 @@ from gguf.constants import (
 )
 
 from llm_quantize.errors import (
-    AccessError,
     IntegrityError,
     MalformedInputError,
     UnsupportedError,
     UsageError,
     printable,
 )
-from llm_quantize.io.paths import read_failure
+from llm_quantize.io.paths import open_argument, read_failure
 
 VERSION = 3
 MAX_METADATA_BYTES = 256 << 20
@@ -325,27 +323,13 @@ def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizatio
     return name, shape, kind, cursor.number("Q", "a tensor offset"), nbytes
 
 
-def _open_regular(path: Path) -> tuple[int, int]:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise UsageError("no such file", file=path, remedy="check the path") from error
-    except OSError as error:
-        raise AccessError("the file cannot be opened", file=path, found=error.strerror) from error
-    facts = os.fstat(descriptor)
-    if not stat.S_ISREG(facts.st_mode):
-        os.close(descriptor)
-        raise AccessError("not a regular file", file=path, remedy="give the path of a .gguf file")
-    return descriptor, facts.st_size
-
-
 def read_gguf(path: str | Path) -> GgufFile:
     """Read the header of a GGUF file; every tensor is proved to lie inside the file, aligned, without overlap.
 
     Raises MalformedInputError (what, offset, expected, found), UnsupportedError for other versions and byte orders.
     """
     path = Path(path)
-    descriptor, size = _open_regular(path)
+    descriptor, size = open_argument(path, "GGUF file")
     try:
         cursor = _Cursor(path, descriptor, size)
         magic = cursor.take(4, "the magic number")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
-from llm_quantize.errors import AccessError, MalformedInputError, ResourceError, UsageError, printable
+from llm_quantize.errors import MalformedInputError, ResourceError, printable
 from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
+from llm_quantize.io.paths import open_argument
 
 Floats = npt.NDArray[np.float32]
 
@@ -100,23 +100,14 @@ def read_imatrix(path: str | Path) -> Imatrix:
 
 def _open(path: Path) -> BinaryIO:
     """The file, if it is a regular one of sensible size: a pipe or a device would block or never end."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise UsageError("no such importance matrix", file=path, remedy="check the path") from error
-    except OSError as error:
-        raise AccessError("the importance matrix cannot be opened", file=path, found=error.strerror) from error
-    facts = os.fstat(descriptor)
-    if not stat.S_ISREG(facts.st_mode):
-        os.close(descriptor)
-        raise AccessError("the importance matrix is not a regular file", file=path)
-    if facts.st_size > MAX_BYTES:
+    descriptor, size = open_argument(path, "importance matrix")
+    if size > MAX_BYTES:
         os.close(descriptor)
         raise ResourceError(
             "the file is larger than any importance matrix",
             file=path,
             expected=f"at most {MAX_BYTES} bytes",
-            found=f"{facts.st_size} bytes",
+            found=f"{size} bytes",
             remedy="check that this is an importance matrix",
         )
     return os.fdopen(descriptor, "rb")

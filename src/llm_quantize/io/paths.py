@@ -21,6 +21,7 @@ from llm_quantize.errors import (
     LlmQuantizeError,
     MalformedInputError,
     ResourceError,
+    UsageError,
     printable,
 )
 
@@ -87,6 +88,24 @@ def open_regular(path: str | Path) -> int:
             remedy="put the real file here, or fetch the model again",
         )
     return descriptor
+
+
+def open_argument(path: str | Path, what: str) -> tuple[int, int]:
+    """(descriptor, size) of a regular file that the user named; ``what`` it should be, for the message.
+
+    Raises UsageError (no such file) and AccessError (not readable, or not a regular file).
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except FileNotFoundError as error:
+        raise UsageError(f"no such {what}", file=path, remedy="check the path") from error
+    except OSError as error:
+        raise AccessError(f"the {what} cannot be opened", file=path, found=error.strerror) from error
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode):
+        os.close(descriptor)
+        raise AccessError(f"the {what} is not a regular file", file=path, remedy="give the path of the file itself")
+    return descriptor, facts.st_size
 
 
 @contextmanager
