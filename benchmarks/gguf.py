@@ -3,7 +3,7 @@
 Peer: a 16-bit GGUF written with the ``gguf`` package in the way llama.cpp's converter uses it (tensor by tensor through
 float32), then llama.cpp's own quantizer from the cyllama wheel. Ours: one command. Both run here, in turn, on the same
 synthetic checkpoint of heavy-tailed weights (default: the shape of a 1.1 B-weight Llama); the tensor data is compared
-byte for byte. Results go to stdout as a table and to --output as JSON.
+byte for byte. Results go to stdout, and to the file given with --json.
 
     python benchmarks/gguf.py --directory /scratch --level Q4_K_M
 """
@@ -251,14 +251,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
     parser.add_argument("--level", default="Q4_K_M")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--output", type=Path, help="write the JSON here")
+    parser.add_argument("--json", type=Path, help="write the JSON here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory = arguments.directory or Path(temporary)
         result = benchmark(directory, arguments.shape, arguments.level, arguments.threads)
     text = json.dumps(result, indent=1)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
+    if arguments.json:
+        arguments.json.write_text(text + "\n")
     print(text)
 
 

@@ -4,7 +4,7 @@
 
 ggml is the one in the installed xllamacpp wheel (``ggml_quantize_chunk``). Both get the same heavy-tailed float32 rows;
 the bytes are compared on the way. The two are timed in turns and the best turn of each counts, so that a busy machine
-disturbs the ratio less. Aims are those of the project's issue on speed; 0 means none was set.
+disturbs the ratio less. An aim of 0 means that none was set.
 """
 
 from __future__ import annotations
