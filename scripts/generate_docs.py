@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from llm_quantize.architectures import ARCHITECTURES
 from llm_quantize.cli import COMMANDS, group
 from llm_quantize.recipes import LEVELS
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "reference"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs" / "reference"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def command_page() -> str:
@@ -63,12 +66,61 @@ def architecture_page() -> str:
     return "\n".join(parts) + "\n"
 
 
+def speed_page() -> str:
+    """The tables of the last committed benchmark runs."""
+    job = json.loads((RESULTS / "gguf.json").read_text())
+    peer, ratios = job["peer"], job["ratios"]
+    runs = {f"llm-quantize, {count} thread{'s' * (count != '1')}": run for count, run in job["ours"].items()}
+    runs |= {"peer: 16-bit conversion": peer["convert"], "peer: quantization": peer["quantize"]}
+    parts = [
+        "# Speed and memory",
+        "",
+        "Generated from benchmarks/results by scripts/generate_docs.py. To measure on your machine:",
+        "`python benchmarks/gguf.py` and `python benchmarks/kernels.py`.",
+        "",
+        f"## The whole job: {job['weights'] / 1e9:.2f} B weights, bf16 safetensors to {job['level']}",
+        "",
+        f"Peer: a 16-bit GGUF written with the gguf package {peer['gguf']} tensor by tensor through float32, then",
+        f"llama.cpp's own quantizer in cyllama {peer['cyllama']}. A stand-in for llama.cpp's converter, which no wheel",
+        f"carries. Of {job['tensors_compared']} tensors, {len(job['tensors_different'])} differ in any byte.",
+        "",
+        "| run | CPU seconds | wall seconds | peak memory | bytes written |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, run in runs.items():
+        memory, written = f"{run['peak_rss_bytes'] / 1e6:.0f} MB", f"{run['written_bytes'] / 1e9:.2f} GB"
+        parts.append(f"| {name} | {run['cpu_seconds']:.1f} | {run['wall_seconds']:.1f} | {memory} | {written} |")
+    parts += [
+        "",
+        f"CPU: {ratios['cpu_against_convert_and_quantize']} times less than conversion and quantization together,",
+        f"{ratios['cpu_against_quantize_alone']} times less than quantization alone.",
+        "",
+        "## Each type, one thread: million weights per CPU-second",
+        "",
+        "| type | importance | ggml | llm-quantize | ratio | same bytes |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for row in json.loads((RESULTS / "kernels.json").read_text())["types"]:
+        ours = list(row["native"].values())[-1]
+        same = "yes" if row["same_bytes"] else "NO"
+        importance = "imatrix" if row["imatrix"] else "-"
+        parts.append(
+            f"| {row['qtype']} | {importance} | {row['ggml']:.4g} | {ours:.4g} | {ours / row['ggml']:.1f} | {same} |"
+        )
+    return "\n".join(parts) + "\n"
+
+
 def main() -> None:
     """Write or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if a page is not up to date")
     check = parser.parse_args().check
-    pages = {"cli.md": command_page(), "levels.md": level_page(), "architectures.md": architecture_page()}
+    pages = {
+        "cli.md": command_page(),
+        "levels.md": level_page(),
+        "architectures.md": architecture_page(),
+        "speed.md": speed_page(),
+    }
     stale = []
     for name, text in pages.items():
         path = DOCS / name
