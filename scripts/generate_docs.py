@@ -82,7 +82,8 @@ def speed_page() -> str:
         "",
         f"Peer: a 16-bit GGUF written with the gguf package {peer['gguf']} tensor by tensor through float32, then",
         f"llama.cpp's own quantizer in cyllama {peer['cyllama']}. A stand-in for llama.cpp's converter, which no wheel",
-        f"carries. Of {job['tensors_compared']} tensors, {len(job['tensors_different'])} differ in any byte.",
+        "carries; it holds the whole model in memory, which the converter does not.",
+        f"Of {job['tensors_compared']} tensors, {len(job['tensors_different'])} differ in any byte.",
         "",
         "| run | CPU seconds | wall seconds | peak memory | bytes written |",
         "|---|---:|---:|---:|---:|",
@@ -104,9 +105,8 @@ def speed_page() -> str:
         ours = list(row["native"].values())[-1]
         same = "yes" if row["same_bytes"] else "NO"
         importance = "imatrix" if row["imatrix"] else "-"
-        parts.append(
-            f"| {row['qtype']} | {importance} | {row['ggml']:.4g} | {ours:.4g} | {ours / row['ggml']:.1f} | {same} |"
-        )
+        speeds = " | ".join(f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in (row["ggml"], ours))
+        parts.append(f"| {row['qtype']} | {importance} | {speeds} | {ours / row['ggml']:.1f} | {same} |")
     return "\n".join(parts) + "\n"
 
 
