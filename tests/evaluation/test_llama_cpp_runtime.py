@@ -25,11 +25,13 @@ def _byte_words() -> list[str]:
     return [chr(b) if b in kept else chr(next(spare)) for b in range(256)]
 
 
-def make_gguf(path: Path, *, template: str | None = None, vocabulary: bool = True, arch: str = "llama") -> Path:
+def make_gguf(
+    path: Path, *, template: str | None = None, vocabulary: bool = True, arch: str = "llama", layers: int = LAYERS
+) -> Path:
     words = [*_byte_words(), "ab", "abc", "<s>", "</s>"]
     random = np.random.Generator(np.random.PCG64(7))
     writer = gguf.GGUFWriter(path, arch)
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(layers)
     writer.add_context_length(2048)
     writer.add_embedding_length(WIDTH)
     writer.add_feed_forward_length(HIDDEN)
@@ -57,7 +59,7 @@ def make_gguf(path: Path, *, template: str | None = None, vocabulary: bool = Tru
     put("token_embd.weight", len(words), WIDTH)
     put("output_norm.weight", WIDTH)
     put("output.weight", len(words), WIDTH)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
             put(f"blk.{layer}.{name}.weight", WIDTH, WIDTH)
         put(f"blk.{layer}.ffn_gate.weight", HIDDEN, WIDTH)
@@ -250,6 +252,12 @@ def test_an_absent_wheel_names_its_extra(model: Path, monkeypatch: pytest.Monkey
     finally:
         monkeypatch.undo()
         llama_cpp_library.load_library.cache_clear()
+
+
+def test_a_deep_model(tmp_path: Path) -> None:
+    """The runtime's log grows with the layers; what is read from it must not be pushed out."""
+    with LlamaCpp(make_gguf(tmp_path / "deep.gguf", layers=120), context=64, threads=1) as deep:
+        assert np.isfinite(deep.logits([1, 2, 3])).all()
 
 
 def test_quiet_and_no_leak(model: Path, capfd: pytest.CaptureFixture[str]) -> None:

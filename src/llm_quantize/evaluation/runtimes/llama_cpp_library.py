@@ -27,7 +27,7 @@ _CONTEXT_HEAD = struct.pack("<4i", 512, 2048, 512, 1)
 _ENUMS_AND_YARN = struct.pack("<4i6f", -1, -1, -1, -1, 0, 0, -1, -1, -1, -1)
 _CACHE_TYPES = re.compile(rb"\x00{16}(\x01\x00\x00\x00\x01\x00\x00\x00)\x00{16}")
 _GGML_F32 = 0
-_LOG_ERROR, _LOG_CONTINUE = 4, 5
+_LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUE = 1, 4, 5
 
 
 class Block(ctypes.Structure):
@@ -111,6 +111,7 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines: deque[tuple[int, str]] = deque(maxlen=400)
+        self._skipping = False
         try:
             self.call: Any = ctypes.CDLL(str(path))
         except OSError as problem:
@@ -134,6 +135,10 @@ class Library:
         if not text:
             return
         line = text.decode("utf-8", "replace")
+        # Debug lines grow with the number of layers; what we read and show is not among them.
+        self._skipping = level == _LOG_DEBUG or (level == _LOG_CONTINUE and self._skipping)
+        if self._skipping:
+            return
         if level == _LOG_CONTINUE and self.lines:
             before = self.lines.pop()
             self.lines.append((before[0], before[1] + line))
