@@ -45,7 +45,12 @@ def plan_source(
 ) -> list[ArtifactPlan]:
     """``plan`` for an opened source."""
     if format not in FORMATS:
-        raise UnsupportedError(f"unknown format {format!r}", expected=", ".join(FORMATS), found=format)
+        raise UnsupportedError(
+            f"this version does not write the format {format[:40]!r}",
+            expected=", ".join(FORMATS),
+            found=format[:40],
+            remedy="write gguf, for example: llm-quantize quantize MODEL gguf -q Q4_K_M",
+        )
     if options.nonfinite not in NONFINITE_POLICIES:
         raise UsageError("unknown --nonfinite policy", expected=NONFINITE_POLICIES, found=options.nonfinite)
     if not levels:

@@ -28,7 +28,9 @@ def generate(
         raise MissingExtraError("Running a Hugging Face directory", "torch")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
     tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
