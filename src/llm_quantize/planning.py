@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import llm_quantize
 from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.assemble import matrix_shape
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats import gguf as gguf_format
 from llm_quantize.io.gguf_file import layout_gguf
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
 from llm_quantize.io.safetensors_file import DTYPE_BITS
 from llm_quantize.plan import ArtifactPlan, plan_artifact
+from llm_quantize.qtypes import QTYPES
 from llm_quantize.recipes import Overrides, TensorShape, assign, parse_level
 from llm_quantize.source import Source
 from llm_quantize.work import NONFINITE_POLICIES, Importance
 
 FORMATS = ("gguf",)
+_SELDOM_COVERED = ("token_embd.weight", "output.weight")
 FLOAT_LEVELS = ("F32", "F16", "BF16")
 
 
@@ -59,7 +62,10 @@ def plan_source(
     importance_rows(source, imatrix)
     names = list(dict.fromkeys(parse_level(level).name for level in levels))
     stem = _file_stem(name or source.checkpoint.name)
-    return [_plan_level(source, level, stem, imatrix, options) for level in names]
+    plans = [_plan_level(source, level, stem, imatrix, options) for level in names]
+    if name is not None and stem != name:
+        plans[0] = replace(plans[0], warnings=(f"the output is called {stem}, not {name[:80]!r}", *plans[0].warnings))
+    return plans
 
 
 def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, options: Options) -> ArtifactPlan:
@@ -112,8 +118,37 @@ def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, o
         options=chosen,
         split_max_bytes=options.split_max_size,
         source_itemsize=max((_itemsize(info.dtype) for info in source.checkpoint.tensors.values()), default=2),
-        warnings=assigned.warnings,
+        warnings=[*assigned.warnings, *_advice(source, name, assigned.qtypes, imatrix, options)],
     )
+
+
+def _advice(source: Source, level: str, qtypes: Sequence[str], imatrix: Imatrix | None, options: Options) -> list[str]:
+    """What is legal but probably not what the user thinks it is."""
+    outputs = source.tensors.outputs
+    advice = []
+    if level == "MXFP4_MOE" and "mxfp4" not in qtypes:
+        advice.append("MXFP4_MOE: this model has no expert tensors, so nothing is stored as mxfp4; this is Q8_0")
+    if level.startswith("TQ"):
+        advice.append(f"{level} is for models trained with ternary weights; any other model loses nearly everything")
+    limit = options.split_max_size
+    if limit is not None:
+        size, largest = max(
+            (QTYPES[qtype].row_bytes(output.shape[-1]) * matrix_shape(output.shape)[0], output.name)
+            for output, qtype in zip(outputs, qtypes, strict=True)
+        )
+        if size > limit:
+            advice.append(f"--split-max-size {limit}: {largest} alone takes {size} bytes; its file is larger")
+    if imatrix is not None:
+        pairs = [(output.name, qtype) for output, qtype in zip(outputs, qtypes, strict=True)]
+        using = [name for name, qtype in pairs if QTYPES[qtype].uses_importance and name not in _SELDOM_COVERED]
+        left = [name for name in using if name not in imatrix.values]
+        if left:
+            covered = f"covers {len(using) - len(left)} of the {len(using)} tensors that could use it"
+            advice.append(f"the importance matrix {covered}; the first without: {left[0]}")
+        unknown = sorted(imatrix.values.keys() - {output.name for output in outputs})
+        if unknown:
+            advice.append(f"the importance matrix names {len(unknown)} tensors not in this model, such as {unknown[0]}")
+    return advice
 
 
 def _itemsize(dtype: str) -> int:

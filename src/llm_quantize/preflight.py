@@ -15,8 +15,6 @@ from llm_quantize.plan import ArtifactPlan, work_bytes
 ARENA_BYTES = 64 << 20  # address space that glibc's allocator reserves for each thread, used or not
 DEFAULT_STACK_BYTES = 8 << 20
 
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
 
 @dataclass(frozen=True)
 class Preflight:
@@ -37,16 +35,36 @@ def available_cpus() -> int:
 def memory_limit(max_ram: int | None) -> int | None:
     """The smallest of --max-ram, the cgroup's limit and physical memory, in bytes of resident memory."""
     limits = [] if max_ram is None else [max_ram]
-    for path in _CGROUP_LIMITS:
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            limits.append(int(text))
+    limits += cgroup_limits()
     if "SC_PHYS_PAGES" in os.sysconf_names:
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(limits) if limits else None
+
+
+def cgroup_limits(memberships: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Memory limits in bytes of the control groups this process is in, from its own up to the root; v1 and v2."""
+    try:
+        lines = memberships.read_text().splitlines()
+    except OSError:
+        lines = []
+    files = [(root, Path("/"), "memory.max"), (root / "memory", Path("/"), "memory.limit_in_bytes")]
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, name = rest.partition(":")
+        if not controllers:
+            files.append((root, Path(name), "memory.max"))
+        elif "memory" in controllers.split(","):
+            files.append((root / "memory", Path(name), "memory.limit_in_bytes"))
+    limits = []
+    for base, group, file in files:
+        for place in (group, *group.parents):
+            try:
+                text = (base / str(place).lstrip("/") / file).read_text().strip()
+            except OSError:
+                continue
+            if text.isdigit():
+                limits.append(int(text))
+    return limits
 
 
 def address_limit() -> int | None:

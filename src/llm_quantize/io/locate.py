@@ -25,7 +25,7 @@ def locate(model: str | os.PathLike[str], revision: str | None, on_event: EventS
     text = os.fspath(model)
     path = Path(text).expanduser()
     try:
-        exists = path.exists()
+        exists = bool(text) and path.exists()
     except (OSError, ValueError):
         exists = False
     if exists:
