@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from llm_quantize.architectures.base import OutputTensor, Piece
 
-CHUNK_WEIGHTS = 1 << 20
+# A chunk of 16-bit weights stays in the cache of one core while it is read, hashed and quantized.
+CHUNK_WEIGHTS = 1 << 19
 UNIT_WEIGHTS = 1 << 24
 
 Rows = npt.NDArray[Any]
