@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -10,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from llm_quantize.errors import (
     UsageError,
 )
 from llm_quantize.io import output as output_module
-from llm_quantize.io.artifact_paths import discard_partial
+from llm_quantize.io.artifact_paths import discard_partial, journal_path
 from llm_quantize.io.durable import fail_os
 from llm_quantize.io.journal import parse_journal, record_line
 
@@ -260,7 +262,7 @@ def test_without_locks_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr(output_module.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     small = SmallOutput(tmp_path / "m.gguf")
     small.make()
     assert small.whole()
@@ -449,6 +451,10 @@ def test_things_in_the_way(tmp_path: Path, kind: str, place: str) -> None:
         with pytest.raises(AccessError) as caught:
             small.make(replace=replace)
         assert caught.value.exit_code == 6
+        assert str(caught.value.file) == str(path)
+        if "link" in kind:
+            assert "a link stands" in str(caught.value)
+            assert "Too many levels" not in str(caught.value)
     assert not elsewhere.exists() or elsewhere.read_bytes() == b"precious"
     assert not small.target.exists()
 
@@ -488,8 +494,134 @@ def test_replacing_keeps_the_old_one_until_the_end(tmp_path: Path) -> None:
         small.make(replace=True, stop_after=2)
         assert small.whole()
         small.make(replace=True)
-        assert len(small.done) == len(small.units)
+        assert small.done == list(small.units)[2:]
+        assert small.warnings == []
         assert small.whole()
+
+
+@BOTH
+def test_replacing_discards_an_unfinished_run_of_something_else(tmp_path: Path, files: int) -> None:
+    small = SmallOutput(tmp_path / "m.gguf", files)
+    small.make()
+    small.make(replace=True, stop_after=1)
+    small.make({**IDENTITY, "level": "Q8_0"}, replace=True)
+    assert small.done == list(small.units)
+    assert "another level" in small.warnings[0]
+    assert small.whole()
+
+
+@BOTH
+def test_killed_while_putting_in_place_loses_nothing(tmp_path: Path, no_fsync: None, files: int) -> None:
+    """From the moment the old artifact is gone until the new one stands, the finished partial is what there is."""
+    gone = 0
+    for call in range(1, 30):
+        small = SmallOutput(tmp_path / f"{call}.gguf", files)
+        small.make()
+        small.make(replace=True, finish=False)
+        with wrapped(_power_off(call)) as seen:
+            with contextlib.suppress(PowerLoss):
+                small.make(replace=True)
+        if len(seen) < call:
+            break
+        if not small.target.exists():
+            gone += 1
+            small.make(replace=True)
+            assert (small.done, small.warnings) == ([], [])
+        assert small.whole()
+    assert gone
+
+
+def _power_off(nth: int) -> Callable[[str, tuple[object, ...]], None]:
+    count = [0]
+
+    def before(_name: str, _arguments: tuple[object, ...]) -> None:
+        count[0] += 1
+        if count[0] >= nth:
+            raise PowerLoss
+
+    return before
+
+
+@BOTH
+def test_an_unfinished_run_without_its_journal_starts_again_with_a_warning(tmp_path: Path, files: int) -> None:
+    small = SmallOutput(tmp_path / "m.gguf", files)
+    beside, small.journal = small.journal, tmp_path / "journals" / "m.journal"
+    small.make(stop_after=2)
+    small.journal = beside
+    small.make(stop_after=1)
+    assert len(small.warnings) == 1
+    assert "--checkpoint-dir" in small.warnings[0]
+    assert str(small.partial) in small.warnings[0]
+    small.make()
+    assert (len(small.done), small.warnings) == (3 * files - 1, [])
+    assert small.whole()
+
+
+def test_no_journal_over_an_unfinished_run_leaves_no_journal(tmp_path: Path) -> None:
+    small = SmallOutput(tmp_path / "m.gguf")
+    small.make(stop_after=2)
+    without = SmallOutput(tmp_path / "m.gguf", journal=False)
+    without.make()
+    assert "--no-checkpoints" in without.warnings[0]
+    assert without.whole()
+    assert {path.name for path in tmp_path.iterdir()} == {"m.gguf", "m.gguf.manifest.json"}
+
+
+@BOTH
+def test_without_a_journal_nothing_is_left_of_a_run_that_ends_early(tmp_path: Path, files: int) -> None:
+    def fail(_: object) -> None:
+        raise KeyboardInterrupt
+
+    small = SmallOutput(tmp_path / "m.gguf", files, journal=False)
+    with pytest.raises(KeyboardInterrupt):
+        small.make(each=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_partial_whose_journal_survived_alone(tmp_path: Path) -> None:
+    small = SmallOutput(tmp_path / "m.gguf")
+    small.make(stop_after=2)
+    small.partial.unlink()
+    small.make()
+    assert len(small.done) == 3
+    assert len(small.warnings) == 1
+    assert "gone" in small.warnings[0]
+
+
+def test_names_of_journals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = [tmp_path / "a" / "m.gguf", tmp_path / "b" / "m.gguf"]
+    shared = [journal_path(target, tmp_path / "journals") for target in targets]
+    assert len(set(shared)) == 2
+    assert {path.parent for path in shared} == {tmp_path / "journals"}
+    monkeypatch.chdir(tmp_path)
+    assert journal_path(Path("a/m.gguf"), tmp_path / "journals") == shared[0]
+    assert journal_path(targets[0]) == journal_path(targets[0], Path("b/../a")) == tmp_path / "a" / "m.gguf.journal"
+
+
+@BOTH
+def test_a_refused_writer_leaves_nothing(tmp_path: Path, files: int) -> None:
+    small, other = (SmallOutput(tmp_path / "m.gguf", files) for _ in range(2))
+    small.journal = tmp_path / "journals" / "m.journal"
+    if files == 2:
+        other = SmallOutput(tmp_path / "m.gguf", 3)  # another split: other names inside the same directory
+
+    def refused(_: object) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(BusyError):
+            other.make()
+        assert sorted(tmp_path.rglob("*")) == before
+
+    small.make(each=refused)
+    assert small.whole()
+
+
+def test_nothing_is_left_where_the_journal_cannot_be_opened(tmp_path: Path) -> None:
+    for files in (1, 2):
+        small = SmallOutput(tmp_path / f"{files}.gguf", files)
+        small.journal.mkdir()
+        with pytest.raises(AccessError):
+            small.make()
+        assert not small.partial.exists()
 
 
 def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,11 +670,33 @@ def test_exit_codes_of_system_errors(number: int, code: int) -> None:
     assert caught.value.remedy
 
 
-def test_output_directory_vanishes(tmp_path: Path) -> None:
+def _removed(small: SmallOutput) -> None:
+    shutil.rmtree(small.target.parent)
+
+
+def _unlinked(small: SmallOutput) -> None:
+    small.partial.unlink()
+
+
+def _replaced(small: SmallOutput) -> None:
+    small.partial.unlink()
+    small.partial.write_bytes(b"half of something else")
+
+
+@pytest.mark.parametrize(
+    ("accident", "told"),
+    [(_removed, "the directory .* was removed"), (_unlinked, "it was removed"), (_replaced, "something else")],
+)
+def test_an_output_taken_away_is_noticed_at_the_next_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accident: Callable[[SmallOutput], None], told: str
+) -> None:
+    monkeypatch.setattr(output_module, "SYNC_BYTES", 1)
     small = SmallOutput(tmp_path / "out" / "m.gguf")
-    with pytest.raises(LlmQuantizeError) as caught:
-        small.make(each=lambda _: shutil.rmtree(tmp_path / "out", ignore_errors=True))
-    assert caught.value.exit_code in (5, 10)
+    with pytest.raises(BusyError, match=told) as caught:
+        small.make(each=lambda _: accident(small))
+    assert len(small.done) == 1  # the next unit already ends the run
+    assert caught.value.file == str(small.partial)
+    monkeypatch.undo()
     small.make()
     assert small.whole()
 

@@ -1,12 +1,13 @@
-"""Names around an artifact (partial, manifest, replaced), and removing what an unfinished run left."""
+"""Names around an artifact (partial, manifest, journal, replaced), putting it in place, removing what is left."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 from pathlib import Path
 
-from llm_quantize.io.durable import fail_os, open_regular_output, remove_files
+from llm_quantize.io.durable import fail_os, open_regular_output, remove_files, sync_directory, write_whole
 
 
 def partial_path(target: Path) -> Path:
@@ -26,6 +27,25 @@ def manifest_path(target: Path) -> Path:
     return target.with_name(target.name + ".manifest.json")
 
 
+def journal_path(target: Path, directory: Path | None = None) -> Path:
+    """Where an unfinished artifact's journal stands: beside it, or in ``directory``.
+
+    Artifacts of one name in several places may share a directory of journals: there the name says which place.
+    """
+    here = os.path.realpath(target.parent)
+    if directory is None or os.path.realpath(directory) == here:
+        return target.with_name(target.name + ".journal")
+    place = hashlib.sha256(os.fsencode(f"{here}/{target.name}")).hexdigest()[:8]
+    return directory / f"{target.name}.{place}.journal"
+
+
+def remove_stale_journal(target: Path, current: Path | None) -> None:
+    """Remove the journal beside ``target`` if the run keeps another one, or none. Raises OSError."""
+    beside = journal_path(target)
+    if current != beside and beside.is_file() and not beside.is_symlink():
+        beside.unlink()
+
+
 def is_artifact_directory(path: Path) -> bool:
     """Whether ``path`` is a directory that holds GGUF files and a manifest, and nothing else."""
     if path.is_symlink() or not path.is_dir():
@@ -34,12 +54,15 @@ def is_artifact_directory(path: Path) -> bool:
     return all(entry.is_file() and (entry.suffix == ".gguf" or entry.name == "manifest.json") for entry in names)
 
 
-def discard_partial(target: Path, journal_path: Path | None) -> None:
-    """Remove what an unfinished run of ``target`` left, unless a process is writing there now."""
-    partial = partial_path(target)
+def discard_partial(target: Path, current: Path | None) -> None:
+    """Remove what an unfinished run of ``target`` left, unless a process is writing there now.
+
+    ``current``: its journal; one that an earlier run left beside the target goes too.
+    """
+    partial, beside = partial_path(target), journal_path(target)
     is_directory = partial.is_dir() and not partial.is_symlink()
     first = sorted(partial.glob("*.gguf"))[:1] if is_directory else [partial]
-    journal = [] if journal_path is None else [journal_path]
+    journal = [path for path in {beside, current or beside} if path.is_file() and not path.is_symlink()]
     held: list[int] = []
     try:
         for path in (*first, *journal):
@@ -66,3 +89,30 @@ def remove_artifact(directory: Path) -> None:
     if is_artifact_directory(directory):
         remove_files(directory)
         directory.rmdir()
+
+
+def place_file(target: Path, manifest: bytes) -> None:
+    """Put a finished partial file under its final name, its manifest first. Raises OSError."""
+    final = manifest_path(target)
+    staged = partial_path(final)
+    write_whole(staged, manifest)
+    if target.exists():
+        target.unlink()
+        sync_directory(target.parent)
+    staged.rename(final)
+    sync_directory(target.parent)
+    partial_path(target).rename(target)
+    sync_directory(target.parent)
+
+
+def place_directory(target: Path, manifest: bytes) -> None:
+    """Put a finished partial directory, its manifest inside, under its final name. Raises OSError."""
+    partial, replaced = partial_path(target), replaced_path(target)
+    write_whole(partial / "manifest.json", manifest)
+    sync_directory(partial)
+    if target.is_dir():
+        remove_artifact(replaced)
+        target.rename(replaced)
+    partial.rename(target)
+    sync_directory(target.parent)
+    remove_artifact(replaced)

@@ -21,7 +21,7 @@ def fail_os(error: OSError, what: str, file: Path) -> NoReturn:
     """Raise the tree's error for a failed system call: disk and limits are 5, access is 6."""
     facts: dict[str, Any] = {"file": file, "found": error.strerror or error}
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "free some disk space and run the same command again: it continues where it stopped"
+        remedy = "free some disk space and run the same command again: what the journal lists is kept"
         raise ResourceError(f"{what}: the disk is full", remedy=remedy, **facts) from error
     if error.errno == errno.EFBIG:
         remedy = "raise the file size limit, use another file system, or --split-max-size"
@@ -34,7 +34,7 @@ def fail_os(error: OSError, what: str, file: Path) -> NoReturn:
         raise AccessError(f"{what}: something else stands in its place", remedy=remedy, **facts) from error
     if error.errno == errno.ENAMETOOLONG:
         raise AccessError(f"{what}: the name is too long", remedy="choose a shorter name with -n", **facts) from error
-    remedy = "check the disk and run the same command again: finished parts are kept"
+    remedy = "check the disk and run the same command again: what the journal lists is kept"
     raise ResourceError(f"{what}: the system refused", remedy=remedy, **facts) from error
 
 
@@ -44,11 +44,30 @@ def open_regular_output(path: Path, *, append: bool = False) -> int:
     Raises AccessError for anything but a regular file, OSError for what the system refuses.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_APPEND if append else 0)
+    _refuse_link(path)
     descriptor = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise AccessError("the output exists and is not a regular file", file=path, remedy="choose another -o or -n")
     return descriptor
+
+
+def open_directory(path: Path) -> int:
+    """A descriptor of a directory, never reached through a link. Raises AccessError, OSError."""
+    _refuse_link(path)
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
+def _refuse_link(path: Path) -> None:
+    """Say that a link is in the way; O_NOFOLLOW refuses it too, but names it "too many levels of symbolic links"."""
+    if path.is_symlink():
+        raise AccessError(
+            "a link stands where the output is written",
+            file=path,
+            expected="a regular file or directory, or nothing",
+            found=f"a link to {path.readlink()}",
+            remedy="remove the link, or choose another directory with -o or another name with -n",
+        )
 
 
 def allocate(descriptor: int, size: int) -> None:
@@ -105,7 +124,7 @@ def is_same_file(descriptor: int, path: Path) -> bool:
     """Whether ``path`` still names the file that ``descriptor`` has open."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

@@ -1,11 +1,17 @@
-"""The journal of an unfinished output: one line per record, ``crc32 length json``; a damaged line is passed over."""
+"""The journal of an unfinished output: one line per record, ``crc32 length json``; a damaged line is passed over.
+
+Its first record holds the identity of the run: what is made, from what, by which version.
+"""
 
 from __future__ import annotations
 
 import json
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from llm_quantize.errors import IntegrityError, UsageError
 
 
 def canonical_json(value: Any) -> bytes:
@@ -32,6 +38,28 @@ def parse_journal(data: bytes) -> tuple[list[dict[str, Any]], int]:
         else:
             records.append(record)
     return records, damaged
+
+
+def other_identity(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The first key in which two identities differ."""
+    keys = dict.fromkeys([*wanted, *sorted(found)])
+    return next((key for key in keys if found.get(key) != wanted.get(key)), None)
+
+
+def refuse_other_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], file: Path) -> None:
+    """Raise IntegrityError (another source) or UsageError (another argument or version) naming what differs."""
+    key = other_identity(found, wanted)
+    if key is None:
+        return
+    facts: dict[str, Any] = {
+        "file": file,
+        "expected": f"{key} = {found.get(key)} (the unfinished run)",
+        "found": f"{key} = {wanted.get(key)} (this run)",
+        "remedy": "use the same arguments and source as before, or start again with --overwrite",
+    }
+    if key.startswith("source"):
+        raise IntegrityError("the source changed since the unfinished run", **facts)
+    raise UsageError(f"an unfinished run with another {key} holds this output", **facts)
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ line is skipped and its unit is done again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import threading
@@ -20,25 +19,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_quantize.errors import AccessError, BusyError, IntegrityError, LlmQuantizeError, UsageError
+from llm_quantize.errors import IntegrityError, LlmQuantizeError
 from llm_quantize.io.artifact_paths import (
-    is_artifact_directory,
-    manifest_path,
     partial_path,
+    place_directory,
+    place_file,
     remove_artifact,
-    replaced_path,
+    remove_stale_journal,
 )
 from llm_quantize.io.durable import (
     allocate,
     fail_os,
     is_same_file,
+    open_directory,
     open_regular_output,
     read_at,
     remove_files,
-    sync_directory,
-    write_whole,
 )
-from llm_quantize.io.journal import parse_journal, record_line
+from llm_quantize.io.journal import other_identity, parse_journal, record_line, refuse_other_identity
+from llm_quantize.io.ownership import refuse_moved, refuse_target, take_lock, taken_away
 
 SYNC_BYTES = 256 << 20
 SYNC_SECONDS = 10.0
@@ -69,9 +68,10 @@ class ResumableOutput:
     """One artifact being written: ``target`` is its final path, a file, or a directory when it has several files.
 
     ``identity`` says what is being made from what; a partial artifact with another identity is refused, naming the
-    argument that differs. ``spans`` gives each unit's place. ``replace`` forgets an unfinished run and, at the end,
-    takes the place of a finished artifact. Use as a context manager; leaving it without ``finish`` keeps the
-    partial file and the journal for the next run.
+    argument that differs. ``spans`` gives each unit's place. ``replace`` takes, at the end, the place of a finished
+    artifact, and discards an unfinished run with another identity; its own it resumes. Use as a context manager;
+    leaving it without ``finish`` keeps the partial file and the journal for the next run. Without a journal nothing
+    could be resumed, so nothing is kept.
     """
 
     def __init__(
@@ -93,11 +93,13 @@ class ResumableOutput:
         self._identity = dict(identity)
         self._journal_path = journal_path
         self._warn = on_warning
-        self._replace = replace
+        self.replace = replace
         self._is_directory = len(self.files) > 1
         self.partial = partial_path(target)
         self._descriptors: list[int] = []
+        self._directory = -1
         self._journal = -1
+        self._disposable = False
         self._lock = threading.Lock()
         self._failure: LlmQuantizeError | None = None
         self._unsynced = 0
@@ -118,84 +120,81 @@ class ResumableOutput:
         self._close()
 
     def _close(self) -> None:
-        for descriptor in (*self._descriptors, *([self._journal] if self._journal >= 0 else [])):
-            os.close(descriptor)
-        self._descriptors, self._journal = [], -1
+        if self._disposable:
+            self._dispose()
+        for descriptor in (*self._descriptors, self._directory, self._journal):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptors, self._directory, self._journal = [], -1, -1
+
+    def _dispose(self) -> None:
+        """Remove a partial that no later run could resume, while its lock is still ours."""
+        self._disposable = False
+        try:
+            if not is_same_file(self._holder, self.partial):
+                return
+            if self._is_directory:
+                remove_artifact(self.partial)
+            else:
+                self.partial.unlink()
+        except OSError as error:
+            self._warn(f"{self.partial}: cannot be removed ({error.strerror})")
+
+    @property
+    def _holder(self) -> int:
+        """The descriptor of what stands under the partial name: a directory, or the only file."""
+        return self._directory if self._is_directory else self._descriptors[0]
 
     def _paths(self) -> list[Path]:
         return [self.partial / file.name for file in self.files] if self._is_directory else [self.partial]
 
     def _open(self) -> None:
         try:
-            self._refuse_target()
+            refuse_target(self.target, is_directory=self._is_directory, replace=self.replace)
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            if self._is_directory:
-                self.partial.mkdir(exist_ok=True)
-                if self.partial.is_symlink():
-                    raise AccessError("the output is a link", file=self.partial, remedy="remove the link")
+            created = not self.partial.exists()
+            self._open_partial()
+            refuse_target(self.target, is_directory=self._is_directory, replace=self.replace)
+            refuse_moved(self._places())
+            self._disposable = created
             if self._journal_path is not None:
                 self._journal_path.parent.mkdir(parents=True, exist_ok=True)
                 self._journal = open_regular_output(self._journal_path, append=True)
-            for path in self._paths():
-                self._descriptors.append(open_regular_output(path))
-            self._take_lock()
-            self._refuse_moved()
+                take_lock(self._journal, self.target, self._warn)
+                refuse_moved(self._places())
+                self._disposable = False
             self._load_journal()
             self._allocate()
         except OSError as error:
-            fail_os(error, "the output cannot be created", self.target)
+            named = isinstance(error.filename, str | Path)
+            fail_os(error, "the output cannot be created", Path(error.filename) if named else self.target)
 
-    def _refuse_target(self) -> None:
-        """What stands under the final name may be replaced only by its own kind; no foreign file is ever removed."""
-        if not self.target.exists() and not self.target.is_symlink():
-            return
-        if self.target.exists() and not self._replace:
-            raise BusyError("another process has just finished this output", file=self.target)
-        if not (is_artifact_directory(self.target) if self._is_directory else self.target.is_file()):
-            kind = "a directory of GGUF files and a manifest, nothing else" if self._is_directory else "a file"
-            raise AccessError(
-                "the output exists and is not an artifact that --overwrite may replace",
-                file=self.target,
-                expected=kind,
-                remedy="move it away, or choose another name with -n or directory with -o",
-            )
+    def _open_partial(self) -> None:
+        """Open and lock what stands, or shall stand, under the partial name; a refused writer leaves nothing there."""
+        if self._is_directory:
+            if not self.partial.is_symlink():
+                self.partial.mkdir(exist_ok=True)
+            self._directory = open_directory(self.partial)
+            take_lock(self._directory, self.target, None)
+        for path in self._paths():
+            self._descriptors.append(open_regular_output(path))
+            if len(self._descriptors) == 1:
+                take_lock(self._descriptors[0], self.target, self._warn)
 
-    def _refuse_moved(self) -> None:
-        """A writer that finished between our open and our lock has renamed what we opened: hands off."""
-        paths = [*self._paths(), *([self._journal_path] if self._journal_path is not None else [])]
-        for descriptor, path in zip((*self._descriptors, self._journal), paths, strict=False):
-            if not is_same_file(descriptor, path):
-                raise BusyError(
-                    "another process has finished or removed this output",
-                    file=path,
-                    remedy="run the same command again when the other process has ended",
-                )
-
-    def _take_lock(self) -> None:
-        for descriptor in (*self._descriptors[:1], *([self._journal] if self._journal >= 0 else [])):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BusyError(
-                    "another process is writing this output",
-                    file=self.target,
-                    remedy="wait for it to end, or choose another directory with -o",
-                ) from error
-            except OSError:
-                self._warn(f"{self.target.parent}: this file system has no locks; do not run two writers on one output")
+    def _places(self) -> list[tuple[int, Path]]:
+        places = [(self._directory, self.partial), *zip(self._descriptors, self._paths(), strict=False)]
+        return places if self._journal_path is None else [*places, (self._journal, self._journal_path)]
 
     def _load_journal(self) -> None:
-        if self._journal < 0:
-            self._start_again()
-            return
-        data = read_at(self._journal, os.fstat(self._journal).st_size, 0)
+        data = b"" if self._journal < 0 else read_at(self._journal, os.fstat(self._journal).st_size, 0)
         records, damaged = parse_journal(data)
-        if self._replace or not records or not isinstance(records[0].get("identity"), dict):
-            if data and not self._replace:
-                self._warn(f"{self._journal_path}: the journal is unreadable; starting again")
+        obstacle = self._obstacle(data, records)
+        if obstacle is not None:
+            if obstacle:
+                self._warn(obstacle)
             self._start_again()
             return
-        self._compare_identity(records[0]["identity"])
+        refuse_other_identity(records[0]["identity"], self._identity, self.partial)
         if damaged:
             self._warn(f"{self._journal_path}: {damaged} damaged journal record(s) passed over; those units are redone")
         for record in records[1:]:
@@ -208,6 +207,27 @@ class ResumableOutput:
         # What we are about to read back may still be in memory only: a disk that loses it must say so first.
         self.sync()
 
+    def _obstacle(self, data: bytes, records: Sequence[Mapping[str, Any]]) -> str | None:
+        """Why what is there is not resumed: a warning, or nothing to say (""). None: resume it, or refuse."""
+        begun = any(os.fstat(descriptor).st_size for descriptor in self._descriptors)
+        if self._journal < 0:
+            return f"{self.partial}: an unfinished run stood here; --no-checkpoints starts it again" if begun else ""
+        if not data:
+            missing = (
+                f"{self.partial}: an unfinished run stood here, but its journal is not {self._journal_path}; starting "
+                "again (a run with --checkpoint-dir is continued only with the same --checkpoint-dir)"
+            )
+            return missing if begun else ""
+        if not records or not isinstance(records[0].get("identity"), dict):
+            return f"{self._journal_path}: the journal is unreadable; starting again"
+        if not begun and len(records) > 1:
+            # Where the artifact is in place already the journal is only what was not yet taken away.
+            return "" if self.target.exists() else f"{self.partial}: the unfinished output is gone; starting again"
+        key = other_identity(records[0]["identity"], self._identity)
+        if self.replace and key is not None:
+            return f"{self.partial}: an unfinished run with another {key} is discarded, as --overwrite asks"
+        return None
+
     def _start_again(self) -> None:
         """Nothing of an earlier run is known: empty every file, so that its bytes cannot show in gaps between units."""
         if self._journal >= 0:
@@ -216,22 +236,10 @@ class ResumableOutput:
             os.ftruncate(descriptor, 0)
         if self._is_directory:
             remove_files(self.partial, keep=[file.name for file in self.files])
+        self._disposable = self._journal < 0
+        remove_stale_journal(self.target, self._journal_path)
         if self._journal >= 0:
             self._append({"identity": self._identity})
-
-    def _compare_identity(self, found: Mapping[str, Any]) -> None:
-        for key in dict.fromkeys([*self._identity, *sorted(found)]):
-            if found.get(key) == self._identity.get(key):
-                continue
-            facts: dict[str, Any] = {
-                "file": self.partial,
-                "expected": f"{key} = {found.get(key)} (the unfinished run)",
-                "found": f"{key} = {self._identity.get(key)} (this run)",
-                "remedy": "use the same arguments and source as before, or start again with --overwrite",
-            }
-            if key.startswith("source"):
-                raise IntegrityError("the source changed since the unfinished run", **facts)
-            raise UsageError(f"an unfinished run with another {key} holds this output", **facts)
 
     def _allocate(self) -> None:
         for number, (file, path) in enumerate(zip(self.files, self._paths(), strict=True)):
@@ -319,6 +327,8 @@ class ResumableOutput:
 
     def _sync(self) -> None:
         self._refuse_after_failure()
+        self._failure = taken_away(self._places())
+        self._refuse_after_failure()
         try:
             for descriptor in self._descriptors:
                 os.fsync(descriptor)
@@ -338,7 +348,7 @@ class ResumableOutput:
         try:
             os.ftruncate(self._journal, self._synced_journal_length)
         except OSError as error:
-            self._warn(f"{self._journal_path}: cannot be cut back ({error.strerror}); start again with --overwrite")
+            self._warn(f"{self._journal_path}: cannot be cut back ({error.strerror}); delete it before the next run")
 
     def _fail(self, error: OSError, what: str, file: Path) -> None:
         """Raise, and let no other thread record anything after this failure."""
@@ -380,35 +390,11 @@ class ResumableOutput:
             raise IntegrityError("not all parts of the output were written", file=self.target, found=missing[:3])
         self.sync()
         try:
-            self._refuse_moved()
-            if self._is_directory:
-                self._place_directory(manifest)
-            else:
-                self._place_file(manifest)
+            refuse_moved(self._places())
+            self._disposable = False
+            (place_directory if self._is_directory else place_file)(self.target, manifest)
             if self._journal_path is not None:
                 self._journal_path.unlink(missing_ok=True)
+            remove_stale_journal(self.target, self._journal_path)
         except OSError as error:
             fail_os(error, "the finished output cannot be put in place", self.target)
-
-    def _place_file(self, manifest: bytes) -> None:
-        final = manifest_path(self.target)
-        staged = partial_path(final)
-        write_whole(staged, manifest)
-        if self.target.exists():
-            self.target.unlink()
-            sync_directory(self.target.parent)
-        staged.rename(final)
-        sync_directory(self.target.parent)
-        self.partial.rename(self.target)
-        sync_directory(self.target.parent)
-
-    def _place_directory(self, manifest: bytes) -> None:
-        write_whole(self.partial / "manifest.json", manifest)
-        sync_directory(self.partial)
-        replaced = replaced_path(self.target)
-        if self.target.is_dir():
-            remove_artifact(replaced)
-            self.target.rename(replaced)
-        self.partial.rename(self.target)
-        sync_directory(self.target.parent)
-        remove_artifact(replaced)
