@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,23 @@ from gguf.constants import Keys
 
 from llm_quantize.assemble import weights_of
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
 from llm_quantize.source import Source, open_source
 
-CONTEXT = 8192
+CONTEXT = 8192  # tokens of the cache whose memory is told, or all that the model was trained for, if fewer
 
 
 def describe(model: str, *, revision: str | None = None, on_event: EventSink = ignore) -> dict[str, Any]:
-    """JSON-ready facts of a checkpoint (directory or hub id) or of a ``.gguf`` file. Sizes in bytes.
+    """JSON-ready facts of a checkpoint (directory or hub id) or of a GGUF artifact (a file, or every part of a split
+    one, given by its directory or by any part). Sizes in bytes.
 
-    Raises the error tree for anything malformed or unsupported.
+    Raises the error tree for anything malformed or unsupported, UsageError for a directory of several artifacts.
     """
-    if str(model).endswith(".gguf") and Path(model).is_file():
-        return _describe_gguf(read_gguf(model))
+    path = Path(model)
+    split = path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf"))
+    if split or (path.name.endswith(".gguf") and path.is_file()):
+        return _describe_gguf([read_gguf(part) for part in artifact_files(path)])
     source = open_source(model, revision=revision, on_event=on_event)
     with source.checkpoint:
         return _describe_source(source)
@@ -37,6 +41,7 @@ def _describe_source(source: Source) -> dict[str, Any]:
         entry["tensors"] += 1
         entry["bytes"] += info.nbytes
     names = {output.name for output in source.tensors.outputs}
+    tokens = min(CONTEXT, hyper.context_length) if hyper.context_length else CONTEXT
     return {
         "name": checkpoint.name,
         "directory": str(checkpoint.directory),
@@ -59,7 +64,7 @@ def _describe_source(source: Source) -> dict[str, Any]:
         "memory": {
             "source_weights": sum(info.nbytes for info in checkpoint.tensors.values()),
             "weights_16bit": 2 * weights,
-            f"kv_cache_f16_{CONTEXT}": kv_cache_bytes(hyper, CONTEXT),
+            "kv_cache_f16": {"tokens": tokens, "bytes": kv_cache_bytes(hyper, tokens)},
         },
         "left_out": source.left_out,
         "tensors": [
@@ -91,29 +96,30 @@ def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe_gguf(file: GgufFile) -> dict[str, Any]:
+def _describe_gguf(files: Sequence[GgufFile]) -> dict[str, Any]:
+    first, size = files[0], sum(file.file_size for file in files)
+    tensors = [tensor for file in files for tensor in file.tensors]
     types: dict[str, dict[str, int]] = {}
-    for tensor in file.tensors:
+    for tensor in tensors:
         entry = types.setdefault(tensor.type.name, {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["bytes"] += tensor.nbytes
-    weights = sum(weights_of(tensor.shape) for tensor in file.tensors)
+    weights = sum(weights_of(tensor.shape) for tensor in tensors)
     simple = {
         key: value.value
-        for key, value in file.metadata.items()
+        for key, value in first.metadata.items()
         if value.item is None and not isinstance(value.value, bytes) and len(str(value.value)) <= 200
     }
     return {
-        "name": simple.get(Keys.General.NAME, file.path.name),
-        "file": str(file.path),
-        "size": file.file_size,
+        "name": simple.get(Keys.General.NAME, first.path.name),
+        "file": str(first.path),
+        "files": [{"name": file.path.name, "size": file.file_size} for file in files],
+        "size": size,
         "architecture": simple.get(Keys.General.ARCHITECTURE),
         "parameters": weights,
-        "bits_per_weight": round(8 * file.file_size / max(1, weights), 4),
+        "bits_per_weight": round(8 * size / max(1, weights), 4),
         "dtypes": types,
-        **_tokenizer(file.metadata),
+        **_tokenizer(first.metadata),
         "metadata": simple,
-        "tensors": [
-            {"name": t.name, "dtype": t.type.name, "shape": list(t.shape), "bytes": t.nbytes} for t in file.tensors
-        ],
+        "tensors": [{"name": t.name, "dtype": t.type.name, "shape": list(t.shape), "bytes": t.nbytes} for t in tensors],
     }

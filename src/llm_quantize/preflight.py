@@ -136,11 +136,16 @@ def check(
             remedy="free some space, choose another directory with -o, or a smaller level; --ignore-space tries anyway",
         )
     _check_file_size(artifacts)
+    count = fit_threads(artifacts, threads=threads, max_ram=max_ram)
+    return Preflight(count, memory_needed(artifacts, count), memory_limit(max_ram), needed, free)
+
+
+def fit_threads(artifacts: Sequence[ArtifactPlan], *, threads: int | None, max_ram: int | None) -> int:
+    """The threads that a run may have, at most ``threads`` (all CPUs); ResourceError where memory suits not one."""
     limit = memory_limit(max_ram)
     count = threads or available_cpus()
     count = _fit(artifacts, count, limit, memory_needed, "raise --max-ram or the memory limit of the container")
-    count = _fit(artifacts, count, address_limit(), address_needed, "raise the limit of address space (ulimit -v)")
-    return Preflight(count, memory_needed(artifacts, count), limit, needed, free)
+    return _fit(artifacts, count, address_limit(), address_needed, "raise the limit of address space (ulimit -v)")
 
 
 def _fit(

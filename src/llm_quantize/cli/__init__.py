@@ -5,7 +5,6 @@ Nothing heavy is imported until a command runs, so ``--help`` answers at once.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -16,11 +15,12 @@ from typing import Any
 import click
 
 from llm_quantize import __version__
-from llm_quantize.errors import LlmQuantizeError, ResourceError, StoppedError
+from llm_quantize.cli import streams
+from llm_quantize.errors import LlmQuantizeError, ResourceError, StoppedError, printable
 
 COMMANDS = {
     "info": "Show what a model is: architecture, parameters, tensors, tokenizer, memory.",
-    "plan": "Show each tensor's type and the exact size of the file, before any work.",
+    "plan": "Show the types and the exact size of the file, before any work.",
     "quantize": "Quantize a model to one or more levels in one read of the source.",
     "verify": "Check an artifact against its manifest, its plan and its source.",
     "run": "Generate text with an artifact in its real runtime.",
@@ -48,7 +48,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--json", "as_json", is_flag=True, help="Print results as JSON, progress as JSON lines on stderr.")
 @click.option("-v", "--verbose", count=True, help="Say more: every tensor of a plan or a verification.")
-@click.option("-q", "--quiet", is_flag=True, help="Print results only: no progress, no notes.")
+@click.option("-q", "--quiet", is_flag=True, help="Print results and warnings only: no progress, no notes.")
 @click.version_option(__version__, prog_name="llm-quantize")
 @click.pass_context
 def group(ctx: click.Context, as_json: bool, verbose: int, quiet: bool) -> None:
@@ -61,6 +61,7 @@ def group(ctx: click.Context, as_json: bool, verbose: int, quiet: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code (docs/reference/exit-codes.md)."""
+    streams.install()
     # numpy's BLAS is never used here, and its threads would each take address space from a limited process.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -71,6 +72,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
+    try:
+        return _dispatch(words, as_json)
+    except ResourceError as error:  # standard output failed, under a command or under the report of another error
+        print(f"llm-quantize: {_printable(error)}", file=sys.stderr)
+        return error.exit_code
+
+
+def _dispatch(words: list[str], as_json: bool) -> int:
     try:
         result: Any = group.main(args=words, prog_name="llm-quantize", standalone_mode=False)
         sys.stdout.flush()
@@ -90,19 +99,19 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         _show(ResourceError("out of memory", remedy="lower --threads or --max-ram, or raise the limit"), as_json)
         return ResourceError.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _show(error: LlmQuantizeError, as_json: bool) -> None:
-    if as_json:
+    if as_json and not streams.reader_gone():
         _print_json(error.to_dict())
     else:
-        print(f"llm-quantize: {error}", file=sys.stderr)
+        print(f"llm-quantize: {_printable(error)}", file=sys.stderr)
+
+
+def _printable(error: LlmQuantizeError) -> str:
+    """The lines of a message without control characters; a sentence may quote what a file says."""
+    return "\n".join(printable(line, 4000) for line in str(error).split("\n"))
 
 
 def _print_json(value: Any) -> None:
-    # Half a surrogate pair (a file name's byte that is not UTF-8) has no UTF-8; JSON's own escape for it is the same.
-    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
-    print(text, flush=True)
+    print(streams.json_text(value), flush=True)

@@ -7,11 +7,14 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from llm_quantize.cli.streams import json_text
+from llm_quantize.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,15 +39,20 @@ class Mode:
         return not self.json and not self.quiet and sys.stderr.isatty()
 
 
-def mode(ctx: click.Context, as_json: bool) -> Mode:
-    """The output mode, from the global options and the command's own --json."""
+def mode(ctx: click.Context, as_json: bool, verbose: int = 0) -> Mode:
+    """The output mode, from the global options and the command's own --json and --verbose."""
     found: dict[str, Any] = ctx.obj or {}
-    return Mode(as_json or found.get("json", False), found.get("verbose", 0), found.get("quiet", False))
+    return Mode(as_json or found.get("json", False), verbose + found.get("verbose", 0), found.get("quiet", False))
 
 
 def json_option(function: Function) -> Function:
     """``--json`` after the command's name, too."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+
+
+def verbose_option(function: Function) -> Function:
+    """``--verbose`` after the command's name, too."""
+    return click.option("-v", "--verbose", count=True, help="List every tensor.")(function)
 
 
 class Size(click.ParamType[int]):
@@ -130,25 +138,52 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
 
 def emit_json(value: Any) -> None:
     """One JSON object on standard output."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    click.echo(json_text(value))
+
+
+def line(text: Any) -> str:
+    """Text from input as one line that does nothing to a terminal."""
+    return printable(str(text), 1 << 20)
 
 
 def warn(shown: Mode, text: str) -> None:
-    """A warning on stderr."""
-    if not shown.quiet and not shown.json:
-        click.secho(f"warning: {text}", fg="yellow", err=True)
+    """A warning on stderr; --quiet does not hide it, with --json it is in the result."""
+    if not shown.json:
+        click.secho(f"warning: {line(text)}", fg="yellow", err=True)
 
 
 @contextmanager
-def events(shown: Mode, description: str) -> Iterator[EventSink]:
-    """A sink for the library's events: a rich progress bar on a terminal, plain lines elsewhere, JSON with --json."""
+def events(shown: Mode, description: str, *, live: bool = True) -> Iterator[EventSink]:
+    """A sink for the library's events: a rich progress bar on a terminal, plain lines elsewhere, JSON with --json.
+
+    ``live`` False: plain lines on a terminal too, for a command that writes text there meanwhile. With --quiet only
+    warnings are told.
+    """
     if shown.json:
-        yield lambda event: click.echo(json.dumps(dict(event)), err=True)
-    elif shown.live:
+        yield sheltered(_json_sink(shown))
+    elif shown.live and live:
         with _live_progress(description, shown) as sink:
-            yield sink
+            yield sheltered(sink)
     else:
-        yield _plain_sink(description, shown)
+        yield sheltered(_plain_sink(description, shown))
+
+
+def sheltered(sink: EventSink) -> EventSink:
+    """``sink``, whose trouble in writing is its own: progress that cannot be shown stops no job."""
+
+    def safe(event: Mapping[str, Any]) -> None:
+        with suppress(OSError):
+            sink(event)
+
+    return safe
+
+
+def _json_sink(shown: Mode) -> EventSink:
+    def sink(event: Mapping[str, Any]) -> None:
+        if not shown.quiet or event["event"] == "warning":
+            click.echo(json.dumps(dict(event)), err=True)
+
+    return sink
 
 
 def _rate(done: float, seconds: float) -> str:
@@ -187,8 +222,8 @@ def _live_progress(description: str, shown: Mode) -> Iterator[EventSink]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(), TextColumn("{task.fields[memory]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[memory]}"),
     )  # fmt: skip
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True) as progress:
@@ -197,11 +232,11 @@ def _live_progress(description: str, shown: Mode) -> Iterator[EventSink]:
 
         def sink(event: Mapping[str, Any]) -> None:
             if event["event"] == "warning":
-                console.print(f"warning: {event['text']}", style="yellow", markup=False, highlight=False)
+                console.print(f"warning: {line(event['text'])}", style="yellow", markup=False, highlight=False)
             elif event["event"] == "start" and event["resumed_units"]:
                 console.print(f"resuming: {event['resumed_units']} finished units kept", highlight=False)
             elif event["event"] == "download":
-                progress.update(task, description=f"download {event.get('file', '')}",
+                progress.update(task, description=f"download {line(event.get('file', ''))}",
                                 completed=event.get("done"), total=event.get("total"))  # fmt: skip
             elif event["event"] == "progress":
                 rate = _rate(event["done"], time.monotonic() - began)

@@ -6,29 +6,42 @@ from typing import Any
 
 import click
 
-from llm_quantize.cli.common import build_options, emit_json, events, json_option, mode, recipe_options
+from llm_quantize.cli.common import (
+    build_options,
+    emit_json,
+    events,
+    json_option,
+    mode,
+    recipe_options,
+    verbose_option,
+)
 
 
 @click.command("plan")
 @click.argument("model")
 @click.argument("format", metavar="FORMAT", default="gguf")
 @recipe_options
+@verbose_option
 @json_option
 @click.pass_context
-def command(ctx: click.Context, /, as_json: bool, model: str, format: str, **arguments: Any) -> int:
-    """Print each tensor's type and bytes, the exact size of the file, and the disk and memory needed.
+def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, format: str, **arguments: Any) -> int:
+    """Print the exact size of the file, how many tensors get which type, and the disk and memory needed.
 
-    Reads headers only. Example: llm-quantize plan ./Llama-3.2-1B gguf -q Q4_K_M
+    With -v each tensor's type and bytes, too. Refuses where the memory limit is too small, as quantize would. Reads
+    headers only.
+
+    Example: llm-quantize plan ./Llama-3.2-1B gguf -q Q4_K_M
     """
-    from llm_quantize import pipeline, report
+    from llm_quantize import pipeline, preflight, report
 
-    shown = mode(ctx, as_json)
+    shown = mode(ctx, as_json, verbose)
     options = build_options(arguments)
     common = {"levels": arguments["levels"], "name": arguments["name"], "revision": arguments["revision"]}
     with events(shown, "plan") as sink:
         plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
+    threads = preflight.fit_threads(plans, threads=options.threads, max_ram=options.max_ram)
     if shown.json:
-        emit_json(report.plans_to_dict(plans, threads=options.threads))
+        emit_json(report.plans_to_dict(plans, threads=threads))
     else:
-        report.print_plans(plans, verbose=1, threads=options.threads)
+        report.print_plans(plans, verbose=shown.verbose, threads=threads)
     return 0

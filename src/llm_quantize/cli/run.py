@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from unicodedata import category
+
 import click
 
-from llm_quantize.cli.common import emit_json, json_option, mode
+from llm_quantize.cli.common import emit_json, events, json_option, line, mode
+from llm_quantize.cli.streams import reader_gone
 
 
 @click.command("run")
@@ -12,7 +16,9 @@ from llm_quantize.cli.common import emit_json, json_option, mode
 @click.argument("prompt")
 @click.option("-n", "--max-tokens", default=64, show_default=True, type=click.IntRange(1, 1 << 20))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0.0, 10.0), help="0 is greedy.")
-@click.option("--seed", default=0, show_default=True, type=int, help="Seed of the sampling.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, (1 << 63) - 1), help="Seed of the sampling."
+)
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's own chat template.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: all CPUs]")
 @json_option
@@ -27,14 +33,23 @@ def command(
 
     shown = mode(ctx, as_json)
     pieces = []
-    for piece in generate(
-        artifact, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads
-    ):
-        pieces.append(piece)
-        if not shown.json:
-            click.echo(piece, nl=False)
+    with events(shown, "run", live=False) as sink:
+        for piece in generate(
+            artifact, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads,
+            on_event=sink,
+        ):  # fmt: skip
+            pieces.append(piece)
+            if not shown.json:
+                click.echo(_safe(piece) if sys.stdout.isatty() else piece, nl=False)
+            if reader_gone():
+                break
     if shown.json:
         emit_json({"artifact": artifact, "prompt": prompt, "text": "".join(pieces)})
     else:
         click.echo()
     return 0
+
+
+def _safe(text: str) -> str:
+    """Generated text for a terminal: its lines and tabs as they are, other control characters escaped."""
+    return "".join(line(c) if category(c) == "Cc" and c not in "\n\t" else c for c in text)

@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm_quantize.errors import UsageError
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.artifact_files import artifact_files
 
-__all__ = ["first_file", "generate"]
+__all__ = ["first_file", "generate", "warn_beyond"]
 
 
 def first_file(artifact: str | Path) -> Path:
-    """The GGUF file to open: the artifact itself, or the first part in the directory of a split one."""
-    path = Path(artifact)
-    if not path.is_dir():
-        return path
-    parts = sorted(path.glob("*.gguf"))
-    if not parts:
-        raise UsageError("no GGUF file in this directory", file=path, remedy="give the path of the artifact")
-    return parts[0]
+    """The GGUF file to open: the artifact itself, or the first part of a split one (its directory or any part).
+
+    Raises UsageError where there is no such artifact, or a directory holds several.
+    """
+    return artifact_files(Path(artifact))[0]
 
 
 def generate(
@@ -30,25 +29,50 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     threads: int | None = None,
+    on_event: EventSink = ignore,
 ) -> Iterator[str]:
     """Pieces of text that continue ``prompt``: a GGUF file in llama.cpp, a Hugging Face directory in transformers.
 
-    Raises MissingExtraError where the runtime is not installed, UsageError where there is no such artifact.
+    ``on_event`` hears a warning where the text may pass the context that the model was trained for, and where a chat
+    is not set in the model's own template.
+
+    Raises MissingExtraError where the runtime is not installed, UsageError where there is no such artifact or the
+    prompt is empty.
     """
     path = Path(artifact)
+    if not prompt:
+        raise UsageError("the prompt is empty", remedy="give the text to continue")
     if not path.exists():
         raise UsageError("no such artifact", file=path, remedy="check the path")
     if path.is_dir() and (path / "config.json").is_file():
         from llm_quantize.evaluation.runtimes import transformers
 
         yield from transformers.generate(
-            path, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads
+            path,
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            chat=chat,
+            threads=threads,
+            on_event=on_event,
         )
         return
     from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
 
     with LlamaCpp(first_file(path), context=context_for(prompt, max_tokens), threads=threads) as model:
-        yield from model.generate(prompt, max_tokens=max_tokens, temperature=temperature, chat=chat, seed=seed)
+        yield from model.generate(
+            prompt, max_tokens=max_tokens, temperature=temperature, chat=chat, seed=seed, on_event=on_event
+        )
+
+
+def warn_beyond(prompt: int, answer: int, trained: int, on_event: EventSink) -> None:
+    """Warn where ``prompt`` and ``answer`` (tokens) may pass the ``trained`` context length; 0: it is not known."""
+    if 0 < trained < prompt + answer:
+        text = (
+            f"{prompt} tokens of prompt and up to {answer} of answer pass the {trained} that the model was trained for"
+        )
+        on_event({"event": "warning", "text": text})
 
 
 def context_for(prompt: str, max_tokens: int) -> int:

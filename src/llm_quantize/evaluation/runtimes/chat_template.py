@@ -10,9 +10,28 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ...errors import MissingExtraError, UnsupportedError
+
+_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+def generation_block() -> type[Any]:
+    """A Jinja extension for ``{% generation %}``, with which templates mark the assistant's words for training: its
+    content stays as it is. Raises ImportError without Jinja."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    return Generation
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], *, bos: str, eos: str, file: Path) -> str:
@@ -24,25 +43,38 @@ def render(template: str, messages: Sequence[Mapping[str, str]], *, bos: str, eo
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise MissingExtraError("rendering this model's chat template", "torch") from None
+        raise MissingExtraError("rendering this model's chat template", "llamacpp") from None
 
     def refuse(reason: str) -> NoReturn:
         raise TemplateError(str(reason))
 
-    def to_json(value: object, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def now(layout: str) -> str:
-        return datetime.datetime.now(tz=datetime.UTC).strftime(layout)
+        return datetime.datetime.now().astimezone().strftime(layout)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", generation_block()]
+    )
     environment.filters["tojson"] = to_json
     environment.globals.update(raise_exception=refuse, strftime_now=now)
     try:
         return environment.from_string(template).render(
-            messages=[dict(m) for m in messages], bos_token=bos, eos_token=eos, add_generation_prompt=True
+            messages=[dict(m) for m in messages],
+            tools=None,
+            documents=None,
+            bos_token=bos,
+            eos_token=eos,
+            add_generation_prompt=True,
         )
-    except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as problem:
+    except (TemplateError, *_FAILURES) as problem:
         raise UnsupportedError(
             "the model's chat template cannot be rendered",
             file=file,

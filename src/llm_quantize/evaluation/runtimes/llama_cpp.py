@@ -16,11 +16,24 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import LlmQuantizeError, MalformedInputError, ResourceError, UnsupportedError, UsageError
+from ...errors import (
+    LlmQuantizeError,
+    MalformedInputError,
+    MissingExtraError,
+    ResourceError,
+    UnsupportedError,
+    UsageError,
+)
+from ...events import EventSink, ignore
+from . import warn_beyond
 from .chat_template import render
 from .llama_cpp_library import Batch, ChatMessage, Library, load_library
 
 _MAX_BATCH = 512
+_NOT_ITS_OWN = (
+    "jinja2 is not installed: the chat is set in llama.cpp's built-in template of this family, which may differ from "
+    "the model's own; pip install 'llm-quantize[llamacpp]'"
+)
 _DECODE_PROBLEMS = {1: "no free place in the cache", 2: "aborted"}
 
 
@@ -216,17 +229,22 @@ class LlamaCpp:
         temperature: float = 0.0,
         chat: bool = False,
         seed: int = 0,
+        on_event: EventSink = ignore,
     ) -> Iterator[str]:
         """Pieces of text that continue ``prompt``, ending at an end-of-generation token, ``max_tokens`` or a full
         context. ``temperature`` 0 takes the likeliest token; else one is drawn (PCG64 of ``seed``).
-        ``chat``: the prompt is a user's message, set in the model's own chat template.
+        ``chat``: the prompt is a user's message, set in the model's own chat template. ``on_event`` hears a warning
+        where prompt and answer may pass the context the model was trained for, and where the template is not its own.
 
-        Raises: UsageError (the prompt does not fit the context), UnsupportedError (no template to be had).
+        Raises: UsageError (the prompt is empty, or does not fit the context), UnsupportedError (no template).
         """
         if temperature < 0 or not np.isfinite(temperature):
             raise UsageError("the temperature must be 0 or more", found=temperature)
-        ids = self._chat_tokens(prompt) if chat else self.tokenize(prompt, parse_special=False)
+        ids = self._chat_tokens(prompt, on_event) if chat else self.tokenize(prompt, parse_special=False)
+        if not ids:
+            raise UsageError("the prompt is empty", remedy="give the text to continue")
         self._fits(ids, 0)
+        warn_beyond(len(ids), max_tokens, int(self._library.call.llama_model_n_ctx_train(self._model)), on_event)
         random = np.random.Generator(np.random.PCG64(seed))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._reset()
@@ -260,20 +278,29 @@ class LlamaCpp:
         raw = self._library.call.llama_vocab_get_text(self._vocab, token) if token >= 0 else None
         return raw.decode("utf-8", "replace") if raw else ""
 
-    def _chat_tokens(self, prompt: str) -> list[int]:
+    def _chat_tokens(self, prompt: str, on_event: EventSink = ignore) -> list[int]:
+        """The prompt as a user's message in the file's own template, rendered as transformers does.
+
+        llama.cpp itself only recognises families of templates and leaves out what it does not expect (a default
+        system message), so that it serves where Jinja is not installed, and a warning says so.
+        """
         call = self._library.call
         raw = call.llama_model_chat_template(self._model, None)
         if raw is None:
             raise UnsupportedError("this model has no chat template", file=self.path, remedy="run without --chat")
         messages: list[Mapping[str, str]] = [{"role": "user", "content": prompt}]
-        text = self._known_template(raw, messages)
-        if text is None:
-            bos = self._token_text(call.llama_vocab_bos(self._vocab))
-            eos = self._token_text(call.llama_vocab_eos(self._vocab))
+        bos = self._token_text(call.llama_vocab_bos(self._vocab))
+        eos = self._token_text(call.llama_vocab_eos(self._vocab))
+        try:
             text = render(raw.decode("utf-8", "replace"), messages, bos=bos, eos=eos, file=self.path)
-            # A template of the model's own usually writes the begin token itself.
-            return self.tokenize(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
-        return self.tokenize(text, add_special=True, parse_special=True)
+        except MissingExtraError:
+            known = self._known_template(raw, messages)
+            if known is None:
+                raise
+            text = known
+            on_event({"event": "warning", "text": _NOT_ITS_OWN})
+        # A template usually writes the begin token itself.
+        return self.tokenize(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
 
     def _known_template(self, template: bytes, messages: Sequence[Mapping[str, str]]) -> str | None:
         """The rendered chat where llama.cpp recognises ``template``, else None."""

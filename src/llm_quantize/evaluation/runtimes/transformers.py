@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_quantize.errors import MissingExtraError, UnsupportedError
+from llm_quantize.evaluation.runtimes import warn_beyond
+from llm_quantize.events import EventSink, ignore
 
 
 def generate(
@@ -19,6 +21,7 @@ def generate(
     seed: int,
     chat: bool,
     threads: int | None,
+    on_event: EventSink = ignore,
 ) -> Iterator[str]:
     """The text that transformers generates from the model in ``directory``, in one piece.
 
@@ -47,6 +50,8 @@ def generate(
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs.pop("token_type_ids", None)
+    trained = getattr(model.config, "max_position_embeddings", None) or 0
+    warn_beyond(inputs["input_ids"].shape[1], max_tokens, int(trained), on_event)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.inference_mode():

@@ -1,0 +1,40 @@
+"""Which files an artifact consists of: one, or the parts of a split one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llm_quantize.errors import UsageError
+
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def artifact_files(path: Path) -> list[Path]:
+    """The GGUF files of the artifact at ``path``, in order: a file; all parts of a split one, given any of them; or
+    what its directory holds.
+
+    Raises UsageError where ``path`` or a part is absent, and where a directory holds none or several artifacts.
+    """
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.glob("*.gguf"))
+        if not names:
+            raise UsageError("no GGUF file in this directory", file=path, remedy="give the path of the artifact")
+        wholes = {(found[1], found[3]) if (found := _PART.fullmatch(name)) else name for name in names}
+        if len(wholes) > 1:
+            raise UsageError(
+                "this directory holds several artifacts", file=path, found=", ".join(names), remedy="name one of them"
+            )
+        return artifact_files(path / names[0])
+    if not path.exists():
+        raise UsageError("no such artifact", file=path, remedy="check the path")
+    part = _PART.fullmatch(path.name)
+    if part is None:
+        return [path]
+    files = [path.with_name(f"{part[1]}-{i:05d}-of-{part[3]}.gguf") for i in range(1, int(part[3]) + 1)]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise UsageError(
+            "parts of this split artifact are absent", file=path, found=", ".join(absent), remedy="put them beside it"
+        )
+    return files
