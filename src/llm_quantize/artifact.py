@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_quantize.checkpoint import Checkpoint
 from llm_quantize.errors import IntegrityError, MalformedInputError, UsageError
 from llm_quantize.events import EventSink
-from llm_quantize.io.artifact_paths import discard_partial, manifest_path, partial_path
+from llm_quantize.io.artifact_paths import discard_partial, journal_path, manifest_path, partial_path
 from llm_quantize.io.output import ResumableOutput
-from llm_quantize.manifest import manifest_bytes, read_manifest
+from llm_quantize.manifest import manifest_bytes, nonfinite_counts, read_manifest
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.planning import Options
 from llm_quantize.source import Source
-from llm_quantize.work import Target, refuse_other_source, replaced_values, unit_records
+from llm_quantize.work import Target, refuse_other_source, unit_records
 
 
-def refuse_changed(checkpoint: Checkpoint) -> None:
-    """Raise IntegrityError if a weight file is no longer the one whose header was read."""
-    for header in checkpoint.headers:
-        facts = header.path.stat()
-        if (facts.st_size, facts.st_mtime_ns) != (header.file_size, header.mtime_ns):
+def refuse_changed(checkpoint: Checkpoint, before: Sequence[Sequence[Any]]) -> None:
+    """Raise IntegrityError if a weight file was written or replaced since ``before`` (``source_times`` of then)."""
+    now = source_times(checkpoint)
+    for header, then, facts in zip(checkpoint.headers, before, now, strict=True):
+        if list(then) != facts or (facts[4], facts[1]) != (header.file_size, header.mtime_ns):
             raise IntegrityError(
                 "the source changed while it was read",
                 file=header.path,
-                remedy="run the same command again when the source is at rest",
+                expected=_told(then),
+                found=_told(facts),
+                remedy="run the same command again when the source is at rest: what was read is compared with it then",
             )
 
 
+def _told(facts: Sequence[Any]) -> str:
+    _, modified, changed, inode, size = facts
+    return f"{size:,} bytes, inode {inode}, modified at {modified} ns, changed at {changed} ns"
+
+
 def source_times(checkpoint: Checkpoint) -> list[list[Any]]:
-    """What changes when a weight file is written, replaced or touched; a copy may keep the first time, not the rest."""
-    facts = [(header.path.name, header.path.stat()) for header in checkpoint.headers]
-    return [[name, fact.st_mtime_ns, fact.st_ctime_ns, fact.st_ino] for name, fact in facts]
+    """Name, time of the last write, time of the last change, inode and size of every weight file.
+
+    Writing or replacing a file changes some of them; a tool may set the first time back, not the second.
+    Raises IntegrityError if a file is gone.
+    """
+    times = []
+    for header in checkpoint.headers:
+        try:
+            fact = header.path.stat()
+        except OSError as error:
+            raise IntegrityError(
+                "a file of the source was taken away while it was needed",
+                file=header.path,
+                found=error.strerror,
+                remedy="put it back and run the same command again",
+            ) from error
+        times.append([header.path.name, fact.st_mtime_ns, fact.st_ctime_ns, fact.st_ino, fact.st_size])
+    return times
 
 
 def target_path(directory: Path, artifact: ArtifactPlan) -> Path:
@@ -42,7 +65,7 @@ def target_path(directory: Path, artifact: ArtifactPlan) -> Path:
 def _journal_path(path: Path, options: Options) -> Path | None:
     if not options.checkpoints:
         return None
-    return (options.checkpoint_dir or path.parent) / f"{path.name}.journal"
+    return journal_path(path, options.checkpoint_dir)
 
 
 def open_output(artifact: ArtifactPlan, path: Path, options: Options, on_event: EventSink) -> ResumableOutput:
@@ -64,7 +87,9 @@ def partial_bytes(path: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
 
 
-def already_complete(source: Source, artifact: ArtifactPlan, path: Path, options: Options) -> bool:
+def already_complete(
+    source: Source, artifact: ArtifactPlan, path: Path, options: Options, on_event: EventSink
+) -> bool:
     """Whether ``path`` is this very artifact, finished. Anything else under that name is refused.
 
     A source that was written or replaced after the artifact is read once more: its hashes stand in the manifest.
@@ -81,7 +106,7 @@ def already_complete(source: Source, artifact: ArtifactPlan, path: Path, options
         if known.get("plan_sha256") == artifact.digest:
             made = manifest.stat().st_mtime_ns
             if any(max(times[1], times[2]) >= made for times in source_times(source.checkpoint)):
-                refuse_other_source(source.checkpoint, artifact, known)
+                refuse_other_source(source.checkpoint, artifact, known, on_event)
             discard_partial(path, _journal_path(path, options))
             return True
     raise UsageError(
@@ -94,6 +119,7 @@ def already_complete(source: Source, artifact: ArtifactPlan, path: Path, options
 def sealed_manifest(source: Source, target: Target) -> bytes:
     """The manifest: deterministic, without times or machine names, so that it is as reproducible as the artifact."""
     artifact = target.plan
+    tensors = unit_records(target)
     content = {
         "format": "gguf",
         "level": artifact.level,
@@ -103,7 +129,7 @@ def sealed_manifest(source: Source, target: Target) -> bytes:
         "files": [{"name": file.name, "size": file.size} for file in artifact.files],
         "left_out": source.left_out,
         "folded": dict(source.checkpoint.folded),
-        "nonfinite_replaced": replaced_values(target),
-        "tensors": unit_records(target),
+        **nonfinite_counts(tensors),
+        "tensors": tensors,
     }
     return manifest_bytes(content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ from llm_quantize.io.json_file import read_json_object
 
 MAX_MANIFEST_BYTES = 256 << 20
 SEAL = "manifest_sha256"
+
+# What became of NaN and infinite weights, counted per unit: replaced by zero, kept in a type that holds them, lost in
+# one that does not. Last: float16 scales (or values) that became infinite though every weight under them was finite.
+NONFINITE_FACTS = ("nonfinite_replaced", "nonfinite_kept", "nonfinite_lost", "scales_overflowed")
 
 _REMEDY = "delete it to verify without a manifest, or make the artifact again"
 
@@ -49,6 +53,17 @@ def read_manifest(file: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def nonfinite_counts(tensors: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """{fact: {tensor: count}} for each of NONFINITE_FACTS, from a manifest's "tensors"; counts of zero are left out."""
+    counts: dict[str, dict[str, int]] = {fact: {} for fact in NONFINITE_FACTS}
+    for entry in sorted(tensors, key=lambda tensor: str(tensor["name"])):
+        for fact, found in counts.items():
+            total = sum(unit.get(fact, 0) for unit in entry["units"])
+            if total:
+                found[entry["name"]] = total
+    return counts
+
+
 def _is_manifest(value: Mapping[str, Any]) -> bool:
     return (
         isinstance(value.get("identity"), dict)
@@ -63,6 +78,8 @@ def _is_tensor(entry: Any) -> bool:
 
 def _is_unit(entry: Any) -> bool:
     if not _has(entry, rows=list, sha256=str, source_sha256=str):
+        return False
+    if not all(isinstance(entry.get(fact, 0), int) for fact in NONFINITE_FACTS):
         return False
     rows = entry["rows"]
     return len(rows) == 2 and all(isinstance(row, int) for row in rows)

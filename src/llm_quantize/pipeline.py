@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llm_quantize import preflight
 from llm_quantize.artifact import (
@@ -19,25 +21,39 @@ from llm_quantize.artifact import (
 )
 from llm_quantize.engine import run, stop_on_signals
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.imatrix_file import read_imatrix
+from llm_quantize.manifest import nonfinite_counts, read_manifest
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.planning import Options, importance_rows, plan_source
 from llm_quantize.source import Source, open_source
-from llm_quantize.work import Recheck, Target, Worker, missing_units, replaced_values
+from llm_quantize.work import Recheck, Target, Worker, missing_units, unit_records
 
 __all__ = ["ArtifactResult", "Options", "Source", "open_source", "plan", "plan_source", "quantize"]
+
+Pool = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+
+_DEGRADED = {
+    "nonfinite_replaced": "{count} NaN or infinite weights were replaced by zero",
+    "nonfinite_lost": "{count} NaN or infinite weights are lost, their blocks damaged: {type} cannot hold them",
+    "scales_overflowed": "{count} finite blocks became infinite or NaN: their float16 scale overflows in {type}",
+}
 
 
 @dataclass(frozen=True)
 class ArtifactResult:
-    """A finished artifact. ``status``: "written", or "already complete". ``seconds``: CPU time spent quantizing it."""
+    """A finished artifact. ``status``: "written", or "already complete".
+
+    ``seconds``: CPU time of this run's units (read, hash, quantize, write), work that several artifacts share divided
+    equally among them. ``nonfinite``: {fact: {tensor: count}} as in the manifest, see ``manifest.NONFINITE_FACTS``.
+    """
 
     plan: ArtifactPlan
     path: Path
     status: str
     seconds: float
     resumed_units: int
-    degraded: Mapping[str, int] = field(default_factory=dict)
+    nonfinite: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def level(self) -> str:
@@ -46,6 +62,24 @@ class ArtifactResult:
     @property
     def size(self) -> int:
         return self.plan.size
+
+    @property
+    def degraded(self) -> dict[str, int]:
+        """How many values are not what the source says, per tensor; kept NaN and infinite ones are what it says."""
+        counts: dict[str, int] = {}
+        for fact in _DEGRADED:
+            for name, count in self.nonfinite.get(fact, {}).items():
+                counts[name] = counts.get(name, 0) + count
+        return dict(sorted(counts.items()))
+
+    def degradations(self) -> list[str]:
+        """The same as sentences: tensor, count, and what became of the values."""
+        types = {tensor.name: tensor.qtype for tensor in self.plan.tensors}
+        return [
+            f"{name}: " + text.format(count=count, type=types[name])
+            for fact, text in _DEGRADED.items()
+            for name, count in self.nonfinite.get(fact, {}).items()
+        ]
 
     @property
     def bits_per_weight(self) -> float:
@@ -62,8 +96,8 @@ def plan(
     options: Options | None = None,
     on_event: EventSink = ignore,
 ) -> list[ArtifactPlan]:
-    """Exact plans for each level, from headers alone; no weight is read and nothing is written."""
-    source = open_source(model, revision=revision, on_event=on_event)
+    """Exact plans for each level, from headers alone; no weight is read (or fetched) and nothing is written."""
+    source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
     with source.checkpoint:
         return plan_source(source, format, levels=levels, name=name, options=options or Options())
 
@@ -91,7 +125,10 @@ def quantize(
         for warning in (text for artifact in plans for text in artifact.warnings):
             on_event({"event": "warning", "text": warning})
         paths = [target_path(Path(output_dir), artifact) for artifact in plans]
-        done = [already_complete(source, artifact, path, options) for artifact, path in zip(plans, paths, strict=True)]
+        done = [
+            already_complete(source, artifact, path, options, on_event)
+            for artifact, path in zip(plans, paths, strict=True)
+        ]
         todo = [(artifact, path) for artifact, path, ready in zip(plans, paths, done, strict=True) if not ready]
         fitted = preflight.check(
             [artifact for artifact, _ in todo],
@@ -104,11 +141,35 @@ def quantize(
         written = _write_all(source, todo, options, fitted, on_event) if todo else {}
     results = []
     for artifact, path in zip(plans, paths, strict=True):
-        result = written.get(path) or ArtifactResult(artifact, path, "already complete", 0.0, 0)
+        result = written.get(path) or _complete(artifact, path)
         facts = {"level": result.level, "path": str(path), "size": result.size, "status": result.status}
         on_event({"event": "artifact", **facts})
         results.append(result)
     return results
+
+
+def _complete(artifact: ArtifactPlan, path: Path) -> ArtifactResult:
+    """The result of an artifact that an earlier run finished: as degraded as its manifest says."""
+    manifest = read_manifest(manifest_path(path)) or {}
+    return ArtifactResult(artifact, path, "already complete", 0.0, 0, nonfinite_counts(manifest.get("tensors", [])))
+
+
+def _recheck(recheck: Recheck, targets: Sequence[Target], pool: Pool, on_event: EventSink) -> None:
+    """Read back what an earlier run recorded, and tell how far that is: of a large model it takes minutes."""
+    jobs = [(target, key) for target in targets for key in target.output.records]
+    if not jobs:
+        return
+
+    def work(job: tuple[Target, str]) -> int:
+        target, key = job
+        recheck(job)
+        return target.output.spans[key].nbytes
+
+    done, total = 0, sum(target.output.spans[key].nbytes for target, key in jobs)
+    on_event({"event": "resuming", "units": len(jobs), "total": total})
+    for nbytes in pool(work, jobs):
+        done += nbytes
+        on_event({"event": "check", "what": "finished parts", "done": done, "total": total})
 
 
 def _write_all(
@@ -128,26 +189,25 @@ def _write_all(
             Target(artifact, stack.enter_context(open_output(artifact, path, options, on_event)))
             for artifact, path in todo
         ]
+        pool = partial(run, threads=threads, stop=stop, resumable=options.checkpoints)
         deep = any(target.output.notes.get("source_times") != times for target in targets)
-        rechecks = [(target, key) for target in targets for key in target.output.records]
-        resumed = dict.fromkeys((path for _, path in todo), 0)
-        for _ in run(Recheck(source.checkpoint, deep), rechecks, threads=threads, stop=stop):
-            pass
-        for target, (_, path) in zip(targets, todo, strict=True):
-            resumed[path] = len(target.output.records)
+        _recheck(Recheck(source.checkpoint, deep), targets, pool, on_event)
+        resumed = {path: len(target.output.records) for target, (_, path) in zip(targets, todo, strict=True)}
+        for target in targets:
             target.output.note({"source_times": times})
         units = list(missing_units(targets))
         total = sum(unit.weight for unit in units)
         facts = {"total": total, "threads": threads, "memory_needed": fitted.memory_needed}
         on_event({"event": "start", **facts, "resumed_units": sum(resumed.values())})
         finished = 0
-        for unit in run(worker, units, threads=threads, stop=stop):
+        for unit in pool(worker, units):
             finished += unit.weight
             on_event({"event": "progress", "done": finished, "total": total})
-        refuse_changed(source.checkpoint)
+        refuse_changed(source.checkpoint, times)
         for target in targets:
             target.output.finish(sealed_manifest(source, target))
-    return {
-        path: ArtifactResult(artifact, path, "written", target.seconds, resumed[path], replaced_values(target))
-        for target, (artifact, path) in zip(targets, todo, strict=True)
-    }
+    results = {}
+    for target, (artifact, path) in zip(targets, todo, strict=True):
+        counts = nonfinite_counts(unit_records(target))
+        results[path] = ArtifactResult(artifact, path, "written", target.seconds, resumed[path], counts)
+    return results

@@ -26,23 +26,33 @@ from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
 from llm_quantize.io.output import HASH_CHUNK
 from llm_quantize.io.paths import opened, pread_into
-from llm_quantize.manifest import read_manifest
+from llm_quantize.manifest import NONFINITE_FACTS, read_manifest
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.source import Source, open_source
 
-# Largest plausible relative error ||Q - W|| / ||W|| of a sound tensor, by stored bits per weight (rounding of
-# heavy-tailed weights included). Above it the tensor is not a quantization of this source.
-_ERROR_BOUNDS = ((32.0, 0.0), (16.0, 0.005), (8.0, 0.03), (6.0, 0.08), (5.0, 0.15), (4.0, 0.3), (3.0, 0.5), (0.0, 1.0))
+# Largest plausible relative error ||Q - W|| / ||W|| of a sound tensor, by type: about twice what heavy-tailed weights
+# (Student's t of 2 to 4 degrees, outliers of 3 to 30 deviations, pruned rows) give, and below 1, which zeros give.
+_ERROR_BOUNDS = {
+    **{"f32": 0.0, "f16": 0.005, "bf16": 0.005, "q8_0": 0.03, "q6_k": 0.08},
+    **{"q5_0": 0.15, "q5_1": 0.12, "q5_k": 0.12, "q4_0": 0.25, "q4_1": 0.22, "q4_k": 0.22, "iq4_nl": 0.22},
+    **{"iq4_xs": 0.22, "mxfp4": 0.3, "q3_k": 0.4, "q2_k": 0.6, "tq1_0": 0.98, "tq2_0": 0.98},
+}
 
 
 @dataclass
 class TensorCheck:
-    """One tensor: ``hash`` is "ok", "mismatch" or "unknown"; ``relative_error`` (RMS) where a source was given."""
+    """One tensor: ``hash`` is "ok", "mismatch" or "unknown"; ``relative_error`` (RMS, over the values that are finite
+    in both) and ``source_nonfinite`` (NaN and infinite weights) where a source was given. The three counts in the
+    middle are what the manifest says of the source's NaN and infinite weights."""
 
     name: str
     type: str
     hash: str = "unknown"
     nonfinite: int = 0
+    nonfinite_replaced: int = 0
+    nonfinite_kept: int = 0
+    nonfinite_lost: int = 0
+    source_nonfinite: int | None = None
     relative_error: float | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -65,19 +75,27 @@ class Verification:
         """Every problem in one list, tensor names in front."""
         return self.problems + [f"{check.name}: {text}" for check in self.tensors for text in check.problems]
 
+    def error(self) -> IntegrityError | None:
+        """An error that names the first problem, if there is any."""
+        problems = self.all_problems()
+        if not problems:
+            return None
+        return IntegrityError(
+            "the artifact is not what it should be",
+            file=self.path,
+            found=f"{problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""),
+            remedy="make it again with --overwrite, or copy it again",
+        )
+
     def raise_on_problems(self) -> None:
         """Raise IntegrityError naming the first problem, if there is any."""
-        problems = self.all_problems()
-        if problems:
-            raise IntegrityError(
-                "the artifact is not what it should be",
-                file=self.path,
-                found=f"{problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""),
-                remedy="make it again with --overwrite, or copy it again",
-            )
+        error = self.error()
+        if error is not None:
+            raise error
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """JSON-ready: the outcome, and the facts of ``error()`` beside it where something is wrong."""
+        error = self.error()
         return {
             "artifact": str(self.path),
             "ok": self.ok,
@@ -85,6 +103,7 @@ class Verification:
             "compared_with_source": self.compared,
             "problems": self.all_problems(),
             "tensors": [vars(check) for check in self.tensors],
+            **(error.to_dict() if error is not None else {}),
         }
 
 
@@ -218,6 +237,9 @@ def _check_tensor(
 ) -> TensorCheck:
     check = TensorCheck(tensor.name, tensor.type.name.lower())
     if known is not None:
+        check.nonfinite_replaced, check.nonfinite_kept, check.nonfinite_lost = (
+            sum(unit.get(fact, 0) for unit in known["units"]) for fact in NONFINITE_FACTS[:3]
+        )
         _check_hashes(file, tensor, known, check)
     if check.type not in QTYPES:
         check.problems.append(f"type {check.type} cannot be decoded by this version; values were not checked")
@@ -227,16 +249,21 @@ def _check_tensor(
         output = next((o for o in source.tensors.outputs if o.name == tensor.name), None)
         if output is not None and _squeezed(output.shape) != _squeezed(tensor.shape):
             output = None
+    poisoned = 0
     error = norm = 0.0
     for start, stop, values in _decoded(file, tensor):
         finite = np.isfinite(values)
         check.nonfinite += int(values.size - np.count_nonzero(finite))
         if output is not None and source is not None:
             exact = to_float32(read_output_rows(source.checkpoint, output, start, stop)).reshape(values.shape)
-            error += float(np.sum(np.square(values - exact, dtype=np.float64)))
-            norm += float(np.sum(np.square(exact, dtype=np.float64)))
-    if check.nonfinite:
-        check.problems.append(f"{check.nonfinite} values are NaN or infinite")
+            known_values = np.isfinite(exact)
+            check.source_nonfinite = (check.source_nonfinite or 0) + int(exact.size - np.count_nonzero(known_values))
+            poisoned += int(np.count_nonzero(known_values & ~finite))
+            wanted = np.where(known_values, exact, 0)
+            off = np.where(finite & known_values, values, wanted) - wanted
+            error += float(np.sum(np.square(off, dtype=np.float64)))
+            norm += float(np.sum(np.square(wanted, dtype=np.float64)))
+    _judge_nonfinite(check, poisoned, has_manifest=known is not None)
     if output is not None:
         check.relative_error = float(np.sqrt(error / norm)) if norm > 0 else float(np.sqrt(error))
         bound = error_bound(check.type)
@@ -245,10 +272,27 @@ def _check_tensor(
     return check
 
 
+def _judge_nonfinite(check: TensorCheck, poisoned: int, *, has_manifest: bool) -> None:
+    """NaN and infinite values are right only where the manifest says that the source's were kept.
+
+    ``poisoned``: how many stand where the source is finite.
+    """
+    if check.nonfinite != check.nonfinite_kept:
+        kept = f", {check.nonfinite_kept} of the source were kept" if check.nonfinite_kept else ""
+        lost = f", {check.nonfinite_lost} of the source were lost" if check.nonfinite_lost else ""
+        check.problems.append(f"{check.nonfinite} values are NaN or infinite{kept}{lost}")
+    elif poisoned:
+        check.problems.append(f"{poisoned} values are NaN or infinite where the source is finite")
+    recorded = check.nonfinite_replaced + check.nonfinite_kept + check.nonfinite_lost
+    if has_manifest and check.source_nonfinite is not None and check.source_nonfinite != recorded:
+        check.problems.append(
+            f"{check.source_nonfinite} weights of the source are NaN or infinite, the manifest knows of {recorded}"
+        )
+
+
 def error_bound(qtype: str) -> float:
     """The relative error above which a tensor of this type is not taken for a quantization of its source."""
-    bits = QTYPES[qtype].bits_per_weight
-    return next(bound for least, bound in _ERROR_BOUNDS if bits >= least)
+    return _ERROR_BOUNDS[qtype]
 
 
 def _check_hashes(file: GgufFile, tensor: TensorEntry, known: Mapping[str, Any], check: TensorCheck) -> None:

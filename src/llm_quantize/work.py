@@ -26,19 +26,22 @@ from llm_quantize.assemble import (
     unit_ranges,
 )
 from llm_quantize.errors import IntegrityError, NumericPolicyError
+from llm_quantize.events import EventSink
 from llm_quantize.io.output import ResumableOutput
+from llm_quantize.manifest import NONFINITE_FACTS
 from llm_quantize.plan import ArtifactPlan, TensorPlan, unit_key
-from llm_quantize.qtypes import QTYPES
+from llm_quantize.qtypes import QTYPES, QType
 
 Importance = Mapping[str, npt.NDArray[np.float32]]
 
-_UNIT_FACTS = ("sha256", "source_sha256", "nonfinite_replaced")
+_UNIT_FACTS = ("sha256", "source_sha256", *NONFINITE_FACTS)
+_HOLDS_NONFINITE = ("f32", "f16", "bf16")
 NONFINITE_POLICIES = ("refuse", "zero", "keep")
 
 
 @dataclass
 class Target:
-    """An artifact being made: its plan and its open output; ``seconds`` of thread time spent on it so far."""
+    """An artifact being made: its plan and its open output; ``seconds``: its share of this run's thread time so far."""
 
     plan: ArtifactPlan
     output: ResumableOutput
@@ -81,6 +84,28 @@ def missing_units(targets: Sequence[Target]) -> Iterator[Unit]:
                 yield Unit(index, start, stop, wanting)
 
 
+class _Clock:
+    """Divides this thread's CPU time among artifacts: each span since the last charge goes to those it served."""
+
+    def __init__(self) -> None:
+        self._last = time.thread_time()
+
+    def charge(self, *targets: Target) -> None:
+        """The time since the last charge, in equal parts."""
+        now = time.thread_time()
+        for target in targets:
+            with target.lock:
+                target.seconds += (now - self._last) / len(targets)
+        self._last = now
+
+
+def _infinite_blocks(qtype: QType, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
+    """Blocks in which a float16 scale (or value) is infinite or NaN: it poisons the whole block in silence."""
+    blocks = packed.reshape(-1, qtype.block_bytes)
+    found = [np.flatnonzero((blocks[:, offset + 1] & 0x7C) == 0x7C) for offset in qtype.half_offsets]
+    return np.unique(np.concatenate(found)) if any(part.size for part in found) else np.empty(0, np.intp)
+
+
 @dataclass(frozen=True)
 class Worker:
     """Quantizes units. ``importance``: float32 (matrices, columns) per output tensor; ``files``: where each source
@@ -101,65 +126,70 @@ class Worker:
 
     def __call__(self, unit: Unit) -> Unit:
         """Do one unit. Raises NumericPolicyError for NaN, infinity or an overflowing scale."""
+        clock = _Clock()
         source_digest = hashlib.sha256()
         digests = [hashlib.sha256() for _ in unit.targets]
-        replaced = 0
+        nonfinite = 0
+        overflowed: dict[str, int] = {}
         for matrix, start, stop in chunk_ranges(unit.output.shape, unit.start, unit.stop):
             rows = read_output_rows(self.source, unit.output, start, stop, buffer=self._buffer(), digest=source_digest)
             rows, count = self._finite(unit.output, rows, start)
-            replaced += count
+            nonfinite += count
+            clock.charge(*unit.targets)
             packed: dict[str, npt.NDArray[np.uint8]] = {}
             for target, digest in zip(unit.targets, digests, strict=True):
-                began = time.thread_time()
                 tensor = target.plan.tensors[unit.tensor]
                 if tensor.qtype not in packed:
-                    packed[tensor.qtype] = self._quantize(tensor, rows, matrix, start)
+                    packed[tensor.qtype], bad = self._quantize(tensor, rows, matrix, start)
+                    overflowed[tensor.qtype] = overflowed.get(tensor.qtype, 0) + bad
+                    clock.charge(*(t for t in unit.targets if t.plan.tensors[unit.tensor].qtype == tensor.qtype))
                 data = packed[tensor.qtype]
                 span = tensor.span(unit.start, unit.stop)
                 target.output.write(span, (start - unit.start) * tensor.row_bytes, data.data)
                 digest.update(data.data)
-                with target.lock:
-                    target.seconds += time.thread_time() - began
+                clock.charge(target)
         for target, digest in zip(unit.targets, digests, strict=True):
             facts: dict[str, Any] = {"sha256": digest.hexdigest(), "source_sha256": source_digest.hexdigest()}
-            if replaced:
-                facts["nonfinite_replaced"] = replaced
+            qtype = target.plan.tensors[unit.tensor].qtype
+            counts = {self._fate(qtype): nonfinite, "scales_overflowed": overflowed.get(qtype, 0)}
+            facts |= {fact: count for fact, count in counts.items() if count}
             target.output.record(unit.key, facts)
+            clock.charge(target)
         return unit
 
-    def _quantize(self, tensor: TensorPlan, rows: Rows, matrix: int, start: int) -> npt.NDArray[np.uint8]:
+    def _fate(self, qtype: str) -> str:
+        """What becomes of a NaN or infinite weight in this type: one of NONFINITE_FACTS."""
+        if self.nonfinite != "keep":
+            return "nonfinite_replaced"
+        return "nonfinite_kept" if qtype in _HOLDS_NONFINITE else "nonfinite_lost"
+
+    def _quantize(self, tensor: TensorPlan, rows: Rows, matrix: int, start: int) -> tuple[npt.NDArray[np.uint8], int]:
+        """Packed rows, and how many float16 scales overflowed in them (only under "keep"; else that is refused)."""
         qtype = QTYPES[tensor.qtype]
         vectors = self.importance.get(tensor.name) if qtype.uses_importance else None
         importance = None if vectors is None else np.ascontiguousarray(vectors[matrix])
         packed = kernels.quantize(tensor.qtype, rows, importance)
-        if self.nonfinite != "keep":
-            self._check_scales(tensor, packed, start)
-        return packed
-
-    def _check_scales(self, tensor: TensorPlan, packed: npt.NDArray[np.uint8], start: int) -> None:
-        """A float16 scale (or value) that became infinite would poison its whole block in silence."""
-        qtype = QTYPES[tensor.qtype]
-        blocks = packed.reshape(-1, qtype.block_bytes)
-        for offset in qtype.half_offsets:
-            high = blocks[:, offset + 1]
-            bad = (high & 0x7C) == 0x7C
-            if bad.any():
-                row = start + int(np.flatnonzero(bad)[0]) * qtype.block_size // max(1, tensor.output.shape[-1])
-                raise NumericPolicyError(
-                    f"the weights are too large for {tensor.qtype}: a float16 scale overflows",
-                    tensor=tensor.name,
-                    found=f"row {row}",
-                    expected="magnitudes below about 65504",
-                    remedy=f"keep this tensor in BF16: --tensor-type '^{tensor.name}$=bf16', or --nonfinite=keep",
-                )
+        bad = _infinite_blocks(qtype, packed)
+        if not bad.size:
+            return packed, 0
+        if self.nonfinite == "keep":
+            # A block that held NaN or infinity before is counted by its weights, not here.
+            weights = to_float32(rows).reshape(-1, qtype.block_size)[bad]
+            return packed, int(np.count_nonzero(np.isfinite(weights).all(axis=1)))
+        row = start + int(bad[0]) * qtype.block_size // max(1, tensor.output.shape[-1])
+        raise NumericPolicyError(
+            f"the weights are too large for {tensor.qtype}: a float16 scale overflows",
+            tensor=tensor.name,
+            found=f"row {row}",
+            expected="magnitudes below about 65504",
+            remedy=f"keep this tensor in BF16: --tensor-type '^{tensor.name}$=bf16'",
+        )
 
     def _finite(self, output: OutputTensor, rows: Rows, start: int) -> tuple[Rows, int]:
-        """The rows, by the policy for NaN and infinity, and how many values were replaced."""
-        if self.nonfinite == "keep":
-            return rows, 0
+        """The rows, by the policy for NaN and infinity, and how many such values the source has there."""
         count, first = kernels.scan_nonfinite(rows)
-        if count == 0:
-            return rows, 0
+        if count == 0 or self.nonfinite == "keep":
+            return rows, count
         if self.nonfinite == "zero":
             return np.nan_to_num(to_float32(rows), nan=0.0, posinf=0.0, neginf=0.0), count
         columns = rows.shape[-1]
@@ -171,7 +201,8 @@ class Worker:
             tensor=output.name,
             found=f"{total} such values, the first at row {start + first // columns}, column {first % columns}",
             expected="finite weights",
-            remedy=f"check the source ({sources}); --nonfinite=zero replaces them, --nonfinite=keep copies them",
+            remedy=f"check the source ({sources}); --nonfinite=zero replaces them by zero; --nonfinite=keep keeps them "
+            "in F32, F16 and BF16 tensors only (in a quantized type they are lost, and their block is damaged)",
         )
 
     def _count_nonfinite(self, output: OutputTensor) -> int:
@@ -189,7 +220,15 @@ class Recheck:
     deep: bool
 
     def __call__(self, job: tuple[Target, str]) -> bool:
-        target, key = job
+        """Whether the unit's bytes are as recorded. Raises IntegrityError where the source changed."""
+        target, _ = job
+        clock = _Clock()
+        try:
+            return self._sound(*job)
+        finally:
+            clock.charge(target)
+
+    def _sound(self, target: Target, key: str) -> bool:
         record = target.output.records[key]
         if not target.output.check(key):
             return False
@@ -198,19 +237,28 @@ class Recheck:
         tensor, start, stop = _parse_key(target.plan, key)
         found = _source_hash(self.source, tensor, start, stop)
         if found != record["source_sha256"]:
+            if target.output.replace:
+                target.output.forget(key)
+                return False
             raise _source_changed("since the unfinished run", tensor, record["source_sha256"], found)
         return True
 
 
-def refuse_other_source(source: RowSource, plan: ArtifactPlan, manifest: Mapping[str, Any]) -> None:
+def refuse_other_source(
+    source: RowSource, plan: ArtifactPlan, manifest: Mapping[str, Any], on_event: EventSink
+) -> None:
     """Raise IntegrityError naming the first tensor whose weights are not those that ``manifest``'s artifact holds."""
     tensors = {tensor.name: tensor for tensor in plan.tensors}
+    done, progress = 0, {"event": "check", "what": "the source, changed since the artifact was made"}
+    on_event({**progress, "done": 0, "total": plan.weights})
     for entry in manifest.get("tensors", []):
         tensor = tensors[entry["name"]]
         for unit in entry["units"]:
             found = _source_hash(source, tensor, *unit["rows"])
             if found != unit["source_sha256"]:
                 raise _source_changed("since the artifact was made", tensor, unit["source_sha256"], found)
+            done += (unit["rows"][1] - unit["rows"][0]) * matrix_shape(tensor.output.shape)[1]
+            on_event({**progress, "done": done, "total": plan.weights})
 
 
 def _source_hash(source: RowSource, tensor: TensorPlan, start: int, stop: int) -> str:
@@ -235,16 +283,6 @@ def _parse_key(plan: ArtifactPlan, key: str) -> tuple[TensorPlan, int, int]:
     start, _, stop = rows.rstrip("]").partition(":")
     tensor = next(tensor for tensor in plan.tensors if tensor.name == name)
     return tensor, int(start), int(stop)
-
-
-def replaced_values(target: Target) -> dict[str, int]:
-    """How many non-finite weights were replaced, per tensor that had any."""
-    counts: dict[str, int] = {}
-    for key, record in target.output.records.items():
-        if record.get("nonfinite_replaced"):
-            name = key.rpartition("[")[0]
-            counts[name] = counts.get(name, 0) + record["nonfinite_replaced"]
-    return dict(sorted(counts.items()))
 
 
 def unit_records(target: Target) -> list[dict[str, Any]]:
