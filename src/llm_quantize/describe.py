@@ -27,7 +27,7 @@ def describe(model: str, *, revision: str | None = None, on_event: EventSink = i
     split = path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf"))
     if split or (path.name.endswith(".gguf") and path.is_file()):
         return _describe_gguf([read_gguf(part) for part in artifact_files(path)])
-    source = open_source(model, revision=revision, on_event=on_event)
+    source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
     with source.checkpoint:
         return _describe_source(source)
 
@@ -44,7 +44,7 @@ def _describe_source(source: Source) -> dict[str, Any]:
     tokens = min(CONTEXT, hyper.context_length) if hyper.context_length else CONTEXT
     return {
         "name": checkpoint.name,
-        "directory": str(checkpoint.directory),
+        "directory": None if checkpoint.temporary is not None else str(checkpoint.directory),
         "revision": checkpoint.revision,
         "model_type": checkpoint.config.get("model_type"),
         "architecture": source.architecture.gguf_name,
@@ -86,11 +86,12 @@ def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:
         found = metadata.get(key)
         return None if found is None else found.value
 
+    words = value(keys.LIST)
     return {
         "tokenizer": {
             "model": value(keys.MODEL),
             "pre_tokenizer": value(keys.PRE),
-            "tokens": len(value(keys.LIST) or []),
+            "tokens": len(words) if isinstance(words, Sequence) else 0,
             "chat_template": keys.CHAT_TEMPLATE in metadata,
         }
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_quantize.cli.common import Mode, emit_json, events, json_option, mode
+from llm_quantize.cli.common import Mode, emit_json, events, json_option, line, mode, sheltered
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,14 +57,14 @@ def _progress(shown: Mode) -> Iterator[EventSink]:
 
         def draw(event: Mapping[str, Any]) -> None:
             if event["event"] == "warning":
-                console.print(f"warning: {event['text']}", style="yellow", markup=False, highlight=False)
+                console.print(f"warning: {line(event['text'])}", style="yellow", markup=False, highlight=False)
             elif event["event"] in ("progress", "measure"):
                 stage = "quantize" if event["event"] == "progress" else "measure in llama.cpp"
                 progress.update(task, description=stage, completed=event["done"], total=event["total"])
             elif event["event"] == "stage":
                 progress.update(task, description=event["text"], completed=0, total=None)
 
-        yield draw
+        yield sheltered(draw)
 
 
 def _with_stage_line(sink: EventSink) -> EventSink:
@@ -73,7 +73,7 @@ def _with_stage_line(sink: EventSink) -> EventSink:
             click.echo(f"measure: 100% ({event['total']} windows through every file in llama.cpp)", err=True)
         sink(event)
 
-    return plain
+    return sheltered(plain)
 
 
 def _show(result: DemoResult, output_dir: str | None) -> None:
@@ -90,12 +90,14 @@ def _show(result: DemoResult, output_dir: str | None) -> None:
     )
     console.print(f"\nAfter “{result.prompt}” they write:", markup=False)
     for row in result.rows:
-        line = Text(f"  {row.level:8}")
-        line.append(" ".join(row.text.split()))
-        line.truncate(console.width, overflow="ellipsis")
-        console.print(line)
-    console.print(f"\nF32 in llama.cpp against the source in transformers: {_agreement(result.agreement)}")
-    console.print(f"{result.seconds:.0f} seconds in all. {_next_step(output_dir)}", markup=False, soft_wrap=True)
+        text = Text(f"  {row.level:8}")
+        text.append(line(" ".join(row.text.split())))
+        if console.is_terminal:
+            text.truncate(console.width, overflow="ellipsis")
+        console.print(text, soft_wrap=True)
+    agreement = line(_agreement(result.agreement))
+    console.print(f"\nF32 in llama.cpp against the source in transformers: {agreement}", markup=False)
+    console.print(f"{result.seconds:.0f} seconds in all. {line(_next_step(output_dir))}", markup=False, soft_wrap=True)
 
 
 def _table(result: DemoResult) -> Table:

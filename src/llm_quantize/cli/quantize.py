@@ -6,7 +6,19 @@ from typing import Any
 
 import click
 
-from llm_quantize.cli.common import build_options, emit_json, events, json_option, mode, recipe_options, warn
+from llm_quantize.cli.common import (
+    build_options,
+    emit_json,
+    events,
+    json_option,
+    mode,
+    recipe_options,
+    verbose_option,
+    warn,
+)
+from llm_quantize.errors import NumericPolicyError
+
+DEGRADED = 20
 
 
 @click.command("quantize")
@@ -20,39 +32,49 @@ from llm_quantize.cli.common import build_options, emit_json, events, json_optio
 @click.option("--overwrite", is_flag=True, help="Replace an existing or unfinished output.")
 @click.option("--ignore-space", is_flag=True, help="Try even if the disk looks too small.")
 @click.option("--strict", is_flag=True, help="Exit with 9 instead of 20 when the result is degraded.")
+@verbose_option
 @json_option
 @click.pass_context
-def command(ctx: click.Context, /, as_json: bool, model: str, format: str, **arguments: Any) -> int:
+def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, format: str, **arguments: Any) -> int:
     """Quantize MODEL to FORMAT (gguf) at one or more levels, in one pass over the source.
 
     The same command after an interruption continues, and ends in the same bytes.
 
     Example: llm-quantize quantize ./Llama-3.2-1B gguf -q Q4_K_M -q Q8_0 -o out
     """
-    from llm_quantize import pipeline, report
+    from llm_quantize import pipeline, preflight, report
 
-    shown = mode(ctx, as_json)
+    shown = mode(ctx, as_json, verbose)
     options = build_options(arguments)
     common = {"levels": arguments["levels"], "name": arguments["name"], "revision": arguments["revision"]}
     if arguments["dry_run"]:
         with events(shown, "plan") as sink:
             plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
-        emit_json(report.plans_to_dict(plans)) if shown.json else report.print_plans(plans, verbose=shown.verbose)
+        threads = preflight.fit_threads(plans, threads=options.threads, max_ram=options.max_ram)
+        if shown.json:
+            emit_json(report.plans_to_dict(plans, threads))
+        else:
+            report.print_plans(plans, verbose=shown.verbose, threads=threads)
         return 0
     with events(shown, "quantize") as sink:
         results = pipeline.quantize(
             model, format, output_dir=arguments["output_dir"], options=options, on_event=sink, **common
         )
+    error = report.strict_error(results) if arguments["strict"] else None
     if shown.json:
-        emit_json({"artifacts": [report.result_to_dict(result) for result in results]})
-    elif not shown.quiet:
-        report.print_results(results)
-    return _exit_code(results, shown, arguments["strict"])
+        facts = error.to_dict() if error is not None else {}
+        emit_json({"artifacts": [report.result_to_dict(result) for result in results], **facts})
+        return _exit_code(results, strict=arguments["strict"])
+    report.print_results(results)
+    for result in results:
+        for text in result.degradations():
+            warn(shown, f"{result.path.name}: {text}")
+    if error is not None:
+        raise error
+    return _exit_code(results, strict=False)
 
 
-def _exit_code(results: Any, shown: Any, strict: bool) -> int:
-    degraded = [result for result in results if result.degraded]
-    for result in degraded:
-        for name, count in result.degraded.items():
-            warn(shown, f"{result.path.name}: {name}: {count} non-finite weights were replaced by zero")
-    return (9 if strict else 20) if degraded else 0
+def _exit_code(results: Any, *, strict: bool) -> int:
+    if not any(result.degraded for result in results):
+        return 0
+    return NumericPolicyError.exit_code if strict else DEGRADED

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import click
 
-from llm_quantize.cli.common import emit_json, events, json_option, mode
+from llm_quantize.cli.common import emit_json, events, json_option, mode, verbose_option
 
 
 @click.command("verify")
 @click.argument("artifact", type=click.Path())
 @click.option("--source", metavar="MODEL", help="Also compare every tensor with the model it was made from.")
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a hub source.")
+@verbose_option
 @json_option
 @click.pass_context
-def command(ctx: click.Context, as_json: bool, artifact: str, source: str | None, revision: str | None) -> int:
+def command(
+    ctx: click.Context, as_json: bool, verbose: int, artifact: str, source: str | None, revision: str | None
+) -> int:
     """Check every tensor of ARTIFACT: structure, manifest hashes, finite values, and the error against --source.
 
     ARTIFACT is a .gguf file, or the directory of a split one. Exits with 8 where something does not match.
     """
     from llm_quantize import report
+    from llm_quantize.errors import IntegrityError
     from llm_quantize.verify import verify
 
-    shown = mode(ctx, as_json)
+    shown = mode(ctx, as_json, verbose)
     with events(shown, "verify") as sink:
         outcome = verify(artifact, source=source, revision=revision, on_event=sink)
     if shown.json:
         emit_json(outcome.to_dict())
-    else:
-        report.print_verification(outcome, verbose=shown.verbose)
+        return 0 if outcome.ok else IntegrityError.exit_code
+    report.print_verification(outcome, verbose=shown.verbose)
     outcome.raise_on_problems()
     return 0

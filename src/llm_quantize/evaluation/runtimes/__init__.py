@@ -77,4 +77,4 @@ def warn_beyond(prompt: int, answer: int, trained: int, on_event: EventSink) -> 
 
 def context_for(prompt: str, max_tokens: int) -> int:
     """A context length that surely holds the prompt (no more tokens than bytes, plus a template) and the answer."""
-    return min(32_768, len(prompt.encode()) + 512 + max_tokens)
+    return min(32_768, len(prompt.encode("utf-8", "surrogatepass")) + 512 + max_tokens)

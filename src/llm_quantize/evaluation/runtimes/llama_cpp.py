@@ -304,7 +304,7 @@ class LlamaCpp:
 
     def _known_template(self, template: bytes, messages: Sequence[Mapping[str, str]]) -> str | None:
         """The rendered chat where llama.cpp recognises ``template``, else None."""
-        pairs = [ChatMessage(m["role"].encode(), m["content"].encode()) for m in messages]
+        pairs = [ChatMessage(m["role"].encode(), m["content"].encode("utf-8", "surrogatepass")) for m in messages]
         array, room = (ChatMessage * len(pairs))(*pairs), 1024
         while True:
             buffer = ctypes.create_string_buffer(room)
