@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +16,11 @@ from gguf.quants import dequantize
 from safetensors.numpy import load_file, save_file
 
 from llm_quantize import checkpoint as checkpoint_module
-from llm_quantize import pipeline
-from llm_quantize.assemble import to_float32
+from llm_quantize import kernels, pipeline, work
+from llm_quantize.assemble import chunk_ranges, matrix_shape, to_float32
 from llm_quantize.checkpoint import open_checkpoint
-from llm_quantize.errors import NumericPolicyError, ResourceError, UnsupportedError, UsageError
+from llm_quantize.cli import run
+from llm_quantize.errors import NumericPolicyError, ResourceError, StoppedError, UnsupportedError, UsageError
 from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.pipeline import Options
 from llm_quantize.recipes import Overrides
@@ -168,6 +172,118 @@ def test_nonfinite_weights_are_named(demo_model: Path, tmp_path: Path) -> None:
     )
     tensors = {tensor.name: tensor.data for tensor in GGUFReader(kept.path).tensors}
     assert np.isinf(tensors["blk.2.ffn_up.weight"][5, 7])
+    assert kept.nonfinite["nonfinite_kept"] == {"blk.2.ffn_up.weight": 2}
+    assert kept.degraded == {}
+
+
+@pytest.mark.parametrize("policy", ["zero", "keep"])
+def test_degraded_again_after_a_resume_and_a_rerun(demo_model: Path, tmp_path: Path, policy: str) -> None:
+    """The refusal of the first run, an interruption and a second call end in one manifest and one answer."""
+    model = broken_copy(demo_model, tmp_path, np.nan)
+    levels = ["Q6_K", "BF16"]
+    options = Options(nonfinite=policy, threads=1)
+    whole = pipeline.quantize(str(model), levels=levels, output_dir=tmp_path / "whole", options=options)
+
+    def stop(event: Mapping[str, Any]) -> None:
+        if event["event"] == "progress" and event["done"] > 0.8 * event["total"]:
+            raise StoppedError("test")
+
+    with pytest.raises(StoppedError):
+        pipeline.quantize(str(model), levels=levels, output_dir=tmp_path / "part", options=options, on_event=stop)
+    resumed = pipeline.quantize(str(model), levels=levels, output_dir=tmp_path / "part", options=options)
+    again = pipeline.quantize(str(model), levels=levels, output_dir=tmp_path / "part", options=options)
+    assert all(result.resumed_units for result in resumed)
+    assert {result.status for result in again} == {"already complete"}
+    name = "blk.2.ffn_up.weight"
+    lost = {"zero": "nonfinite_replaced", "keep": "nonfinite_lost"}[policy]
+    kept = {"zero": "nonfinite_replaced", "keep": "nonfinite_kept"}[policy]
+    for first, second, third, fact in zip(whole, resumed, again, (lost, kept), strict=True):
+        assert first.nonfinite == second.nonfinite == third.nonfinite
+        assert {key: value for key, value in first.nonfinite.items() if value} == {fact: {name: 2}}
+        assert first.degraded == ({name: 2} if fact != "nonfinite_kept" else {})
+        assert first.degradations() == second.degradations() == third.degradations()
+        files = [result.path.with_name(result.path.name + ".manifest.json") for result in (first, second)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert json.loads(files[0].read_bytes())[fact] == {name: 2}
+    if policy == "keep":
+        assert "q6_k cannot hold them" in whole[0].degradations()[0]
+
+
+def test_kept_overflow_is_degraded(demo_model: Path, tmp_path: Path) -> None:
+    model = broken_copy(demo_model, tmp_path, 1e30)
+    levels = ["Q8_0", "F16", "BF16"]
+    q8, f16, bf16 = pipeline.quantize(
+        str(model), levels=levels, output_dir=tmp_path / "out", options=Options(nonfinite="keep")
+    )
+    assert q8.nonfinite["scales_overflowed"] == f16.nonfinite["scales_overflowed"] == {"blk.2.ffn_up.weight": 2}
+    assert q8.degraded == f16.degraded == {"blk.2.ffn_up.weight": 2}
+    assert bf16.degraded == {}
+
+
+def test_exit_code_and_list_stay_the_same(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = broken_copy(demo_model, tmp_path, np.inf)
+    words = ["quantize", str(model), "-q", "Q8_0", "-o", str(tmp_path / "out"), "--nonfinite=keep"]
+    lists = []
+    for _ in range(2):
+        assert run([*words, "--json"]) == 20
+        (artifact,) = json.loads(capsys.readouterr().out)["artifacts"]
+        assert artifact["nonfinite_lost"] == {"blk.2.ffn_up.weight": 2}
+        lists.append(artifact["degraded"])
+    assert lists[0] == lists[1] != []
+    assert run([*words, "--json", "--strict"]) == 9
+    outcome = json.loads(capsys.readouterr().out)
+    assert (outcome["error"], outcome["exit_code"]) == ("numeric-policy", 9)
+    assert outcome["artifacts"][0]["degraded"] == lists[0]
+    assert run(words) == 20
+    assert "q8_0 cannot hold them" in capsys.readouterr().err
+    assert run([*words, "--strict"]) == 9
+    assert "--strict" in capsys.readouterr().err
+
+
+def test_cpu_seconds_are_divided_by_use(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that only reading (64 ticks a chunk) and quantizing (1 to 3 ticks) move."""
+    ticks = [0]
+    cost = {"q8_0": 1, "f32": 0, "q4_k": 3, "q5_k": 3, "q6_k": 2}
+    read, quantize = work.read_output_rows, kernels.quantize
+
+    def reading(*rest: Any, **named: Any) -> Any:
+        ticks[0] += 64
+        return read(*rest, **named)
+
+    def quantizing(qtype: str, *rest: Any) -> Any:
+        ticks[0] += cost[qtype]
+        return quantize(qtype, *rest)
+
+    monkeypatch.setattr(work, "read_output_rows", reading)
+    monkeypatch.setattr(work, "kernels", SimpleNamespace(quantize=quantizing, scan_nonfinite=kernels.scan_nonfinite))
+    monkeypatch.setattr(work, "time", SimpleNamespace(thread_time=lambda: float(ticks[0])))
+    results = pipeline.quantize(
+        str(demo_model), levels=["Q4_K_M", "Q8_0", "Q4_K_S"], output_dir=tmp_path, options=Options(threads=1)
+    )
+    assert sum(result.seconds for result in results) == pytest.approx(ticks[0])
+    expected = [0.0, 0.0, 0.0]
+    for tensors in zip(*(result.plan.tensors for result in results), strict=True):
+        types = [tensor.qtype for tensor in tensors]
+        shape = tensors[0].output.shape
+        chunks = len(list(chunk_ranges(shape, 0, matrix_shape(shape)[0])))
+        for place, qtype in enumerate(types):
+            expected[place] += chunks * (64 / 3 + cost[qtype] / types.count(qtype))
+    assert [result.seconds for result in results] == pytest.approx(expected)
+
+
+def test_cpu_seconds_of_a_resumed_run_say_so(
+    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(event: Mapping[str, Any]) -> None:
+        if event["event"] == "progress" and event["done"] > 0.5 * event["total"]:
+            raise StoppedError("test")
+
+    with pytest.raises(StoppedError):
+        pipeline.quantize(str(demo_model), levels=["Q8_0"], output_dir=tmp_path, on_event=stop)
+    assert run(["quantize", str(demo_model), "-q", "Q8_0", "-o", str(tmp_path)]) == 0
+    assert "CPU-s in this run" in capsys.readouterr().out
+    assert run(["quantize", str(demo_model), "-q", "Q4_0", "-o", str(tmp_path)]) == 0
+    assert "in this run" not in capsys.readouterr().out
 
 
 def test_an_overflowing_scale_is_named(demo_model: Path, tmp_path: Path) -> None:
@@ -193,7 +309,7 @@ def broken_copy(demo_model: Path, tmp_path: Path, value: float) -> Path:
     tensors["model.layers.2.mlp.up_proj.weight"][5, 7] = value
     tensors["model.layers.2.mlp.up_proj.weight"][300, 0] = -value
     save_file(tensors, model / "model.safetensors")
-    assert np.abs(load_file(model / "model.safetensors")["model.layers.2.mlp.up_proj.weight"]).max() >= value
+    assert not np.abs(load_file(model / "model.safetensors")["model.layers.2.mlp.up_proj.weight"]).max() < value
     return model
 
 

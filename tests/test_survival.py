@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from llm_quantize import kernels, pipeline
-from llm_quantize.errors import IntegrityError
+from llm_quantize.errors import IntegrityError, LlmQuantizeError
 from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.io.journal import parse_journal, record_line
 
@@ -93,7 +93,9 @@ def test_killed_at_random_instants(scenario: Scenario) -> None:
 def test_killed_while_overwriting(scenario: Scenario, tmp_path: Path, split: tuple[str, ...]) -> None:
     """The old artifact stays until the new one is whole, and either is right."""
     scenario = Scenario(scenario.command_line, scenario.model, tmp_path / "split", (*scenario.arguments, *split))
-    for call in range(2, 10_000, 13):
+    resumed: list[int] = []
+    last = scenario.calls + 1  # where the old artifact is removed and the new one is put in place, call by call
+    for call in [*range(2, last - 13, 13), *range(last - 13, last + 9)]:
         directory = tmp_path / f"{call}"
         assert scenario.run(directory).code == 0
         outcome = scenario.run(directory, "--overwrite", kill_call=call)
@@ -102,11 +104,18 @@ def test_killed_while_overwriting(scenario: Scenario, tmp_path: Path, split: tup
             break
         assert outcome.code == -9
         scenario.check_visible(directory)
+        before = 0
+        if list(directory.rglob("*.partial")):  # not yet renamed: what is recorded goes on
+            records, _ = parse_journal(b"".join(path.read_bytes() for path in directory.rglob("*.journal")))
+            before = sum("unit" in record for record in records)
         outcome = scenario.run(directory, "--overwrite")
         assert outcome.code == 0
-        assert outcome.resumed == 0
+        assert outcome.resumed == before
+        assert not [event for event in outcome.events if event["event"] == "warning"]
         assert hashes(directory) == scenario.expected
+        resumed.append(before)
     assert call > 50
+    assert max(resumed) == scenario.units
 
 
 def test_without_checkpoints_a_killed_run_starts_again(scenario: Scenario, tmp_path: Path) -> None:
@@ -237,9 +246,13 @@ def test_two_processes_one_output(command_line: CommandLine, demo_model: Path, t
         assert first.stderr is not None
         first.stderr.readline()  # the start event: the output is open
         os.kill(first.pid, signal.SIGSTOP)
+        journals = tmp_path / "journals"
         try:
-            for more in ((), ("--overwrite",), ("--no-checkpoints",)):
+            before = sorted(out.iterdir())
+            for more in ((), ("--overwrite",), ("--no-checkpoints",), ("--checkpoint-dir", journals)):
                 outcome = command_line.run(*arguments, *more)
+                assert sorted(out.iterdir()) == before
+                assert not journals.exists()
                 assert outcome.code == 10, outcome.out
                 assert outcome.error["error"] == "busy"
         finally:
@@ -279,8 +292,12 @@ def test_changed_weights_are_refused_by_name(
         assert outcome.code == 8, outcome.out
         assert outcome.error["tensor"] == "token_embd.weight"
         assert "--overwrite" in outcome.error["remedy"]
+    count = recorded(out)
     outcome = command_line.run("quantize", own_model, "-q", "Q4_K", "-o", out, "--threads", 1, "--overwrite")
-    assert (outcome.code, outcome.resumed) == (0, 0)
+    assert outcome.code == 0
+    assert 0 < outcome.resumed < count  # parts of tensors that did not change are kept
+    assert command_line.run("quantize", own_model, "-q", "Q4_K", "-o", tmp_path / "anew").code == 0
+    assert hashes(out) == hashes(tmp_path / "anew")
 
 
 def test_a_damaged_note_of_the_times_means_a_full_check(
@@ -411,6 +428,104 @@ def test_source_changed_while_it_is_read(own_model: Path, tmp_path: Path) -> Non
         assert finished(out) == {}
 
 
+def test_source_rewritten_with_its_old_time_while_it_is_read(own_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    seen: list[int] = []
+
+    def change(event: Any) -> None:
+        if event["event"] == "progress":
+            seen.append(1)
+            if len(seen) == 3:
+                _edit(own_model / FIRST_SHARD, _first_weight(own_model))
+
+    with pytest.raises(IntegrityError, match="changed while it was read") as caught:
+        pipeline.quantize(str(own_model), levels=["Q4_0"], output_dir=out, on_event=change)
+    assert FIRST_SHARD in str(caught.value.file)
+    assert finished(out) == {}
+
+
+@pytest.mark.parametrize("moment", ["start", "progress"])
+def test_source_taken_away_while_it_is_read(own_model: Path, tmp_path: Path, moment: str) -> None:
+    def remove(event: Any) -> None:
+        if event["event"] == moment:
+            (own_model / FIRST_SHARD).unlink(missing_ok=True)
+
+    with pytest.raises(LlmQuantizeError) as caught:
+        pipeline.quantize(str(own_model), levels=["Q4_0"], output_dir=tmp_path / "out", on_event=remove)
+    assert caught.value.file is not None
+    assert FIRST_SHARD in caught.value.file
+    assert moment == "start" or caught.value.exit_code == 8
+    assert finished(tmp_path / "out") == {}
+
+
+def _half_then(command_line: CommandLine, model: Path, tmp_path: Path, first: list[str], then: list[str]) -> Outcome:
+    half_done_at = command_line.run(
+        "quantize", model, "-q", "Q4_K", "-o", tmp_path / "out", "--threads", 1, *first, kill_call=30
+    )
+    assert half_done_at.code == -9
+    assert recorded(tmp_path) > 3
+    return command_line.run("quantize", model, "-q", "Q4_K", "-o", tmp_path / "out", "--threads", 1, *then)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        (["--checkpoint-dir", "{}/journals"], [], "--checkpoint-dir"),
+        ([], ["--checkpoint-dir", "{}/journals"], "--checkpoint-dir"),
+        ([], ["--no-checkpoints"], "--no-checkpoints"),
+    ],
+)
+def test_another_place_for_the_journal_is_told(
+    command_line: CommandLine, model: Path, tmp_path: Path, first: list[str], then: list[str], told: str
+) -> None:
+    first, then = ([word.replace("{}", str(tmp_path)) for word in words] for words in (first, then))
+    outcome = _half_then(command_line, model, tmp_path, first, then)
+    assert (outcome.code, outcome.resumed) == (0, 0)
+    (warning,) = [event["text"] for event in outcome.events if event["event"] == "warning"]
+    assert told in warning
+    assert not list((tmp_path / "out").glob("*.journal"))
+
+
+def test_stopped_without_checkpoints_nothing_is_promised_and_nothing_left(scenario: Scenario, tmp_path: Path) -> None:
+    directory = tmp_path / "stopped"
+    outcome = scenario.run(directory, "--no-checkpoints", signal_call=[[12, signal.SIGTERM]])
+    assert outcome.code == 75
+    assert "nothing is kept" in outcome.error["message"]
+    assert "continues where" not in outcome.error["remedy"]
+    assert hashes(directory) == {}
+
+
+def test_one_directory_of_journals_for_two_outputs(command_line: CommandLine, model: Path, tmp_path: Path) -> None:
+    journals = ("--checkpoint-dir", tmp_path / "journals")
+    for name in ("a", "b"):
+        command = ("quantize", model, "-q", "Q4_K", "-o", tmp_path / name, "--threads", 1, *journals)
+        assert command_line.run(*command, kill_call=30).code == -9
+    assert len(list((tmp_path / "journals").iterdir())) == 2
+    for name in ("a", "b"):
+        outcome = command_line.run("quantize", model, "-q", "Q4_K", "-o", tmp_path / name, *journals)
+        assert outcome.code == 0
+        assert outcome.resumed > 3
+        assert not [event for event in outcome.events if event["event"] == "warning"]
+
+
+def test_reading_back_is_shown(command_line: CommandLine, own_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    half_done(command_line, own_model, out)
+    count = recorded(out)
+    outcome = command_line.run("quantize", own_model, "-q", "Q4_K", "-o", out)
+    before_start = outcome.events[: [event["event"] for event in outcome.events].index("start")]
+    assert [event["event"] for event in before_start] == ["resuming", *["check"] * count]
+    assert before_start[0]["units"] == count
+    assert before_start[-1]["done"] == before_start[-1]["total"] == before_start[0]["total"] > 0
+    for shard in own_model.glob("*.safetensors"):
+        os.utime(shard)
+    outcome = command_line.run("quantize", own_model, "-q", "Q4_K", "-o", out)
+    checks = [event for event in outcome.events if event["event"] == "check"]
+    assert checks[0]["done"] == 0
+    assert checks[-1]["done"] == checks[-1]["total"] > 0
+    assert "source" in checks[0]["what"]
+
+
 def test_damage_to_what_is_kept(command_line: CommandLine, model: Path, tmp_path: Path) -> None:
     reference = command_line.run("quantize", model, "-q", "Q4_K", "-o", tmp_path / "reference", "--threads", 1)
     assert reference.code == 0
@@ -516,7 +631,7 @@ def test_nonfinite_weights(command_line: CommandLine, model: Path, own_model: Pa
     (artifact,) = json.loads(outcome.out)["artifacts"]
     assert artifact["nonfinite_replaced"] == {"blk.0.ffn_up.weight": 3}
     assert command_line.run(*command, tmp_path / "strict", "--nonfinite", "zero", "--strict").code == 9
-    assert command_line.run(*command, tmp_path / "keep", "--nonfinite", "keep").code == 0
+    assert command_line.run(*command, tmp_path / "keep", "--nonfinite", "keep").code == 20
     zero, kept = (_q8_rows(tmp_path / name / "own-Q8_0.gguf", columns) for name in ("zero", "keep"))
     assert np.isfinite(zero).all()
     assert zero[2, 7] == zero[2, 9] == zero[200, 0] == 0

@@ -8,15 +8,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llm_quantize import pipeline
 from llm_quantize.assemble import weights_of
+from llm_quantize.cli import run
+from llm_quantize.cli.streams import json_text
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, MalformedInputError, UsageError
 from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.manifest import manifest_bytes, read_manifest
 from llm_quantize.pipeline import Options
-from llm_quantize.verify import Verification, verify
+from llm_quantize.qtypes import QTYPES
+from llm_quantize.recipes import Overrides
+from llm_quantize.verify import Verification, error_bound, verify
 
 from .faults.tiny_llama import write_tiny_llama
 
@@ -284,3 +289,139 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"not GGUF")
     with pytest.raises(MalformedInputError):
         verify(tmp_path / "x.gguf")
+
+
+# every type: damage that keeps the file well formed
+
+
+PLAIN_TYPES = {name for name in QTYPES if not QTYPES[name].needs_importance}
+
+
+@pytest.fixture(scope="module")
+def of_type(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """{type: an artifact without a manifest whose matrices are all of that type}, made from heavy-tailed weights."""
+    out = tmp_path_factory.mktemp("types")
+    paths = {}
+    for qtype in sorted(PLAIN_TYPES):
+        options = Options(overrides=Overrides(tensor_types=((".*", qtype),)))
+        (result,) = pipeline.quantize(str(model), levels=["Q8_0"], output_dir=out, name=qtype, options=options)
+        result.path.with_name(result.path.name + ".manifest.json").unlink()
+        paths[qtype] = result.path
+    return paths
+
+
+@pytest.mark.parametrize("qtype", sorted(PLAIN_TYPES))
+@pytest.mark.parametrize("damage", ["zeros", "rows"])
+def test_zeros_and_shuffled_rows_of_any_type(
+    of_type: dict[str, Path], model: Path, tmp_path: Path, qtype: str, damage: str
+) -> None:
+    assert verify(of_type[qtype], source=str(model)).ok
+    path = Path(shutil.copy(of_type[qtype], tmp_path))
+    data = bytearray(path.read_bytes())
+    matrices = [tensor for tensor in read_gguf(path).tensors if tensor.type.name.lower() == qtype]
+    for tensor in matrices:
+        place = slice(tensor.offset, tensor.offset + tensor.nbytes)
+        rows = np.frombuffer(data[place], np.uint8).reshape(tensor.shape[0], -1)
+        data[place] = bytes(tensor.nbytes) if damage == "zeros" else np.roll(rows, 1, axis=0).tobytes()
+    path.write_bytes(data)
+    bad = {check.name for check in verify(path, source=str(model)).tensors if check.problems}
+    assert len(matrices) >= 16 - 2 * (qtype == "f32")
+    assert {tensor.name for tensor in matrices if len(tensor.shape) > 1} <= bad
+
+
+def test_every_bound_is_below_the_error_of_zeros() -> None:
+    assert all(error_bound(name) < 1 for name in QTYPES)
+
+
+def test_every_level_of_the_demo_model_passes(demo_model: Path, tmp_path: Path) -> None:
+    levels = ["Q2_K", "Q3_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
+    levels += ["IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4_MOE", "BF16", "F16", "F32"]
+    for result in pipeline.quantize(str(demo_model), levels=levels, output_dir=tmp_path):
+        outcome = verify(result.path, source=str(demo_model))
+        assert outcome.ok, (result.level, outcome.all_problems())
+
+
+# NaN and infinity in the source
+
+
+@pytest.fixture(scope="module")
+def broken(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with a NaN and two infinities in blk.0.ffn_up, in two blocks of 16."""
+    path = Path(shutil.copytree(model, tmp_path_factory.mktemp("broken") / "tiny"))
+    shard = path / "model-00001-of-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    begin = json.loads(data[8:start])["model.layers.0.mlp.up_proj.weight"]["data_offsets"][0]
+    for row, column, bits in ((2, 7, 0x7FC0), (2, 9, 0xFF80), (200, 0, 0x7F80)):
+        at = start + begin + 2 * (row * 256 + column)
+        data[at : at + 2] = bits.to_bytes(2, "little")
+    shard.write_bytes(data)
+    return path
+
+
+UP = "blk.0.ffn_up.weight"
+
+
+def _made_with(broken: Path, directory: Path, level: str, policy: str) -> Path:
+    (result,) = pipeline.quantize(str(broken), levels=[level], output_dir=directory, options=Options(nonfinite=policy))
+    return result.path
+
+
+@pytest.mark.parametrize("level", ["F32", "BF16", "F16", "Q8_0", "Q6_K", "Q4_K_M", "TQ2_0", "MXFP4_MOE"])
+def test_replaced_values_are_compared_where_the_source_is_finite(broken: Path, tmp_path: Path, level: str) -> None:
+    path = _made_with(broken, tmp_path, level, "zero")
+    outcome = verify(path, source=str(broken))
+    assert outcome.ok, outcome.all_problems()
+    (check,) = [check for check in outcome.tensors if check.source_nonfinite]
+    assert (check.name, check.source_nonfinite, check.nonfinite_replaced) == (UP, 3, 3)
+    assert check.relative_error is not None
+    assert 0 <= check.relative_error < 1
+
+
+def test_kept_values_are_right_only_in_their_places(broken: Path, model: Path, tmp_path: Path) -> None:
+    for level in ("F32", "F16", "BF16"):
+        path = _made_with(broken, tmp_path, level, "keep")
+        outcome = verify(path, source=str(broken))
+        assert outcome.ok, outcome.all_problems()
+        (check,) = [check for check in outcome.tensors if check.nonfinite]
+        assert (check.name, check.nonfinite, check.nonfinite_kept, check.source_nonfinite) == (UP, 3, 3, 3)
+    problems = verify(path, source=str(model)).all_problems()
+    assert f"{UP}: 3 values are NaN or infinite where the source is finite" in problems
+    assert f"{UP}: 0 weights of the source are NaN or infinite, the manifest knows of 3" in problems
+    path.with_name(path.name + ".manifest.json").unlink()
+    assert verify(path, source=str(broken)).all_problems() == [f"{UP}: 3 values are NaN or infinite"]
+
+
+@pytest.mark.parametrize("level", ["Q8_0", "Q6_K", "Q4_K_M", "IQ4_XS"])
+def test_json_of_a_poisoned_tensor_is_json(
+    broken: Path, tmp_path: Path, level: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _made_with(broken, tmp_path, level, "keep")
+    code = run(["verify", str(path), "--source", str(broken), "--json"])
+    outcome = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (code == 0) == outcome["ok"]
+    (check,) = [check for check in outcome["tensors"] if check["name"] == UP]
+    assert (check["nonfinite_lost"], check["source_nonfinite"]) == (3, 3)
+    assert outcome["ok"] == (check["nonfinite"] == 0)
+
+
+def test_a_failing_verification_is_one_object(
+    made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copied(made["Q8_0"], tmp_path)
+    flip(path, path.stat().st_size - 1)
+    assert run(["verify", str(path), "--json"]) == 8
+    outcome = json.loads(capsys.readouterr().out)
+    assert (outcome["ok"], outcome["error"], outcome["exit_code"]) == (False, "integrity", 8)
+    assert outcome["file"] == str(path)
+    assert "do not match their hash" in outcome["found"]
+    assert run(["verify", str(path)]) == 8
+    out, err = capsys.readouterr()
+    assert "NOT OK" in out
+    assert "the artifact is not what it should be" in err
+
+
+def test_json_output_has_no_bare_nan() -> None:
+    value = {"error": float("nan"), "list": [1.5, float("inf"), {"deep": (float("-inf"), "NaN")}], "count": 3}
+    expected = {"error": None, "list": [1.5, None, {"deep": [None, "NaN"]}], "count": 3}
+    assert json.loads(json_text(value), parse_constant=pytest.fail) == expected

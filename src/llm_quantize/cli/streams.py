@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from llm_quantize.errors import ResourceError
@@ -45,12 +47,22 @@ class Output(io.FileIO):
 
 
 def json_text(value: Any) -> str:
-    """``value`` as JSON that standard output can say whole.
+    """``value`` as JSON that standard output can say whole; NaN and infinity, which JSON has no word for, are null.
 
     Half a surrogate pair (a file name's byte that is not UTF-8) has no UTF-8; JSON's own escape for it is the same.
     """
     utf = str(getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
-    return json.dumps(value, ensure_ascii=not utf).encode("utf-8", "backslashreplace").decode("utf-8")
+    text = json.dumps(_finite(value), ensure_ascii=not utf, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """A file from elsewhere may hold such a number, in its metadata for example."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def reader_gone() -> bool:
