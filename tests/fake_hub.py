@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,19 +12,24 @@ from types import TracebackType
 from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+_BLOCK = 64 << 10
 
 
 class FakeHub:
     """Serves ``files`` as repository ``org/model``. ``trouble``: {"info" or a file name: what goes wrong}:
-    an int (HTTP status), "gated", "no-revision", "drop" (connection cut half way), "wrong" (right size, other bytes).
+    an int (HTTP status), "gated", "no-revision", "drop" (connection cut half way), "wrong" (right size, other bytes);
+    for parts of files: "no-range" (the whole file is sent instead), "late" (only the first part succeeds), "short"
+    (a part less than asked for), "elsewhere" (another part), "grown" (a size other than the announced one).
 
-    ``requests`` collects (method, path); ``tokens`` the authorization headers seen.
+    ``requests`` collects (method, path); ``tokens`` the authorization headers seen; ``sent`` {file: body bytes that
+    the operating system took from us}.
     """
 
     def __init__(self, files: Mapping[str, bytes], trouble: Mapping[str, Any] | None = None) -> None:
         self.files, self.trouble = dict(files), dict(trouble or {})
         self.requests: list[tuple[str, str]] = []
         self.tokens: list[str | None] = []
+        self.sent: dict[str, int] = {}
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -84,7 +90,30 @@ class FakeHub:
             request.wfile.flush()
             request.close_connection = True
             return
-        self._send(request, 200, data, headers, body)
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
+        if trouble == "no-range" or not span or not body:
+            self._send(request, 200, data, headers, body, name)
+        else:
+            self._send_part(request, name, trouble, headers, int(span[1]), int(span[2]) + 1)
+
+    def _send_part(
+        self, request: BaseHTTPRequestHandler, name: str, trouble: Any, headers: dict[str, str], start: int, stop: int
+    ) -> None:
+        data = self.files[name]
+        if trouble == "late" and start > 0:
+            self._send(request, 500, b"", headers, True)
+            return
+        part = data[start : stop - (trouble == "short")]
+        first = start + (trouble == "elsewhere")
+        size = len(data) + (trouble == "grown")
+        self._send(
+            request,
+            206,
+            part,
+            {**headers, "Content-Range": f"bytes {first}-{first + len(part) - 1}/{size}"},
+            True,
+            name,
+        )
 
     def _fail(self, request: BaseHTTPRequestHandler, trouble: Any, body: bool) -> bool:
         headers = {"X-Repo-Commit": COMMIT, "X-Error-Message": "secret words of the server"}
@@ -111,16 +140,29 @@ class FakeHub:
         data = self.files[name]
         return hashlib.sha256(data).hexdigest() if name.endswith(".safetensors") else _git_sha1(data)
 
-    @staticmethod
     def _send(
-        request: BaseHTTPRequestHandler, status: int, data: bytes, headers: Mapping[str, str], body: bool
+        self,
+        request: BaseHTTPRequestHandler,
+        status: int,
+        data: bytes,
+        headers: Mapping[str, str],
+        body: bool,
+        name: str = "",
     ) -> None:
         request.send_response(status)
         for key, value in {**headers, "Content-Length": str(len(data))}.items():
             request.send_header(key, value)
         request.end_headers()
-        if body:
-            request.wfile.write(data)
+        if not body:
+            return
+        for at in range(0, len(data), _BLOCK):
+            try:
+                request.wfile.write(data[at : at + _BLOCK])
+            except (BrokenPipeError, ConnectionResetError):  # the client had enough
+                request.close_connection = True
+                return
+            if name:
+                self.sent[name] = self.sent.get(name, 0) + len(data[at : at + _BLOCK])
 
 
 def _git_sha1(data: bytes) -> str:

@@ -6,22 +6,23 @@ repository is executed or unpickled, and nothing outside its directory is opened
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.errors import NumericPolicyError, UnsupportedError
+from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError
 from llm_quantize.events import EventSink
 from llm_quantize.io import float8
 from llm_quantize.io.checkpoint_files import read_configuration, read_headers
-from llm_quantize.io.locate import locate
+from llm_quantize.io.locate import Place, locate
 from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
 
@@ -63,6 +64,8 @@ class Checkpoint:
     ``folded``: {scale tensor: the weight that is decoded with it}. ``left_out``: {tensor: why it is not in
     ``tensors``}. ``revision``: the hub commit, None for a directory. ``files``: the weight files. Threads may share
     one checkpoint. Close it, or use it as a context manager.
+
+    ``headers_only``: reading rows is refused. ``temporary``: ``directory`` is a copy without weights, gone at close.
     """
 
     directory: Path
@@ -76,9 +79,11 @@ class Checkpoint:
     left_out: dict[str, str] = field(default_factory=dict)
     _layouts: Mapping[str, float8.ScaleLayout] = field(default_factory=dict)
     _scale_tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    headers_only: bool = False
+    temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def __post_init__(self) -> None:
-        self._reader = TensorReader(self.headers)
+        self._reader = _NoWeights(self.headers) if self.headers_only else TensorReader(self.headers)
         self._scales: OrderedDict[str, npt.NDArray[np.float32]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -256,8 +261,10 @@ class Checkpoint:
         return scale
 
     def close(self) -> None:
-        """Close all file handles."""
+        """Close all file handles; remove the temporary directory if there is one."""
         self._reader.close()
+        if self.temporary is not None:
+            self.temporary.cleanup()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -268,16 +275,43 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(model: str, *, revision: str | None = None, on_event: EventSink | None = None) -> Checkpoint:
+class _NoWeights(TensorReader):
+    """Reads nothing: behind the headers there may be holes, whose zeros must never be taken for weights."""
+
+    def read(self, tensor: TensorInfo, start: int, view: memoryview) -> NoReturn:
+        raise UsageError(
+            "this model was opened for its headers only; its weights are not here",
+            file=tensor.file,
+            tensor=tensor.name,
+            offset=tensor.offset + start,
+            remedy="open it without headers_only to read weights",
+        )
+
+
+def open_checkpoint(
+    model: str, *, revision: str | None = None, on_event: EventSink | None = None, headers_only: bool = False
+) -> Checkpoint:
     """Open the model in directory ``model``, or the hub's ``model`` at ``revision`` (branch, tag or commit).
 
     Reads config.json, generation_config.json, the index and every header; no tensor data. Raises UsageError (no
     such model), MalformedInputError, UnsupportedError (pickled weights, an adapter, an already quantized model),
     AccessError (names that lead outside), NetworkError, ResourceError.
+
+    With ``headers_only``, weights that are not here are not fetched from the hub, and ``read_rows`` refuses
+    (UsageError) wherever the model came from.
     """
-    place = locate(model, revision, on_event)
-    config, generation, quantization = read_configuration(place.directory, str(model))
-    headers, tensors = read_headers(place.directory, str(model))
+    place = locate(model, revision, on_event, headers_only=headers_only)
+    try:
+        return _opened(place, str(model), headers_only)
+    except BaseException:
+        if place.temporary is not None:
+            place.temporary.cleanup()
+        raise
+
+
+def _opened(place: Place, model: str, headers_only: bool) -> Checkpoint:
+    config, generation, quantization = read_configuration(place.directory, model)
+    headers, tensors = read_headers(place.directory, model)
     layouts: dict[str, float8.ScaleLayout] = {}
     folded: dict[str, str] = {}
     left_out: dict[str, str] = {}
@@ -298,6 +332,8 @@ def open_checkpoint(model: str, *, revision: str | None = None, on_event: EventS
         left_out,
         layouts,
         scales,
+        headers_only,
+        place.temporary,
     )
 
 

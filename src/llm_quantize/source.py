@@ -36,9 +36,14 @@ class Source:
         return {name: info.file for name, info in self.checkpoint.tensors.items()}
 
 
-def open_source(model: str, *, revision: str | None = None, on_event: EventSink = ignore) -> Source:
-    """Open a model: headers, configuration, tokenizer. Raises the error tree for anything malformed or unknown."""
-    checkpoint = open_checkpoint(model, revision=revision, on_event=on_event)
+def open_source(
+    model: str, *, revision: str | None = None, on_event: EventSink = ignore, headers_only: bool = False
+) -> Source:
+    """Open a model: headers, configuration, tokenizer. Raises the error tree for anything malformed or unknown.
+
+    With ``headers_only`` no weight is fetched from the hub, and none can be read (``open_checkpoint``).
+    """
+    checkpoint = open_checkpoint(model, revision=revision, on_event=on_event, headers_only=headers_only)
     try:
         return _describe(checkpoint, on_event)
     except BaseException:

@@ -13,6 +13,7 @@ import importlib
 import os
 import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -32,6 +33,7 @@ from llm_quantize.errors import (
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.checkpoint_files import INDEX, SINGLE, conversion_command, weight_map
 from llm_quantize.io.hub_errors import UNREACHABLE, translated
+from llm_quantize.io.hub_headers import WeightFile, headers_directory
 from llm_quantize.io.paths import inside
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "README.md", "LICENSE*")
@@ -45,10 +47,12 @@ _HASH_BLOCK = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class LocalSnapshot:
-    """One commit of a repository on this machine."""
+    """One commit of a repository on this machine. ``temporary``: the directory holds no weights, only headers with
+    holes behind them, and lasts until this is cleaned up."""
 
     directory: Path
     commit: str
+    temporary: tempfile.TemporaryDirectory[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +65,12 @@ class RemoteFile:
     git_sha1: str | None
 
 
-def resolve(model_id: str, revision: str | None, *, on_event: EventSink | None = None) -> LocalSnapshot:
+def resolve(
+    model_id: str, revision: str | None, *, on_event: EventSink | None = None, headers_only: bool = False
+) -> LocalSnapshot:
     """The snapshot of ``model_id`` at ``revision`` (branch, tag, commit; default branch if None), fetched as needed.
 
+    With ``headers_only``, weight files that are not in the cache are not fetched: see ``LocalSnapshot.temporary``.
     Raises UsageError (not an id), NetworkError (unreachable, refused, gated, absent, offline and not cached),
     IntegrityError (bytes are not those the hub announced), UnsupportedError (no safetensors there), ResourceError.
     """
@@ -88,7 +95,7 @@ def resolve(model_id: str, revision: str | None, *, on_event: EventSink | None =
             raise
         tell({"event": "warning", "text": f"the hub cannot be reached; using the cached commit {cached.commit}"})
         return cached
-    snapshot = _fetch(hub, model_id, commit, files, tell)
+    snapshot = _fetch(hub, model_id, commit, files, tell, headers_only)
     _remember(hub, model_id, revision or "main", commit)
     return snapshot
 
@@ -157,7 +164,9 @@ def _listing(hub: Any, model_id: str, revision: str | None) -> tuple[str, dict[s
     return info.sha, files
 
 
-def _fetch(hub: Any, model_id: str, commit: str, files: Mapping[str, RemoteFile], tell: EventSink) -> LocalSnapshot:
+def _fetch(
+    hub: Any, model_id: str, commit: str, files: Mapping[str, RemoteFile], tell: EventSink, headers_only: bool
+) -> LocalSnapshot:
     _refuse_without_safetensors(model_id, files)
     small = [
         name
@@ -185,6 +194,11 @@ def _fetch(hub: Any, model_id: str, commit: str, files: Mapping[str, RemoteFile]
                 found="no such file in the repository",
                 remedy="tell the model's authors, or choose another --revision",
             )
+    if headers_only:
+        found = [WeightFile(name, files[name].size, fetcher.cached(files[name])) for name in weights]
+        if any(file.cached is None for file in found):
+            temporary, directory = headers_directory(hub, model_id, commit, fetcher.paths(), found)
+            return LocalSnapshot(directory, commit, temporary)
     fetcher.check_space([files[name] for name in weights])
     fetcher.fetch([files[name] for name in weights])
     return LocalSnapshot(fetcher.path(weights[0], weights[0].count("/")), commit)
@@ -229,6 +243,10 @@ class _Fetcher:
         path = self._paths[name]
         return path if parents is None else path.parents[parents]
 
+    def paths(self) -> dict[str, Path]:
+        """{name: where it lies} of everything fetched so far."""
+        return dict(self._paths)
+
     def check_space(self, files: list[RemoteFile]) -> None:
         """Raise ResourceError before the first byte if the cache's disk cannot hold what is missing."""
         needed = sum(file.size or 0 for file in files if self._in_cache(file) is None)
@@ -270,9 +288,16 @@ class _Fetcher:
         found = self._hub.try_to_load_from_cache(self._model_id, file.name, revision=self._commit)
         return Path(found) if isinstance(found, str) else None
 
-    def _take_cached(self, file: RemoteFile) -> bool:
+    def cached(self, file: RemoteFile) -> Path | None:
+        """Where the cache holds ``file`` in its announced size, None if it does not."""
         path = self._in_cache(file)
         if path is None or (file.size is not None and path.stat().st_size != file.size):
+            return None
+        return path
+
+    def _take_cached(self, file: RemoteFile) -> bool:
+        path = self.cached(file)
+        if path is None:
             return False
         self._paths[file.name] = path
         return True

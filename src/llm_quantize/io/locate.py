@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +14,19 @@ from llm_quantize.io.hub import resolve
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a model lies: its directory, the name to call it by, and its hub commit if it has one."""
+    """Where a model lies: its directory, the name to call it by, and its hub commit if it has one.
+
+    ``temporary``: the directory holds headers without weights, until this is cleaned up (``hub.LocalSnapshot``)."""
 
     directory: Path
     name: str
     revision: str | None
+    temporary: tempfile.TemporaryDirectory[str] | None = None
 
 
-def locate(model: str | os.PathLike[str], revision: str | None, on_event: EventSink | None) -> Place:
+def locate(
+    model: str | os.PathLike[str], revision: str | None, on_event: EventSink | None, *, headers_only: bool = False
+) -> Place:
     """The directory of ``model``: itself, or the hub's snapshot. An existing path wins over a hub id."""
     text = os.fspath(model)
     path = Path(text).expanduser()
@@ -36,8 +42,8 @@ def locate(model: str | os.PathLike[str], revision: str | None, on_event: EventS
             file=text or "(empty)",
             remedy="give an existing directory, or a hub id such as HuggingFaceTB/SmolLM2-135M",
         )
-    snapshot = resolve(text, revision, on_event=on_event)
-    return Place(snapshot.directory, text, snapshot.commit)
+    snapshot = resolve(text, revision, on_event=on_event, headers_only=headers_only)
+    return Place(snapshot.directory, text, snapshot.commit, snapshot.temporary)
 
 
 def _local(path: Path, revision: str | None) -> Place:
