@@ -87,9 +87,7 @@ def partial_bytes(path: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
 
 
-def already_complete(
-    source: Source, artifact: ArtifactPlan, path: Path, options: Options, on_event: EventSink
-) -> bool:
+def already_complete(source: Source, artifact: ArtifactPlan, path: Path, options: Options, on_event: EventSink) -> bool:
     """Whether ``path`` is this very artifact, finished. Anything else under that name is refused.
 
     A source that was written or replaced after the artifact is read once more: its hashes stand in the manifest.

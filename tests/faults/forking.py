@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def recorded(directory: Path) -> int:
     count = 0
     placed = {path.name for path in directory.rglob("*")}
     for path in directory.rglob("*.journal"):
-        if path.stem in placed:
+        if re.sub(r"\.[0-9a-f]{8}$", "", path.stem) in placed:
             continue
         records, _ = parse_journal(path.read_bytes())
         count += len({record["unit"] for record in records if "unit" in record})

@@ -518,9 +518,8 @@ def test_killed_while_putting_in_place_loses_nothing(tmp_path: Path, no_fsync: N
         small = SmallOutput(tmp_path / f"{call}.gguf", files)
         small.make()
         small.make(replace=True, finish=False)
-        with wrapped(_power_off(call)) as seen:
-            with contextlib.suppress(PowerLoss):
-                small.make(replace=True)
+        with wrapped(_power_off(call)) as seen, contextlib.suppress(PowerLoss):
+            small.make(replace=True)
         if len(seen) < call:
             break
         if not small.target.exists():

@@ -198,11 +198,18 @@ def _memory() -> str:
 
 def _plain_sink(description: str, shown: Mode) -> EventSink:
     began = time.monotonic()
-    last = [began, -1]
+    last, checked = [began, -1], [began]
 
     def sink(event: Mapping[str, Any]) -> None:
         if event["event"] == "warning":
             warn(shown, event["text"])
+        elif event["event"] == "resuming" and not shown.quiet:
+            click.echo(f"resuming: reading back {event['units']} finished units", err=True)
+        elif event["event"] == "check" and not shown.quiet:
+            now, percent = time.monotonic(), int(100 * event["done"] / max(1, event["total"]))
+            if event["done"] == 0 or now - checked[0] >= 5:
+                checked[0] = now
+                click.echo(f"checking {event['what']}: {percent}%", err=True)
         elif event["event"] == "start" and event["resumed_units"] and not shown.quiet:
             click.echo(f"resuming: {event['resumed_units']} finished units kept", err=True)
         elif event["event"] == "progress" and not shown.quiet:
@@ -235,6 +242,11 @@ def _live_progress(description: str, shown: Mode) -> Iterator[EventSink]:
                 console.print(f"warning: {line(event['text'])}", style="yellow", markup=False, highlight=False)
             elif event["event"] == "start" and event["resumed_units"]:
                 console.print(f"resuming: {event['resumed_units']} finished units kept", highlight=False)
+            elif event["event"] == "resuming":
+                console.print(f"resuming: reading back {event['units']} finished units", highlight=False)
+            elif event["event"] == "check":
+                progress.update(task, description=f"checking {event['what']}", completed=event["done"],
+                                total=event["total"])  # fmt: skip
             elif event["event"] == "download":
                 progress.update(task, description=f"download {line(event.get('file', ''))}",
                                 completed=event.get("done"), total=event.get("total"))  # fmt: skip

@@ -23,11 +23,13 @@ def run(
     *,
     threads: int,
     stop: threading.Event | None = None,
+    resumable: bool = True,
 ) -> Iterator[Result]:
     """Results of ``work`` over ``jobs`` in order of completion; at most ``2 * threads`` jobs are in the pool.
 
     The first exception ends the run: jobs in flight are finished, their results dropped, and it is raised.
-    When ``stop`` is set, jobs in flight are finished and yielded, then StoppedError is raised.
+    When ``stop`` is set, jobs in flight are finished and yielded, then StoppedError is raised; ``resumable`` says
+    whether what they did is kept for the next run.
     """
     pending: set[Future[Result]] = set()
     source = iter(jobs)
@@ -48,13 +50,22 @@ def run(
                 for future in done:
                     yield future.result()
                 if stopped and not pending:
-                    raise StoppedError(
-                        "stopped by a signal; finished parts are kept",
-                        remedy="run the same command again: it continues where it stopped",
-                    )
+                    raise _stopped(resumable)
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _stopped(resumable: bool) -> StoppedError:
+    if resumable:
+        return StoppedError(
+            "stopped by a signal; finished parts are kept",
+            remedy="run the same command again: it continues where it stopped",
+        )
+    return StoppedError(
+        "stopped by a signal; nothing is kept, as --no-checkpoints asks",
+        remedy="run the same command again: it starts from the beginning; without --no-checkpoints it could continue",
+    )
 
 
 def _submit(pool: ThreadPoolExecutor, work: Callable[[Job], Result], job: Job) -> Future[Result]:

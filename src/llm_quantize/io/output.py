@@ -188,13 +188,14 @@ class ResumableOutput:
     def _load_journal(self) -> None:
         data = b"" if self._journal < 0 else read_at(self._journal, os.fstat(self._journal).st_size, 0)
         records, damaged = parse_journal(data)
-        obstacle = self._obstacle(data, records)
-        if obstacle is not None:
+        if (obstacle := self._obstacle(data, records)) is not None:
             if obstacle:
                 self._warn(obstacle)
             self._start_again()
             return
         refuse_other_identity(records[0]["identity"], self._identity, self.partial)
+        first = record_line(records[0])
+        self._synced_journal_length = len(first) if data.startswith(first) else 0
         if damaged:
             self._warn(f"{self._journal_path}: {damaged} damaged journal record(s) passed over; those units are redone")
         for record in records[1:]:
@@ -213,11 +214,8 @@ class ResumableOutput:
         if self._journal < 0:
             return f"{self.partial}: an unfinished run stood here; --no-checkpoints starts it again" if begun else ""
         if not data:
-            missing = (
-                f"{self.partial}: an unfinished run stood here, but its journal is not {self._journal_path}; starting "
-                "again (a run with --checkpoint-dir is continued only with the same --checkpoint-dir)"
-            )
-            return missing if begun else ""
+            text = f"an unfinished run stood here, but its journal is not {self._journal_path}; starting again"
+            return f"{self.partial}: {text} (is --checkpoint-dir another now?)" if begun else ""
         if not records or not isinstance(records[0].get("identity"), dict):
             return f"{self._journal_path}: the journal is unreadable; starting again"
         if not begun and len(records) > 1:
@@ -240,6 +238,7 @@ class ResumableOutput:
         remove_stale_journal(self.target, self._journal_path)
         if self._journal >= 0:
             self._append({"identity": self._identity})
+            self._synced_journal_length = os.fstat(self._journal).st_size
 
     def _allocate(self) -> None:
         for number, (file, path) in enumerate(zip(self.files, self._paths(), strict=True)):
@@ -342,7 +341,7 @@ class ResumableOutput:
         self._last_sync = time.monotonic()
 
     def _cut_journal(self) -> None:
-        """After a failed fsync memory may show bytes that the disk lost: nothing since the last good one counts."""
+        """After a failed fsync memory may show bytes that the disk lost: no unit since the last good one counts."""
         if self._journal < 0:
             return
         try:
