@@ -105,9 +105,8 @@ def test_killed_while_overwriting(scenario: Scenario, tmp_path: Path, split: tup
         assert outcome.code == -9
         scenario.check_visible(directory)
         before = 0
-        if [
-            path for path in directory.rglob("*.partial") if ".replaced" not in path.name
-        ]:  # not yet renamed: what is recorded goes on
+        # Until the rename what is recorded goes on; after it the whole work is asked for anew.
+        if [path for path in directory.rglob("*.partial") if ".replaced" not in path.name]:
             records, _ = parse_journal(b"".join(path.read_bytes() for path in directory.rglob("*.journal")))
             before = sum("unit" in record for record in records)
         outcome = scenario.run(directory, "--overwrite")

@@ -29,7 +29,7 @@ DEGRADED = 20
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--checkpoints/--no-checkpoints", default=True, help="Keep a journal, so that a stopped run can go on.")
 @click.option("--checkpoint-dir", type=click.Path(file_okay=False), metavar="DIR", help="Where the journal is kept.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing or unfinished output.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output, or an unfinished one of another command.")
 @click.option("--ignore-space", is_flag=True, help="Try even if the disk looks too small.")
 @click.option("--strict", is_flag=True, help="Exit with 9 instead of 20 when the result is degraded.")
 @verbose_option
