@@ -228,6 +228,7 @@ def test_exit_code_and_list_stay_the_same(demo_model: Path, tmp_path: Path, caps
         assert run([*words, "--json"]) == 20
         (artifact,) = json.loads(capsys.readouterr().out)["artifacts"]
         assert artifact["nonfinite_lost"] == {"blk.2.ffn_up.weight": 2}
+        assert artifact["scales_overflowed"] == {}
         lists.append(artifact["degraded"])
     assert lists[0] == lists[1] != []
     assert run([*words, "--json", "--strict"]) == 9
