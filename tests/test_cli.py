@@ -58,7 +58,7 @@ def test_info_of_a_checkpoint(demo_model: Path, capsys: pytest.CaptureFixture[st
     assert code == 0
     assert facts["parameters"] == 5_770_496
     assert (facts["layers"], facts["heads"], facts["kv_heads"], facts["tied_embeddings"]) == (6, 4, 2, False)
-    assert facts["memory"]["kv_cache_f16_8192"] == 2 * 2 * 6 * 2 * 64 * 8192
+    assert facts["memory"]["kv_cache_f16"] == {"tokens": 1024, "bytes": 2 * 2 * 6 * 2 * 64 * 1024}
     code, out, _ = call(capsys, "info", str(demo_model), "--tensors")
     assert code == 0
     assert "model.layers.5.mlp.down_proj.weight" in out

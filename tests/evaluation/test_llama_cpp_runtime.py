@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import resource
+import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -172,7 +174,7 @@ def test_chat_uses_the_model_template(tmp_path: Path) -> None:
     known = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     own = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[reply]"
     for name, template, text, begins in (
-        ("known", known, "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n", 1),
+        ("known", known, "<|im_start|>user\nab<|im_end|>\n", 1),
         ("own", own, "[user]ab[reply]", 1),
     ):
         with LlamaCpp(make_gguf(tmp_path / f"{name}.gguf", template=template)) as llama:
@@ -184,6 +186,55 @@ def test_chat_uses_the_model_template(tmp_path: Path) -> None:
         LlamaCpp(make_gguf(tmp_path / "none.gguf")) as llama,
         pytest.raises(UnsupportedError, match="no chat template"),
     ):
+        list(llama.generate("ab", chat=True))
+
+
+CHATML = (
+    "{%- set start = '<|im_start|>' %}{% if messages[0]['role'] != 'system' %}"
+    "{{ start + 'system\nYou answer in verse.<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{% if loop.index > 9 %}{% break %}{% endif %}"
+    "{{ start + message.role + '\n' + message.content + '<|im_end|>' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}{% generation %}{{ start }}assistant\n{% endgeneration %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML,
+        "{{ bos_token }}{{ messages | tojson(indent=1) }}"
+        "{{ messages|tojson(sort_keys=True) }}\n  {% if tools %}t{% endif %}",
+        "{{ tools is none }} {{ documents is none }} {{ strftime_now('%Y') }} {{ eos_token }}",
+    ],
+)
+def test_the_chat_is_the_text_of_transformers(tmp_path: Path, demo_model: Path, template: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(demo_model), bos_token="<s>", eos_token="</s>")
+    messages = [{"role": "user", "content": "<b>ab</b>\n"}]
+    expected = tokenizer.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    assert render(template, messages, bos="<s>", eos="</s>", file=tmp_path) == expected
+
+
+def test_chat_of_a_file_has_its_default_system_message(tmp_path: Path) -> None:
+    with LlamaCpp(make_gguf(tmp_path / "chatml.gguf", template=CHATML)) as llama:
+        heard: list[object] = []
+        text = llama.detokenize(llama._chat_tokens("ab", heard.append))
+        assert text.startswith("<|im_start|>system\nYou answer in verse.<|im_end|>\n<|im_start|>user\nab<|im_end|>")
+        assert heard == []
+
+
+def test_chat_without_jinja_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with LlamaCpp(make_gguf(tmp_path / "chatml.gguf", template=CHATML)) as llama:
+        heard: list[Any] = []
+        assert list(llama.generate("ab", max_tokens=2, chat=True, on_event=heard.append)) is not None
+        assert [event["event"] for event in heard] == ["warning"]
+        assert "built-in template" in heard[0]["text"]
+    own = make_gguf(tmp_path / "own.gguf", template="{{ messages[0].content }}!")
+    with LlamaCpp(own) as llama, pytest.raises(MissingExtraError, match="llamacpp"):
         list(llama.generate("ab", chat=True))
 
 
