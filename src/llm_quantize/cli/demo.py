@@ -92,9 +92,8 @@ def _show(result: DemoResult, output_dir: str | None) -> None:
     for row in result.rows:
         text = Text(f"  {row.level:8}")
         text.append(line(" ".join(row.text.split())))
-        if console.is_terminal:
-            text.truncate(console.width, overflow="ellipsis")
-        console.print(text, soft_wrap=True)
+        text.truncate(console.width, overflow="ellipsis")
+        console.print(text)
     agreement = line(_agreement(result.agreement))
     console.print(f"\nF32 in llama.cpp against the source in transformers: {agreement}", markup=False)
     console.print(f"{result.seconds:.0f} seconds in all. {line(_next_step(output_dir))}", markup=False, soft_wrap=True)
