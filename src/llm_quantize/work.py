@@ -182,7 +182,7 @@ class Worker:
             tensor=tensor.name,
             found=f"row {row}",
             expected="magnitudes below about 65504",
-            remedy=f"keep this tensor in BF16: --tensor-type '^{tensor.name}$=bf16'",
+            remedy=f"keep this tensor in BF16, from the start: --tensor-type '^{tensor.name}$=bf16' --overwrite",
         )
 
     def _finite(self, output: OutputTensor, rows: Rows, start: int) -> tuple[Rows, int]:
@@ -202,7 +202,8 @@ class Worker:
             found=f"{total} such values, the first at row {start + first // columns}, column {first % columns}",
             expected="finite weights",
             remedy=f"check the source ({sources}); --nonfinite=zero replaces them by zero; --nonfinite=keep keeps them "
-            "in F32, F16 and BF16 tensors only (in a quantized type they are lost, and their block is damaged)",
+            "in F32, F16 and BF16 tensors only (in a quantized type they are lost, and their block is damaged); add "
+            "--overwrite, as the unfinished run was made with another policy",
         )
 
     def _count_nonfinite(self, output: OutputTensor) -> int:
