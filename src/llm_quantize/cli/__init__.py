@@ -61,7 +61,7 @@ def group(ctx: click.Context, as_json: bool, verbose: int, quiet: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code (docs/reference/exit-codes.md)."""
-    #streams.install()
+    streams.install()
     # numpy's BLAS is never used here, and its threads would each take address space from a limited process.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
