@@ -12,8 +12,8 @@ from rich.text import Text
 from llm_quantize import preflight
 from llm_quantize.errors import NumericPolicyError, printable
 from llm_quantize.manifest import NONFINITE_FACTS
-from llm_quantize.pipeline import ArtifactResult
 from llm_quantize.plan import ArtifactPlan
+from llm_quantize.result import ArtifactResult
 from llm_quantize.verify import Verification
 
 

@@ -1,0 +1,69 @@
+"""What a run returns for each artifact, and what in it is not what the source says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llm_quantize.io.artifact_paths import manifest_path
+from llm_quantize.manifest import nonfinite_counts, read_manifest
+from llm_quantize.plan import ArtifactPlan
+
+_DEGRADED = {
+    "nonfinite_replaced": "{count} NaN or infinite weights were replaced by zero",
+    "nonfinite_lost": "{count} NaN or infinite weights are lost, their blocks damaged: {type} cannot hold them",
+    "scales_overflowed": "{count} finite blocks became infinite or NaN: their float16 scale overflows in {type}",
+}
+
+
+@dataclass(frozen=True)
+class ArtifactResult:
+    """A finished artifact. ``status``: "written", or "already complete".
+
+    ``seconds``: CPU time of this run's units (read, hash, quantize, write), work that several artifacts share divided
+    equally among them. ``nonfinite``: {fact: {tensor: count}} as in the manifest, see ``manifest.NONFINITE_FACTS``.
+    """
+
+    plan: ArtifactPlan
+    path: Path
+    status: str
+    seconds: float
+    resumed_units: int
+    nonfinite: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def level(self) -> str:
+        return self.plan.level
+
+    @property
+    def size(self) -> int:
+        return self.plan.size
+
+    @property
+    def degraded(self) -> dict[str, int]:
+        """How many values are not what the source says, per tensor; kept NaN and infinite ones are what it says."""
+        counts: dict[str, int] = {}
+        for fact in _DEGRADED:
+            for name, count in self.nonfinite.get(fact, {}).items():
+                counts[name] = counts.get(name, 0) + count
+        return dict(sorted(counts.items()))
+
+    def degradations(self) -> list[str]:
+        """The same as sentences: tensor, count, and what became of the values."""
+        types = {tensor.name: tensor.qtype for tensor in self.plan.tensors}
+        return [
+            f"{name}: " + text.format(count=count, type=types[name])
+            for fact, text in _DEGRADED.items()
+            for name, count in self.nonfinite.get(fact, {}).items()
+        ]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.plan.bits_per_weight
+
+
+def complete_result(artifact: ArtifactPlan, path: Path) -> ArtifactResult:
+    """The result of an artifact that an earlier run finished: as degraded as its manifest says."""
+    manifest = read_manifest(manifest_path(path)) or {}
+    return ArtifactResult(artifact, path, "already complete", 0.0, 0, nonfinite_counts(manifest.get("tensors", [])))
