@@ -24,10 +24,10 @@ format: $(VENV)/.test
 	$(BIN)/ruff format src tests scripts benchmarks
 	$(BIN)/ruff check --fix src tests scripts benchmarks
 
-# For work on the code: the package runs from src/, the native kernels are built beside it.
+# For work on the code: the native kernels are built into src/, so that PYTHONPATH=src runs the working tree.
 develop: $(VENV)/.test
 	$(PIP) nanobind scikit-build-core cmake ninja
-	PYTHON=$(BIN)/python scripts/build_native
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON=python scripts/build_native
 
 $(VENV)/.python: scripts/need
 	scripts/need $(PYTHON)

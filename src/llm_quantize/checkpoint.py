@@ -178,10 +178,6 @@ class Checkpoint:
                 digest.update(self._scale(layout).data)
         return self._converted(name, start, stored)
 
-    def read_columns_as_rows(self, name: str, start: int, stop: int) -> Rows:
-        """``read_rows(..., transpose=True)``: output row i is column i of a tensor stored (in, out)."""
-        return self.read_rows(name, start, stop, transpose=True)
-
     def _columns(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows [start, stop) of the transposed tensor, in its stored type; bounded extra memory."""
         self.check_readable(name)
