@@ -96,6 +96,27 @@ def test_an_existing_output_of_another_kind_is_refused(demo_model: Path, tmp_pat
     assert second.path.read_bytes() != data
 
 
+def test_an_artifact_of_the_same_size_from_another_command_is_refused(demo_model: Path, tmp_path: Path) -> None:
+    """Only the manifest tells the two apart: names and sizes are equal."""
+    pipeline.quantize(str(demo_model), levels=["Q4_0"], output_dir=tmp_path, options=Options(nonfinite="zero"))
+    with pytest.raises(UsageError, match="not made by this command"):
+        pipeline.quantize(str(demo_model), levels=["Q4_0"], output_dir=tmp_path)
+
+
+def test_too_small_a_disk_is_refused_before_work(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = SimpleNamespace(f_bavail=3_458_000, f_frsize=1)
+    monkeypatch.setattr("llm_quantize.preflight.os.statvfs", lambda _path: facts)
+    with pytest.raises(ResourceError, match="not enough disk space") as caught:
+        pipeline.quantize(str(demo_model), levels=["Q4_0"], output_dir=tmp_path / "out")
+    assert caught.value.found == "3458000 bytes free"
+    assert not (tmp_path / "out").exists()
+    anyway = Options(ignore_space=True)
+    (result,) = pipeline.quantize(str(demo_model), levels=["Q4_0"], output_dir=tmp_path / "out", options=anyway)
+    assert result.status == "written"
+
+
 def test_split_files_hold_the_same_tensors(demo_model: Path, tmp_path: Path) -> None:
     (whole,) = pipeline.quantize(str(demo_model), levels=["Q8_0"], output_dir=tmp_path)
     (split,) = pipeline.quantize(
