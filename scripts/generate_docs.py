@@ -24,16 +24,27 @@ RESULTS = ROOT / "benchmarks" / "results"
 def command_page() -> str:
     """The help of every command, as the terminal shows it at 100 columns."""
     parts = ["# Command line", "", "Generated from `llm-quantize --help` by scripts/generate_docs.py.", ""]
-    for name in ("", *COMMANDS):
-        command = group if not name else group.get_command(click.Context(group), name)
-        if command is None:
-            raise SystemExit(f"no such command: {name}")
-        title = f"llm-quantize {name}".strip()
-        parent = click.Context(group, info_name="llm-quantize", terminal_width=100)
-        context = parent if not name else click.Context(command, info_name=name, parent=parent, terminal_width=100)
-        text = re.sub(r"[ \t]+\n", "\n", command.get_help(context) + "\n")
-        parts += [f"## {title}", "", "```", text.rstrip(), "```", ""]
+    top = click.Context(group, info_name="llm-quantize", terminal_width=100)
+    parts += _help(top)
+    for name in COMMANDS:
+        command = _command(top, name)
+        context = click.Context(command, info_name=name, parent=top, terminal_width=100)
+        parts += _help(context)
+        for inner in command.list_commands(context) if isinstance(command, click.Group) else ():
+            parts += _help(click.Context(_command(context, inner), info_name=inner, parent=context, terminal_width=100))
     return "\n".join(parts)
+
+
+def _command(context: click.Context, name: str) -> click.Command:
+    command = context.command.get_command(context, name) if isinstance(context.command, click.Group) else None
+    if command is None:
+        raise SystemExit(f"no such command: {context.command_path} {name}")
+    return command
+
+
+def _help(context: click.Context) -> list[str]:
+    text = re.sub(r"[ \t]+\n", "\n", context.command.get_help(context) + "\n")
+    return [f"## {context.command_path}", "", "```", text.rstrip(), "```", ""]
 
 
 def level_page() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -29,23 +29,32 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """A group whose commands live in modules of their own: ``llm_quantize.cli.NAME:command``."""
+    """A group whose commands live in modules of their own: ``llm_quantize.cli.PREFIXNAME:command``.
+
+    ``table``: name to one line of help, in the order in which they are listed.
+    """
+
+    def __init__(self, *arguments: Any, table: Mapping[str, str], prefix: str = "", **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.table, self.prefix = table, prefix
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(self.table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.table:
             return None
-        command: click.Command = import_module(f"llm_quantize.cli.{cmd_name}").command
+        command: click.Command = import_module(f"llm_quantize.cli.{self.prefix}{cmd_name}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl(list(self.table.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.option("--json", "as_json", is_flag=True, help="Print results as JSON, progress as JSON lines on stderr.")
 @click.option("-v", "--verbose", count=True, help="Say more: every tensor of a plan or a verification.")
 @click.option("-q", "--quiet", is_flag=True, help="Print results and warnings only: no progress, no notes.")

@@ -1,0 +1,14 @@
+"""``llm-quantize analyze``: the commands that look at numbers; each lives in ``analyze_NAME.py``."""
+
+from __future__ import annotations
+
+import click
+
+from llm_quantize.cli import LazyGroup
+
+COMMANDS: dict[str, str] = {}
+
+
+@click.group(cls=LazyGroup, table=COMMANDS, prefix="analyze_")
+def command() -> None:
+    """Calibrate, and measure what an artifact lost."""
