@@ -1,4 +1,4 @@
-"""The main path: open → plan → preflight → quantize → finish. Everything else is a room this path walks through."""
+"""The main path: open → calibrate → plan → preflight → quantize → finish. All else is a room it walks through."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm_quantize import preflight
+from llm_quantize import importance, preflight
 from llm_quantize.artifact import (
     already_complete,
     open_output,
@@ -20,7 +20,7 @@ from llm_quantize.artifact import (
 )
 from llm_quantize.engine import run, stop_on_signals
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.io.imatrix_file import read_imatrix
+from llm_quantize.io.imatrix_file import Imatrix
 from llm_quantize.manifest import nonfinite_counts
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.planning import Options, importance_rows, plan_source
@@ -44,9 +44,11 @@ def plan(
     on_event: EventSink = ignore,
 ) -> list[ArtifactPlan]:
     """Exact plans for each level, from headers alone; no weight is read (or fetched) and nothing is written."""
+    options = options or Options()
     source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
     with source.checkpoint:
-        return plan_source(source, format, levels=levels, name=name, options=options or Options())
+        imatrix = importance.foresee(source, levels, options)
+        return plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
 
 
 def quantize(
@@ -68,7 +70,13 @@ def quantize(
     options = options or Options()
     source = open_source(model, revision=revision, on_event=on_event)
     with source.checkpoint:
-        plans = plan_source(source, format, levels=levels, name=name, options=options)
+        imatrix = importance.foresee(source, levels, options)
+        plans = plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
+        if importance.is_foreseen(imatrix):
+            # What cannot succeed is refused before hours of calibration, not after.
+            preflight.check(plans, Path(output_dir), threads=1, max_ram=options.max_ram, ignore_space=True)
+            imatrix = importance.calibrated(source, options, on_event)
+            plans = plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
         for warning in (text for artifact in plans for text in artifact.warnings):
             on_event({"event": "warning", "text": warning})
         paths = [target_path(Path(output_dir), artifact) for artifact in plans]
@@ -85,7 +93,7 @@ def quantize(
             already_allocated=sum(partial_bytes(path) for _, path in todo),
             ignore_space=options.ignore_space,
         )
-        written = _write_all(source, todo, options, fitted, on_event) if todo else {}
+        written = _write_all(source, todo, imatrix, options, fitted, on_event) if todo else {}
     results = []
     for artifact, path in zip(plans, paths, strict=True):
         result = written.get(path) or complete_result(artifact, path)
@@ -116,13 +124,13 @@ def _recheck(recheck: Recheck, targets: Sequence[Target], pool: Pool, on_event: 
 def _write_all(
     source: Source,
     todo: Sequence[tuple[ArtifactPlan, Path]],
+    imatrix: Imatrix | None,
     options: Options,
     fitted: preflight.Preflight,
     on_event: EventSink,
 ) -> dict[Path, ArtifactResult]:
     """Quantize what is missing into every open output, then put each in place."""
     threads = fitted.threads
-    imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
     times = source_times(source.checkpoint)
     worker = Worker(source.checkpoint, importance_rows(source, imatrix), options.nonfinite, source.files)
     with ExitStack() as stack, stop_on_signals() as stop:

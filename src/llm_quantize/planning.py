@@ -11,10 +11,11 @@ from pathlib import Path
 import llm_quantize
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.assemble import matrix_shape
+from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats import gguf as gguf_format
 from llm_quantize.io.gguf_file import layout_gguf
-from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
+from llm_quantize.io.imatrix_file import Imatrix
 from llm_quantize.io.safetensors_file import DTYPE_BITS
 from llm_quantize.plan import ArtifactPlan, plan_artifact
 from llm_quantize.qtypes import QTYPES
@@ -29,13 +30,19 @@ FLOAT_LEVELS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may set beside model and levels. Sizes in bytes."""
+    """What a user may set beside model and levels. Sizes in bytes.
+
+    ``calibrate``: True calibrates, False never does, None does where a level needs importance and no file gives it.
+    """
 
     threads: int | None = None
     max_ram: int | None = None
     overrides: Overrides = field(default_factory=Overrides)
     split_max_size: int | None = None
     imatrix: Path | None = None
+    statistics: Path | None = None
+    calibrate: bool | None = None
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     nonfinite: str = "refuse"
     checkpoints: bool = True
     checkpoint_dir: Path | None = None
@@ -44,9 +51,15 @@ class Options:
 
 
 def plan_source(
-    source: Source, format: str, *, levels: Sequence[str], name: str | None, options: Options
+    source: Source,
+    format: str,
+    *,
+    levels: Sequence[str],
+    name: str | None,
+    options: Options,
+    imatrix: Imatrix | None,
 ) -> list[ArtifactPlan]:
-    """``plan`` for an opened source."""
+    """``plan`` for an opened source and the importance that it will be quantized with."""
     if format not in FORMATS:
         raise UnsupportedError(
             f"this version does not write the format {format[:40]!r}",
@@ -58,7 +71,6 @@ def plan_source(
         raise UsageError("unknown --nonfinite policy", expected=NONFINITE_POLICIES, found=options.nonfinite)
     if not levels:
         raise UsageError("no level given", remedy="name one or more with -q, for example -q Q4_K_M")
-    imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
     importance_rows(source, imatrix)
     names = list(dict.fromkeys(parse_level(level).name for level in levels))
     stem = _file_stem(name or source.checkpoint.name)
@@ -71,10 +83,9 @@ def plan_source(
 def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, options: Options) -> ArtifactPlan:
     level = parse_level(name)
     outputs = source.tensors.outputs
-    shapes = [TensorShape(output.name, output.shape, _unquantized(source, output, name)) for output in outputs]
     assigned = assign(
         name,
-        shapes,
+        tensor_shapes(source, name),
         source.architecture.hyper,
         arch=source.architecture.gguf_name,
         importance_names=None if imatrix is None else imatrix.values.keys(),
@@ -86,7 +97,7 @@ def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, o
     metadata |= gguf_format.recipe_metadata(file_type=level.file_type, quantized=quantized, level=name, version=version)
     if imatrix is not None:
         metadata |= gguf_format.importance_metadata(
-            file=options.imatrix.name if options.imatrix else "",
+            file=imatrix.path.name,
             datasets=imatrix.datasets,
             entries=len(imatrix.values),
             chunks=imatrix.chunks,
@@ -153,6 +164,12 @@ def _advice(source: Source, level: str, qtypes: Sequence[str], imatrix: Imatrix 
 
 def _itemsize(dtype: str) -> int:
     return DTYPE_BITS[dtype] // 8
+
+
+def tensor_shapes(source: Source, level: str) -> list[TensorShape]:
+    """Every output tensor as the recipe of ``level`` sees it."""
+    outputs = source.tensors.outputs
+    return [TensorShape(output.name, output.shape, _unquantized(source, output, level)) for output in outputs]
 
 
 def _unquantized(source: Source, output: OutputTensor, level: str) -> str:

@@ -94,15 +94,55 @@ def recipe_options(function: Function) -> Function:
         click.option("--split-max-size", type=Size(), help="Split into files of at most this size, for example 4G."),
         click.option("--imatrix", type=click.Path(dir_okay=False), metavar="FILE",
                      help="llama.cpp importance matrix (GGUF or legacy .dat)."),
+        click.option("--statistics", type=click.Path(dir_okay=False), metavar="FILE",
+                     help="Statistics that analyze importance made of this model."),
+        click.option("--calibrate/--no-calibration", "calibrate", default=None,
+                     help="Calibrate, or never. [default: where a level needs it]"),
         click.option("--nonfinite", type=click.Choice(["refuse", "zero", "keep"]), default="refuse",
                      show_default=True, help="What to do with NaN and infinite weights."),
         click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model."),
         click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: all CPUs]"),
         click.option("--max-ram", type=Size(), help="Memory limit, for example 4G."),
     ]  # fmt: skip
+    function = calibration_options(function)
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def calibration_options(function: Function) -> Function:
+    """Options that say what is calibrated on."""
+    options = [
+        click.option("--calibration-data", "calibration_data", multiple=True, metavar="TEXT",
+                     help="Text to calibrate on: a .txt, .json, .jsonl or .parquet file, or a built-in set: general, "
+                     "code, japanese, chat. Repeatable; TEXT@0.3 gives a weight. [default: the mix of all sets]"),
+        click.option("--calibration-samples", type=click.IntRange(1), default=256, show_default=True, metavar="N",
+                     help="Windows of text at most."),
+        click.option("--sequence-length", type=click.IntRange(2), default=2048, show_default=True, metavar="N",
+                     help="Tokens in a window, at most the model's context."),
+        click.option("--chat", is_flag=True, help="Set plain text as a conversation in the model's own template."),
+        click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), default="cpu", show_default=True,
+                     help="Where the model is run for calibration."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def build_calibration(arguments: Mapping[str, Any], collect: tuple[str, ...] = ("imatrix",)) -> Any:
+    """calibration.options.CalibrationOptions from the parsed command line."""
+    from llm_quantize.calibration.options import CalibrationOptions
+
+    return CalibrationOptions(
+        data=arguments["calibration_data"],
+        samples=arguments["calibration_samples"],
+        length=arguments["sequence_length"],
+        chat=arguments["chat"],
+        collect=collect,
+        device=arguments["device"],
+        threads=arguments["threads"],
+        max_ram=arguments["max_ram"],
+    )
 
 
 def build_options(arguments: Mapping[str, Any]) -> Any:
@@ -121,13 +161,16 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
         tensor_types=tuple((expression, parse_qtype(name)) for expression, name in arguments["tensor_types"]),
         pure=arguments["pure"],
     )
-    paths = {key: arguments.get(key) for key in ("imatrix", "checkpoint_dir")}
+    paths = {key: arguments.get(key) for key in ("imatrix", "statistics", "checkpoint_dir")}
     return Options(
         threads=arguments["threads"],
         max_ram=arguments["max_ram"],
         overrides=overrides,
         split_max_size=arguments["split_max_size"],
         imatrix=Path(paths["imatrix"]) if paths["imatrix"] else None,
+        statistics=Path(paths["statistics"]) if paths["statistics"] else None,
+        calibrate=True if arguments["calibration_data"] else arguments["calibrate"],
+        calibration=build_calibration(arguments),
         nonfinite=arguments["nonfinite"],
         checkpoints=arguments.get("checkpoints", True),
         checkpoint_dir=Path(paths["checkpoint_dir"]) if paths["checkpoint_dir"] else None,

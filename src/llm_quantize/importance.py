@@ -1,0 +1,115 @@
+"""Where a run takes its importance from: a file the user gave, or a calibration of its own where a level needs one."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.errors import UsageError
+from llm_quantize.events import EventSink
+from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
+from llm_quantize.planning import Options, tensor_shapes
+from llm_quantize.recipes import TensorShape, is_quantizable, needs_importance, role
+from llm_quantize.source import Source
+
+if TYPE_CHECKING:
+    from llm_quantize.io.statistics_file import Statistics
+
+CALIBRATED_NAME = "calibration-{}.safetensors"
+
+
+def foresee(source: Source, levels: Sequence[str], options: Options) -> Imatrix | None:
+    """The importance of this run: read from the user's file, or of the right names and shapes where it must be
+    calibrated first (``is_foreseen``), or None.
+
+    A plan made with foreseen values has the exact size; its identity is still open. Raises UsageError where options
+    contradict each other, IntegrityError for statistics of another model, and what reading raises.
+    """
+    if not _calibrates(source, levels, options):
+        return _given(source, options)
+    values = {
+        output.name: np.broadcast_to(np.float32(1), (math.prod(output.shape[:-2]), output.shape[-1]))
+        for output in source.tensors.outputs
+        if is_quantizable(TensorShape(output.name, output.shape)) and role(output.name) not in ("embedding", "output")
+    }
+    data = options.calibration.data or ("default",)
+    return Imatrix(Path(CALIBRATED_NAME.format("0" * 16)), values, data, options.calibration.samples, "")
+
+
+def is_foreseen(imatrix: Imatrix | None) -> bool:
+    """Whether these values are only foreseen: the run must calibrate."""
+    return imatrix is not None and not imatrix.sha256
+
+
+def calibrated(source: Source, options: Options, on_event: EventSink) -> Imatrix:
+    """The importance from a calibration, which is kept and reused by every later run of the same model and text.
+
+    Raises MissingExtraError without torch, and what ``calibration.collect.calibrate`` raises.
+    """
+    from llm_quantize.calibration.collect import calibrate
+    from llm_quantize.io.statistics_file import read_statistics
+
+    return from_statistics(read_statistics(calibrate(source, options.calibration, on_event=on_event)), source)
+
+
+def from_statistics(statistics: Statistics, source: Source) -> Imatrix:
+    """The importance matrix of ``statistics``: for each output tensor, the values that llama.cpp would read from them.
+
+    Its name and hash follow from the values alone, so that the artifact does not depend on where the file lies.
+    """
+    from llm_quantize.io.statistics_file import refuse_other_model
+
+    refuse_other_model(statistics, source)
+    values = statistics.importance(source.tensors.outputs)
+    digest = _digest(values)
+    path = Path(CALIBRATED_NAME.format(digest[:16]))
+    return Imatrix(path, values, statistics.datasets, statistics.windows, digest)
+
+
+def _digest(values: Mapping[str, npt.NDArray[np.float32]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(values):
+        digest.update(f"{name} {values[name].shape}".encode())
+        digest.update(np.ascontiguousarray(values[name], "<f4").data)
+    return digest.hexdigest()
+
+
+def _given(source: Source, options: Options) -> Imatrix | None:
+    if options.imatrix is not None:
+        return read_imatrix(options.imatrix)
+    if options.statistics is not None:
+        from llm_quantize.io.statistics_file import read_statistics
+
+        return from_statistics(read_statistics(options.statistics), source)
+    return None
+
+
+def _calibrates(source: Source, levels: Sequence[str], options: Options) -> bool:
+    """Whether this run has to calibrate. Raises UsageError for options that contradict each other."""
+    given = [
+        option
+        for option, value in (
+            ("--imatrix", options.imatrix is not None),
+            ("--statistics", options.statistics is not None),
+            ("--calibration-data", options.calibrate is True),
+            ("--no-calibration", options.calibrate is False),
+        )
+        if value
+    ]
+    if len(given) > 1 and given != ["--imatrix", "--no-calibration"] and given != ["--statistics", "--no-calibration"]:
+        raise UsageError("only one of these can be given", found=" and ".join(given))
+    if options.imatrix is not None or options.statistics is not None or options.calibrate is False:
+        return False
+    if options.calibrate is True:
+        return True
+    hyper, arch = source.architecture.hyper, source.architecture.gguf_name
+    return any(
+        needs_importance(level, tensor_shapes(source, level), hyper, arch=arch, overrides=options.overrides)
+        for level in levels
+    )
