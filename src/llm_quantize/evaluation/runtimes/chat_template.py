@@ -34,8 +34,18 @@ def generation_block() -> type[Any]:
     return Generation
 
 
-def render(template: str, messages: Sequence[Mapping[str, str]], *, bos: str, eos: str, file: Path) -> str:
-    """The text of ``messages`` followed by the opening of the assistant's turn.
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    bos: str,
+    eos: str,
+    file: Path,
+    reply: bool = True,
+    today: datetime.datetime | None = None,
+) -> str:
+    """The text of ``messages``, followed by the opening of the assistant's turn if ``reply``. ``today``: the date that
+    templates may write into the text (None: the clock's).
 
     Raises: MissingExtraError (Jinja is not installed), UnsupportedError (the template fails or breaks the sandbox).
     """
@@ -58,7 +68,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], *, bos: str, eo
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def now(layout: str) -> str:
-        return datetime.datetime.now().astimezone().strftime(layout)
+        return (today or datetime.datetime.now().astimezone()).strftime(layout)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", generation_block()]
@@ -72,7 +82,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], *, bos: str, eo
             documents=None,
             bos_token=bos,
             eos_token=eos,
-            add_generation_prompt=True,
+            add_generation_prompt=reply,
         )
     except (TemplateError, *_FAILURES) as problem:
         raise UnsupportedError(
