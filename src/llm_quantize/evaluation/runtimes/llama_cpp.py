@@ -187,6 +187,19 @@ class LlamaCpp:
             out[start : start + len(part)] = self._decode(part, start, every=True)
         return out
 
+    def advance(self, ids: Sequence[int], position: int = 0) -> npt.NDArray[np.float32]:
+        """Read ``ids`` behind the ``position`` tokens read before (0: into an emptied cache); logits (vocabulary,)
+        after the last one. What generating does between two tokens, for those who time it.
+
+        Raises: UsageError (no tokens, more than the context holds, or an id outside the vocabulary).
+        """
+        if position == 0:
+            self._reset()
+        self._fits(ids, position)
+        for start in range(0, len(ids), self._batch_size):
+            last = self._decode(ids[start : start + self._batch_size], position + start, every=False)[0]
+        return last
+
     def _reset(self) -> None:
         call = self._library.call
         call.llama_memory_clear(call.llama_get_memory(self._alive()), True)

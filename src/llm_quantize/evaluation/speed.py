@@ -1,0 +1,146 @@
+"""How fast an artifact runs and how much memory it takes, in its real runtime, on this machine.
+
+Every measurement is made in a child process of its own, so that nothing this process holds is counted, and the child
+reads one artifact only. Prompt: ``PROMPT_TOKENS`` tokens in one batch into an empty cache. Generation:
+``NEW_TOKENS`` tokens one after another behind a short prompt. Each is run once to warm up and then ``REPEATS`` times;
+the median counts. Tokens are taken from the vocabulary at even distances: the arithmetic does not depend on which.
+
+``memory``: the resident set (Linux: VmRSS) of the child after loading and one prompt, nothing subtracted: the weights
+that the prompt touched (a mixture of experts may leave some on disk), the cache, the runtime's buffers and the
+interpreter; ``memory_empty`` is what the same process held before it loaded anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from llm_quantize.errors import LlmQuantizeError, MalformedInputError, ResourceError
+from llm_quantize.preflight import available_cpus, resident_bytes
+
+PROMPT_TOKENS = 256
+NEW_TOKENS = 32
+REPEATS = 3
+_LEAD = 16
+_FAILED = 3
+_TIMEOUT = 3600
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second (medians of ``repeats``), with ``threads`` threads in ``runtime``; memory in bytes."""
+
+    prompt_tokens_per_second: float
+    generation_tokens_per_second: float
+    memory: int
+    memory_empty: int
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    threads: int
+    runtime: str
+
+
+def measure_speed(artifact: str | Path, *, threads: int | None = None) -> Speed:
+    """Run a GGUF file (or a split one) in llama.cpp and time it; a child process does the work.
+
+    ``threads`` None: every CPU this process may use. Raises MissingExtraError without xllamacpp, UsageError where
+    there is no such artifact, MalformedInputError where llama.cpp refuses it or dies of it, and ResourceError where
+    the system ends the child.
+    """
+    from llm_quantize.evaluation.runtimes import first_file
+    from llm_quantize.evaluation.runtimes.llama_cpp_library import load_library
+
+    load_library()
+    path = first_file(artifact)
+    command = [sys.executable, "-m", "llm_quantize.evaluation.speed", str(path), str(threads or available_cpus())]
+    parts = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, parts))}
+    try:
+        child = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_TIMEOUT
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ResourceError("measuring the speed took longer than an hour", file=path, remedy="--no-speed") from error
+    words = child.stderr.decode("utf-8", "replace").strip()[-2000:]
+    if child.returncode == _FAILED:
+        raise MalformedInputError("the artifact does not run", file=path, found=words, remedy="leave it out")
+    if child.returncode != 0:
+        raise ResourceError(
+            "the process that measures the speed ended early",
+            file=path,
+            found=f"status {child.returncode}: {words}",
+            remedy="free some memory, or leave the speed out with --no-speed",
+        )
+    return Speed(**json.loads(child.stdout.splitlines()[-1]))
+
+
+def time_here(path: Path, threads: int) -> Speed:
+    """The measurement itself, in this process."""
+    from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
+
+    empty = resident_bytes()
+    with LlamaCpp(path, context=PROMPT_TOKENS + NEW_TOKENS, threads=threads) as model:
+        step = max(1, model.vocab_size // (PROMPT_TOKENS + 1))
+        prompt = [(index * step) % model.vocab_size for index in range(1, PROMPT_TOKENS + 1)]
+        model.advance(prompt)
+        memory = resident_bytes()
+
+        def generate() -> None:
+            for offset in range(NEW_TOKENS):
+                model.advance([prompt[offset]], _LEAD + offset)
+
+        read = _median(lambda: model.advance(prompt))
+        model.advance(prompt[:_LEAD])
+        wrote = _median(generate, before=lambda: model.advance(prompt[:_LEAD]))
+    return Speed(
+        prompt_tokens_per_second=PROMPT_TOKENS / read,
+        generation_tokens_per_second=NEW_TOKENS / wrote,
+        memory=memory,
+        memory_empty=empty,
+        prompt_tokens=PROMPT_TOKENS,
+        new_tokens=NEW_TOKENS,
+        repeats=REPEATS,
+        threads=threads,
+        runtime=runtime_name(),
+    )
+
+
+def runtime_name() -> str:
+    """The runtime and its release. Raises importlib's PackageNotFoundError where it is not installed."""
+    return f"llama.cpp (xllamacpp {version('xllamacpp')})"
+
+
+def _median(work: Callable[[], object], before: Callable[[], object] | None = None) -> float:
+    """Seconds of ``work``: once to warm up, then the median of REPEATS; ``before`` is not timed."""
+    times = []
+    for _ in range(REPEATS + 1):
+        if before is not None:
+            before()
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def _child(arguments: list[str]) -> int:
+    path, threads = arguments
+    try:
+        measured = time_here(Path(path), int(threads))
+    except LlmQuantizeError as error:
+        sys.stderr.write(f"{error}\n")
+        return _FAILED
+    sys.stdout.write(json.dumps(asdict(measured)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_child(sys.argv[1:]))

@@ -1,0 +1,244 @@
+"""The measured facts of one model and its variants: what every report is made from, and what ``recommend`` reads.
+
+``comparison.json`` is ``ComparisonResult.to_dict()``: the names of the fields below, sizes in bytes, times in
+seconds, KLD in nats, shares from 0 to 1. The statistics of ``Divergence`` stand in each variant itself ("kld",
+"kld_sem", ...), and so do the figures of ``Speed``. A figure that was not measured is null; so is NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_quantize.errors import MalformedInputError
+from llm_quantize.evaluation.divergence import Divergence
+from llm_quantize.evaluation.speed import Speed
+from llm_quantize.io.json_file import read_json_object
+
+KIND = "llm-quantize comparison"
+VERSION = 1
+MAX_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The source. ``fingerprint``: SHA-256 over names, sizes and header hashes of its weight files."""
+
+    name: str
+    source: str
+    revision: str | None
+    architecture: str
+    parameters: int
+    size: int
+    dtype: str
+    layers: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What was read: ``windows`` of ``context`` tokens, of which ``tokens`` positions were scored."""
+
+    names: tuple[str, ...]
+    sha256: str
+    context: int
+    windows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """Where speed and memory were measured. ``runtime``: name and version, or why there was none."""
+
+    cpu: str
+    threads: int
+    memory: int
+    system: str
+    runtime: str
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """Relative RMS error ||Q - W|| / ||W|| of one tensor. ``layer`` None: not part of a layer."""
+
+    name: str
+    layer: int | None
+    role: str
+    qtype: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """``text`` continues ``prompt``, the likeliest token each time."""
+
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The source itself, on the same text. ``noise_floor``: the KLD that two runs of the source against each other
+    show, below which no difference means anything; None where it was not measured."""
+
+    perplexity: float
+    perplexity_sem: float
+    bits_per_weight: float
+    noise_floor: float | None
+    samples: tuple[Sample, ...] = ()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One artifact. ``quantize_cpu_seconds`` None: it was there already, and nobody knows what it took."""
+
+    format: str
+    level: str
+    file: str
+    size: int
+    bits_per_weight: float
+    quantize_cpu_seconds: float | None
+    divergence: Divergence
+    grade: str
+    speed: Speed | None = None
+    tensor_errors: tuple[TensorError, ...] = ()
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return self.level or self.file
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """Everything a report says. ``variants`` in the order they were asked for; ``grades``: (name, largest KLD that
+    still has it) from the best on, the last without a limit being infinite; ``created`` an ISO date or empty;
+    ``versions``: program to version; ``commands``: what makes these figures again."""
+
+    model: ModelFacts
+    text: TextFacts
+    machine: MachineFacts
+    reference: Reference
+    variants: tuple[Variant, ...]
+    grades: tuple[tuple[str, float], ...]
+    versions: Mapping[str, str]
+    commands: tuple[str, ...]
+    created: str = ""
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; ``from_dict`` is its inverse."""
+        from llm_quantize.reports.pareto import advise
+
+        advice = advise(self.variants, self.reference.noise_floor)
+        return {
+            "kind": KIND,
+            "version": VERSION,
+            "model": dataclasses.asdict(self.model),
+            "text": _plain(self.text),
+            "machine": dataclasses.asdict(self.machine),
+            "reference": _plain(self.reference),
+            "variants": [_variant_to_dict(variant) for variant in self.variants],
+            "pareto_front": [self.variants[index].file for index in advice.front],
+            "recommended": None if advice.knee is None else self.variants[advice.knee].file,
+            "grades": [{"name": name, "max_kld": _number(limit)} for name, limit in self.grades],
+            "versions": dict(self.versions),
+            "commands": list(self.commands),
+            "created": self.created,
+            "notes": list(self.notes),
+        }
+
+
+def from_dict(data: Mapping[str, Any], *, file: str | Path = "comparison.json") -> ComparisonResult:
+    """The result that ``to_dict`` wrote. Raises MalformedInputError where it is another thing or lacks a field."""
+    if data.get("kind") != KIND or data.get("version") != VERSION:
+        raise MalformedInputError(
+            "this is not a comparison that this version reads",
+            file=file,
+            expected=f"kind {KIND!r}, version {VERSION}",
+            found=f"{data.get('kind')!r}, {data.get('version')!r}",
+            remedy="make it again with llm-quantize compare",
+        )
+    try:
+        return ComparisonResult(
+            model=ModelFacts(**data["model"]),
+            text=TextFacts(**{**data["text"], "names": tuple(data["text"]["names"])}),
+            machine=MachineFacts(**data["machine"]),
+            reference=Reference(**{**data["reference"], "samples": _samples(data["reference"]["samples"])}),
+            variants=tuple(_variant_from_dict(entry) for entry in data["variants"]),
+            grades=tuple((entry["name"], _limit(entry["max_kld"])) for entry in data["grades"]),
+            versions=dict(data["versions"]),
+            commands=tuple(data["commands"]),
+            created=data["created"],
+            notes=tuple(data["notes"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MalformedInputError(
+            "the comparison lacks a field or has one of another kind",
+            file=file,
+            found=f"{type(error).__name__}: {error}",
+            remedy="make it again with llm-quantize compare",
+        ) from error
+
+
+def read_comparison(path: str | Path) -> ComparisonResult:
+    """The result in a ``comparison.json``. Raises MalformedInputError, AccessError, ResourceError."""
+    return from_dict(read_json_object(path, limit_bytes=MAX_BYTES), file=path)
+
+
+_DIVERGENCE = tuple(field.name for field in dataclasses.fields(Divergence))
+_SPEED = tuple(field.name for field in dataclasses.fields(Speed))
+_OWN = ("format", "level", "file", "size", "bits_per_weight", "quantize_cpu_seconds", "grade")
+
+
+def _variant_to_dict(variant: Variant) -> dict[str, Any]:
+    speed = dict.fromkeys(_SPEED) if variant.speed is None else dataclasses.asdict(variant.speed)
+    return {
+        **{name: getattr(variant, name) for name in _OWN},
+        **{name: _number(value) for name, value in variant.divergence.to_dict().items()},
+        **speed,
+        "tensor_errors": [_plain(entry) for entry in variant.tensor_errors],
+        "samples": [_plain(entry) for entry in variant.samples],
+    }
+
+
+def _variant_from_dict(data: Mapping[str, Any]) -> Variant:
+    measured = {name: math.nan if data[name] is None else data[name] for name in _DIVERGENCE}
+    speed = {name: data[name] for name in _SPEED}
+    return Variant(
+        **{name: data[name] for name in _OWN},
+        divergence=Divergence(**measured),
+        speed=None if all(value is None for value in speed.values()) else Speed(**speed),
+        tensor_errors=tuple(TensorError(**_with_nan(entry)) for entry in data["tensor_errors"]),
+        samples=_samples(data["samples"]),
+    )
+
+
+def _with_nan(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {**entry, "error": math.nan if entry["error"] is None else entry["error"]}
+
+
+def _samples(entries: Any) -> tuple[Sample, ...]:
+    return tuple(Sample(**entry) for entry in entries)
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass or a number as JSON has it: no tuples, no NaN."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return _number(value) if isinstance(value, float) else value
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _limit(value: float | None) -> float:
+    return math.inf if value is None else value
