@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import UnsupportedError, UsageError
-from llm_quantize.kernels import _native, reference
+from llm_quantize.kernels import _native, iq_grids, reference
 from llm_quantize.qtypes import QTYPES, QType
 
 __all__ = ["dequantize", "quantize", "scan_nonfinite", "set_simd_level", "simd_level", "simd_levels"]
@@ -101,7 +101,7 @@ def quantize(
         out[...] = rows.view(np.uint8)
         return out
     used = importance if row_type.uses_importance else None
-    _native.quantize(_level, qtype, rows, used, out)
+    _native.quantize(_level, qtype, rows, used, out, iq_grids.native_codebook(qtype))
     return out
 
 

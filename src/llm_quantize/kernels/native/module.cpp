@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "codebook_build.hpp"
 #include "registry.hpp"
 
 namespace nb = nanobind;
@@ -114,10 +115,51 @@ std::tuple<int64_t, int64_t> scan_nonfinite(const std::string& level_name, Value
     return {found.count, found.first};
 }
 
+using Codes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// A codebook and its arrays, immutable: any number of threads may quantize with it.
+class OwnedCodebook {
+public:
+    OwnedCodebook(const uint8_t* codes, int32_t size, int32_t per, int32_t levels, int32_t wanted)
+        : arrays_(codes, size, per, levels, wanted), view_(arrays_.view()) {}
+    OwnedCodebook(const OwnedCodebook&) = delete;
+    OwnedCodebook& operator=(const OwnedCodebook&) = delete;
+
+    const lq::Codebook& view() const { return view_; }
+
+private:
+    lq::CodebookArrays arrays_;
+    lq::Codebook view_;
+};
+
+void make_codebook(OwnedCodebook* self, Codes codes, int levels, int wanted) {
+    const auto size = static_cast<int64_t>(codes.shape(0));
+    const auto per = static_cast<int64_t>(codes.shape(1));
+    if (!(per == 8 && levels == 3) && !(per == 4 && levels == 8)) {
+        throw nb::value_error("a grid is of 8 codes of 3 levels, or of 4 codes of 8");
+    }
+    if (size < 1 || size > 32767 || wanted < 1) throw nb::value_error("a grid has 1 to 32767 entries");
+    const uint8_t* data = codes.data();
+    for (int64_t i = 0; i < size * per; ++i) {
+        if (data[i] >= levels) throw nb::value_error("a code is not below the number of levels");
+    }
+    nb::gil_scoped_release unlocked;
+    new (self) OwnedCodebook(data, static_cast<int32_t>(size), static_cast<int32_t>(per), levels, wanted);
+}
+
+// Copies of (index, start, neighbour words), for tests.
+nb::tuple codebook_arrays(const OwnedCodebook& book) {
+    const lq::Codebook& b = book.view();
+    const auto count = static_cast<size_t>(b.points);
+    std::vector<int> index(b.index, b.index + count), start(b.start, b.start + count + 1);
+    std::vector<int> words(b.neighbour_word, b.neighbour_word + b.start[count]);
+    return nb::make_tuple(index, start, words);
+}
+
 constexpr int64_t widened_floats = 1 << 15;  // rows are widened about 128 KiB at a time: they stay in the L2 cache
 
 void quantize(const std::string& level_name, const std::string& qtype, Rows rows, std::optional<Importance> importance,
-              Out out) {
+              Out out, const OwnedCodebook* codebook) {
     const lq::Level& level = find_level(level_name);
     const lq::Kernel& kernel = find_kernel(level, qtype);
     const auto count = static_cast<int64_t>(rows.shape(0));
@@ -130,6 +172,14 @@ void quantize(const std::string& level_name, const std::string& qtype, Rows rows
     if (importance && static_cast<int64_t>(importance->shape(0)) != columns) {
         throw nb::value_error("importance has the wrong length");
     }
+    if (kernel.quantize_on_grid != nullptr && codebook == nullptr) throw nb::value_error("the type needs a codebook");
+    const auto run = [&](const float* x, int64_t n, const float* weight, uint8_t* to) {
+        if (kernel.quantize_on_grid != nullptr) {
+            kernel.quantize_on_grid(codebook->view(), x, n, columns, weight, to);
+        } else {
+            kernel.quantize(x, n, columns, weight, to);
+        }
+    };
     const lq::Source type = source_of(rows);
     const void* source = rows.data();
     const float* weights = importance ? importance->data() : nullptr;
@@ -138,7 +188,7 @@ void quantize(const std::string& level_name, const std::string& qtype, Rows rows
 
     nb::gil_scoped_release unlocked;
     if (type == lq::Source::float32) {
-        kernel.quantize(static_cast<const float*>(source), count, columns, weights, target);
+        run(static_cast<const float*>(source), count, weights, target);
         return;
     }
     const lq::Widen widen = type == lq::Source::bfloat16 ? level.widen_bf16 : level.widen_f16;
@@ -147,7 +197,7 @@ void quantize(const std::string& level_name, const std::string& qtype, Rows rows
     for (int64_t first = 0; first < count; first += step) {
         const int64_t taken = first + step <= count ? step : count - first;
         widen(static_cast<const uint16_t*>(source) + first * columns, taken * columns, buffer.get());
-        kernel.quantize(buffer.get(), taken, columns, weights, target + first * row_bytes);
+        run(buffer.get(), taken, weights, target + first * row_bytes);
     }
 }
 
@@ -159,7 +209,10 @@ NB_MODULE(_native, module) {
     module.def("qtypes", &qtypes, "(name, weights per block, bytes per block) of every native type.");
     module.def("scan_nonfinite", &scan_nonfinite, nb::arg("level"), nb::arg("values"),
                "How many values are infinite or NaN, and the flat index of the first (-1: none).");
+    nb::class_<OwnedCodebook>(module, "Codebook", "The grid of an I-quant and the neighbours of every point off it.")
+        .def("__init__", &make_codebook, nb::arg("codes"), nb::arg("levels"), nb::arg("wanted"))
+        .def("arrays", &codebook_arrays, "(index, start, neighbour words), as kernels/native/codebook.hpp has them.");
     module.def("quantize", &quantize, nb::arg("level"), nb::arg("qtype"), nb::arg("rows"),
-               nb::arg("importance").none(), nb::arg("out"),
-               "Quantizes rows (R, C) into out (R, C / block * bytes) at a SIMD level.");
+               nb::arg("importance").none(), nb::arg("out"), nb::arg("codebook").none() = nb::none(),
+               "Quantizes rows (R, C) into out (R, C / block * bytes) at a SIMD level; I-quants need their codebook.");
 }

@@ -18,9 +18,13 @@
 
 #include <cstdint>
 
+#include "codebook.hpp"
+
 namespace lq {
 
 using QuantizeRows = void (*)(const float* x, int64_t rows, int64_t cols, const float* importance, uint8_t* out);
+using QuantizeOnGrid = void (*)(const Codebook& book, const float* x, int64_t rows, int64_t cols,
+                                const float* importance, uint8_t* out);
 using Widen = void (*)(const uint16_t* source, int64_t count, float* target);
 
 enum class Source { float32, float16, bfloat16 };
@@ -37,6 +41,7 @@ struct Kernel {
     int32_t block;     // weights per block
     int32_t bytes;     // bytes per block
     QuantizeRows quantize;
+    QuantizeOnGrid quantize_on_grid = nullptr;  // for I-quants, in place of `quantize`; see codebook.hpp
 };
 
 struct Family {
