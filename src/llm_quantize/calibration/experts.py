@@ -1,0 +1,90 @@
+"""Mixture of experts, one expert after another in fixed order, as an experts implementation of transformers.
+
+transformers keeps the experts of a layer as two three-dimensional parameters: gate and up (experts, 2 ff, width), and
+down (experts, width, ff). Its decorator ``use_experts_implementation`` lets others compute them. Ours does the same
+arithmetic in the same order as its "eager" one, and tells what each expert's two matrices are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from llm_quantize.errors import UnsupportedError
+
+IMPLEMENTATION = "llm_quantize_one_by_one"
+LISTENER = "_llm_quantize_listener"
+
+Listener = Callable[[str, int, torch.Tensor], None]
+"""(parameter, expert, its inputs (tokens, columns)): called before each matrix is used."""
+
+_USUAL = {
+    "has_gate": True,
+    "has_bias": False,
+    "is_transposed": False,
+    "is_concatenated": True,
+    "has_post_expert_norm": False,
+}
+
+
+def register() -> None:
+    """Make ``IMPLEMENTATION`` known to transformers; any number of times."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, one_by_one)
+
+
+def is_experts(module: torch.nn.Module) -> bool:
+    """Whether ``module`` holds fused experts. Raises UnsupportedError where they are not of the usual kind."""
+    if not any(value.ndim == 3 for value in module.parameters(recurse=False)):
+        return False
+    names = {name for name, _ in module.named_parameters(recurse=False)}
+    found = {name: getattr(module, name, None) for name in _USUAL}
+    if names != {"gate_up_proj", "down_proj"} or found != _USUAL:
+        raise UnsupportedError(
+            "experts of this kind cannot be run one by one",
+            expected="gate_up_proj and down_proj, gated, without bias",
+            found=f"{type(module).__name__}: {sorted(names)}",
+            remedy="this model cannot be calibrated or measured by this version",
+        )
+    return True
+
+
+def one_by_one(
+    module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts' weighted sum: hidden (tokens, width), index and weights (tokens, k) -> (tokens, width).
+
+    For each expert its tokens stand in the order (rank among the token's k, token), experts in ascending order.
+    """
+    listener: Listener | None = getattr(module, LISTENER, None)
+    if hidden.is_meta:
+        if listener is not None:
+            listener("gate_up_proj", 0, hidden)
+            listener("down_proj", 0, hidden.new_empty(hidden.shape[0], module.down_proj.shape[-1]))
+        return torch.empty_like(hidden)
+    tokens = hidden.shape[0]
+    chosen = top_k_index.T.reshape(-1)
+    share = top_k_weights.T.reshape(-1)
+    order = torch.argsort(chosen, stable=True)
+    counts = torch.bincount(chosen, minlength=module.num_experts).tolist()
+    total = torch.zeros_like(hidden)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            continue
+        rows = order[start : start + count]
+        start += count
+        token = rows % tokens
+        inputs = hidden[token]
+        if listener is not None:
+            listener("gate_up_proj", expert, inputs)
+        inner = module._apply_gate(functional.linear(inputs, module.gate_up_proj[expert]))
+        if listener is not None:
+            listener("down_proj", expert, inner)
+        outputs = functional.linear(inner, module.down_proj[expert]) * share[rows, None]
+        total.index_add_(0, token, outputs.to(total.dtype))
+    return total
