@@ -83,6 +83,27 @@ def test_f32_gives_back_the_source(variant: str, tmp_path: Path, opened: Any) ->
             assert torch.equal(found, expected[name]), name
 
 
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "gpt2", "phi3", "qwen3_moe", "gpt_neox"])
+def test_reading_into_a_tensor_and_by_rows(variant: str, tmp_path: Path, opened: Any) -> None:
+    model = make_tiny(variant, tmp_path / "model", tie_word_embeddings=True)
+    artifact = DecodedArtifact(opened(model), artifacts(model, "Q8_0")[0])
+    rows = torch.tensor([0, 3, 4, 5, 40])
+    for weights in (artifact, artifact.for_head()):
+        for name in artifact.names:
+            whole = weights.read(name)
+            for dtype in (torch.float32, torch.bfloat16):
+                into = torch.full(whole.shape, torch.nan, dtype=dtype)
+                weights.read_into(name, into)
+                assert torch.equal(into, whole.to(dtype)), name
+            with pytest.raises(ValueError, match="shape"):
+                weights.read_into(name, torch.zeros(3, 7))
+    for name in artifact.names:
+        whole = artifact.read(name)
+        if whole.ndim == 2 and len(whole) > 40:
+            assert torch.equal(artifact.read_rows(name, rows), whole[rows]), name
+            assert artifact.read_rows(name, rows[:0]).shape == (0, whole.shape[1])
+
+
 @pytest.mark.parametrize("variant", TINY)
 def test_quantized_values_are_those_of_the_format_owner(variant: str, tmp_path: Path, opened: Any) -> None:
     """Mapped forward again, the decoded tensors are what the gguf package reads from the file."""

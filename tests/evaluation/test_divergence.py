@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llm_quantize.errors import NumericPolicyError, UsageError
-from llm_quantize.evaluation.divergence import begin_token, compare
+from llm_quantize.evaluation.divergence import Comparison, begin_token, compare, pair
 from llm_quantize.evaluation.perplexity import cut_windows, log_softmax, perplexity, scored
 
 from ..oracles import divergence as oracle
@@ -159,3 +159,46 @@ class Vocabulary:
 )
 def test_begin_token(before: list[int], after: list[int], expected: int | None) -> None:
     assert begin_token(Vocabulary(before, after)) == expected
+
+
+def scored_pair(first: np.ndarray, second: np.ndarray, base: np.ndarray, windows: np.ndarray) -> list[Comparison]:
+    found = [Comparison(), Comparison()]
+    for comparison, logits in zip(found, (first, second), strict=True):
+        for window, reference, candidate in zip(windows, base, logits, strict=True):
+            where, targets = scored(window)
+            comparison.add(reference[where], candidate[where], targets)
+    return found
+
+
+def test_two_candidates_equal_the_dense_twin() -> None:
+    base, windows = make_logits(1), make_windows(3)
+    first, second = base + 0.3 * make_logits(2), base + 0.2 * make_logits(4)
+    expected = oracle.paired(base.tolist(), first.tolist(), second.tolist(), windows.tolist())
+    found = pair(scored_pair(first, second, base, windows), 0, 1).to_dict()
+    assert found.keys() == {"first", "second", *expected}
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
+
+
+def test_a_paired_error_is_smaller_than_the_errors_apart() -> None:
+    """Two candidates with nearly the same error, which varies much from token to token."""
+    base, windows = make_logits(1, windows=40), make_windows(3, windows=40)
+    first = base + 0.5 * make_logits(2, windows=40)
+    second = first + 0.02 * make_logits(4, windows=40)
+    comparisons = scored_pair(first, second, base, windows)
+    found = pair(comparisons, 0, 1)
+    apart = math.hypot(*(comparison.result().kld_sem for comparison in comparisons))
+    assert found.kld_difference_sem < apart / 3
+    assert found.kld_difference == pytest.approx(
+        comparisons[0].result().kld - comparisons[1].result().kld, rel=1e-9, abs=1e-12
+    )
+
+
+def test_pairs_need_the_same_tokens() -> None:
+    base, windows = make_logits(1), make_windows(3)
+    one, _ = scored_pair(base, base, base, windows)
+    other, _ = scored_pair(base, base, make_logits(2), windows)
+    with pytest.raises(UsageError, match="same tokens"):
+        pair([one, other], 0, 1)
+    with pytest.raises(UsageError, match="same tokens"):
+        pair([one, scored_pair(base[:2], base[:2], base[:2], windows[:2])[0]], 0, 1)

@@ -67,3 +67,27 @@ def divergence(reference: list, candidate: list, windows: list[list[int]]) -> di
         "rms_delta_p": math.sqrt(square),
         "rms_delta_p_sem": 0.5 / math.sqrt(square) * square_error,
     }
+
+
+def paired(reference: list, first: list, second: list, windows: list[list[int]]) -> dict[str, float]:
+    """Mean KLD of the first minus the second's with the error of the differences, and ln perplexity likewise."""
+    klds, losses = [], []
+    for window, base_rows, rows, others in zip(windows, reference, first, second, strict=True):
+        n = len(window)
+        for i in range(n // 2, n - 1):
+            p, q, r = (probabilities(one[i]) for one in (base_rows, rows, others))
+            klds.append([math.fsum(a * math.log(a / b) for a, b in zip(p, x, strict=True)) for x in (q, r)])
+            losses.append([-math.log(x[window[i + 1]]) for x in (q, r)])
+    difference = mean_and_error([a - b for a, b in klds])
+    loss = mean_and_error([a - b for a, b in losses])
+    below = math.fsum(b for _, b in klds) / len(klds)
+    ratio = math.fsum(a for a, _ in klds) / len(klds) / below
+    return {
+        "tokens": len(klds),
+        "kld_difference": difference[0],
+        "kld_difference_sem": difference[1],
+        "kld_ratio": ratio,
+        "kld_ratio_sem": mean_and_error([a - ratio * b for a, b in klds])[1] / below,
+        "ln_perplexity_difference": loss[0],
+        "ln_perplexity_difference_sem": loss[1],
+    }

@@ -87,6 +87,21 @@ class DecodedArtifact:
         """
         return _tensor(self.decode(name))
 
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Fill ``out`` (the checkpoint's shape, any float type): without a tensor in between where it is float32."""
+        self._read_into(name, self._uses[name], out)
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows ``rows`` (int64) of a matrix, float32 (len(rows), columns); an embedding is not decoded whole."""
+        (use, *others) = self._uses[name]
+        if others or use.piece.transpose or use.piece.order is not None or use.piece.columns is not None:
+            return self.read(name)[rows]
+        file, entry = self._entries[use.output.name]
+        wanted = [row + use.first - use.piece.start for row in rows.tolist()]
+        parts = [values for row in wanted for _, values in decoded_rows(file, entry, row, row + 1)]
+        values = np.concatenate(parts) if parts else np.empty((0, matrix_shape(entry.shape)[1]), np.float32)
+        return _tensor(values - np.float32(use.piece.add) if use.piece.add else values)
+
     def decode(self, name: str) -> npt.NDArray[np.float32]:
         """``read`` as an array."""
         return self._decode(name, self._uses[name])
@@ -105,6 +120,20 @@ class DecodedArtifact:
             self._fill(values, use)
         whole = values.reshape(seen)
         return np.ascontiguousarray(whole.swapaxes(-1, -2)) if transposed else whole
+
+    def _read_into(self, name: str, uses: tuple[Use, ...], out: torch.Tensor) -> None:
+        import torch
+
+        shape = self._source.checkpoint.tensors[name].shape
+        if tuple(out.shape) != tuple(shape):
+            raise ValueError(f"{name} has shape {tuple(shape)}, not {tuple(out.shape)}")
+        plain = out.dtype == torch.float32 and out.device.type == "cpu" and out.is_contiguous()
+        if not plain or uses[0].piece.transpose:
+            out.copy_(_tensor(self._decode(name, uses)))
+            return
+        values = out.detach().numpy().reshape(matrix_shape(shape))
+        for use in uses:
+            self._fill(values, use)
 
     def _fill(self, values: npt.NDArray[np.float32], use: Use) -> None:
         """Write what one piece says into the matrix (rows, columns) of its source."""
@@ -202,6 +231,11 @@ class HeadWeights:
         """As ``DecodedArtifact.read``, from ``output.weight`` where that stands for this tensor."""
         uses = self._artifact._head_uses.get(name)
         return self._artifact.read(name) if uses is None else _tensor(self._artifact._decode(name, uses))
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """As ``DecodedArtifact.read_into``."""
+        artifact = self._artifact
+        artifact._read_into(name, artifact._head_uses.get(name, artifact._uses[name]), out)
 
 
 def decoded_rows(

@@ -29,6 +29,8 @@ import numpy.typing as npt
 from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.evaluation.perplexity import Logits, Tokens, cut_windows, log_softmax, mean_and_sem, scored
 
+Scores = npt.NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -61,7 +63,7 @@ class Comparison:
     """Collects one float64 per scored position and quantity; logits of one window at a time pass through."""
 
     def __init__(self) -> None:
-        self._parts: list[npt.NDArray[np.float64]] = []
+        self._parts: list[Scores] = []
 
     def add(self, reference: Logits, candidate: Logits, targets: npt.NDArray[np.integer]) -> None:
         """Score positions: logits (n, vocabulary) of both models and the tokens (n,) that follow.
@@ -74,37 +76,21 @@ class Comparison:
         self, reference: npt.NDArray[np.float64], candidate: Logits, targets: npt.NDArray[np.integer]
     ) -> None:
         """``add`` for a reference whose log_softmax is at hand, as when many candidates meet one source."""
-        if reference.shape != candidate.shape or len(targets) != len(reference):
-            raise UsageError(
-                "the two models do not predict the same vocabulary",
-                expected=f"logits {reference.shape} for {len(targets)} tokens",
-                found=f"logits {candidate.shape}",
-            )
-        other = log_softmax(candidate)
-        rows = np.arange(len(targets))
-        p = np.exp(reference)
-        # A token that the source rules out (-inf) adds nothing: 0 ln 0 = 0.
-        terms = np.subtract(reference, other, out=np.zeros_like(p), where=p > 0)
-        np.multiply(p, terms, out=terms)
-        if not np.isfinite(terms).all() or not np.isfinite(other[rows, targets]).all():
-            raise NumericPolicyError("the candidate rules out a token that the source allows: no finite divergence")
-        self._parts.append(
-            np.stack(
-                [
-                    -reference[rows, targets],
-                    -other[rows, targets],
-                    terms.sum(axis=1),
-                    (reference.argmax(axis=1) == other.argmax(axis=1)).astype(np.float64),
-                    np.exp(other[rows, targets]) - p[rows, targets],
-                ]
-            )
-        )
+        self.add_scores(score(reference, log_softmax_like(reference, candidate, targets), targets))
+
+    def add_scores(self, scores: Scores) -> None:
+        """What ``score`` gave, in the order of the text: threads may score, one adds."""
+        self._parts.append(scores)
+
+    def scores(self) -> Scores:
+        """Everything added, (5, tokens): the rows that ``score`` describes. Raises UsageError if nothing was added."""
+        if not self._parts:
+            raise UsageError("no window was compared")
+        return np.concatenate(self._parts, axis=1)
 
     def result(self) -> Divergence:
         """All statistics. Raises UsageError if nothing was added."""
-        if not self._parts:
-            raise UsageError("no window was compared")
-        base, other, kld, same, delta = np.concatenate(self._parts, axis=1)
+        base, other, kld, same, delta = self.scores()
         count = len(kld)
         base_mean, base_sem = mean_and_sem(base)
         mean, sem = mean_and_sem(other)
@@ -134,6 +120,96 @@ class Comparison:
             rms_delta_p=rms,
             rms_delta_p_sem=0.5 * square_sem / rms if rms > 0 else 0.0,
         )
+
+
+def log_softmax_like(
+    reference: npt.NDArray[np.float64], candidate: Logits, targets: npt.NDArray[np.integer]
+) -> npt.NDArray[np.float64]:
+    """``log_softmax`` of a candidate that must predict what the reference predicts. Raises UsageError, and
+    NumericPolicyError for logits that are not finite."""
+    if reference.shape != candidate.shape or len(targets) != len(reference):
+        raise UsageError(
+            "the two models do not predict the same vocabulary",
+            expected=f"logits {reference.shape} for {len(targets)} tokens",
+            found=f"logits {candidate.shape}",
+        )
+    return log_softmax(candidate)
+
+
+def score(
+    reference: npt.NDArray[np.float64], candidate: npt.NDArray[np.float64], targets: npt.NDArray[np.integer]
+) -> Scores:
+    """Of log-probabilities (n, vocabulary) of both models and the tokens (n,) that follow, five rows (5, n): the
+    reference's loss and the candidate's (nats), KLD, whether both think the same token likeliest, and Δp.
+
+    Raises NumericPolicyError if the divergence is not finite.
+    """
+    rows = np.arange(len(targets))
+    p = np.exp(reference)
+    # A token that the source rules out (-inf) adds nothing: 0 ln 0 = 0.
+    terms = np.subtract(reference, candidate, out=np.zeros_like(p), where=p > 0)
+    np.multiply(p, terms, out=terms)
+    if not np.isfinite(terms).all() or not np.isfinite(candidate[rows, targets]).all():
+        raise NumericPolicyError("the candidate rules out a token that the source allows: no finite divergence")
+    return np.stack(
+        [
+            -reference[rows, targets],
+            -candidate[rows, targets],
+            terms.sum(axis=1),
+            (reference.argmax(axis=1) == candidate.argmax(axis=1)).astype(np.float64),
+            np.exp(candidate[rows, targets]) - p[rows, targets],
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two candidates on the same tokens, ``first`` and ``second`` being their places. Differences are first minus
+    second: of the mean KLD (nats), of ln perplexity; ``kld_ratio`` is mean KLD of the first over the second's.
+
+    The standard errors are of the paired values, token by token: three to five times smaller than those of the two
+    means taken apart, as both candidates stumble over the same tokens. The ratio's is by the delta method.
+    """
+
+    first: int
+    second: int
+    tokens: int
+    kld_difference: float
+    kld_difference_sem: float
+    kld_ratio: float
+    kld_ratio_sem: float
+    ln_perplexity_difference: float
+    ln_perplexity_difference_sem: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same numbers, JSON-ready."""
+        return asdict(self)
+
+
+def pair(comparisons: Sequence[Comparison], first: int, second: int) -> Paired:
+    """Compare two candidates of one reference, which were scored on the same tokens in the same order.
+
+    Raises UsageError if the reference's losses show that they were not.
+    """
+    one, two = comparisons[first].scores(), comparisons[second].scores()
+    if one.shape != two.shape or not np.allclose(one[0], two[0], rtol=1e-9, atol=1e-9):
+        raise UsageError("the two candidates were not compared on the same tokens", found=f"{one.shape}, {two.shape}")
+    difference, difference_sem = mean_and_sem(one[2] - two[2])
+    losses, losses_sem = mean_and_sem(one[1] - two[1])
+    below = float(two[2].mean())
+    ratio = float(one[2].mean()) / below if below > 0 else math.nan
+    _, spread = mean_and_sem(one[2] - ratio * two[2])
+    return Paired(
+        first=first,
+        second=second,
+        tokens=one.shape[1],
+        kld_difference=difference,
+        kld_difference_sem=difference_sem,
+        kld_ratio=ratio,
+        kld_ratio_sem=spread / below if below > 0 else math.nan,
+        ln_perplexity_difference=losses,
+        ln_perplexity_difference_sem=losses_sem,
+    )
 
 
 def compare(reference: Iterable[Logits], candidate: Iterable[Logits], windows: Tokens) -> Divergence:
