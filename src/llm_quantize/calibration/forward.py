@@ -262,11 +262,11 @@ class Block:
 
 
 class Head:
-    """Final norm, output matrix, and what the model does to its logits. Threads may not share one."""
+    """Final norm, output matrix, and what the model does to its logits. Threads may share one."""
 
     def __init__(self, skeleton: Skeleton, model: Any, tap: Tap) -> None:
         self._skeleton, self._model, self.tap = skeleton, model, tap
-        self._hidden: torch.Tensor | None = None
+        self._local = threading.local()
         self._observer = Observer()
         for station in skeleton.stations(model):
             station.visit = self._visit
@@ -276,15 +276,15 @@ class Head:
             raise UnsupportedError("the output of this model is not a matrix", found=type(output).__name__)
 
     def _visit(self, index: int, hidden: torch.Tensor, _positional: Any, _named: Any) -> torch.Tensor:
-        if index == 0 and self._hidden is not None:
-            return self._hidden
-        return hidden
+        given: torch.Tensor | None = getattr(self._local, "hidden", None)
+        return given if index == 0 and given is not None else hidden
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 logits (k, vocab_size) on the CPU of hidden states (k, width) that left the last block."""
-        self._hidden = hidden[None].to(self._skeleton.device)
-        logits: torch.Tensor = self._skeleton.run(self._model, inputs_embeds=self._hidden).logits
-        self._hidden = None
+        given = hidden[None].to(self._skeleton.device)
+        self._local.hidden = given
+        logits: torch.Tensor = self._skeleton.run(self._model, inputs_embeds=given).logits
+        self._local.hidden = None
         return logits[0].float().cpu()
 
     def observe(self, sink: Sink) -> AbstractContextManager[None]:
