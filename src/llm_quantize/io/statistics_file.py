@@ -192,7 +192,7 @@ def read_statistics(path: str | Path) -> StatisticsFile:
     if not isinstance(datasets, list) or not all(isinstance(entry, str) for entry in datasets):
         raise _refuse(path, "text does not name its datasets", datasets)
     for key in ("windows", "tokens", "length"):
-        if type(text.get(key)) is not int or not 0 <= text[key] < 1 << 31:
+        if type(text.get(key)) is not int or not 0 <= text[key] < 1 << (53 if key == "tokens" else 31):
             raise _refuse(path, f"text does not say its number of {key}", text.get(key))
     if not isinstance(kinds, list) or not kinds or any(kind not in KINDS for kind in kinds):
         raise _refuse(path, "kinds are not what they may be", kinds)

@@ -61,8 +61,8 @@ class TapLike(Protocol):
 
 @dataclass(frozen=True)
 class StatisticsIdentity:
-    """What the statistics are of, JSON-ready. ``model`` has "sha256"; ``text`` has "sha256", "datasets" (names), and the
-    numbers "windows", "tokens" and "length" (tokens per window, the longest); whatever else they say is kept."""
+    """What the statistics are of, JSON-ready. ``model`` has "sha256"; ``text`` has "sha256", "datasets" (names), and
+    the numbers "windows", "tokens" and "length" (tokens of the longest window); whatever else they say is kept."""
 
     model: Mapping[str, Any]
     text: Mapping[str, Any]
