@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError, UsageError, printable
+from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.json_file import parse_json
 from llm_quantize.io.paths import open_argument
 from llm_quantize.io.safetensors_file import Header, TensorInfo, read_header
@@ -29,6 +32,7 @@ from llm_quantize.io.statistics_layout import (
     layout_statistics,
 )
 from llm_quantize.io.tensor_reader import TensorReader
+from llm_quantize.io.whole_file import write_file
 
 __all__ = [
     "KINDS",
@@ -38,6 +42,7 @@ __all__ = [
     "StoredTap",
     "check_kinds",
     "layout_statistics",
+    "merge_statistics",
     "read_statistics",
     "refuse_other_model",
 ]
@@ -272,3 +277,77 @@ def refuse_other_model(statistics: StatisticsFile, model_sha256: str) -> None:
             found=f"model {printable(found, 80)} ({printable(str(statistics.identity.model.get('name', '')), 80)})",
             remedy="give the statistics of this model, or leave --statistics out to make them",
         )
+
+
+def merge_statistics(
+    paths: Sequence[str | Path],
+    target: str | Path,
+    *,
+    identity: StatisticsIdentity | None = None,
+    replace: bool = False,
+) -> StatisticsLayout:
+    """Write the statistics of several texts together as ``target``, added in the order given, one array at a time.
+
+    Sums and counts are those of one run over all the texts, up to the last bits of float64; a Hessian is rounded to
+    float32 once more. ``identity`` (None: the parts' own, put together). Raises UsageError (fewer than two parts, of
+    different kinds or inputs, or one text twice), IntegrityError (of different models) and as ``write_file``.
+    """
+    with ExitStack() as stack:
+        parts = [stack.enter_context(read_statistics(path)) for path in paths]
+        _refuse_unlike(parts)
+        first = parts[0]
+        layout = layout_statistics(identity or _together(parts), first.blocks(), first.kinds)
+
+        def pieces() -> Iterator[memoryview]:
+            yield memoryview(layout.header)
+            for block, places in enumerate(layout.places):
+                for place in places:
+                    values = _add(parts, *place.name.rsplit(".", 1))
+                    for _, piece in layout.array_pieces(block, place, values):
+                        yield piece.data
+
+        write_file(target, pieces(), replace=replace)
+        return layout
+
+
+def _refuse_unlike(parts: Sequence[StatisticsFile]) -> None:
+    if len(parts) < 2:
+        raise UsageError("merging needs two files of statistics or more", found=len(parts))
+    first = parts[0]
+    for other in parts[1:]:
+        refuse_other_model(other, str(first.identity.model["sha256"]))
+        if (other.kinds, list(other.taps.values())) != (first.kinds, list(first.taps.values())):
+            raise UsageError(
+                "these statistics cannot be added: they are of different kinds or inputs",
+                file=other.path,
+                expected=f"{', '.join(first.kinds)} of {len(first.taps)} inputs, as in {first.path}",
+                found=f"{', '.join(other.kinds)} of {len(other.taps)} inputs",
+                remedy="collect both with the same --collect and the same version",
+            )
+    hashes = [part.identity.text["sha256"] for part in parts]
+    if len(set(hashes)) != len(hashes):
+        raise UsageError("the same text would count twice", expected="parts of different texts", found=hashes)
+
+
+def _add(parts: Sequence[StatisticsFile], tap: str, suffix: str) -> npt.NDArray[Any]:
+    total = parts[0].array(tap, suffix)
+    total = total.astype(np.float64) if suffix == "hessian" else total
+    for part in parts[1:]:
+        values = part.array(tap, suffix)
+        (np.maximum if suffix == "absmax" else np.add)(total, values, out=total)
+    return total
+
+
+def _together(parts: Sequence[StatisticsFile]) -> StatisticsIdentity:
+    """The parts' texts in order, what they counted added up, and a hash that names them all."""
+    texts = [dict(part.identity.text) for part in parts]
+    hashes = [text["sha256"] for text in texts]
+    text = {
+        "sha256": hashlib.sha256(canonical_json(hashes)).hexdigest(),
+        "datasets": list(dict.fromkeys(name for text in texts for name in text["datasets"])),
+        "windows": sum(text["windows"] for text in texts),
+        "tokens": sum(text["tokens"] for text in texts),
+        "length": max(text["length"] for text in texts),
+        "parts": texts,
+    }
+    return StatisticsIdentity(parts[0].identity.model, text)
