@@ -1,8 +1,8 @@
 """Recipes: which tensor gets which qtype, decided as llama.cpp's quantizer decides it.
 
 A *level* (``Q4_K_M``) names a base qtype and, for some roles of tensors, exceptions that depend on the layer, the
-family, the number of experts and whether an importance matrix is given. The levels and their exceptions are data
-here (``LEVELS``, ``MIXES``); ``assign`` walks a model's tensors once and applies them. Owner of the rules:
+family, the number of experts and whether an importance matrix is given. The levels are data here (``LEVELS``), their
+exceptions in ``recipe_mixes``; ``assign`` walks a model's tensors once and applies them. Owner of the rules:
 llama.cpp, src/llama-quant.cpp; the tests compare every level with the quantizer itself. In words:
 docs/reference/recipes.md.
 """
@@ -10,14 +10,25 @@ docs/reference/recipes.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from gguf import LlamaFileType
 
-from llm_quantize.errors import UnsupportedError, UsageError
+from llm_quantize.errors import UsageError
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.recipe_mixes import (
+    APART,
+    CONDITIONS,
+    EIGHT_EXPERTS,
+    FALLBACKS,
+    LEFT_ALONE,
+    LEFT_ALONE_NAMES,
+    MIXES,
+    NEED_IMPORTANCE,
+    Place,
+)
 
 
 @dataclass(frozen=True)
@@ -48,51 +59,50 @@ _LEVELS = (
     ("Q4_0", "q4_0", LlamaFileType.MOSTLY_Q4_0, "4 bit, older symmetric grid: fast on many devices"),
     ("Q3_K_L", "q3_k", LlamaFileType.MOSTLY_Q3_K_L, "3 bit, sensitive tensors at 5"),
     ("Q3_K_M", "q3_k", LlamaFileType.MOSTLY_Q3_K_M, "3 bit, sensitive tensors at 4 and 5: visible loss"),
+    ("IQ3_M", "iq3_s", LlamaFileType.MOSTLY_IQ3_M, "3.4 bit grid, sensitive tensors at 4: smaller than Q3_K_M"),
+    ("IQ3_S", "iq3_s", LlamaFileType.MOSTLY_IQ3_S, "3.4 bit grid throughout"),
     ("Q3_K_S", "q3_k", LlamaFileType.MOSTLY_Q3_K_S, "3 bit throughout: large loss"),
+    ("IQ3_XS", "iq3_s", LlamaFileType.MOSTLY_IQ3_XS, "3.1 to 3.4 bit grids; wants an importance matrix"),
+    ("IQ3_XXS", "iq3_xxs", LlamaFileType.MOSTLY_IQ3_XXS, "3.1 bit grid; wants an importance matrix"),
     ("Q2_K", "q2_k", LlamaFileType.MOSTLY_Q2_K, "2.6 bit, sensitive tensors at 3 and 4: very large loss"),
     ("Q2_K_S", "q2_k", LlamaFileType.MOSTLY_Q2_K_S, "2.6 bit throughout; wants an importance matrix"),
+    ("IQ2_M", "iq2_s", LlamaFileType.MOSTLY_IQ2_M, "2.6 bit grid, some tensors at 3.4; wants an importance matrix"),
+    ("IQ2_S", "iq2_xs", LlamaFileType.MOSTLY_IQ2_S, "2.3 bit grid, some tensors at 3.4; wants an importance matrix"),
+    ("IQ2_XS", "iq2_xs", LlamaFileType.MOSTLY_IQ2_XS, "2.3 bit grid: very large loss; wants an importance matrix"),
+    ("IQ2_XXS", "iq2_xxs", LlamaFileType.MOSTLY_IQ2_XXS, "2.1 bit grid: very large loss; wants an importance matrix"),
     ("TQ2_0", "tq2_0", LlamaFileType.MOSTLY_TQ2_0, "2 bit, for models trained with ternary weights"),
+    ("IQ1_M", "iq1_m", LlamaFileType.MOSTLY_IQ1_M, "1.75 bit grid: the last resort; wants an importance matrix"),
+    ("IQ1_S", "iq1_s", LlamaFileType.MOSTLY_IQ1_S, "1.6 bit grid: the smallest there is; wants an importance matrix"),
     ("TQ1_0", "tq1_0", LlamaFileType.MOSTLY_TQ1_0, "1.7 bit, for models trained with ternary weights"),
     ("MXFP4_MOE", "mxfp4", LlamaFileType.MOSTLY_MXFP4_MOE, "experts in MXFP4, everything else at 8 bit"),
 )
-LEVELS: Mapping[str, Level] = {name: Level(name, base, int(number), about) for name, base, number, about in _LEVELS}
+LEVELS: Mapping[str, Level] = {
+    name: Level(name, base, int(number), about)
+    for name, base, number, about in _LEVELS
+    if base in QTYPES and all(r[0] in QTYPES for m in MIXES.get(name, {}).values() for r in m)
+}
 
 ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 
-# Levels that llama-quantize knows and this version does not, with the nearest level there is.
-LATER_LEVELS: Mapping[str, str] = {
-    **dict.fromkeys(("IQ1_S", "IQ1_M"), "TQ1_0 for ternary models, else Q2_K_S"),
-    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S"), "Q2_K_S"),
-    **{"IQ2_M": "Q2_K", "IQ3_XXS": "Q2_K", "IQ3_XS": "Q3_K_S", "IQ3_S": "Q3_K_S", "IQ3_M": "Q3_K_M"},
-}
-
-# qtypes that users may name for single tensors, in falling order of bits; and those that come later.
+# qtypes that users may name for single tensors, in falling order of bits.
 TENSOR_TYPES = tuple(sorted(QTYPES, key=lambda name: -QTYPES[name].bits_per_weight))
-LATER_TENSOR_TYPES = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")
 
 
 def parse_level(text: str) -> Level:
-    """The level a user named, in any case. Raises UsageError for no level, UnsupportedError for a later one."""
+    """The level a user named, in any case. Raises UsageError where there is none of that name."""
     name = text.strip().upper()
     name = ALIASES.get(name, name)
-    if name in LATER_LEVELS:
-        raise UnsupportedError(
-            f"level {name} comes in a later version",
-            remedy=f"take the nearest level there is: {LATER_LEVELS[name]}",
-        )
     if name not in LEVELS:
         raise UsageError(f"there is no level {text!r}", expected="one of " + ", ".join(LEVELS), found=text)
     return LEVELS[name]
 
 
 def parse_qtype(text: str) -> str:
-    """The lower-case qtype a user named for a tensor. Raises UsageError, or UnsupportedError for a later one."""
+    """The lower-case qtype a user named for a tensor. Raises UsageError where there is none of that name."""
     name = text.strip().lower()
     if name in TENSOR_TYPES:
         return name
-    if name in LATER_TENSOR_TYPES:
-        raise UnsupportedError(f"type {name} comes in a later version", remedy="take one of " + ", ".join(TENSOR_TYPES))
-    is_level = name.upper() in LEVELS or name.upper() in LATER_LEVELS
+    is_level = name.upper() in LEVELS
     raise UsageError(
         f"{text!r} is a level for whole files, not the type of a tensor" if is_level else f"there is no type {text!r}",
         expected="one of " + ", ".join(TENSOR_TYPES),
@@ -142,95 +152,6 @@ class Assignment:
     warnings: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor stands among those of its role: ``index`` of ``count``, and the facts rules ask for."""
-
-    index: int
-    count: int
-    sharing: int
-    arch: str
-    importance: bool
-
-
-def _more(place: Place) -> bool:
-    """In the first or the last eighth, or every third layer between."""
-    eighth = place.count // 8
-    return place.index < eighth or place.index >= 7 * place.count // 8 or (place.index - eighth) % 3 == 2
-
-
-CONDITIONS: Mapping[str, Callable[[Place], bool]] = {
-    "falcon": lambda place: place.arch == "falcon",
-    "not falcon": lambda place: place.arch != "falcon",
-    # At least four query heads share each value head, so that tensor is small and bits there are cheap.
-    "shared": lambda place: place.sharing >= 4,
-    "first 2": lambda place: place.index < 2,
-    "first 4": lambda place: place.index < 4,
-    "first 1/8": lambda place: place.index < place.count // 8,
-    "first 1/16": lambda place: place.index < place.count // 16,
-    "more": _more,
-    "importance": lambda place: place.importance,
-    "no importance": lambda place: not place.importance,
-}
-
-# For each level, the roles that do not simply get the base qtype: a qtype and the conditions that must all hold; the
-# first such rule decides.
-Rule = tuple[str, ...]
-_IQ4: Mapping[str, Sequence[Rule]] = {"value": (("q5_k", "shared"),), "down": (("q5_k", "first 1/8", "no importance"),)}
-MIXES: Mapping[str, Mapping[str, Sequence[Rule]]] = {
-    "Q2_K": {
-        "value": (("q4_k", "shared"), ("q3_k",)),
-        "down": (("q3_k",),),
-        "attention_output": (("q3_k", "not falcon"),),
-    },
-    "Q2_K_S": {"value": (("q4_k", "shared"),), "down": (("q4_k", "first 1/8"),)},
-    "Q3_K_M": {
-        "value": (("q5_k", "first 2"), ("q4_k",)),
-        "down": (("q5_k", "first 1/16"), ("q4_k", "not falcon"), ("q4_k", "more")),
-        "attention_output": (("q4_k", "not falcon"),),
-    },
-    "Q3_K_L": {
-        "value": (("q5_k",),),
-        "down": (("q4_k", "falcon"), ("q5_k",)),
-        "attention_output": (("q4_k", "falcon"), ("q5_k",)),
-    },
-    "Q4_K_S": {"value": (("q5_k", "first 4"),), "down": (("q5_k", "first 1/8", "not falcon"),)},
-    "Q4_K_M": {
-        "value": (("q6_k", "more"),),
-        "down": (("q6_k", "falcon", "first 1/16"), ("q5_k", "falcon", "more"), ("q4_k", "falcon"), ("q6_k", "more")),
-    },
-    "Q5_K_M": {"value": (("q6_k", "more"),), "down": (("q6_k", "more"),)},
-    "IQ4_NL": _IQ4,
-    "IQ4_XS": _IQ4,
-    # An importance matrix does not save the first layers from the symmetric grids; without one the bytes stay
-    # what they were before there were importance matrices.
-    "Q4_0": {"down": (("q4_1", "first 1/8", "importance"),)},
-    "Q5_0": {"down": (("q5_1", "first 1/8", "importance"),)},
-    "TQ1_0": {"embedding": (("q4_k",),)},
-    "TQ2_0": {"embedding": (("q4_k",),)},
-}
-
-# With exactly eight experts attention is a small part of the model: these levels give its output 5 bits, and every
-# level gives keys and values 8.
-_EIGHT_EXPERTS = frozenset({"Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ4_XS"})
-
-# What a row takes whose length its qtype's blocks do not divide; f16 where that fails too.
-FALLBACKS: Mapping[str, str] = {
-    **dict.fromkeys(("q2_k", "q3_k", "tq1_0", "tq2_0"), "q4_0"),
-    **{"iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"},
-}
-
-# Parts of names that are never quantized: tiny, or broken by it.
-_LEFT_ALONE = (
-    *("_norm.weight", "ffn_gate_inp.weight", "altup", "laurel", "per_layer_model_proj", "ssm_conv1d"),
-    *("shortconv.conv.weight", "attn_rel_b.weight", ".position_embd", ".rel_pos", ".patch_embd", ".patch_merger"),
-    *("sam.pos_embd", "sam.neck.", "sam.net_", "time_mix_first.weight", "time_mix_lerp_fused.weight"),
-    *(f"time_mix_{part}.weight" for part in ("w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2")),
-    *("time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "ffn_gate_tid2eid.weight"),
-    *("indexer.k_proj.weight", "indexer.q_proj.weight", "a.rvq.codebook", "mm.a.code_embd"),
-)
-_LEFT_ALONE_NAMES = ("position_embd.weight", "token_types.weight")
-
 _ROLES = (
     *(("attn_qkv.weight", "value"), ("attn_kv_b.weight", "value"), ("attn_v.weight", "value")),
     *(("attn_k.weight", "key"), ("attn_q.weight", "query"), ("attn_output.weight", "attention_output")),
@@ -253,8 +174,8 @@ def is_quantizable(tensor: TensorShape) -> bool:
     return (
         len(significant) >= 2
         and tensor.name.endswith("weight")
-        and tensor.name not in _LEFT_ALONE_NAMES
-        and not any(part in tensor.name for part in _LEFT_ALONE)
+        and tensor.name not in LEFT_ALONE_NAMES
+        and not any(part in tensor.name for part in LEFT_ALONE)
     )
 
 
@@ -268,14 +189,30 @@ def assign(
     overrides: Overrides | None = None,
 ) -> Assignment:
     """Give each tensor its qtype. ``importance_names``: tensors that the importance matrix covers (None: there is
-    none). Raises UsageError for an unknown level, a bad expression, or a level that needs an importance matrix."""
+    none). Raises UsageError for an unknown level, a bad expression, or a tensor whose qtype needs importance and has
+    none."""
     recipe = _Recipe(parse_level(level), tensors, hyper, arch, importance_names or (), overrides or Overrides())
-    qtypes = [tensor.unquantized for tensor in tensors]
-    # Rules that count tensors of a role count them in llama.cpp's order: by layer, then by name.
-    for index in sorted(range(len(tensors)), key=lambda i: (_layer(tensors[i].name), tensors[i].name)):
-        if is_quantizable(tensors[index]):
-            qtypes[index] = recipe.qtype(tensors[index])
+    qtypes = recipe.walk()
+    if recipe.uncovered:
+        name, qtype = recipe.uncovered[0]
+        raise UsageError(
+            f"{recipe.level.name} needs an importance matrix that covers every tensor it stores as {qtype}",
+            tensor=name,
+            found=f"{len(recipe.uncovered)} tensors without importance" if importance_names else "no importance matrix",
+            remedy="--imatrix FILE, --statistics FILE, or leave out --no-calibration",
+        )
     return Assignment(recipe.level, qtypes, recipe.warnings + recipe.unused_expressions())
+
+
+def needs_importance(
+    level: str, tensors: Sequence[TensorShape], hyper: Hyper, *, arch: str, overrides: Overrides | None = None
+) -> list[str]:
+    """Names of the tensors that ``assign`` would refuse to store without an importance matrix; none: it can be done
+    without. What the rows' lengths and the overrides make of the level counts, so this asks for the tensors. Raises
+    UsageError for an unknown level or a bad expression."""
+    recipe = _Recipe(parse_level(level), tensors, hyper, arch, (), overrides or Overrides())
+    recipe.walk()
+    return [name for name, _ in recipe.uncovered]
 
 
 def _layer(name: str) -> int:
@@ -294,13 +231,24 @@ class _Recipe:
     importance_names: Collection[str]
     overrides: Overrides
     warnings: list[str] = field(default_factory=list)
+    uncovered: list[tuple[str, str]] = field(default_factory=list)  # tensor, qtype: importance is needed and missing
 
     def __post_init__(self) -> None:
         self.expressions = [(_compile(text), qtype) for text, qtype in self.overrides.tensor_types]
         self.used = [False] * len(self.expressions)
         self.tied = all(tensor.name != "output.weight" for tensor in self.tensors)
         self.values = sum(role(tensor.name) == "value" for tensor in self.tensors)
-        self.decided = {"value": 0, "down": 0}
+        self.decided = {"value": 0, "down": 0, "gate": 0, "up": 0}
+
+    def walk(self) -> list[str]:
+        """The qtype of each tensor. Rules that count the tensors of a role count them in llama.cpp's order: by layer,
+        then by name."""
+        tensors = self.tensors
+        qtypes = [tensor.unquantized for tensor in tensors]
+        for index in sorted(range(len(tensors)), key=lambda i: (_layer(tensors[i].name), tensors[i].name)):
+            if is_quantizable(tensors[index]):
+                qtypes[index] = self.qtype(tensors[index])
+        return qtypes
 
     def qtype(self, tensor: TensorShape) -> str:
         """The qtype of a tensor that may be quantized."""
@@ -314,14 +262,15 @@ class _Recipe:
                 f"{QTYPES[qtype].block_size}; {other} is used instead"
             )
             qtype = other
-        needs = self.level.name == "Q2_K_S" and qtype == "q2_k" and role(tensor.name) not in ("embedding", "output")
-        if needs and tensor.name not in self.importance_names:
-            raise UsageError(
-                "Q2_K_S needs an importance matrix that covers every tensor it stores as q2_k",
-                tensor=tensor.name,
-                remedy="give one with --imatrix FILE, or take Q2_K",
-            )
+        if self._needs_importance(tensor.name, qtype) and tensor.name not in self.importance_names:
+            self.uncovered.append((tensor.name, qtype))
         return qtype
+
+    def _needs_importance(self, name: str, qtype: str) -> bool:
+        """llama.cpp's rule for the tensors of layers; elsewhere only the grids that have no codes without weights."""
+        if role(name) in ("embedding", "output"):
+            return QTYPES[qtype].needs_importance
+        return qtype in NEED_IMPORTANCE or (qtype == "q2_k" and self.level.name == "Q2_K_S")
 
     def _wanted(self, tensor: TensorShape) -> str:
         """What overrides and rules ask for, before the row length is looked at."""
@@ -348,13 +297,15 @@ class _Recipe:
         place = self._place(tensor, kind)
         rules = MIXES.get(self.level.name, {}).get(kind, ())
         qtype = next((q for q, *names in rules if all(CONDITIONS[name](place) for name in names)), base)
+        if self.level.name in APART:
+            return qtype
         if kind == "value" and self._is_70b() and qtype in ("q3_k", "q4_k"):
             qtype = "q5_k"
         if self.hyper.n_expert == 8:
             if kind in ("value", "key"):
                 qtype = "q8_0"
             if kind == "attention_output" and self.arch != "falcon":
-                qtype = "q5_k" if self.level.name in _EIGHT_EXPERTS else base
+                qtype = "q5_k" if self.level.name in EIGHT_EXPERTS else base
         return qtype
 
     def _output(self, tensor: TensorShape) -> str:
@@ -365,18 +316,20 @@ class _Recipe:
             or tensor.shape[-1] % QTYPES[self.level.base].block_size
         ):
             return "q8_0"
-        return "q8_0" if self.level.base == "q8_0" else "q6_k"
+        if self.level.base == "q8_0":
+            return "q8_0"
+        return MIXES.get(self.level.name, {}).get("output", (("q6_k",),))[0][0]
 
     def _place(self, tensor: TensorShape, kind: str) -> Place:
         index, count = self.decided.get(kind, 0), self.values if kind == "value" else self.hyper.n_layer
         if kind in self.decided:
             self.decided[kind] += 1
         # Expert tensors do not come one per layer, so their layer is read from the name.
-        if kind == "down" and self.hyper.n_expert > 1:
+        if kind in ("down", "gate", "up") and self.hyper.n_expert > 1 and self.level.name not in APART:
             index = _layer(tensor.name)
         kv = self.hyper.n_head_kv
         sharing = self.hyper.n_head // kv if kv else 0
-        return Place(index, count, sharing, self.arch, bool(self.importance_names))
+        return Place(index, count, sharing, self.hyper.n_expert, self.arch, bool(self.importance_names))
 
     def _is_70b(self) -> bool:
         """A 70B model's values are an eighth of its queries, so more bits there cost next to nothing. llama.cpp knows
