@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +16,6 @@ from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
 from llm_quantize.planning import Options, tensor_shapes
 from llm_quantize.recipes import TensorShape, is_quantizable, needs_importance, role
 from llm_quantize.source import Source
-
-if TYPE_CHECKING:
-    from llm_quantize.io.statistics_file import Statistics
 
 CALIBRATED_NAME = "calibration-{}.safetensors"
 
@@ -53,23 +49,29 @@ def calibrated(source: Source, options: Options, on_event: EventSink) -> Imatrix
     Raises MissingExtraError without torch, and what ``calibration.collect.calibrate`` raises.
     """
     from llm_quantize.calibration.collect import calibrate
-    from llm_quantize.io.statistics_file import read_statistics
 
-    return from_statistics(read_statistics(calibrate(source, options.calibration, on_event=on_event)), source)
+    return from_statistics(calibrate(source, options.calibration, on_event=on_event).path, source)
 
 
-def from_statistics(statistics: Statistics, source: Source) -> Imatrix:
-    """The importance matrix of ``statistics``: for each output tensor, the values that llama.cpp would read from them.
+def from_statistics(path: Path, source: Source) -> Imatrix:
+    """The importance matrix in a file of statistics: the values that llama.cpp would read from our imatrix of them.
 
     Its name and hash follow from the values alone, so that the artifact does not depend on where the file lies.
+    Raises IntegrityError for statistics of another model (a source opened for its headers cannot tell), and what
+    reading raises.
     """
-    from llm_quantize.io.statistics_file import refuse_other_model
+    from llm_quantize.calibration.identity import model_digest
+    from llm_quantize.calibration.importance import importance
+    from llm_quantize.io.statistics_file import read_statistics, refuse_other_model
 
-    refuse_other_model(statistics, source)
-    values = statistics.importance(source.tensors.outputs)
+    with read_statistics(path) as statistics:
+        if not source.checkpoint.headers_only:
+            refuse_other_model(statistics, model_digest(source.checkpoint))
+        values = importance(statistics, source.tensors.outputs)
+        text = statistics.identity.text
     digest = _digest(values)
-    path = Path(CALIBRATED_NAME.format(digest[:16]))
-    return Imatrix(path, values, statistics.datasets, statistics.windows, digest)
+    name = Path(CALIBRATED_NAME.format(digest[:16]))
+    return Imatrix(name, values, tuple(text["datasets"]), int(text["windows"]), digest)
 
 
 def _digest(values: Mapping[str, npt.NDArray[np.float32]]) -> str:
@@ -84,9 +86,7 @@ def _given(source: Source, options: Options) -> Imatrix | None:
     if options.imatrix is not None:
         return read_imatrix(options.imatrix)
     if options.statistics is not None:
-        from llm_quantize.io.statistics_file import read_statistics
-
-        return from_statistics(read_statistics(options.statistics), source)
+        return from_statistics(options.statistics, source)
     return None
 
 

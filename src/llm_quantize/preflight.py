@@ -73,15 +73,23 @@ def address_limit() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
+def mapped_bytes() -> int:
+    """Address space of this process now; a guess where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 256 << 20
+
+
+def thread_address_bytes() -> int:
+    """Address space that a new thread takes before it does anything: its stack and its allocator's arena."""
+    stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    return (DEFAULT_STACK_BYTES if stack == resource.RLIM_INFINITY else stack) + ARENA_BYTES
+
+
 def address_needed(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
     """Address space of a run, in bytes: what is mapped now; for each thread a stack, an arena and its buffers."""
-    try:
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError, ValueError):
-        mapped = 256 << 20
-    stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
-    stack = DEFAULT_STACK_BYTES if stack == resource.RLIM_INFINITY else stack
-    return mapped + threads * (stack + ARENA_BYTES) + work_bytes(artifacts, threads)
+    return mapped_bytes() + threads * thread_address_bytes() + work_bytes(artifacts, threads)
 
 
 def memory_needed(artifacts: Sequence[ArtifactPlan], threads: int) -> int:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_quantize.errors import UsageError
+from llm_quantize.io.statistics_layout import check_kinds
 
-KINDS = ("imatrix", "hessian", "absmax")
 DEVICES = ("cpu", "cuda", "mps")
 
 
@@ -16,9 +16,9 @@ DEVICES = ("cpu", "cuda", "mps")
 class CalibrationOptions:
     """Text: ``data`` (files and names of built-in sets; none: the built-in mix), at most ``samples`` windows of
     ``length`` tokens (no longer than the model's context), drawn with ``seed``; ``chat`` sets plain text as a
-    conversation in the model's template. ``collect``: which statistics, of KINDS. ``expert_minimum``: tokens that
-    each expert should see; more text is drawn until it does or the text ends (0: never). ``threads`` and ``max_ram``
-    (bytes) bound the run and do not change a byte of its result.
+    conversation in the model's template. ``collect``: which statistics, of the kinds in io/statistics_layout.py.
+    ``expert_minimum``: tokens that each expert should see; more text is drawn until it does or the text ends (0:
+    never). ``threads`` and ``max_ram`` (bytes) bound the run and do not change a byte of its result.
     """
 
     data: tuple[str, ...] = ()
@@ -33,11 +33,7 @@ class CalibrationOptions:
     max_ram: int | None = None
 
     def __post_init__(self) -> None:
-        unknown = [kind for kind in self.collect if kind not in KINDS]
-        if unknown or not self.collect:
-            raise UsageError(
-                "there is no such statistic", expected=", ".join(KINDS), found=", ".join(unknown) or "none"
-            )
+        check_kinds(self.collect)
         if self.device not in DEVICES:
             raise UsageError("there is no such device", expected=", ".join(DEVICES), found=self.device)
         if self.samples < 1 or self.length < 2:

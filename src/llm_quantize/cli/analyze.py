@@ -6,7 +6,9 @@ import click
 
 from llm_quantize.cli import LazyGroup
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "importance": "Run text through a model and write how much each input channel matters.",
+}
 
 
 @click.group(cls=LazyGroup, table=COMMANDS, prefix="analyze_")

@@ -115,7 +115,7 @@ def calibration_options(function: Function) -> Function:
     options = [
         click.option("--calibration-data", "calibration_data", multiple=True, metavar="TEXT",
                      help="Text to calibrate on: a .txt, .json, .jsonl or .parquet file, or a built-in set: general, "
-                     "code, japanese, chat. Repeatable; TEXT@0.3 gives a weight. [default: the mix of all sets]"),
+                     "code, japanese, chat. Repeatable; NAME=0.3 gives a weight. [default: the mix of all sets]"),
         click.option("--calibration-samples", type=click.IntRange(1), default=256, show_default=True, metavar="N",
                      help="Windows of text at most."),
         click.option("--sequence-length", type=click.IntRange(2), default=2048, show_default=True, metavar="N",
@@ -129,7 +129,7 @@ def calibration_options(function: Function) -> Function:
     return function
 
 
-def build_calibration(arguments: Mapping[str, Any], collect: tuple[str, ...] = ("imatrix",)) -> Any:
+def build_calibration(arguments: Mapping[str, Any], collect: tuple[str, ...] = ("imatrix",), **more: Any) -> Any:
     """calibration.options.CalibrationOptions from the parsed command line."""
     from llm_quantize.calibration.options import CalibrationOptions
 
@@ -142,6 +142,7 @@ def build_calibration(arguments: Mapping[str, Any], collect: tuple[str, ...] = (
         device=arguments["device"],
         threads=arguments["threads"],
         max_ram=arguments["max_ram"],
+        **more,
     )
 
 
@@ -229,8 +230,9 @@ def _json_sink(shown: Mode) -> EventSink:
     return sink
 
 
-def _rate(done: float, seconds: float) -> str:
-    return f"{done / max(seconds, 1e-9) / 1e6:.0f} Mw/s"
+def _rate(event: Mapping[str, Any], seconds: float) -> str:
+    each = event["done"] / max(seconds, 1e-9)
+    return f"{each:.0f} tokens/s" if event.get("unit") == "tokens" else f"{each / 1e6:.0f} Mw/s"
 
 
 def _memory() -> str:
@@ -260,7 +262,7 @@ def _plain_sink(description: str, shown: Mode) -> EventSink:
             if percent == 100 or (now - last[0] >= 5 and percent > last[1]):
                 last[:] = [now, percent]
                 left = (now - began) * (100 - percent) / max(1, percent)
-                facts = f"{_rate(event['done'], now - began)}, {left:.0f} s left, {_memory()}"
+                facts = f"{_rate(event, now - began)}, {left:.0f} s left, {_memory()}"
                 click.echo(f"{description}: {percent}% ({facts})", err=True)
 
     return sink
@@ -294,7 +296,7 @@ def _live_progress(description: str, shown: Mode) -> Iterator[EventSink]:
                 progress.update(task, description=f"download {line(event.get('file', ''))}",
                                 completed=event.get("done"), total=event.get("total"))  # fmt: skip
             elif event["event"] == "progress":
-                rate = _rate(event["done"], time.monotonic() - began)
+                rate = _rate(event, time.monotonic() - began)
                 progress.update(task, description=description, completed=event["done"], total=event["total"],
                                 rate=rate, memory=_memory())  # fmt: skip
 

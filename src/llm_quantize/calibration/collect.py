@@ -1,0 +1,471 @@
+"""The calibration run: text through the model, one decoder block in memory at a time, statistics into a file.
+
+    text → windows → embedding → block 0 → block 1 → … ; each block's inputs are summed up, written and journalled
+
+Every window passes through a block before the next block is loaded, so memory holds one block, its statistics and one
+window per thread; the hidden states between two blocks stay in memory or, where they are many, in a file. Windows run
+side by side on one torch thread each and are summed in their order, so the file has the same bytes for any number of
+threads. A killed run continues after its last finished block: from the hidden states it left, where they are whole,
+else by running the finished blocks again without summing.
+
+Where experts saw too few tokens a second part with further text is collected, and so on, and the parts are merged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import llm_quantize
+from llm_quantize import preflight
+from llm_quantize.calibration import memory
+from llm_quantize.calibration.identity import model_digest
+from llm_quantize.calibration.importance import coverage, summary, tensor_statistics
+from llm_quantize.calibration.options import CalibrationOptions, cache_directory
+from llm_quantize.calibration.statistics import EARLY_BYTES, BlockSums, memory_of
+from llm_quantize.calibration.text import load_texts
+from llm_quantize.calibration.tokens import TextTokenizer
+from llm_quantize.calibration.windows import Share, Windows, coverage_advice, sample_windows
+from llm_quantize.engine import run, stop_on_signals
+from llm_quantize.errors import MissingExtraError
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.artifact_paths import journal_path, manifest_path
+from llm_quantize.io.imatrix_writer import write_imatrix_dat, write_imatrix_gguf
+from llm_quantize.io.journal import canonical_json
+from llm_quantize.io.output import OutputFile, ResumableOutput, Span
+from llm_quantize.io.statistics_file import merge_statistics, read_statistics
+from llm_quantize.io.statistics_layout import (
+    StatisticsIdentity,
+    StatisticsLayout,
+    TapLike,
+    check_kinds,
+    layout_statistics,
+)
+from llm_quantize.io.whole_file import write_file
+from llm_quantize.manifest import manifest_bytes
+from llm_quantize.source import Source
+
+if TYPE_CHECKING:
+    from threading import Event
+
+    from torch import Tensor
+
+    from llm_quantize.calibration.activations import Activations
+    from llm_quantize.calibration.forward import Block, Network
+
+MAX_PARTS = 4
+"""Parts of text drawn for experts that saw too little; each is as long as all before it: at most 8 times the text."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration came to. ``reused``: nothing was run. ``short``: {layer input: experts below the minimum}.
+    ``seconds``: CPU time of this run; ``memory_planned`` and ``memory_peak`` in bytes, 0 where nothing was run."""
+
+    path: Path
+    model: str
+    reused: bool
+    windows: int
+    length: int
+    shares: tuple[Share, ...]
+    kinds: tuple[str, ...]
+    dtype: str
+    short: Mapping[str, tuple[int, ...]]
+    expert_minimum: int
+    seconds: float = 0.0
+    computed_tokens: int = 0
+    memory_planned: int = 0
+    memory_peak: int = 0
+    advice: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.windows * self.length
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same facts, JSON-ready."""
+        facts = {key: value for key, value in vars(self).items() if key not in ("path", "shares", "short", "advice")}
+        return facts | {
+            "statistics": str(self.path),
+            "tokens": self.tokens,
+            "datasets": {share.dataset: share.tokens for share in self.shares},
+            "short_experts": {tap: list(experts) for tap, experts in self.short.items()},
+            "advice": list(self.advice),
+        }
+
+    def sentences(self) -> list[str]:
+        """What a person wants to know, a line each."""
+        text = ", ".join(f"{share.dataset} {share.tokens:,}" for share in self.shares if share.tokens)
+        lines = [f"{self.model}: {self.tokens:,} tokens in {self.windows} windows of {self.length} ({text})"]
+        if self.reused:
+            lines.append("nothing was run: these statistics were there already")
+        elif self.seconds > 0:
+            rate = self.computed_tokens / self.seconds
+            lines.append(
+                f"{self.seconds:.1f} s of CPU time in {self.dtype}, {rate:,.0f} tokens per CPU second; memory "
+                f"{self.memory_peak / 1e6:,.0f} MB, planned {self.memory_planned / 1e6:,.0f} MB"
+            )
+        for tap, experts in self.short.items():
+            named = ", ".join(map(str, experts[:8])) + (" and more" if len(experts) > 8 else "")
+            lines.append(f"{tap}: experts {named} saw fewer than {self.expert_minimum} tokens")
+        return [*lines, *self.advice, f"statistics: {self.path}"]
+
+
+@dataclass
+class _Run:
+    """One calibration: what stays the same for all its parts, and what it cost so far."""
+
+    source: Source
+    options: CalibrationOptions
+    model: Mapping[str, Any]
+    text: Mapping[str, Any]
+    windows: Windows
+    kinds: tuple[str, ...]
+    dtype: Literal["float32", "bfloat16"]
+    on_event: EventSink
+    network: Network | None = None
+    computed: int = 0
+    planned: int = 0
+    began: float = field(default_factory=time.process_time)
+
+    def identity(self, start: int, count: int) -> StatisticsIdentity:
+        """Windows [start, start + count) of the text, run through this model in this arithmetic."""
+        ids = self.windows.draw(start, count)
+        digest = hashlib.sha256(canonical_json([list(ids.shape), self.dtype, self.options.device]))
+        digest.update(ids.astype("<i8").tobytes())
+        facts = {"windows": len(ids), "first_window": start, "tokens": int(ids.size), "sha256": digest.hexdigest()}
+        return StatisticsIdentity(self.model, {**self.text, **facts})
+
+
+def calibrate(source: Source, options: CalibrationOptions, *, on_event: EventSink = ignore) -> Calibration:
+    """Statistics of ``source`` over the text of ``options``; kept in ``cache_directory`` under the hashes of both.
+
+    The same call finds them again, and continues what was interrupted, ending in the same bytes. Raises
+    MissingExtraError without torch; ResourceError before any work where memory or disk do not suffice;
+    NumericPolicyError naming layer and sample for an activation that is not finite (finished layers are kept);
+    StoppedError after a signal; and what reading text and model raises.
+    """
+    for name in ("torch", "transformers"):
+        if find_spec(name) is None:
+            raise MissingExtraError("calibration", "torch")
+    state = _open_run(source, options, on_event)
+    path = _part_path(state, 0, state.windows.samples)
+    reused = path.is_file()
+    paths, total = [_collect(state, 0, state.windows.samples)], state.windows.samples
+    short = _short(paths[0], options.expert_minimum)
+    merged = path
+    while short and len(paths) < MAX_PARTS:
+        count = len(state.windows.draw(total, total))
+        if count == 0:
+            break
+        text = f"{sum(map(len, short.values()))} experts saw fewer than {options.expert_minimum} tokens"
+        on_event({"event": "note", "text": f"{text}; drawing {count} more windows of text"})
+        paths.append(_collect(state, total, count))
+        total += count
+        merged = _merge(paths)
+        short = _short(merged, options.expert_minimum)
+    return _result(state, merged, total, short, reused=reused and state.computed == 0)
+
+
+def _result(state: _Run, path: Path, total: int, short: Mapping[str, tuple[int, ...]], *, reused: bool) -> Calibration:
+    options, hyper = state.options, state.source.architecture.hyper
+    widest = max(hyper.embedding_length, hyper.feed_forward_length, hyper.n_head * hyper.head_dim)
+    advice = coverage_advice(total * state.windows.length, widest, hessian="hessian" in state.kinds)
+    if advice:
+        state.on_event({"event": "warning", "text": advice})
+    return Calibration(
+        path=path,
+        model=state.source.checkpoint.name,
+        reused=reused,
+        windows=total,
+        length=state.windows.length,
+        shares=state.windows.shares(total),
+        kinds=state.kinds,
+        dtype=state.dtype,
+        short=short,
+        expert_minimum=options.expert_minimum,
+        seconds=0.0 if reused else time.process_time() - state.began,
+        computed_tokens=state.computed,
+        memory_planned=state.planned,
+        memory_peak=0 if reused else preflight.peak_resident_bytes(),
+        advice=() if advice is None else (advice,),
+    )
+
+
+def _open_run(source: Source, options: CalibrationOptions, on_event: EventSink) -> _Run:
+    on_event({"event": "stage", "text": "read the text"})
+    tokenizer = TextTokenizer(source)
+    corpus = load_texts(options.data)
+    length = min(options.length, source.architecture.hyper.context_length)
+    if length < options.length:
+        text = f"windows have {length:,} tokens: the model's context is no longer"
+        on_event({"event": "note", "text": text})
+    windows = sample_windows(
+        corpus,
+        tokenizer,
+        samples=options.samples,
+        length=length,
+        seed=options.seed,
+        chat=options.chat,
+        on_event=on_event,
+    )
+    if corpus.built_in and not options.data:
+        on_event({"event": "note", "text": "no text was given: calibrating on the built-in mix of texts"})
+    model = {"name": source.checkpoint.name, "sha256": model_digest(source.checkpoint)}
+    facts = {"datasets": list(windows.datasets), "length": length, "seed": options.seed, "chat": options.chat}
+    kinds = check_kinds(options.collect)
+    return _Run(source, options, model, facts, windows, kinds, compute_dtype(source, options.device), on_event)
+
+
+def compute_dtype(source: Source, device: str) -> Literal["float32", "bfloat16"]:
+    """bfloat16 for a checkpoint of 16 or 8 bits where the device multiplies it quickly, else float32."""
+    import torch
+
+    stored = {info.dtype for info in source.checkpoint.tensors.values()}
+    quick = device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if quick and not stored & {"F32", "F64"} else "float32"
+
+
+def _part_path(state: _Run, start: int, count: int) -> Path:
+    identity = state.identity(start, count)
+    key = canonical_json({"model": identity.model, "text": identity.text, "kinds": list(state.kinds)})
+    return _cached(hashlib.sha256(key).hexdigest())
+
+
+def _cached(digest: str) -> Path:
+    return cache_directory() / "statistics" / f"{digest[:32]}.safetensors"
+
+
+def _short(path: Path, minimum: int) -> dict[str, tuple[int, ...]]:
+    with read_statistics(path) as statistics:
+        return {entry.tap: entry.short for entry in coverage(statistics, minimum) if entry.short}
+
+
+def _merge(paths: Sequence[Path]) -> Path:
+    target = _cached(hashlib.sha256(canonical_json([path.name for path in paths])).hexdigest())
+    if not target.is_file():
+        merge_statistics(paths, target)
+    return target
+
+
+# one part
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One part's windows on their way through the blocks. ``keys``: the unit of each block that has statistics."""
+
+    state: _Run
+    network: Network
+    layout: StatisticsLayout
+    taps: Sequence[Sequence[TapLike]]
+    output: ResumableOutput
+    keys: Mapping[int, str]
+    windows: int
+    length: int
+    fitted: memory.Fitted
+    stop: Event
+
+    @property
+    def directory(self) -> Path:
+        return self.output.target.with_name(self.output.target.name + ".hidden")
+
+    def hidden(self, slot: int) -> Activations:
+        """Hidden states between two blocks: on disk in one of two files, so that a finished one outlives the next."""
+        import torch
+
+        from llm_quantize.calibration.activations import Activations
+
+        file = None if self.fitted.in_memory else self.directory / str(slot)
+        dtype = getattr(torch, self.state.dtype)
+        return Activations(self.windows, self.length, self.network.width, dtype, file=file)
+
+
+def _collect(state: _Run, start: int, count: int) -> Path:
+    """The statistics of windows [start, start + count), collected where they are missing."""
+    target = _part_path(state, start, count)
+    if target.is_file() and manifest_path(target).is_file():
+        return target
+    import torch
+
+    from llm_quantize.calibration.forward import open_network
+
+    options = state.options
+    if state.network is None:
+        state.on_event({"event": "stage", "text": "build the network"})
+        state.network = open_network(state.source, dtype=state.dtype, device=options.device)
+    network = state.network
+    identity = state.identity(start, count)
+    taps = [network.taps(index) for index in range(network.n_blocks)]
+    layout = layout_statistics(identity, taps, state.kinds)
+    ids = torch.from_numpy(state.windows.draw(start, count))
+    fitted = _fit(state, network, taps, ids)
+    state.planned = max(state.planned, fitted.peak)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    memory.check_disk(target.parent, layout.size + (0 if fitted.in_memory else 2 * fitted.hidden_bytes))
+    keys = {index: f"block {index}" for index, (_, nbytes) in enumerate(layout.spans) if nbytes}
+    output = ResumableOutput(
+        target,
+        [OutputFile(target.name, layout.size, layout.header)],
+        identity={"version": llm_quantize.__version__, "model": dict(identity.model), "text": dict(identity.text)},
+        spans={key: Span(0, *layout.spans[index]) for index, key in keys.items()},
+        journal_path=journal_path(target),
+        on_warning=lambda text: state.on_event({"event": "warning", "text": text}),
+    )
+    with output, stop_on_signals() as stop:
+        job = _Pass(state, network, layout, taps, output, keys, ids.shape[0], ids.shape[1], fitted, stop)
+        _run_blocks(job, ids)
+        blocks = {key: record["sha256"] for key, record in sorted(output.records.items())}
+        facts = {"identity": {"model": dict(identity.model), "text": dict(identity.text)}, "blocks": blocks}
+        output.finish(manifest_bytes({**facts, "files": [{"name": target.name, "size": layout.size}], "tensors": []}))
+        _discard(job.directory)
+    return target
+
+
+def _fit(state: _Run, network: Network, taps: Sequence[Sequence[TapLike]], ids: Tensor) -> memory.Fitted:
+    windows, length = ids.shape
+    itemsize = 2 if state.dtype == "bfloat16" else 4
+    needs = [memory_of(found, state.kinds) for found in taps]
+    totals, partial = max(need.totals for need in needs), max(need.window for need in needs)
+    block = max(network.bytes(index) for index in range(network.n_blocks))
+    return memory.fit(
+        fixed=max(network.bytes("embedding"), block + totals + min(EARLY_BYTES, windows * partial)),
+        each=partial + memory.workspace_bytes(state.source.architecture.hyper, length, itemsize),
+        hidden=windows * length * network.width * itemsize,
+        threads=state.options.threads,
+        max_ram=state.options.max_ram,
+        device=state.options.device,
+    )
+
+
+def _run_blocks(job: _Pass, ids: Tensor) -> None:
+    """Every block whose statistics are missing, after those before it."""
+    from llm_quantize.calibration.weights import CheckpointWeights
+
+    output, state = job.output, job.state
+    missing = [index for index, key in job.keys.items() if key not in output.records or not output.check(key)]
+    if not missing:
+        return
+    weights = CheckpointWeights(state.source.checkpoint)
+    hidden, first = _resumed(job, missing[0])
+    total = (missing[-1] + 1 - first) * job.windows
+    facts = {"total": job.windows * job.length, "threads": job.fitted.threads, "memory_needed": job.fitted.peak}
+    state.on_event({"event": "start", **facts, "resumed_units": len(output.records)})
+    try:
+        if hidden is None:
+            hidden = job.hidden(0)
+            for window, values in enumerate(job.network.embed(weights, ids)):
+                hidden.write(window, values)
+        done = 0
+        for index in range(first, missing[-1] + 1):
+            sums = BlockSums(job.taps[index], state.kinds) if index in missing else None
+            following = hidden if job.fitted.in_memory else job.hidden((index + 1) % 2)
+            with job.network.block(index, weights) as block:
+                for _ in run(
+                    _Window(block, sums, hidden, following), range(job.windows),
+                    threads=job.fitted.threads, stop=job.stop,
+                ):  # fmt: skip
+                    done += 1
+                    share = facts["total"] * done // total
+                    state.on_event({"event": "progress", "done": share, "total": facts["total"], "unit": "tokens"})
+            if following is not hidden:
+                hidden.close()
+                hidden = following
+            _keep(job, index, sums, hidden)
+        state.computed += facts["total"] * (missing[-1] + 1 - first) // job.network.n_blocks
+    finally:
+        if hidden is not None:
+            hidden.close()
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The work of a thread: one window through one block."""
+
+    block: Block
+    sums: BlockSums | None
+    before: Activations
+    after: Activations
+
+    def __call__(self, window: int) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # of this thread: the order of sums inside a product must not depend on the machine
+        values = self.before.read(window)
+        if self.sums is None:
+            values = self.block(values)
+        else:
+            with self.sums.window(window) as sink, self.block.observe(sink):
+                values = self.block(values)
+        self.after.write(window, values)
+
+
+def _keep(job: _Pass, index: int, sums: BlockSums | None, hidden: Activations) -> None:
+    """Write and record a block's statistics, then remember the hidden states that left it."""
+    output = job.output
+    if sums is not None:
+        span, digest = output.spans[job.keys[index]], hashlib.sha256()
+        for position, piece in job.layout.block_pieces(index, sums.arrays()):
+            digest.update(piece.data)
+            output.write(span, position, piece.data)
+        output.record(job.keys[index], {"sha256": digest.hexdigest()})
+    if not job.fitted.in_memory:
+        output.note({"hidden": {"after": index, "sha256": hidden.digest()}})
+
+
+def _resumed(job: _Pass, wanted: int) -> tuple[Activations | None, int]:
+    """The hidden states that an earlier run left, and the block they enter; (None, 0) where there are none to trust."""
+    note = job.output.notes.get("hidden")
+    if job.fitted.in_memory or not isinstance(note, dict) or not 0 <= int(note["after"]) < wanted:
+        return None, 0
+    index = int(note["after"]) + 1
+    hidden = job.hidden(index % 2)
+    if hidden.digest() == note["sha256"]:
+        return hidden, index
+    hidden.close()
+    text = f"{job.directory}: the hidden states are damaged; finished blocks are run again, without summing"
+    job.state.on_event({"event": "warning", "text": text})
+    return None, 0
+
+
+def _discard(directory: Path) -> None:
+    """Remove the hidden states of a finished part."""
+    if directory.is_dir():
+        for slot in ("0", "1"):
+            (directory / slot).unlink(missing_ok=True)
+        directory.rmdir()
+
+
+# what a user keeps
+
+
+def export(result: Calibration, source: Source, target: Path, kind: str) -> None:
+    """Write the statistics as ``kind``: "imatrix" (llama.cpp's GGUF), "dat" (its older form), "json" (a summary),
+    "statistics" (a copy of our file). An existing ``target`` is replaced; it appears whole or not at all."""
+    with read_statistics(result.path) as statistics:
+        if kind == "statistics":
+            write_file(target, _pieces(result.path), replace=True)
+        elif kind == "json":
+            found = summary(statistics, source.tensors.outputs, result.expert_minimum)
+            write_file(target, [json.dumps(found, indent=1, ensure_ascii=False).encode()], replace=True)
+        else:
+            entries = tensor_statistics(statistics, source.tensors.outputs)
+            datasets = [str(name) for name in statistics.identity.text["datasets"]]
+            if kind == "imatrix":
+                write_imatrix_gguf(
+                    target, entries, datasets=datasets, chunks=result.windows, chunk_size=result.length, replace=True
+                )
+            else:
+                write_imatrix_dat(target, entries, dataset=", ".join(datasets), chunks=result.windows, replace=True)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(8 << 20):
+            yield piece

@@ -1,0 +1,105 @@
+"""``llm-quantize analyze importance``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llm_quantize.cli.common import (
+    Size,
+    build_calibration,
+    calibration_options,
+    emit_json,
+    events,
+    json_option,
+    line,
+    mode,
+)
+
+if TYPE_CHECKING:
+    from llm_quantize.calibration.collect import Calibration
+
+_SUFFIXES = {".gguf": "imatrix", ".dat": "dat", ".json": "json", ".safetensors": "statistics"}
+
+
+@click.command("importance")
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Where to write; the suffix tells the format. [default: MODEL-imatrix.gguf]",
+)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["imatrix", "dat", "json", "statistics"]),
+    help="imatrix: llama.cpp's GGUF; dat: its older form; json: a summary; statistics: our own file, for "
+    "every format. [default: by the suffix, else imatrix]",
+)
+@calibration_options
+@click.option(
+    "--collect",
+    default="imatrix",
+    show_default=True,
+    metavar="KINDS",
+    help="Of imatrix, hessian, absmax, with commas between.",
+)
+@click.option(
+    "--expert-minimum",
+    type=click.IntRange(0),
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Tokens that each expert should see; more text is drawn until it does.",
+)
+@click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model.")
+@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: all CPUs]")
+@click.option("--max-ram", type=Size(), help="Memory limit, for example 8G.")
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context, /, as_json: bool, model: str, output: str | None, kind: str | None, **arguments: Any
+) -> int:
+    """Run text through MODEL, one block in memory at a time, and write how much each input channel matters.
+
+    The statistics are kept and reused by every later run with the same model and text; the same command after an
+    interruption continues. Without --calibration-data the built-in mix of texts is used.
+
+    Example: llm-quantize analyze importance ./Llama-3.2-1B -o llama.gguf --calibration-data japanese
+    """  # fmt: skip
+    from llm_quantize.calibration import collect
+    from llm_quantize.source import open_source
+
+    shown = mode(ctx, as_json)
+    options = build_calibration(
+        arguments, tuple(arguments["collect"].split(",")), expert_minimum=arguments["expert_minimum"]
+    )
+    with events(shown, "calibrate") as sink:
+        source = open_source(model, revision=arguments["revision"], on_event=sink)
+        with source.checkpoint:
+            target = Path(output or f"{source.checkpoint.name.rsplit('/', 1)[-1]}-imatrix.gguf")
+            kind = kind or _SUFFIXES.get(target.suffix.lower(), "imatrix")
+            result = collect.calibrate(source, options, on_event=sink)
+            collect.export(result, source, target, kind)
+    if shown.json:
+        emit_json({**result.to_dict(), "output": str(target), "format": kind})
+    else:
+        _show(result, target, kind)
+    return 0
+
+
+def _show(result: Calibration, target: Path, kind: str) -> None:
+    from rich.console import Console
+
+    from llm_quantize.report import human_bytes, shown
+
+    console = Console(highlight=False, soft_wrap=True)
+    for text in result.sentences():
+        console.print(shown(line(text)))
+    console.print(shown(f"{target}: {kind}, {human_bytes(target.stat().st_size)}"))
+    if kind == "imatrix":
+        console.print(shown(f"use it: llm-quantize quantize MODEL gguf -q IQ3_M --imatrix {target}"), style="dim")
