@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from llm_quantize.calibration.network_model import Arguments, Skeleton, put
+from llm_quantize.calibration.network_model import Arguments, Reached, Skeleton, put
 from llm_quantize.calibration.network_names import Place, find_places, load, require
 from llm_quantize.calibration.network_taps import (
     Observer,
@@ -132,7 +132,7 @@ class Network:
         for window in windows:
             try:
                 skeleton.run(model, input_ids=window[None].to(skeleton.device))
-            except _Arrived:
+            except Reached:
                 yield reached.pop()[0].cpu()
 
     def _embedding_rows(self) -> int:
@@ -202,10 +202,6 @@ class Network:
             return self._skeleton.arguments(length)[index]
 
 
-class _Arrived(Exception):  # noqa: N818 - not an error: the forward has done its part
-    """The forward has reached block 0."""
-
-
 class _Stop:
     """A visit that keeps the hidden states and ends the forward."""
 
@@ -214,7 +210,7 @@ class _Stop:
 
     def __call__(self, _index: int, hidden: torch.Tensor, _positional: Any, _named: Any) -> torch.Tensor:
         self._reached.append(hidden)
-        raise _Arrived
+        raise Reached
 
 
 class Block:

@@ -31,8 +31,8 @@ class Arguments:
     named: Mapping[str, Any]
 
 
-class Reached(Exception):  # noqa: N818 - not an error: it ends a forward that has shown what was wanted
-    """The forward came to the place where it was to stop."""
+class Reached(Exception):  # noqa: N818 - not an error
+    """The forward came to the place where it was to end."""
 
 
 class Station(torch.nn.Module):
@@ -82,15 +82,14 @@ class Skeleton:
     def restore_buffers(self, root: torch.nn.Module) -> None:
         """Give every buffer below ``root`` that no file holds its values again, as transformers initialises it."""
         for module in root.modules():
-            meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-            if not meta:
+            lost = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+            if not any(name in module._non_persistent_buffers_set for name in lost):
                 continue
-            if any(name in module._non_persistent_buffers_set for name in meta):
-                for name in meta:
-                    module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-                self.model._init_weights(module)
-                for name in meta:
-                    module._buffers[name] = module._buffers[name].to(self.device)
+            for name in lost:
+                setattr(module, name, torch.empty_like(module.get_buffer(name), device="cpu"))
+            self.model._init_weights(module)
+            for name in lost:
+                setattr(module, name, module.get_buffer(name).to(self.device))
 
     def copy(self) -> Any:
         """The model with its stations, to be run: a module whose weights are not loaded gives zeros (an embedding,
@@ -194,10 +193,6 @@ class Skeleton:
         with torch.inference_mode():
             return model(**inputs, use_cache=False)
 
-    def to_device(self, arguments: Arguments) -> Arguments:
-        """The same arguments on the device of the network."""
-        return Arguments(_moved(arguments.positional, self.device), _moved(dict(arguments.named), self.device))
-
 
 def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
     """Make ``value`` the parameter ``name`` of ``module``, that of no other module it was tied to."""
@@ -207,30 +202,35 @@ def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
 def _build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """transformers' causal model for config.json's values, on the meta device, for inference."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     values = {name: value for name, value in config.items() if name != "quantization_config"}
-    kind = CONFIG_MAPPING[values["model_type"]]
     experts.register()
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
-        read = kind.from_dict(copy.deepcopy(values))
+        read = CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(
                 read, dtype=dtype, experts_implementation=experts.IMPLEMENTATION
             )
+    except (ValueError, TypeError, KeyError, AssertionError, ImportError, StrictDataclassError) as error:
+        raise UnsupportedError(
+            "transformers cannot build this model from its configuration",
+            found=f"{type(error).__name__}: {error}"[:300],
+            remedy="check config.json, or update transformers",
+        ) from error
     finally:
         transformers.utils.logging.set_verbosity(before)
     return model.eval()
 
 
-def _find_blocks(model: torch.nn.Module, n_blocks: int) -> tuple[str, torch.nn.ModuleList]:
-    """The list of ``n_blocks`` blocks of the text model, and its name."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+def _find_blocks(model: Any, n_blocks: int) -> tuple[str, torch.nn.ModuleList]:
+    """The list of ``n_blocks`` blocks of the text model (not of what reads pictures), and its name."""
+    inside = {id(module) for module in model.get_decoder().modules()}
     for name, module in model.named_modules():
-        inside = any(module is one for one in decoder.modules())
-        if isinstance(module, torch.nn.ModuleList) and len(module) == n_blocks and inside:
+        if isinstance(module, torch.nn.ModuleList) and len(module) == n_blocks and id(module) in inside:
             return name, module
     raise UnsupportedError(
         "the blocks of this model cannot be found in transformers' form of it",

@@ -127,9 +127,7 @@ def _note_expert(calls: list[Any], name: str, parameter: str, _expert: int, give
     calls.append((name, parameter, given))
 
 
-def _report(
-    tap: Tap, observer: Observer, _module: Any, positional: tuple[Any, ...], named: dict[str, Any]
-) -> None:
+def _report(tap: Tap, observer: Observer, _module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
     if observer.sink is not None:
         observer.sink(tap, 0, _first(positional, named).reshape(-1, tap.columns))
 
