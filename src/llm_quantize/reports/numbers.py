@@ -1,0 +1,65 @@
+"""Numbers as a reader wants them: as many digits as the measurement has, units that stay short."""
+
+from __future__ import annotations
+
+import math
+
+ABSENT = "–"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """``value`` with that many significant digits, never in powers of ten above 1e-7: 0.00123, 45.6, 1230."""
+    if not math.isfinite(value):
+        return ABSENT
+    if value == 0:
+        return "0"
+    power = math.floor(math.log10(abs(value)))
+    if power < -7:
+        return f"{value:.{digits - 1}e}"
+    rounded = round(value, digits - 1 - power)
+    return f"{rounded:.{max(0, digits - 1 - power)}f}"
+
+
+def with_error(value: float, sem: float) -> tuple[str, str]:
+    """Value and standard error to the error's first digit, or its first two if that is a 1 (0.0158 ± 0.0003, 0.2013 ±
+    0.0014); the error is empty where it is not known."""
+    if not math.isfinite(value):
+        return ABSENT, ""
+    if not math.isfinite(sem) or sem <= 0:
+        return significant(value), ""
+    power = math.floor(math.log10(sem))
+    places = min(12, max(0, -power + (1 if sem / 10**power < 1.95 else 0)))
+    return f"{value:.{places}f}".replace("-", "−"), f"{sem:.{places}f}"
+
+
+def bytes_text(count: float) -> str:
+    """3.58 MB, in powers of ten, three significant digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{significant(count)} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{significant(count)} TB"
+
+
+def tick_text(count: float) -> str:
+    """A round number of bytes without idle zeros: 3 MB, 2.5 GB."""
+    number, unit = bytes_text(count).split(" ")
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}"
+
+
+def count_text(count: float) -> str:
+    """5.77 M, 7.24 B: parameters."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= limit:
+            return f"{significant(count / limit)} {unit}"
+    return str(int(count))
+
+
+def rate_text(rate: float) -> str:
+    """Tokens per second: whole above 100, else three digits."""
+    return f"{rate:,.0f}" if rate >= 100 else significant(rate)
+
+
+def percent(share: float, places: int = 1) -> str:
+    """0.874 as 87.4."""
+    return f"{100 * share:.{places}f}" if math.isfinite(share) else ABSENT

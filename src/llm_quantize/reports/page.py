@@ -1,0 +1,322 @@
+"""The page: one HTML file that needs nothing else, from a measured comparison.
+
+No script, no font, no address: the template (``templates/comparison.html.j2``) holds its own styles, all text from
+models and files is escaped, and a content security policy in the page forbids loading anything even so.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from llm_quantize.io.durable import fail_os
+from llm_quantize.reports import heatmap, plot
+from llm_quantize.reports.labels import grade_name, labels
+from llm_quantize.reports.numbers import (
+    ABSENT,
+    bytes_text,
+    count_text,
+    percent,
+    rate_text,
+    significant,
+    with_error,
+)
+from llm_quantize.reports.pareto import Advice, advise
+from llm_quantize.reports.result import ComparisonResult, Sample, Variant
+
+_MARGINS = (52.0, 14.0, 124.0, 52.0)
+_NARROW_MARGINS = (34.0, 10.0, 8.0, 44.0)
+
+
+def write_page(result: ComparisonResult, path: str | Path, lang: str = "en") -> Path:
+    """Write the page of ``result`` to ``path``, whole or not at all; gives back the path.
+
+    Raises UsageError for an unknown language, AccessError or ResourceError where the file cannot be written.
+    """
+    return write_text(Path(path), page(result, lang))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Put ``text`` in place of ``path`` at once; half a surrogate pair becomes a question mark."""
+    staged = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(text.encode("utf-8", "replace"))
+        os.replace(staged, path)
+    except OSError as error:
+        fail_os(error, "the report cannot be written", path)
+    return path
+
+
+def page(result: ComparisonResult, lang: str = "en") -> str:
+    """The HTML text. Raises UsageError for an unknown language."""
+    words = labels(lang)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("llm_quantize.reports"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("comparison.html.j2")
+    return template.render(lang=lang, t=words, **context(result, lang))
+
+
+def context(result: ComparisonResult, lang: str) -> dict[str, Any]:
+    """What the template needs, every number as text."""
+    words = labels(lang)
+    advice = advise(result.variants, result.reference.noise_floor)
+    chosen = None if advice.knee is None else result.variants[advice.knee]
+    scale = heatmap.scale_of(result.variants)
+    maps = [heatmap.draw(variant, scale) for variant in result.variants] if scale else []
+    return {
+        "model": result.model,
+        "facts": _facts(result, words),
+        "advice": advice,
+        "chosen": chosen,
+        "verdict": verdict(result, advice, words),
+        "tiles": _tiles(result, chosen, words),
+        "plots": _plots(result, advice, lang),
+        "rows": [
+            _row(variant, result, lang, chosen=index == advice.knee, front=index in advice.front)
+            for index, variant in enumerate(result.variants)
+        ],
+        "source_row": _source_row(result),
+        "speed": next((variant.speed for variant in result.variants if variant.speed), None),
+        "speed_empty": next((bytes_text(v.speed.memory_empty) for v in result.variants if v.speed), ""),
+        "maps": [found for found in maps if found is not None],
+        "scale": scale and (significant(scale[0], 2), significant(scale[1], 2)),
+        "steps": range(heatmap.STEPS),
+        "samples": _samples(result),
+        "method": method(result, lang),
+        "commands": result.commands,
+        "footer": _footer(result, words),
+        "notes": result.notes,
+    }
+
+
+def _facts(result: ComparisonResult, words: Mapping[str, str]) -> str:
+    model = result.model
+    return words["facts"].format(
+        architecture=model.architecture,
+        parameters=count_text(model.parameters),
+        layers=model.layers,
+        dtype=model.dtype,
+        size=bytes_text(model.size),
+    )
+
+
+def kld_text(variant: Variant) -> str:
+    """Mean KLD ± its standard error."""
+    value, error = with_error(variant.divergence.kld, variant.divergence.kld_sem)
+    return f"{value} ± {error}" if error else value
+
+
+def verdict(result: ComparisonResult, advice: Advice, words: Mapping[str, str]) -> Markup:
+    """What to take and why, in sentences that follow from the figures alone."""
+    if advice.knee is None:
+        return Markup("")
+    chosen = result.variants[advice.knee]
+    divergence = chosen.divergence
+    alone = len(result.variants) == 1
+    parts = [
+        Markup(words["verdict_one" if alone else "verdict_take"]).format(
+            label=Markup("<strong>{}</strong>").format(chosen.label)
+        ),
+        words["verdict_figures"].format(
+            size=bytes_text(chosen.size),
+            share=percent(chosen.size / result.model.size, 0) if result.model.size else ABSENT,
+            kld=kld_text(chosen),
+            same=percent(divergence.same_top),
+            tokens=f"{divergence.tokens:,}",
+        ),
+    ]
+    reasons = _neighbours(result, advice, chosen, words)
+    if reasons:
+        parts += [words["verdict_bend" if advice.bent else "verdict_middle"], words["join"].join(reasons)]
+        parts[-1] = Markup("{}{}").format(parts[-1], words["stop"])
+    return Markup(words["space"]).join(parts)
+
+
+def _neighbours(result: ComparisonResult, advice: Advice, chosen: Variant, words: Mapping[str, str]) -> list[str]:
+    floor = max(result.reference.noise_floor or 0.0, 1e-9)
+    here = max(chosen.divergence.kld, floor)
+    reasons = []
+    for key, index in (("verdict_larger", advice.larger), ("verdict_smaller", advice.smaller)):
+        if index is None:
+            continue
+        other = result.variants[index]
+        there = max(other.divergence.kld, floor)
+        change = abs(other.size / chosen.size - 1)
+        ratio = here / there if key == "verdict_larger" else there / here
+        reasons.append(words[key].format(label=other.label, percent=percent(change, 0), ratio=significant(ratio, 2)))
+    return reasons
+
+
+def _tiles(result: ComparisonResult, chosen: Variant | None, words: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    if chosen is None:
+        return []
+    number, unit = bytes_text(chosen.size).split(" ")
+    tiles = [
+        (words["tile_size"], number, unit),
+        (words["tile_kld"], with_error(chosen.divergence.kld, chosen.divergence.kld_sem)[0], words["unit_nats"]),
+        (words["tile_same"], percent(chosen.divergence.same_top), "%"),
+    ]
+    if chosen.speed is not None:
+        tiles.append((words["tile_speed"], rate_text(chosen.speed.generation_tokens_per_second), ""))
+    return tiles
+
+
+def _plots(result: ComparisonResult, advice: Advice, lang: str) -> list[tuple[str, plot.Plot]]:
+    """The same plot twice, for a desk and for a phone: text must not shrink with the picture."""
+    if not result.variants:
+        return []
+    grades = [(grade_name(name, lang), limit) for name, limit in result.grades]
+    shapes = (("wide", 1040.0, 470.0, 13.0, _MARGINS), ("narrow", 358.0, 400.0, 12.0, _NARROW_MARGINS))
+    return [
+        (
+            name,
+            plot.draw(
+                result.variants, advice, noise_floor=result.reference.noise_floor, grades=grades,
+                width=width, height=height, font=font, margins=margins,
+            ),
+        )
+        for name, width, height, font, margins in shapes
+    ]  # fmt: skip
+
+
+def _row(variant: Variant, result: ComparisonResult, lang: str, *, chosen: bool, front: bool) -> dict[str, Any]:
+    """One line of the tables."""
+    measured, speed = variant.divergence, variant.speed
+    kld, kld_error = with_error(measured.kld, measured.kld_sem)
+    perplexity, perplexity_error = with_error(measured.perplexity, measured.perplexity_sem)
+    ratio, ratio_error = with_error(measured.ln_ratio, measured.ln_ratio_sem)
+    seconds = variant.quantize_cpu_seconds
+    share = variant.size / result.model.size if result.model.size else math.nan
+    return {
+        "label": variant.label,
+        "file": variant.file,
+        "format": variant.format,
+        "chosen": chosen,
+        "front": front,
+        "size": bytes_text(variant.size),
+        "share": percent(share, 0),
+        "bpw": f"{variant.bits_per_weight:.2f}",
+        "kld": (kld, kld_error),
+        "same": percent(measured.same_top),
+        "ppl": (perplexity, perplexity_error),
+        "grade": grade_name(variant.grade, lang),
+        "memory": ABSENT if speed is None else bytes_text(speed.memory),
+        "prompt": ABSENT if speed is None else rate_text(speed.prompt_tokens_per_second),
+        "generation": ABSENT if speed is None else rate_text(speed.generation_tokens_per_second),
+        "quantize": ABSENT if seconds is None else f"{significant(seconds)} s",
+        "median": significant(measured.kld_median),
+        "p99": significant(measured.kld_99),
+        "p999": significant(measured.kld_999),
+        "max": significant(measured.kld_max),
+        "delta": f"{percent(measured.rms_delta_p, 2)} %",
+        "ln_ratio": (ratio, ratio_error),
+    }
+
+
+def _source_row(result: ComparisonResult) -> dict[str, Any]:
+    reference = result.reference
+    return {
+        "size": bytes_text(result.model.size),
+        "bpw": f"{reference.bits_per_weight:.2f}",
+        "ppl": with_error(reference.perplexity, reference.perplexity_sem),
+    }
+
+
+def _samples(result: ComparisonResult) -> list[dict[str, Any]]:
+    """For each prompt the source's text and every variant's, cut where it leaves the source's."""
+    prompts = dict.fromkeys(
+        sample.prompt for owner in (result.reference, *result.variants) for sample in owner.samples
+    )  # fmt: skip
+    found = []
+    for prompt in prompts:
+        source = _text(result.reference.samples, prompt)
+        source = None if source is None else source.strip("\n ")
+        cards = []
+        for variant in result.variants:
+            text = _text(variant.samples, prompt)
+            if text is not None:
+                text = text.strip("\n ")
+                same = 0 if source is None else common_length(source, text)
+                cards.append({"label": variant.label, "same": text[:same], "own": text[same:]})
+        found.append({"prompt": prompt, "source": source, "cards": cards})
+    return found
+
+
+def _text(samples: Sequence[Sample], prompt: str) -> str | None:
+    return next((sample.text for sample in samples if sample.prompt == prompt), None)
+
+
+def common_length(a: str, b: str) -> int:
+    """Characters that both begin with, cut back to the end of a word where one is near."""
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    if same < len(b):
+        space = b.rfind(" ", max(0, same - 20), same + 1)
+        return max(space, 0) if space >= 0 else same
+    return same
+
+
+def method(result: ComparisonResult, lang: str) -> list[str]:
+    """How it was measured, a paragraph each."""
+    words, text, machine = labels(lang), result.text, result.machine
+    ppl, _ = with_error(result.reference.perplexity, result.reference.perplexity_sem)
+    floor = result.reference.noise_floor
+    facts = {"names": ", ".join(text.names), "sha": text.sha256[:16], "ppl": ppl, "context": f"{text.context:,}"}
+    paragraphs = [
+        words["method_kld"],
+        words["method_text"].format(**facts, windows=f"{text.windows:,}", tokens=f"{text.tokens:,}"),
+        words["method_no_floor"]
+        if floor is None
+        else words["method_floor"].format(floor=significant(floor, 2)) + words["space"] + words["method_no_floor"],
+    ]
+    if result.grades:
+        paragraphs.append(words["method_grades"].format(grades=grades_text(result, lang)))
+    speed = next((variant.speed for variant in result.variants if variant.speed), None)
+    if speed is None:
+        paragraphs.append(words["method_no_speed"].format(why=machine.runtime))
+    else:
+        paragraphs.append(
+            words["method_speed"].format(
+                runtime=speed.runtime, cpu=machine.cpu, threads=speed.threads, repeats=speed.repeats,
+                prompt=speed.prompt_tokens, new=speed.new_tokens,
+            )  # fmt: skip
+        )
+    return paragraphs
+
+
+def grades_text(result: ComparisonResult, lang: str) -> str:
+    """The thresholds in one phrase."""
+    words = labels(lang)
+    parts = [
+        words["grade_above"].format(name=grade_name(name, lang))
+        if math.isinf(limit)
+        else words["grade_upto"].format(name=grade_name(name, lang), limit=significant(limit, 2))
+        for name, limit in result.grades
+    ]
+    return words["join"].join(parts)
+
+
+def _footer(result: ComparisonResult, words: Mapping[str, str]) -> list[str]:
+    model = result.model
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items() if name != "llm-quantize")
+    made = words["made_by"].format(version=result.versions.get("llm-quantize", ""))
+    if result.created:
+        made += words["made_on"].format(date=result.created)
+    lines = [made + (f" ({versions})" if versions else "")]
+    source = words["source_hash"].format(source=model.source, hash=model.fingerprint[:16])
+    if model.revision:
+        source += ", " + words["revision"].format(revision=model.revision[:12])
+    lines.append(source)
+    lines.append(f"{result.machine.cpu}, {result.machine.system}")
+    return lines
