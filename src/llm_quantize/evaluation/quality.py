@@ -1,0 +1,366 @@
+"""What any artifact lost against its source, measured without a runtime, a logits file, or a model in memory.
+
+    source, artifacts, windows of text → streams of hidden states, block by block → logits of both → divergence
+
+Definitions: evaluation/divergence.py. The way: evaluation/streamed.py. Beside the figures stand the noise floor (the
+source against itself in another order of arithmetic, evaluation/reordered.py), pairs of artifacts on the same tokens,
+and, where a runtime is asked for, the same artifact there with the difference between the two figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_quantize import preflight
+from llm_quantize.calibration import memory
+from llm_quantize.errors import MissingExtraError, NumericPolicyError, ResourceError, UsageError
+from llm_quantize.evaluation import grades
+from llm_quantize.evaluation.decoded import DecodedArtifact
+from llm_quantize.evaluation.divergence import Comparison, Divergence, Paired, pair
+from llm_quantize.evaluation.perplexity import Tokens
+from llm_quantize.evaluation.runtimes import first_file
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.source import Source
+
+if TYPE_CHECKING:
+    from llm_quantize.calibration.activations import Activations
+    from llm_quantize.calibration.forward import Network
+    from llm_quantize.evaluation.streamed import Pass, RuntimeStream, Stream
+
+NOISE_WINDOWS = 4
+"""Windows that the source runs a second time, in another order of arithmetic."""
+
+ROUNDING_LIMIT = 0.01
+"""Mean KLD between an artifact streamed and the same one in llama.cpp up to which the rounding of activations to 8
+bits explains it: 1e-5 to 2e-3 is what it costs, by the model; a wrong tensor or position costs more than 0.1."""
+
+RUNTIMES = ("llama.cpp",)
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """The source against itself in another order of float32 arithmetic, over ``tokens`` positions. KLD in nats."""
+
+    kld: float
+    kld_max: float
+    same_top: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class RuntimeQuality:
+    """The artifact in its real runtime. ``divergence``: from the source; ``difference``: its KLD minus the streamed
+    one, with the paired standard error; ``rounding``: from the same artifact streamed, which is what the runtime's
+    own arithmetic (activations rounded to 8 bits) does; ``explained``: whether that is small and accounts for the
+    difference, roots of KLDs being distances: |√a - √b| ≤ √rounding, with a quarter to spare."""
+
+    runtime: str
+    divergence: Divergence
+    rounding: Divergence
+    difference: float
+    difference_sem: float
+    explained: bool
+
+
+@dataclass(frozen=True)
+class ArtifactQuality:
+    """One artifact. ``size`` in bytes; ``notes``: what in it differs from the reference's configuration."""
+
+    path: str
+    size: int
+    bits_per_weight: float
+    divergence: Divergence
+    grade: str
+    notes: tuple[str, ...]
+    runtime: RuntimeQuality | None
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """Bytes of resident memory: the limit (None: none), what was planned and the peak of this process; what the plan
+    chose: ``threads``, hidden states ``on_disk``, heads of how many artifacts at once (``together``)."""
+
+    limit: int | None
+    planned: int
+    peak: int
+    threads: int
+    on_disk: bool
+    together: int
+
+
+@dataclass(frozen=True)
+class QualityResult:
+    """Artifacts in the order given, pairs of them in the order (0, 1), (0, 2), ..., (1, 2), ... ``tokens``: scored
+    positions; ``seconds``: CPU time."""
+
+    reference: str
+    texts: tuple[str, ...]
+    text_sha256: str
+    context: int
+    windows: int
+    tokens: int
+    artifacts: tuple[ArtifactQuality, ...]
+    pairs: tuple[Paired, ...]
+    noise: NoiseFloor
+    memory: MemoryFacts
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same facts, JSON-ready, and the thresholds of the grades."""
+        limits = [{"name": name, "max_kld": limit if math.isfinite(limit) else None} for name, limit in grades.GRADES]
+        return {**asdict(self), "grades": limits}
+
+    def gate(self, max_kld: float) -> NumericPolicyError | None:
+        """The error for artifacts whose mean KLD is above ``max_kld``, or None."""
+        beyond = [one for one in self.artifacts if not one.divergence.kld <= max_kld]
+        if not beyond:
+            return None
+        figures = ", ".join(f"{Path(one.path).name} {one.divergence.kld:.5f}" for one in beyond)
+        return NumericPolicyError(
+            "the divergence from the reference is above the limit",
+            file=beyond[0].path,
+            expected=f"a mean KL divergence of at most {max_kld:g}",
+            found=figures,
+            remedy="choose a level with more bits, or calibrate; --max-kld sets the limit",
+        )
+
+
+def measure_quality(
+    source: Source,
+    artifacts: Sequence[str | Path],
+    windows: Tokens,
+    *,
+    threads: int | None = None,
+    max_ram: int | None = None,
+    device: str = "cpu",
+    runtime: str | None = None,
+    texts: Sequence[str] = (),
+    scratch: Path | None = None,
+    on_event: EventSink = ignore,
+) -> QualityResult:
+    """Divergence of every artifact (GGUF files, directories of split ones) from ``source`` over ``windows``, (n,
+    length) token ids of the source's tokenizer.
+
+    ``threads``: None means all CPUs, fewer where memory asks for it. ``max_ram``: bytes of resident memory; hidden
+    states go to a file in ``scratch`` (None: the system's temporary directory) where they are many. ``runtime``:
+    "llama.cpp" also runs each artifact there; its file is mapped whole. ``texts``: names for the report.
+
+    Raises: MissingExtraError (torch), UsageError (no artifact, no window, windows longer than the context),
+    ResourceError before any work where one block or two heads do not fit, IntegrityError (another model's artifact),
+    NumericPolicyError (NaN or infinite values on the way), and what reading raises.
+    """
+    _check(source, artifacts, windows, runtime)
+    import torch
+
+    from llm_quantize.calibration.activations import Activations as States
+    from llm_quantize.calibration.forward import open_network
+    from llm_quantize.calibration.weights import CheckpointWeights
+    from llm_quantize.evaluation.streamed import Pass, Stream, one_torch_thread
+
+    began = time.process_time()
+    decoded = [DecodedArtifact(source, path) for path in artifacts]
+    for one in decoded:
+        for note in one.notes:
+            on_event({"event": "warning", "text": f"{one.path.name}: {note}"})
+    network = open_network(source, dtype="float32", device=device)
+    again = min(NOISE_WINDOWS, len(windows))
+    plan = _Plan(source, network, decoded, windows, runtime is not None)
+    fitted, together = plan.fit(again, threads=threads, max_ram=max_ram, device=device)
+    groups = [range(i, min(i + together, len(decoded))) for i in range(0, len(decoded), together)]
+    passes = (1 + len(decoded)) * network.n_blocks + len(groups) + len(decoded)
+    with ExitStack() as stack:
+        stack.enter_context(one_torch_thread(device))
+        directory = None
+        if not fitted.in_memory:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-quantize-", dir=scratch)))
+            memory.check_disk(directory, fitted.hidden_bytes)
+
+        def states(count: int) -> States:
+            shape = (count, windows.shape[1], network.width)
+            return stack.enter_context(States(*shape, torch.float32, directory=directory))
+
+        weights = CheckpointWeights(source.checkpoint)
+        origin = Stream(source.checkpoint.directory, weights, weights, states(len(windows)))
+        streams = [Stream(one.path, one, one.for_head(), states(len(windows))) for one in decoded]
+        noise = (states(again), Comparison())
+        work = Pass(network, windows, fitted.threads, passes * len(windows), on_event)
+        stack.callback(work.close)
+        for stream in (origin, *streams):
+            work.embed(stream)
+        for index in range(again):
+            noise[0].write(index, origin.states.read(index))
+        work.through_blocks(origin, streams, noise[0])
+        real = _through_heads(work, origin, streams, noise, groups, decoded if runtime else None)
+    return QualityResult(
+        reference=str(source.checkpoint.directory),
+        texts=tuple(texts),
+        text_sha256=hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest(),
+        context=windows.shape[1],
+        windows=len(windows),
+        tokens=streams[0].comparison.scores().shape[1],
+        artifacts=tuple(
+            _artifact(one, stream, real.get(index))
+            for index, (one, stream) in enumerate(zip(decoded, streams, strict=True))
+        ),
+        pairs=tuple(pair([one.comparison for one in streams], a, b) for a, b in combinations(range(len(streams)), 2)),
+        noise=_noise_floor(noise[1]),
+        memory=MemoryFacts(
+            preflight.memory_limit(max_ram),
+            fitted.peak,
+            preflight.peak_resident_bytes(),
+            fitted.threads,
+            not fitted.in_memory,
+            together,
+        ),
+        seconds=time.process_time() - began,
+    )
+
+
+def _through_heads(
+    work: Pass,
+    origin: Stream,
+    streams: Sequence[Stream],
+    noise: tuple[Activations, Comparison],
+    groups: Sequence[range],
+    decoded: Sequence[DecodedArtifact] | None,
+) -> dict[int, RuntimeStream]:
+    """Compare all predictions, some artifacts at a time. ``decoded``: those to run in llama.cpp too, None: not there.
+
+    Returns {artifact: what its runtime gave}.
+    """
+    real: dict[int, RuntimeStream] = {}
+    for group in groups:
+        with ExitStack() as stack:
+            opened = {} if decoded is None else _open_runtimes(stack, decoded, group, work)
+            real |= {group[place]: one for place, one in opened.items()}
+            work.through_head(
+                origin,
+                [streams[index] for index in group],
+                noise=noise if group.start == 0 else None,
+                runtimes=opened,
+            )
+    return real
+
+
+def _check(source: Source, artifacts: Sequence[str | Path], windows: Tokens, runtime: str | None) -> None:
+    if not artifacts:
+        raise UsageError("no artifact to measure", remedy="give the path of a GGUF file")
+    if windows.ndim != 2 or not len(windows) or windows.shape[1] < 4:
+        raise UsageError("no window to measure on", expected="(windows, at least 4 tokens)", found=windows.shape)
+    longest = source.architecture.hyper.context_length
+    if windows.shape[1] > longest:
+        raise UsageError(
+            "the windows are longer than the model's context",
+            expected=f"at most {longest} tokens",
+            found=windows.shape[1],
+            remedy="give a smaller --context",
+        )
+    if runtime is not None and runtime not in RUNTIMES:
+        raise UsageError("no such runtime", expected=", ".join(RUNTIMES), found=runtime)
+    for module in ("torch", "transformers"):
+        if find_spec(module) is None:
+            raise MissingExtraError("Measuring quality", "torch")
+
+
+class _Plan:
+    """Memory of an evaluation from sizes alone."""
+
+    def __init__(
+        self, source: Source, network: Network, decoded: Sequence[DecodedArtifact], windows: Tokens, runtime: bool
+    ) -> None:
+        from llm_quantize.evaluation import streamed
+
+        hyper, (count, length) = source.architecture.hyper, windows.shape
+        self._artifacts = len(decoded)
+        self._block = max(network.bytes(index) for index in range(network.n_blocks))
+        rows = min(windows.size, network.vocab_size) * network.width * 4
+        self._embedding = min(2 * rows, 2 * network.bytes("embedding"))
+        self._head = network.bytes("head")
+        self._hidden = count * length * network.width * 4
+        self._window = length * network.width * 4
+        self._step = memory.workspace_bytes(hyper, length, 4)
+        # Logits of the source, of the artifacts and of the noise stream, one copy more while a model scales them.
+        self._logits = streamed.POSITIONS * network.vocab_size * 4
+        self._slice = 10 * 8 * max(streamed.SLICE_VALUES, network.vocab_size)
+        # A runtime maps the file and keeps keys and values in float32; logits of a window in it and here.
+        cache = 2 * length * hyper.n_layer * hyper.n_head_kv * hyper.head_dim * 4
+        self._runtime = [one.size + cache + 3 * length * network.vocab_size * 4 for one in decoded] if runtime else [0]
+
+    def fit(self, again: int, *, threads: int | None, max_ram: int | None, device: str) -> tuple[memory.Fitted, int]:
+        """What fits, and the heads of how many artifacts stand together. Raises ResourceError where one does not."""
+        for together in range(self._artifacts, 0, -1):
+            loaded = max(
+                self._block, self._embedding, (1 + together) * self._head + sum(sorted(self._runtime)[-together:])
+            )
+            each = max(self._step, (3 + together) * self._logits + self._slice) + 2 * self._window
+            try:
+                fitted = memory.fit(
+                    fixed=loaded + again * self._window,
+                    each=each,
+                    hidden=self._hidden,
+                    copies=1 + self._artifacts,
+                    threads=threads,
+                    max_ram=max_ram,
+                    device=device,
+                )
+            except ResourceError:
+                if together == 1:
+                    raise
+                continue
+            return fitted, together
+        raise UsageError("no artifact to measure")
+
+
+def _open_runtimes(
+    stack: ExitStack, decoded: Sequence[DecodedArtifact], group: range, work: Pass
+) -> dict[int, RuntimeStream]:
+    """{place in the group: the artifact in llama.cpp}."""
+    from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
+    from llm_quantize.evaluation.streamed import RuntimeStream, check_vocabulary
+
+    found: dict[int, RuntimeStream] = {}
+    for place, index in enumerate(group):
+        path = first_file(decoded[index].path)
+        model = stack.enter_context(LlamaCpp(path, context=work.windows.shape[1], threads=work.threads))
+        check_vocabulary(model, work.network)
+        found[place] = RuntimeStream(model)
+    return found
+
+
+def _artifact(one: DecodedArtifact, stream: Stream, real: RuntimeStream | None) -> ArtifactQuality:
+    divergence = stream.comparison.result()
+    entries = [entry for _, entry in one.entries.values()]
+    weights = sum(math.prod(entry.shape) for entry in entries)
+    return ArtifactQuality(
+        path=str(one.path),
+        size=one.size,
+        bits_per_weight=8 * sum(entry.nbytes for entry in entries) / weights,
+        divergence=divergence,
+        grade=grades.grade(divergence.kld),
+        notes=one.notes,
+        runtime=None if real is None else _runtime_quality(stream, real),
+    )
+
+
+def _runtime_quality(stream: Stream, real: RuntimeStream) -> RuntimeQuality:
+    inside, streamed = real.comparison.result(), stream.comparison.result()
+    rounding = real.rounding.result()
+    paired = pair([real.comparison, stream.comparison], 0, 1)
+    apart = abs(math.sqrt(max(0.0, inside.kld)) - math.sqrt(max(0.0, streamed.kld)))
+    explained = rounding.kld <= ROUNDING_LIMIT and apart <= 1.25 * math.sqrt(max(0.0, rounding.kld)) + 1e-6
+    return RuntimeQuality("llama.cpp", inside, rounding, paired.kld_difference, paired.kld_difference_sem, explained)
+
+
+def _noise_floor(comparison: Comparison) -> NoiseFloor:
+    found = comparison.result()
+    return NoiseFloor(found.kld, found.kld_max, found.same_top, found.tokens)

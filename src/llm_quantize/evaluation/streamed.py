@@ -1,0 +1,251 @@
+"""A source and its artifacts side by side, one decoder block in memory at a time, and their predictions compared.
+
+Every model is a stream of hidden states, one window after another. For each block the source's weights are loaded
+and all its windows run through, then the first artifact's weights and its windows, and so on. At the end the final
+norm and the head of the source and of one artifact or several stand together, and every scored position's logits are
+compared and forgotten. Windows run side by side on one torch thread each, positions in parts of fixed size, so
+the figures do not depend on the number of threads. All arithmetic is float32, sums are float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+
+from llm_quantize.calibration.activations import Activations
+from llm_quantize.calibration.forward import Block, Head, Network
+from llm_quantize.calibration.weights import Weights
+from llm_quantize.errors import IntegrityError, NumericPolicyError
+from llm_quantize.evaluation.divergence import Comparison, Scores, log_softmax_like, score
+from llm_quantize.evaluation.perplexity import Logits, Tokens, log_softmax, scored
+from llm_quantize.evaluation.reordered import Reordered
+from llm_quantize.events import EventSink
+
+if TYPE_CHECKING:
+    from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
+
+POSITIONS = 64
+"""Positions whose logits are computed together."""
+
+SLICE_VALUES = 1 << 18
+"""Log-probabilities that are compared together: their float64 temporaries stay in a core's cache."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Stream:
+    """One model's way through the windows. ``path``: for messages. ``head_weights``: what its head is loaded from."""
+
+    path: Path
+    weights: Weights
+    head_weights: Weights
+    states: Activations
+    comparison: Comparison = field(default_factory=Comparison)
+
+
+@dataclass
+class RuntimeStream:
+    """An artifact in its runtime: against the source, and against the same artifact streamed."""
+
+    model: LlamaCpp
+    comparison: Comparison = field(default_factory=Comparison)
+    rounding: Comparison = field(default_factory=Comparison)
+
+
+class Pass:
+    """The windows (n, length) of one evaluation on their way, in ``threads`` threads."""
+
+    def __init__(self, network: Network, windows: Tokens, threads: int, total: int, on_event: EventSink) -> None:
+        self.network, self.windows, self.threads = network, windows, threads
+        self._done, self._total, self._on_event = 0, total, on_event
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="llm-quantize")
+
+    def close(self) -> None:
+        """Wait for the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Results in order; the first exception ends the work."""
+        return self._pool.map(work, items)
+
+    def advance(self, windows: int) -> None:
+        """Tell how far the work is, in windows through blocks."""
+        self._done += windows
+        self._on_event({"event": "measure", "done": self._done, "total": self._total})
+
+    def embed(self, stream: Stream) -> None:
+        """Put the hidden states that enter block 0 into the stream."""
+        ids = torch.from_numpy(self.windows.astype(np.int64))
+        for index, hidden in enumerate(self.network.embed(stream.weights, ids)):
+            stream.states.write(index, hidden)
+
+    def through_blocks(self, source: Stream, artifacts: Sequence[Stream], noise: Activations | None) -> None:
+        """Every stream through every block. ``noise``: hidden states of the source's first windows, in another order
+        of arithmetic."""
+        for index in range(self.network.n_blocks):
+            for stream in (source, *artifacts):
+                with self.network.block(index, stream.weights) as block:
+                    count = len(self.windows)
+                    list(self.map(partial(_step, block, stream.path, stream.states, False), range(count)))
+                    if stream is source and noise is not None:
+                        list(self.map(partial(_step, block, stream.path, noise, True), range(noise.shape[0])))
+                del block
+                give_back_memory()
+                self.advance(len(self.windows))
+
+    def through_head(
+        self,
+        source: Stream,
+        artifacts: Sequence[Stream],
+        *,
+        noise: tuple[Activations, Comparison] | None = None,
+        runtimes: Mapping[int, RuntimeStream] | None = None,
+    ) -> None:
+        """Compare the predictions of every scored position. ``runtimes``: {index of the artifact: its runtime}."""
+        models = runtimes or {}
+        with ExitStack() as stack:
+            heads = [stack.enter_context(self.network.head(stream.head_weights)) for stream in (source, *artifacts)]
+            for index, window in enumerate(self.windows):
+                where, targets = scored(window)
+                states = [stream.states.read(index)[where] for stream in (source, *artifacts)]
+                other = noise[0].read(index)[where] if noise is not None and index < noise[0].shape[0] else None
+                told = {which: one.model.logits(window.tolist())[where] for which, one in models.items()}
+                part = partial(_compare_part, heads, (source, *artifacts), states, other, told, targets)
+                for found in self.map(part, range(0, len(targets), POSITIONS)):
+                    _collect(found, artifacts, noise, models)
+                self.advance(1 + len(artifacts))
+        give_back_memory()
+
+
+@dataclass
+class _Part:
+    """Scores of some positions: of each artifact, of the other arithmetic, of each runtime (loss; rounding)."""
+
+    artifacts: list[list[Scores]]
+    noise: list[Scores]
+    runtimes: dict[int, tuple[list[Scores], list[Scores]]]
+
+
+def _collect(
+    part: _Part,
+    artifacts: Sequence[Stream],
+    noise: tuple[Activations, Comparison] | None,
+    runtimes: Mapping[int, RuntimeStream],
+) -> None:
+    for stream, scores in zip(artifacts, part.artifacts, strict=True):
+        for one in scores:
+            stream.comparison.add_scores(one)
+    if noise is not None:
+        for one in part.noise:
+            noise[1].add_scores(one)
+    for which, (losses, rounding) in part.runtimes.items():
+        for loss, rounded in zip(losses, rounding, strict=True):
+            runtimes[which].comparison.add_scores(loss)
+            runtimes[which].rounding.add_scores(rounded)
+
+
+def _step(block: Block, path: Path, states: Activations, reordered: bool, window: int) -> None:
+    """One window through one block."""
+    with Reordered() if reordered else nullcontext():
+        found = block(states.read(window))
+    if not bool(torch.isfinite(found).all()):
+        raise NumericPolicyError(
+            f"the hidden states of window {window} are not finite after block {block.index}",
+            file=path,
+            found=f"{int((~torch.isfinite(found)).sum())} of {found.numel()} values",
+            remedy="llm-quantize verify names the tensors with NaN or infinite weights",
+        )
+    states.write(window, found)
+
+
+def _compare_part(
+    heads: Sequence[Head],
+    streams: Sequence[Stream],
+    states: Sequence[torch.Tensor],
+    noise: torch.Tensor | None,
+    runtimes: Mapping[int, Logits],
+    targets: Tokens,
+    start: int,
+) -> _Part:
+    """Score positions [start, start + POSITIONS) of one window."""
+    stop = min(start + POSITIONS, len(targets))
+    logits = [head(state[start:stop]).numpy() for head, state in zip(heads, states, strict=True)]
+    if noise is not None:
+        with Reordered():
+            other = heads[0](noise[start:stop]).numpy()
+    found = _Part([[] for _ in logits[1:]], [], {which: ([], []) for which in runtimes})
+    step = max(1, SLICE_VALUES // logits[0].shape[-1])
+    for first in range(0, stop - start, step):
+        rows = slice(first, min(first + step, stop - start))
+        follow = targets[start:stop][rows]
+        with blamed(streams[0].path):
+            base = log_softmax(logits[0][rows])
+        for which, given in enumerate(logits[1:]):
+            with blamed(streams[which + 1].path):
+                mine = log_softmax_like(base, given[rows], follow)
+                found.artifacts[which].append(score(base, mine, follow))
+                if which in runtimes:
+                    real = log_softmax_like(base, runtimes[which][start:stop][rows], follow)
+                    found.runtimes[which][0].append(score(base, real, follow))
+                    found.runtimes[which][1].append(score(mine, real, follow))
+        if noise is not None:
+            found.noise.append(score(base, log_softmax_like(base, other[rows], follow), follow))
+    return found
+
+
+@contextmanager
+def blamed(path: Path) -> Iterator[None]:
+    """Name the model in an error about its logits."""
+    try:
+        yield
+    except NumericPolicyError as error:
+        raise NumericPolicyError(
+            error.what,
+            file=path,
+            found=error.found,
+            remedy="llm-quantize verify names the tensors with NaN or infinite weights",
+        ) from error
+
+
+def check_vocabulary(model: LlamaCpp, network: Network) -> None:
+    """Raise IntegrityError unless the runtime predicts as many tokens as the reference."""
+    if model.vocab_size != network.vocab_size:
+        raise IntegrityError(
+            "the runtime's vocabulary is not the reference model's",
+            file=model.path,
+            expected=f"{network.vocab_size} tokens",
+            found=f"{model.vocab_size} tokens",
+            remedy="give the model that the artifact was made from with --reference",
+        )
+
+
+@contextmanager
+def one_torch_thread(device: str) -> Iterator[None]:
+    """torch's own threads off while windows run side by side, on a CPU; as they were afterwards."""
+    before = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def give_back_memory() -> None:
+    """Let the C library return freed weights to the system, where it would keep them (glibc)."""
+    if sys.platform == "linux":
+        trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
