@@ -1,0 +1,276 @@
+"""Files of text, read as data from strangers: .txt, .json, .jsonl and .parquet.
+
+Each becomes a list of documents. UTF-8 with or without a byte order mark; nothing is decoded twice, nothing guessed.
+Every refusal names the file and, where there is one, the byte.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llm_quantize.errors import MalformedInputError, MissingExtraError, ResourceError, UsageError, printable
+from llm_quantize.io.json_file import parse_json
+from llm_quantize.io.paths import open_argument, pread_into, read_failure
+
+LIMIT_BYTES = 512 << 20
+"""The most bytes of one file, and of the text that a compressed one unfolds to: about 120 million tokens."""
+
+_LINE_LIMIT = 64 << 20
+_BOM = b"\xef\xbb\xbf"
+_SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, or one conversation (``messages`` with ``role`` and ``content``); never both. ``metadata``: the other
+    keys that stood beside it."""
+
+    text: str = ""
+    messages: tuple[Message, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def characters(self) -> int:
+        return len(self.text) + sum(len(message["content"]) for message in self.messages)
+
+
+def read_documents(path: Path) -> tuple[list[Document], dict[str, Any]]:
+    """(documents, metadata of the whole file) of the file at ``path``; its suffix says what it is.
+
+    Raises UsageError (no such file, or a suffix that is none of ours), AccessError (not a regular file), ResourceError
+    (too large), MalformedInputError (not UTF-8, a NUL character, not of its format, no text in it), MissingExtraError
+    (.parquet without pyarrow).
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UsageError(
+            "the name of a text file must say what it is",
+            file=path,
+            expected=", ".join(SUFFIXES),
+            found=suffix or "no suffix",
+            remedy="rename the file, or convert it to one of these",
+        )
+    metadata: dict[str, Any] = {}
+    if suffix == ".parquet":
+        documents = list(_parquet(path))
+    elif suffix == ".jsonl":
+        documents = list(_json_lines(path))
+    elif suffix == ".json":
+        documents, metadata = _json(path)
+    else:
+        documents = [Document(_checked(_text(_read(path), path), path))]
+    documents = [document for document in documents if _has_text(document)]
+    if not documents:
+        raise MalformedInputError(
+            "there is no text in this file", file=path, expected="some text", remedy="give a file with text in it"
+        )
+    return documents, metadata
+
+
+SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
+
+
+def _has_text(document: Document) -> bool:
+    return bool(document.text.strip()) or any(message["content"].strip() for message in document.messages)
+
+
+def _open(path: Path) -> tuple[int, int]:
+    try:
+        descriptor, size = open_argument(path, "text file")
+    except ValueError as error:
+        raise UsageError("not a possible file name", file=path, found=error) from error
+    if size > LIMIT_BYTES:
+        os.close(descriptor)
+        raise ResourceError(
+            "this text file is larger than it may be",
+            file=path,
+            expected=f"at most {LIMIT_BYTES:,} bytes",
+            found=f"{size:,} bytes",
+            remedy="a few megabytes are plenty: cut a part out of it",
+        )
+    return descriptor, size
+
+
+def _read(path: Path) -> bytearray:
+    """The whole file without its byte order mark; the size is checked before anything is allocated."""
+    descriptor, size = _open(path)
+    try:
+        data = bytearray(size)
+        pread_into(descriptor, memoryview(data), 0, path)
+    finally:
+        os.close(descriptor)
+    return data
+
+
+def _text(data: bytes | bytearray, path: Path, base: int = 0) -> str:
+    if base == 0 and data.startswith(_BOM):
+        data, base = data[3:], 3
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MalformedInputError(
+            "this text is not UTF-8",
+            file=path,
+            offset=base + error.start,
+            expected="UTF-8, with or without a byte order mark",
+            found=f"byte 0x{data[error.start]:02x}",
+            remedy="convert the file to UTF-8 (iconv -f ENCODING -t UTF-8)",
+        ) from error
+
+
+def _checked(text: str, path: Path, where: str = "") -> str:
+    """``text``, or MalformedInputError where it holds a NUL character or half a surrogate pair."""
+    if "\0" in text:
+        place = text.index("\0")
+        raise MalformedInputError(
+            f"{where or 'this file'} holds a NUL character: it is not text",
+            file=path,
+            offset=None if where else len(text[:place].encode()),
+            remedy="give the text itself, as UTF-8",
+        )
+    return text
+
+
+def _json(path: Path) -> tuple[list[Document], dict[str, Any]]:
+    data = _read(path)
+    start = 3 if data.startswith(_BOM) else 0
+    value = parse_json(data[start:] if start else data, file=path, base_offset=start)
+    metadata: dict[str, Any] = {}
+    if isinstance(value, dict):
+        if "text" not in value:
+            _refuse(path, "", 'a list of strings, or an object with "text"', f"the keys {', '.join(value)}")
+        metadata = {key: item for key, item in value.items() if key != "text"}
+        value = value["text"]
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        _refuse(path, "", 'a list of strings, or an object with "text"', value)
+    return [_document(item, path, f"item {index}") for index, item in enumerate(value)], metadata
+
+
+def _json_lines(path: Path) -> Iterator[Document]:
+    for number, (offset, line) in enumerate(_lines(path), 1):
+        if line.strip():
+            yield _document(parse_json(line, file=path, base_offset=offset), path, f"line {number}")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of each line, without the byte order mark; at most one chunk and one line in memory."""
+    descriptor, _ = _open(path)
+    with os.fdopen(descriptor, "rb") as stream:
+        offset = 0
+        while True:
+            try:
+                line = stream.readline(_LINE_LIMIT + 1)
+            except OSError as error:
+                raise read_failure(error, path, offset=offset) from error
+            if not line:
+                return
+            if len(line) > _LINE_LIMIT:
+                raise MalformedInputError(
+                    "a line is too long",
+                    file=path,
+                    offset=offset,
+                    expected=f"at most {_LINE_LIMIT:,} bytes",
+                    remedy="write one JSON value per line",
+                )
+            marked = offset == 0 and line.startswith(_BOM)
+            yield (3, line[3:]) if marked else (offset, line)
+            offset += len(line)
+
+
+def _refuse(path: Path, where: str, expected: str, found: object) -> NoReturn:
+    kind = {dict: "an object", list: "a list", str: "a string", type(None): "null"}.get(type(found), "a number")
+    raise MalformedInputError(
+        f"{where or 'this file'} holds no text in a form that we know",
+        file=path,
+        expected=expected,
+        found=printable(found, 80) if isinstance(found, str) and where == "" else kind,
+        remedy='see "Text for calibration" in the guide for the forms',
+    )
+
+
+def _document(item: Any, path: Path, where: str) -> Document:
+    """A string, {"text": ...}, {"messages": [...]} or {"conversations": [...]}."""
+    if isinstance(item, str):
+        return Document(_checked(item, path, where))
+    if isinstance(item, dict):
+        for key in ("messages", "conversations"):
+            if isinstance(item.get(key), list):
+                messages = tuple(_message(part, path, f"{where}, {key}[{i}]") for i, part in enumerate(item[key]))
+                return Document(messages=messages, metadata={k: v for k, v in item.items() if k != key})
+        if isinstance(item.get("text"), str):
+            others = {key: value for key, value in item.items() if key != "text"}
+            return Document(_checked(item["text"], path, where), metadata=others)
+    _refuse(path, where, 'a string, {"text": "..."}, {"messages": [...]} or {"conversations": [...]}', item)
+
+
+def _message(item: Any, path: Path, where: str) -> Message:
+    """{"role", "content"}, or ShareGPT's {"from", "value"}; content may be a list of parts of type text, or null (a
+    call of a tool, which has no words)."""
+    if not isinstance(item, dict):
+        _refuse(path, where, '{"role": ..., "content": ...}', item)
+    role = item.get("role", item.get("from"))
+    content = item.get("content", item.get("value"))
+    if isinstance(content, list):
+        parts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
+        if all(isinstance(part, str) for part in parts):
+            content = "\n".join(parts)
+    if not isinstance(role, str) or not (content is None or isinstance(content, str)):
+        _refuse(path, where, '{"role": "...", "content": "..."}', item)
+    return {"role": _SPEAKERS.get(role, role), "content": _checked(content or "", path, where)}
+
+
+def _parquet(path: Path) -> Iterator[Document]:
+    if find_spec("pyarrow") is None:
+        raise MissingExtraError("reading .parquet files", "parquet")
+    import pyarrow
+    from pyarrow import parquet
+
+    descriptor, _ = _open(path)
+    with os.fdopen(descriptor, "rb") as stream:
+        try:
+            yield from _rows(parquet.ParquetFile(stream), path)
+        except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+            raise MalformedInputError(
+                "this .parquet file cannot be read",
+                file=path,
+                found=printable(f"{type(error).__name__}: {error}", 200),
+                remedy="fetch the file again",
+            ) from error
+
+
+def _rows(table: Any, path: Path) -> Iterator[Document]:
+    names = table.schema_arrow.names
+    column = next((name for name in ("text", "messages", "conversations") if name in names), None)
+    if column is None:
+        raise MalformedInputError(
+            "this .parquet file has no column of text",
+            file=path,
+            expected="a column text, messages or conversations",
+            found=printable(", ".join(names), 200),
+            remedy="rename the column that holds the text to: text",
+        )
+    row = characters = 0
+    for batch in table.iter_batches(batch_size=256, columns=[column]):
+        for value in batch.column(0).to_pylist():
+            row += 1
+            if value is None:
+                continue
+            document = _document({column: value}, path, f"row {row}")
+            characters += document.characters
+            if characters > LIMIT_BYTES:
+                raise ResourceError(
+                    "this file unfolds to more text than it may",
+                    file=path,
+                    expected=f"at most {LIMIT_BYTES:,} characters",
+                    remedy="a few megabytes are plenty: cut a part out of it",
+                )
+            yield document

@@ -1,0 +1,378 @@
+"""Windows of token ids to run a model on: full-length, seeded, never the same text twice.
+
+Each data set is one stream of tokens: its documents, an end-of-text token after each (a blank line where the model has
+none), because that is how models meet one document after another in training. The stream is cut into windows without
+overlap. Where the model begins texts with a token (BOS), that token takes the first place of every window, and only
+that place: activations at BOS are unlike all others, and in use it stands nowhere else.
+
+Large data sets are tokenized in parts of a few megabytes of text, in a seeded order and only as far as windows are
+asked for; inside a part the windows are in seeded order too. Data sets take turns by weight. So window k depends on
+the text, the seed and the length alone: however many are asked for, the first k are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.calibration.text import Corpus, Dataset, plain
+from llm_quantize.calibration.text_files import Document, Message
+from llm_quantize.calibration.tokens import TextTokenizer
+from llm_quantize.errors import UnsupportedError, UsageError
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.journal import canonical_json
+
+PART_CHARACTERS = 4 << 20
+_PIECE_CHARACTERS = 1 << 18  # a tokenizer without word boundaries takes more than linear time
+_TURN_CHARACTERS = 2000
+_TURNS = 4
+_LEAST_LENGTH = 2
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one data set gives: drawn ``windows`` and ``tokens`` (BOS not counted), and how many windows and tokens it
+    holds (``exact``, or an estimate while parts of a large set have not been tokenized)."""
+
+    dataset: str
+    windows: int
+    tokens: int
+    available_windows: int
+    available_tokens: int
+    exact: bool
+
+
+class Windows:
+    """The windows of a corpus. ``ids``: the first ``samples`` of them, int64 (n, length); ``draw`` gives more.
+
+    ``datasets``: names, in the order in which they were given. ``tokens``: n * length. ``sha256``: of ``ids``.
+    """
+
+    def __init__(self, streams: Sequence[_Stream], *, samples: int, length: int, bos: int | None) -> None:
+        self._streams, self._live = list(streams), list(streams)
+        self.length, self.bos = length, bos
+        self._drawn: list[tuple[_Stream, npt.NDArray[np.int32]]] = []
+        self.datasets = tuple(stream.name for stream in streams)
+        self._fill(samples)
+        self.samples = len(self._drawn)
+        self.ids = self.draw(0, samples)
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
+
+    @property
+    def sha256(self) -> str:
+        """Of the windows in ``ids``."""
+        return self.digest(self.samples)
+
+    @property
+    def available(self) -> int:
+        """How many windows there are without repeating text (an estimate unless ``exact``)."""
+        return sum(stream.available_windows() for stream in self._streams)
+
+    @property
+    def exact(self) -> bool:
+        return all(stream.exact for stream in self._streams)
+
+    def draw(self, start: int, count: int) -> Ids:
+        """Windows start … start + count - 1, int64 (count, length); fewer rows where the text ends before."""
+        self._fill(start + count)
+        rows = [row for _, row in self._drawn[start : start + count]]
+        ids = np.empty((len(rows), self.length), np.int64)
+        first = 0
+        if self.bos is not None:
+            ids[:, 0] = self.bos
+            first = 1
+        for index, row in enumerate(rows):
+            ids[index, first:] = row
+        return ids
+
+    def digest(self, count: int) -> str:
+        """SHA-256 over the shape and the ids of the first ``count`` windows."""
+        ids = self.draw(0, count)
+        digest = hashlib.sha256(canonical_json({"windows": 1, "count": len(ids), "length": self.length}))
+        digest.update(ids.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def shares(self, count: int | None = None) -> tuple[Share, ...]:
+        """What each data set gave to the first ``count`` windows (None: to those of ``ids``)."""
+        drawn = [stream for stream, _ in self._drawn[: self.samples if count is None else count]]
+        return tuple(
+            Share(
+                stream.name,
+                drawn.count(stream),
+                drawn.count(stream) * stream.body,
+                stream.available_windows(),
+                stream.available_tokens(),
+                stream.exact,
+            )
+            for stream in self._streams
+        )
+
+    def _fill(self, count: int) -> None:
+        """Draw until there are ``count`` windows or no text: the stream that is owed the most is next, the first of
+        equals; what a stream that has ended was owed passes to the others by their weights."""
+        while len(self._drawn) < count and self._live:
+            total = sum(stream.weight for stream in self._live)
+            for stream in self._live:
+                stream.owed += stream.weight / total
+            while self._live:
+                chosen = max(self._live, key=lambda stream: stream.owed)
+                row = chosen.next_window()
+                if row is not None:
+                    chosen.owed -= 1
+                    self._drawn.append((chosen, row))
+                    break
+                self._live.remove(chosen)
+
+
+class _Stream:
+    """The tokens of one data set, in parts that are tokenized when their turn comes."""
+
+    def __init__(self, name: str, weight: float, pieces: _Pieces, *, body: int, seed: Sequence[int]) -> None:
+        self.name, self.weight, self.body, self.owed = name, weight, body, 0.0
+        self._pieces = pieces
+        self._random = np.random.Generator(np.random.PCG64(list(seed)))
+        self._parts = [pieces.parts[i] for i in self._random.permutation(len(pieces.parts))]
+        self._at = 0
+        self._windows: npt.NDArray[np.int32] = np.empty((0, body), np.int32)
+        self._order: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self._next = self._read_windows = self._read_tokens = self._read_characters = 0
+        if self._parts:  # read the first, so that there is something to estimate from
+            self._load()
+
+    @property
+    def exact(self) -> bool:
+        return self._at == len(self._parts)
+
+    def next_window(self) -> npt.NDArray[np.int32] | None:
+        while self._next == len(self._order):
+            if self.exact:
+                return None
+            self._load()
+        self._next += 1
+        row: npt.NDArray[np.int32] = self._windows[self._order[self._next - 1]]
+        return row
+
+    def available_windows(self) -> int:
+        return self._read_windows + round(self._unread() / self.body)
+
+    def available_tokens(self) -> int:
+        return self._read_tokens + round(self._unread())
+
+    def _unread(self) -> float:
+        """Estimated tokens of the parts that have not been tokenized."""
+        characters = sum(self._pieces.characters(part) for part in self._parts[self._at :])
+        return characters * self._read_tokens / max(1, self._read_characters)
+
+    def _load(self) -> None:
+        part = self._parts[self._at]
+        self._at += 1
+        ids = self._pieces.tokenize(part)
+        count = len(ids) // self.body
+        self._windows = ids[: count * self.body].reshape(count, self.body)
+        self._order, self._next = self._random.permutation(count), 0
+        self._read_windows += count
+        self._read_tokens += len(ids)
+        self._read_characters += self._pieces.characters(part)
+
+
+class _Pieces:
+    """The documents of some data sets as pieces of text or conversations, and parts: ranges of pieces."""
+
+    def __init__(self, documents: Sequence[Document], tokenizer: TextTokenizer, chat: bool) -> None:
+        self._tokenizer = tokenizer
+        self._items: list[tuple[str, tuple[Message, ...], bool]] = []  # text, or messages; whether a document ends
+        for document in documents:
+            if document.messages:
+                self._items.append(("", document.messages, True))
+            elif chat:
+                self._items.extend(("", messages, True) for messages in exchanges(document.text))
+            else:
+                pieces = list(split_text(document.text, _PIECE_CHARACTERS))
+                self._items.extend((piece, (), i == len(pieces)) for i, piece in enumerate(pieces, 1))
+        self.plain_layout: tuple[int, UnsupportedError] | None = None
+        self.parts: list[range] = []
+        start = characters = 0
+        for index, item in enumerate(self._items):
+            characters += _characters(item)
+            if characters >= PART_CHARACTERS:
+                self.parts.append(range(start, index + 1))
+                start, characters = index + 1, 0
+        if start < len(self._items):
+            self.parts.append(range(start, len(self._items)))
+
+    def characters(self, part: range) -> int:
+        return sum(_characters(self._items[i]) for i in part)
+
+    def tokenize(self, part: range) -> npt.NDArray[np.int32]:
+        tokenizer = self._tokenizer
+        end = [tokenizer.eos] if tokenizer.eos is not None else tokenizer.encode("\n\n")
+        found = []
+        for index in part:
+            text, messages, last = self._items[index]
+            ids = self._conversation(messages) if messages else tokenizer.encode(text)
+            if last and ids[-len(end) :] != end:  # templates often end with the token themselves
+                ids += end
+            found.append(np.asarray(ids, np.int32))
+        return np.concatenate(found)
+
+    def _conversation(self, messages: Sequence[Message]) -> list[int]:
+        """In the model's template; as plain text where it has none or refuses this one (counted, for the warning)."""
+        try:
+            return self._tokenizer.encode_chat(messages)
+        except UnsupportedError as error:
+            count = self.plain_layout[0] if self.plain_layout else 0
+            self.plain_layout = (count + 1, error)
+            return self._tokenizer.encode(plain(messages))
+
+
+def _characters(item: tuple[str, tuple[Message, ...], bool]) -> int:
+    return len(item[0]) + sum(len(message["content"]) for message in item[1])
+
+
+def split_text(text: str, limit: int) -> Iterator[str]:
+    """``text`` in pieces of at most ``limit`` characters that join to it again, cut after the last paragraph that
+    fits, else after the last line, sentence or space, else anywhere."""
+    start = 0
+    while start < len(text):
+        stop = start + limit
+        if stop < len(text):
+            for mark in ("\n\n", "\n", "。", ". ", " "):
+                place = text.rfind(mark, start + limit // 2, stop)
+                if place >= 0:
+                    stop = place + len(mark)
+                    break
+        yield text[start:stop]
+        start = stop
+
+
+def exchanges(text: str) -> Iterator[tuple[Message, ...]]:
+    """A document as conversations in which user and assistant say its passages in turn, the assistant last.
+
+    The words stay the document's; what is gained is that the model sees them among its own special tokens.
+    """
+    passages = [piece.strip() for piece in split_text(text, _TURN_CHARACTERS) if piece.strip()]
+    for start in range(0, len(passages), _TURNS):
+        turn = passages[start : start + _TURNS]
+        if len(turn) % 2:
+            halves = [piece.strip() for piece in split_text(turn[-1], max(1, (len(turn[-1]) + 1) // 2))]
+            turn[-1:] = [halves[0], " ".join(filter(None, halves[1:])) or halves[0]]
+        roles = ("user", "assistant") * (len(turn) // 2)
+        yield tuple({"role": role, "content": words} for role, words in zip(roles, turn, strict=True))
+
+
+def sample_windows(
+    corpus: Corpus,
+    tokenizer: TextTokenizer,
+    *,
+    samples: int,
+    length: int,
+    seed: int = 0,
+    chat: bool = False,
+    on_event: EventSink = ignore,
+) -> Windows:
+    """``samples`` windows of ``length`` tokens, or as many as the text gives without repeating it (a warning with the
+    numbers; a note where all text is built in). ``chat``: plain text is set as conversations in the model's template.
+
+    Data sets shorter than one window are joined into one. Raises UsageError (numbers out of range, or all the text is
+    shorter than one window), UnsupportedError (``chat`` for a model without template).
+    """
+    if samples < 1 or length < _LEAST_LENGTH or seed < 0:
+        raise UsageError(
+            f"calibration needs at least 1 window of {_LEAST_LENGTH} tokens and a seed of 0 or more",
+            found=f"{samples} windows of {length}, seed {seed}",
+        )
+    if chat and not tokenizer.has_template:
+        raise UnsupportedError(
+            "this model has no chat template", file=tokenizer.directory, remedy="calibrate without --chat"
+        )
+    body = length if tokenizer.bos is None else length - 1
+    streams: list[_Stream] = []
+    short: list[Dataset] = []
+    pieces = []
+    for index, dataset in enumerate(corpus.datasets):
+        pieces.append(_Pieces(dataset.documents, tokenizer, chat))
+        stream = _Stream(dataset.name, dataset.weight, pieces[-1], body=body, seed=(seed, index))
+        if stream.available_windows() == 0:
+            short.append(dataset)
+        else:
+            streams.append(stream)
+    if short:
+        joined = _Pieces([document for dataset in short for document in dataset.documents], tokenizer, chat)
+        weight = sum(dataset.weight for dataset in short)
+        stream = _Stream(_names(short), weight, joined, body=body, seed=(seed, len(corpus.datasets)))
+        if stream.available_windows():
+            streams.append(stream)
+        else:
+            _too_short(stream, body, alone=not streams, on_event=on_event)
+    windows = Windows(streams, samples=samples, length=length, bos=tokenizer.bos)
+    _tell(windows, samples, corpus.built_in, pieces, on_event)
+    return windows
+
+
+def _names(datasets: Sequence[Dataset]) -> str:
+    named = " + ".join(dataset.name for dataset in datasets[:3])
+    return named if len(datasets) <= 3 else f"{named} and {len(datasets) - 3} more"
+
+
+def _too_short(stream: _Stream, body: int, *, alone: bool, on_event: EventSink) -> None:
+    tokens = stream.available_tokens()
+    if alone:
+        raise UsageError(
+            "the text is shorter than one window",
+            expected=f"at least {body:,} tokens",
+            found=f"{tokens:,} tokens",
+            remedy="give more text, or a smaller --sequence-length",
+        )
+    text = f"{stream.name}: {tokens:,} tokens are less than one window of {body:,}; this text is not used"
+    on_event({"event": "warning", "text": text})
+
+
+def _tell(windows: Windows, asked: int, built_in: bool, pieces: Sequence[_Pieces], on_event: EventSink) -> None:
+    if windows.samples < asked:
+        text = (
+            f"the text gives {windows.samples:,} windows of {windows.length:,} tokens without repeating itself; "
+            f"{asked:,} were asked for"
+        )
+        on_event({"event": "note" if built_in else "warning", "text": text})
+    told = [item.plain_layout for item in pieces if item.plain_layout]
+    if told:
+        reason = told[0][1].found or told[0][1].what
+        count = sum(number for number, _ in told)
+        text = f"{count:,} conversations are laid out as plain text, not in the model's chat template: {reason}"
+        on_event({"event": "note" if built_in else "warning", "text": text})
+
+
+_HESSIAN_LEAST, _HESSIAN_ENOUGH = 4, 18  # tokens per input channel
+_IMATRIX_LEAST = 10_000
+
+
+def coverage_advice(tokens: int, widest_input: int, *, hessian: bool = True) -> str | None:
+    """What to say when ``tokens`` are too few for a layer with ``widest_input`` inputs, else None.
+
+    A Hessian has widest_input² unknowns: below about 4 tokens per input its off-diagonal part is mostly noise, and
+    beyond about 18 more text changed nothing in our measurements. An imatrix has one mean per input, and 10,000
+    tokens give each to a few per cent, whatever the width.
+    """
+    if hessian and tokens < _HESSIAN_LEAST * widest_input:
+        return (
+            f"{tokens:,} tokens are {tokens / widest_input:.1f} for each of the {widest_input:,} inputs of the widest "
+            f"layer: little for a Hessian; {_HESSIAN_LEAST * widest_input:,} would do, and more than "
+            f"{_HESSIAN_ENOUGH * widest_input:,} gain nothing (an imatrix needs {_IMATRIX_LEAST:,})"
+        )
+    if tokens < _IMATRIX_LEAST:
+        return f"{tokens:,} tokens are few for an imatrix: {_IMATRIX_LEAST:,} would do"
+    return None
+
+
+def by_dataset(windows: Windows) -> Mapping[str, int]:
+    """{data set: tokens drawn from it}, for printing."""
+    return {share.dataset: share.tokens for share in windows.shares()}
