@@ -50,11 +50,14 @@ class Outcome:
 
 
 class CommandLine:
-    """A warm process that runs ``llm-quantize`` commands. Use as a context manager."""
+    """A warm process that runs ``llm-quantize`` commands, ``modules`` imported. Use as a context manager."""
+
+    def __init__(self, *modules: str) -> None:
+        self.modules = modules
 
     def __enter__(self) -> CommandLine:
         self._server = subprocess.Popen(
-            [sys.executable, str(SERVER)],
+            [sys.executable, str(SERVER), *self.modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

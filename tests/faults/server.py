@@ -1,14 +1,16 @@
 """A process that has imported everything and forks one child per request: the real command line in milliseconds.
 
-Requests and answers are JSON lines on standard input and output. A request: ``arguments`` of the command line, and
-any of ``kill_call`` k (SIGKILL ahead of the k-th persistence call), ``fail_call`` [k, errno] (only that one),
-``fail_from`` [k, errno] (that one and all later ones), ``signal_call`` [[k, number], ...], ``kill_after`` seconds,
-``file_size`` bytes (RLIMIT_FSIZE), ``environment``. The answer: ``code`` (negative: killed by that signal), ``calls``
+The words of its own command line are modules to import first. Requests and answers are JSON lines on standard input
+and output. A request: ``arguments`` of the command line, and any of ``kill_call`` k (SIGKILL ahead of the k-th
+persistence call), ``fail_call`` [k, errno] (only that one), ``fail_from`` [k, errno] (that one and all later ones),
+``signal_call`` [[k, number], ...], ``kill_after`` seconds, ``file_size`` bytes (RLIMIT_FSIZE), ``environment``,
+``constants`` [[module, name, value], ...] to set. The answer: ``code`` (negative: killed by that signal), ``calls``
 (names of persistence calls; absent when killed), ``out``, ``err``.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -53,6 +55,8 @@ def _child(request: dict[str, Any], out: int, err: int, calls: int) -> int:
     os.dup2(out, 1)
     os.dup2(err, 2)
     os.environ.update(request.get("environment", {}))
+    for module, name, value in request.get("constants", ()):
+        setattr(importlib.import_module(module), name, value)
     if "file_size" in request:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
     real_write = os.write
@@ -89,6 +93,8 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     for line in sys.stdin:
         sys.stdout.write(json.dumps(_serve(json.loads(line))) + "\n")
         sys.stdout.flush()

@@ -35,7 +35,7 @@ from llm_quantize.calibration.windows import Share, Windows, coverage_advice, sa
 from llm_quantize.engine import run, stop_on_signals
 from llm_quantize.errors import MissingExtraError
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.io.artifact_paths import journal_path, manifest_path
+from llm_quantize.io.artifact_paths import discard_partial, journal_path, manifest_path
 from llm_quantize.io.imatrix_writer import write_imatrix_dat, write_imatrix_gguf
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.output import OutputFile, ResumableOutput, Span
@@ -274,7 +274,7 @@ class _Pass:
 
     @property
     def directory(self) -> Path:
-        return self.output.target.with_name(self.output.target.name + ".hidden")
+        return _hidden_directory(self.output.target)
 
     def hidden(self, slot: int) -> Activations:
         """Hidden states between two blocks: on disk in one of two files, so that a finished one outlives the next."""
@@ -291,6 +291,8 @@ def _collect(state: _Run, start: int, count: int) -> Path:
     """The statistics of windows [start, start + count), collected where they are missing."""
     target = _part_path(state, start, count)
     if target.is_file() and manifest_path(target).is_file():
+        discard_partial(target, journal_path(target))
+        _discard(_hidden_directory(target))
         return target
     import torch
 
@@ -432,6 +434,10 @@ def _resumed(job: _Pass, wanted: int) -> tuple[Activations | None, int]:
     text = f"{job.directory}: the hidden states are damaged; finished blocks are run again, without summing"
     job.state.on_event({"event": "warning", "text": text})
     return None, 0
+
+
+def _hidden_directory(target: Path) -> Path:
+    return target.with_name(target.name + ".hidden")
 
 
 def _discard(directory: Path) -> None:

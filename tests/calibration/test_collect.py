@@ -1,0 +1,267 @@
+"""A calibration run: the same bytes however it is run, continued, and merged; and what it says when it cannot go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm_quantize.calibration import collect, memory
+from llm_quantize.calibration.collect import Calibration, calibrate
+from llm_quantize.calibration.identity import model_digest
+from llm_quantize.calibration.importance import importance
+from llm_quantize.calibration.options import CalibrationOptions
+from llm_quantize.errors import NumericPolicyError, ResourceError
+from llm_quantize.io.imatrix_file import read_imatrix
+from llm_quantize.io.statistics_file import read_statistics
+from llm_quantize.source import Source, open_source
+
+from ..faults.forking import CommandLine, hashes
+from ..tiny_models import make_tiny
+
+KINDS = ("imatrix", "hessian", "absmax")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = ("the", "cat", "sat", "on", "a", "mat", "saw", "an", "old", "house", "by", "river", "nobody", "lived")
+    chance = random.Random(5)
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text(" ".join(chance.choice(words) for _ in range(3000)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("qwen2", tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LLM_QUANTIZE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def options(text: Path, **more: Any) -> CalibrationOptions:
+    return CalibrationOptions(data=(str(text),), samples=6, length=64, collect=KINDS, **more)
+
+
+def run(model: Path, chosen: CalibrationOptions, events: list[Any] | None = None) -> Calibration:
+    source = open_source(str(model))
+    with source.checkpoint:
+        return calibrate(source, chosen, on_event=(events if events is not None else []).append)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_bytes_do_not_depend_on_threads_or_on_where_hidden_states_lie(
+    model: Path, text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+) -> None:
+    if not in_memory:
+        monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
+    contents = set()
+    for threads in (1, 2, 3):
+        result = run(model, options(text, threads=threads))
+        assert not result.reused
+        contents.add(result.path.read_bytes())
+        assert [path.name for path in result.path.parent.iterdir() if ".safetensors" not in path.suffixes[:1]] == []
+        assert sorted(path.name for path in result.path.parent.iterdir()) == [
+            result.path.name,
+            result.path.name + ".manifest.json",
+        ]
+        shutil.rmtree(cache)
+    assert len(contents) == 1
+
+
+def test_both_places_of_hidden_states_give_the_same(
+    model: Path, text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(model, options(text)).path.read_bytes()
+    shutil.rmtree(cache)
+    monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
+    assert run(model, options(text)).path.read_bytes() == first
+
+
+def test_what_was_collected_is_found_again_and_is_of_this_model(model: Path, text: Path, cache: Path) -> None:
+    first = run(model, options(text))
+    again = run(model, options(text))
+    assert (again.path, again.reused, first.reused) == (first.path, True, False)
+    other = run(model, options(text, seed=1))
+    assert other.path != first.path
+    source = open_source(str(model))
+    with source.checkpoint, read_statistics(first.path) as statistics:
+        assert statistics.identity.model["sha256"] == model_digest(source.checkpoint)
+        assert all(int(statistics.counts(tap).max()) == 6 * 64 for tap in statistics.taps)
+
+
+def test_the_digest_tells_two_checkpoints_of_one_training_apart(model: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(model, tmp_path / "changed"))
+    tensors = load_file(changed / "model.safetensors")
+    name = next(name for name in tensors if "up_proj" in name)
+    tensors[name][-1, -1] += 1
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+
+    def digest(directory: Path) -> str:
+        with open_source(str(directory)).checkpoint as checkpoint:
+            return model_digest(checkpoint)
+
+    assert digest(changed) != digest(model)
+    moved = Path(shutil.copytree(model, tmp_path / "moved"))
+    os.utime(moved / "model.safetensors", ns=(1, 1))
+    assert digest(moved) == digest(model)
+
+
+def test_an_activation_that_is_not_finite_is_named_and_finished_layers_are_kept(
+    model: Path, text: Path, tmp_path: Path, cache: Path
+) -> None:
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = float("inf")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericPolicyError, match=r"model\.layers\.1.*sample \d") as caught:
+        run(broken, options(text))
+    assert caught.value.exit_code == 9
+    events: list[Any] = []
+    with pytest.raises(NumericPolicyError):
+        run(broken, options(text), events)
+    assert next(event for event in events if event["event"] == "start")["resumed_units"] == 1
+
+
+def test_more_text_is_drawn_until_every_expert_has_its_minimum(tmp_path: Path, text: Path, cache: Path) -> None:
+    mixture = make_tiny("qwen3_moe", tmp_path / "moe")
+    plain = run(mixture, options(text, expert_minimum=0))
+    least = _least(plain.path)
+    more = run(mixture, options(text, expert_minimum=least + 1))
+    assert more.windows == 2 * plain.windows
+    assert _least(more.path) > least
+    assert not more.short
+    again = run(mixture, options(text, expert_minimum=least + 1))
+    assert (again.path, again.reused) == (more.path, True)
+    never = run(mixture, options(text, expert_minimum=10**6))
+    assert never.short
+    assert "experts" in " ".join(never.sentences())
+
+
+def _least(path: Path) -> int:
+    with read_statistics(path) as statistics:
+        return min(int(statistics.counts(tap).min()) for tap in statistics.taps)
+
+
+def test_a_block_that_does_not_fit_is_refused_before_work(model: Path, text: Path, cache: Path) -> None:
+    with pytest.raises(ResourceError, match="do not fit the memory limit"):
+        run(model, options(text, max_ram=50 << 20))
+    assert not list(cache.rglob("*.partial"))
+
+
+def test_exports_are_what_planning_uses(model: Path, text: Path, tmp_path: Path, cache: Path) -> None:
+    source = open_source(str(model))
+    with source.checkpoint:
+        result = calibrate(source, options(text))
+        for kind in ("imatrix", "dat", "json", "statistics"):
+            collect.export(result, source, tmp_path / kind, kind)
+        with read_statistics(tmp_path / "statistics") as statistics:
+            values = importance(statistics, source.tensors.outputs)
+    for kind in ("imatrix", "dat"):
+        found = read_imatrix(tmp_path / kind)
+        assert found.values.keys() == values.keys()
+        for name, rows in values.items():
+            np.testing.assert_array_equal(found.values[name].reshape(rows.shape), rows)
+    assert {entry["name"] for entry in json.loads((tmp_path / "json").read_text())["tensors"]} == set(values)
+
+
+# kills
+
+
+@pytest.fixture(scope="module")
+def command_line() -> Iterator[CommandLine]:
+    modules = ("torch", "transformers", "transformers.models.qwen2.modeling_qwen2", "llm_quantize.calibration.forward")
+    with CommandLine(*modules) as ready:
+        yield ready
+
+
+class Killed:
+    """The command, killed here and there; ``expected`` are the bytes of a run that was left alone."""
+
+    def __init__(self, command_line: CommandLine, model: Path, text: Path, root: Path) -> None:
+        self.command_line, self.root = command_line, root
+        self.words = ("analyze", "importance", model, "--calibration-data", text, "--calibration-samples", "5",
+                      "--sequence-length", "32", "--collect", "imatrix,absmax", "--threads", "2")  # fmt: skip
+        outcome = self.run("reference")
+        assert outcome.code == 0, outcome.err
+        assert outcome.calls is not None
+        self.calls, self.expected = len(outcome.calls), hashes(root / "reference")
+
+    def run(self, name: str, **faults: Any) -> Any:
+        directory = self.root / name
+        faults["environment"] = {"LLM_QUANTIZE_CACHE": str(directory)}
+        faults["constants"] = [["llm_quantize.calibration.memory", "HIDDEN_BYTES", 0]]
+        return self.command_line.run(*self.words, "-o", directory / "i.gguf", **faults)
+
+    def recover(self, name: str) -> None:
+        outcome = self.run(name)
+        assert outcome.code == 0, outcome.err + outcome.out
+        assert hashes(self.root / name) == self.expected
+        shutil.rmtree(self.root / name)
+
+
+@pytest.fixture(scope="module")
+def killed(command_line: CommandLine, model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    return Killed(command_line, model, text, tmp_path_factory.mktemp("killed"))
+
+
+def _kill(killed: Killed, calls: Any) -> None:
+    chance = random.Random(3)
+    for call in calls:
+        name = f"call-{call}"
+        assert killed.run(name, kill_call=call).code == -9
+        assert killed.run(name, kill_call=chance.randrange(1, killed.calls)).code in (-9, 0)
+        killed.recover(name)
+
+
+def test_killed_at_persistence_calls_it_ends_in_the_same_bytes(killed: Killed) -> None:
+    _kill(killed, range(1, killed.calls, max(1, killed.calls // 8)))
+
+
+@pytest.mark.heavy
+def test_killed_at_every_persistence_call_it_ends_in_the_same_bytes(killed: Killed) -> None:
+    _kill(killed, range(1, killed.calls + 1))
+
+
+def test_a_signal_stops_it_and_the_same_command_goes_on(killed: Killed) -> None:
+    outcome = killed.run("signal", signal_call=[[killed.calls // 4, signal.SIGTERM]])
+    assert outcome.code == 75, outcome.err
+    killed.recover("signal")
+
+
+def test_damaged_hidden_states_are_made_again(killed: Killed) -> None:
+    outcome = killed.run("damaged", kill_call=3 * killed.calls // 4)
+    assert outcome.code == -9
+    for path in (killed.root / "damaged").rglob("*.hidden/*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    killed.recover("damaged")
+
+
+def _source(directory: Path) -> Source:
+    return open_source(str(directory))
+
+
+def test_the_dtype_follows_the_checkpoint(model: Path) -> None:
+    with _source(model).checkpoint as checkpoint:
+        stored = {info.dtype for info in checkpoint.tensors.values()}
+        source = open_source(str(model))
+    with source.checkpoint:
+        quick = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        wanted = "bfloat16" if quick and "F32" not in stored else "float32"
+        assert collect.compute_dtype(source, "cpu") == wanted
+        assert collect.compute_dtype(source, "cuda") == ("float32" if "F32" in stored else "bfloat16")
