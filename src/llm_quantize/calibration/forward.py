@@ -257,12 +257,18 @@ class Block:
         self._module = torch.nn.Identity()
 
 
+class _Given(threading.local):
+    """The hidden states that a thread gave to the head."""
+
+    hidden: torch.Tensor
+
+
 class Head:
     """Final norm, output matrix, and what the model does to its logits. Threads may share one."""
 
     def __init__(self, skeleton: Skeleton, model: Any, tap: Tap) -> None:
         self._skeleton, self._model, self.tap = skeleton, model, tap
-        self._local = threading.local()
+        self._given = _Given()
         self._observer = Observer()
         for station in skeleton.stations(model):
             station.visit = self._visit
@@ -272,19 +278,20 @@ class Head:
             raise UnsupportedError("the output of this model is not a matrix", found=type(output).__name__)
 
     def _visit(self, index: int, hidden: torch.Tensor, _positional: Any, _named: Any) -> torch.Tensor:
-        given: torch.Tensor | None = getattr(self._local, "hidden", None)
-        return given if index == 0 and given is not None else hidden
+        # The model may have scaled or normed what it took for embeddings: what it was given is put back.
+        return self._given.hidden if index == 0 else hidden
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 logits (k, vocab_size) on the CPU of hidden states (k, width) that left the last block."""
-        given = hidden[None].to(self._skeleton.device)
-        self._local.hidden = given
-        logits: torch.Tensor = self._skeleton.run(self._model, inputs_embeds=given).logits
-        self._local.hidden = None
+        given = self._given.hidden = hidden[None].to(self._skeleton.device)
+        try:
+            logits: torch.Tensor = self._skeleton.run(self._model, inputs_embeds=given).logits
+        finally:
+            del self._given.hidden
         return logits[0].float().cpu()
 
     def observe(self, sink: Sink) -> AbstractContextManager[None]:
-        """While open, calls give ``sink`` the input of the output matrix."""
+        """While open, calls of this thread give ``sink`` the input of the output matrix."""
         return self._observer.listening(sink)
 
     def close(self) -> None:
