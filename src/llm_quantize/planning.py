@@ -11,15 +11,16 @@ from pathlib import Path
 import llm_quantize
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.assemble import matrix_shape
+from llm_quantize.calibration.identity import model_digest
 from llm_quantize.calibration.options import CalibrationOptions
-from llm_quantize.errors import UnsupportedError, UsageError
+from llm_quantize.errors import IntegrityError, UnsupportedError, UsageError
 from llm_quantize.formats import gguf as gguf_format
 from llm_quantize.io.gguf_file import layout_gguf
 from llm_quantize.io.imatrix_file import Imatrix
 from llm_quantize.io.safetensors_file import DTYPE_BITS
 from llm_quantize.plan import ArtifactPlan, plan_artifact
 from llm_quantize.qtypes import QTYPES
-from llm_quantize.recipes import Overrides, TensorShape, assign, parse_level
+from llm_quantize.recipes import Overrides, Recipe, TensorShape, assign, parse_level
 from llm_quantize.source import Source
 from llm_quantize.work import NONFINITE_POLICIES, Importance
 
@@ -72,12 +73,33 @@ def plan_source(
     if not levels:
         raise UsageError("no level given", remedy="name one or more with -q, for example -q Q4_K_M")
     importance_rows(source, imatrix)
+    _check_recipe(source, levels, options.overrides.recipe)
     names = list(dict.fromkeys(parse_level(level).name for level in levels))
     stem = _file_stem(name or source.checkpoint.name)
     plans = [_plan_level(source, level, stem, imatrix, options) for level in names]
     if name is not None and stem != name:
         plans[0] = replace(plans[0], warnings=(f"the output is called {stem}, not {name[:80]!r}", *plans[0].warnings))
     return plans
+
+
+def _check_recipe(source: Source, levels: Sequence[str], recipe: Recipe | None) -> None:
+    """Raise UsageError where the recipe does not fit the model or the levels, IntegrityError where it was made for
+    another model (a source opened for its headers cannot tell)."""
+    if recipe is None:
+        return
+    if [parse_level(level).name for level in levels] != [recipe.level]:
+        raise UsageError("a recipe is a level of its own", expected=recipe.level, found=", ".join(levels))
+    recipe.check(tensor_shapes(source, recipe.level))
+    if recipe.model is None or source.checkpoint.headers_only:
+        return
+    found = model_digest(source.checkpoint)
+    if found != recipe.model:
+        raise IntegrityError(
+            f"the recipe {recipe.name} was made for another model",
+            expected=f"model {recipe.model}",
+            found=f"model {found}",
+            remedy='make one for this model with `llm-quantize analyze profile`, or take "model" out of the recipe',
+        )
 
 
 def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, options: Options) -> ArtifactPlan:
@@ -92,9 +114,13 @@ def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, o
         overrides=options.overrides,
     )
     version = llm_quantize.__version__
+    recipe = options.overrides.recipe
+    called = name if recipe is None else recipe.name
     metadata = dict(source.metadata)
     quantized = name not in FLOAT_LEVELS
-    metadata |= gguf_format.recipe_metadata(file_type=level.file_type, quantized=quantized, level=name, version=version)
+    metadata |= gguf_format.recipe_metadata(
+        file_type=level.file_type, quantized=quantized, level=called, version=version
+    )
     if imatrix is not None:
         metadata |= gguf_format.importance_metadata(
             file=imatrix.path.name,
@@ -113,10 +139,12 @@ def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, o
         "split_max_size": options.split_max_size,
         "nonfinite": options.nonfinite,
     }
+    if recipe is not None:
+        chosen["recipe"] = recipe.sha256
     files = [[fact.name, fact.size, fact.header_sha256] for fact in source.checkpoint.fingerprint()]
     return plan_artifact(
-        level=name,
-        name=f"{stem}-{name}",
+        level=called,
+        name=f"{stem}-{called}",
         outputs=outputs,
         qtypes=assigned.qtypes,
         metadata=metadata,

@@ -133,6 +133,39 @@ class TensorShape:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """A user's own mix (io/recipe_file.py): the qtypes of single ``tensors`` by name, before everything else; the rest
+    as ``level`` says. ``model``: digest of the model that it was made for, if it says so; ``sha256``: of the file."""
+
+    name: str
+    level: str
+    tensors: Mapping[str, str]
+    model: str | None = None
+    sha256: str = ""
+
+    def check(self, tensors: Sequence[TensorShape]) -> None:
+        """Raise UsageError where it does not fit a model of these ``tensors``, naming the tensors."""
+        shapes = {tensor.name: tensor for tensor in tensors}
+        unknown = [name for name in self.tensors if name not in shapes]
+        if unknown:
+            named = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            raise UsageError(
+                f"the recipe {self.name} names tensors that this model does not have",
+                found=named,
+                remedy="a recipe fits the model that it was made for; take them out, or make one for this model",
+            )
+        for name, qtype in self.tensors.items():
+            block = QTYPES[qtype].block_size
+            if not is_quantizable(shapes[name]) or shapes[name].shape[-1] % block:
+                raise UsageError(
+                    f"the recipe {self.name} asks for {qtype} where it cannot be",
+                    tensor=name,
+                    expected=f"a matrix with rows of a multiple of {block} weights, no norm and no router",
+                    found=f"shape {list(shapes[name].shape)}",
+                )
+
+
+@dataclass(frozen=True)
 class Overrides:
     """What the user fixed by hand. ``tensor_types``: (regular expression, qtype), the first that is found in the
     name wins; case does not matter. Qtypes are lower case, as ``parse_qtype`` returns them."""
@@ -141,6 +174,7 @@ class Overrides:
     embedding_type: str | None = None
     tensor_types: tuple[tuple[str, str], ...] = ()
     pure: bool = False
+    recipe: Recipe | None = None
 
 
 @dataclass(frozen=True)
@@ -275,6 +309,8 @@ class _Recipe:
     def _wanted(self, tensor: TensorShape) -> str:
         """What overrides and rules ask for, before the row length is looked at."""
         kind = role(tensor.name)
+        if self.overrides.recipe is not None and tensor.name in self.overrides.recipe.tensors:
+            return self.overrides.recipe.tensors[tensor.name]
         fixed = {"embedding": self.overrides.embedding_type, "output": self.overrides.output_type}.get(kind)
         if fixed is not None:
             return fixed

@@ -1,4 +1,4 @@
-"""Statistics of a streamed forward, through the file, against a whole model with hooks: every tensor of the artifact."""
+"""Statistics of a streamed forward, through the file, against a whole model with hooks, for every tensor."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def stream(source: Source, windows: torch.Tensor, path: Path) -> StatisticsFile:
         sums = BlockSums(taps[index], KINDS)
         with network.block(index, weights) as block, ThreadPoolExecutor(2) as pool:
 
-            def run(number: int, block=block, sums=sums) -> torch.Tensor:
+            def run(number: int, block=block, sums=sums, states=states) -> torch.Tensor:
                 with sums.window(number) as sink, block.observe(sink):
                     return block(states[number])
 

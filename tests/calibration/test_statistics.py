@@ -169,7 +169,8 @@ def test_half_precision_inputs_are_summed_as_they_are(inputs: list[torch.Tensor]
     found = partial(KINDS, rows)
     np.testing.assert_allclose(found.sum_squares, (wide**2).sum(0), rtol=1e-13)
     np.testing.assert_array_equal(found.absmax, np.abs(wide).max(0))
-    assert found.hessian is not None and found.hessian.dtype == np.float32
+    assert found.hessian is not None
+    assert found.hessian.dtype == np.float32
 
 
 def test_dead_channels_are_zero(inputs: list[torch.Tensor]) -> None:
@@ -177,7 +178,8 @@ def test_dead_channels_are_zero(inputs: list[torch.Tensor]) -> None:
     rows[:, 5] = 0
     found = partial(KINDS, rows)
     assert found.sum_squares[5] == found.sums[5] == found.absmax[5] == 0
-    assert not found.hessian[5].any() and not found.hessian[:, 5].any()
+    assert not found.hessian[5].any()
+    assert not found.hessian[:, 5].any()
 
 
 def test_only_what_was_asked_for_is_kept(inputs: list[torch.Tensor]) -> None:

@@ -95,7 +95,7 @@ def test_what_stands_there_is_kept(tmp_path: Path) -> None:
     (tmp_path / "i.gguf").write_bytes(b"mine")
     with pytest.raises(UsageError, match="exists"):
         write(tmp_path / "i.gguf", entries_of())
-    with pytest.raises(UsageError, match="longer than llama.cpp"):
+    with pytest.raises(UsageError, match="longer than llama"):
         write(tmp_path / "new.gguf", {"x" * 64: entries_of()["blk.0.attn_q.weight"]})
     assert [path.name for path in tmp_path.iterdir()] == ["i.gguf"]
 
@@ -173,9 +173,13 @@ def test_llama_cpp_quantizes_with_it_as_we_do(variant: str, tmp_path: Path) -> N
 def test_statistics_of_another_shape_are_refused(tmp_path: Path) -> None:
     source = open_source(str(make_tiny("llama", tmp_path / "model")))
     other = open_source(str(make_tiny("llama", tmp_path / "other", hidden_size=96)))
-    with source.checkpoint, other.checkpoint, statistics_of(source, tmp_path / "s") as statistics:
-        with pytest.raises(MalformedInputError, match="do not belong to this model") as refused:
-            importance(statistics, other.tensors.outputs)
+    with (
+        source.checkpoint,
+        other.checkpoint,
+        statistics_of(source, tmp_path / "s") as statistics,
+        pytest.raises(MalformedInputError, match="do not belong to this model") as refused,
+    ):
+        importance(statistics, other.tensors.outputs)
     assert refused.value.tensor == "blk.0.attn_q.weight"
 
 

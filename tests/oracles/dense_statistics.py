@@ -1,7 +1,7 @@
 """The slow, obvious twin of calibration: transformers' whole model, hooks on its modules, float64 sums at the end.
 
-Nothing here knows blocks, taps or pieces: the inputs of every module that multiplies are kept whole, and names come from
-the gguf package's own table.
+Nothing here knows blocks, taps or pieces: the inputs of every module that multiplies are kept whole, and names come
+from the gguf package's own table.
 """
 
 from __future__ import annotations

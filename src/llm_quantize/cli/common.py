@@ -83,8 +83,10 @@ def tensor_type(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
 def recipe_options(function: Function) -> Function:
     """Options that change the plan."""
     options = [
-        click.option("-q", "--level", "levels", multiple=True, required=True, metavar="LEVEL",
+        click.option("-q", "--level", "levels", multiple=True, metavar="LEVEL",
                      help="Level, for example Q4_K_M; repeat for several in one read."),
+        click.option("--recipe", type=click.Path(dir_okay=False), metavar="FILE",
+                     help="Instead of a level: a type for each tensor, as analyze profile writes it."),
         click.option("-n", "--name", help="Name of the output without level and suffix. [default: the model's name]"),
         click.option("--output-type", metavar="TYPE", help="Type of output.weight."),
         click.option("--embedding-type", metavar="TYPE", help="Type of token_embd.weight."),
@@ -150,6 +152,7 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
     """pipeline.Options from the parsed command line."""
     from pathlib import Path
 
+    from llm_quantize.io.recipe_file import read_recipe
     from llm_quantize.pipeline import Options
     from llm_quantize.recipes import Overrides, parse_qtype
 
@@ -161,6 +164,7 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
         embedding_type=typed(arguments["embedding_type"]),
         tensor_types=tuple((expression, parse_qtype(name)) for expression, name in arguments["tensor_types"]),
         pure=arguments["pure"],
+        recipe=read_recipe(arguments["recipe"]) if arguments["recipe"] else None,
     )
     paths = {key: arguments.get(key) for key in ("imatrix", "statistics", "checkpoint_dir")}
     return Options(
@@ -178,6 +182,18 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
         overwrite=arguments.get("overwrite", False),
         ignore_space=arguments.get("ignore_space", False),
     )
+
+
+def chosen_levels(arguments: Mapping[str, Any], options: Any) -> tuple[str, ...]:
+    """The levels of the command line, or the one that the recipe of ``options`` builds on."""
+    from llm_quantize.errors import UsageError
+
+    recipe = options.overrides.recipe
+    if recipe is None:
+        return tuple(arguments["levels"])
+    if arguments["levels"]:
+        raise UsageError("a recipe is a level of its own", found=f"--recipe and -q {arguments['levels'][0]}")
+    return (recipe.level,)
 
 
 def emit_json(value: Any) -> None:

@@ -8,6 +8,7 @@ import click
 
 from llm_quantize.cli.common import (
     build_options,
+    chosen_levels,
     emit_json,
     events,
     json_option,
@@ -36,7 +37,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
 
     shown = mode(ctx, as_json, verbose)
     options = build_options(arguments)
-    common = {"levels": arguments["levels"], "name": arguments["name"], "revision": arguments["revision"]}
+    common = {"levels": chosen_levels(arguments, options), "name": arguments["name"], "revision": arguments["revision"]}
     with events(shown, "plan") as sink:
         plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
     threads = preflight.fit_threads(plans, threads=options.threads, max_ram=options.max_ram)

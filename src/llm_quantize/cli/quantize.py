@@ -8,6 +8,7 @@ import click
 
 from llm_quantize.cli.common import (
     build_options,
+    chosen_levels,
     emit_json,
     events,
     json_option,
@@ -46,7 +47,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
 
     shown = mode(ctx, as_json, verbose)
     options = build_options(arguments)
-    common = {"levels": arguments["levels"], "name": arguments["name"], "revision": arguments["revision"]}
+    common = {"levels": chosen_levels(arguments, options), "name": arguments["name"], "revision": arguments["revision"]}
     if arguments["dry_run"]:
         with events(shown, "plan") as sink:
             plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
