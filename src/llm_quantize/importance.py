@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from llm_quantize.calibration.text import load_texts
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
@@ -34,8 +35,8 @@ def foresee(source: Source, levels: Sequence[str], options: Options) -> Imatrix 
         for output in source.tensors.outputs
         if is_quantizable(TensorShape(output.name, output.shape)) and role(output.name) not in ("embedding", "output")
     }
-    data = options.calibration.data or ("default",)
-    return Imatrix(Path(CALIBRATED_NAME.format("0" * 16)), values, data, options.calibration.samples, "")
+    names = tuple(dataset.name for dataset in load_texts(options.calibration.data).datasets)
+    return Imatrix(Path(CALIBRATED_NAME.format("0" * 16)), values, names, options.calibration.samples, "")
 
 
 def is_foreseen(imatrix: Imatrix | None) -> bool:

@@ -218,7 +218,8 @@ def _open_run(source: Source, options: CalibrationOptions, on_event: EventSink) 
     if corpus.built_in and not options.data:
         on_event({"event": "note", "text": "no text was given: calibrating on the built-in mix of texts"})
     model = {"name": source.checkpoint.name, "sha256": model_digest(source.checkpoint)}
-    facts = {"datasets": list(windows.datasets), "length": length, "seed": options.seed, "chat": options.chat}
+    names = [dataset.name for dataset in corpus.datasets]
+    facts = {"datasets": names, "length": length, "seed": options.seed, "chat": options.chat}
     kinds = check_kinds(options.collect)
     return _Run(source, options, model, facts, windows, kinds, compute_dtype(source, options.device), on_event)
 
