@@ -44,6 +44,8 @@ ROUNDING_LIMIT = 0.01
 """Mean KLD between an artifact streamed and the same one in llama.cpp up to which the rounding of activations to 8
 bits explains it: 1e-5 to 2e-3 is what it costs, by the model; a wrong tensor or position costs more than 0.1."""
 
+_RUNTIME_BYTES = 16 << 20  # tokenizer, graph and threads of one model in llama.cpp
+
 RUNTIMES = ("llama.cpp",)
 
 
@@ -201,6 +203,11 @@ def measure_quality(
             noise[0].write(index, origin.states.read(index))
         work.through_blocks(origin, streams, noise[0])
         real = _through_heads(work, origin, streams, noise, groups, decoded if runtime else None)
+    found = tuple(
+        _artifact(one, stream, real.get(index))
+        for index, (one, stream) in enumerate(zip(decoded, streams, strict=True))
+    )
+    _warn(found, on_event)
     return QualityResult(
         reference=str(source.checkpoint.directory),
         texts=tuple(texts),
@@ -208,10 +215,7 @@ def measure_quality(
         context=windows.shape[1],
         windows=len(windows),
         tokens=streams[0].comparison.scores().shape[1],
-        artifacts=tuple(
-            _artifact(one, stream, real.get(index))
-            for index, (one, stream) in enumerate(zip(decoded, streams, strict=True))
-        ),
+        artifacts=found,
         pairs=tuple(pair([one.comparison for one in streams], a, b) for a, b in combinations(range(len(streams)), 2)),
         noise=_noise_floor(noise[1]),
         memory=MemoryFacts(
@@ -294,7 +298,8 @@ class _Plan:
         self._slice = 10 * 8 * max(streamed.SLICE_VALUES, network.vocab_size)
         # A runtime maps the file and keeps keys and values in float32; logits of a window in it and here.
         cache = 2 * length * hyper.n_layer * hyper.n_head_kv * hyper.head_dim * 4
-        self._runtime = [one.size + cache + 3 * length * network.vocab_size * 4 for one in decoded] if runtime else [0]
+        own = cache + 3 * length * network.vocab_size * 4 + self._step + _RUNTIME_BYTES
+        self._runtime = [one.size + own for one in decoded] if runtime else [0]
 
     def fit(self, again: int, *, threads: int | None, max_ram: int | None, device: str) -> tuple[memory.Fitted, int]:
         """What fits, and the heads of how many artifacts stand together. Raises ResourceError where one does not."""
@@ -359,6 +364,16 @@ def _runtime_quality(stream: Stream, real: RuntimeStream) -> RuntimeQuality:
     apart = abs(math.sqrt(max(0.0, inside.kld)) - math.sqrt(max(0.0, streamed.kld)))
     explained = rounding.kld <= ROUNDING_LIMIT and apart <= 1.25 * math.sqrt(max(0.0, rounding.kld)) + 1e-6
     return RuntimeQuality("llama.cpp", inside, rounding, paired.kld_difference, paired.kld_difference_sem, explained)
+
+
+def _warn(artifacts: Sequence[ArtifactQuality], on_event: EventSink) -> None:
+    for one in artifacts:
+        if one.runtime is not None and not one.runtime.explained:
+            text = (
+                f"{Path(one.path).name}: what {one.runtime.runtime} computes is not what its weights say: KLD "
+                f"{one.runtime.rounding.kld:.2g} between the two, more than the rounding of activations explains"
+            )
+            on_event({"event": "warning", "text": text})
 
 
 def _noise_floor(comparison: Comparison) -> NoiseFloor:
