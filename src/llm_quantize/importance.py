@@ -15,7 +15,7 @@ from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
 from llm_quantize.planning import Options, tensor_shapes
-from llm_quantize.recipes import TensorShape, is_quantizable, needs_importance, role
+from llm_quantize.recipes import needs_importance
 from llm_quantize.source import Source
 
 CALIBRATED_NAME = "calibration-{}.safetensors"
@@ -33,7 +33,7 @@ def foresee(source: Source, levels: Sequence[str], options: Options) -> Imatrix 
     values = {
         output.name: np.broadcast_to(np.float32(1), (math.prod(output.shape[:-2]), output.shape[-1]))
         for output in source.tensors.outputs
-        if is_quantizable(TensorShape(output.name, output.shape)) and role(output.name) not in ("embedding", "output")
+        if output.name.startswith("blk.") and output.name.endswith(".weight") and len(output.shape) > 1
     }
     names = tuple(dataset.name for dataset in load_texts(options.calibration.data).datasets)
     return Imatrix(Path(CALIBRATED_NAME.format("0" * 16)), values, names, options.calibration.samples, "")
