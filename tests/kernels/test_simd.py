@@ -10,12 +10,18 @@ from hypothesis import given, settings
 
 from llm_quantize import kernels
 from llm_quantize.errors import UsageError
-from llm_quantize.kernels import _native, reference
+from llm_quantize.kernels import _native, iq_grids, reference
 from llm_quantize.qtypes import QTYPES
 
 from .weight_cases import cases, make_importance, make_rows
 
 EVERY_TYPE = sorted(QTYPES)
+
+
+def importances(qtype, importance):
+    """None and ``importance``, those of the two that the type takes."""
+    row = QTYPES[qtype]
+    return [None] * (not row.needs_importance) + [importance] * row.uses_importance
 
 
 @pytest.fixture
@@ -37,11 +43,13 @@ def test_native_and_table_agree_on_every_type():
 @settings(max_examples=15, deadline=None, derandomize=True)
 def test_every_level_gives_the_same_bytes(qtype, case):
     rows, importance = case
+    if importance is None and QTYPES[qtype].needs_importance:
+        importance = np.ones(rows.shape[1], np.float32)
     used = importance if QTYPES[qtype].uses_importance else None
     results = []
     for name in kernels.simd_levels():
         out = np.zeros((len(rows), QTYPES[qtype].row_bytes(rows.shape[1])), np.uint8)
-        _native.quantize(name, qtype, rows, used, out)
+        _native.quantize(name, qtype, rows, used, out, iq_grids.native_codebook(qtype))
         results.append(out.tobytes())
     assert len(set(results)) == 1
 
@@ -104,11 +112,11 @@ def test_no_values_lead_outside_of_the_arrays(qtype, name):
     x[::3] = rng.integers(0, 2**32, (len(x[::3]), columns), dtype=np.uint32).view(np.float32)
     importance = rng.choice(np.array([np.nan, np.inf, -1, 0, 1, 1e38], np.float32), columns)
     size = QTYPES[qtype].row_bytes(columns)
-    for weights in (None, importance) if QTYPES[qtype].uses_importance else (None,):
+    for weights in importances(qtype, importance):
         written = []
         for fill in (0xA5, 0x5A):
             arena = np.full((count + 8, size), fill, np.uint8)
-            _native.quantize(name, qtype, x, weights, arena[4:-4])
+            _native.quantize(name, qtype, x, weights, arena[4:-4], iq_grids.native_codebook(qtype))
             assert (arena[:4] == fill).all()
             assert (arena[-4:] == fill).all()
             written.append(arena[4:-4].copy())
@@ -146,6 +154,7 @@ ROWS = np.zeros((2, 256), np.float32)
         (("q4_k", np.zeros((2, 255), np.float32)), "cannot be stored"),
         (("q4_k", ROWS, np.ones(255, np.float32)), "importance"),
         (("q4_k", ROWS, np.ones(256)), "importance"),
+        (("iq2_xs", ROWS), "needs an imatrix"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
@@ -176,6 +185,8 @@ def test_the_native_module_checks_lengths_itself():
         _native.quantize(level, "q4_k", ROWS, np.ones(3, np.float32), np.zeros((2, 144), np.uint8))
     with pytest.raises(ValueError, match="multiple of the block"):
         _native.quantize(level, "q4_k", np.zeros((1, 100), np.float32), None, np.zeros((1, 1), np.uint8))
+    with pytest.raises(ValueError, match="needs a codebook"):
+        _native.quantize(level, "iq3_s", ROWS, None, np.zeros((2, 110), np.uint8))
     with pytest.raises(ValueError, match="float32, float16 or uint16"):
         _native.quantize(level, "q4_k", ROWS.astype(np.float64), None, np.zeros((2, 144), np.uint8))
 

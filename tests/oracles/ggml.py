@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import importlib.util
+import os
 from functools import cache
 from pathlib import Path
 
@@ -74,3 +76,26 @@ def quantize(qtype: str, rows: np.ndarray, importance: np.ndarray | None = None)
 def release() -> None:
     """Free the tables that ggml built for its IQ types."""
     library().ggml_quantize_free()
+
+
+def quantize_or_stop(qtype: str, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray | None:
+    """:func:`quantize` in a child process; None when ggml stops it (its assertions end the process)."""
+    quantize(qtype, np.ones((1, 256), np.float32), np.ones(256, np.float32))  # the child inherits ggml's tables
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            faulthandler.disable()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
+            os.environ["GGML_NO_BACKTRACE"] = "1"
+            with os.fdopen(writing, "wb") as pipe:
+                pipe.write(quantize(qtype, rows, importance).tobytes())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        written = pipe.read()
+    os.waitpid(child, 0)
+    return np.frombuffer(written, np.uint8).reshape(len(rows), -1) if written else None

@@ -31,4 +31,6 @@ def test_a_broken_row_is_refused(columns):
 def test_importance_flags():
     assert not QTYPES["q8_0"].uses_importance
     assert QTYPES["q4_k"].uses_importance
-    assert not any(q.needs_importance for q in QTYPES.values())
+    needing = {name for name, q in QTYPES.items() if q.needs_importance}
+    assert needing - {"iq1_s"} == {"iq2_xxs", "iq2_xs"}
+    assert all(QTYPES[name].uses_importance for name in needing)

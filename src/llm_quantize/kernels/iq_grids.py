@@ -4,7 +4,7 @@ IQ2_* and IQ1_* store 8 weights, IQ3_* store 4, as the number of one point of a 
 0..levels-1; the search works with the odd magnitudes 2 * code + 1 (IQ1: code - 1). The grids are format constants and
 come from the ``gguf`` package. What a code that is not on the grid may become is ggml's rule (ggml/src/ggml-quants.c,
 ``iq2xs_init_impl`` and ``iq3xs_init_impl``): the grid points at the ``wanted`` smallest distinct distances, sorted by
-distance and then by their number. Of points that fit equally well the first one wins, so the order is part of the bytes.
+distance and then by their number. Of points that fit equally well the first one wins: the order decides bytes.
 
 :func:`codebook` is the meaning, in numpy; :func:`native_codebook` is what kernels get, built in a few milliseconds at
 first use and kept. To add a type: a row in ``WANTED``, a row in ``qtypes``, its quantizer in a ``reference_*.py``
@@ -50,7 +50,8 @@ class Codebook:
 
     def points(self, codes: Integers) -> Integers:
         """Points (...) of codes (..., d)."""
-        return (codes * self.levels ** np.arange(codes.shape[-1])).sum(axis=-1)
+        points: Integers = (codes * self.levels ** np.arange(codes.shape[-1])).sum(axis=-1)
+        return points
 
 
 @cache
@@ -89,7 +90,7 @@ def codebook(qtype: str) -> Codebook:
 
 
 def native_codebook(qtype: str) -> _native.Codebook | None:
-    """What the native kernel of ``qtype`` searches, made at first use (once, whatever the threads); None: not a grid."""
+    """What the native kernel of ``qtype`` searches, made once, at first use; None for a type without a grid."""
     if qtype not in WANTED:
         return None
     found = _native_books.get(qtype)

@@ -21,6 +21,9 @@ struct Codebook {
     const uint16_t* word;            // [points]
     const uint32_t* start;           // [points + 1]: where the neighbours of a point begin; none on the grid
     const uint16_t* neighbour_word;  // their words, nearest first; 32 more elements may be read after the last
+    // The same neighbours for tables of `lanes` floats: four bits for code i, the first the lowest. With 4 levels to a
+    // code (three, and one unused) they are code | (i % 4) * 4, with 8 levels code | (i % 2) * 8.
+    const uint32_t* neighbour_lookup;
 };
 
 }  // namespace lq

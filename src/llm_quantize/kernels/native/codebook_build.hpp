@@ -52,11 +52,22 @@ public:
             start_[static_cast<size_t>(point) + 1] = static_cast<uint32_t>(neighbour_word_.size());
         }
         neighbour_word_.resize(neighbour_word_.size() + 32, 0);
+        const uint32_t mask = (1u << bits) - 1;
+        neighbour_lookup_.reserve(neighbour_word_.size());
+        for (const uint16_t word : neighbour_word_) {
+            uint32_t lookup = 0;
+            for (int32_t i = 0; i < per; ++i) {
+                const uint32_t place = bits == 2 ? uint32_t(i % 4) << 2 : uint32_t(i % 2) << 3;
+                lookup |= ((uint32_t{word} >> (bits * i) & mask) | place) << (4 * i);
+            }
+            neighbour_lookup_.push_back(lookup);
+        }
     }
 
     Codebook view() const {
         return {size_,         per_,         levels_,       points_,
-                entry_word_.data(), index_.data(), word_.data(), start_.data(), neighbour_word_.data()};
+                entry_word_.data(), index_.data(), word_.data(), start_.data(), neighbour_word_.data(),
+                neighbour_lookup_.data()};
     }
 
 private:
@@ -105,7 +116,7 @@ private:
     int32_t size_ = 0, per_ = 0, levels_ = 0, points_ = 0;
     std::vector<uint16_t> entry_word_, word_, neighbour_word_;
     std::vector<int16_t> index_;
-    std::vector<uint32_t> start_;
+    std::vector<uint32_t> start_, neighbour_lookup_;
 };
 
 }  // namespace lq

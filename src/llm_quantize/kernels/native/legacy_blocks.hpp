@@ -42,8 +42,6 @@ LQ_INLINE vi to_half(vf v) {
     return half | sign;
 }
 
-LQ_INLINE void store(int32_t* p, vi v) { __builtin_memcpy(p, &v, sizeof v); }
-
 struct Smaller {
     static inline __attribute__((always_inline)) vf of(vf a, vf b) { return smaller(a, b); }
 };

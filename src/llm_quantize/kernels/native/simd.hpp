@@ -23,6 +23,8 @@ LQ_INLINE vf load(const float* p) {
 
 LQ_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 
+LQ_INLINE void store(int32_t* p, vi v) { __builtin_memcpy(p, &v, sizeof v); }
+
 LQ_INLINE vf splat(float value) { return value - vf{}; }  // x - (+0) is x for every x, -0 included
 
 LQ_INLINE vi splat(int32_t value) { return value + vi{}; }
@@ -50,6 +52,32 @@ LQ_INLINE bool any(vi mask) {
     int32_t bits = 0;
     for (int i = 0; i < lanes; ++i) bits |= mask[i];
     return bits != 0;
+}
+
+// Bit k is set where lane k of the mask is.
+LQ_INLINE uint32_t lane_bits(vi mask) {
+#if LQ_LANES == 16 && defined(__AVX512DQ__)
+    return static_cast<uint32_t>(__builtin_ia32_cvtd2mask512(mask));
+#elif LQ_LANES == 8 && defined(__AVX__)
+    return static_cast<uint32_t>(__builtin_ia32_movmskps256(reinterpret_cast<vf>(mask)));
+#elif LQ_LANES == 4 && defined(__SSE2__)
+    return static_cast<uint32_t>(__builtin_ia32_movmskps(reinterpret_cast<vf>(mask)));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < lanes; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+
+// Lane k of the result is lane `index[k] mod lanes` of the table.
+LQ_INLINE vf look_up(vf table, vi index) {
+#if defined(__clang__)
+    vf r;
+    for (int i = 0; i < lanes; ++i) r[i] = table[index[i] & (lanes - 1)];
+    return r;
+#else
+    return __builtin_shuffle(table, index);
+#endif
 }
 
 LQ_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
