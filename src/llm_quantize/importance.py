@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def foresee(source: Source, levels: Sequence[str], options: Options) -> Imatrix 
     values = {
         output.name: np.broadcast_to(np.float32(1), (math.prod(output.shape[:-2]), output.shape[-1]))
         for output in source.tensors.outputs
-        if output.name.startswith("blk.") and output.name.endswith(".weight") and len(output.shape) > 1
+        if len(output.shape) > 1
+        and re.fullmatch(r"blk\..*\.weight", output.name)
+        and not output.name.endswith("_norm.weight")
     }
     names = tuple(dataset.name for dataset in load_texts(options.calibration.data).datasets)
     return Imatrix(Path(CALIBRATED_NAME.format("0" * 16)), values, names, options.calibration.samples, "")
