@@ -1,0 +1,228 @@
+"""A model's profile: plan the cost, measure what is not known yet, remember it.
+
+Figures are journalled beside the profile as soon as a group of variants is measured; the same command goes on from
+them, whatever the memory limit and the number of threads are now: they change no figure's meaning, and its value only
+where torch multiplies in another order (by 1e-9).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_quantize import preflight
+from llm_quantize.calibration import memory
+from llm_quantize.calibration.identity import model_digest
+from llm_quantize.engine import run, stop_on_signals
+from llm_quantize.errors import MissingExtraError, UsageError
+from llm_quantize.evaluation.perplexity import Tokens
+from llm_quantize.evaluation.sensitivity import Candidate, Cost, Profile, Sensitivity, candidates, windows_sha256
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.durable import fail_os, open_regular_output, read_at
+from llm_quantize.io.imatrix_file import Imatrix
+from llm_quantize.io.journal import parse_journal, record_line
+from llm_quantize.io.ownership import take_lock
+from llm_quantize.planning import importance_rows
+from llm_quantize.source import Source
+
+if TYPE_CHECKING:
+    from llm_quantize.calibration.forward import Network
+    from llm_quantize.evaluation.sensitivity_stream import Placed
+
+STREAM_BYTES = 2 << 30
+"""Hidden states of variants held at once where there is no memory limit."""
+
+
+@dataclass(frozen=True)
+class ProfilePlan:
+    """What will be measured, and what that takes. ``groups`` are carried one after the other by ``threads``."""
+
+    source: Source
+    network: Network
+    windows: Tokens
+    imatrix: Imatrix | None
+    wanted: tuple[Candidate, ...]
+    known: Mapping[tuple[str, str], Sensitivity]
+    groups: tuple[tuple[Placed, ...], ...]
+    cost: Cost
+    threads: int
+    memory: int
+    identity: Mapping[str, Any]
+    texts: tuple[str, ...]
+
+
+def plan_profile(
+    source: Source,
+    windows: Tokens,
+    types: Sequence[str],
+    imatrix: Imatrix | None,
+    *,
+    texts: Sequence[str] = (),
+    journal: Path | None = None,
+    threads: int | None = None,
+    max_ram: int | None = None,
+    device: str = "cpu",
+) -> ProfilePlan:
+    """Everything that measuring takes, without loading a weight. ``windows``: (n, length) token ids; ``journal``: what
+    an earlier run measured, left out of the plan.
+
+    Raises MissingExtraError without torch, UsageError (types, windows), ResourceError where not even one variant fits.
+    """
+    for module in ("torch", "transformers"):
+        if find_spec(module) is None:
+            raise MissingExtraError("Measuring sensitivity", "torch")
+    from llm_quantize.calibration.forward import open_network
+    from llm_quantize.evaluation.sensitivity_stream import cost_of, place, plan_groups
+
+    if windows.ndim != 2 or not len(windows) or not 4 <= windows.shape[1] <= source.architecture.hyper.context_length:
+        raise UsageError(
+            "no window to measure on",
+            expected=f"windows of 4 to {source.architecture.hyper.context_length} tokens",
+            found=windows.shape,
+        )
+    wanted = candidates(source, types, {} if imatrix is None else imatrix.values)
+    identity = {
+        "model": model_digest(source.checkpoint),
+        "windows": windows_sha256(windows),
+        "importance": None if imatrix is None else imatrix.sha256,
+        "device": device,
+    }
+    known = {} if journal is None else _known(journal, identity)
+    network = open_network(source, dtype="float32", device=device)
+    placed = place(source, network, [one for one in wanted if one.key not in known])
+    streams, fitted = _fit(source, network, windows, placed, threads=threads, max_ram=max_ram, device=device)
+    groups = tuple(tuple(group) for group in plan_groups(placed, network.n_blocks, streams))
+    return ProfilePlan(
+        source=source,
+        network=network,
+        windows=windows,
+        imatrix=imatrix,
+        wanted=tuple(wanted),
+        known=known,
+        groups=groups,
+        cost=cost_of(groups, network.n_blocks, windows.size),
+        threads=fitted.threads,
+        memory=fitted.peak,
+        identity=identity,
+        texts=tuple(texts),
+    )
+
+
+def _fit(
+    source: Source,
+    network: Network,
+    windows: Tokens,
+    placed: Sequence[Placed],
+    *,
+    threads: int | None,
+    max_ram: int | None,
+    device: str,
+) -> tuple[int, memory.Fitted]:
+    """How many variants fit at a time. Raises ResourceError where not one does."""
+    from llm_quantize.evaluation.sensitivity_stream import POSITIONS
+
+    length = windows.shape[1]
+    stream = windows.size * network.width * 4
+    block = max(network.bytes(index) for index in range(network.n_blocks))
+    largest = max((4 * one.candidate.output_weights for one in placed), default=0)
+    ends = network.bytes("embedding") + 2 * network.bytes("head")
+    # A replaced tensor stands beside its block as it was read, as it is seen, and as it is put back.
+    fixed = max(block + 3 * largest, ends + 3 * largest)
+    logits = POSITIONS * network.vocab_size * (4 + 6 * 8)
+    each = max(memory.workspace_bytes(source.architecture.hyper, length, 4), logits) + 4 * length * network.width * 4
+    limit = preflight.memory_limit(max_ram)
+    streams = max(1, min(len(placed), STREAM_BYTES // stream))
+    if limit is not None:
+        room = limit - preflight.resident_bytes() - memory.MARGIN_BYTES - fixed - each
+        streams = max(1, min(streams, room // stream - 2))
+    fitted = memory.fit(
+        fixed=fixed + (2 + streams) * stream, each=each, hidden=0, threads=threads, max_ram=max_ram, device=device
+    )
+    return streams, fitted
+
+
+def measure_profile(plan: ProfilePlan, *, journal: Path | None = None, on_event: EventSink = ignore) -> Profile:
+    """Measure what the plan lacks. ``journal``: where figures are kept as they come; left there for the caller to
+    remove when the profile is written.
+
+    Raises NumericPolicyError, BusyError (another process measures the same), StoppedError after a signal, and what
+    reading weights raises.
+    """
+    from llm_quantize.evaluation.sensitivity_stream import Measurement
+    from llm_quantize.evaluation.streamed import one_torch_thread
+
+    found = dict(plan.known)
+    with stop_on_signals() as stop, one_torch_thread(plan.identity["device"]), _journal(plan, journal) as record:
+
+        def mapped(work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+            return run(work, jobs, threads=plan.threads, stop=stop, resumable=journal is not None)
+
+        rows = Measurement(
+            plan.source, plan.network, plan.windows, importance_rows(plan.source, plan.imatrix), mapped, on_event
+        ).measure(plan.groups, record)
+    found |= {(row.tensor, row.qtype): row for row in rows}
+    length = plan.windows.shape[1]
+    text = {
+        "sha256": plan.identity["windows"],
+        "datasets": list(plan.texts),
+        "context": length,
+        "windows": len(plan.windows),
+        "tokens": len(plan.windows) * (length - 1 - length // 2),
+    }
+    name = plan.source.checkpoint.name
+    ordered = tuple(found[one.key] for one in plan.wanted)
+    return Profile(name, plan.identity["model"], text, plan.identity["importance"], ordered)
+
+
+def _known(path: Path, identity: Mapping[str, Any]) -> dict[tuple[str, str], Sensitivity]:
+    """What an earlier run of the same identity measured."""
+    if not path.is_file() or path.is_symlink():
+        return {}
+    records, _ = parse_journal(path.read_bytes())
+    if not records or records[0].get("identity") != dict(identity):
+        return {}
+    rows = [Sensitivity(**row) for record in records[1:] for row in record.get("rows", [])]
+    return {(row.tensor, row.qtype): row for row in rows}
+
+
+@contextmanager
+def _journal(plan: ProfilePlan, path: Path | None) -> Iterator[Callable[[Sequence[Sensitivity]], None]]:
+    """A function that keeps figures; a journal of another identity is started again."""
+    if path is None:
+        yield lambda _rows: None
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = open_regular_output(path, append=True)
+    except OSError as error:
+        fail_os(error, "the journal cannot be opened", path)
+    try:
+        take_lock(descriptor, path, None)
+        if not plan.known:
+            os.ftruncate(descriptor, 0)
+            _append(descriptor, path, {"identity": dict(plan.identity)})
+        elif not read_at(descriptor, os.fstat(descriptor).st_size, 0).endswith(b"\n"):
+            os.write(descriptor, b"\n")
+        yield partial(_keep, descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def _keep(descriptor: int, path: Path, rows: Sequence[Sensitivity]) -> None:
+    _append(descriptor, path, {"rows": [asdict(row) for row in rows]})
+
+
+def _append(descriptor: int, path: Path, record: Mapping[str, Any]) -> None:
+    data = record_line(record)
+    try:
+        if os.write(descriptor, data) != len(data):
+            raise OSError("the record is cut short")
+        os.fsync(descriptor)
+    except OSError as error:
+        fail_os(error, "the journal cannot be written", path)

@@ -1,0 +1,287 @@
+"""Measuring sensitivities block by block: many streams of hidden states, each the source's up to one replaced tensor.
+
+    source's stream at block i ──replace one tensor of block i──▶ variant's stream ──blocks i+1 … n──▶ head ──▶ KLD
+
+A variant costs nothing before its own block. Streams are carried in groups that fit the memory: a group begins where
+its first tensor stands, so the model is read once, from there on, for each group. Figures are recorded after each
+group, and a stopped run goes on from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llm_quantize.calibration.activations import Activations
+from llm_quantize.calibration.forward import Block, Head, Network
+from llm_quantize.calibration.weights import CheckpointWeights, Weights
+from llm_quantize.errors import NumericPolicyError, UnsupportedError
+from llm_quantize.evaluation.held import Map, ReplacedWeights, hold
+from llm_quantize.evaluation.perplexity import Tokens, mean_and_sem, scored
+from llm_quantize.evaluation.sensitivity import Candidate, Cost, Sensitivity
+from llm_quantize.evaluation.streamed import give_back_memory
+from llm_quantize.events import EventSink
+from llm_quantize.source import Source
+
+POSITIONS = 128
+"""Predictions whose logits of one variant stand in memory at once, for each thread."""
+
+EMBEDDING = -1  # where a variant begins: before block 0; block 0, 1, ...; n_blocks: the head
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A candidate and where it begins. ``head``: the head is another one too (a tied embedding)."""
+
+    candidate: Candidate
+    start: int
+    head: bool
+
+
+def place(source: Source, network: Network, wanted: Sequence[Candidate]) -> list[Placed]:
+    """Where each candidate begins, sorted by that. Raises UnsupportedError for a tensor that no part uses."""
+    names = {output.name for output in source.tensors.outputs}
+    owner = {name: index for index in range(network.n_blocks) for name in network.tensors(index)}
+    head, embedding = set(network.tensors("head")), set(network.tensors("embedding"))
+    placed = []
+    for candidate in wanted:
+        sources = {piece.source for piece in candidate.output.pieces}
+        if candidate.output.name == "output.weight":
+            placed.append(Placed(candidate, network.n_blocks, True))
+        elif sources <= embedding:
+            placed.append(Placed(candidate, EMBEDDING, bool(sources & head) and "output.weight" not in names))
+        elif len(found := {owner.get(name) for name in sources}) == 1 and (start := found.pop()) is not None:
+            placed.append(Placed(candidate, start, False))
+        else:
+            raise UnsupportedError("a tensor belongs to no single block", tensor=candidate.output.name)
+    return sorted(placed, key=lambda one: one.start)
+
+
+def plan_groups(placed: Sequence[Placed], n_blocks: int, streams: int) -> list[list[Placed]]:
+    """At most ``streams`` variants at a time; those of the head alone need no stream and come last, together."""
+    moving = [one for one in placed if one.start < n_blocks]
+    groups = [moving[start : start + streams] for start in range(0, len(moving), streams)]
+    rest = [one for one in placed if one.start == n_blocks]
+    return [*groups, rest] if rest else groups
+
+
+def cost_of(groups: Sequence[Sequence[Placed]], n_blocks: int, tokens: int) -> Cost:
+    """What the groups will take, from their places alone."""
+    passes = 0
+    for group in groups:
+        passes += sum(n_blocks - max(one.start, 0) for one in group)
+    every = [one for group in groups for one in group]
+    return Cost(
+        tensors=len({one.candidate.output.name for one in every}),
+        streams=len(every),
+        tokens=tokens,
+        passes=passes,
+        forwards=passes / n_blocks,
+        groups=len(groups),
+    )
+
+
+@dataclass
+class _Stream:
+    """One variant under way, and its divergences: float64 (positions,) for each window."""
+
+    placed: Placed
+    states: Activations
+    weights: Weights
+    head_weights: Weights | None
+    klds: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
+
+
+@dataclass
+class Measurement:
+    """One run over groups. ``run`` maps over jobs on threads; ``importance``: GGUF name -> (matrices, columns)."""
+
+    source: Source
+    network: Network
+    windows: Tokens
+    importance: Mapping[str, npt.NDArray[np.float32]]
+    run: Map
+    on_event: EventSink
+    total: int = 0
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.weights = CheckpointWeights(self.source.checkpoint)
+        self.ids = torch.from_numpy(self.windows.astype(np.int64))
+
+    def measure(
+        self, groups: Sequence[Sequence[Placed]], record: Callable[[Sequence[Sensitivity]], None]
+    ) -> list[Sensitivity]:
+        """Figures of all groups, in their order; ``record`` hears each group's as soon as it has them.
+
+        Raises NumericPolicyError where hidden states or logits are not finite, StoppedError after a signal.
+        """
+        self.total = len(self.windows) * (self.network.n_blocks + sum(map(self._steps, groups)))
+        found: list[Sensitivity] = []
+        with self._states() as origin, self._states() as final:
+            self._embed(self.weights, final)
+            for index in range(self.network.n_blocks):
+                with self.network.block(index, self.weights) as block:
+                    self._through(block, [final])
+            self._embed(self.weights, origin)
+            reached = 0
+            for group in groups:
+                if group[0].start < self.network.n_blocks:
+                    reached = self._advance(origin, reached, max(group[0].start, 0))
+                rows = self._group(group, origin, final)
+                reached = max(reached, min(max(one.start for one in group), self.network.n_blocks))
+                record(rows)
+                found += rows
+        return found
+
+    def _steps(self, group: Sequence[Placed]) -> int:
+        return sum(self.network.n_blocks - max(one.start, 0) + 1 for one in group)
+
+    @contextmanager
+    def _states(self) -> Iterator[Activations]:
+        count, length = self.windows.shape
+        with Activations(count, length, self.network.width, torch.float32) as states:
+            yield states
+
+    def _embed(self, weights: Weights, states: Activations) -> None:
+        for index, hidden in enumerate(self.network.embed(weights, self.ids)):
+            states.write(index, hidden)
+
+    def _advance(self, origin: Activations, reached: int, wanted: int) -> int:
+        """The source's stream from where it stands to the input of block ``wanted``."""
+        for index in range(reached, min(wanted, self.network.n_blocks)):
+            with self.network.block(index, self.weights) as block:
+                self._through(block, [origin])
+        return max(reached, wanted)
+
+    def _group(self, group: Sequence[Placed], origin: Activations, final: Activations) -> list[Sensitivity]:
+        """Carry a group to its figures; ``origin`` is left at the input of the last block that begins a variant."""
+        last = max(one.start for one in group)
+        streams: list[_Stream] = []
+        with ExitStack() as stack:
+            for one in group:
+                if one.start == EMBEDDING or one.start == self.network.n_blocks:
+                    streams.append(self._outer(one, final, stack))
+            for index in range(max(group[0].start, 0), self.network.n_blocks):
+                with self.network.block(index, self.weights) as block:
+                    self._through(block, [stream.states for stream in streams if stream.states is not final])
+                    streams += [self._begin(block, one, origin, stack) for one in group if one.start == index]
+                    if index < last:
+                        self._through(block, [origin])
+                give_back_memory()
+            self._heads(streams, final)
+            by_key = {stream.placed.candidate.key: stream for stream in streams}
+            return [_figure(by_key[one.candidate.key], len(self.windows)) for one in group]
+
+    def _hold(self, one: Placed) -> dict[str, torch.Tensor]:
+        candidate = one.candidate
+        rows = self.importance.get(candidate.output.name)
+        return hold(self.source.checkpoint, self.weights, candidate.output, candidate.qtype, rows, self.run)
+
+    def _outer(self, one: Placed, final: Activations, stack: ExitStack) -> _Stream:
+        """A variant of the embedding, with a stream of its own, or of the head, which looks at the source's."""
+        replaced = ReplacedWeights(self.weights, self._hold(one))
+        if one.start == self.network.n_blocks:
+            return _Stream(one, final, self.weights, replaced)
+        states = stack.enter_context(self._states())
+        self._embed(replaced, states)
+        return _Stream(one, states, self.weights, replaced if one.head else None)
+
+    def _begin(self, block: Block, one: Placed, origin: Activations, stack: ExitStack) -> _Stream:
+        """A variant of a tensor of this block: the source's stream through the block with that tensor replaced."""
+        states = stack.enter_context(self._states())
+        held = self._hold(one)
+        for name, value in held.items():
+            block.replace(name, value)
+        try:
+            step = partial(_step, block, origin, states, one.candidate.output.name)
+            for _ in self.run(step, range(len(self.windows))):
+                self._tell()
+        finally:
+            for name in held:
+                block.replace(name, self.weights.read(name))
+        return _Stream(one, states, self.weights, None)
+
+    def _through(self, block: Block, streams: Sequence[Activations]) -> None:
+        def step(job: tuple[Activations, int]) -> None:
+            _step(block, job[0], job[0], "", job[1])
+
+        for _ in self.run(step, ((states, window) for states in streams for window in range(len(self.windows)))):
+            self._tell()
+
+    def _tell(self) -> None:
+        self.done += 1
+        self.on_event({"event": "measure", "done": min(self.done, self.total), "total": self.total})
+
+    def _heads(self, streams: Sequence[_Stream], final: Activations) -> None:
+        """The divergence of every stream: those with the source's head together, the others one at a time."""
+        with self.network.head(self.weights) as head:
+            plain = [stream for stream in streams if stream.head_weights is None]
+            self._compare(head, [(head, stream) for stream in plain], final)
+            for stream in streams:
+                if stream.head_weights is not None:
+                    with self.network.head(stream.head_weights) as other:
+                        self._compare(head, [(other, stream)], final)
+        give_back_memory()
+
+    def _compare(self, head: Head, streams: Sequence[tuple[Head, _Stream]], final: Activations) -> None:
+        if not streams:
+            return
+
+        def window(index: int) -> None:
+            where, targets = scored(self.windows[index])
+            base = final.read(index)[where]
+            others = [stream.states.read(index)[where] for _, stream in streams]
+            parts: list[list[npt.NDArray[np.float64]]] = [[] for _ in streams]
+            for start in range(0, len(targets), POSITIONS):
+                rows = slice(start, start + POSITIONS)
+                reference = torch.log_softmax(head(base[rows]).double(), -1)
+                share = reference.exp()
+                entropy = torch.special.entr(share).sum(-1)
+                for part, (own, stream), state in zip(parts, streams, others, strict=True):
+                    part.append(_divergence(own(state[rows]), share, entropy, stream.placed.candidate))
+            for part, (_, stream) in zip(parts, streams, strict=True):
+                stream.klds[index] = np.concatenate(part)
+
+        for _ in self.run(window, range(len(self.windows))):
+            for _ in streams:
+                self._tell()
+
+
+def _step(block: Block, source: Activations, target: Activations, tensor: str, window: int) -> None:
+    found = block(source.read(window))
+    if not bool(torch.isfinite(found).all()):
+        raise NumericPolicyError(
+            f"the hidden states of window {window} are not finite after block {block.index}",
+            tensor=tensor or None,
+            remedy="llm-quantize verify names the tensors with NaN or infinite weights",
+        )
+    target.write(window, found)
+
+
+def _divergence(
+    logits: torch.Tensor, share: torch.Tensor, entropy: torch.Tensor, candidate: Candidate
+) -> npt.NDArray[np.float64]:
+    """KLD per position, float64: sum p ln p - sum p ln q, with ln q = logits - logsumexp(logits)."""
+    wide = logits.double()
+    crossed = torch.where(share > 0, share * wide, 0.0).sum(-1) - torch.logsumexp(wide, -1)
+    found: npt.NDArray[np.float64] = (-entropy - crossed).numpy()
+    if not np.isfinite(found).all():
+        raise NumericPolicyError(
+            "the logits are not finite, or rule out a token that the source allows",
+            tensor=candidate.output.name,
+            found=candidate.qtype,
+        )
+    return found
+
+
+def _figure(stream: _Stream, windows: int) -> Sensitivity:
+    candidate = stream.placed.candidate
+    mean, sem = mean_and_sem(np.concatenate([stream.klds[index] for index in range(windows)]))
+    return Sensitivity(candidate.output.name, candidate.qtype, candidate.bits, candidate.nbytes, max(mean, 0.0), sem)
