@@ -143,12 +143,15 @@ def test_logits_are_those_of_plain_arithmetic(model: Path, length: int) -> None:
         assert np.abs(got - expected).max() < 2e-4 * np.ptp(expected)
         assert np.array_equal(got, one.logits(ids))
         assert np.array_equal(got, two.logits(ids))
+        for first in {0, length // 2, length - 1, min(512, length - 1)}:
+            assert np.array_equal(got[first:], one.logits(ids, first))
 
 
 def test_generation_is_deterministic_and_follows_the_logits(model: Path) -> None:
     with LlamaCpp(model, context=64) as llama:
         text = "".join(llama.generate("abc", max_tokens=12))
         assert text == "".join(llama.generate("abc", max_tokens=12))
+        assert text == "".join(llama.generate(llama.tokenize("abc"), max_tokens=12))
         ids, greedy = llama.tokenize("abc"), []
         for _ in range(12):
             token = int(np.argmax(llama.logits(ids)[-1]))

@@ -175,16 +175,22 @@ class LlamaCpp:
                     found=token,
                 )
 
-    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    def logits(self, ids: Sequence[int], first: int = 0) -> npt.NDArray[np.float32]:
         """Logits after each token of ``ids``, read as one sequence from an empty cache: float32 (n, vocabulary).
+        With ``first``, only those after token ``first`` and its followers: (n - first, vocabulary).
 
         Raises: UsageError (none or more tokens than the context, or an id outside the vocabulary).
         """
         self._reset()
-        out = np.empty((len(ids), self.vocab_size), np.float32)
+        out = np.empty((len(ids) - first, self.vocab_size), np.float32)
         for start in range(0, len(ids), self._batch_size) if self._fits(ids, 0) else ():
             part = ids[start : start + self._batch_size]
-            out[start : start + len(part)] = self._decode(part, start, every=True)
+            wanted = start + len(part) > first
+            rows = self._decode(part, start, every=wanted)
+            if wanted:
+                kept = rows[max(0, first - start) :]
+                end = start + len(part) - first
+                out[end - len(kept) : end] = kept
         return out
 
     def advance(self, ids: Sequence[int], position: int = 0) -> npt.NDArray[np.float32]:
@@ -236,7 +242,7 @@ class LlamaCpp:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         *,
         max_tokens: int = 64,
         temperature: float = 0.0,
@@ -244,8 +250,9 @@ class LlamaCpp:
         seed: int = 0,
         on_event: EventSink = ignore,
     ) -> Iterator[str]:
-        """Pieces of text that continue ``prompt``, ending at an end-of-generation token, ``max_tokens`` or a full
-        context. ``temperature`` 0 takes the likeliest token; else one is drawn (PCG64 of ``seed``).
+        """Pieces of text that continue ``prompt`` (a text, or token ids as they are), ending at an end-of-generation
+        token, ``max_tokens`` or a full context. ``temperature`` 0 takes the likeliest token; else one is drawn (PCG64
+        of ``seed``).
         ``chat``: the prompt is a user's message, set in the model's own chat template. ``on_event`` hears a warning
         where prompt and answer may pass the context the model was trained for, and where the template is not its own.
 
@@ -253,7 +260,10 @@ class LlamaCpp:
         """
         if temperature < 0 or not np.isfinite(temperature):
             raise UsageError("the temperature must be 0 or more", found=temperature)
-        ids = self._chat_tokens(prompt, on_event) if chat else self.tokenize(prompt, parse_special=False)
+        if isinstance(prompt, str):
+            ids = self._chat_tokens(prompt, on_event) if chat else self.tokenize(prompt, parse_special=False)
+        else:
+            ids = list(prompt)
         if not ids:
             raise UsageError("the prompt is empty", remedy="give the text to continue")
         self._fits(ids, 0)
