@@ -23,6 +23,8 @@ COMMANDS = {
     "plan": "Show the types and the exact size of the file, before any work.",
     "quantize": "Quantize a model to one or more levels in one read of the source.",
     "analyze": "Calibrate, and measure what an artifact lost.",
+    "recommend": "Say which level to take for a machine, and why.",
+    "compare": "Measure variants of a model side by side, and write a page that shows it.",
     "verify": "Check an artifact against its manifest, its plan and its source.",
     "run": "Generate text with an artifact in its real runtime.",
     "demo": "Quantize the built-in model, run every level, and measure what was lost.",

@@ -7,7 +7,6 @@ models and files is escaped, and a content security policy in the page forbids l
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from llm_quantize.evaluation.texts import BUILT_IN
 from llm_quantize.io.durable import fail_os
 from llm_quantize.reports import heatmap, plot
 from llm_quantize.reports.labels import grade_name, labels
@@ -48,7 +48,7 @@ def write_text(path: Path, text: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(staged, path)
+        staged.replace(path)
     except OSError as error:
         fail_os(error, "the report cannot be written", path)
     return path
@@ -236,9 +236,8 @@ def _source_row(result: ComparisonResult) -> dict[str, Any]:
 
 def _samples(result: ComparisonResult) -> list[dict[str, Any]]:
     """For each prompt the source's text and every variant's, cut where it leaves the source's."""
-    prompts = dict.fromkeys(
-        sample.prompt for owner in (result.reference, *result.variants) for sample in owner.samples
-    )  # fmt: skip
+    everyone = [result.reference.samples, *(variant.samples for variant in result.variants)]
+    prompts = dict.fromkeys(sample.prompt for samples in everyone for sample in samples)
     found = []
     for prompt in prompts:
         source = _text(result.reference.samples, prompt)
@@ -272,10 +271,10 @@ def method(result: ComparisonResult, lang: str) -> list[str]:
     words, text, machine = labels(lang), result.text, result.machine
     ppl, _ = with_error(result.reference.perplexity, result.reference.perplexity_sem)
     floor = result.reference.noise_floor
-    facts = {"names": ", ".join(text.names), "sha": text.sha256[:16], "ppl": ppl, "context": f"{text.context:,}"}
+    about = {"names": text_names(result, lang), "sha": text.sha256[:16], "ppl": ppl, "context": f"{text.context:,}"}
     paragraphs = [
         words["method_kld"],
-        words["method_text"].format(**facts, windows=f"{text.windows:,}", tokens=f"{text.tokens:,}"),
+        words["method_text"].format(**about, windows=f"{text.windows:,}", tokens=f"{text.tokens:,}"),
         words["method_no_floor"]
         if floor is None
         else words["method_floor"].format(floor=significant(floor, 2)) + words["space"] + words["method_no_floor"],
@@ -286,13 +285,15 @@ def method(result: ComparisonResult, lang: str) -> list[str]:
     if speed is None:
         paragraphs.append(words["method_no_speed"].format(why=machine.runtime))
     else:
-        paragraphs.append(
-            words["method_speed"].format(
-                runtime=speed.runtime, cpu=machine.cpu, threads=speed.threads, repeats=speed.repeats,
-                prompt=speed.prompt_tokens, new=speed.new_tokens,
-            )  # fmt: skip
-        )
+        facts = {"runtime": speed.runtime, "cpu": machine.cpu, "threads": speed.threads, "repeats": speed.repeats}
+        counts = {"prompt": speed.prompt_tokens, "new": speed.new_tokens}
+        paragraphs.append(words["method_speed"].format(**facts, **counts))
     return paragraphs
+
+
+def text_names(result: ComparisonResult, lang: str) -> str:
+    """What was read, in one phrase."""
+    return ", ".join(labels(lang)["built_in_text"] if name == BUILT_IN else name for name in result.text.names)
 
 
 def grades_text(result: ComparisonResult, lang: str) -> str:

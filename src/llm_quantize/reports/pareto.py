@@ -2,8 +2,10 @@
 
 The bend ("knee") is found as Satopää, Albrecht, Irwin and Raghavan define it ("Finding a Kneedle in a Haystack",
 2011): scale both axes of the front to [0, 1], draw the chord from its first point to its last, take the point
-farthest below it. The loss axis is ln KLD, as on the plot. A KLD under the noise floor counts as the floor, so that
-what is not a difference earns nothing.
+farthest below it. The loss axis is the root of the KLD, which behaves as a distance does (the change in the
+probabilities is proportional to it); on the logarithmic axis of the plot a front is nearly straight, each bit per
+weight dividing by the same factor, and has no bend to speak of. A KLD under the noise floor counts as the floor, so
+that what is not a difference earns nothing.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def knee_of(points: Sequence[tuple[float, float]]) -> tuple[int, bool]:
 def advise(variants: Sequence[Variant], noise_floor: float | None) -> Advice:
     """The front of ``variants`` by size and mean KLD, and the variant at its bend."""
     floor = max(noise_floor or 0.0, LEAST_KLD)
-    losses = [math.log(max(variant.divergence.kld, floor)) for variant in variants]
+    losses = [math.sqrt(max(variant.divergence.kld, floor)) for variant in variants]
     points = [(float(variant.size), loss) for variant, loss in zip(variants, losses, strict=True)]
     front = pareto_front(points)
     if not front:

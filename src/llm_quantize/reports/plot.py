@@ -6,6 +6,7 @@ cover neither one another, nor a mark, nor (if there is room) the front.
 
 from __future__ import annotations
 
+import itertools
 import math
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -95,7 +96,7 @@ def place_labels(
     then few crossings of ``line``, then near. Where all are taken the least covered one is used.
     """
     marks = [(x - _MARK, y - _MARK, x + _MARK, y + _MARK) for x, y in points]
-    crossing = [point for a, b in zip(line, line[1:], strict=False) for point in _along(a, b)]
+    crossing = [point for a, b in itertools.pairwise(line) for point in _along(a, b)]
     placed: list[Placed] = []
     for (x, y), label in zip(points, labels, strict=True):
         taken = [*marks, *obstacles, *(other.box for other in placed)]
@@ -154,7 +155,7 @@ def draw(
     """
     floor = max(noise_floor or 0.0, LEAST_KLD)
     losses = [max(variant.divergence.kld, floor) for variant in variants]
-    near = noise_floor is not None and LEAST_KLD <= noise_floor and min(losses) < _FLOOR_IN_VIEW * noise_floor
+    near = noise_floor is not None and noise_floor >= LEAST_KLD and min(losses) < _FLOOR_IN_VIEW * noise_floor
     span = [*losses, floor] if near else losses
     top, bottom = margins[1], height - margins[3]
     to_y, y_ticks = _loss_axis(span, top, bottom)

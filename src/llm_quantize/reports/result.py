@@ -200,7 +200,7 @@ def _variant_to_dict(variant: Variant) -> dict[str, Any]:
     speed = dict.fromkeys(_SPEED) if variant.speed is None else dataclasses.asdict(variant.speed)
     return {
         **{name: getattr(variant, name) for name in _OWN},
-        **{name: _number(value) for name, value in variant.divergence.to_dict().items()},
+        **divergence_to_dict(variant.divergence),
         **speed,
         "tensor_errors": [_plain(entry) for entry in variant.tensor_errors],
         "samples": [_plain(entry) for entry in variant.samples],
@@ -208,15 +208,25 @@ def _variant_to_dict(variant: Variant) -> dict[str, Any]:
 
 
 def _variant_from_dict(data: Mapping[str, Any]) -> Variant:
-    measured = {name: math.nan if data[name] is None else data[name] for name in _DIVERGENCE}
     speed = {name: data[name] for name in _SPEED}
     return Variant(
         **{name: data[name] for name in _OWN},
-        divergence=Divergence(**measured),
+        divergence=divergence_from_dict(data),
         speed=None if all(value is None for value in speed.values()) else Speed(**speed),
         tensor_errors=tuple(TensorError(**_with_nan(entry)) for entry in data["tensor_errors"]),
         samples=_samples(data["samples"]),
     )
+
+
+def divergence_to_dict(divergence: Divergence) -> dict[str, Any]:
+    """JSON-ready: a figure that is NaN is null."""
+    return {name: _number(value) for name, value in divergence.to_dict().items()}
+
+
+def divergence_from_dict(data: Mapping[str, Any]) -> Divergence:
+    """The inverse; other keys are left alone. Raises KeyError where a figure is absent."""
+    figures: dict[str, Any] = {name: math.nan if data[name] is None else data[name] for name in _DIVERGENCE}
+    return Divergence(**figures)
 
 
 def _with_nan(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,171 @@
+"""One artifact at a time: the errors of its tensors, its speed, its memory and its words; all remembered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import Keys, LlamaFileType
+
+from llm_quantize.errors import MissingExtraError
+from llm_quantize.evaluation.generation_check import Answer, check_generation, judge, source_answers
+from llm_quantize.evaluation.speed import Speed, measure_speed
+from llm_quantize.events import EventSink
+from llm_quantize.formats.gguf import PROVENANCE
+from llm_quantize.io.artifact_files import artifact_files
+from llm_quantize.io.gguf_file import GgufFile, read_gguf
+from llm_quantize.measurements import Measurements, artifact_identity, key_of
+from llm_quantize.preflight import memory_limit
+from llm_quantize.reports.facts import model_facts
+from llm_quantize.reports.result import Sample, TensorError
+from llm_quantize.source import Source
+
+NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class MeasuredFile:
+    """A file (or directory) to measure. ``identity``: measurements.artifact_identity. ``made``: by this comparison."""
+
+    path: Path
+    level: str
+    identity: str
+    size: int
+    bits_per_weight: float
+    made: bool
+
+
+def measured_file(path: Path, *, made: bool) -> MeasuredFile:
+    """What the files say of themselves. Raises what reading their headers raises."""
+    files = [read_gguf(file) for file in artifact_files(path)]
+    weights = sum(math.prod(tensor.shape) for file in files for tensor in file.tensors)
+    size = sum(file.file_size for file in files)
+    return MeasuredFile(path, _level(files[0], path), artifact_identity(path), size, 8 * size / max(1, weights), made)
+
+
+def _level(file: GgufFile, path: Path) -> str:
+    """The level that the file names: ours, else llama.cpp's file type, else its name."""
+    own = file.metadata.get(f"{PROVENANCE}.level")
+    if own is not None and isinstance(own.value, str) and own.value:
+        return own.value
+    kind = file.metadata.get(Keys.General.FILE_TYPE)
+    known = {member.value: member.name.removeprefix("MOSTLY_").removeprefix("ALL_") for member in LlamaFileType}
+    return known.get(kind.value, path.stem) if kind is not None and isinstance(kind.value, int) else path.stem
+
+
+class Bench:
+    """Measures one artifact after another. ``absent``: why none ran in its runtime, empty where they did.
+
+    ``prompts``: what each artifact continues, NEW_TOKENS tokens each.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        kept: Measurements,
+        *,
+        prompts: Sequence[str],
+        speed: bool,
+        threads: int | None,
+        max_ram: int | None,
+        on_event: EventSink,
+    ) -> None:
+        self._source, self._kept = source, kept
+        self._prompts, self._threads, self._max_ram = tuple(prompts), threads, max_ram
+        self._on_event = on_event
+        self._fingerprint = model_facts(source, "").fingerprint
+        self.absent = "" if speed else "--no-speed"
+
+    def _known(self, key: str, stage: str, measure: Callable[[], Any]) -> Any:
+        if self._kept.get(key) is None:
+            self._on_event({"event": "stage", "text": stage})
+            self._kept.put(key, measure())
+        return self._kept.get(key)
+
+    def tensor_errors(self, artifact: MeasuredFile) -> list[TensorError]:
+        """Relative error of every tensor that is not exact, in the order of the artifact's names."""
+        from llm_quantize.evaluation.decoded import DecodedArtifact
+        from llm_quantize.evaluation.tensor_errors import tensor_errors
+
+        def measure() -> list[Any]:
+            found = tensor_errors(self._source, DecodedArtifact(self._source, artifact.path), threads=self._threads)
+            kept = sorted((one for one in found if one.relative > 0), key=lambda one: one.name)
+            return [[one.name, one.layer, one.role, one.qtype, min(one.relative, 1e9)] for one in kept]
+
+        key = key_of("errors", artifact=artifact.identity, model=self._fingerprint)
+        return [TensorError(*fact) for fact in self._known(key, f"{artifact.level}: errors of tensors", measure)]
+
+    def speed(self, artifact: MeasuredFile) -> Speed | None:
+        """Tokens per second and memory in the runtime; None where nothing can run."""
+        threads = self._threads
+
+        def measure() -> Mapping[str, Any]:
+            return asdict(measure_speed(artifact.path, threads=threads))
+
+        if self.absent:
+            return None
+        try:
+            key = key_of("speed", artifact=artifact.identity, threads=threads)
+            return Speed(**self._known(key, f"{artifact.level}: speed", measure))
+        except MissingExtraError as error:
+            self._without_runtime(error)
+            return None
+
+    def answers(self, artifact: MeasuredFile) -> tuple[Answer, ...]:
+        """What the artifact writes after each prompt, in the runtime; nothing where nothing can run."""
+
+        def measure() -> list[Any]:
+            found = check_generation(artifact.path, prompts=self._prompts, max_tokens=NEW_TOKENS, threads=self._threads)
+            return [asdict(answer) for answer in found.answers]
+
+        if self.absent or not self._prompts:
+            return ()
+        key = key_of("answers", artifact=artifact.identity, prompts=self._prompts, tokens=NEW_TOKENS)
+        try:
+            return tuple(Answer(**fact) for fact in self._known(key, f"{artifact.level}: write", measure))
+        except MissingExtraError as error:
+            self._without_runtime(error)
+            return ()
+
+    def source_answers(self) -> tuple[Answer, ...]:
+        """What the source writes, in transformers, where it fits in memory twice over; otherwise nothing."""
+        checkpoint, limit = self._source.checkpoint, memory_limit(self._max_ram)
+        size = sum(header.file_size for header in checkpoint.headers)
+        plain = {tensor.dtype for tensor in checkpoint.tensors.values()} <= {"F32", "F16", "BF16"}
+        if self.absent or not self._prompts or not plain or (limit is not None and 2 * size > limit):
+            return ()
+
+        def measure() -> list[Any]:
+            from llm_quantize.calibration.tokens import TextTokenizer
+
+            encode = TextTokenizer(self._source).encode
+            found = source_answers(
+                checkpoint.directory, encode, prompts=self._prompts, max_tokens=NEW_TOKENS, threads=self._threads
+            )
+            return [asdict(answer) for answer in found]
+
+        key = key_of("source", model=self._fingerprint, prompts=self._prompts, tokens=NEW_TOKENS)
+        return tuple(Answer(**fact) for fact in self._known(key, "source: write", measure))
+
+    def _without_runtime(self, error: MissingExtraError) -> None:
+        self.absent = f"{error.what}; {error.remedy}"
+        self._on_event({"event": "warning", "text": f"speed and samples are not measured: {self.absent}"})
+
+
+def samples_of(answers: Sequence[Answer]) -> tuple[Sample, ...]:
+    """The texts for the report."""
+    return tuple(Sample(answer.prompt, answer.text) for answer in answers)
+
+
+def findings(
+    artifacts: Sequence[MeasuredFile], answers: Sequence[Sequence[Answer]], own: Sequence[Answer]
+) -> list[str]:
+    """Sentences about artifacts that write worse than the source: nothing, one phrase over and over, no end."""
+    return [
+        f"{artifact.level}, after “{finding.prompt}”: {finding.text}"
+        for artifact, written in zip(artifacts, answers, strict=True)
+        for finding in judge(written, own if written else ())
+    ]

@@ -1,0 +1,316 @@
+"""``compare``: variants of one model, made or taken, each measured, and one report of them all.
+
+    model → quantize (one source read) → divergence of all variants in one streamed pass → errors of tensors → speed
+    and generated text in the runtime → index.html, comparison.md, comparison.json
+
+Everything that takes long is kept in the output directory as soon as it is known (``artifacts/`` and
+``measured.json``), so that the same call after an interruption continues.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_quantize.bench import Bench, MeasuredFile, findings, measured_file, samples_of
+from llm_quantize.calibration.tokens import TextTokenizer
+from llm_quantize.errors import UsageError
+from llm_quantize.evaluation import grades
+from llm_quantize.evaluation.perplexity import Tokens
+from llm_quantize.evaluation.speed import Speed
+from llm_quantize.evaluation.texts import evaluation_text
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.measurements import Measurements, key_of
+from llm_quantize.planning import Options
+from llm_quantize.reports.facts import machine_facts, model_facts, program_versions
+from llm_quantize.reports.result import (
+    ComparisonResult,
+    Reference,
+    Sample,
+    TensorError,
+    TextFacts,
+    Variant,
+    divergence_from_dict,
+    divergence_to_dict,
+)
+from llm_quantize.source import Source, open_source
+
+DEFAULT_VARIANTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+CONTEXT = 512
+PROMPTS = ("The old man looked at the sea and", "むかしむかし、あるところに")
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What a user may set. ``texts``: files or names of built-in sets, as ``calibration.text.load_texts`` reads them;
+    none: the built-in evaluation text. ``windows``: at even distances, None: all. ``speed``: run each variant in its
+    runtime for speed, memory and generated text. ``quantize``: threads and memory of all of it, calibration, and what
+    else ``pipeline.quantize`` takes. ``commands``: the lines that the report shows to make it again."""
+
+    texts: tuple[str, ...] = ()
+    context: int | None = None
+    windows: int | None = None
+    prompts: tuple[str, ...] = PROMPTS
+    speed: bool = True
+    revision: str | None = None
+    quantize: Options = field(default_factory=Options)
+    commands: tuple[str, ...] = ()
+
+
+def parse_variants(text: str) -> list[tuple[str, str]]:
+    """(format, level) of each part of ``gguf:Q8_0,gguf:Q4_K_M``; a part without a colon is a GGUF level.
+
+    Raises UsageError for an empty part.
+    """
+    found = []
+    for part in text.split(","):
+        format, colon, level = part.strip().rpartition(":")
+        if not level.strip() or (colon and not format.strip()):
+            raise UsageError(
+                "a variant has no name", expected="FORMAT:LEVEL,..., for example gguf:Q8_0,gguf:Q4_K_M", found=text
+            )
+        found.append((format.strip().lower() or "gguf", level.strip()))
+    return list(dict.fromkeys(found))
+
+
+def compare(
+    model: str,
+    output_dir: str | Path,
+    *,
+    variants: Sequence[tuple[str, str]] = (),
+    artifacts: Sequence[str | Path] = (),
+    options: CompareOptions | None = None,
+    on_event: EventSink = ignore,
+) -> ComparisonResult:
+    """Make ``variants`` of ``model`` in ``output_dir``/artifacts, take ``artifacts`` that exist, measure them all.
+
+    Neither given: DEFAULT_VARIANTS. Speed and samples are left out, and the result says why, where the runtime is not
+    installed. ``on_event`` hears the events of ``pipeline.quantize`` and of ``measure_quality``, and stages.
+
+    Raises UsageError (an artifact twice, text shorter than a window), MissingExtraError without torch, and what
+    ``pipeline.quantize``, ``measure_quality``, ``verify`` and ``measure_speed`` raise.
+    """
+    options = options or CompareOptions()
+    folder = Path(output_dir)
+    kept = Measurements(folder / "measured.json")
+    if not variants and not artifacts:
+        variants = [("gguf", level) for level in DEFAULT_VARIANTS]
+    found = _make(model, folder / "artifacts", variants, options, kept, on_event)
+    found += [measured_file(Path(path), made=False) for path in artifacts]
+    _refuse_twice(found)
+    found = _with_labels(found)
+    source = open_source(model, revision=options.revision, on_event=on_event)
+    with source.checkpoint:
+        text = evaluation_text(
+            TextTokenizer(source),
+            options.texts,
+            context=options.context or min(CONTEXT, source.architecture.hyper.context_length),
+            limit=options.windows,
+            on_event=on_event,
+        )
+        windows, names = text.windows, tuple(Path(name).name for name in text.names)
+        quality = _quality(source, found, windows, names, options, kept, folder, on_event)
+        work = Bench(
+            source,
+            kept,
+            prompts=options.prompts,
+            speed=options.speed,
+            threads=options.quantize.threads,
+            max_ram=options.quantize.max_ram,
+            on_event=on_event,
+        )
+        errors = [work.tensor_errors(artifact) for artifact in found]
+        speeds = [work.speed(artifact) for artifact in found]
+        own = work.source_answers()
+        answers = [work.answers(artifact) for artifact in found]
+        samples = [samples_of(written) for written in answers]
+        notes = [*quality["notes"], *findings(found, answers, own)]
+        reference = Reference(
+            perplexity=quality["artifacts"][0].reference_perplexity,
+            perplexity_sem=quality["artifacts"][0].reference_perplexity_sem,
+            bits_per_weight=8 * model_facts(source, model).size / max(1, model_facts(source, model).parameters),
+            noise_floor=quality["noise"],
+            samples=samples_of(own),
+        )
+        measured = next((speed for speed in speeds if speed is not None), None)
+        return ComparisonResult(
+            model=model_facts(source, model),
+            text=TextFacts(
+                names=names,
+                sha256=_sha256(windows),
+                context=int(windows.shape[1]),
+                windows=len(windows),
+                tokens=quality["artifacts"][0].tokens,
+            ),
+            machine=machine_facts(work.absent if measured is None else measured.runtime, options.quantize.threads),
+            reference=reference,
+            variants=tuple(
+                _variant(artifact, divergence, kept, speed, tensors, texts)
+                for artifact, divergence, speed, tensors, texts in zip(
+                    found, quality["artifacts"], speeds, errors, samples, strict=True
+                )
+            ),
+            grades=grades.GRADES,
+            versions=program_versions(),
+            commands=options.commands,
+            created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+            notes=tuple(notes),
+        )
+
+
+def write_reports(result: ComparisonResult, folder: Path, lang: str = "en") -> dict[str, Path]:
+    """Write index.html, comparison.md and comparison.json into ``folder``; gives {"html", "markdown", "json"}.
+
+    Raises UsageError for an unknown language, AccessError or ResourceError where a file cannot be written.
+    """
+    from llm_quantize.reports.markdown import markdown
+    from llm_quantize.reports.page import page, write_text
+
+    facts = json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    return {
+        "html": write_text(folder / "index.html", page(result, lang)),
+        "markdown": write_text(folder / "comparison.md", markdown(result, lang)),
+        "json": write_text(folder / "comparison.json", facts),
+    }
+
+
+def remove_made(folder: Path) -> None:
+    """Remove what ``compare`` made besides the reports: the artifacts with their manifests, and what was kept to
+    continue. Files of other names stay."""
+    Measurements(folder / "measured.json").remove()
+    made = folder / "artifacts"
+    if not made.is_dir():
+        return
+    for path in sorted(made.rglob("*")):
+        if (
+            path.is_file()
+            and not path.is_symlink()
+            and path.name.endswith((".gguf", ".manifest.json", "manifest.json"))
+        ):
+            path.unlink()
+    for path in sorted((p for p in (made, *made.rglob("*")) if p.is_dir()), reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
+def _sha256(windows: Tokens) -> str:
+    return hashlib.sha256(np.ascontiguousarray(windows).astype("<i4").tobytes()).hexdigest()
+
+
+def _make(
+    model: str,
+    folder: Path,
+    variants: Sequence[tuple[str, str]],
+    options: CompareOptions,
+    kept: Measurements,
+    on_event: EventSink,
+) -> list[MeasuredFile]:
+    """Quantize to every level of each format in one read of the source; what is there already is reused."""
+    from llm_quantize.pipeline import quantize
+
+    found: list[MeasuredFile] = []
+    for format in dict.fromkeys(format for format, _ in variants):
+        folder.mkdir(parents=True, exist_ok=True)
+        results = quantize(
+            model,
+            format,
+            levels=[level for other, level in variants if other == format],
+            output_dir=folder,
+            revision=options.revision,
+            options=options.quantize,
+            on_event=on_event,
+        )
+        for result in results:
+            artifact = measured_file(result.path, made=True)
+            if result.status == "written" and not result.resumed_units:
+                kept.put(key_of("cpu", artifact=artifact.identity), result.seconds)
+            found.append(artifact)
+    return found
+
+
+def _refuse_twice(found: Sequence[MeasuredFile]) -> None:
+    for path, count in Counter(artifact.path.resolve() for artifact in found).items():
+        if count > 1:
+            raise UsageError("an artifact is given twice", file=path, remedy="name it once")
+
+
+def _with_labels(found: Sequence[MeasuredFile]) -> list[MeasuredFile]:
+    """Levels as labels, file names where a level stands twice."""
+    counts = Counter(artifact.level for artifact in found)
+    return [
+        replace(artifact, level=artifact.path.stem) if counts[artifact.level] > 1 else artifact for artifact in found
+    ]
+
+
+def _quality(
+    source: Source,
+    found: Sequence[MeasuredFile],
+    windows: Tokens,
+    names: Sequence[str],
+    options: CompareOptions,
+    kept: Measurements,
+    folder: Path,
+    on_event: EventSink,
+) -> dict[str, Any]:
+    """Divergences of all artifacts, those that are not known yet in one streamed pass, and the noise floor."""
+    from llm_quantize.evaluation.quality import measure_quality
+
+    about = {"model": model_facts(source, "").fingerprint, "text": _sha256(windows)}
+    keys = [key_of("quality", artifact=artifact.identity, **about) for artifact in found]
+    floor = key_of("noise", **about)
+    missing = [index for index, key in enumerate(keys) if kept.get(key) is None or kept.get(floor) is None]
+    if missing:
+        on_event({"event": "stage", "text": "measure"})
+        folder.mkdir(parents=True, exist_ok=True)
+        measured = measure_quality(
+            source,
+            [found[index].path for index in missing],
+            windows,
+            threads=options.quantize.threads,
+            max_ram=options.quantize.max_ram,
+            device=options.quantize.calibration.device,
+            texts=names,
+            scratch=folder,
+            on_event=on_event,
+        )
+        kept.put(floor, measured.noise.kld)
+        for index, one in zip(missing, measured.artifacts, strict=True):
+            notes = [f"{Path(one.path).name}: {note}" for note in one.notes]
+            kept.put(keys[index], {"divergence": divergence_to_dict(one.divergence), "notes": notes})
+    facts = [kept.get(key) for key in keys]
+    return {
+        "artifacts": [divergence_from_dict(fact["divergence"]) for fact in facts],
+        "noise": kept.get(floor),
+        "notes": tuple(note for fact in facts for note in fact["notes"]),
+    }
+
+
+def _variant(
+    artifact: MeasuredFile,
+    divergence: Any,
+    kept: Measurements,
+    speed: Speed | None,
+    errors: Sequence[TensorError],
+    samples: Sequence[Sample],
+) -> Variant:
+    return Variant(
+        format="gguf",
+        level=artifact.level,
+        file=artifact.path.name,
+        size=artifact.size,
+        bits_per_weight=artifact.bits_per_weight,
+        quantize_cpu_seconds=kept.get(key_of("cpu", artifact=artifact.identity)),
+        divergence=divergence,
+        grade=grades.grade(divergence.kld),
+        speed=speed,
+        tensor_errors=tuple(errors),
+        samples=tuple(samples),
+    )

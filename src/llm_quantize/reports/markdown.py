@@ -1,0 +1,77 @@
+"""A comparison as Markdown for a model card: one paragraph, the tables, and the command; no HTML, no picture."""
+
+from __future__ import annotations
+
+import html
+import re
+
+from llm_quantize.errors import printable
+from llm_quantize.reports.labels import grade_name, labels
+from llm_quantize.reports.numbers import ABSENT, bytes_text, percent, rate_text, significant, with_error
+from llm_quantize.reports.page import kld_text, method, text_names, verdict
+from llm_quantize.reports.pareto import advise
+from llm_quantize.reports.result import ComparisonResult, Variant
+
+_SPECIAL = re.compile(r"([\\`*\[\]#|~$<>&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
+_FENCE = re.compile(r"`{3,}")
+
+
+def escape(text: str) -> str:
+    """``text`` as Markdown shows it as it is: one line, nothing in it markup, HTML or a link."""
+    return _SPECIAL.sub(r"\\\1", printable(text, 1 << 16))
+
+
+def markdown(result: ComparisonResult, lang: str = "en") -> str:
+    """The text, ending in a newline. Raises UsageError for an unknown language."""
+    words = labels(lang)
+    advice = advise(result.variants, result.reference.noise_floor)
+    chosen = None if advice.knee is None else result.variants[advice.knee]
+    sentence = html.unescape(str(verdict(result, advice, words)))
+    if chosen is not None:
+        sentence = re.sub(r"</?strong>", "", sentence)
+    text = result.text
+    lead = words["markdown_lead"].format(
+        version=result.versions.get("llm-quantize", ""),
+        tokens=f"{text.tokens:,}",
+        windows=f"{text.windows:,}",
+        context=f"{text.context:,}",
+        names=text_names(result, lang),
+    )
+    lines = [f"## {escape(words['title'].format(model=result.model.name))}", "", escape(sentence), "", escape(lead), ""]
+    timed = any(variant.speed for variant in result.variants)
+    heads = ["variant", "size", "bpw", "kld", "p99", "same", "ppl"]
+    heads += ["memory", "prompt", "generation"] if timed else []
+    lines.append("| " + " | ".join(words[name] for name in (*heads, "grade")) + " |")
+    lines.append("|---|" + "---:|" * (len(heads) - 1) + "---|")
+    for variant in result.variants:
+        cells = _cells(variant, timed=timed)
+        name = escape(variant.label)
+        cells[0] = f"**{name}**" if variant is chosen else name
+        lines.append("| " + " | ".join([*cells, grade_name(variant.grade, lang)]) + " |")
+    for paragraph in method(result, lang):
+        lines += ["", escape(paragraph)]
+    if result.commands:
+        block = "\n".join(printable(command, 1 << 16) for command in result.commands)
+        fence = "`" * max([3, *(len(run) + 1 for run in _FENCE.findall(block))])
+        lines += ["", f"{fence}sh", block, fence]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(variant: Variant, *, timed: bool) -> list[str]:
+    measured, speed = variant.divergence, variant.speed
+    perplexity, error = with_error(measured.perplexity, measured.perplexity_sem)
+    cells = [
+        variant.label,
+        bytes_text(variant.size),
+        f"{variant.bits_per_weight:.2f}",
+        kld_text(variant),
+        significant(measured.kld_99),
+        f"{percent(measured.same_top)} %",
+        f"{perplexity} ± {error}" if error else perplexity,
+    ]
+    if timed and speed is not None:
+        rates = (speed.prompt_tokens_per_second, speed.generation_tokens_per_second)
+        cells += [bytes_text(speed.memory), *map(rate_text, rates)]
+    elif timed:
+        cells += [ABSENT] * 3
+    return cells
