@@ -8,6 +8,8 @@ from llm_quantize.cli import LazyGroup
 
 COMMANDS: dict[str, str] = {
     "importance": "Run text through a model and write how much each input channel matters.",
+    "quality": "Measure what artifacts lost against the model they were made from.",
+    "profile": "Measure what each tensor costs at each type, and write the best recipe for a size.",
 }
 
 

@@ -1,0 +1,254 @@
+"""``llm-quantize analyze profile``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llm_quantize.cli.common import Size, emit_json, events, json_option, line, mode, sheltered, verbose_option
+
+if TYPE_CHECKING:
+    from llm_quantize.cli.common import Mode
+    from llm_quantize.evaluation.allocation import Choice, Target
+    from llm_quantize.evaluation.sensitivity import Profile
+    from llm_quantize.events import EventSink
+    from llm_quantize.io.imatrix_file import Imatrix
+    from llm_quantize.source import Source
+
+SHOWN = 20
+
+
+def _options(function: Any) -> Any:
+    options = [
+        click.option("--preset", type=click.Choice(["quality", "balanced", "speed"]),
+                     help="Size and types: quality has the bytes of Q5_K_M, balanced of Q4_K_M, speed of Q4_K_S in "
+                     "types that are computed fast on CPUs. [default: balanced]"),
+        click.option("--like", metavar="LEVEL", help="As many bytes as this level."),
+        click.option("--size", type=Size(), help="Largest size of the file, for example 4G."),
+        click.option("--bpw", type=click.FloatRange(1, 16), metavar="BITS", help="Bits per weight of the whole file."),
+        click.option("--types", metavar="LIST",
+                     help="Types to measure and choose from, with commas between. [default: q8_0,q6_k,q5_k,q4_k,"
+                     "iq4_xs,q3_k,q2_k]"),
+        click.option("-o", "--output", type=click.Path(dir_okay=False), metavar="FILE",
+                     help="The recipe. [default: MODEL-NAME.recipe.json]"),
+        click.option("--name", metavar="NAME", help="Of the recipe; the artifact is called MODEL-NAME."),
+        click.option("--profile", "profile_path", type=click.Path(dir_okay=False), metavar="FILE",
+                     help="The figures: read if it is there, else measured and written. [default: MODEL.profile.json]"),
+        click.option("--imatrix", type=click.Path(dir_okay=False), metavar="FILE",
+                     help="llama.cpp importance matrix that will be quantized with."),
+        click.option("--statistics", type=click.Path(dir_okay=False), metavar="FILE",
+                     help="Statistics that analyze importance made of this model."),
+        click.option("--text", "texts", multiple=True, metavar="TEXT",
+                     help="Text to measure on: a file or a built-in set; repeatable. [default: the built-in mix]"),
+        click.option("--windows", type=click.IntRange(1), default=8, show_default=True, metavar="N",
+                     help="Windows of text at most."),
+        click.option("--context", type=click.IntRange(4), default=512, show_default=True, metavar="N",
+                     help="Tokens in a window."),
+        click.option("--dry-run", is_flag=True, help="Print what measuring takes, and stop."),
+        click.option("--overwrite", is_flag=True, help="Measure again, and replace recipe and profile."),
+        click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model."),
+        click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: all CPUs]"),
+        click.option("--max-ram", type=Size(), help="Memory limit, for example 8G."),
+        click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), default="cpu", show_default=True,
+                     help="Where the model is run."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.command("profile")
+@click.argument("model")
+@_options
+@verbose_option
+@json_option
+@click.pass_context
+def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, **arguments: Any) -> int:
+    """Measure what it costs to hold each tensor of MODEL alone at each type, and write the best recipe for a size.
+
+    The cost is the mean KL divergence from the source. quantize --recipe takes the recipe. The figures are kept: the
+    same command after an interruption goes on, and one with another size measures nothing.
+
+    Example: llm-quantize analyze profile ./Llama-3.2-1B --preset balanced
+    """
+    from llm_quantize.evaluation.allocation import choose
+    from llm_quantize.io.recipe_file import write_recipe
+    from llm_quantize.io.whole_file import refuse_existing
+    from llm_quantize.source import open_source
+
+    shown = mode(ctx, as_json, verbose)
+    target = _target(arguments)
+    with events(shown, "measure") as sink:
+        source = open_source(model, revision=arguments["revision"], on_event=sink)
+        with source.checkpoint:
+            stem = source.checkpoint.name.rsplit("/", 1)[-1]
+            kept = Path(arguments["profile_path"] or f"{stem}.profile.json")
+            if arguments["output"]:
+                refuse_existing(Path(arguments["output"]), replace=arguments["overwrite"])
+            profile = _profile(source, kept, arguments, shown, _as_progress(sink, arguments["context"]))
+            if profile is None:
+                return 0
+            choice = choose(source, profile, target, name=arguments["name"])
+            output = Path(arguments["output"] or f"{stem}-{choice.recipe.name}.recipe.json")
+            made = {"summed_kld": choice.allocation.kld, "size": choice.size, "text": dict(profile.text)}
+            write_recipe(output, choice.recipe, model_name=profile.name, made=made, replace=arguments["overwrite"])
+    if shown.json:
+        emit_json(_facts(profile, choice, kept, output))
+    else:
+        _show(profile, choice, kept, output, verbose=shown.verbose > 0)
+    return 0
+
+
+def _target(arguments: Mapping[str, Any]) -> Target:
+    from llm_quantize.errors import UsageError
+    from llm_quantize.evaluation.allocation import PRESETS, Target
+
+    given = [key for key in ("preset", "like", "size", "bpw") if arguments[key] is not None]
+    if len(given) > 1:
+        raise UsageError("only one of these can be given", found=" and ".join(f"--{key}" for key in given))
+    types = _types(arguments)
+    if given in ([], ["preset"]):
+        preset = PRESETS[arguments["preset"] or "balanced"]
+        return Target(like=preset.like, types=types or preset.types)
+    return Target(like=arguments["like"], size=arguments["size"], bpw=arguments["bpw"], types=types)
+
+
+def _types(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    from llm_quantize.recipes import parse_qtype
+
+    return tuple(parse_qtype(name) for name in (arguments["types"] or "").split(",") if name.strip())
+
+
+def _profile(
+    source: Source, kept: Path, arguments: Mapping[str, Any], shown: Mode, on_event: EventSink
+) -> Profile | None:
+    """The figures: those that are kept, or measured now. None after --dry-run."""
+    from llm_quantize.calibration.identity import model_digest
+    from llm_quantize.evaluation.profile import measure_profile
+    from llm_quantize.evaluation.sensitivity import read_profile, refuse_other_model, write_profile
+
+    if kept.is_file() and not arguments["overwrite"] and not arguments["dry_run"]:
+        profile = read_profile(kept)
+        refuse_other_model(profile, model_digest(source.checkpoint), kept)
+        return profile
+    journal = kept.with_name(kept.name + ".journal")
+    plan = _plan(source, arguments, journal, on_event)
+    if shown.json and arguments["dry_run"]:
+        emit_json(vars(plan.cost))
+    elif not shown.quiet and not shown.json:
+        click.echo(f"{plan.cost.sentence()}; {plan.memory / 1e6:,.0f} MB", err=not arguments["dry_run"])
+    if arguments["dry_run"]:
+        return None
+    profile = measure_profile(plan, journal=journal, on_event=on_event)
+    write_profile(kept, profile, replace=arguments["overwrite"])
+    journal.unlink(missing_ok=True)
+    return profile
+
+
+def _plan(source: Source, arguments: Mapping[str, Any], journal: Path, on_event: EventSink) -> Any:
+    import numpy as np
+
+    from llm_quantize.calibration.text import load_texts
+    from llm_quantize.calibration.tokens import TextTokenizer
+    from llm_quantize.calibration.windows import sample_windows
+    from llm_quantize.evaluation.allocation import PRESETS
+    from llm_quantize.evaluation.profile import plan_profile
+    from llm_quantize.evaluation.sensitivity import DEFAULT_TYPES
+
+    preset = PRESETS.get(arguments["preset"] or "")
+    context = min(arguments["context"], source.architecture.hyper.context_length)
+    drawn = sample_windows(
+        load_texts(arguments["texts"]),
+        TextTokenizer(source),
+        samples=arguments["windows"],
+        length=context,
+        on_event=on_event,
+    )
+    return plan_profile(
+        source,
+        drawn.ids.astype(np.int32),
+        _types(arguments) or (preset.types if preset is not None else ()) or DEFAULT_TYPES,
+        _imatrix(source, arguments),
+        texts=drawn.datasets,
+        journal=journal,
+        threads=arguments["threads"],
+        max_ram=arguments["max_ram"],
+        device=arguments["device"],
+    )
+
+
+def _imatrix(source: Source, arguments: Mapping[str, Any]) -> Imatrix | None:
+    from llm_quantize.errors import UsageError
+    from llm_quantize.importance import from_statistics
+    from llm_quantize.io.imatrix_file import read_imatrix
+
+    if arguments["imatrix"] and arguments["statistics"]:
+        raise UsageError("only one of these can be given", found="--imatrix and --statistics")
+    if arguments["imatrix"]:
+        return read_imatrix(arguments["imatrix"])
+    return from_statistics(Path(arguments["statistics"]), source) if arguments["statistics"] else None
+
+
+def _as_progress(sink: EventSink, context: int) -> EventSink:
+    """Windows through blocks, told as tokens."""
+
+    def told(event: Mapping[str, Any]) -> None:
+        if event["event"] == "measure":
+            facts = {"done": event["done"] * context, "total": event["total"] * context, "unit": "tokens"}
+            sink({"event": "progress", **facts})
+        else:
+            sink(event)
+
+    return sheltered(told)
+
+
+def _facts(profile: Profile, choice: Choice, kept: Path, output: Path) -> dict[str, Any]:
+    return {
+        "profile": str(kept),
+        "recipe": str(output),
+        "name": choice.recipe.name,
+        "level": choice.recipe.level,
+        "size": choice.size,
+        "summed_kld": choice.allocation.kld,
+        "summed_kld_sem": choice.allocation.kld_sem,
+        "levels": {name: {"size": size, "summed_kld": kld} for name, (size, kld) in choice.levels.items()},
+        "tensors": dict(choice.recipe.tensors),
+        "sensitivities": profile.to_dict()["sensitivities"],
+    }
+
+
+def _show(profile: Profile, choice: Choice, kept: Path, output: Path, *, verbose: bool) -> None:
+    """Most sensitive tensors first; then the recipe beside the plain levels."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from llm_quantize.qtypes import QTYPES
+    from llm_quantize.report import human_bytes, shown
+
+    console = Console(highlight=False, soft_wrap=True)
+    figures = profile.by_tensor()
+    types = sorted({row.qtype for row in profile.rows}, key=lambda qtype: -QTYPES[qtype].bits_per_weight)
+    table = Table("tensor", *types, "recipe", box=None, title_justify="left")
+    table.title = "mean KLD with this tensor alone at a type, in 1e-6 nats per token"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    ordered = sorted(figures.items(), key=lambda item: -max(row.kld / row.nbytes for row in item[1]))
+    for name, rows in ordered if verbose else ordered[:SHOWN]:
+        known = {row.qtype: f"{1e6 * row.kld:,.1f}" for row in rows}
+        cells = [known.get(qtype, "") for qtype in types]
+        table.add_row(shown(name), *cells, shown(choice.recipe.tensors.get(name, "")))
+    console.print(table)
+    if not verbose and len(ordered) > SHOWN:
+        console.print(f"{len(ordered) - SHOWN} tensors more with -v, per byte less sensitive", style="dim")
+    console.print(shown(f"figures: {kept} ({profile.text.get('tokens', 0):,} scored tokens)"))
+    plain = [
+        f"{name} {human_bytes(size)} {kld:.4f}"
+        for name, (size, kld) in choice.levels.items()
+        if size >= 0.8 * choice.size and size <= 1.25 * choice.size
+    ]
+    summed = f"{human_bytes(choice.size)}, summed KLD {choice.allocation.kld:.4f} ± {choice.allocation.kld_sem:.4f}"
+    console.print(shown(f"recipe: {line(output)} ({summed}; plain levels: {', '.join(plain) or 'none measured'})"))
+    console.print(shown(f"use it: llm-quantize quantize MODEL gguf --recipe {line(output)}"), style="dim")

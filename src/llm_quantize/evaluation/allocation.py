@@ -1,0 +1,262 @@
+"""From measured sensitivities to a recipe: which type each tensor gets so that the model fits and loses least.
+
+    minimise  sum over tensors t of KLD(t, q_t)   subject to   sum of bytes(t, q_t) <= budget
+
+Divergences of small changes add up (each is a quadratic form of its own perturbation, and errors of different tensors
+are nearly independent), so the sum stands for the whole. Each tensor's choices are cut down to the lower convex hull of
+(bytes, KLD); then the step that gains most per byte is taken, again and again, over all tensors: the Lagrangian
+solution, optimal at every budget at which it stops exactly. What is left of the budget goes to single steps that fit.
+
+Presets are sizes that people know and types to choose from:
+
+    quality    the bytes of Q5_K_M     any measured type
+    balanced   the bytes of Q4_K_M     any measured type
+    speed      the bytes of Q4_K_S     types that llama.cpp computes fastest on CPUs: q4_0, q4_k, q5_k, q6_k, q8_0
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT
+
+from llm_quantize.assemble import matrix_shape, weights_of
+from llm_quantize.errors import ResourceError, UsageError
+from llm_quantize.evaluation.sensitivity import Profile, Sensitivity
+from llm_quantize.planning import Options, plan_source, tensor_shapes
+from llm_quantize.qtypes import QTYPES
+from llm_quantize.recipes import LEVELS, Recipe, TensorShape, assign, is_quantizable, needs_importance, parse_level
+from llm_quantize.source import Source
+
+FAST_TYPES = ("q8_0", "q6_k", "q5_k", "q4_k", "q4_0")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A size, as the level that has it, and the types to choose from (none: all that were measured)."""
+
+    like: str
+    types: tuple[str, ...] = ()
+
+
+PRESETS: Mapping[str, Preset] = {
+    "quality": Preset("Q5_K_M"),
+    "balanced": Preset("Q4_K_M"),
+    "speed": Preset("Q4_K_S", FAST_TYPES),
+}
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """``types``: tensor -> qtype. ``nbytes``: of these tensors, padding included, at most ``budget``. ``kld``: the
+    sum of their measured divergences, nats; ``kld_sem`` its standard error, as if they were independent."""
+
+    types: Mapping[str, str]
+    nbytes: int
+    budget: int
+    kld: float
+    kld_sem: float
+
+
+def padded(nbytes: int) -> int:
+    """Bytes of a tensor in the file, with the zeros after it."""
+    return nbytes + -nbytes % int(GGUF_DEFAULT_ALIGNMENT)
+
+
+def hull(figures: Sequence[Sensitivity]) -> list[Sensitivity]:
+    """The choices worth taking, smallest first: each step up costs more bytes, loses less, and gains less per byte
+    than the step before it."""
+    best: dict[int, Sensitivity] = {}
+    for row in sorted(figures, key=lambda row: (row.kld, row.qtype), reverse=True):
+        best[padded(row.nbytes)] = row
+    found: list[Sensitivity] = []
+    for row in (best[size] for size in sorted(best)):
+        if found and row.kld >= found[-1].kld:
+            continue
+        while len(found) > 1 and _gain(found[-2], found[-1]) <= _gain(found[-2], row):
+            found.pop()
+        found.append(row)
+    return found
+
+
+def _gain(low: Sensitivity, high: Sensitivity) -> float:
+    """Divergence saved per byte spent."""
+    return (low.kld - high.kld) / (padded(high.nbytes) - padded(low.nbytes))
+
+
+def allocate(profile: Profile, budget: int, types: Sequence[str] = ()) -> Allocation:
+    """The types that lose least in ``budget`` bytes (of the profiled tensors, padding included).
+
+    ``types``: those to choose from, none: all measured; a tensor that was measured in none of them keeps all its own.
+    Raises ResourceError where even the smallest choice of every tensor is too large, UsageError where none of ``types``
+    was measured.
+    """
+    measured = {row.qtype for row in profile.rows}
+    if types and not measured & set(types):
+        raise UsageError(
+            "the profile has none of the types to choose from",
+            expected=", ".join(types),
+            found=", ".join(sorted(measured)),
+            remedy="measure them: add --overwrite",
+        )
+    choices = {}
+    for name, figures in profile.by_tensor().items():
+        allowed = [row for row in figures if not types or row.qtype in types] or figures
+        choices[name] = (hull(allowed), allowed)
+    chosen = {name: steps[0] for name, (steps, _) in choices.items()}
+    spent = sum(padded(row.nbytes) for row in chosen.values())
+    if spent > budget:
+        raise ResourceError(
+            "the model does not fit this size in the types that were measured",
+            expected=f"at least {spent:,} bytes for its matrices",
+            found=f"{budget:,} bytes",
+            remedy="allow a larger size, or smaller types with --types (those below q2_k want --statistics)",
+        )
+    heap = [(-_gain(steps[0], steps[1]), name, 1) for name, (steps, _) in choices.items() if len(steps) > 1]
+    heapq.heapify(heap)
+    while heap:
+        _, name, index = heapq.heappop(heap)
+        steps = choices[name][0]
+        more = padded(steps[index].nbytes) - padded(chosen[name].nbytes)
+        if spent + more > budget:
+            continue
+        chosen[name], spent = steps[index], spent + more
+        if index + 1 < len(steps):
+            heapq.heappush(heap, (-_gain(steps[index], steps[index + 1]), name, index + 1))
+    spent = _fill(chosen, {name: allowed for name, (_, allowed) in choices.items()}, spent, budget)
+    return Allocation(
+        types={name: row.qtype for name, row in chosen.items()},
+        nbytes=spent,
+        budget=budget,
+        kld=sum(row.kld for row in chosen.values()),
+        kld_sem=sum(row.kld_sem**2 for row in chosen.values()) ** 0.5,
+    )
+
+
+def _fill(chosen: dict[str, Sensitivity], choices: Mapping[str, Sequence[Sensitivity]], spent: int, budget: int) -> int:
+    """Spend what is left on the single changes that gain most, hull or not, until none fits. Returns bytes spent."""
+    while True:
+        steps = [
+            (now.kld - row.kld, name, row)
+            for name, now in chosen.items()
+            for row in choices[name]
+            if row.kld < now.kld and spent + padded(row.nbytes) - padded(now.nbytes) <= budget
+        ]
+        if not steps:
+            return spent
+        _, name, row = max(steps, key=lambda step: (step[0], step[1]))
+        spent += padded(row.nbytes) - padded(chosen[name].nbytes)
+        chosen[name] = row
+
+
+def level_types(source: Source, level: str, covered: Sequence[str] = ()) -> dict[str, str]:
+    """What a plain level gives to every tensor that may be quantized. ``covered``: tensors with importance."""
+    shapes = tensor_shapes(source, level)
+    names = set(covered) | set(
+        needs_importance(level, shapes, source.architecture.hyper, arch=source.architecture.gguf_name)
+    )
+    found = assign(
+        level,
+        shapes,
+        source.architecture.hyper,
+        arch=source.architecture.gguf_name,
+        importance_names=names or None,
+    )
+    return {
+        shape.name: qtype
+        for shape, qtype in zip(shapes, found.qtypes, strict=True)
+        if is_quantizable(TensorShape(shape.name, shape.shape))
+    }
+
+
+def bytes_of(source: Source, types: Mapping[str, str]) -> int:
+    """Bytes of tensors at these types, padding included."""
+    total = 0
+    for output in source.tensors.outputs:
+        if output.name in types:
+            rows, columns = matrix_shape(output.shape)
+            total += padded(rows * QTYPES[types[output.name]].row_bytes(columns))
+    return total
+
+
+def nearest_level(bits: float) -> str:
+    """The level to name in a recipe: of those with K-quants, the one whose base has about so many bits per weight. It
+    decides what a program that reads general.file_type shows, and the types of tensors that are not named."""
+    names = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+    return min(names, key=lambda name: abs(QTYPES[LEVELS[name].base].bits_per_weight - bits))
+
+
+@dataclass(frozen=True)
+class Target:
+    """How large the model may be; one of: the bytes of the level ``like``; ``size``, bytes of the whole file; ``bpw``,
+    bits of the whole file per weight. ``types``: to choose from, none: all measured."""
+
+    like: str | None = None
+    size: int | None = None
+    bpw: float | None = None
+    types: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.like, self.size, self.bpw)) != 1:
+            raise UsageError("a recipe needs one size: that of a level, bytes, or bits per weight")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A recipe and what it stands for. ``size``: of the whole file; ``levels``: plain levels whose tensors were all
+    measured at their types, with (bytes of the file, summed KLD), to compare with ``allocation.kld``."""
+
+    recipe: Recipe
+    allocation: Allocation
+    size: int
+    levels: Mapping[str, tuple[int, float]]
+
+
+_HEADER_SLACK = 2048  # names of recipe and importance matrix in the metadata
+_COMPARED = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0")
+
+
+def choose(source: Source, profile: Profile, target: Target, *, name: str | None = None) -> Choice:
+    """The recipe for ``target``. ``name``: of the recipe, else made of the size. Raises as ``allocate``, UsageError for
+    no such level."""
+    rest = _rest_of_file(source)
+    if target.like is not None:
+        like = parse_level(target.like).name
+        budget = bytes_of(source, level_types(source, like))
+    elif target.size is not None:
+        budget = target.size - rest - _HEADER_SLACK
+    else:
+        weights = sum(weights_of(output.shape) for output in source.tensors.outputs if output.constant is None)
+        budget = int((target.bpw or 0.0) * weights / 8) - rest - _HEADER_SLACK
+    names = set(profile.by_tensor())
+    if target.like is not None:
+        unmeasured = {key: qtype for key, qtype in level_types(source, like).items() if key not in names}
+        budget -= bytes_of(source, unmeasured)
+    allocation = allocate(profile, budget, target.types)
+    weights = sum(weights_of(output.shape) for output in source.tensors.outputs if output.name in names)
+    level = like if target.like is not None else nearest_level(8 * allocation.nbytes / weights)
+    called = name or (f"{level}-profiled" if target.like is not None else _size_name(target))
+    recipe = Recipe(name=called, level=level, tensors=dict(allocation.types), model=profile.model)
+    return Choice(recipe, allocation, rest + allocation.nbytes, _plain_levels(source, profile, rest))
+
+
+def _size_name(target: Target) -> str:
+    return f"{target.bpw:g}bpw" if target.bpw is not None else f"{(target.size or 0) / 1e9:.3g}GB"
+
+
+def _rest_of_file(source: Source) -> int:
+    """Bytes of the file that no recipe changes: header, norms, routers."""
+    (plan,) = plan_source(source, "gguf", levels=["Q8_0"], name=None, options=Options(), imatrix=None)
+    return plan.size - bytes_of(source, level_types(source, "Q8_0"))
+
+
+def _plain_levels(source: Source, profile: Profile, rest: int) -> dict[str, tuple[int, float]]:
+    figures = {(row.tensor, row.qtype): row.kld for row in profile.rows}
+    found = {}
+    for level in _COMPARED:
+        types = level_types(source, level)
+        if all(pair in figures for pair in types.items()):
+            found[level] = (rest + bytes_of(source, types), sum(figures[pair] for pair in types.items()))
+    return found
