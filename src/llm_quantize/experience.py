@@ -1,0 +1,165 @@
+"""What is known about the loss of each level: of this model where ``compare`` measured some, else published figures.
+
+The published figures are mean KL divergences of Llama 3 8B (base model, F16 as the reference, wikitext-2 test, windows
+of 512) in llama.cpp's table, tools/perplexity/README.md. Other models lose more or less at the same level (Llama 2 7B:
+a quarter to two fifths), but the order holds well; where this model was measured at some levels, the published figures
+of the others are scaled by the typical ratio, and are then called estimates.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm_quantize.errors import IntegrityError, MalformedInputError
+from llm_quantize.io.json_file import read_json_object
+
+# Mean KLD by level: (without importance, with importance). None: not in the table.
+PUBLISHED: Mapping[str, tuple[float | None, float | None]] = {
+    "Q8_0": (0.001355, None),
+    "Q6_K": (0.005452, None),
+    "Q5_K_M": (0.010762, None),
+    "Q5_K_S": (0.016595, None),
+    "Q5_1": (0.018045, None),
+    "Q5_0": (0.022239, None),
+    "Q4_K_M": (0.031273, 0.028152),
+    "Q4_K_S": (0.043136, 0.031951),
+    "IQ4_NL": (None, 0.035742),
+    "IQ4_XS": (None, 0.036334),
+    "Q4_1": (0.071683, None),
+    "Q4_0": (0.071940, None),
+    "Q3_K_L": (0.087176, 0.073077),
+    "Q3_K_M": (0.101913, 0.084358),
+    "IQ3_M": (None, 0.102534),
+    "IQ3_S": (None, 0.111278),
+    "IQ3_XS": (None, 0.138693),
+    "IQ3_XXS": (None, 0.183625),
+    "Q3_K_S": (0.228217, 0.199821),
+    "IQ2_M": (None, 0.325989),
+    "Q2_K": (0.445132, 0.332223),
+    "Q2_K_S": (None, 0.403360),
+    "IQ2_S": (None, 0.439197),
+    "IQ2_XS": (None, 0.546290),
+    "IQ2_XXS": (None, 0.812022),
+    "IQ1_M": (None, 1.393084),
+    "IQ1_S": (None, 2.211278),
+}
+PUBLISHED_SOURCE = "llama.cpp's table for Llama 3 8B (tools/perplexity/README.md)"
+
+REPORT_BYTES = 256 << 20
+DEFAULT_REPORT = Path("report") / "comparison.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One artifact of an earlier comparison. ``kld``: mean, nats; ``speed``: generated tokens per second there."""
+
+    kld: float | None
+    speed: float | None
+    size: int | None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean KLD of a level, and how it is known: measured, estimated, published, or exact (nothing is lost)."""
+
+    kld: float
+    basis: str
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Everything known: ``measured`` by level, from the report ``file`` (None: there is none)."""
+
+    measured: Mapping[str, Measured] = field(default_factory=dict)
+    file: Path | None = None
+
+    def loss(self, level: str, *, exact: bool = False) -> Loss | None:
+        """What the level costs; None where neither this model nor the table has it. ``exact``: it stores the weights as
+        they are."""
+        found = self.measured.get(level)
+        if found is not None and found.kld is not None:
+            return Loss(found.kld, "measured")
+        if exact:
+            return Loss(0.0, "exact")
+        published = published_loss(level)
+        if published is None:
+            return None
+        ratio = self._ratio()
+        return Loss(published, "published") if ratio is None else Loss(published * ratio, "estimated")
+
+    def speed(self, level: str) -> float | None:
+        """Generated tokens per second where it was measured."""
+        found = self.measured.get(level)
+        return None if found is None else found.speed
+
+    def _ratio(self) -> float | None:
+        """The typical ratio of measured to published loss, of the levels that have both."""
+        ratios = [
+            found.kld / published
+            for level, found in self.measured.items()
+            if found.kld and (published := published_loss(level))
+        ]
+        return statistics.median(ratios) if ratios else None
+
+
+def published_loss(level: str) -> float | None:
+    """The published figure with importance, or without where the table has only that."""
+    without, weighted = PUBLISHED.get(level, (None, None))
+    return without if weighted is None else weighted
+
+
+def gains_from_importance(level: str) -> bool:
+    """Whether the table has a figure with importance for this level: all that lose visibly do."""
+    return PUBLISHED.get(level, (None, None))[1] is not None
+
+
+def read_report(path: Path, fingerprint: str, *, given: bool = True) -> Experience:
+    """The figures of ``comparison.json`` (or of the directory that holds it) for the model with this fingerprint.
+
+    Fields that are absent or null count as not measured. Raises MalformedInputError for another kind of file,
+    IntegrityError for a comparison of another model, and what reading raises; with ``given`` False, a report that just
+    lies there, a comparison of another model is nothing known.
+    """
+    file = path / "comparison.json" if path.is_dir() else path
+    report = read_json_object(file, limit_bytes=REPORT_BYTES)
+    model, variants = report.get("model"), report.get("variants")
+    if not isinstance(model, dict) or not isinstance(variants, list) or not isinstance(model.get("fingerprint"), str):
+        raise MalformedInputError(
+            "this is not a report of llm-quantize compare",
+            file=file,
+            expected="a model with its fingerprint, and variants",
+            remedy="make it again with llm-quantize compare, or leave --measured out",
+        )
+    if model["fingerprint"] != fingerprint:
+        if not given:
+            return Experience()
+        raise IntegrityError(
+            "this report is of another model",
+            file=file,
+            expected=f"model {fingerprint}",
+            found=f"model {model['fingerprint'][:100]}",
+            remedy="give the report of this model, or leave --measured out",
+        )
+    measured: dict[str, Measured] = {}
+    for variant in variants:
+        if isinstance(variant, dict) and isinstance(variant.get("level"), str) and variant.get("format") == "gguf":
+            size = _number(variant, "size")
+            found = Measured(
+                _number(variant, "kld"),
+                _number(variant, "generation_tokens_per_second"),
+                None if size is None else int(size),
+            )
+            measured.setdefault(variant["level"].upper(), found)
+    return Experience(measured, file)
+
+
+def _number(variant: Mapping[str, Any], name: str) -> float | None:
+    value = variant.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if -1e300 < value < 1e300 and math.isfinite(value) and value >= 0 else None
