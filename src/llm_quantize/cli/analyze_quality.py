@@ -1,0 +1,226 @@
+"""``llm-quantize analyze quality``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llm_quantize.cli.common import Mode, Size, emit_json, events, json_option, line, mode, verbose_option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from llm_quantize.evaluation.assessment import Assessment
+
+_WORST = 5
+
+
+@click.command("quality")
+@click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT...", type=click.Path())
+@click.option("--reference", required=True, metavar="MODEL", help="The model that the artifacts were made from.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="FILE",
+    help="Text to measure on: .txt, .json, .jsonl or .parquet; repeatable. "
+    "[default: the built-in English and Japanese prose]",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(4),
+    metavar="N",
+    help="Tokens in a window. [default: 512, or the model's context if that is less]",
+)
+@click.option(
+    "--windows",
+    type=click.IntRange(1),
+    metavar="N",
+    help="At most so many windows, at even distances. [default: all of the text]",
+)
+@click.option("--runtime", type=click.Choice(["llama.cpp"]), help="Measure in the real runtime too, and compare.")
+@click.option("--generate", is_flag=True, help="Let source and artifacts write, and look for loops and silence.")
+@click.option(
+    "--statistics",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Statistics or imatrix that tensor errors are weighed with.",
+)
+@click.option(
+    "--max-kld",
+    type=click.FloatRange(0, min_open=True),
+    metavar="X",
+    help="Exit with 9 if a mean KL divergence is above X.",
+)
+@click.option("--report", type=click.Path(dir_okay=False), metavar="FILE.html", help="Write a page with all figures.")
+@click.option(
+    "--lang", type=click.Choice(["en", "ja"]), default="en", show_default=True, help="Language of the report."
+)
+@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or mps.")
+@click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model.")
+@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: all CPUs]")
+@click.option("--max-ram", type=Size(), help="Memory limit, for example 8G.")
+@verbose_option
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    as_json: bool,
+    verbose: int,
+    artifacts: tuple[str, ...],
+    reference: str,
+    max_kld: float | None,
+    report: str | None,
+    lang: str,
+    **arguments: Any,
+) -> int:
+    """Measure what ARTIFACT lost against --reference: perplexity, KL divergence, agreement, errors of tensors.
+
+    One decoder block of each model is in memory at a time, so the model may be larger than memory. ARTIFACT is a
+    .gguf file or the directory of a split one; several are compared on the same tokens.
+
+    Example: llm-quantize analyze quality m-Q4_K_M.gguf m-Q3_K_M.gguf --reference ./model --max-kld 0.05
+    """
+    from llm_quantize.evaluation.assessment import AssessOptions, assess
+
+    shown = mode(ctx, as_json, verbose)
+    statistics = arguments.pop("statistics")
+    options = AssessOptions(statistics=Path(statistics) if statistics else None, **arguments)
+    commands = (shlex.join(["llm-quantize", *sys.argv[1:]]),)
+    with events(shown, "measure") as sink:
+        found = assess(reference, artifacts, options, commands=commands, on_event=sink)
+    if report is not None:
+        from llm_quantize.reports.page import write_page
+
+        write_page(found.comparison, report, lang)
+    error = found.gate(max_kld)
+    if shown.json:
+        emit_json({**found.to_dict(), "report": report, **(error.to_dict() if error is not None else {})})
+        return 0 if error is None else error.exit_code
+    _show(found, shown, report)
+    if error is not None:
+        raise error
+    return 0
+
+
+def _show(found: Assessment, shown: Mode, report: str | None) -> None:
+    from rich.console import Console
+
+    from llm_quantize.evaluation.assessment import runtime_sentence
+    from llm_quantize.evaluation.grades import describe
+
+    console, quality = Console(highlight=False, soft_wrap=True), found.quality
+    console.print(_table(found))
+    console.print()
+    console.print(_details(found))
+    texts = line(", ".join(quality.texts))
+    console.print(
+        f"{quality.tokens:,} scored tokens in {quality.windows} windows of {quality.context} ({texts}); reference "
+        f"perplexity {quality.artifacts[0].divergence.reference_perplexity:.4f}. ± are standard errors.",
+        markup=False, style="dim",
+    )  # fmt: skip
+    console.print(f"{describe()}.", markup=False, style="dim")
+    console.print(
+        f"Noise floor: the reference against itself, every sum taken in another order: KLD {quality.noise.kld:.1e} "
+        f"({quality.noise.tokens} tokens).",
+        style="dim",
+    )
+    for one in quality.artifacts:
+        if sentence := runtime_sentence(one):
+            console.print(line(sentence), markup=False)
+    _pairs(console, found)
+    for index, artifact in enumerate(quality.artifacts):
+        _worst(console, found, index, None if shown.verbose else _WORST)
+        if found.generation:
+            check = found.generation[index]
+            verdict = "as the source does" if check.ok and check.reference else "well" if check.ok else "worse"
+            console.print(f"{line(Path(artifact.path).name)} writes {verdict}", markup=False)
+            for finding in check.findings:
+                console.print(f"  after “{line(finding.prompt)}”: {finding.text}", markup=False)
+    memory = quality.memory
+    place = "on disk" if memory.on_disk else "in memory"
+    console.print(
+        f"{quality.seconds:.0f} s of CPU time, {memory.threads} threads; memory {memory.peak / 1e6:,.0f} MB, planned "
+        f"{memory.planned / 1e6:,.0f} MB, hidden states {place}.",
+        style="dim",
+    )
+    if report is not None:
+        console.print(f"report: {line(report)}", markup=False)
+
+
+def _table(found: Assessment) -> Table:
+    """What decides, in less than 80 columns for names of usual length."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("artifact", overflow="fold")
+    for name in ("bits/w", "KL divergence", "same top", "perplexity", "grade"):
+        table.add_column(name, justify="left" if name == "grade" else "right", no_wrap=True)
+    for one in found.quality.artifacts:
+        d = one.divergence
+        table.add_row(
+            Text(line(Path(one.path).name)),
+            f"{one.bits_per_weight:.2f}",
+            f"{d.kld:.5f} ± {d.kld_sem:.5f}",
+            f"{100 * d.same_top:.1f} %",
+            f"{d.perplexity:.3f}",
+            one.grade,
+        )
+    return table
+
+
+def _details(found: Assessment) -> Table:
+    """How the divergence is spread, and the two figures of the token that follows."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("KLD", overflow="fold")
+    for name in ("median", "99 %", "99.9 %", "max", "Δp RMS", "ln perplexity ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in found.quality.artifacts:
+        d = one.divergence
+        table.add_row(
+            Text(line(Path(one.path).name)),
+            f"{d.kld_median:.5f}",
+            f"{d.kld_99:.4f}",
+            f"{d.kld_999:.4f}",
+            f"{d.kld_max:.3f}",
+            f"{100 * d.rms_delta_p:.2f} %",
+            f"{d.ln_ratio:+.5f} ± {d.ln_ratio_sem:.5f}",
+        )
+    return table
+
+
+def _pairs(console: Console, found: Assessment) -> None:
+    names = [Path(one.path).name for one in found.quality.artifacts]
+    for pair in found.quality.pairs:
+        console.print(
+            f"{line(names[pair.first])} - {line(names[pair.second])}: KLD {pair.kld_difference:+.6f} ± "
+            f"{pair.kld_difference_sem:.6f} (paired), ratio {pair.kld_ratio:.3f} ± {pair.kld_ratio_sem:.3f}",
+            markup=False,
+        )
+
+
+def _worst(console: Console, found: Assessment, index: int, count: int | None) -> None:
+    from llm_quantize.evaluation.tensor_errors import worst
+
+    losses = worst(found.tensors[index], count or len(found.tensors[index]))
+    if not losses:
+        return
+    name = line(Path(found.quality.artifacts[index].path).name)
+    console.print(f"largest errors of tensors in {name} (relative RMS):", markup=False)
+    for loss in losses:
+        weighted = "" if loss.weighted is None else f", weighted by importance {loss.weighted:.4f}"
+        broken = f", {loss.nonfinite} values not finite" if loss.nonfinite else ""
+        console.print(
+            f"  {line(loss.name)} {loss.qtype} {loss.relative:.4f}{weighted}, largest {loss.largest:.2f} RMS{broken}",
+            markup=False,
+        )

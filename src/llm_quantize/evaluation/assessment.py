@@ -1,0 +1,240 @@
+"""``analyze quality``: one model and some artifacts, and everything this package can say of them.
+
+model → text → divergence (streamed, and in the runtime) → errors of tensors → generated text → one result
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from llm_quantize import preflight
+from llm_quantize.bench import measured_file
+from llm_quantize.calibration.tokens import TextTokenizer
+from llm_quantize.errors import NumericPolicyError
+from llm_quantize.evaluation import grades
+from llm_quantize.evaluation.decoded import DecodedArtifact
+from llm_quantize.evaluation.generation_check import Answer, GenerationCheck, check_generation, source_answers
+from llm_quantize.evaluation.quality import ArtifactQuality, QualityResult, measure_quality
+from llm_quantize.evaluation.tensor_errors import TensorLoss, tensor_errors
+from llm_quantize.evaluation.texts import EvaluationText, evaluation_text
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.source import Source, open_source
+
+if TYPE_CHECKING:
+    from llm_quantize.reports.result import ComparisonResult
+
+CONTEXT = 512
+_LARGEST_ERROR = 1e9  # in a report, for a tensor of zeros that is not zeros any more
+
+
+@dataclass(frozen=True)
+class AssessOptions:
+    """``texts``: files; none means the built-in text. ``context`` None: CONTEXT tokens, or the model's context if that
+    is less. ``windows``: at most so many. ``statistics``: a statistics file or imatrix to weigh tensor errors with.
+    ``generate``: let source and artifacts write."""
+
+    texts: tuple[str, ...] = ()
+    context: int | None = None
+    windows: int | None = None
+    threads: int | None = None
+    max_ram: int | None = None
+    device: str = "cpu"
+    runtime: str | None = None
+    statistics: Path | None = None
+    generate: bool = False
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """``tensors`` and ``generation`` go with ``quality.artifacts``; ``generation`` is empty where it was not asked
+    for. ``comparison``: the same as data for a report."""
+
+    quality: QualityResult
+    tensors: tuple[tuple[TensorLoss, ...], ...]
+    generation: tuple[GenerationCheck, ...]
+    comparison: ComparisonResult
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same facts, JSON-ready but for NaN and infinity."""
+        written = self.quality.to_dict()
+        for index, artifact in enumerate(written["artifacts"]):
+            artifact["tensors"] = [loss.to_dict() for loss in self.tensors[index]]
+            artifact["generation"] = self.generation[index].to_dict() if self.generation else None
+        return written
+
+    def gate(self, max_kld: float | None) -> NumericPolicyError | None:
+        """The error for what does not pass, or None: ``max_kld`` (None: no limit)."""
+        return None if max_kld is None else self.quality.gate(max_kld)
+
+
+def assess(
+    model: str,
+    artifacts: Sequence[str | Path],
+    options: AssessOptions | None = None,
+    *,
+    commands: Sequence[str] = (),
+    on_event: EventSink = ignore,
+) -> Assessment:
+    """Measure ``artifacts`` against ``model``. ``commands``: what a report shows to make it again.
+
+    Raises what opening the model, reading the text, ``measure_quality``, ``tensor_errors`` and ``check_generation``
+    raise.
+    """
+    options = options or AssessOptions()
+    source = open_source(model, revision=options.revision, on_event=on_event)
+    with source.checkpoint:
+        text = evaluation_text(
+            TextTokenizer(source),
+            options.texts,
+            context=options.context or min(CONTEXT, source.architecture.hyper.context_length),
+            limit=options.windows,
+            on_event=on_event,
+        )
+        importance = _importance(source, options.statistics)
+        on_event({"event": "stage", "text": "measure"})
+        quality = measure_quality(
+            source,
+            artifacts,
+            text.windows,
+            threads=options.threads,
+            max_ram=options.max_ram,
+            device=options.device,
+            runtime=options.runtime,
+            texts=[Path(name).name for name in text.names],
+            on_event=on_event,
+        )
+        tensors = []
+        for path in artifacts:
+            on_event({"event": "stage", "text": f"errors of tensors: {Path(path).name}"})
+            decoded = DecodedArtifact(source, path)
+            threads = quality.memory.threads
+            tensors.append(
+                tuple(tensor_errors(source, decoded, importance=importance, threads=threads, on_event=on_event))
+            )
+        generation = _generation(source, artifacts, options, on_event) if options.generate else ()
+        comparison = _comparison(source, model, text, quality, tensors, generation, commands, options)
+    return Assessment(quality, tuple(tensors), generation, comparison)
+
+
+def _importance(source: Source, file: Path | None) -> dict[str, npt.NDArray[Any]] | None:
+    """{GGUF name: importance (matrices, columns)} of a file of either kind."""
+    if file is None:
+        return None
+    from llm_quantize.importance import from_statistics
+    from llm_quantize.io.imatrix_file import read_imatrix
+
+    imatrix = from_statistics(file, source) if file.suffix == ".safetensors" else read_imatrix(file)
+    rows = {output.name: imatrix.rows(output.name, output.shape) for output in source.tensors.outputs}
+    return {name: values for name, values in rows.items() if values is not None}
+
+
+def _generation(
+    source: Source, artifacts: Sequence[str | Path], options: AssessOptions, on_event: EventSink
+) -> tuple[GenerationCheck, ...]:
+    checkpoint, limit = source.checkpoint, preflight.memory_limit(options.max_ram)
+    size = sum(header.file_size for header in checkpoint.headers)
+    own: tuple[Answer, ...] = ()
+    if limit is not None and 2 * size > limit - preflight.resident_bytes():
+        text = "the source does not fit in memory whole: what the artifacts write is judged without it"
+        on_event({"event": "warning", "text": text})
+    else:
+        on_event({"event": "stage", "text": "write with the source"})
+        encode = TextTokenizer(source).encode
+        own = source_answers(checkpoint.directory, encode, threads=options.threads, on_event=on_event)
+    return tuple(
+        check_generation(path, reference=own, threads=options.threads, on_event=on_event) for path in artifacts
+    )
+
+
+def _comparison(
+    source: Source,
+    model: str,
+    text: EvaluationText,
+    quality: QualityResult,
+    tensors: Sequence[Sequence[TensorLoss]],
+    generation: Sequence[GenerationCheck],
+    commands: Sequence[str],
+    options: AssessOptions,
+) -> ComparisonResult:
+    from llm_quantize.reports.facts import machine_facts, model_facts, program_versions
+    from llm_quantize.reports.result import ComparisonResult, Reference, TextFacts
+
+    facts = model_facts(source, model)
+    first = quality.artifacts[0].divergence
+    return ComparisonResult(
+        model=facts,
+        text=TextFacts(quality.texts, quality.text_sha256, quality.context, quality.windows, quality.tokens),
+        machine=machine_facts("analyze quality measures no speed", options.threads),
+        reference=Reference(
+            perplexity=first.reference_perplexity,
+            perplexity_sem=first.reference_perplexity_sem,
+            bits_per_weight=8 * facts.size / max(1, facts.parameters),
+            noise_floor=quality.noise.kld,
+            samples=_samples(generation[0].reference) if generation else (),
+        ),
+        variants=tuple(
+            _variant(one, tensors[index], generation[index] if generation else None)
+            for index, one in enumerate(quality.artifacts)
+        ),
+        grades=grades.GRADES,
+        versions=program_versions(),
+        commands=tuple(commands),
+        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        notes=tuple(_notes(quality, generation)),
+    )
+
+
+def _samples(answers: Sequence[Any]) -> tuple[Any, ...]:
+    from llm_quantize.reports.result import Sample
+
+    return tuple(Sample(answer.prompt, answer.text) for answer in answers)
+
+
+def _variant(one: ArtifactQuality, losses: Sequence[TensorLoss], written: GenerationCheck | None) -> Any:
+    from llm_quantize.reports.result import TensorError, Variant
+
+    file = measured_file(Path(one.path), made=False)
+    return Variant(
+        format="gguf",
+        level=file.level,
+        file=Path(one.path).name,
+        size=one.size,
+        bits_per_weight=file.bits_per_weight,
+        quantize_cpu_seconds=None,
+        divergence=one.divergence,
+        grade=one.grade,
+        tensor_errors=tuple(
+            TensorError(loss.name, loss.layer, loss.role, loss.qtype, min(loss.relative, _LARGEST_ERROR))
+            for loss in sorted(losses, key=lambda loss: loss.name)
+            if loss.relative > 0
+        ),
+        samples=() if written is None else _samples(written.answers),
+    )
+
+
+def _notes(quality: QualityResult, generation: Sequence[GenerationCheck]) -> list[str]:
+    notes = [f"{Path(one.path).name}: {note}" for one in quality.artifacts for note in one.notes]
+    notes += [sentence for one in quality.artifacts if (sentence := runtime_sentence(one))]
+    for one, check in zip(quality.artifacts, generation, strict=False):
+        notes += [f"{Path(one.path).name}, after “{f.prompt}”: {f.text}" for f in check.findings]
+    return notes
+
+
+def runtime_sentence(one: ArtifactQuality) -> str:
+    """What the runtime's figure says beside the streamed one; empty where it was not asked for."""
+    real = one.runtime
+    if real is None:
+        return ""
+    agree = "as its rounding of activations explains" if real.explained else "MORE than rounding explains"
+    return (
+        f"{Path(one.path).name} in {real.runtime}: KLD {real.divergence.kld:.6f}, {real.difference:+.6f} ± "
+        f"{real.difference_sem:.6f} from the streamed {one.divergence.kld:.6f}; the two are KLD "
+        f"{real.rounding.kld:.6f} apart, {agree}"
+    )
