@@ -155,17 +155,7 @@ class Bench:
         self._on_event({"event": "warning", "text": f"speed and samples are not measured: {self.absent}"})
 
 
-def samples_of(answers: Sequence[Answer]) -> tuple[Sample, ...]:
-    """The texts for the report."""
-    return tuple(Sample(answer.prompt, answer.text) for answer in answers)
-
-
-def findings(
-    artifacts: Sequence[MeasuredFile], answers: Sequence[Sequence[Answer]], own: Sequence[Answer]
-) -> list[str]:
-    """Sentences about artifacts that write worse than the source: nothing, one phrase over and over, no end."""
-    return [
-        f"{artifact.level}, after “{finding.prompt}”: {finding.text}"
-        for artifact, written in zip(artifacts, answers, strict=True)
-        for finding in judge(written, own if written else ())
-    ]
+def samples_of(answers: Sequence[Answer], own: Sequence[Answer] = ()) -> tuple[Sample, ...]:
+    """The texts for the report, with a flag where one is worse than the source's ``own``; without those, none."""
+    flags = {finding.prompt: finding.kind for finding in judge(answers, own)} if own and answers else {}
+    return tuple(Sample(answer.prompt, answer.text, flags.get(answer.prompt, "")) for answer in answers)

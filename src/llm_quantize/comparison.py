@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_quantize.bench import Bench, MeasuredFile, findings, measured_file, samples_of
+from llm_quantize.bench import Bench, MeasuredFile, measured_file, samples_of
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.errors import UsageError
 from llm_quantize.evaluation import grades
@@ -130,9 +130,7 @@ def compare(
         errors = [work.tensor_errors(artifact) for artifact in found]
         speeds = [work.speed(artifact) for artifact in found]
         own = work.source_answers()
-        answers = [work.answers(artifact) for artifact in found]
-        samples = [samples_of(written) for written in answers]
-        notes = [*quality["notes"], *findings(found, answers, own)]
+        samples = [samples_of(work.answers(artifact), own) for artifact in found]
         reference = Reference(
             perplexity=quality["artifacts"][0].reference_perplexity,
             perplexity_sem=quality["artifacts"][0].reference_perplexity_sem,
@@ -162,7 +160,7 @@ def compare(
             versions=program_versions(),
             commands=options.commands,
             created=datetime.datetime.now(datetime.UTC).date().isoformat(),
-            notes=tuple(notes),
+            notes=quality["notes"],
         )
 
 

@@ -83,7 +83,9 @@ def variant(
     )
 
 
-def comparison(*variants: Variant, name: str = "demo-llama", layers: int = 4, source_text: str | None = None) -> ComparisonResult:
+def comparison(
+    *variants: Variant, name: str = "demo-llama", layers: int = 4, source_text: str | None = None
+) -> ComparisonResult:
     text = " was very calm. He said that he was going." if source_text is None else source_text
     return ComparisonResult(
         model=ModelFacts(name, name, None, "llama", 5_771_520, 11_547_128, "BF16", layers, "9f" * 32),

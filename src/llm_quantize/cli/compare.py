@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from llm_quantize.events import EventSink
     from llm_quantize.reports.result import ComparisonResult
 
-_NOT_REPEATED = ("model", "artifacts", "output_dir", "as_json", "keep", "variants")
+_LINE = 90
+_NOT_REPEATED = ("model", "artifacts", "output_dir", "as_json", "keep", "variants", "lang")
 
 
 def _options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,21 +134,22 @@ def _commands(ctx: click.Context, model: str, artifacts: tuple[str, ...], varian
     from llm_quantize import __version__
     from llm_quantize.comparison import DEFAULT_VARIANTS
 
-    words = ["llm-quantize", "compare", model, *artifacts]
+    words = [["llm-quantize", "compare", model, *artifacts]]
     if not variants and not artifacts:
         variants = [("gguf", level) for level in DEFAULT_VARIANTS]
     if variants:
-        words += ["--variants", ",".join(f"{format}:{level}" for format, level in variants)]
+        words.append(["--variants", ",".join(f"{format}:{level}" for format, level in variants)])
     for option in ctx.command.params:
         value = ctx.params.get(option.name or "")
         if option.name in _NOT_REPEATED or value == option.get_default(ctx) or value in (None, ()):
             continue
         if isinstance(value, bool):
-            words.append(option.opts[0] if value else (option.secondary_opts or option.opts)[0])
+            words.append([option.opts[0] if value else (option.secondary_opts or option.opts)[0]])
             continue
-        for one in value if isinstance(value, tuple) else (value,):
-            words += [option.opts[0], str(one)]
-    return (f"pip install 'llm-quantize[torch,llamacpp]=={__version__}'", shlex.join(words))
+        words += [[option.opts[0], str(one)] for one in (value if isinstance(value, tuple) else (value,))]
+    parts = [shlex.join(part) for part in words]
+    wrapped = (" " if sum(map(len, parts)) < _LINE else " \\\n    ").join(parts)
+    return (f"pip install 'llm-quantize[torch,llamacpp]=={__version__}'", wrapped)
 
 
 @contextmanager

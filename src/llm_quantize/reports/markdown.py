@@ -47,11 +47,11 @@ def markdown(result: ComparisonResult, lang: str = "en") -> str:
         cells = _cells(variant, timed=timed)
         name = escape(variant.label)
         cells[0] = f"**{name}**" if variant is chosen else name
-        lines.append("| " + " | ".join([*cells, grade_name(variant.grade, lang)]) + " |")
+        lines.append("| " + " | ".join([*cells, escape(grade_name(variant.grade, lang))]) + " |")
     for paragraph in method(result, lang):
         lines += ["", escape(paragraph)]
     if result.commands:
-        block = "\n".join(printable(command, 1 << 16) for command in result.commands)
+        block = "\n".join(printable(line, 1 << 16) for command in result.commands for line in command.split("\n"))
         fence = "`" * max([3, *(len(run) + 1 for run in _FENCE.findall(block))])
         lines += ["", f"{fence}sh", block, fence]
     return "\n".join(lines) + "\n"

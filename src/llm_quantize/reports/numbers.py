@@ -17,6 +17,7 @@ def significant(value: float, digits: int = 3) -> str:
     if power < -7:
         return f"{value:.{digits - 1}e}"
     rounded = round(value, digits - 1 - power)
+    power = math.floor(math.log10(abs(rounded)))  # 9.999 became 10.0
     return f"{rounded:.{max(0, digits - 1 - power)}f}"
 
 

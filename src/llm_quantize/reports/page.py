@@ -93,7 +93,7 @@ def context(result: ComparisonResult, lang: str) -> dict[str, Any]:
         "maps": [found for found in maps if found is not None],
         "scale": scale and (significant(scale[0], 2), significant(scale[1], 2)),
         "steps": range(heatmap.STEPS),
-        "samples": _samples(result),
+        "samples": _samples(result, words),
         "method": method(result, lang),
         "commands": result.commands,
         "footer": _footer(result, words),
@@ -234,35 +234,41 @@ def _source_row(result: ComparisonResult) -> dict[str, Any]:
     }
 
 
-def _samples(result: ComparisonResult) -> list[dict[str, Any]]:
+def _samples(result: ComparisonResult, words: Mapping[str, str]) -> list[dict[str, Any]]:
     """For each prompt the source's text and every variant's, cut where it leaves the source's."""
     everyone = [result.reference.samples, *(variant.samples for variant in result.variants)]
     prompts = dict.fromkeys(sample.prompt for samples in everyone for sample in samples)
     found = []
     for prompt in prompts:
         source = _text(result.reference.samples, prompt)
-        source = None if source is None else source.strip("\n ")
         cards = []
         for variant in result.variants:
             text = _text(variant.samples, prompt)
             if text is not None:
-                text = text.strip("\n ")
                 same = 0 if source is None else common_length(source, text)
-                cards.append({"label": variant.label, "same": text[:same], "own": text[same:]})
+                flag = next((sample.flag for sample in variant.samples if sample.prompt == prompt), "")
+                said = words.get(f"flag_{flag}", flag)
+                cards.append({"label": variant.label, "same": text[:same], "own": text[same:], "flag": said})
         found.append({"prompt": prompt, "source": source, "cards": cards})
     return found
 
 
 def _text(samples: Sequence[Sample], prompt: str) -> str | None:
-    return next((sample.text for sample in samples if sample.prompt == prompt), None)
+    """The text after a prompt, without blanks around it and the bytes of a character cut off at the end."""
+    found = next((sample.text for sample in samples if sample.prompt == prompt), None)
+    return None if found is None else found.rstrip("\ufffd").strip("\n ")
 
 
 def common_length(a: str, b: str) -> int:
-    """Characters that both begin with, cut back to the end of a word where one is near."""
+    """Characters that both begin with; a word that only begins alike is not counted."""
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    if same < len(b):
-        space = b.rfind(" ", max(0, same - 20), same + 1)
-        return max(space, 0) if space >= 0 else same
+
+    def inside(text: str) -> bool:
+        return same < len(text) and all(c.isascii() and c.isalnum() for c in text[same - 1 : same + 1])
+
+    if same > 0 and (inside(a) or inside(b)):
+        while same and b[same - 1].isascii() and b[same - 1].isalnum():
+            same -= 1
     return same
 
 

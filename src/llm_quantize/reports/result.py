@@ -74,10 +74,12 @@ class TensorError:
 
 @dataclass(frozen=True)
 class Sample:
-    """``text`` continues ``prompt``, the likeliest token each time."""
+    """``text`` continues ``prompt``, the likeliest token each time. ``flag``: what in it is worse than in the source's
+    ("empty", "loop", "repetition", "endless", as evaluation/generation_check.py finds them), or nothing."""
 
     prompt: str
     text: str
+    flag: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,70 @@
+"""Speed and memory in the real runtime: figures that are there, and failures that are named."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_quantize.errors import MalformedInputError, MissingExtraError, ResourceError, UsageError
+from llm_quantize.evaluation import speed
+from llm_quantize.evaluation.runtimes import llama_cpp_library
+from llm_quantize.pipeline import quantize
+
+
+@pytest.fixture(scope="module")
+def artifact(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speed")
+    return quantize(str(demo_model), levels=["Q4_K_M"], output_dir=folder)[0].path
+
+
+def test_measured_in_a_process_of_its_own(artifact: Path) -> None:
+    found = speed.measure_speed(artifact, threads=1)
+    assert found.prompt_tokens_per_second > 0
+    assert found.generation_tokens_per_second > 0
+    # The child holds its interpreter and, on top of it, what the file and its runtime take.
+    assert 5_000_000 < found.memory_empty < found.memory
+    assert found.memory - found.memory_empty > artifact.stat().st_size
+    assert (found.threads, found.repeats) == (1, speed.REPEATS)
+    assert found.runtime.startswith("llama.cpp (xllamacpp ")
+
+
+def test_damaged_artifact_is_named(artifact: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(artifact.read_bytes()[:100_000])
+    with pytest.raises(MalformedInputError, match="does not run") as caught:
+        speed.measure_speed(broken, threads=1)
+    assert caught.value.file == str(broken)
+    assert caught.value.found is not None
+    assert "llama.cpp does not load this file" in caught.value.found
+
+
+def test_a_child_that_dies_is_told(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed.sys, "executable", "/bin/false")
+    with pytest.raises(ResourceError, match="ended early"):
+        speed.measure_speed(artifact, threads=1)
+
+
+def test_no_artifact(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such artifact"):
+        speed.measure_speed(tmp_path / "none.gguf")
+
+
+def test_no_runtime(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None) -> Any:
+        return None if name == "xllamacpp" else found(name, package)
+
+    llama_cpp_library.load_library.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    with pytest.raises(MissingExtraError):
+        speed.measure_speed(artifact)
+
+
+def test_median_leaves_the_first_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 9.0, 10.0, 11.0, 20.0, 24.0, 30.0, 32.0])
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    assert speed._median(lambda: None) == 2.0

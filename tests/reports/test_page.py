@@ -1,0 +1,221 @@
+"""The page and the Markdown: whole, self-contained, and deaf to what models and files are called."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import string
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from llm_quantize.errors import AccessError, UsageError
+from llm_quantize.evaluation.grades import GRADES
+from llm_quantize.reports import labels as words
+from llm_quantize.reports.markdown import markdown
+from llm_quantize.reports.page import common_length, page, write_page
+from llm_quantize.reports.result import ComparisonResult, Sample
+from tests.reports.examples import comparison, usual, variant
+
+HOSTILE = "</style></title><script>alert(1)</script><img src=http://x.y/z onerror=alert(1)>{{ 7*7 }}\"'&|`"
+
+
+class Seen(HTMLParser):
+    """Elements, attributes and text of a page; refuses tags that do not close in order."""
+
+    VOID = ("meta", "link", "br", "img")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.said: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.said.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.said)
+
+
+def hostile() -> ComparisonResult:
+    result = usual()
+    first = dataclasses.replace(
+        result.variants[0],
+        level=HOSTILE,
+        file=HOSTILE,
+        grade=HOSTILE,
+        samples=(Sample(HOSTILE, f" was very {HOSTILE}", HOSTILE),),
+        tensor_errors=tuple(
+            dataclasses.replace(error, role=HOSTILE, name=HOSTILE) for error in result.variants[0].tensor_errors
+        ),
+    )
+    return dataclasses.replace(
+        result,
+        model=dataclasses.replace(result.model, name=HOSTILE, source=HOSTILE, architecture=HOSTILE, dtype=HOSTILE),
+        text=dataclasses.replace(result.text, names=(HOSTILE,)),
+        machine=dataclasses.replace(result.machine, cpu=HOSTILE, system=HOSTILE),
+        variants=(first, *result.variants[1:]),
+        versions={HOSTILE: HOSTILE},
+        commands=(HOSTILE,),
+        notes=(HOSTILE,),
+    )
+
+
+@pytest.mark.parametrize("lang", words.LANGUAGES)
+def test_page_is_self_contained(lang: str) -> None:
+    text = page(usual(), lang)
+    seen = Seen(text)
+    assert not {"script", "img", "iframe", "object", "embed", "base", "form", "a"} & set(seen.tags)
+    assert not re.search(r"(?:https?:)?//[\w.]", text)
+    assert not re.search(r"@import|url\(|@font-face", text)
+    links = [value for name, value in seen.attributes if name in ("href", "src", "action")]
+    assert links == ["data:,"]
+    assert f'<html lang="{lang}">' in text
+    assert "default-src 'none'" in text
+    assert text.startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("lang", words.LANGUAGES)
+def test_page_says_every_figure(lang: str) -> None:
+    result = usual()
+    seen = Seen(page(result, lang))
+    for wanted in (
+        "Q4_K_M",
+        "3.58 MB",
+        "0.0192",
+        "± 0.0005",
+        "93.1 %",
+        "demo-llama",
+        result.commands[0],
+        "attn_output",
+    ):
+        assert wanted in seen.text, wanted
+    for paragraph in ("plot_lead", "heat_lead", "samples_lead", "method_kld", "reproduce_lead"):
+        assert words.labels(lang)[paragraph] in seen.text
+
+
+@pytest.mark.parametrize("lang", words.LANGUAGES)
+def test_hostile_names_and_texts_are_only_text(lang: str) -> None:
+    text = page(hostile(), lang)
+    seen = Seen(text)
+    assert not {"script", "img"} & set(seen.tags)
+    assert not [name for name, _ in seen.attributes if name.startswith("on")]
+    assert seen.tags.count("style") == 1
+    assert "{{ 7*7 }}" in seen.text
+    assert seen.text.count("alert(1)") > 10
+
+
+def test_hostile_names_are_only_text_in_markdown() -> None:
+    text = markdown(hostile())
+    prose = text.split("\n```")[0]
+    assert "alert(1)" in prose
+    assert not re.search(r"(?<!\\)[<`]", prose)
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1  # a name cannot add a column
+
+
+@pytest.mark.parametrize("lang", words.LANGUAGES)
+def test_markdown_has_the_table_and_the_command(lang: str) -> None:
+    text = markdown(usual(), lang)
+    assert "| **Q4_K_M** | 3.58 MB |" in text
+    assert "```sh\nllm-quantize compare demo-llama --variants gguf:Q4_K_M\n```" in text
+    assert "<" not in text
+    assert words.labels(lang)["method_kld"].split("。")[0].split("(")[0] in text
+
+
+def test_a_fence_in_a_command_does_not_end_the_block() -> None:
+    result = dataclasses.replace(usual(), commands=("echo '```'",))
+    assert markdown(result).endswith("````sh\necho '```'\n````\n")
+
+
+def test_speed_that_was_not_measured_is_said() -> None:
+    result = comparison(variant("Q8_0", 6_000_000, 0.001, timed=False), variant("Q4_0", 3_000_000, 0.1, timed=False))
+    result = dataclasses.replace(result, machine=dataclasses.replace(result.machine, runtime="no runtime here"))
+    for lang in words.LANGUAGES:
+        text = Seen(page(result, lang)).text
+        assert "no runtime here" in text
+        assert words.labels(lang)["prompt"] not in text
+    assert "no runtime here" in markdown(result)
+
+
+def test_one_variant_and_none() -> None:
+    alone = Seen(page(comparison(variant("Q8_0", 6_000_000, 0.001)))).text
+    assert "Q8_0 was measured." in alone
+    assert "Take" not in alone
+    assert Seen(page(comparison())).text
+
+
+def test_verdict_follows_from_the_figures() -> None:
+    text = Seen(page(usual())).text
+    assert "Take Q4_K_M. 3.58 MB, 31 % of the source" in text
+    assert "Q5_K_M is 17 % larger and divides the divergence by 3.1" in text
+    assert "Q3_K_M is 16 % smaller and multiplies it by 4.3" in text
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "same"),
+    [
+        ("one two three", "one two four", "one two "),
+        ("one two", "one two", "one two"),
+        ("one two", "one twofold", "one "),
+        ("one twofold", "one two", "one "),
+        ("walked", "warm", ""),
+        ("トイトル", "トイイイ", "トイ"),
+        ("", "x", ""),
+    ],
+)
+def test_texts_part_at_words(source: str, text: str, same: str) -> None:
+    assert text[: common_length(source, text)] == same
+
+
+def test_both_languages_say_the_same_things() -> None:
+    english, japanese = words.labels("en"), words.labels("ja")
+    assert english.keys() == japanese.keys()
+    for key, text in english.items():
+        places = {name for _, name, _, _ in string.Formatter().parse(text) if name}
+        assert places == {name for _, name, _, _ in string.Formatter().parse(japanese[key]) if name}, key
+        if key != "space":
+            assert text.strip()
+            assert japanese[key].strip()
+    for name, _ in GRADES:
+        assert words.grade_name(name, "ja") != name
+        assert words.grade_name(name, "en") == name
+
+
+def test_unknown_language_is_refused() -> None:
+    with pytest.raises(UsageError, match="no report in this language"):
+        page(usual(), "tlh")
+
+
+def test_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = write_page(usual(), tmp_path / "new" / "page.html", "ja")
+    assert path.read_text(encoding="utf-8") == page(usual(), "ja")
+    assert [entry.name for entry in path.parent.iterdir()] == ["page.html"]
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(AccessError):
+        write_page(usual(), tmp_path / "taken")
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_page(tmp_path: Path) -> None:
+    path = write_page(comparison(variant("Q8_0", 6_000_000, 0.001), name="a\udc80b"), tmp_path / "page.html")
+    assert "a?b" in path.read_text(encoding="utf-8")
