@@ -10,6 +10,7 @@ COMMANDS: dict[str, str] = {
     "importance": "Run text through a model and write how much each input channel matters.",
     "quality": "Measure what artifacts lost against the model they were made from.",
     "profile": "Measure what each tensor costs at each type, and write the best recipe for a size.",
+    "tasks": "Run benchmark tasks on an artifact, through lm-evaluation-harness.",
 }
 
 
