@@ -482,3 +482,10 @@ def test_mutated_model_directories_raise_only_ours(model: Path, which: int, data
                 checkpoint.read_rows(tensor, 0, checkpoint.matrix(tensor)[0])
     except LlmQuantizeError as error:
         assert error.exit_code in (3, 4, 6), json.dumps(error.to_dict())  # noqa: PT017
+
+
+def test_the_built_in_model_has_a_name_of_its_own(demo_model: Path) -> None:
+    with open_checkpoint("builtin:demo-llama") as checkpoint:
+        assert (checkpoint.directory, checkpoint.name) == (demo_model, "demo-llama")
+    with pytest.raises(UsageError, match="revisions"):
+        open_checkpoint("builtin:demo-llama", revision="main")

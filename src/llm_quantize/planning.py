@@ -169,6 +169,12 @@ def _advice(source: Source, level: str, qtypes: Sequence[str], imatrix: Imatrix 
         advice.append("MXFP4_MOE: this model has no expert tensors, so nothing is stored as mxfp4; this is Q8_0")
     if level.startswith("TQ"):
         advice.append(f"{level} is for models trained with ternary weights; any other model loses nearly everything")
+    if imatrix is not None and not imatrix.sha256:
+        calibration = options.calibration
+        advice.append(
+            f"quantize calibrates first: at most {calibration.samples} windows of {calibration.length} tokens run "
+            "through the model, one block in memory at a time (this needs the extra [torch])"
+        )
     limit = options.split_max_size
     if limit is not None:
         size, largest = max(

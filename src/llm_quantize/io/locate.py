@@ -7,9 +7,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_quantize.data import demo_model
 from llm_quantize.errors import UnsupportedError, UsageError, printable
 from llm_quantize.events import EventSink
 from llm_quantize.io.hub import resolve
+
+BUILT_IN = "builtin:demo-llama"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,13 @@ class Place:
 def locate(
     model: str | os.PathLike[str], revision: str | None, on_event: EventSink | None, *, headers_only: bool = False
 ) -> Place:
-    """The directory of ``model``: itself, or the hub's snapshot. An existing path wins over a hub id."""
+    """The directory of ``model``: itself, or the hub's snapshot. An existing path wins over a hub id.
+
+    ``BUILT_IN`` is the small trained model that comes with this package.
+    """
     text = os.fspath(model)
+    if text == BUILT_IN:
+        return _local(demo_model(), revision)
     path = Path(text).expanduser()
     try:
         exists = bool(text) and path.exists()
