@@ -193,7 +193,7 @@ def _refuse(path: Path, where: str, expected: str, found: object) -> NoReturn:
         file=path,
         expected=expected,
         found=printable(found, 80) if isinstance(found, str) and where == "" else kind,
-        remedy='see "Text for calibration" in the guide for the forms',
+        remedy="docs/reference/text.md shows the forms",
     )
 
 

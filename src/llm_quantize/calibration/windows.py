@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -184,25 +185,41 @@ class _Stream:
         self._read_characters += self._pieces.characters(part)
 
 
+class _Piece(NamedTuple):
+    """Characters [start, stop) of a document (not a copy: a text may be large), or a conversation; whether its document
+    ends with it."""
+
+    text: str
+    start: int
+    stop: int
+    messages: tuple[Message, ...]
+    last: bool
+
+    @property
+    def characters(self) -> int:
+        return self.stop - self.start + sum(len(message["content"]) for message in self.messages)
+
+
 class _Pieces:
     """The documents of some data sets as pieces of text or conversations, and parts: ranges of pieces."""
 
     def __init__(self, documents: Sequence[Document], tokenizer: TextTokenizer, chat: bool) -> None:
         self._tokenizer = tokenizer
-        self._items: list[tuple[str, tuple[Message, ...], bool]] = []  # text, or messages; whether a document ends
+        self._items: list[_Piece] = []
         for document in documents:
             if document.messages:
-                self._items.append(("", document.messages, True))
+                self._items.append(_Piece("", 0, 0, document.messages, True))
             elif chat:
-                self._items.extend(("", messages, True) for messages in exchanges(document.text))
+                self._items.extend(_Piece("", 0, 0, messages, True) for messages in exchanges(document.text))
             else:
-                pieces = list(split_text(document.text, _PIECE_CHARACTERS))
-                self._items.extend((piece, (), i == len(pieces)) for i, piece in enumerate(pieces, 1))
+                size = len(document.text)
+                for start, stop in _cuts(document.text, _PIECE_CHARACTERS):
+                    self._items.append(_Piece(document.text, start, stop, (), stop == size))
         self.plain_layout: tuple[int, UnsupportedError] | None = None
         self.parts: list[range] = []
         start = characters = 0
         for index, item in enumerate(self._items):
-            characters += _characters(item)
+            characters += item.characters
             if characters >= PART_CHARACTERS:
                 self.parts.append(range(start, index + 1))
                 start, characters = index + 1, 0
@@ -210,16 +227,19 @@ class _Pieces:
             self.parts.append(range(start, len(self._items)))
 
     def characters(self, part: range) -> int:
-        return sum(_characters(self._items[i]) for i in part)
+        return sum(self._items[i].characters for i in part)
 
     def tokenize(self, part: range) -> npt.NDArray[np.int32]:
         tokenizer = self._tokenizer
         end = [tokenizer.eos] if tokenizer.eos is not None else tokenizer.encode("\n\n")
         found = []
         for index in part:
-            text, messages, last = self._items[index]
-            ids = self._conversation(messages) if messages else tokenizer.encode(text)
-            if last and ids[-len(end) :] != end:  # templates often end with the token themselves
+            piece = self._items[index]
+            if piece.messages:
+                ids = self._conversation(piece.messages)
+            else:
+                ids = tokenizer.encode(piece.text[piece.start : piece.stop])
+            if piece.last and ids[-len(end) :] != end:  # templates often end with the token themselves
                 ids += end
             found.append(np.asarray(ids, np.int32))
         return np.concatenate(found)
@@ -234,23 +254,23 @@ class _Pieces:
             return self._tokenizer.encode(plain(messages))
 
 
-def _characters(item: tuple[str, tuple[Message, ...], bool]) -> int:
-    return len(item[0]) + sum(len(message["content"]) for message in item[1])
-
-
 def split_text(text: str, limit: int) -> Iterator[str]:
     """``text`` in pieces of at most ``limit`` characters that join to it again, cut after the last paragraph that
     fits, else after the last line, sentence or space, else anywhere."""
+    return (text[start:stop] for start, stop in _cuts(text, limit))
+
+
+def _cuts(text: str, limit: int) -> Iterator[tuple[int, int]]:
     start = 0
     while start < len(text):
-        stop = start + limit
+        stop = min(start + limit, len(text))
         if stop < len(text):
             for mark in ("\n\n", "\n", "。", ". ", " "):
                 place = text.rfind(mark, start + limit // 2, stop)
                 if place >= 0:
                     stop = place + len(mark)
                     break
-        yield text[start:stop]
+        yield start, stop
         start = stop
 
 
