@@ -86,13 +86,12 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, **ar
         with source.checkpoint:
             stem = source.checkpoint.name.rsplit("/", 1)[-1]
             kept = Path(arguments["profile_path"] or f"{stem}.profile.json")
-            if arguments["output"]:
-                refuse_existing(Path(arguments["output"]), replace=arguments["overwrite"])
+            output = Path(arguments["output"] or f"{stem}-{arguments['name'] or target.name}.recipe.json")
+            refuse_existing(output, replace=arguments["overwrite"])
             profile = _profile(source, kept, arguments, shown, _as_progress(sink, arguments["context"]))
             if profile is None:
                 return 0
             choice = choose(source, profile, target, name=arguments["name"])
-            output = Path(arguments["output"] or f"{stem}-{choice.recipe.name}.recipe.json")
             made = {"summed_kld": choice.allocation.kld, "size": choice.size, "text": dict(profile.text)}
             write_recipe(output, choice.recipe, model_name=profile.name, made=made, replace=arguments["overwrite"])
     if shown.json:

@@ -191,7 +191,7 @@ def nearest_level(bits: float) -> str:
 @dataclass(frozen=True)
 class Target:
     """How large the model may be; one of: the bytes of the level ``like``; ``size``, bytes of the whole file; ``bpw``,
-    bits of the whole file per weight. ``types``: to choose from, none: all measured."""
+    bits of the whole file per weight. ``types``: to choose from, none: all measured. Raises UsageError."""
 
     like: str | None = None
     size: int | None = None
@@ -201,6 +201,15 @@ class Target:
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.like, self.size, self.bpw)) != 1:
             raise UsageError("a recipe needs one size: that of a level, bytes, or bits per weight")
+        if self.like is not None:
+            parse_level(self.like)
+
+    @property
+    def name(self) -> str:
+        """What a recipe for it is called."""
+        if self.like is not None:
+            return f"{parse_level(self.like).name}-profiled"
+        return f"{self.bpw:g}bpw" if self.bpw is not None else f"{(self.size or 0) / 1e9:.3g}GB"
 
 
 @dataclass(frozen=True)
@@ -237,13 +246,8 @@ def choose(source: Source, profile: Profile, target: Target, *, name: str | None
     allocation = allocate(profile, budget, target.types)
     weights = sum(weights_of(output.shape) for output in source.tensors.outputs if output.name in names)
     level = like if target.like is not None else nearest_level(8 * allocation.nbytes / weights)
-    called = name or (f"{level}-profiled" if target.like is not None else _size_name(target))
-    recipe = Recipe(name=called, level=level, tensors=dict(allocation.types), model=profile.model)
+    recipe = Recipe(name=name or target.name, level=level, tensors=dict(allocation.types), model=profile.model)
     return Choice(recipe, allocation, rest + allocation.nbytes, _plain_levels(source, profile, rest))
-
-
-def _size_name(target: Target) -> str:
-    return f"{target.bpw:g}bpw" if target.bpw is not None else f"{(target.size or 0) / 1e9:.3g}GB"
 
 
 def _rest_of_file(source: Source) -> int:
