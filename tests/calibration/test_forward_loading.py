@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,16 @@ def test_an_expert_that_is_missing_is_an_error(mixtral: Path) -> None:
     del source.checkpoint.tensors["model.layers.0.block_sparse_moe.experts.2.w3.weight"]
     with pytest.raises(MalformedInputError):
         open_network(source, dtype="float32")
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "block_sparse_moe.experts.2.w3"])
+def test_a_tensor_of_another_shape_is_an_error(name: str, mixtral: Path) -> None:
+    source = open_source(str(mixtral))
+    tensors, name = source.checkpoint.tensors, f"model.layers.0.{name}.weight"
+    tensors[name] = replace(tensors[name], shape=tensors[name].shape[::-1] if "w3" in name else (64, 32))
+    with pytest.raises(MalformedInputError) as caught:
+        open_network(source, dtype="float32")
+    assert caught.value.tensor == name
 
 
 def test_a_tensor_that_nothing_uses_is_an_error(llama: Path) -> None:

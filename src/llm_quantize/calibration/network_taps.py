@@ -60,6 +60,17 @@ class Observer(threading.local):
             self.sink = before
 
 
+@dataclass(frozen=True)
+class _Call:
+    """``parameter`` of ``module`` was used. ``identity``: equal for calls with one input; ``given`` is kept so that
+    its storage is not used again."""
+
+    module: str
+    parameter: str
+    identity: tuple[object, ...]
+    given: torch.Tensor
+
+
 def find_points(
     block: torch.nn.Module, prefix: str, places: Places, dry_run: Callable[[torch.nn.Module], Any]
 ) -> tuple[TapPoint, ...]:
@@ -68,7 +79,7 @@ def find_points(
     ``block`` is a copy that may be changed. Raises UnsupportedError if a matrix of the block has no tap: nothing may
     be left unseen in silence.
     """
-    calls: list[tuple[str, str, torch.Tensor]] = []
+    calls: list[_Call] = []
     for name, module in block.named_modules():
         if experts.is_experts(module):
             note = partial(_note_expert, calls, name)
@@ -76,14 +87,11 @@ def find_points(
         elif _is_matrix(module):
             module.register_forward_pre_hook(partial(_note, calls, name), with_kwargs=True)
     dry_run(block)
-    # One input is one tensor, or views of the whole of it that nothing has written to in between.
-    grouped: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
-    for name, parameter, given in calls:
-        expert = parameter != "weight"
-        at = (given.untyped_storage()._cdata, given.storage_offset(), given.shape[-1], given.numel(), given._version)
-        key = (name, parameter) if expert else at
-        if (name, parameter) not in grouped.setdefault(key, []):
-            grouped[key].append((name, parameter))
+    grouped: dict[tuple[object, ...], list[tuple[str, str]]] = {}
+    for call in calls:
+        members = grouped.setdefault(call.identity, [])
+        if (call.module, call.parameter) not in members:
+            members.append((call.module, call.parameter))
     points = tuple(_point(block, prefix, places, members) for members in grouped.values())
     _check_complete(block, {member for members in grouped.values() for member in members}, prefix)
     return points
@@ -119,12 +127,16 @@ def _first(positional: tuple[Any, ...], named: Mapping[str, Any]) -> torch.Tenso
     return given
 
 
-def _note(calls: list[Any], name: str, _module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-    calls.append((name, "weight", _first(positional, named)))
+def _note(calls: list[_Call], name: str, _module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+    given = _first(positional, named)
+    # One input is one tensor, or views of the whole of it that nothing has written to in between.
+    storage = given.untyped_storage()._cdata
+    identity = (storage, given.storage_offset(), given.shape[-1], given.numel(), given._version)
+    calls.append(_Call(name, "weight", identity, given))
 
 
-def _note_expert(calls: list[Any], name: str, parameter: str, _expert: int, given: torch.Tensor) -> None:
-    calls.append((name, parameter, given))
+def _note_expert(calls: list[_Call], name: str, parameter: str, _expert: int, given: torch.Tensor) -> None:
+    calls.append(_Call(name, parameter, (name, parameter), given))
 
 
 def _report(tap: Tap, observer: Observer, _module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
