@@ -113,3 +113,10 @@ def test_no_heat_map_without_errors() -> None:
     assert heatmap.step_of(0.0, (0.1, 0.2)) == 0
     assert heatmap.step_of(math.nan, (0.1, 0.2)) == heatmap.STEPS - 1
     assert heatmap.step_of(0.1, (0.1, 0.1)) == heatmap.STEPS // 2
+
+
+def test_a_label_does_not_cover_its_neighbours_mark() -> None:
+    points = [(100.0, 100.0), (125.0, 100.0), (100.0, 120.0)]
+    places = plot.place_labels(points, ["Q4_K_M", "Q4_0", "Q4_1"], font=13, area=AREA)
+    marks = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    assert not any(plot.overlap(place.box, mark) for place in places for mark in marks)
