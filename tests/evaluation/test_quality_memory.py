@@ -1,0 +1,85 @@
+"""A model several times larger than the memory limit is measured under it, and the plan says what is used."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ..tiny_models import make_tiny
+
+_SCRIPT = """
+import json, sys
+import numpy as np
+from llm_quantize.evaluation.quality import measure_quality
+from llm_quantize.pipeline import Options, quantize
+from llm_quantize.source import open_source
+import llm_quantize.calibration.forward, transformers.models.llama.modeling_llama
+model, folder, limit, context = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+windows = np.random.Generator(np.random.PCG64(0)).integers(0, 320, (4, context)).astype(np.int32)
+source = open_source(model)
+files = sorted(__import__("pathlib").Path(folder).glob("*.gguf"))
+result = measure_quality(source, files, windows, threads=2, max_ram=limit)
+print(json.dumps(result.to_dict()["memory"] | {"kld": result.artifacts[0].divergence.kld}))
+"""
+
+
+def larger(model: Path, layers: int) -> int:
+    """Make the model of one layer that is in ``model`` one of ``layers``, each its own file; returns its bytes."""
+    from safetensors.torch import load_file
+
+    values = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    layer = {name: value for name, value in values.items() if ".layers.0." in name}
+    names: dict[str, str] = {}
+    total = 0
+    for index in range(layers + 1):
+        part = (
+            {name.replace(".layers.0.", f".layers.{index}."): value for name, value in layer.items()}
+            if index < layers
+            else {name: value for name, value in values.items() if name not in layer}
+        )
+        file = f"model-{index + 1:05d}-of-{layers + 1:05d}.safetensors"
+        save_file(part, model / file, {"format": "pt"})
+        names |= dict.fromkeys(part, file)
+        total += sum(value.numel() * value.element_size() for value in part.values())
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+@pytest.mark.heavy
+def test_larger_than_the_limit(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    model = make_tiny(
+        "llama", tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
+        num_key_value_heads=16, num_hidden_layers=1,
+    )  # fmt: skip
+    size = larger(model, 32)
+    assert size * 2 > 2_000_000_000  # in float32, as it is computed
+    made = subprocess.run(
+        [sys.executable, "-m", "llm_quantize", "quantize", str(model), "gguf", "-q", "Q8_0", "-o", str(tmp_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    limit = 800_000_000
+    run = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, str(model), str(tmp_path), str(limit), "128"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["peak"] <= found["planned"] <= limit
+    assert found["kld"] > 0
+    refused = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, str(model), str(tmp_path), str(300_000_000), "128"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "ResourceError" in refused.stderr
