@@ -78,7 +78,8 @@ SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 
 
 def _has_text(document: Document) -> bool:
-    return bool(document.text.strip()) or any(message["content"].strip() for message in document.messages)
+    contents = (document.text, *(message["content"] for message in document.messages))
+    return any(content and not content.isspace() for content in contents)  # strip() would copy the text
 
 
 def _open(path: Path) -> tuple[int, int]:

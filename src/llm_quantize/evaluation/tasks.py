@@ -11,6 +11,7 @@ apart, measure the divergence (``analyze quality``). Tasks show what is broken a
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.metadata
 import logging
 import os
@@ -205,12 +206,18 @@ def run_tasks(
     return TaskReport(str(artifact), scores, answers.truncated, version, time.monotonic() - started)
 
 
-def _task_manager(tasks: Sequence[str], include: str | Path | None) -> Any:
+@functools.lru_cache(maxsize=2)
+def _manager(include: str | None) -> Any:
+    """The harness's index of tasks; it reads some ten thousand files."""
     from lm_eval.tasks import TaskManager
 
+    return TaskManager(include_path=include)
+
+
+def _task_manager(tasks: Sequence[str], include: str | Path | None) -> Any:
     if include is not None and not Path(include).is_dir():
         raise UsageError("there is no such directory of tasks", file=include, remedy="check --include")
-    manager = TaskManager(include_path=None if include is None else str(include))
+    manager = _manager(None if include is None else str(include))
     known = set(manager.all_tasks)
     if not tasks:
         raise UsageError("no task was named", remedy="for example --tasks arc_easy")
