@@ -69,13 +69,25 @@ def test_everything_on_the_gpu_or_nothing() -> None:
     assert place(WEIGHTS, SHAPE, Machine("cpu", need.total), 1024) is None  # the system keeps an eighth
 
 
+def test_an_embedding_that_serves_twice_lies_there_once() -> None:
+    tied = Weights(10_000_000, (20_000_000,) * 4, 10_000_001, True)
+    alone, whole = (place(tied, SHAPE, Machine("cuda", PLENTY, vram), 1024) for vram in (0, PLENTY))
+    need = footprint(tied, SHAPE, 1024)
+    assert alone is not None
+    assert whole is not None
+    assert need.weights == 90_000_001
+    assert alone.ram == need.total
+    assert whole.ram == 10_000_000 + need.runtime + 4 * 512 * SHAPE.hidden  # llama.cpp keeps the embedding in RAM
+    assert whole.gpu == 90_000_001 + need.cache + need.compute + CUDA_CONTEXT
+
+
 def test_memory_that_is_shared_is_not_split() -> None:
     need = footprint(WEIGHTS, SHAPE, 1024)
     enough = Machine("apple", need.total * 2, need.total)
     found = place(WEIGHTS, SHAPE, enough, 1024)
     assert found is not None
     assert found.kind == "gpu"
-    cramped = place(WEIGHTS, SHAPE, replace(enough, vram=50_000_000), 1024)
+    cramped = place(WEIGHTS, SHAPE, replace(enough, vram=130_000_000), 1024)  # for half of it
     assert cramped is not None
     assert cramped.kind == "cpu"
     assert place(WEIGHTS, SHAPE, replace(enough, ram=need.total), 1024) is None

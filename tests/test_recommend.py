@@ -18,7 +18,7 @@ from llm_quantize.experience import Experience, Measured
 from llm_quantize.footprint import CUDA_CONTEXT
 from llm_quantize.machine import Machine
 from llm_quantize.recipes import LEVELS
-from llm_quantize.recommend import Advice, Choice, recommend
+from llm_quantize.recommend import Advice, Choice, recommend, with_dominated
 from llm_quantize.reports.facts import model_facts
 from llm_quantize.source import Source, open_source
 
@@ -88,7 +88,12 @@ def test_every_level_is_a_choice_or_excluded_with_a_reason(demo: Source, tmp_pat
 def test_levels_that_another_beats_are_marked_and_not_taken(demo: Source) -> None:
     advice = advise(demo)
     assert named(advice, "Q4_1").dominated is not None
-    assert named(advice, "Q5_0").dominated == "Q5_K_S"  # the same size, but for a few bytes
+    assert named(advice, "Q5_0").dominated == "Q5_K_S"
+    best, other = named(advice, "Q5_K_S"), named(advice, "Q5_0")
+    nearly = [replace(best, size=1_000_000), replace(other, size=999_968)]  # a longer name in the metadata
+    assert [choice.dominated for choice in with_dominated(nearly)] == [None, "Q5_K_S"]
+    smaller = [replace(best, size=1_000_000), replace(other, size=900_000)]
+    assert [choice.dominated for choice in with_dominated(smaller)] == [None, None]
     for machine in (20_000_000, 95_000_000, 96_000_000, 97_000_000, 100_000_000):
         found = advise(demo, Machine("cpu", machine))
         chosen = [choice for choice in (found.take, found.better, found.smaller) if choice is not None]
@@ -167,6 +172,7 @@ def test_the_command_makes_a_file_of_this_size(
     program, *words = shlex.split(advice.commands(choice)["quantize"])
     code, out = call(capsys, *words, "--dry-run", "--json")
     assert (program, code) == ("llm-quantize", 0)
+    assert ("--calibrate" in words) is (level != "Q8_0")
     (artifact,) = json.loads(out)["artifacts"]
     assert (artifact["size"], artifact["level"]) == (choice.size, level)
     assert artifact["files"][0]["name"] == choice.file

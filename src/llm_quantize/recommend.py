@@ -196,7 +196,7 @@ def recommend(
                 calibrate=calibrate,
             )
         )
-    choices = _with_dominated(sorted(found, key=lambda choice: (-choice.size, choice.kld)))
+    choices = with_dominated(sorted(found, key=lambda choice: (-choice.size, choice.kld)))
     front = [choice for choice in choices if choice.loss is not None and choice.dominated is None]
     take = _take([choice for choice in front if choice.placement is not None], machine, priority)
     for choice in choices:
@@ -272,7 +272,7 @@ def _plans(source: Source, levels: Sequence[str]) -> list[tuple[ArtifactPlan, bo
     return found
 
 
-def _with_dominated(choices: Sequence[Choice]) -> list[Choice]:
+def with_dominated(choices: Sequence[Choice]) -> list[Choice]:
     """Each with the level that makes it pointless, if there is one: no larger (but for a thousandth) and better, or
     smaller and no worse."""
 
@@ -287,7 +287,7 @@ def _with_dominated(choices: Sequence[Choice]) -> list[Choice]:
     for one in choices:
         better = [other for other in choices if one.loss is not None and beats(other, one)]
         best = min(better, key=lambda other: (other.kld, other.size), default=None)
-        marked.append(one if best is None else replace(one, dominated=best.level))
+        marked.append(replace(one, dominated=None if best is None else best.level))
     return marked
 
 
