@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.kernels import reference_iq2, reference_iq3, reference_kquants, reference_legacy
+from llm_quantize.kernels import reference_iq1, reference_iq2, reference_iq3, reference_kquants, reference_legacy
 
 __all__ = ["DEQUANTIZE", "QUANTIZE"]
 
@@ -22,12 +22,14 @@ Dequantizer = Callable[[npt.NDArray[np.uint8], int], npt.NDArray[np.float32]]
 QUANTIZE: dict[str, Quantizer] = {
     **reference_legacy.QUANTIZE,
     **reference_kquants.QUANTIZE,
+    **reference_iq1.QUANTIZE,
     **reference_iq2.QUANTIZE,
     **reference_iq3.QUANTIZE,
 }
 DEQUANTIZE: dict[str, Dequantizer] = {
     **reference_legacy.DEQUANTIZE,
     **reference_kquants.DEQUANTIZE,
+    **reference_iq1.DEQUANTIZE,
     **reference_iq2.DEQUANTIZE,
     **reference_iq3.DEQUANTIZE,
 }

@@ -2,8 +2,8 @@
 // first and of equally near ones the lower number first. Compiled once, not per level (registry.hpp).
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "codebook.hpp"
@@ -82,34 +82,36 @@ private:
         const int32_t half_points = power(levels_, count);
         std::vector<uint8_t> result(static_cast<size_t>(half_points) * static_cast<size_t>(size_));
         for (int32_t p = 0; p < half_points; ++p) {
-            for (int32_t k = 0; k < size_; ++k) {
-                int32_t sum = 0;
-                for (int32_t i = 0, rest = p; i < count; ++i, rest /= levels_) {
-                    const int32_t off = codes[k * per_ + first + i] - rest % levels_;
-                    sum += off * off;
+            uint8_t* const of_point = result.data() + static_cast<size_t>(p) * static_cast<size_t>(size_);
+            for (int32_t i = 0, rest = p; i < count; ++i, rest /= levels_) {
+                const int32_t code = rest % levels_;
+                for (int32_t k = 0; k < size_; ++k) {
+                    const int32_t off = codes[k * per_ + first + i] - code;
+                    of_point[k] = static_cast<uint8_t>(of_point[k] + off * off);
                 }
-                result[static_cast<size_t>(p * size_ + k)] = static_cast<uint8_t>(sum);
             }
         }
         return result;
     }
 
     void append(const std::vector<uint8_t>& distance, int32_t wanted) {
-        int32_t below = -1;
+        const uint8_t* const begin = distance.data();
+        const uint8_t* const end = begin + distance.size();
+        uint8_t base = 0;  // distances below are done with
         for (int32_t round = 0; round < wanted; ++round) {
-            // The next distance: the smallest above the last one. Written so that compilers vectorise it.
-            uint8_t next = 255;
-            for (const uint8_t d : distance) {
-                const uint8_t counted = d > below ? d : uint8_t{255};
-                next = std::min(next, counted);
+            // The smallest distance from `base` on; smaller ones wrap around to large ones. (No distance is above 196.)
+            uint8_t least = 255;
+            for (const uint8_t* p = begin; p != end; ++p) {
+                const auto above = static_cast<uint8_t>(*p - base);
+                least = above < least ? above : least;
             }
-            if (next == 255) return;
-            const uint8_t* p = distance.data();
-            const uint8_t* const end = p + distance.size();
-            while ((p = std::find(p, end, next)) != end) {
-                neighbour_word_.push_back(entry_word_[static_cast<size_t>(p++ - distance.data())]);
+            if (least >= 255 - base) return;
+            const auto next = static_cast<uint8_t>(base + least);
+            const uint8_t* p = begin;
+            while (p != end && (p = static_cast<const uint8_t*>(std::memchr(p, next, static_cast<size_t>(end - p))))) {
+                neighbour_word_.push_back(entry_word_[static_cast<size_t>(p++ - begin)]);
             }
-            below = next;
+            base = static_cast<uint8_t>(next + 1);
         }
     }
 

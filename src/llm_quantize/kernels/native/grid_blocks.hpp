@@ -112,10 +112,9 @@ static inline void search_batch(const lq::Codebook& book, const Batch& b, Search
             for (int k = 0; k < lanes; ++k) found.sign[(first + k) * (N / 8) + j] = static_cast<uint8_t>(sign[j][k]);
         }
         for (int g = 0; g < groups; ++g) {
-            vi point = word[g];
-            if (Grid::levels == 3) {
-                point = vi{};
-                for (int i = Grid::size - 1; i >= 0; --i) point = point * 3 + (word[g] >> (2 * i) & 3);
+            vi point = vi{};
+            for (int i = Grid::size - 1; i >= 0; --i) {
+                point = point * Grid::levels + (word[g] >> (4 * i) & (Grid::per - 1));
             }
             point &= ~dead;  // entry 0 is the point 0
             for (int k = 0; k < lanes; ++k) {

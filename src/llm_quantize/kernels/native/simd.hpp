@@ -54,17 +54,17 @@ LQ_INLINE bool any(vi mask) {
     return bits != 0;
 }
 
-// Bit k is set where lane k of the mask is.
-LQ_INLINE uint32_t lane_bits(vi mask) {
-#if LQ_LANES == 16 && defined(__AVX512DQ__)
-    return static_cast<uint32_t>(__builtin_ia32_cvtd2mask512(mask));
+// Bit k is set where the lanes k are equal.
+LQ_INLINE uint32_t equal_bits(vf a, vf b) {
+#if LQ_LANES == 16 && defined(__AVX512F__)
+    return __builtin_ia32_cmpps512_mask(a, b, 0, 0xffff, 4);  // ordered, equal; the current rounding
 #elif LQ_LANES == 8 && defined(__AVX__)
-    return static_cast<uint32_t>(__builtin_ia32_movmskps256(reinterpret_cast<vf>(mask)));
+    return static_cast<uint32_t>(__builtin_ia32_movmskps256(reinterpret_cast<vf>(a == b)));
 #elif LQ_LANES == 4 && defined(__SSE2__)
-    return static_cast<uint32_t>(__builtin_ia32_movmskps(reinterpret_cast<vf>(mask)));
+    return static_cast<uint32_t>(__builtin_ia32_movmskps(reinterpret_cast<vf>(a == b)));
 #else
     uint32_t bits = 0;
-    for (int i = 0; i < lanes; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+    for (int i = 0; i < lanes; ++i) bits |= static_cast<uint32_t>(a[i] == b[i]) << i;
     return bits;
 #endif
 }
