@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_quantize.reports.pareto import advise, knee_of, pareto_front
+from llm_quantize.evaluation.grades import GRADES
+from llm_quantize.reports.pareto import ACCEPTABLE, advise, knee_of, pareto_front
 from tests.reports.examples import usual, variant
 
 POINTS = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), max_size=14)
@@ -53,6 +55,25 @@ def test_what_is_under_the_noise_floor_earns_nothing() -> None:
     assert len(advise(variants, 1e-7).front) == 3
     advice = advise(variants, 2e-6)
     assert [variants[index].label for index in advice.front] == ["Q4_K_M", "Q8_0"]
+
+
+@pytest.mark.parametrize(
+    ("klds", "chosen", "reason"),
+    [
+        ((0.0002, 0.2), 0, "least"),  # two points have no bend, and the smaller one would be a bad choice
+        ((0.0002, 0.015), 1, "middle"),
+        ((0.001, 0.06, 0.07, 3.0), 0, "least"),  # the bend is at 0.06 or 0.07
+        ((0.2, 0.4, 1.5), 0, "best"),
+        ((0.0002, 0.001, 0.02, 0.4), 2, "bend"),
+    ],
+)
+def test_what_loses_noticeably_is_not_advised_where_anything_else_is_there(
+    klds: tuple[float, ...], chosen: int, reason: str
+) -> None:
+    variants = tuple(variant(f"level {index}", 800 - 100 * index, kld) for index, kld in enumerate(klds))
+    advice = advise(variants, None)
+    assert (advice.knee, advice.reason) == (chosen, reason)
+    assert GRADES[2] == ("good", ACCEPTABLE)
 
 
 def test_no_variant() -> None:

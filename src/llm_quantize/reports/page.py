@@ -139,7 +139,7 @@ def verdict(result: ComparisonResult, advice: Advice, words: Mapping[str, str]) 
     ]
     reasons = _neighbours(result, advice, chosen, words)
     if reasons:
-        parts += [words["verdict_bend" if advice.bent else "verdict_middle"], words["join"].join(reasons)]
+        parts += [words[f"verdict_{advice.reason}"], words["join"].join(reasons)]
         parts[-1] = Markup("{}{}").format(parts[-1], words["stop"])
     return Markup(words["space"]).join(parts)
 

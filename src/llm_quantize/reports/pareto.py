@@ -21,18 +21,22 @@ if TYPE_CHECKING:
 LEAST_KLD = 1e-7
 """Floor of the logarithm where no noise floor is known: float32 arithmetic shows no less on real text."""
 
+ACCEPTABLE = 0.05
+"""Mean KLD from which on a loss is noticeable: the end of the grade "good" (evaluation/grades.py)."""
+
 
 @dataclass(frozen=True)
 class Advice:
     """Indices into the variants. ``front``: by size, from the smallest on. ``knee``: the one to take, None without
-    variants; ``smaller`` and ``larger``: its neighbours on the front. ``bent``: whether the front has a bend at all;
-    if not, ``knee`` is its smallest within the middle."""
+    variants; ``smaller`` and ``larger``: its neighbours on the front. ``reason``: "bend"; "middle" where the front has
+    no bend; "least" where the bend is worse than ACCEPTABLE and ``knee`` the smallest file that is not; "best" where
+    all are worse, and ``knee`` the one with the least loss."""
 
     front: tuple[int, ...]
     knee: int | None
     smaller: int | None
     larger: int | None
-    bent: bool
+    reason: str
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -71,8 +75,13 @@ def advise(variants: Sequence[Variant], noise_floor: float | None) -> Advice:
     points = [(float(variant.size), loss) for variant, loss in zip(variants, losses, strict=True)]
     front = pareto_front(points)
     if not front:
-        return Advice((), None, None, None, bent=False)
+        return Advice((), None, None, None, "best")
     place, bent = knee_of([points[index] for index in front])
+    reason = "bend" if bent else "middle"
+    if variants[front[place]].divergence.kld >= ACCEPTABLE:
+        # Losses fall along the front: the first acceptable one is the smallest.
+        better = [later for later, index in enumerate(front) if variants[index].divergence.kld < ACCEPTABLE]
+        place, reason = (better[0], "least") if better else (len(front) - 1, "best")
     smaller = front[place - 1] if place > 0 else None
     larger = front[place + 1] if place + 1 < len(front) else None
-    return Advice(tuple(front), front[place], smaller, larger, bent)
+    return Advice(tuple(front), front[place], smaller, larger, reason)
