@@ -29,7 +29,13 @@ VARIANTS = (
     *("gemma3", "phi3", "gpt2", "gpt_neox", "stablelm", "olmo2", "granite", "smollm3", "falcon", "falcon-new"),
 )
 # Levels that between them use every type and every rule that importance switches; the rest is in the heavy file.
-GATE_LEVELS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "IQ4_NL", "IQ4_XS")
+GATE_LEVELS = (
+    *("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M"),
+    *("IQ4_NL", "IQ4_XS", "IQ3_S"),
+)
+# llama.cpp takes seconds to make the tables of these, once in each process.
+I_QUANTS = tuple(name for name in LEVELS if name.startswith(("IQ1", "IQ2", "IQ3")))
+NEED_IMPORTANCE = frozenset(I_QUANTS) - {"IQ3_S", "IQ3_M"} | {"Q2_K_S"}
 NEED_NONE = ("F16", "BF16", "TQ1_0", "TQ2_0", "MXFP4_MOE", "Q6_K")
 
 
@@ -114,10 +120,24 @@ def test_random_models(model: Model, with_importance: bool, tmp_path: Path) -> N
         importance = dict(read_imatrix(tmp_path / "imatrix.gguf").values)
         assert importance.keys() == slow.keys()
         assert all((importance[name] == slow[name]).all() for name in slow)
-    levels = [level for level in LEVELS if with_importance or level != "Q2_K_S"]
+    skipped = set(I_QUANTS) - {"IQ2_XXS"} if with_importance else NEED_IMPORTANCE
+    levels = [level for level in LEVELS if level not in skipped]
     theirs = oracle_bytes(source, levels, tmp_path, importance)
     assert list(theirs) == levels
     for level in levels:
+        assert unequal(quantize_directly(source, model, level, importance), theirs[level]) == [], level
+
+
+def test_i_quants(tmp_path: Path) -> None:
+    """Every level of the I-quants in one process of the oracle; rows of both widths, experts that were not reached."""
+    model = Model(arch="qwen3moe", n_layer=8, n_head=8, n_head_kv=4, n_expert=3, columns=512, ffn_columns=288)
+    source = Path(write_model(tmp_path / "model.gguf", model))
+    random_importance({t.name: t.shape for t in model.tensors()}, tmp_path / "imatrix.gguf")
+    importance = dict(read_imatrix(tmp_path / "imatrix.gguf").values)
+    theirs = oracle_bytes(source, I_QUANTS, tmp_path, importance)
+    used = {qtype for tensors in theirs.values() for qtype, _ in tensors.values()}
+    assert used >= {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl"}
+    for level in I_QUANTS:
         assert unequal(quantize_directly(source, model, level, importance), theirs[level]) == [], level
 
 
@@ -175,7 +195,7 @@ def test_tiny_checkpoints(variant: str, tmp_path: Path) -> None:
     model = wide_model(variant, tmp_path / "model")
     spread = VARIANTS.index(variant)
     # Every variant takes some levels, each others, so that families and levels are all met.
-    with_importance, without = GATE_LEVELS[spread % 3 :: 3], (NEED_NONE + GATE_LEVELS)[spread % 4 :: 4]
+    with_importance, without = ("IQ2_XXS", *GATE_LEVELS)[spread % 3 :: 3], (NEED_NONE + GATE_LEVELS)[spread % 4 :: 4]
     compared = compare_pipeline(model, with_importance, tmp_path / "with", importance=True)
     compared += compare_pipeline(model, without, tmp_path / "without", importance=False)
     assert compared == [*with_importance, *without]
@@ -183,7 +203,7 @@ def test_tiny_checkpoints(variant: str, tmp_path: Path) -> None:
 
 def test_odd_row_lengths(tmp_path: Path) -> None:
     model = make_tiny("llama", tmp_path / "model", hidden_size=96, intermediate_size=160)
-    assert len(compare_pipeline(model, ("Q4_K_M", "Q3_K_M", "IQ4_XS", "TQ1_0"), tmp_path / "out", importance=True)) == 4
+    assert len(compare_pipeline(model, ("Q4_K_M", "IQ2_M", "IQ4_XS", "TQ1_0"), tmp_path / "out", importance=True)) == 4
 
 
 def test_from_bf16_as_from_f32(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_metadata_says_what_it_is(demo_model: Path, tmp_path: Path) -> None:
     [
         ({"levels": []}, UsageError),
         ({"levels": ["Q9_Z"]}, UsageError),
-        ({"levels": ["IQ2_XXS"]}, UnsupportedError),
+        ({"levels": ["IQ2_XXS"], "options": Options(calibrate=False)}, UsageError),
         ({"levels": ["Q8_0"], "format": "exl9"}, UnsupportedError),
         ({"levels": ["Q8_0"], "name": "n" * 250}, UsageError),
         ({"levels": ["Q8_0"], "options": Options(max_ram=1 << 20)}, ResourceError),

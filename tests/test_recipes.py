@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from llm_quantize import recipes
-from llm_quantize.errors import UnsupportedError, UsageError
+from llm_quantize.errors import UsageError
+from llm_quantize.qtypes import QTYPES
 from llm_quantize.recipes import LEVELS, Overrides, TensorShape
 
-from .oracles.llama_quantize import Job, Model, run, save_importance, types_of, write_model
+from .oracles.llama_quantize import Job, Model, Outcome, Tensor, run, save_importance, write_model
 
 ARCHS = (
     *("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma", "gemma2", "gemma3"),
@@ -32,18 +33,24 @@ class Case:
 
 
 def covered(model: Model) -> dict[str, np.ndarray]:
-    """An importance of ones for every weight of the layers, experts apart."""
+    """An importance of ones for every weight, experts apart."""
     return {
         t.name: np.ones(t.shape[-1] * (t.shape[0] if len(t.shape) == 3 else 1), np.float32)
         for t in model.tensors()
-        if t.name.startswith("blk.") and t.name.endswith("weight")
+        if t.name.endswith("weight") and len(t.shape) > 1
     }
 
 
-def assigned(case: Case) -> recipes.Assignment:
-    """Our answer, with the tensors in a shuffled order: order must not matter."""
-    shapes = [TensorShape(t.name, t.shape) for t in case.model.tensors()]
+def shapes_of(model: Model) -> list[TensorShape]:
+    """The tensors in a shuffled order: order must not matter."""
+    shapes = [TensorShape(t.name, t.shape) for t in model.tensors()]
     random.Random(1).shuffle(shapes)
+    return shapes
+
+
+def assigned(case: Case) -> recipes.Assignment:
+    """Our answer, in the order of the model's tensors."""
+    shapes = shapes_of(case.model)
     found = recipes.assign(
         case.level,
         shapes,
@@ -61,7 +68,7 @@ def number(qtype: str | None) -> int | None:
 
 
 def differences(cases: Sequence[Case], directory: Path) -> list[str]:
-    """What differs between our assignment and the types in the file that llama.cpp writes."""
+    """What differs between our assignment and the types that llama.cpp announces."""
     sources: dict[Model, str] = {}
     jobs = []
     for index, case in enumerate(cases):
@@ -82,36 +89,55 @@ def differences(cases: Sequence[Case], directory: Path) -> list[str]:
                 # llama-quantize lowers the case of an expression before the library sees it.
                 tensor_types=tuple((text.lower(), number(q) or 0) for text, q in overrides.tensor_types),
                 pure=overrides.pure,
+                dry_run=True,
             )
         )
     return [
         f"{case}: {what}"
         for case, job, outcome in zip(cases, jobs, run(jobs), strict=True)
-        if (what := _difference(case, Path(job.target), outcome.error))
+        if (what := _difference(case, outcome))
     ]
 
 
-def _difference(case: Case, target: Path, error: str) -> str:
+def needing(case: Case) -> list[str]:
+    """Names of the tensors that cannot be stored without importance."""
+    return recipes.needs_importance(
+        case.level, shapes_of(case.model), case.model, arch=case.model.arch, overrides=case.overrides
+    )
+
+
+def _difference(case: Case, outcome: Outcome) -> str:
+    needed = [] if case.importance else needing(case)
+    # llama.cpp notices an embedding or output matrix of such a type only when it quantizes it, and then dies.
+    in_layers = [name for name in needed if name.startswith("blk.")]
+    would_die = any(_cannot_be(t, outcome.types[t.name]) for t in case.model.tensors() if outcome.types)
+    if not outcome.error and not would_die and bool(in_layers) != outcome.needs_imatrix:
+        return f"importance needed by {in_layers}, llama.cpp: {outcome.needs_imatrix}"
     try:
         ours = assigned(case)
     except UsageError as refused:
-        agreed = "importance matrix" in str(refused) and ("imatrix" in error or "no tensor type fallback" in error)
-        return "" if agreed else f"we refuse, llama.cpp: {error}"
-    if error:
+        return "" if refused.tensor in needed else f"we refuse: {refused}"
+    if outcome.error:
         # Where llama.cpp has no fallback for a row length it fails; we fall back to f16 and say so.
-        return "" if any("do not divide" in warning for warning in ours.warnings) else error[-300:]
-    theirs = types_of(target)
-    target.unlink()
-    names = [t.name for t in case.model.tensors()]
-    found = {n: (q, theirs[n]) for n, q in zip(names, ours.qtypes, strict=True) if theirs[n] != q}
-    return f"ours, theirs: {found}" if found else ""
+        return "" if any("do not divide" in warning for warning in ours.warnings) else outcome.error[-300:]
+    found = {
+        tensor.name: (ours_, theirs)
+        for tensor, ours_ in zip(case.model.tensors(), ours.qtypes, strict=True)
+        if (theirs := outcome.types[tensor.name]) != ours_ and not _cannot_be(tensor, theirs)
+    }
+    return f"ours, theirs: {found}" if found or needed else ""
+
+
+def _cannot_be(tensor: Tensor, theirs: str) -> bool:
+    """llama.cpp may announce a type whose blocks the rows do not divide into, and dies when it gets there; we fall
+    back, and say so."""
+    return tensor.shape[-1] % QTYPES[theirs].block_size != 0
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_level_of_every_family(arch: str, tmp_path: Path) -> None:
     model = Model(arch=arch, n_layer=8, n_head=8, n_head_kv=2, n_expert=4 if "moe" in arch else 0)
-    levels = list(LEVELS)
-    cases = [Case(model, level, importance=index % 2 == 0) for index, level in enumerate(levels)]
+    cases = [Case(model, level, importance) for level in LEVELS for importance in (False, True)]
     assert differences(cases, tmp_path) == []
 
 
@@ -172,7 +198,7 @@ def test_the_whole_product(arch: str, tmp_path: Path) -> None:
 
 
 def test_levels_carry_the_numbers_of_the_format() -> None:
-    assert len(LEVELS) == 23
+    assert len(LEVELS) == 33
     for name, level in LEVELS.items():
         known = gguf.LlamaFileType(level.file_type).name
         assert known in (f"MOSTLY_{name}", f"ALL_{name}")
@@ -182,15 +208,32 @@ def test_names_are_read_in_any_case() -> None:
     assert recipes.parse_level(" q4_k ").name == "Q4_K_M"
     assert recipes.parse_level("mxfp4").name == "MXFP4_MOE"
     assert recipes.parse_qtype("Q4_K") == "q4_k"
+    assert recipes.parse_qtype("IQ2_XXS") == "iq2_xxs"
 
 
-@pytest.mark.parametrize("name", ["IQ1_S", "IQ2_M", "iq3_xxs"])
-def test_later_levels_say_so_and_name_another(name: str) -> None:
-    with pytest.raises(UnsupportedError, match="later version") as refused:
-        recipes.parse_level(name)
-    assert refused.value.exit_code == 4
-    assert refused.value.remedy is not None
-    assert any(level in refused.value.remedy for level in LEVELS)
+def test_levels_that_need_importance_say_so_before_any_plan() -> None:
+    needed = {level for level in LEVELS if needing(Case(Model(n_layer=8), level))}
+    low = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS"}
+    assert needed == low | {"Q2_K_S"}
+    by_hand = Overrides(tensor_types=((r"blk\.0\.ffn_up", "iq2_s"),), embedding_type="iq2_xxs", output_type="iq1_m")
+    assert needing(Case(Model(), "Q4_K_M", overrides=by_hand)) == ["token_embd.weight", "blk.0.ffn_up.weight"]
+    # Rows that do not divide into blocks fall back to a type that needs none.
+    assert needing(Case(Model(columns=288, ffn_columns=160), "IQ1_S")) == []
+
+
+@pytest.mark.parametrize("level", ["IQ2_XXS", "Q2_K_S"])
+def test_a_tensor_without_importance_is_refused_as_llama_cpp_does(level: str, tmp_path: Path) -> None:
+    model = Model()
+    missing = "blk.0.attn_k.weight"
+    values = {name: ones for name, ones in covered(model).items() if name != missing}
+    stored = save_importance(tmp_path / "some.npz", values)
+    source = write_model(tmp_path / "model.gguf", model)
+    (outcome,) = run([Job(source, str(tmp_path / "out"), LEVELS[level].file_type, imatrix=stored)])
+    assert f"Missing importance matrix for tensor {missing}" in outcome.error
+    with pytest.raises(UsageError, match="importance matrix") as refused:
+        recipes.assign(level, shapes_of(model), model, arch=model.arch, importance_names=values)
+    assert (refused.value.tensor, refused.value.found) == (missing, "1 tensors without importance")
+    assert refused.value.remedy == "--imatrix FILE, --statistics FILE, or leave out --no-calibration"
 
 
 def test_unknown_names_are_refused_with_what_exists() -> None:
@@ -200,8 +243,8 @@ def test_unknown_names_are_refused_with_what_exists() -> None:
         recipes.parse_qtype("q4_k_m")
     with pytest.raises(UsageError, match="q6_k"):
         recipes.parse_qtype("int4")
-    with pytest.raises(UnsupportedError):
-        recipes.parse_qtype("IQ2_XXS")
+    with pytest.raises(UsageError, match="a level for whole files"):
+        recipes.parse_qtype("IQ3_M")
 
 
 def test_a_bad_expression_is_refused_and_an_idle_one_is_named() -> None:

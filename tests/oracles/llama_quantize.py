@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,9 @@ _IMATRIX, _OVERRIDES, _TENSOR_TYPES = _HEADER + 24, _HEADER + 32, _HEADER + 40
 
 @dataclass(frozen=True)
 class Job:
-    """One call of llama.cpp's quantizer. Types are numbers of ggml_type; ``imatrix`` is an .npz of float32 vectors."""
+    """One call of llama.cpp's quantizer. Types are numbers of ggml_type; ``imatrix`` is an .npz of float32 vectors.
+
+    ``dry_run``: nothing is written, and a missing importance matrix is no error; ``Outcome`` tells both."""
 
     source: str
     target: str
@@ -40,13 +43,18 @@ class Job:
     tensor_types: tuple[tuple[str, int], ...] = ()
     pure: bool = False
     threads: int = 1
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """``error`` is empty on success; otherwise what llama.cpp said, or "crashed: ..." when the process died."""
+    """``error`` is empty on success; otherwise what llama.cpp said, or "crashed: ..." when the process died.
+
+    Of a dry run: ``types`` by tensor, and whether it ``needs_imatrix`` that it was not given."""
 
     error: str = ""
+    types: Mapping[str, str] = field(default_factory=dict)
+    needs_imatrix: bool = False
 
 
 def run(jobs: Sequence[Job]) -> list[Outcome]:
@@ -206,6 +214,7 @@ def _parameters(job: Mapping[str, object]) -> tuple[object, list[object]]:
     if LlamaModelQuantizeParams.__basicsize__ != _HEADER + 56 or list(planted[:2]) != [0x1234567, 27] or any(pointers):
         raise RuntimeError("cyllama's parameter layout is not the one this oracle knows")
     params.nthread, params.ftype, params.pure = job["threads"], job["ftype"], job["pure"]
+    params.dry_run = job["dry_run"]
     if job["output_type"] is not None:
         params.output_tensor_type = job["output_type"]
     if job["embedding_type"] is not None:
@@ -230,6 +239,17 @@ def _parameters(job: Mapping[str, object]) -> tuple[object, list[object]]:
     return params, alive
 
 
+# A line of the log about one tensor: its name, its type, and the one it gets if that is another.
+_TENSOR_LINE = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\w+), size =[^(\n]*(?:\((\w+)\))?", re.M)
+
+
+def _outcome(job: Mapping[str, object], error: str, said: str) -> Outcome:
+    if error or not job["dry_run"]:
+        return Outcome(f"{error}: {said[-1000:]}" if error else "")
+    types = {name: (new or old).lower() for name, old, new in _TENSOR_LINE.findall(said)}
+    return Outcome("", types, "will require an imatrix" in said)
+
+
 def main() -> None:
     """Read jobs as JSON from stdin; answer one JSON line each. llama.cpp's own chatter goes elsewhere."""
     from cyllama.llama.llama_cpp import model_quantize
@@ -245,12 +265,13 @@ def main() -> None:
             try:
                 model_quantize(job["source"], job["target"], params)
             except RuntimeError as failure:
-                log.seek(0)
-                error = f"{failure}: {log.read().decode(errors='replace')[-1000:]}"
+                error = str(failure)
+            log.seek(0)
+            said = log.read().decode(errors="replace")
             os.dup2(stderr, 2)
             os.close(stderr)
         del params, alive
-        answers.write(json.dumps({"error": error}) + "\n")
+        answers.write(json.dumps(asdict(_outcome(job, error, said))) + "\n")
         answers.flush()
 
 
