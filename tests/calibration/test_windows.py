@@ -115,7 +115,6 @@ def test_windows_come_by_weight_and_what_ends_gives_way() -> None:
     assert [share.tokens for share in found.shares(40)] == [100, 200, 100]
     assert found.datasets == ("set 0", "set 1", "set 2")
     assert found.tokens == 1000
-    assert module.by_dataset(found) == {s.dataset: s.tokens for s in shares}
 
 
 def test_the_seed_counts_and_nothing_else() -> None:

@@ -40,7 +40,7 @@ class TextTokenizer:
 
     ``bos``: the token that begins every text, None where the model's texts begin without one. ``eos``: the token that
     ends a text, None where there is none. ``rows``: rows of the token embedding; every id is below it.
-    ``has_template``: the model has a chat template.
+    ``has_template``: the model has a chat template. One object serves one thread.
 
     Raises MalformedInputError where the library that owns the format refuses the file, AccessError for a link out of
     the model directory.

@@ -13,7 +13,7 @@ the text, the seed and the length alone: however many are asked for, the first k
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -379,8 +379,8 @@ def coverage_advice(tokens: int, widest_input: int, *, hessian: bool = True) -> 
     """What to say when ``tokens`` are too few for a layer with ``widest_input`` inputs, else None.
 
     A Hessian has widest_input² unknowns: below about 4 tokens per input its off-diagonal part is mostly noise, and
-    beyond about 18 more text changed nothing in our measurements. An imatrix has one mean per input, and 10,000
-    tokens give each to a few per cent, whatever the width.
+    beyond about 18 more text changed nothing in our measurements. An imatrix has one mean per input, whatever the
+    width; with 10,000 tokens nine tenths of the demo model's are within 13 % of their final value.
     """
     if hessian and tokens < _HESSIAN_LEAST * widest_input:
         return (
@@ -391,8 +391,3 @@ def coverage_advice(tokens: int, widest_input: int, *, hessian: bool = True) -> 
     if tokens < _IMATRIX_LEAST:
         return f"{tokens:,} tokens are few for an imatrix: {_IMATRIX_LEAST:,} would do"
     return None
-
-
-def by_dataset(windows: Windows) -> Mapping[str, int]:
-    """{data set: tokens drawn from it}, for printing."""
-    return {share.dataset: share.tokens for share in windows.shares()}
