@@ -6,7 +6,7 @@
 //   2. Include "simd.hpp" and write, inside `namespace { }`, a function of type QuantizeRows. It sees whole rows:
 //      x is (rows, cols) float32, packed; cols is a multiple of the block; importance is null or (cols); out is
 //      (rows, cols / block * bytes), and every byte of it must be written. It keeps no state, never fails, and for any
-//      values at all (NaN and infinity too) stays inside its arrays and ends.
+//      values at all (NaN and infinity too) stays inside its arrays and ends. (A type with a codebook: codebook.hpp.)
 //   3. Name it at the end of the file:  LQ_FAMILY(family, {"q4_k", 256, 144, quantize_q4_k}, ...)
 //   4. Write its meaning in kernels/reference.py (or reference_legacy.py) and its tests in tests/kernels/.
 // Everything else (16-bit input, row blocks, the GIL, shape checks, choice of level) is module.cpp's work.
