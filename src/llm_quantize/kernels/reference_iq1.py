@@ -5,7 +5,7 @@ Layouts and search are ggml's (ggml/src/ggml-quants.c); the 2048 grid points com
 groups of it; then each eight codes move to a grid point. float32 throughout, sums in ggml's order. Rows are float32
 (R, C); ``importance`` is None (ggml: only for iq1_m) or float32 (C,); results are uint8 (R, row_bytes).
 
-Equal weights of a block keep their order in the sort. ggml calls C's ``qsort``, which does not promise that, but the one
+Equal weights of a block keep their order in the sort. ggml calls C's ``qsort``, which does not promise that, but that
 of glibc is a merge sort; with another, ggml's own bytes may differ where weights are equal. Where sums overflow ggml
 may stop the process; here the first neighbour is taken then, and a scale that is no number becomes 0.
 """

@@ -55,6 +55,7 @@ _WEIGHTED = (
     *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
     *("iq4_nl", "iq4_xs"),
     *("iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"),
+    *("iq1_m", "iq1_s"),
 )
 # ggml_quantize_requires_imatrix: no codes without one.
 _NEEDING = ("iq2_xs", "iq2_xxs", "iq1_s")
@@ -62,7 +63,7 @@ _NEEDING = ("iq2_xs", "iq2_xxs", "iq1_s")
 
 _HALVES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("f16", "q8_0", "q4_0", "q5_0", "iq4_nl", "iq4_xs"), (0,)),
-    **dict.fromkeys(("iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"), (0,)),
+    **dict.fromkeys(("iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_s"), (0,)),
     **dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), (0, 2)),
     **{"q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,), "tq1_0": (52,), "tq2_0": (64,)},
 }
