@@ -99,6 +99,16 @@ def test_windows_of_several_lengths(models: Any) -> None:
         assert torch.equal(streamed_logits(network, weights, ids)[0], whole_logits(models("gemma3_text"), ids)[0])
 
 
+@pytest.mark.parametrize("variant", ["llama-dynamic", "phi3-longrope"])
+def test_windows_beyond_the_trained_length(variant: str, models: Any) -> None:
+    """Rotary frequencies that depend on the length are those of this window, not of an earlier one."""
+    network, weights = opened(models(variant))
+    for length in (9, 520, 600, 530, 9):
+        ids = windows(1, length)
+        expected = whole_logits(models(variant), ids)[0]
+        assert torch.equal(streamed_logits(network, weights, ids)[0], expected)
+
+
 @contextmanager
 def multiplications(seen: list[tuple[torch.Tensor, torch.Tensor]], patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every product with a weight matrix: (W (out, in), inputs (tokens, in))."""
