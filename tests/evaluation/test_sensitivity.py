@@ -58,7 +58,7 @@ CASES = {
     "llama": ("token_embd.weight", "blk.0.attn_q.weight", "blk.1.ffn_down.weight", "output.weight"),
     "llama3": ("token_embd.weight", "blk.0.attn_v.weight"),  # tied
     "gpt2": ("blk.0.attn_qkv.weight",),  # transposed
-    "phi3": ("blk.1.ffn_up.weight",),  # fused
+    "granitemoe": ("blk.0.ffn_up_exps.weight",),  # one source tensor in two outputs
     "qwen3_moe": ("blk.0.ffn_gate_exps.weight", "blk.1.ffn_down_exps.weight"),
 }
 
