@@ -339,7 +339,7 @@ def _fit(state: _Run, network: Network, taps: Sequence[Sequence[TapLike]], ids: 
     block = max(network.bytes(index) for index in range(network.n_blocks))
     return memory.fit(
         fixed=max(network.bytes("embedding"), block + totals + min(EARLY_BYTES, windows * partial)),
-        each=partial + memory.workspace_bytes(state.source.architecture.hyper, length, itemsize),
+        each=partial + memory.workspace_bytes(state.source.architecture.hyper, length, itemsize, eager=network.eager),
         hidden=windows * length * network.width * itemsize,
         threads=state.options.threads,
         max_ram=state.options.max_ram,

@@ -89,6 +89,11 @@ class Network:
         state = self._skeleton.state
         return sum(state[name].numel() * state[name].element_size() for name in self._parameters(part))
 
+    @property
+    def eager(self) -> bool:
+        """Whether attention computes the scores of all heads at once, as families without another way do."""
+        return bool(self._skeleton.model.config.get_text_config()._attn_implementation == "eager")
+
     def tensors(self, part: Part) -> tuple[str, ...]:
         """The checkpoint tensors of a part; a tied output has the embedding's."""
         names = (place.name for parameter in self._parameters(part) for place in self._places[parameter])

@@ -26,17 +26,19 @@ class Fitted:
     peak: int
 
 
-def workspace_bytes(hyper: Hyper, length: int, itemsize: int) -> int:
+def workspace_bytes(hyper: Hyper, length: int, itemsize: int, *, eager: bool) -> int:
     """Temporary values while one window of ``length`` tokens goes through one block.
 
     Counted: hidden states and norms (6 widths), queries, keys, values and their rotated copies, the three wide values
-    of the feed-forward (of all experts a token uses), and the scores of one head in float32.
+    of the feed-forward (of all experts a token uses), and the scores: of every head, raw, weighted and in float32,
+    where attention computes them all at once (``eager``), of one head's tiles elsewhere.
     """
     heads = (4 * hyper.n_head + 3 * hyper.n_head_kv) * hyper.head_dim
     wide = hyper.feed_forward_length
     if hyper.n_expert:
         wide = max(wide, hyper.n_expert_used * hyper.expert_feed_forward_length + hyper.shared_feed_forward_length)
-    return length * itemsize * (6 * hyper.embedding_length + heads + 3 * wide) + 4 * length * length * 4
+    scores = length * length * (hyper.n_head * (2 * itemsize + 4) if eager else 16)
+    return length * itemsize * (6 * hyper.embedding_length + heads + 3 * wide) + scores
 
 
 def fit(

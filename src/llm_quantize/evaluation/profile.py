@@ -135,7 +135,10 @@ def _fit(
     # A replaced tensor stands beside its block as it was read, as it is seen, and as it is put back.
     fixed = max(block + 3 * largest, ends + 3 * largest)
     logits = POSITIONS * network.vocab_size * (4 + 6 * 8)
-    each = max(memory.workspace_bytes(source.architecture.hyper, length, 4), logits) + 4 * length * network.width * 4
+    each = (
+        max(memory.workspace_bytes(source.architecture.hyper, length, 4, eager=network.eager), logits)
+        + 4 * length * network.width * 4
+    )
     limit = preflight.memory_limit(max_ram)
     streams = max(1, min(len(placed), STREAM_BYTES // stream))
     if limit is not None:

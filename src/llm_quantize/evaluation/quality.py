@@ -292,7 +292,7 @@ class _Plan:
         self._head = network.bytes("head")
         self._hidden = count * length * network.width * 4
         self._window = length * network.width * 4
-        self._step = memory.workspace_bytes(hyper, length, 4)
+        self._step = memory.workspace_bytes(hyper, length, 4, eager=network.eager)
         # Logits of the source, of the artifacts and of the noise stream, one copy more while a model scales them.
         self._logits = streamed.POSITIONS * network.vocab_size * 4
         self._slice = 10 * 8 * max(streamed.SLICE_VALUES, network.vocab_size)
