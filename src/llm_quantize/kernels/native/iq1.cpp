@@ -30,9 +30,10 @@ static inline void weigh_all(const Batch& b, float* weight) {
     sums_of_squares(b, sum);
     for (int s = 0; s < b.count; ++s) {
         const vf mean = splat(2.0f * sum[s] / 256.0f);
-        const float* x = b.x + s * superblock;
+        const float *x = b.x + s * superblock, *importance = b.importance[s];
+        float* to = weight + s * superblock;
         for (int i = 0; i < superblock; i += lanes) {
-            store(weight + s * superblock + i, load(b.importance[s] + i) * square_root(mean + load(x + i) * load(x + i)));
+            store(to + i, load(importance + i) * square_root(mean + load(x + i) * load(x + i)));
         }
     }
 }

@@ -85,8 +85,8 @@ LQ_INLINE vf least_of_lanes(vf v) {
 #endif
 }
 
-// The word of the neighbour of `point` with the least sum of w (scale level - x)^2 over eight weights; of equal ones the
-// first. The first of all if every sum overflows (ggml stops the process then).
+// The word of the neighbour of `point` with the least sum of w (scale level - x)^2 over eight weights; of equal ones
+// the first. The first of all if every sum overflows (ggml may stop the process then).
 static inline uint16_t nearest_neighbour(const lq::Codebook& book, uint32_t point, const float* x, const float* w,
                                          float scale, float lowest) {
     Terms terms[8];

@@ -1,5 +1,5 @@
-// The searches of iq1_s and iq1_m, one block per lane: the block is sorted, and every pair of cuts makes three groups of
-// it, with the levels -1, 0 and 1 plus or minus 1/8. Then each eight codes become an entry of the grid.
+// The searches of iq1_s and iq1_m, one block per lane: the block is sorted, and every pair of cuts makes three groups
+// of it, with the levels -1, 0 and 1 plus or minus 1/8. Then each eight codes become an entry of the grid.
 #pragma once
 
 #include "iq1_grid.hpp"
@@ -113,7 +113,7 @@ struct Whole {
     }
 };
 
-// The same of a block of 16 with a shift for each half: in a candidate bit 1 is the first half's and bit 0 the second's.
+// The same of a block of 16 with a shift for each half: bit 1 of a candidate is the first half's, bit 0 the second's.
 struct Halves {
     static constexpr int n = 16, shifts = 4;
     vf x[2][n + 1], w[2][n + 1];
