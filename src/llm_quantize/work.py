@@ -102,7 +102,10 @@ class _Clock:
 def _infinite_blocks(qtype: QType, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
     """Blocks in which a float16 scale (or value) is infinite or NaN: it poisons the whole block in silence."""
     blocks = packed.reshape(-1, qtype.block_bytes)
-    found = [np.flatnonzero((blocks[:, offset + 1] & 0x7C) == 0x7C) for offset in qtype.half_offsets]
+    found = [
+        np.flatnonzero(np.logical_and.reduce([(blocks[:, byte] & mask) == mask for byte, mask in exponent]))
+        for exponent in qtype.half_exponents
+    ]
     return np.unique(np.concatenate(found)) if any(part.size for part in found) else np.empty(0, np.intp)
 
 

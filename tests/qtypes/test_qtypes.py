@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gguf
+import numpy as np
 import pytest
 
+from llm_quantize import kernels
 from llm_quantize.errors import UsageError
 from llm_quantize.qtypes import QTYPES
 
@@ -34,3 +36,13 @@ def test_importance_flags():
     needing = {name for name, q in QTYPES.items() if q.needs_importance}
     assert needing - {"iq1_s"} == {"iq2_xxs", "iq2_xs"}
     assert all(QTYPES[name].uses_importance for name in needing)
+
+
+@pytest.mark.parametrize("name", [name for name, q in QTYPES.items() if q.half_exponents])
+def test_the_exponent_bits_tell_an_infinite_block(name):
+    qtype = QTYPES[name]
+    rows = np.random.default_rng(2).standard_normal((1, 4 * qtype.block_size)).astype(np.float32)
+    rows[0, 2 * qtype.block_size : 3 * qtype.block_size] = 1e9
+    blocks = kernels.quantize(name, rows, np.ones(rows.shape[1], np.float32)).reshape(4, -1)
+    full = [[(blocks[:, byte] & mask) == mask for byte, mask in exponent] for exponent in qtype.half_exponents]
+    assert np.any([np.all(masks, axis=0) for masks in full], axis=0).tolist() == [False, False, True, False]

@@ -21,7 +21,7 @@ class QType:
 
     ``name`` is ggml's name in lower case; ``block_size`` counts weights, ``block_bytes`` bytes.
     ``uses_importance``: an imatrix row changes the codes; ``needs_importance``: there are no codes without one.
-    ``half_offsets``: where a block's float16 numbers stand, in bytes; an infinite one would poison the block.
+    ``half_offsets``: where a block's float16 numbers stand, in bytes, if each is in one piece (see half_exponents).
     """
 
     name: str
@@ -42,6 +42,13 @@ class QType:
                 remedy="use a type with a smaller block for this tensor",
             )
         return columns // self.block_size * self.block_bytes
+
+    @property
+    def half_exponents(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Of each float16 number of a block, (byte, mask) of its exponent bits: infinite or NaN where all are set."""
+        if self.name == "iq1_m":  # four bits in each of the last four words
+            return (((53, 0xC0), (55, 0x70)),)
+        return tuple(((offset + 1, 0x7C),) for offset in self.half_offsets)
 
     @property
     def bits_per_weight(self) -> float:
