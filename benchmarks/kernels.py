@@ -33,7 +33,8 @@ AIMS = {
     **{"q4_k": (10.0, 8.0), "q6_k": (8.0, 8.0)},
     **dict.fromkeys(("iq4_nl", "iq4_xs"), (3.0, 3.0)),
     **dict.fromkeys(("iq3_s", "iq3_xxs", "iq2_s"), (4.0, 4.0)),
-    **dict.fromkeys(("iq2_xs", "iq2_xxs"), (0.0, 4.0)),
+    **dict.fromkeys(("iq2_xs", "iq2_xxs", "iq1_s"), (0.0, 4.0)),
+    **{"iq1_m": (4.0, 4.0)},
 }
 
 
