@@ -76,11 +76,7 @@ _LEVELS = (
     ("TQ1_0", "tq1_0", LlamaFileType.MOSTLY_TQ1_0, "1.7 bit, for models trained with ternary weights"),
     ("MXFP4_MOE", "mxfp4", LlamaFileType.MOSTLY_MXFP4_MOE, "experts in MXFP4, everything else at 8 bit"),
 )
-LEVELS: Mapping[str, Level] = {
-    name: Level(name, base, int(number), about)
-    for name, base, number, about in _LEVELS
-    if base in QTYPES and all(r[0] in QTYPES for m in MIXES.get(name, {}).values() for r in m)
-}
+LEVELS: Mapping[str, Level] = {name: Level(name, base, int(number), about) for name, base, number, about in _LEVELS}
 
 ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 
