@@ -8,6 +8,7 @@ float32 (C,), or None for iq2_s alone; results are uint8 (R, row_bytes).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -108,15 +109,25 @@ def quantize_iq2_s(rows: Float32, importance: Float32 | None = None) -> Bytes:
     return join_blocks(rows, half, *(part.astype(np.uint8) for part in parts))
 
 
+_BITS = np.arange(256)[:, None] >> np.arange(8) & 1
+_SIGNS: Float32 = np.where(_BITS, np.float32(-1), np.float32(1))
+_PARITY: Integers = np.arange(128) | (_BITS[:128].sum(axis=1) & 1) << 7
+
+
 def signs_of(bits: Integers) -> Float32:
     """+1 and -1 (..., 8) of sign bytes (...)."""
-    return np.where(bits[..., None] >> np.arange(8) & 1, np.float32(-1), np.float32(1))
+    return _SIGNS[bits]
 
 
 def with_parity(bits: Integers) -> Integers:
     """Sign bytes of seven stored signs each: the eighth makes the number of negatives even."""
-    odd: Integers = (bits[..., None] >> np.arange(7) & 1).sum(axis=-1) & 1
-    return bits | odd << 7
+    return _PARITY[bits]
+
+
+@cache
+def magnitudes_of(qtype: str) -> Float32:
+    """float32 (n, 8): the grid's entries as magnitudes."""
+    return MAGNITUDES[grid_codes(qtype)[0]]
 
 
 def _decode(qtype: str, scale: Bytes, steps: Integers, entries: Integers, signs: Integers) -> Float32:
@@ -124,8 +135,7 @@ def _decode(qtype: str, scale: Bytes, steps: Integers, entries: Integers, signs:
     unit = half_values(scale.view("<u2").astype(np.uint16))
     local = unit * (np.float32(0.5) + steps.astype(np.float32)) * np.float32(0.25)
     local = np.repeat(local, 32 // steps.shape[1], axis=1)
-    magnitudes = MAGNITUDES[grid_codes(qtype)[0][entries]]
-    return (local[:, :, None] * magnitudes * signs_of(signs)).reshape(-1, SUPERBLOCK)
+    return (local[:, :, None] * magnitudes_of(qtype)[entries] * signs_of(signs)).reshape(-1, SUPERBLOCK)
 
 
 def _nibbles(packed: Bytes) -> Integers:

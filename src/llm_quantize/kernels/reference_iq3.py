@@ -8,6 +8,7 @@ results are uint8 (R, row_bytes).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -29,8 +30,10 @@ from llm_quantize.kernels.reference_iq_search import (
     take_signs,
 )
 
-XXS_MAGNITUDES: Float32 = np.array([4, 12, 20, 28, 36, 44, 52, 62], np.float32)
-S_MAGNITUDES: Float32 = np.arange(1, 16, 2, dtype=np.float32)
+MAGNITUDES: dict[str, Float32] = {
+    "iq3_xxs": np.array([4, 12, 20, 28, 36, 44, 52, 62], np.float32),
+    "iq3_s": np.arange(1, 16, 2, dtype=np.float32),
+}
 XXS_TRIES = Tries(15, 0.2, "off")
 S_TRIES = Tries(9, 0.2, "all if off")
 
@@ -84,6 +87,12 @@ def quantize_iq3_s(rows: Float32, importance: Float32 | None = None) -> Bytes:
     return join_blocks(rows, half, *(part.astype(np.uint8) for part in parts))
 
 
+@cache
+def _magnitudes_of(qtype: str) -> Float32:
+    """float32 (n, 4): the grid's entries as magnitudes."""
+    return MAGNITUDES[qtype][grid_codes(qtype)[0]]
+
+
 def _decode(magnitudes: Float32, local: Float32, signs: Integers) -> Float32:
     """float32 (B, 256) of magnitudes (B, 64, 4), scales (B, 8) and sign bytes (B, 32)."""
     unsigned = local[:, :, None] * magnitudes.reshape(-1, 8, 32)
@@ -100,7 +109,7 @@ def dequantize_iq3_xxs(packed: Bytes, columns: int) -> Float32:
     words = rest.view("<u4").astype(np.int64)
     local = _halves(scale) * (np.float32(0.5) + (words >> 28).astype(np.float32)) * np.float32(0.5)
     signs = with_parity((words[:, :, None] >> np.arange(0, 28, 7) & 127).reshape(-1, 32))
-    magnitudes = XXS_MAGNITUDES[grid_codes("iq3_xxs")[0][entries]]
+    magnitudes = _magnitudes_of("iq3_xxs")[entries]
     return _decode(magnitudes, local, signs).reshape(len(packed), columns)
 
 
@@ -110,7 +119,7 @@ def dequantize_iq3_s(packed: Bytes, columns: int) -> Float32:
     bits = (high[:, :, None].astype(np.int64) >> np.arange(8) & 1).reshape(-1, 64)
     nibbles = np.stack([steps & 15, steps >> 4], axis=2).reshape(-1, 8).astype(np.float32)
     local = _halves(scale) * (np.float32(1) + np.float32(2) * nibbles)
-    magnitudes = S_MAGNITUDES[grid_codes("iq3_s")[0][low.astype(np.int64) | bits << 8]]
+    magnitudes = _magnitudes_of("iq3_s")[low.astype(np.int64) | bits << 8]
     return _decode(magnitudes, local, signs.astype(np.int64)).reshape(len(packed), columns)
 
 
