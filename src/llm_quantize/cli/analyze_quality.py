@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from llm_quantize.evaluation.assessment import Assessment
+    from llm_quantize.events import EventSink
 
 _WORST = 5
 
@@ -94,7 +96,8 @@ def command(
     options = AssessOptions(statistics=Path(statistics) if statistics else None, **arguments)
     commands = (shlex.join(["llm-quantize", *sys.argv[1:]]),)
     with events(shown, "measure") as sink:
-        found = assess(reference, artifacts, options, commands=commands, on_event=sink)
+        told = sink if shown.json else _with_stages(sink)
+        found = assess(reference, artifacts, options, commands=commands, on_event=told)
     if report is not None:
         from llm_quantize.reports.page import write_page
 
@@ -107,6 +110,22 @@ def command(
     if error is not None:
         raise error
     return 0
+
+
+def _with_stages(sink: EventSink) -> EventSink:
+    """Progress under the name of its stage, as a check is shown."""
+    stage = ["divergence"]
+
+    def told(event: Mapping[str, Any]) -> None:
+        if event["event"] == "stage":
+            stage[0] = line(event["text"])
+            sink({"event": "check", "what": stage[0], "done": 0, "total": 1})
+        elif event["event"] == "measure":
+            sink({"event": "check", "what": stage[0], "done": event["done"], "total": event["total"]})
+        else:
+            sink(event)
+
+    return told
 
 
 def _show(found: Assessment, shown: Mode, report: str | None) -> None:

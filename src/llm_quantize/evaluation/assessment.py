@@ -98,7 +98,7 @@ def assess(
             on_event=on_event,
         )
         importance = _importance(source, options.statistics)
-        on_event({"event": "stage", "text": "measure"})
+        on_event({"event": "stage", "text": "divergence"})
         quality = measure_quality(
             source,
             artifacts,
@@ -112,7 +112,7 @@ def assess(
         )
         tensors = []
         for path in artifacts:
-            on_event({"event": "stage", "text": f"errors of tensors: {Path(path).name}"})
+            on_event({"event": "stage", "text": f"errors of tensors in {Path(path).name}"})
             decoded = DecodedArtifact(source, path)
             threads = quality.memory.threads
             tensors.append(
