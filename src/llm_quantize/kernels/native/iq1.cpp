@@ -69,6 +69,29 @@ LQ_INLINE vf refit(const vf* x, const vf* w, const vi* word, const vf* lowest, v
     return select((cross > 0.0f) & (square > 0.0f), cross / square, scale);
 }
 
+// (2) of `lanes` blocks: words that are not on the grid become those of their nearest neighbours. Gives -1 if there is
+// such a word, and says in which lanes.
+template <int n>
+static inline int32_t move_to_grid(const lq::Codebook& book, const float* const* x, const float* const* w,
+                                   const float* scale, const int32_t* shift, const int32_t* dead,
+                                   int32_t (*words)[lanes], int32_t* off_grid) {
+    int32_t moved = 0;
+    for (int k = 0; k < lanes; ++k) {
+        off_grid[k] = 0;
+        for (int g = 0; g < n / 8 && !dead[k]; ++g) {
+            const auto codes = static_cast<uint32_t>(words[g / 2][k]) >> (g % 2 * 16) & 0xffffu;
+            const uint32_t point = point_of(codes);
+            if (book.index[point] >= 0) continue;
+            const float lowest = lowest_level(n == 32 ? shift[k] : shift[k] >> (1 - g) & 1);
+            const uint32_t nearest = nearest_neighbour(book, point, x[k] + 8 * g, w[k] + 8 * g, scale[k], lowest);
+            words[g / 2][k] ^= static_cast<int32_t>((codes ^ nearest) << (g % 2 * 16));
+            off_grid[k] = -1;
+        }
+        moved |= off_grid[k];
+    }
+    return moved;
+}
+
 // Searches `lanes` blocks of n weights from number `first` of the batch on. n = 32: one shift bit; 16: one per half.
 template <class Sums>
 static inline void fit_blocks(const lq::Codebook& book, const Batch& b, int first, float smallest, Fitted& out) {
@@ -104,21 +127,7 @@ static inline void fit_blocks(const lq::Codebook& book, const Batch& b, int firs
     __builtin_memcpy(shifts, &shift, sizeof shifts);
     __builtin_memcpy(dead_lane, &dead, sizeof dead_lane);
     store(scales, scale);
-    int32_t moved = 0;
-    for (int k = 0; k < lanes; ++k) {
-        off_grid[k] = 0;
-        for (int g = 0; g < per && !dead_lane[k]; ++g) {
-            const auto codes = static_cast<uint32_t>(words[g / 2][k]) >> (g % 2 * 16) & 0xffffu;
-            const uint32_t point = point_of(codes);
-            if (book.index[point] >= 0) continue;
-            const float lowest = lowest_level(n == 32 ? shifts[k] : shifts[k] >> (1 - g) & 1);
-            const uint32_t nearest =
-                nearest_neighbour(book, point, x_rows[k] + 8 * g, w_rows[k] + 8 * g, scales[k], lowest);
-            words[g / 2][k] ^= static_cast<int32_t>((codes ^ nearest) << (g % 2 * 16));
-            off_grid[k] = -1;
-        }
-        moved |= off_grid[k];
-    }
+    const int32_t moved = move_to_grid<n>(book, x_rows, w_rows, scales, shifts, dead_lane, words, off_grid);
     if (moved != 0) {
         vi off;
         __builtin_memcpy(&off, off_grid, sizeof off);
