@@ -167,8 +167,8 @@ class Paired:
     """Two candidates on the same tokens, ``first`` and ``second`` being their places. Differences are first minus
     second: of the mean KLD (nats), of ln perplexity; ``kld_ratio`` is mean KLD of the first over the second's.
 
-    The standard errors are of the paired values, token by token: three to five times smaller than those of the two
-    means taken apart, as both candidates stumble over the same tokens. The ratio's is by the delta method.
+    The standard errors are of the paired values, token by token: smaller than those of the two means taken apart, the
+    more so the more alike the candidates are, as both stumble over the same tokens. The ratio's is by the delta method.
     """
 
     first: int
