@@ -114,7 +114,9 @@ def test_groups_and_threads_change_no_figure(tmp_path: Path, monkeypatch: pytest
         assert plan.cost.streams == sum(map(len, plan.groups)) == len(whole.rows)
         assert plan.cost.tokens == 32
         assert plan.cost.sentence()
-        assert measure_profile(plan) == whole
+        told: list[tuple[int, int]] = []
+        assert measure_profile(plan, on_event=lambda event: told.append((event["done"], event["total"]))) == whole
+        assert [done for done, _ in told] == list(range(1, told[0][1] + 1))
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,15 +230,16 @@ def _show(profile: Profile, choice: Choice, kept: Path, output: Path, *, verbose
     console = Console(highlight=False, soft_wrap=True)
     figures = profile.by_tensor()
     types = sorted({row.qtype for row in profile.rows}, key=lambda qtype: -QTYPES[qtype].bits_per_weight)
-    table = Table("tensor", *types, "recipe", box=None, title_justify="left")
+    table = Table(box=None, title_justify="left")
+    table.add_column("tensor", overflow="fold")
+    for word in (*types, "recipe"):
+        table.add_column(word, justify="right", no_wrap=True)
     table.title = "mean KLD with this tensor alone at a type, in 1e-6 nats per token"
-    for column in table.columns[1:]:
-        column.justify = "right"
     ordered = sorted(figures.items(), key=lambda item: -max(row.kld / row.nbytes for row in item[1]))
     for name, rows in ordered if verbose else ordered[:SHOWN]:
-        known = {row.qtype: f"{1e6 * row.kld:,.1f}" for row in rows}
+        known = {row.qtype: _short(1e6 * row.kld) for row in rows}
         cells = [known.get(qtype, "") for qtype in types]
-        table.add_row(shown(name), *cells, shown(choice.recipe.tensors.get(name, "")))
+        table.add_row(shown(name.removesuffix(".weight")), *cells, shown(choice.recipe.tensors.get(name, "")))
     console.print(table)
     if not verbose and len(ordered) > SHOWN:
         console.print(f"{len(ordered) - SHOWN} tensors more with -v, per byte less sensitive", style="dim")
@@ -249,5 +250,15 @@ def _show(profile: Profile, choice: Choice, kept: Path, output: Path, *, verbose
         if size >= 0.8 * choice.size and size <= 1.25 * choice.size
     ]
     summed = f"{human_bytes(choice.size)}, summed KLD {choice.allocation.kld:.4f} ± {choice.allocation.kld_sem:.4f}"
-    console.print(shown(f"recipe: {line(output)} ({summed}; plain levels: {', '.join(plain) or 'none measured'})"))
+    console.print(
+        shown(f"recipe: {line(output)} ({summed}; plain levels: {', '.join(plain) or 'none was measured whole'})")
+    )
     console.print(shown(f"use it: llm-quantize quantize MODEL gguf --recipe {line(output)}"), style="dim")
+
+
+def _short(value: float) -> str:
+    """Three digits: 0.52, 46.7, 468, 2.13k."""
+    for limit, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * limit:
+            return f"{_short(value / limit)}{unit}"
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"

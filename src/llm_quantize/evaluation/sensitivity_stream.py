@@ -122,7 +122,9 @@ class Measurement:
 
         Raises NumericPolicyError where hidden states or logits are not finite, StoppedError after a signal.
         """
-        self.total = len(self.windows) * (self.network.n_blocks + sum(map(self._steps, groups)))
+        starts = [one.start for group in groups for one in group if one.start < self.network.n_blocks]
+        source = self.network.n_blocks + max((0, *starts))
+        self.total = len(self.windows) * (source + sum(map(self._steps, groups)))
         found: list[Sensitivity] = []
         with self._states() as origin, self._states() as final:
             self._embed(self.weights, final)
@@ -217,7 +219,7 @@ class Measurement:
 
     def _tell(self) -> None:
         self.done += 1
-        self.on_event({"event": "measure", "done": min(self.done, self.total), "total": self.total})
+        self.on_event({"event": "measure", "done": self.done, "total": self.total})
 
     def _heads(self, streams: Sequence[_Stream], final: Activations) -> None:
         """The divergence of every stream: those with the source's head together, the others one at a time."""
