@@ -28,22 +28,21 @@ NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class MeasuredFile:
-    """A file (or directory) to measure. ``identity``: measurements.artifact_identity. ``made``: by this comparison."""
+    """A file (or directory) to measure. ``identity``: measurements.artifact_identity."""
 
     path: Path
     level: str
     identity: str
     size: int
     bits_per_weight: float
-    made: bool
 
 
-def measured_file(path: Path, *, made: bool) -> MeasuredFile:
+def measured_file(path: Path) -> MeasuredFile:
     """What the files say of themselves. Raises what reading their headers raises."""
     files = [read_gguf(file) for file in artifact_files(path)]
     weights = sum(math.prod(tensor.shape) for file in files for tensor in file.tensors)
     size = sum(file.file_size for file in files)
-    return MeasuredFile(path, _level(files[0], path), artifact_identity(path), size, 8 * size / max(1, weights), made)
+    return MeasuredFile(path, _level(files[0], path), artifact_identity(path), size, 8 * size / max(1, weights))
 
 
 def _level(file: GgufFile, path: Path) -> str:

@@ -15,27 +15,28 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llm_quantize.bench import Bench, MeasuredFile, measured_file, samples_of
 from llm_quantize.calibration.tokens import TextTokenizer
-from llm_quantize.errors import UsageError
+from llm_quantize.errors import MissingExtraError, UsageError
 from llm_quantize.evaluation import grades
+from llm_quantize.evaluation.decoded import DecodedArtifact
+from llm_quantize.evaluation.divergence import Divergence
 from llm_quantize.evaluation.perplexity import Tokens
-from llm_quantize.evaluation.speed import Speed
-from llm_quantize.evaluation.texts import evaluation_text
+from llm_quantize.evaluation.texts import BUILT_IN, EvaluationText, evaluation_text
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.measurements import Measurements, key_of
 from llm_quantize.planning import Options
 from llm_quantize.reports.facts import machine_facts, model_facts, program_versions
 from llm_quantize.reports.result import (
     ComparisonResult,
+    ModelFacts,
     Reference,
     Sample,
-    TensorError,
     TextFacts,
     Variant,
     divergence_from_dict,
@@ -96,19 +97,22 @@ def compare(
     installed. ``on_event`` hears the events of ``pipeline.quantize`` and of ``measure_quality``, and stages.
 
     Raises UsageError (an artifact twice, text shorter than a window), MissingExtraError without torch, and what
-    ``pipeline.quantize``, ``measure_quality``, ``verify`` and ``measure_speed`` raise.
+    ``pipeline.quantize``, ``measure_quality`` and ``measure_speed`` raise.
     """
     options = options or CompareOptions()
     folder = Path(output_dir)
     kept = Measurements(folder / "measured.json")
     if not variants and not artifacts:
         variants = [("gguf", level) for level in DEFAULT_VARIANTS]
-    found = _make(model, folder / "artifacts", variants, options, kept, on_event)
-    found += [measured_file(Path(path), made=False) for path in artifacts]
-    _refuse_twice(found)
-    found = _with_labels(found)
+    for module in ("torch", "transformers"):
+        if find_spec(module) is None:
+            raise MissingExtraError("Measuring quality", "torch")
+    # What cannot be measured is refused before hours of quantizing, not after.
+    taken = [measured_file(Path(path)) for path in artifacts]
     source = open_source(model, revision=options.revision, on_event=on_event)
     with source.checkpoint:
+        for artifact in taken:
+            DecodedArtifact(source, artifact.path)
         text = evaluation_text(
             TextTokenizer(source),
             options.texts,
@@ -116,9 +120,11 @@ def compare(
             limit=options.windows,
             on_event=on_event,
         )
-        windows, names = text.windows, tuple(Path(name).name for name in text.names)
-        quality = _quality(source, found, windows, names, options, kept, folder, on_event)
-        work = Bench(
+        found = _make(model, folder / "artifacts", variants, options, kept, on_event) + taken
+        _refuse_twice(found)
+        found = _with_labels(found)
+        quality = _quality(source, found, text, options, kept, folder, on_event)
+        bench = Bench(
             source,
             kept,
             prompts=options.prompts,
@@ -127,41 +133,72 @@ def compare(
             max_ram=options.quantize.max_ram,
             on_event=on_event,
         )
-        errors = [work.tensor_errors(artifact) for artifact in found]
-        speeds = [work.speed(artifact) for artifact in found]
-        own = work.source_answers()
-        samples = [samples_of(work.answers(artifact), own) for artifact in found]
-        reference = Reference(
-            perplexity=quality["artifacts"][0].reference_perplexity,
-            perplexity_sem=quality["artifacts"][0].reference_perplexity_sem,
-            bits_per_weight=8 * model_facts(source, model).size / max(1, model_facts(source, model).parameters),
-            noise_floor=quality["noise"],
-            samples=samples_of(own),
+        rows, own = _on_the_bench(bench, found, quality, kept)
+        facts = model_facts(source, model)
+    return _result(facts, text, quality, rows, own, bench.absent, options)
+
+
+def _on_the_bench(
+    bench: Bench, found: Sequence[MeasuredFile], quality: _Quality, kept: Measurements
+) -> tuple[tuple[Variant, ...], tuple[Sample, ...]]:
+    """Every variant with all its figures, and what the source writes."""
+    errors = [bench.tensor_errors(artifact) for artifact in found]
+    speeds = [bench.speed(artifact) for artifact in found]
+    own = bench.source_answers()
+    rows = tuple(
+        Variant(
+            format="gguf",
+            level=artifact.level,
+            file=artifact.path.name,
+            size=artifact.size,
+            bits_per_weight=artifact.bits_per_weight,
+            quantize_cpu_seconds=kept.get(key_of("cpu", artifact=artifact.identity)),
+            divergence=divergence,
+            grade=grades.grade(divergence.kld),
+            speed=speed,
+            tensor_errors=tuple(tensors),
+            samples=samples_of(bench.answers(artifact), own),
         )
-        measured = next((speed for speed in speeds if speed is not None), None)
-        return ComparisonResult(
-            model=model_facts(source, model),
-            text=TextFacts(
-                names=names,
-                sha256=_sha256(windows),
-                context=int(windows.shape[1]),
-                windows=len(windows),
-                tokens=quality["artifacts"][0].tokens,
-            ),
-            machine=machine_facts(work.absent if measured is None else measured.runtime, options.quantize.threads),
-            reference=reference,
-            variants=tuple(
-                _variant(artifact, divergence, kept, speed, tensors, texts)
-                for artifact, divergence, speed, tensors, texts in zip(
-                    found, quality["artifacts"], speeds, errors, samples, strict=True
-                )
-            ),
-            grades=grades.GRADES,
-            versions=program_versions(),
-            commands=options.commands,
-            created=datetime.datetime.now(datetime.UTC).date().isoformat(),
-            notes=quality["notes"],
-        )
+        for artifact, divergence, speed, tensors in zip(found, quality.divergences, speeds, errors, strict=True)
+    )
+    return rows, samples_of(own)
+
+
+def _result(
+    model: ModelFacts,
+    text: EvaluationText,
+    quality: _Quality,
+    rows: tuple[Variant, ...],
+    own: tuple[Sample, ...],
+    absent: str,
+    options: CompareOptions,
+) -> ComparisonResult:
+    measured = next((row.speed.runtime for row in rows if row.speed is not None), absent)
+    first = quality.divergences[0]
+    return ComparisonResult(
+        model=model,
+        text=TextFacts(
+            names=tuple(name if name == BUILT_IN else Path(name).name for name in text.names),
+            sha256=_sha256(text.windows),
+            context=int(text.windows.shape[1]),
+            windows=len(text.windows),
+            tokens=first.tokens,
+        ),
+        machine=machine_facts(measured, options.quantize.threads),
+        reference=Reference(
+            perplexity=first.reference_perplexity,
+            perplexity_sem=first.reference_perplexity_sem,
+            bits_per_weight=8 * model.size / max(1, model.parameters),
+            noise_floor=quality.noise_floor,
+            samples=own,
+        ),
+        variants=rows,
+        grades=grades.GRADES,
+        versions=program_versions(),
+        commands=options.commands,
+        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        notes=quality.notes,
+    )
 
 
 def write_reports(result: ComparisonResult, folder: Path, lang: str = "en") -> dict[str, Path]:
@@ -227,7 +264,7 @@ def _make(
             on_event=on_event,
         )
         for result in results:
-            artifact = measured_file(result.path, made=True)
+            artifact = measured_file(result.path)
             if result.status == "written" and not result.resumed_units:
                 kept.put(key_of("cpu", artifact=artifact.identity), result.seconds)
             found.append(artifact)
@@ -248,20 +285,28 @@ def _with_labels(found: Sequence[MeasuredFile]) -> list[MeasuredFile]:
     ]
 
 
+@dataclass(frozen=True)
+class _Quality:
+    """``divergences`` in the order of the artifacts; ``notes``: where their metadata differ from the source's."""
+
+    divergences: tuple[Divergence, ...]
+    noise_floor: float
+    notes: tuple[str, ...]
+
+
 def _quality(
     source: Source,
     found: Sequence[MeasuredFile],
-    windows: Tokens,
-    names: Sequence[str],
+    text: EvaluationText,
     options: CompareOptions,
     kept: Measurements,
     folder: Path,
     on_event: EventSink,
-) -> dict[str, Any]:
-    """Divergences of all artifacts, those that are not known yet in one streamed pass, and the noise floor."""
+) -> _Quality:
+    """Divergences of all artifacts, those that are not known yet in one streamed pass."""
     from llm_quantize.evaluation.quality import measure_quality
 
-    about = {"model": model_facts(source, "").fingerprint, "text": _sha256(windows)}
+    about = {"model": model_facts(source, "").fingerprint, "text": _sha256(text.windows)}
     keys = [key_of("quality", artifact=artifact.identity, **about) for artifact in found]
     floor = key_of("noise", **about)
     missing = [index for index, key in enumerate(keys) if kept.get(key) is None or kept.get(floor) is None]
@@ -271,11 +316,11 @@ def _quality(
         measured = measure_quality(
             source,
             [found[index].path for index in missing],
-            windows,
+            text.windows,
             threads=options.quantize.threads,
             max_ram=options.quantize.max_ram,
             device=options.quantize.calibration.device,
-            texts=names,
+            texts=text.names,
             scratch=folder,
             on_event=on_event,
         )
@@ -284,31 +329,8 @@ def _quality(
             notes = [f"{Path(one.path).name}: {note}" for note in one.notes]
             kept.put(keys[index], {"divergence": divergence_to_dict(one.divergence), "notes": notes})
     facts = [kept.get(key) for key in keys]
-    return {
-        "artifacts": [divergence_from_dict(fact["divergence"]) for fact in facts],
-        "noise": kept.get(floor),
-        "notes": tuple(note for fact in facts for note in fact["notes"]),
-    }
-
-
-def _variant(
-    artifact: MeasuredFile,
-    divergence: Any,
-    kept: Measurements,
-    speed: Speed | None,
-    errors: Sequence[TensorError],
-    samples: Sequence[Sample],
-) -> Variant:
-    return Variant(
-        format="gguf",
-        level=artifact.level,
-        file=artifact.path.name,
-        size=artifact.size,
-        bits_per_weight=artifact.bits_per_weight,
-        quantize_cpu_seconds=kept.get(key_of("cpu", artifact=artifact.identity)),
-        divergence=divergence,
-        grade=grades.grade(divergence.kld),
-        speed=speed,
-        tensor_errors=tuple(errors),
-        samples=tuple(samples),
+    return _Quality(
+        divergences=tuple(divergence_from_dict(fact["divergence"]) for fact in facts),
+        noise_floor=kept.get(floor),
+        notes=tuple(note for fact in facts for note in fact["notes"]),
     )

@@ -6,11 +6,13 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llm_quantize.errors import MalformedInputError, MissingExtraError, ResourceError, UsageError
 from llm_quantize.evaluation import speed
 from llm_quantize.evaluation.runtimes import llama_cpp_library
+from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
 from llm_quantize.pipeline import quantize
 
 
@@ -68,3 +70,16 @@ def test_median_leaves_the_first_run_out(monkeypatch: pytest.MonkeyPatch) -> Non
     clock = iter([0.0, 9.0, 10.0, 11.0, 20.0, 24.0, 30.0, 32.0])
     monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
     assert speed._median(lambda: None) == 2.0
+
+
+def test_tokens_one_by_one_give_the_logits_of_the_whole(artifact: Path) -> None:
+    ids = [5, 9, 200, 31, 77]
+    with LlamaCpp(artifact, context=16, threads=1) as model:
+        whole = model.logits(ids)
+        model.advance(ids[:3])
+        for position in (3, 4):
+            found = model.advance([ids[position]], position)
+            assert np.abs(found - whole[position]).max() < 1e-3 * np.ptp(whole)
+        for wrong, position in (([], 3), (ids, 14), ([10**6], 0)):
+            with pytest.raises(UsageError):
+                model.advance(wrong, position)

@@ -200,7 +200,7 @@ def _samples(answers: Sequence[Any]) -> tuple[Any, ...]:
 def _variant(one: ArtifactQuality, losses: Sequence[TensorLoss], written: GenerationCheck | None) -> Any:
     from llm_quantize.reports.result import TensorError, Variant
 
-    file = measured_file(Path(one.path), made=False)
+    file = measured_file(Path(one.path))
     return Variant(
         format="gguf",
         level=file.level,

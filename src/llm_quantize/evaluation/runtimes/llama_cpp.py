@@ -199,9 +199,12 @@ class LlamaCpp:
 
         Raises: UsageError (no tokens, more than the context holds, or an id outside the vocabulary).
         """
+        if not ids:
+            raise UsageError("there are no tokens to read", file=self.path)
         if position == 0:
             self._reset()
         self._fits(ids, position)
+        last: npt.NDArray[np.float32] = np.empty(0, np.float32)
         for start in range(0, len(ids), self._batch_size):
             last = self._decode(ids[start : start + self._batch_size], position + start, every=False)[0]
         return last
