@@ -162,6 +162,8 @@ def test_one_variant_and_none() -> None:
     alone = Seen(page(comparison(variant("Q8_0", 6_000_000, 0.001)))).text
     assert "Q8_0 was measured." in alone
     assert "Take" not in alone
+    assert words.labels("en")["plot"] not in alone  # a plot of one point says nothing
+    assert words.labels("en")["figures"] in alone
     assert Seen(page(comparison())).text
 
 

@@ -81,7 +81,7 @@ def context(result: ComparisonResult, lang: str) -> dict[str, Any]:
         "advice": advice,
         "chosen": chosen,
         "verdict": verdict(result, advice, words),
-        "tiles": _tiles(result, chosen, words),
+        "tiles": _tiles(chosen, lang),
         "plots": _plots(result, advice, lang),
         "rows": [
             _row(variant, result, lang, chosen=index == advice.knee, front=index in advice.front)
@@ -159,9 +159,10 @@ def _neighbours(result: ComparisonResult, advice: Advice, chosen: Variant, words
     return reasons
 
 
-def _tiles(result: ComparisonResult, chosen: Variant | None, words: Mapping[str, str]) -> list[tuple[str, str, str]]:
+def _tiles(chosen: Variant | None, lang: str) -> list[tuple[str, str, str]]:
     if chosen is None:
         return []
+    words = labels(lang)
     number, unit = bytes_text(chosen.size).split(" ")
     tiles = [
         (words["tile_size"], number, unit),
@@ -170,12 +171,14 @@ def _tiles(result: ComparisonResult, chosen: Variant | None, words: Mapping[str,
     ]
     if chosen.speed is not None:
         tiles.append((words["tile_speed"], rate_text(chosen.speed.generation_tokens_per_second), ""))
+    else:
+        tiles.append((words["grade"], grade_name(chosen.grade, lang), ""))
     return tiles
 
 
 def _plots(result: ComparisonResult, advice: Advice, lang: str) -> list[tuple[str, plot.Plot]]:
-    """The same plot twice, for a desk and for a phone: text must not shrink with the picture."""
-    if not result.variants:
+    """The same plot twice, for a desk and for a phone: text must not shrink with the picture. None of one point."""
+    if len(result.variants) < 2:
         return []
     grades = [(grade_name(name, lang), limit) for name, limit in result.grades]
     shapes = (("wide", 1040.0, 470.0, 13.0, _MARGINS), ("narrow", 358.0, 400.0, 12.0, _NARROW_MARGINS))

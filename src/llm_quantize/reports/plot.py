@@ -213,8 +213,10 @@ def _round_step(rough: float) -> float:
 
 
 def _loss_axis(losses: Sequence[float], top: float, bottom: float) -> Axis:
-    """Logarithmic, half a factor of two beyond the data; ticks at 1 and, where decades are few, at 2 and 5."""
+    """Logarithmic, a little beyond the data and never less than a decade; ticks at 1, of few decades at 2 and 5 too."""
     low, high = math.log10(min(losses)) - 0.22, math.log10(max(losses)) + 0.22
+    spare = max(0.0, 1.0 - (high - low)) / 2
+    low, high = low - spare, high + spare
     scale = (bottom - top) / (high - low)
 
     def place(loss: float) -> float:
