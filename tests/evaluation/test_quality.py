@@ -20,6 +20,7 @@ from llm_quantize.calibration import memory
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.errors import (
     IntegrityError,
+    LlmQuantizeError,
     NumericPolicyError,
     ResourceError,
     UsageError,
@@ -171,6 +172,12 @@ def test_threads_disk_and_groups_change_nothing(
     assert heard[-1]["done"] == heard[-1]["total"]
     assert tried[0] > tried[1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_place_for_hidden_states(demo: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
+    with pytest.raises(LlmQuantizeError, match="no place for hidden states"):
+        measure_quality(demo.source, [demo.q8], demo.windows, threads=1, scratch=tmp_path / "absent")
 
 
 def test_pairs_and_order(demo: SimpleNamespace) -> None:

@@ -30,6 +30,7 @@ from llm_quantize.evaluation.divergence import Comparison, Divergence, Paired, p
 from llm_quantize.evaluation.perplexity import Tokens
 from llm_quantize.evaluation.runtimes import first_file
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.durable import fail_os
 from llm_quantize.source import Source
 
 if TYPE_CHECKING:
@@ -162,12 +163,8 @@ def measure_quality(
     NumericPolicyError (NaN or infinite values on the way), and what reading raises.
     """
     _check(source, artifacts, windows, runtime)
-    import torch
-
-    from llm_quantize.calibration.activations import Activations as States
     from llm_quantize.calibration.forward import open_network
-    from llm_quantize.calibration.weights import CheckpointWeights
-    from llm_quantize.evaluation.streamed import Pass, Stream, one_torch_thread
+    from llm_quantize.evaluation.streamed import Pass, one_torch_thread
 
     began = time.process_time()
     decoded = [DecodedArtifact(source, path) for path in artifacts]
@@ -182,19 +179,8 @@ def measure_quality(
     passes = (1 + len(decoded)) * network.n_blocks + len(groups) + len(decoded)
     with ExitStack() as stack:
         stack.enter_context(one_torch_thread(device))
-        directory = None
-        if not fitted.in_memory:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-quantize-", dir=scratch)))
-            memory.check_disk(directory, fitted.hidden_bytes)
-
-        def states(count: int) -> States:
-            shape = (count, windows.shape[1], network.width)
-            return stack.enter_context(States(*shape, torch.float32, directory=directory))
-
-        weights = CheckpointWeights(source.checkpoint)
-        origin = Stream(source.checkpoint.directory, weights, weights, states(len(windows)))
-        streams = [Stream(one.path, one, one.for_head(), states(len(windows))) for one in decoded]
-        noise = (states(again), Comparison())
+        directory = None if fitted.in_memory else _scratch(stack, scratch, fitted.hidden_bytes)
+        origin, streams, noise = _streams(stack, source, decoded, windows, network.width, again, directory)
         work = Pass(network, windows, fitted.threads, passes * len(windows), on_event)
         stack.callback(work.close)
         for stream in (origin, *streams):
@@ -204,10 +190,10 @@ def measure_quality(
         work.through_blocks(origin, streams, noise[0])
         real = _through_heads(work, origin, streams, noise, groups, decoded if runtime else None)
     found = tuple(
-        _artifact(one, stream, real.get(index))
-        for index, (one, stream) in enumerate(zip(decoded, streams, strict=True))
+        _artifact(one, stream, real.get(i)) for i, (one, stream) in enumerate(zip(decoded, streams, strict=True))
     )
     _warn(found, on_event)
+    limit, peak = preflight.memory_limit(max_ram), preflight.peak_resident_bytes()
     return QualityResult(
         reference=str(source.checkpoint.directory),
         texts=tuple(texts),
@@ -218,16 +204,45 @@ def measure_quality(
         artifacts=found,
         pairs=tuple(pair([one.comparison for one in streams], a, b) for a, b in combinations(range(len(streams)), 2)),
         noise=_noise_floor(noise[1]),
-        memory=MemoryFacts(
-            preflight.memory_limit(max_ram),
-            fitted.peak,
-            preflight.peak_resident_bytes(),
-            fitted.threads,
-            not fitted.in_memory,
-            together,
-        ),
+        memory=MemoryFacts(limit, fitted.peak, peak, fitted.threads, not fitted.in_memory, together),
         seconds=time.process_time() - began,
     )
+
+
+def _scratch(stack: ExitStack, parent: Path | None, needed: int) -> Path:
+    """A directory for ``needed`` bytes of hidden states, gone when ``stack`` is closed."""
+    try:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-quantize-", dir=parent)))
+    except OSError as error:
+        fail_os(error, "there is no place for hidden states", parent or Path(tempfile.gettempdir()))
+    memory.check_disk(folder, needed)
+    return folder
+
+
+def _streams(
+    stack: ExitStack,
+    source: Source,
+    decoded: Sequence[DecodedArtifact],
+    windows: Tokens,
+    width: int,
+    again: int,
+    directory: Path | None,
+) -> tuple[Stream, list[Stream], tuple[Activations, Comparison]]:
+    """The source's stream, the artifacts', and the source's own again for the first ``again`` windows."""
+    import torch
+
+    from llm_quantize.calibration.activations import Activations as States
+    from llm_quantize.calibration.weights import CheckpointWeights
+    from llm_quantize.evaluation.streamed import Stream
+
+    def states(count: int) -> States:
+        shape = (count, windows.shape[1], width)
+        return stack.enter_context(States(*shape, torch.float32, directory=directory))
+
+    weights = CheckpointWeights(source.checkpoint)
+    origin = Stream(source.checkpoint.directory, weights, weights, states(len(windows)))
+    streams = [Stream(one.path, one, one.for_head(), states(len(windows))) for one in decoded]
+    return origin, streams, (states(again), Comparison())
 
 
 def _through_heads(
