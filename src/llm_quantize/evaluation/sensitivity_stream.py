@@ -240,16 +240,18 @@ class Measurement:
             where, targets = scored(self.windows[index])
             base = final.read(index)[where]
             others = [stream.states.read(index)[where] for _, stream in streams]
-            parts: list[list[npt.NDArray[np.float64]]] = [[] for _ in streams]
+            # One array for all: small results kept one by one would sit in the holes that logits leave in the heap,
+            # and each next logits would need new memory.
+            klds = np.empty((len(streams), len(targets)))
             for start in range(0, len(targets), POSITIONS):
                 rows = slice(start, start + POSITIONS)
                 reference = torch.log_softmax(head(base[rows]).double(), -1)
                 share = reference.exp()
                 entropy = torch.special.entr(share).sum(-1)
-                for part, (own, stream), state in zip(parts, streams, others, strict=True):
-                    part.append(_divergence(own(state[rows]), share, entropy, stream.placed.candidate))
-            for part, (_, stream) in zip(parts, streams, strict=True):
-                stream.klds[index] = np.concatenate(part)
+                for row, (own, stream), state in zip(klds, streams, others, strict=True):
+                    row[rows] = _divergence(own(state[rows]), share, entropy, stream.placed.candidate)
+            for row, (_, stream) in zip(klds, streams, strict=True):
+                stream.klds[index] = row
 
         for _ in self.run(window, range(len(self.windows))):
             for _ in streams:
