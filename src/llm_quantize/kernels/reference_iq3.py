@@ -67,8 +67,9 @@ def quantize_iq3_xxs(rows: Float32, importance: Float32 | None = None) -> Bytes:
 def quantize_iq3_s(rows: Float32, importance: Float32 | None = None) -> Bytes:
     """110 bytes per superblock: half scale, 64 low grid bytes, 8 bytes of grid bit 8, 32 sign bytes, 8 scales.
 
-    ggml lets 32 zeros write no grid bytes and no signs, and what follows in the superblock moves up to their place,
-    though the grid's high bits and the scales stay: such superblocks decode wrongly, here as there.
+    The bytes of ggml, but for superblocks in which some sub-blocks of 32 are all zeros and others are not: ggml writes
+    no grid bytes and no signs for those zeros, so what follows moves up to their place while the grid's high bits and
+    the scales stay, and its own decoder reads other weights. Here every sub-block keeps its place.
     """
     with np.errstate(all="ignore"):
         weight = _weights(rows, importance)
@@ -81,9 +82,7 @@ def quantize_iq3_s(rows: Float32, importance: Float32 | None = None) -> Bytes:
     entries = np.where(dead[:, :, None], 0, _entries("iq3_s", codes))
     signs = np.where(dead[:, :, None], 0, signs.reshape(-1, 8, 4))
     high = ((entries >> 8) << np.arange(8)).sum(axis=2)
-    moved = np.argsort(dead, axis=1, kind="stable")[:, :, None]
-    low, signs = np.take_along_axis(entries & 255, moved, axis=1), np.take_along_axis(signs, moved, axis=1)
-    parts = (low.reshape(-1, 64), high, signs.reshape(-1, 32), nibble_pairs(steps))
+    parts = ((entries & 255).reshape(-1, 64), high, signs.reshape(-1, 32), nibble_pairs(steps))
     return join_blocks(rows, half, *(part.astype(np.uint8) for part in parts))
 
 

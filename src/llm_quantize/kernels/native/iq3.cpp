@@ -33,21 +33,18 @@ struct Iq3S {
 
     static void start(const Sub<N>&, vf& top, vf& scale, vi&) { scale = top / 15.0f; }
 
-    // A sub-block of zeros writes no low grid bytes and no signs, and the next one takes their place (as in ggml; see
-    // reference_iq3.py). High bits and scales stay where they belong.
+    // A sub-block of zeros keeps its place (see reference_iq3.py on what ggml does).
     static void pack(const uint16_t* entry, const uint8_t* sign, const int32_t* code, const bool* dead, bool, uint8_t* q) {
-        uint8_t* low = q + 2;
-        uint8_t* signs = q + 74;
         __builtin_memset(q + 2, 0, bytes - 2);
         for (int b = 0; b < 8; ++b, entry += 8, sign += 4) {
             if (dead[b]) continue;
             uint32_t high = 0;
             for (int g = 0; g < 8; ++g) {
-                *low++ = static_cast<uint8_t>(entry[g]);
+                q[2 + 8 * b + g] = static_cast<uint8_t>(entry[g]);
                 high |= static_cast<uint32_t>(entry[g] >> 8) << g;
             }
             q[66 + b] = static_cast<uint8_t>(high);
-            for (int j = 0; j < 4; ++j) *signs++ = sign[j];
+            for (int j = 0; j < 4; ++j) q[74 + 4 * b + j] = sign[j];
         }
         store_nibbles(code, 8, q + 106);
     }
