@@ -19,6 +19,7 @@ from llm_quantize.io.imatrix_file import read_imatrix
 from llm_quantize.pipeline import Options, quantize
 from llm_quantize.recipes import LEVELS, Overrides, TensorShape
 
+from .oracles import ggml
 from .oracles.legacy_imatrix import random_entry, slow_means, write_gguf_imatrix, write_legacy
 from .oracles.llama_quantize import Job, Model, data_of, run, save_importance, types_of, write_model
 from .tiny_models import make_tiny, row_lengths_of_256
@@ -165,9 +166,30 @@ def compare_pipeline(
     theirs = oracle_bytes(source, levels, directory, values)
     for level in theirs:
         written = gguf.GGUFReader(ours[level])
-        assert unequal(data_of(written), theirs[level]) == [], level
+        found = data_of(written)
+        differing = unequal(found, theirs[level])
+        assert [text for text in differing if not builds_disagree(text, found, before, values)] == [], level
         assert_metadata(written, before, level)
     return list(theirs)
+
+
+def builds_disagree(
+    text: str,
+    ours: Mapping[str, tuple[str, bytes]],
+    source: gguf.GGUFReader,
+    importance: Mapping[str, np.ndarray] | None,
+) -> bool:
+    """Whether a difference is one between builds of ggml: of iq1_m, cyllama's build chooses another of two codes with
+    nearly equal errors in about one block of a thousand. Ours are then the bytes of xllamacpp's build."""
+    name = text.partition(":")[0]
+    qtype, data = ours[name]
+    if qtype != "iq1_m" or importance is None:
+        return False
+    weights = next(np.asarray(tensor.data, np.float32) for tensor in source.tensors if tensor.name == name)
+    matrices = weights.reshape(int(np.prod(weights.shape[:-2], dtype=int)), -1, weights.shape[-1])
+    rows = importance[name].reshape(len(matrices), -1)
+    other = [ggml.quantize(qtype, matrix, row) for matrix, row in zip(matrices, rows, strict=True)]
+    return b"".join(packed.tobytes() for packed in other) == data
 
 
 def assert_metadata(written: gguf.GGUFReader, source: gguf.GGUFReader, level: str) -> None:
