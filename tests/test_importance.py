@@ -11,6 +11,7 @@ import pytest
 from llm_quantize import importance, pipeline
 from llm_quantize.calibration import collect
 from llm_quantize.calibration.options import CalibrationOptions
+from llm_quantize.calibration.result import export
 from llm_quantize.errors import IntegrityError, UsageError
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.gguf_file import read_gguf
@@ -63,7 +64,7 @@ def test_statistics_the_matrix_made_of_them_and_a_calibration_give_the_same_tens
     source = open_source(str(model))
     with source.checkpoint:
         result = collect.calibrate(source, options.calibration)
-        collect.export(result, source, tmp_path / "i.gguf", "imatrix")
+        export(result, source, tmp_path / "i.gguf", "imatrix")
     files = [
         make(model, tmp_path / "own", "Q4_K_M", chosen(text, calibrate=True)),
         make(model, tmp_path / "statistics", "Q4_K_M", chosen(text, statistics=result.path)),

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_quantize.calibration import collect, memory
-from llm_quantize.calibration.collect import Calibration, calibrate
+from llm_quantize.calibration.collect import calibrate
 from llm_quantize.calibration.identity import model_digest
 from llm_quantize.calibration.importance import importance
 from llm_quantize.calibration.options import CalibrationOptions
+from llm_quantize.calibration.result import Calibration, export
 from llm_quantize.errors import NumericPolicyError, ResourceError
 from llm_quantize.io.imatrix_file import read_imatrix
 from llm_quantize.io.statistics_file import read_statistics
@@ -167,7 +168,7 @@ def test_exports_are_what_planning_uses(model: Path, text: Path, tmp_path: Path,
     with source.checkpoint:
         result = calibrate(source, options(text))
         for kind in ("imatrix", "dat", "json", "statistics"):
-            collect.export(result, source, tmp_path / kind, kind)
+            export(result, source, tmp_path / kind, kind)
         with read_statistics(tmp_path / "statistics") as statistics:
             values = importance(statistics, source.tensors.outputs)
     for kind in ("imatrix", "dat"):

@@ -14,9 +14,8 @@ Where experts saw too few tokens a second part with further text is collected, a
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,17 +25,17 @@ import llm_quantize
 from llm_quantize import preflight
 from llm_quantize.calibration import memory
 from llm_quantize.calibration.identity import model_digest
-from llm_quantize.calibration.importance import coverage, summary, tensor_statistics
+from llm_quantize.calibration.importance import coverage
 from llm_quantize.calibration.options import CalibrationOptions, cache_directory
+from llm_quantize.calibration.result import Calibration
 from llm_quantize.calibration.statistics import EARLY_BYTES, BlockSums, memory_of
 from llm_quantize.calibration.text import load_texts
 from llm_quantize.calibration.tokens import TextTokenizer
-from llm_quantize.calibration.windows import Share, Windows, coverage_advice, sample_windows
+from llm_quantize.calibration.windows import Windows, coverage_advice, sample_windows
 from llm_quantize.engine import run, stop_on_signals
 from llm_quantize.errors import MissingExtraError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_paths import discard_partial, journal_path, manifest_path
-from llm_quantize.io.imatrix_writer import write_imatrix_dat, write_imatrix_gguf
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.output import OutputFile, ResumableOutput, Span
 from llm_quantize.io.statistics_file import merge_statistics, read_statistics
@@ -47,7 +46,6 @@ from llm_quantize.io.statistics_layout import (
     check_kinds,
     layout_statistics,
 )
-from llm_quantize.io.whole_file import write_file
 from llm_quantize.manifest import manifest_bytes
 from llm_quantize.source import Source
 
@@ -61,60 +59,6 @@ if TYPE_CHECKING:
 
 MAX_PARTS = 4
 """Parts of text drawn for experts that saw too little; each is as long as all before it: at most 8 times the text."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a calibration came to. ``reused``: nothing was run. ``short``: {layer input: experts below the minimum}.
-    ``seconds``: CPU time of this run; ``memory_planned`` and ``memory_peak`` in bytes, 0 where nothing was run."""
-
-    path: Path
-    model: str
-    reused: bool
-    windows: int
-    length: int
-    shares: tuple[Share, ...]
-    kinds: tuple[str, ...]
-    dtype: str
-    short: Mapping[str, tuple[int, ...]]
-    expert_minimum: int
-    seconds: float = 0.0
-    computed_tokens: int = 0
-    memory_planned: int = 0
-    memory_peak: int = 0
-    advice: tuple[str, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        return self.windows * self.length
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same facts, JSON-ready."""
-        facts = {key: value for key, value in vars(self).items() if key not in ("path", "shares", "short", "advice")}
-        return facts | {
-            "statistics": str(self.path),
-            "tokens": self.tokens,
-            "datasets": {share.dataset: share.tokens for share in self.shares},
-            "short_experts": {tap: list(experts) for tap, experts in self.short.items()},
-            "advice": list(self.advice),
-        }
-
-    def sentences(self) -> list[str]:
-        """What a person wants to know, a line each."""
-        text = ", ".join(f"{share.dataset} {share.tokens:,}" for share in self.shares if share.tokens)
-        lines = [f"{self.model}: {self.tokens:,} tokens in {self.windows} windows of {self.length} ({text})"]
-        if self.reused:
-            lines.append("nothing was run: these statistics were there already")
-        elif self.seconds > 0:
-            rate = self.computed_tokens / self.seconds
-            lines.append(
-                f"{self.seconds:.1f} s of CPU time in {self.dtype}, {rate:,.0f} tokens per CPU second; memory "
-                f"{self.memory_peak / 1e6:,.0f} MB, planned {self.memory_planned / 1e6:,.0f} MB"
-            )
-        for tap, experts in self.short.items():
-            named = ", ".join(map(str, experts[:8])) + (" and more" if len(experts) > 8 else "")
-            lines.append(f"{tap}: experts {named} saw fewer than {self.expert_minimum} tokens")
-        return [*lines, *self.advice, f"statistics: {self.path}"]
 
 
 @dataclass
@@ -447,32 +391,3 @@ def _discard(directory: Path) -> None:
         for slot in ("0", "1"):
             (directory / slot).unlink(missing_ok=True)
         directory.rmdir()
-
-
-# what a user keeps
-
-
-def export(result: Calibration, source: Source, target: Path, kind: str) -> None:
-    """Write the statistics as ``kind``: "imatrix" (llama.cpp's GGUF), "dat" (its older form), "json" (a summary),
-    "statistics" (a copy of our file). An existing ``target`` is replaced; it appears whole or not at all."""
-    with read_statistics(result.path) as statistics:
-        if kind == "statistics":
-            write_file(target, _pieces(result.path), replace=True)
-        elif kind == "json":
-            found = summary(statistics, source.tensors.outputs, result.expert_minimum)
-            write_file(target, [json.dumps(found, indent=1, ensure_ascii=False).encode()], replace=True)
-        else:
-            entries = tensor_statistics(statistics, source.tensors.outputs)
-            datasets = [str(name) for name in statistics.identity.text["datasets"]]
-            if kind == "imatrix":
-                write_imatrix_gguf(
-                    target, entries, datasets=datasets, chunks=result.windows, chunk_size=result.length, replace=True
-                )
-            else:
-                write_imatrix_dat(target, entries, dataset=", ".join(datasets), chunks=result.windows, replace=True)
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while piece := file.read(8 << 20):
-            yield piece

@@ -19,7 +19,7 @@ from llm_quantize.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from llm_quantize.calibration.collect import Calibration
+    from llm_quantize.calibration.result import Calibration
 
 _SUFFIXES = {".gguf": "imatrix", ".dat": "dat", ".json": "json", ".safetensors": "statistics"}
 
@@ -71,7 +71,8 @@ def command(
 
     Example: llm-quantize analyze importance ./Llama-3.2-1B -o llama.gguf --calibration-data japanese
     """  # fmt: skip
-    from llm_quantize.calibration import collect
+    from llm_quantize.calibration.collect import calibrate
+    from llm_quantize.calibration.result import export
     from llm_quantize.source import open_source
 
     shown = mode(ctx, as_json)
@@ -83,8 +84,8 @@ def command(
         with source.checkpoint:
             target = Path(output or f"{source.checkpoint.name.rsplit('/', 1)[-1]}-imatrix.gguf")
             kind = kind or _SUFFIXES.get(target.suffix.lower(), "imatrix")
-            result = collect.calibrate(source, options, on_event=sink)
-            collect.export(result, source, target, kind)
+            result = calibrate(source, options, on_event=sink)
+            export(result, source, target, kind)
     if shown.json:
         emit_json({**result.to_dict(), "output": str(target), "format": kind})
     else:

@@ -1,0 +1,96 @@
+"""What a calibration came to, and the forms in which a user keeps it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_quantize.calibration.importance import summary, tensor_statistics
+from llm_quantize.calibration.windows import Share
+from llm_quantize.io.imatrix_writer import write_imatrix_dat, write_imatrix_gguf
+from llm_quantize.io.statistics_file import read_statistics
+from llm_quantize.io.whole_file import write_file
+from llm_quantize.source import Source
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration came to. ``reused``: nothing was run. ``short``: {layer input: experts below the minimum}.
+    ``seconds``: CPU time of this run; ``memory_planned`` and ``memory_peak`` in bytes, 0 where nothing was run."""
+
+    path: Path
+    model: str
+    reused: bool
+    windows: int
+    length: int
+    shares: tuple[Share, ...]
+    kinds: tuple[str, ...]
+    dtype: str
+    short: Mapping[str, tuple[int, ...]]
+    expert_minimum: int
+    seconds: float = 0.0
+    computed_tokens: int = 0
+    memory_planned: int = 0
+    memory_peak: int = 0
+    advice: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.windows * self.length
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same facts, JSON-ready."""
+        facts = {key: value for key, value in vars(self).items() if key not in ("path", "shares", "short", "advice")}
+        return facts | {
+            "statistics": str(self.path),
+            "tokens": self.tokens,
+            "datasets": {share.dataset: share.tokens for share in self.shares},
+            "short_experts": {tap: list(experts) for tap, experts in self.short.items()},
+            "advice": list(self.advice),
+        }
+
+    def sentences(self) -> list[str]:
+        """What a person wants to know, a line each."""
+        text = ", ".join(f"{share.dataset} {share.tokens:,}" for share in self.shares if share.tokens)
+        lines = [f"{self.model}: {self.tokens:,} tokens in {self.windows} windows of {self.length} ({text})"]
+        if self.reused:
+            lines.append("nothing was run: these statistics were there already")
+        elif self.seconds > 0:
+            rate = self.computed_tokens / self.seconds
+            lines.append(
+                f"{self.seconds:.1f} s of CPU time in {self.dtype}, {rate:,.0f} tokens per CPU second; memory "
+                f"{self.memory_peak / 1e6:,.0f} MB, planned {self.memory_planned / 1e6:,.0f} MB"
+            )
+        for tap, experts in self.short.items():
+            named = ", ".join(map(str, experts[:8])) + (" and more" if len(experts) > 8 else "")
+            lines.append(f"{tap}: experts {named} saw fewer than {self.expert_minimum} tokens")
+        return [*lines, *self.advice, f"statistics: {self.path}"]
+
+
+def export(result: Calibration, source: Source, target: Path, kind: str) -> None:
+    """Write the statistics as ``kind``: "imatrix" (llama.cpp's GGUF), "dat" (its older form), "json" (a summary),
+    "statistics" (a copy of our file). An existing ``target`` is replaced; it appears whole or not at all."""
+    with read_statistics(result.path) as statistics:
+        if kind == "statistics":
+            write_file(target, _pieces(result.path), replace=True)
+        elif kind == "json":
+            found = summary(statistics, source.tensors.outputs, result.expert_minimum)
+            write_file(target, [json.dumps(found, indent=1, ensure_ascii=False).encode()], replace=True)
+        else:
+            entries = tensor_statistics(statistics, source.tensors.outputs)
+            datasets = [str(name) for name in statistics.identity.text["datasets"]]
+            if kind == "imatrix":
+                write_imatrix_gguf(
+                    target, entries, datasets=datasets, chunks=result.windows, chunk_size=result.length, replace=True
+                )
+            else:
+                write_imatrix_dat(target, entries, dataset=", ".join(datasets), chunks=result.windows, replace=True)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(8 << 20):
+            yield piece
