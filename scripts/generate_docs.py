@@ -118,7 +118,37 @@ def speed_page() -> str:
         importance = "imatrix" if row["imatrix"] else "-"
         speeds = " | ".join(f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in (row["ggml"], ours))
         parts.append(f"| {row['qtype']} | {importance} | {speeds} | {ours / row['ggml']:.1f} | {same} |")
-    return "\n".join(parts) + "\n"
+    return "\n".join([*parts, *calibration_table()]) + "\n"
+
+
+def calibration_table() -> list[str]:
+    """Tokens per CPU second of a calibration, and of its peer's forward."""
+    found = json.loads((RESULTS / "calibration.json").read_text())
+    versions = found["versions"]
+    rows = {f"llm-quantize, {kinds.replace(',', ', ')}": run for kinds, run in found["ours"].items()}
+    rows["peer: llama.cpp's forward alone"] = found["peer"]
+    parts = [
+        "",
+        "## Calibration",
+        "",
+        f"{found['windows']} windows of {found['length']} tokens through the same model in bf16, "
+        f"{found['threads']} thread{'s' * (found['threads'] != 1)}; `python benchmarks/calibration.py`.",
+        "Ours reads the checkpoint block by block, runs, sums and writes; the peer, libllama of xllamacpp "
+        f"{versions['xllamacpp']}, has",
+        "its model loaded and only runs. torch "
+        f"{versions['torch']}, transformers {versions['transformers']}. Peak memory beside what was planned.",
+        "",
+        "| run | tokens per CPU second | ratio | peak memory | planned |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, run in rows.items():
+        ratio = run["tokens_per_cpu_second"] / found["peer"]["tokens_per_cpu_second"]
+        planned = f"{run['memory_planned'] / 1e6:,.0f} MB" if "memory_planned" in run else ""
+        parts.append(
+            f"| {name} | {run['tokens_per_cpu_second']:.1f} | {ratio:.1f} | {run['memory_peak'] / 1e6:,.0f} MB "
+            f"| {planned} |"
+        )
+    return parts
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """What the library tells while it works: small dictionaries with an ``event`` key, given to ``on_event``.
 
-Events: ``note`` and ``warning`` (text); ``download`` (file, done, total); ``start`` (total weights to quantize,
-threads, memory needed in bytes, resumed units); ``progress`` (done, total, in weights times artifacts);
-``artifact`` (level, path, size, status); ``stage`` (text) and ``measure`` (done, total) of the demo.
+Events: ``note`` and ``warning`` (text); ``stage`` (text): what begins now; ``download`` (file, done, total);
+``resuming`` (units, total) and ``check`` (what, done, total) while finished work is read back; ``start`` (total work,
+threads, memory needed in bytes, resumed units); ``progress`` (done, total: weights times artifacts, or what ``unit``
+says); ``measure`` (done, total: windows, through files or blocks); ``artifact`` (level, path, size, status).
 The command line draws them with rich or prints them as JSON lines.
 """
 
