@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_quantize.calibration.forward import open_network
 from llm_quantize.calibration.weights import CheckpointWeights
-from llm_quantize.errors import MalformedInputError, UsageError
+from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.source import open_source
 from tests.calibration.networks import opened, streamed_logits, streamed_states, whole_logits, windows
 from tests.tiny_models import make_tiny
@@ -297,3 +297,16 @@ def test_nothing_is_kept_of_a_block(llama: Path) -> None:
     assert list(block._module.parameters()) == []
     assert all(sys.getrefcount(one) <= 4 for one in loaded)
     assert streamed_states(network, weights, windows(1, 9))
+
+
+def test_a_device_that_is_not_here_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    source = open_source(str(llama))
+    with source.checkpoint:
+        with pytest.raises(UnsupportedError, match="not here"):
+            open_network(source, dtype="float32", device="cuda")
+        with pytest.raises(UnsupportedError, match="not here"):
+            open_network(source, dtype="float32", device="cpu:1")
+        for name in ("tpu", "cuda:x", ""):
+            with pytest.raises(UsageError, match="no such device"):
+                open_network(source, dtype="float32", device=name)

@@ -32,6 +32,7 @@ from llm_quantize.calibration.network_taps import (
     columns_of,
     find_points,
 )
+from llm_quantize.calibration.options import DEVICES
 from llm_quantize.calibration.weights import ReadsRows, Weights
 from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.source import Source
@@ -44,10 +45,27 @@ Part = int | Literal["embedding", "head"]
 def open_network(source: Source, *, dtype: Literal["float32", "bfloat16"], device: str = "cpu") -> Network:
     """transformers' model of ``source``, without weights, to be run in ``dtype`` on ``device`` (torch's name).
 
-    Raises UnsupportedError (transformers' form of the model cannot be cut into blocks), MalformedInputError (the
-    checkpoint lacks a weight of that form, or has one too many).
+    Raises UnsupportedError (transformers' form of the model cannot be cut into blocks, or ``device`` is not here),
+    UsageError (no such kind of device), MalformedInputError (the checkpoint lacks a weight of that form, or has one too
+    many).
     """
+    _require(device)
     return Network(source, getattr(torch, dtype), device)
+
+
+def _require(device: str) -> None:
+    """Raise UsageError for a device of no known kind, UnsupportedError for one that is not here."""
+    kind, colon, number = device.partition(":")
+    if kind not in DEVICES or (colon and not number.isdecimal()):
+        raise UsageError("there is no such device", expected=", ".join(DEVICES), found=device)
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if int(number or 0) >= counts[kind]:
+        raise UnsupportedError(
+            "this device is not here, or this torch was built without it",
+            expected=device,
+            found=f"{counts[kind]} {kind} devices",
+            remedy="leave --device out, or install a torch that is built for it",
+        )
 
 
 class Network:

@@ -16,9 +16,13 @@ Buffer = bytes | bytearray | memoryview
 
 def refuse_existing(path: Path, *, replace: bool) -> None:
     """Raise UsageError where ``path`` stands and may not be replaced, AccessError where it is no regular file."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    try:
+        stands = path.exists()
+    except OSError as error:  # a name too long, a directory on the way that may not be searched
+        fail_os(error, "the output cannot be created", path)
+    if path.is_symlink() or (stands and not path.is_file()):
         raise AccessError("the output exists and is not a regular file", file=path, remedy="choose another -o")
-    if path.exists() and not replace:
+    if stands and not replace:
         raise UsageError("the output exists", file=path, remedy="choose another -o, or add --overwrite")
 
 
