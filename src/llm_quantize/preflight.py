@@ -127,11 +127,7 @@ def check(
     ignore_space: bool = False,
 ) -> Preflight:
     """Fit the run to the machine, or raise ResourceError or AccessError naming the figure that does not fit."""
-    parent = _existing_parent(directory)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise AccessError(
-            "the output directory cannot be written", file=parent, remedy="choose another directory with -o"
-        )
+    parent = refuse_unwritable(directory)
     needed = max(0, sum(artifact.size for artifact in artifacts) - already_allocated)
     facts = os.statvfs(parent)
     free = facts.f_bavail * facts.f_frsize
@@ -178,12 +174,17 @@ def _fit(
     return threads
 
 
-def _existing_parent(directory: Path) -> Path:
+def refuse_unwritable(directory: Path) -> Path:
+    """The nearest directory above that exists; AccessError where nothing can be made in it."""
     path = directory.absolute()
     while not path.exists():
         path = path.parent
     if not path.is_dir():
         raise AccessError("the output directory is a file", file=path, remedy="choose another directory with -o")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise AccessError(
+            "the output directory cannot be written", file=path, remedy="choose another directory with -o"
+        )
     return path
 
 

@@ -21,8 +21,9 @@ from llm_quantize.calibration.collect import calibrate
 from llm_quantize.calibration.identity import model_digest
 from llm_quantize.calibration.importance import importance
 from llm_quantize.calibration.options import CalibrationOptions
-from llm_quantize.calibration.result import Calibration, export
-from llm_quantize.errors import NumericPolicyError, ResourceError
+from llm_quantize.calibration.result import Calibration, export, refuse_export
+from llm_quantize.errors import AccessError, NumericPolicyError, ResourceError, UsageError
+from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.imatrix_file import read_imatrix
 from llm_quantize.io.statistics_file import read_statistics
 from llm_quantize.source import Source, open_source
@@ -266,3 +267,54 @@ def test_the_dtype_follows_the_checkpoint(model: Path) -> None:
         wanted = "bfloat16" if quick and "F32" not in stored else "float32"
         assert collect.compute_dtype(source, "cpu") == wanted
         assert collect.compute_dtype(source, "cuda") == ("float32" if "F32" in stored else "bfloat16")
+
+
+# what stands in the way
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "manifest", "no manifest"])
+def test_damaged_statistics_are_collected_again(model: Path, text: Path, cache: Path, damage: str) -> None:
+    path = run(model, options(text)).path
+    expected, beside = path.read_bytes(), manifest_path(path)
+    if damage == "flipped":
+        path.write_bytes(expected[:-9] + bytes([expected[-9] ^ 1]) + expected[-8:])
+    elif damage == "cut":
+        path.write_bytes(expected[: len(expected) // 2])
+    elif damage == "manifest":
+        beside.write_text("{")
+    else:
+        beside.unlink()
+    events: list[Any] = []
+    again = run(model, options(text), events)
+    assert (again.path, again.path.read_bytes(), again.reused) == (path, expected, False)
+    assert [event["text"] for event in events if event["event"] == "warning" and "damaged" in event["text"]]
+
+
+def test_damaged_parts_put_together_are_put_together_again(tmp_path: Path, text: Path, cache: Path) -> None:
+    model = make_tiny("qwen3_moe", tmp_path / "model")
+    chosen = CalibrationOptions(data=(str(text),), samples=1, length=16, expert_minimum=64)
+    merged = run(model, chosen).path
+    expected = merged.read_bytes()
+    merged.write_bytes(expected[:-1] + bytes([expected[-1] ^ 1]))
+    assert run(model, chosen).path == merged
+    assert merged.read_bytes() == expected
+
+
+def test_a_cache_that_is_no_directory_is_refused(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        monkeypatch.setenv("LLM_QUANTIZE_CACHE", str(tmp_path / name))
+        with pytest.raises(AccessError, match="LLM_QUANTIZE_CACHE"):
+            run(model, options(text))
+
+
+def test_an_export_that_cannot_be_is_refused_before_work(tmp_path: Path) -> None:
+    refuse_export(tmp_path / "x.safetensors", "statistics", ("hessian",))
+    with pytest.raises(UsageError, match="imatrix in --collect"):
+        refuse_export(tmp_path / "x.gguf", "imatrix", ("hessian",))
+    for place in (tmp_path, tmp_path / ("x" * 300), Path(os.devnull), Path(__file__, "x.gguf")):
+        with pytest.raises(AccessError):
+            refuse_export(place, "imatrix", ("imatrix",))

@@ -26,6 +26,7 @@ from llm_quantize import preflight
 from llm_quantize.calibration import memory
 from llm_quantize.calibration.identity import model_digest
 from llm_quantize.calibration.importance import coverage
+from llm_quantize.calibration.kept import is_kept, manifest_of, prepare_directory
 from llm_quantize.calibration.options import CalibrationOptions, cache_directory
 from llm_quantize.calibration.result import Calibration
 from llm_quantize.calibration.statistics import EARLY_BYTES, BlockSums, memory_of
@@ -46,7 +47,7 @@ from llm_quantize.io.statistics_layout import (
     check_kinds,
     layout_statistics,
 )
-from llm_quantize.manifest import manifest_bytes
+from llm_quantize.io.whole_file import write_file
 from llm_quantize.source import Source
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def calibrate(source: Source, options: CalibrationOptions, *, on_event: EventSin
         on_event({"event": "note", "text": f"{text}; drawing {count} more windows of text"})
         paths.append(_collect(state, total, count))
         total += count
-        merged = _merge(paths)
+        merged = _merge(paths, on_event)
         short = _short(merged, options.expert_minimum)
     return _result(state, merged, total, short, reused=reused and state.computed == 0)
 
@@ -192,10 +193,12 @@ def _short(path: Path, minimum: int) -> dict[str, tuple[int, ...]]:
         return {entry.tap: entry.short for entry in coverage(statistics, minimum) if entry.short}
 
 
-def _merge(paths: Sequence[Path]) -> Path:
+def _merge(paths: Sequence[Path], on_event: EventSink) -> Path:
     target = _cached(hashlib.sha256(canonical_json([path.name for path in paths])).hexdigest())
-    if not target.is_file():
+    if not is_kept(target, on_event):
         merge_statistics(paths, target)
+        facts = {"identity": {"parts": [path.name for path in paths]}}
+        write_file(manifest_path(target), [manifest_of(target, target.name, facts)], replace=True)
     return target
 
 
@@ -235,7 +238,7 @@ class _Pass:
 def _collect(state: _Run, start: int, count: int) -> Path:
     """The statistics of windows [start, start + count), collected where they are missing."""
     target = _part_path(state, start, count)
-    if target.is_file() and manifest_path(target).is_file():
+    if is_kept(target, state.on_event):
         discard_partial(target, journal_path(target))
         _discard(_hidden_directory(target))
         return target
@@ -254,7 +257,7 @@ def _collect(state: _Run, start: int, count: int) -> Path:
     ids = torch.from_numpy(state.windows.draw(start, count))
     fitted = _fit(state, network, taps, ids)
     state.planned = max(state.planned, fitted.peak)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    prepare_directory(target.parent)
     memory.check_disk(target.parent, layout.size + (0 if fitted.in_memory else 2 * fitted.hidden_bytes))
     keys = {index: f"block {index}" for index, (_, nbytes) in enumerate(layout.spans) if nbytes}
     output = ResumableOutput(
@@ -270,7 +273,7 @@ def _collect(state: _Run, start: int, count: int) -> Path:
         _run_blocks(job, ids)
         blocks = {key: record["sha256"] for key, record in sorted(output.records.items())}
         facts = {"identity": {"model": dict(identity.model), "text": dict(identity.text)}, "blocks": blocks}
-        output.finish(manifest_bytes({**facts, "files": [{"name": target.name, "size": layout.size}], "tensors": []}))
+        output.finish(manifest_of(output.partial, target.name, facts))
         _discard(job.directory)
     return target
 

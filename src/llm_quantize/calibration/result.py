@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_quantize.calibration.importance import summary, tensor_statistics
 from llm_quantize.calibration.windows import Share
+from llm_quantize.errors import UsageError
 from llm_quantize.io.imatrix_writer import write_imatrix_dat, write_imatrix_gguf
 from llm_quantize.io.statistics_file import read_statistics
-from llm_quantize.io.whole_file import write_file
+from llm_quantize.io.whole_file import refuse_existing, write_file
+from llm_quantize.preflight import refuse_unwritable
 from llm_quantize.source import Source
 
 
@@ -68,6 +70,19 @@ class Calibration:
             named = ", ".join(map(str, experts[:8])) + (" and more" if len(experts) > 8 else "")
             lines.append(f"{tap}: experts {named} saw fewer than {self.expert_minimum} tokens")
         return [*lines, *self.advice, f"statistics: {self.path}"]
+
+
+def refuse_export(target: Path, kind: str, collect: Sequence[str]) -> None:
+    """Raise what ``export`` would raise after all the work: UsageError (``kind`` is made of the imatrix statistics and
+    ``collect`` leaves them out), AccessError (``target`` is no regular file, or its directory cannot be written)."""
+    if kind != "statistics" and "imatrix" not in collect:
+        raise UsageError(
+            f"{kind} is written from the statistics of the kind imatrix",
+            expected="imatrix in --collect, or --format statistics",
+            found=", ".join(collect),
+        )
+    refuse_existing(target, replace=True)
+    refuse_unwritable(target.parent)
 
 
 def export(result: Calibration, source: Source, target: Path, kind: str) -> None:

@@ -72,7 +72,7 @@ def command(
     Example: llm-quantize analyze importance ./Llama-3.2-1B -o llama.gguf --calibration-data japanese
     """  # fmt: skip
     from llm_quantize.calibration.collect import calibrate
-    from llm_quantize.calibration.result import export
+    from llm_quantize.calibration.result import export, refuse_export
     from llm_quantize.source import open_source
 
     shown = mode(ctx, as_json)
@@ -84,6 +84,7 @@ def command(
         with source.checkpoint:
             target = Path(output or f"{source.checkpoint.name.rsplit('/', 1)[-1]}-imatrix.gguf")
             kind = kind or _SUFFIXES.get(target.suffix.lower(), "imatrix")
+            refuse_export(target, kind, options.collect)
             result = calibrate(source, options, on_event=sink)
             export(result, source, target, kind)
     if shown.json:
