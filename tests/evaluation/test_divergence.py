@@ -202,3 +202,12 @@ def test_pairs_need_the_same_tokens() -> None:
         pair([one, other], 0, 1)
     with pytest.raises(UsageError, match="same tokens"):
         pair([one, scored_pair(base[:2], base[:2], base[:2], windows[:2])[0]], 0, 1)
+
+
+def test_a_perplexity_beyond_float64_is_infinite() -> None:
+    logits = np.zeros((1, 8, 4), np.float32)
+    broken = logits + np.float32([0, 0, 0, 1e6])
+    found = compare(logits, broken, np.zeros((1, 8), np.int32))
+    assert math.isinf(found.perplexity)
+    assert found.kld > 1e5
+    assert math.isinf(perplexity(broken, np.zeros((1, 8), np.int32)).value)

@@ -27,7 +27,15 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UsageError
-from llm_quantize.evaluation.perplexity import Logits, Tokens, cut_windows, log_softmax, mean_and_sem, scored
+from llm_quantize.evaluation.perplexity import (
+    Logits,
+    Tokens,
+    cut_windows,
+    exponential,
+    log_softmax,
+    mean_and_sem,
+    scored,
+)
 
 Scores = npt.NDArray[np.float64]
 
@@ -103,10 +111,10 @@ class Comparison:
         rms = math.sqrt(square)
         return Divergence(
             tokens=count,
-            perplexity=math.exp(mean),
-            perplexity_sem=math.exp(mean) * sem,
-            reference_perplexity=math.exp(base_mean),
-            reference_perplexity_sem=math.exp(base_mean) * base_sem,
+            perplexity=exponential(mean),
+            perplexity_sem=exponential(mean) * sem,
+            reference_perplexity=exponential(base_mean),
+            reference_perplexity_sem=exponential(base_mean) * base_sem,
             ln_ratio=ratio,
             ln_ratio_sem=ratio_sem,
             kld=kld_mean,

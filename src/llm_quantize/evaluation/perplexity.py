@@ -90,4 +90,12 @@ def perplexity(logits: Iterable[Logits], windows: Tokens) -> Perplexity:
         where, targets = scored(window)
         losses.append(-log_softmax(rows[where])[np.arange(len(targets)), targets])
     mean, sem = mean_and_sem(np.concatenate(losses))
-    return Perplexity(math.exp(mean), math.exp(mean) * sem, sum(map(len, losses)))
+    return Perplexity(exponential(mean), exponential(mean) * sem, sum(map(len, losses)))
+
+
+def exponential(value: float) -> float:
+    """e to the power of ``value``; infinity where float64 ends, at the perplexity of a model that knows nothing."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
