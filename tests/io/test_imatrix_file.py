@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_quantize.errors import AccessError, MalformedInputError, ResourceError, UnsupportedError, UsageError
+from llm_quantize.io import imatrix_file
 from llm_quantize.io.imatrix_file import read_imatrix
 
 from ..oracles.legacy_imatrix import random_entry, slow_means, write_gguf_imatrix, write_legacy
@@ -194,3 +196,15 @@ def test_damaged_files_end_in_our_errors(tmp_path: Path, data: st.DataObject) ->
     except (MalformedInputError, UnsupportedError):
         values = {}
     assert all(np.isfinite(rows).all() for rows in values.values())
+
+
+def test_a_disk_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_legacy(tmp_path / "i", [(DOWN, 2, np.ones(8, np.float32))])
+
+    def fails(_path: Path, _file: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(imatrix_file, "_read_legacy", fails)
+    with pytest.raises(ResourceError, match="reading failed") as refused:
+        read_imatrix(path)
+    assert refused.value.file == str(path)

@@ -28,7 +28,7 @@ from gguf.constants import GGMLQuantizationType
 
 from llm_quantize.errors import MalformedInputError, ResourceError, printable
 from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
-from llm_quantize.io.paths import open_argument
+from llm_quantize.io.paths import open_argument, read_failure
 
 Floats = npt.NDArray[np.float32]
 
@@ -85,16 +85,19 @@ def read_imatrix(path: str | Path) -> Imatrix:
     MalformedInputError (what, tensor, offset) before more memory is taken than the file has bytes.
     """
     path = Path(path)
-    with _open(path) as file:
-        digest = hashlib.sha256()
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-        file.seek(0)
-        if file.read(4) == b"GGUF":
-            values, datasets, chunks = _read_gguf(read_gguf(path), file)
-        else:
+    try:
+        with _open(path) as file:
+            digest = hashlib.sha256()
+            while piece := file.read(1 << 20):
+                digest.update(piece)
             file.seek(0)
-            values, datasets, chunks = _read_legacy(path, file)
+            if file.read(4) == b"GGUF":
+                values, datasets, chunks = _read_gguf(read_gguf(path), file)
+            else:
+                file.seek(0)
+                values, datasets, chunks = _read_legacy(path, file)
+    except OSError as error:
+        raise read_failure(error, path) from error
     return Imatrix(path, values, datasets, chunks, digest.hexdigest())
 
 
