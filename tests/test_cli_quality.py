@@ -119,6 +119,9 @@ def test_an_imatrix_weighs_the_errors(
         (["Q8", "--text", "absent.txt"], 2, "absent.txt"),
         (["Q8", "--runtime", "vllm"], 2, "llama.cpp"),
         (["Q8", "--max-kld", "0"], 2, "max-kld"),
+        (["Q8", "--max-kld", "nan"], 2, "max-kld"),
+        (["Q8", "--report", "x" * 300], 6, "name is too long"),
+        (["Q8", "--report", "Q8/x.html"], 6, "directory is a file"),
         (["Q8", "--context", "2048"], 2, "context"),
         (["Q8", "--max-ram", "1M"], 5, "memory limit"),
         ([], 2, "ARTIFACT"),
@@ -127,7 +130,7 @@ def test_an_imatrix_weighs_the_errors(
 def test_refusals(
     words: list[str], code: int, expected: str, files: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [files.q8 if word == "Q8" else word for word in words]
+    given = [word.replace("Q8", files.q8) for word in words]
     assert run(["analyze", "quality", *given, "--reference", str(data.demo_model()), "--threads", "1"]) == code
     told = capsys.readouterr()
     assert expected in told.err + told.out

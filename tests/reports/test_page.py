@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import string
 from html.parser import HTMLParser
@@ -221,3 +222,15 @@ def test_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_half_a_surrogate_pair_does_not_stop_the_page(tmp_path: Path) -> None:
     path = write_page(comparison(variant("Q8_0", 6_000_000, 0.001), name="a\udc80b"), tmp_path / "page.html")
     assert "a?b" in path.read_text(encoding="utf-8")
+
+
+def test_only_a_file_is_replaced_by_the_page(tmp_path: Path) -> None:
+    (tmp_path / "kept.html").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "kept.html")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe", "x" * 300):
+        with pytest.raises(AccessError):
+            write_page(comparison(), tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.html", "link", "pipe"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Mapping
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     from llm_quantize.events import EventSink
 
 _WORST = 5
+
+
+def _number(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
+    """A limit that is a number: NaN is in every range, and nothing is below it."""
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is no limit")
+    return value
 
 
 @click.command("quality")
@@ -56,6 +64,7 @@ _WORST = 5
 @click.option(
     "--max-kld",
     type=click.FloatRange(0, min_open=True),
+    callback=_number,
     metavar="X",
     help="Exit with 9 if a mean KL divergence is above X.",
 )
@@ -90,7 +99,12 @@ def command(
     Example: llm-quantize analyze quality m-Q4_K_M.gguf m-Q3_K_M.gguf --reference ./model --max-kld 0.05
     """
     from llm_quantize.evaluation.assessment import AssessOptions, assess
+    from llm_quantize.io.whole_file import refuse_existing
+    from llm_quantize.preflight import refuse_unwritable
 
+    if report is not None:
+        refuse_existing(Path(report), replace=True)
+        refuse_unwritable(Path(report).parent)
     shown = mode(ctx, as_json, verbose)
     statistics = arguments.pop("statistics")
     options = AssessOptions(statistics=Path(statistics) if statistics else None, **arguments)

@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from llm_quantize.evaluation.texts import BUILT_IN
-from llm_quantize.io.durable import fail_os
+from llm_quantize.io.whole_file import write_file
 from llm_quantize.reports import heatmap, plot
 from llm_quantize.reports.labels import grade_name, labels
 from llm_quantize.reports.numbers import (
@@ -43,14 +43,8 @@ def write_page(result: ComparisonResult, path: str | Path, lang: str = "en") -> 
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Put ``text`` in place of ``path`` at once; half a surrogate pair becomes a question mark."""
-    staged = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_bytes(text.encode("utf-8", "replace"))
-        staged.replace(path)
-    except OSError as error:
-        fail_os(error, "the report cannot be written", path)
+    """Put ``text`` in place of ``path``, a file or nothing, at once; half a surrogate pair becomes a question mark."""
+    write_file(path, [text.encode("utf-8", "replace")], replace=True)
     return path
 
 
