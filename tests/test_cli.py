@@ -12,7 +12,7 @@ import pytest
 
 from llm_quantize import cli
 from llm_quantize.cli import COMMANDS, run
-from llm_quantize.cli.common import Size
+from llm_quantize.cli.common import Mode, Size, events
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -36,6 +36,16 @@ def test_every_command_has_help_with_the_listed_sentence(name: str, capsys: pyte
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, "--version")[:2] == (0, f"llm-quantize, version {cli.__version__}\n")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_notes_are_told_unless_quiet(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with events(Mode(False, 0, quiet), "test") as sink:
+        sink({"event": "note", "text": "no text was\ngiven"})
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("note: no text was") == (not quiet)
+    assert err.count("\n") == (not quiet)
 
 
 def test_quantize_info_verify(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

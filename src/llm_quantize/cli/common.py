@@ -264,6 +264,8 @@ def _plain_sink(description: str, shown: Mode) -> EventSink:
     def sink(event: Mapping[str, Any]) -> None:
         if event["event"] == "warning":
             warn(shown, event["text"])
+        elif event["event"] == "note" and not shown.quiet:
+            click.echo(f"note: {line(event['text'])}", err=True)
         elif event["event"] == "resuming" and not shown.quiet:
             click.echo(f"resuming: reading back {event['units']} finished units", err=True)
         elif event["event"] == "check" and not shown.quiet:
@@ -301,6 +303,8 @@ def _live_progress(description: str, shown: Mode) -> Iterator[EventSink]:
         def sink(event: Mapping[str, Any]) -> None:
             if event["event"] == "warning":
                 console.print(f"warning: {line(event['text'])}", style="yellow", markup=False, highlight=False)
+            elif event["event"] == "note":
+                console.print(f"note: {line(event['text'])}", markup=False, highlight=False)
             elif event["event"] == "start" and event["resumed_units"]:
                 console.print(f"resuming: {event['resumed_units']} finished units kept", highlight=False)
             elif event["event"] == "resuming":
