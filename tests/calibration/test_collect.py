@@ -311,6 +311,27 @@ def test_a_cache_that_is_no_directory_is_refused(
             run(model, options(text))
 
 
+def test_what_lies_with_the_hidden_states_stays_and_stops_nothing(
+    model: Path, text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
+    path = run(model, options(text)).path
+    hidden = path.with_name(path.name + ".hidden")
+    path.unlink()
+    hidden.mkdir()
+    (hidden / "foreign").write_text("kept")
+    run(model, options(text))
+    assert run(model, options(text)).reused
+    assert [entry.name for entry in hidden.iterdir()] == ["foreign"]
+    path.unlink()
+    (hidden / "foreign").rename(tmp_path / "0")
+    hidden.rmdir()
+    hidden.symlink_to(tmp_path)
+    with pytest.raises(AccessError, match="a link stands"):
+        run(model, options(text))
+    assert (tmp_path / "0").read_text() == "kept"
+
+
 def test_an_export_that_cannot_be_is_refused_before_work(tmp_path: Path) -> None:
     refuse_export(tmp_path / "x.safetensors", "statistics", ("hessian",))
     with pytest.raises(UsageError, match="imatrix in --collect"):

@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 
 from llm_quantize.errors import ResourceError
-from llm_quantize.io.durable import allocate, fail_os, open_regular_output
+from llm_quantize.io.durable import allocate, fail_os, open_directory, open_regular_output
 from llm_quantize.io.paths import pread_into
 
 
@@ -45,6 +45,7 @@ class Activations:
         try:
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
+                os.close(open_directory(file.parent))  # refuses a link
                 self._file = open_regular_output(file)
             else:
                 self._file, name = tempfile.mkstemp(prefix="llm-quantize-", suffix=".activations", dir=directory)

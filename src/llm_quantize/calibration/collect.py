@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -390,7 +391,8 @@ def _hidden_directory(target: Path) -> Path:
 
 def _discard(directory: Path) -> None:
     """Remove the hidden states of a finished part."""
-    if directory.is_dir():
-        for slot in ("0", "1"):
-            (directory / slot).unlink(missing_ok=True)
-        directory.rmdir()
+    if directory.is_dir() and not directory.is_symlink():
+        with suppress(OSError):  # another process was quicker, or something of another's lies there: it may stay
+            for slot in ("0", "1"):
+                (directory / slot).unlink(missing_ok=True)
+            directory.rmdir()
