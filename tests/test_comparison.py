@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 from llm_quantize import comparison, measurements
 from llm_quantize.cli import run
 from llm_quantize.comparison import CompareOptions, compare, parse_variants, remove_made, write_reports
-from llm_quantize.errors import IntegrityError, UsageError
+from llm_quantize.errors import AccessError, IntegrityError, UsageError
 from llm_quantize.evaluation import quality, speed
 from llm_quantize.evaluation.runtimes import llama_cpp_library
 from llm_quantize.measurements import Measurements, artifact_identity, key_of
 from llm_quantize.planning import Options
 from llm_quantize.reports.result import ComparisonResult, read_comparison
+from tests.reports.examples import comparison as comparison_of
+from tests.reports.examples import variant
 
 SMALL = CompareOptions(
     context=64, windows=4, prompts=("Once",), quantize=Options(threads=1), commands=("llm-quantize compare demo",)
@@ -182,25 +185,57 @@ def test_command_line(
 
 
 def test_remove_made_leaves_what_is_not_ours(tmp_path: Path) -> None:
+    result = comparison_of(*(variant(level, 1_000_000, 0.01) for level in ("Q8_0", "Q4_K_M", "Q2_K")))
     made = tmp_path / "artifacts"
     made.mkdir()
-    for name in ("a.gguf", "a.gguf.manifest.json", "notes.txt"):
+    first, second, third = (entry.file for entry in result.variants)
+    for name in (first, f"{first}.manifest.json", second, "mine.gguf", "notes.txt"):
         (made / name).write_text("x")
+    (made / third).mkdir()
+    (made / third / "part.gguf").write_text("x")
     (tmp_path / "index.html").write_text("page")
     Measurements(tmp_path / "measured.json").put("key", 1)
-    remove_made(tmp_path)
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["index.html", "notes.txt"]
-    (made / "notes.txt").unlink()
-    remove_made(tmp_path)
+    remove_made(tmp_path, result, [made / second])
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert left == sorted(["index.html", "mine.gguf", "notes.txt", second])
+    for name in ("mine.gguf", "notes.txt"):
+        (made / name).unlink()
+    remove_made(tmp_path, result)
     assert not made.exists()
+
+
+def test_a_place_that_cannot_hold_the_report_is_refused_before_work(
+    tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing may be done")
+
+    monkeypatch.setattr(comparison, "open_source", never)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken" / "index.html").mkdir(parents=True)
+    (tmp_path / "piped").mkdir()
+    os.mkfifo(tmp_path / "piped" / "measured.json")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "artifacts").write_text("")
+    for name in ("file/below", "taken", "piped", "made", "x" * 300):
+        with pytest.raises(AccessError):
+            compare(str(demo_model), tmp_path / name, variants=VARIANTS, options=SMALL)
+    assert (tmp_path / "piped" / "measured.json").is_fifo()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("somebody's page")
+    with pytest.raises(UsageError, match="not of a comparison"):
+        compare(str(demo_model), tmp_path / "site", variants=VARIANTS, options=SMALL)
 
 
 def test_measurements_are_kept_and_damage_is_not_believed(tmp_path: Path) -> None:
     file = tmp_path / "new" / "measured.json"
     Measurements(file).put("a", [1, None])
     assert Measurements(file).get("a") == [1, None]
-    file.write_bytes(file.read_bytes()[:-3])
-    assert Measurements(file).get("a") is None
+    whole = file.read_bytes()
+    for damaged in (whole[:-3], whole.replace(b"[1,", b"[7,")):
+        assert damaged != whole
+        file.write_bytes(damaged)
+        assert Measurements(file).get("a") is None
     file.write_text('{"version": "0.0.0", "facts": {"a": 2}}')
     assert Measurements(file).get("a") is None
 

@@ -29,8 +29,12 @@ from llm_quantize.evaluation.divergence import Divergence
 from llm_quantize.evaluation.perplexity import Tokens
 from llm_quantize.evaluation.texts import BUILT_IN, EvaluationText, evaluation_text
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.artifact_paths import manifest_path, remove_artifact
+from llm_quantize.io.durable import fail_os, make_directory
+from llm_quantize.io.whole_file import refuse_existing
 from llm_quantize.measurements import Measurements, key_of
 from llm_quantize.planning import Options
+from llm_quantize.preflight import refuse_unwritable
 from llm_quantize.reports.facts import machine_facts, model_facts, program_versions
 from llm_quantize.reports.result import (
     ComparisonResult,
@@ -46,6 +50,7 @@ from llm_quantize.source import Source, open_source
 
 DEFAULT_VARIANTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 CONTEXT = 512
+REPORTS = {"json": "comparison.json", "html": "index.html", "markdown": "comparison.md"}
 PROMPTS = ("The old man looked at the sea and", "むかしむかし、あるところに")
 
 
@@ -101,6 +106,7 @@ def compare(
     """
     options = options or CompareOptions()
     folder = Path(output_dir)
+    _refuse_folder(folder)
     kept = Measurements(folder / "measured.json")
     if not variants and not artifacts:
         variants = [("gguf", level) for level in DEFAULT_VARIANTS]
@@ -201,6 +207,19 @@ def _result(
     )
 
 
+def _refuse_folder(folder: Path) -> None:
+    """Raise AccessError where the reports could not be written after all the work, UsageError where they would take
+    the place of pages that are not a comparison's."""
+    refuse_unwritable(folder / "artifacts")
+    stand = [name for name in REPORTS.values() if refuse_existing(folder / name, replace=True)]
+    if stand and REPORTS["json"] not in stand:
+        raise UsageError(
+            "the output directory holds a file that is not of a comparison",
+            file=folder / stand[0],
+            remedy="choose another directory with -o, or move the file away",
+        )
+
+
 def write_reports(result: ComparisonResult, folder: Path, lang: str = "en") -> dict[str, Path]:
     """Write index.html, comparison.md and comparison.json into ``folder``; gives {"html", "markdown", "json"}.
 
@@ -210,30 +229,28 @@ def write_reports(result: ComparisonResult, folder: Path, lang: str = "en") -> d
     from llm_quantize.reports.page import page, write_text
 
     facts = json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
-    return {
-        "html": write_text(folder / "index.html", page(result, lang)),
-        "markdown": write_text(folder / "comparison.md", markdown(result, lang)),
-        "json": write_text(folder / "comparison.json", facts),
-    }
+    texts = {"json": facts, "html": page(result, lang), "markdown": markdown(result, lang)}
+    return {kind: write_text(folder / REPORTS[kind], text) for kind, text in texts.items()}
 
 
-def remove_made(folder: Path) -> None:
-    """Remove what ``compare`` made besides the reports: the artifacts with their manifests, and what was kept to
-    continue. Files of other names stay."""
+def remove_made(folder: Path, result: ComparisonResult, taken: Sequence[str | Path] = ()) -> None:
+    """Remove what ``compare`` made of ``result`` besides the reports: its artifacts with their manifests, and what was
+    kept to continue. ``taken`` artifacts and all other files stay. Raises AccessError or ResourceError."""
     Measurements(folder / "measured.json").remove()
-    made = folder / "artifacts"
-    if not made.is_dir():
-        return
-    for path in sorted(made.rglob("*")):
-        if (
-            path.is_file()
-            and not path.is_symlink()
-            and path.name.endswith((".gguf", ".manifest.json", "manifest.json"))
-        ):
-            path.unlink()
-    for path in sorted((p for p in (made, *made.rglob("*")) if p.is_dir()), reverse=True):
-        if not any(path.iterdir()):
-            path.rmdir()
+    places, kept = folder / "artifacts", {Path(path).resolve() for path in taken}
+    try:
+        for path in [places / variant.file for variant in result.variants]:
+            if path.resolve() in kept or path.is_symlink():
+                continue
+            if path.is_dir():
+                remove_artifact(path)
+            elif path.is_file():
+                manifest_path(path).unlink(missing_ok=True)
+                path.unlink()
+        if places.is_dir() and not places.is_symlink() and not any(places.iterdir()):
+            places.rmdir()
+    except OSError as error:
+        fail_os(error, "an artifact cannot be removed", places)
 
 
 def _sha256(windows: Tokens) -> str:
@@ -253,7 +270,6 @@ def _make(
 
     found: list[MeasuredFile] = []
     for format in dict.fromkeys(format for format, _ in variants):
-        folder.mkdir(parents=True, exist_ok=True)
         results = quantize(
             model,
             format,
@@ -312,7 +328,7 @@ def _quality(
     missing = [index for index, key in enumerate(keys) if kept.get(key) is None or kept.get(floor) is None]
     if missing:
         on_event({"event": "stage", "text": "measure"})
-        folder.mkdir(parents=True, exist_ok=True)
+        make_directory(folder)
         measured = measure_quality(
             source,
             [found[index].path for index in missing],

@@ -18,8 +18,10 @@ from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import opened, pread_into
+from llm_quantize.io.whole_file import refuse_existing
 
 MAX_BYTES = 256 << 20
+SEAL = "facts_sha256"
 
 
 class Measurements:
@@ -28,13 +30,15 @@ class Measurements:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._facts: dict[str, Any] = {}
+        refuse_existing(path, replace=True)
         if path.is_file():
             try:
                 found = read_json_object(path, limit_bytes=MAX_BYTES)
             except MalformedInputError:
                 found = {}
             facts = found.get("facts")
-            if found.get("version") == llm_quantize.__version__ and isinstance(facts, dict):
+            known = found.get("version") == llm_quantize.__version__ and isinstance(facts, dict)
+            if known and found.get(SEAL) == _sealed(facts):
                 self._facts = facts
 
     def get(self, key: str) -> Any:
@@ -47,7 +51,8 @@ class Measurements:
         staged = self.path.with_name(self.path.name + ".partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(staged, canonical_json({"version": llm_quantize.__version__, "facts": self._facts}))
+            sealed = {"version": llm_quantize.__version__, "facts": self._facts, SEAL: _sealed(self._facts)}
+            write_whole(staged, canonical_json(sealed))
             staged.replace(self.path)
             sync_directory(self.path.parent)
         except OSError as error:
@@ -57,6 +62,10 @@ class Measurements:
         """Forget everything."""
         self._facts = {}
         self.path.unlink(missing_ok=True)
+
+
+def _sealed(facts: Any) -> str:
+    return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 
 def key_of(kind: str, **facts: Any) -> str:

@@ -177,7 +177,7 @@ def _fit(
 def refuse_unwritable(directory: Path) -> Path:
     """The nearest directory above that exists; AccessError where nothing can be made in it."""
     path = directory.absolute()
-    while not path.exists():
+    while not os.path.lexists(path):
         path = path.parent
     if not path.is_dir():
         raise AccessError("the output directory is a file", file=path, remedy="choose another directory with -o")

@@ -21,6 +21,7 @@ from llm_quantize.cli.common import (
     line,
     mode,
     sheltered,
+    work_of,
 )
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def command(
         )
     written = comparison.write_reports(result, Path(output_dir), arguments["lang"])
     if not arguments["keep"]:
-        comparison.remove_made(Path(output_dir))
+        comparison.remove_made(Path(output_dir), result, artifacts)
     if shown.json:
         emit_json({**result.to_dict(), "reports": {kind: str(path) for kind, path in written.items()}})
     else:
@@ -170,8 +171,10 @@ def _progress(shown: Mode) -> Iterator[EventSink]:
         def draw(event: Mapping[str, Any]) -> None:
             if event["event"] == "warning":
                 console.print(f"warning: {line(event['text'])}", style="yellow", markup=False, highlight=False)
+            elif event["event"] == "note":
+                console.print(f"note: {line(event['text'])}", markup=False, highlight=False)
             elif event["event"] in ("progress", "measure"):
-                name = "quantize" if event["event"] == "progress" else stage[0]
+                name = work_of(event, "quantize") if event["event"] == "progress" else stage[0]
                 progress.update(task, description=name, completed=event["done"], total=event["total"])
             elif event["event"] == "stage":
                 stage[0] = line(event["text"]).replace("[", "(")

@@ -52,6 +52,14 @@ def open_regular_output(path: Path, *, append: bool = False) -> int:
     return descriptor
 
 
+def make_directory(directory: Path) -> None:
+    """``directory`` and those above it where they are not. Raises AccessError, ResourceError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail_os(error, "the directory cannot be created", directory)
+
+
 def open_directory(path: Path) -> int:
     """A descriptor of a directory, never reached through a link. Raises AccessError, OSError."""
     _refuse_link(path)

@@ -14,8 +14,9 @@ from llm_quantize.io.ownership import refuse_moved, take_lock
 Buffer = bytes | bytearray | memoryview
 
 
-def refuse_existing(path: Path, *, replace: bool) -> None:
-    """Raise UsageError where ``path`` stands and may not be replaced, AccessError where it is no regular file."""
+def refuse_existing(path: Path, *, replace: bool) -> bool:
+    """Whether the file ``path`` stands. Raises UsageError where it does and may not be replaced, AccessError where it
+    is no regular file or its name cannot be one."""
     try:
         stands = path.exists()
     except OSError as error:  # a name too long, a directory on the way that may not be searched
@@ -24,6 +25,7 @@ def refuse_existing(path: Path, *, replace: bool) -> None:
         raise AccessError("the output exists and is not a regular file", file=path, remedy="choose another -o")
     if stands and not replace:
         raise UsageError("the output exists", file=path, remedy="choose another -o, or add --overwrite")
+    return stands
 
 
 def write_file(path: str | Path, pieces: Iterable[Buffer], *, replace: bool = False) -> int:
