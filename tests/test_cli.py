@@ -48,6 +48,19 @@ def test_notes_are_told_unless_quiet(quiet: bool, capsys: pytest.CaptureFixture[
     assert err.count("\n") == (not quiet)
 
 
+def test_progress_of_two_works_is_told_apart(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    now = [0.0]
+    monkeypatch.setattr("llm_quantize.cli.common.time.monotonic", lambda: now[0])
+    with events(Mode(False, 0, False), "quantize") as sink:
+        for total, unit in ((1000, {"unit": "tokens"}), (300_000_000, {})):
+            sink({"event": "start", "total": total, "resumed_units": 0})
+            now[0] += 10
+            sink({"event": "progress", "done": total, "total": total, **unit})
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("calibrate: 100% (100 tokens/s, ")
+    assert second.startswith("quantize: 100% (30 Mw/s, ")
+
+
 def test_quantize_info_verify(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["quantize", str(demo_model), "gguf", "-q", "Q4_K_M", "-q", "Q8_0", "-o", str(tmp_path), "--json"]
     code, result = call_json(capsys, *words)

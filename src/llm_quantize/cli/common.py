@@ -251,6 +251,11 @@ def _rate(event: Mapping[str, Any], seconds: float) -> str:
     return f"{each:.0f} tokens/s" if event.get("unit") == "tokens" else f"{each / 1e6:.0f} Mw/s"
 
 
+def work_of(event: Mapping[str, Any], description: str) -> str:
+    """What a ``progress`` event is of: a quantization that calibrates first counts tokens meanwhile."""
+    return "calibrate" if description == "quantize" and event.get("unit") == "tokens" else description
+
+
 def _memory() -> str:
     from llm_quantize.preflight import resident_bytes
 
@@ -258,8 +263,8 @@ def _memory() -> str:
 
 
 def _plain_sink(description: str, shown: Mode) -> EventSink:
-    began = time.monotonic()
-    last, checked = [began, -1], [began]
+    began = [time.monotonic()]
+    last, checked = [began[0], -1], [began[0]]
 
     def sink(event: Mapping[str, Any]) -> None:
         if event["event"] == "warning":
@@ -273,15 +278,18 @@ def _plain_sink(description: str, shown: Mode) -> EventSink:
             if event["done"] == 0 or now - checked[0] >= 5:
                 checked[0] = now
                 click.echo(f"checking {event['what']}: {percent}%", err=True)
-        elif event["event"] == "start" and event["resumed_units"] and not shown.quiet:
-            click.echo(f"resuming: {event['resumed_units']} finished units kept", err=True)
+        elif event["event"] == "start":
+            began[0] = last[0] = time.monotonic()
+            last[1] = -1
+            if event["resumed_units"] and not shown.quiet:
+                click.echo(f"resuming: {event['resumed_units']} finished units kept", err=True)
         elif event["event"] == "progress" and not shown.quiet:
             now, percent = time.monotonic(), int(100 * event["done"] / max(1, event["total"]))
             if percent == 100 or (now - last[0] >= 5 and percent > last[1]):
                 last[:] = [now, percent]
-                left = (now - began) * (100 - percent) / max(1, percent)
-                facts = f"{_rate(event, now - began)}, {left:.0f} s left, {_memory()}"
-                click.echo(f"{description}: {percent}% ({facts})", err=True)
+                left = (now - began[0]) * (100 - percent) / max(1, percent)
+                facts = f"{_rate(event, now - began[0])}, {left:.0f} s left, {_memory()}"
+                click.echo(f"{work_of(event, description)}: {percent}% ({facts})", err=True)
 
     return sink
 
@@ -298,15 +306,17 @@ def _live_progress(description: str, shown: Mode) -> Iterator[EventSink]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(description, total=None, rate="", memory="")
-        began = time.monotonic()
+        began = [time.monotonic()]
 
         def sink(event: Mapping[str, Any]) -> None:
             if event["event"] == "warning":
                 console.print(f"warning: {line(event['text'])}", style="yellow", markup=False, highlight=False)
             elif event["event"] == "note":
                 console.print(f"note: {line(event['text'])}", markup=False, highlight=False)
-            elif event["event"] == "start" and event["resumed_units"]:
-                console.print(f"resuming: {event['resumed_units']} finished units kept", highlight=False)
+            elif event["event"] == "start":
+                began[0] = time.monotonic()
+                if event["resumed_units"]:
+                    console.print(f"resuming: {event['resumed_units']} finished units kept", highlight=False)
             elif event["event"] == "resuming":
                 console.print(f"resuming: reading back {event['units']} finished units", highlight=False)
             elif event["event"] == "check":
@@ -316,8 +326,8 @@ def _live_progress(description: str, shown: Mode) -> Iterator[EventSink]:
                 progress.update(task, description=f"download {line(event.get('file', ''))}",
                                 completed=event.get("done"), total=event.get("total"))  # fmt: skip
             elif event["event"] == "progress":
-                rate = _rate(event, time.monotonic() - began)
-                progress.update(task, description=description, completed=event["done"], total=event["total"],
-                                rate=rate, memory=_memory())  # fmt: skip
+                rate = _rate(event, time.monotonic() - began[0])
+                progress.update(task, description=work_of(event, description), completed=event["done"],
+                                total=event["total"], rate=rate, memory=_memory())  # fmt: skip
 
         yield sink
