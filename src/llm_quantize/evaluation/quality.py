@@ -77,7 +77,8 @@ class RuntimeQuality:
 
 @dataclass(frozen=True)
 class ArtifactQuality:
-    """One artifact. ``size`` in bytes; ``notes``: what in it differs from the reference's configuration."""
+    """One artifact. ``size`` in bytes; ``bits_per_weight``: all its bits, header included, as a plan has it;
+    ``notes``: what in it differs from the reference's configuration."""
 
     path: str
     size: int
@@ -364,7 +365,7 @@ def _artifact(one: DecodedArtifact, stream: Stream, real: RuntimeStream | None) 
     return ArtifactQuality(
         path=str(one.path),
         size=one.size,
-        bits_per_weight=8 * sum(entry.nbytes for entry in entries) / weights,
+        bits_per_weight=8 * one.size / weights,
         divergence=divergence,
         grade=grades.grade(divergence.kld),
         notes=one.notes,
