@@ -10,6 +10,8 @@ import pytest
 
 from llm_quantize import data
 from llm_quantize.cli import run
+from llm_quantize.cli.analyze_quality import _verdict
+from llm_quantize.evaluation.generation_check import Answer, Finding, GenerationCheck
 from llm_quantize.pipeline import Options, quantize
 
 from .tiny_models import make_tiny
@@ -74,6 +76,15 @@ def test_the_gate_passes_and_the_report_is_japanese(
     measure(files, files.q8, "--max-kld", "0.01", "--report", str(report), "--lang", "ja")
     assert f"report: {report}" in capsys.readouterr().out
     assert 'lang="ja"' in report.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("wrong", "better", "said"), [(1, 0, "about as well as"), (4, 1, "worse than")])
+def test_the_verdict_counts_prompts_on_both_sides(wrong: int, better: int, said: str) -> None:
+    answer = Answer("p", "text", 1, ended=True, loop=0.0, repetition=0.0)
+    findings = tuple(Finding(f"prompt {index}", "loop", "loops") for index in range(wrong))
+    check = GenerationCheck((answer,) * 8, (answer,) * 8, findings, better)
+    counts = f"of 8 prompts, {wrong} go wrong here only and {better} in the source only"
+    assert _verdict(check) == f"writes {said} the source: {counts}"
 
 
 def test_generated_text(files: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from llm_quantize.evaluation.assessment import Assessment
+    from llm_quantize.evaluation.generation_check import GenerationCheck
     from llm_quantize.events import EventSink
 
 _WORST = 5
@@ -172,8 +173,7 @@ def _show(found: Assessment, shown: Mode, report: str | None) -> None:
         _worst(console, found, index, None if shown.verbose else _WORST)
         if found.generation:
             check = found.generation[index]
-            verdict = "as the source does" if check.ok and check.reference else "well" if check.ok else "worse"
-            console.print(f"{line(Path(artifact.path).name)} writes {verdict}", markup=False)
+            console.print(f"{line(Path(artifact.path).name)} {_verdict(check)}", markup=False)
             for finding in check.findings:
                 console.print(f"  after “{line(finding.prompt)}”: {finding.text}", markup=False)
     memory = quality.memory
@@ -185,6 +185,14 @@ def _show(found: Assessment, shown: Mode, report: str | None) -> None:
     )
     if report is not None:
         console.print(f"report: {line(report)}", markup=False)
+
+
+def _verdict(check: GenerationCheck) -> str:
+    """One finding proves little, so the sentence counts the prompts on both sides."""
+    if not check.reference:
+        return "writes well" if check.ok else "writes badly"
+    counts = f"of {len(check.answers)} prompts, {check.worse} go wrong here only and {check.better} in the source only"
+    return f"writes {'about as well as' if check.ok else 'worse than'} the source: {counts}"
 
 
 def _table(found: Assessment) -> Table:
@@ -221,7 +229,7 @@ def _details(found: Assessment) -> Table:
     for one in found.quality.artifacts:
         d = one.divergence
         table.add_row(
-            Text(line(Path(one.path).name)),
+            Text(line(Path(one.path).name.removesuffix(".gguf"))),
             f"{d.kld_median:.5f}",
             f"{d.kld_99:.4f}",
             f"{d.kld_999:.4f}",

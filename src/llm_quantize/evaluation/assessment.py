@@ -145,7 +145,7 @@ def _generation(
         text = "the source does not fit in memory whole: what the artifacts write is judged without it"
         on_event({"event": "warning", "text": text})
     else:
-        on_event({"event": "stage", "text": "write with the source"})
+        on_event({"event": "stage", "text": "text that the source writes"})
         encode = TextTokenizer(source).encode
         own = source_answers(checkpoint.directory, encode, threads=options.threads, on_event=on_event)
     return tuple(

@@ -191,7 +191,7 @@ def check_generation(
     from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
 
     longest = max(context_for(prompt, max_tokens) for prompt in prompts)
-    on_event({"event": "stage", "text": f"write with {Path(artifact).name}"})
+    on_event({"event": "stage", "text": f"text that {Path(artifact).name} writes"})
     with LlamaCpp(first_file(artifact), context=longest, threads=threads) as model:
         found = answers(model, prompts, max_tokens=max_tokens)
     return check_answers(found, reference)
