@@ -22,9 +22,10 @@ from llm_quantize.calibration.identity import model_digest
 from llm_quantize.calibration.importance import importance
 from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.calibration.result import Calibration, export, refuse_export
-from llm_quantize.errors import AccessError, NumericPolicyError, ResourceError, UsageError
+from llm_quantize.errors import AccessError, BusyError, NumericPolicyError, ResourceError, UsageError
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.imatrix_file import read_imatrix
+from llm_quantize.io.journal import record_line
 from llm_quantize.io.statistics_file import read_statistics
 from llm_quantize.source import Source, open_source
 
@@ -245,13 +246,23 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(killed: Killed) -> None:
 
 
 def test_damaged_hidden_states_are_made_again(killed: Killed) -> None:
-    outcome = killed.run("damaged", kill_call=3 * killed.calls // 4)
+    outcome = killed.run("damaged", kill_call=killed.calls // 2)
     assert outcome.code == -9
-    for path in (killed.root / "damaged").rglob("*.hidden/*"):
+    hidden = list((killed.root / "damaged").rglob("*.hidden/*"))
+    assert hidden
+    for path in hidden:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     killed.recover("damaged")
+
+
+@pytest.mark.parametrize("note", [{"hidden": {}}, {"hidden": {"after": "1", "sha256": 1}}, {"hidden": []}, [1], None])
+def test_odd_notes_are_passed_over(killed: Killed, note: Any) -> None:
+    assert killed.run("odd", kill_call=killed.calls // 2).code == -9
+    (journal,) = (killed.root / "odd").rglob("*.journal")
+    journal.write_bytes(journal.read_bytes() + record_line({"note": note}))
+    killed.recover("odd")
 
 
 def _source(directory: Path) -> Source:
@@ -298,6 +309,31 @@ def test_damaged_parts_put_together_are_put_together_again(tmp_path: Path, text:
     merged.write_bytes(expected[:-1] + bytes([expected[-1] ^ 1]))
     assert run(model, chosen).path == merged
     assert merged.read_bytes() == expected
+
+
+def test_a_text_that_repeats_itself_has_parts_of_the_same_tokens(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "same.txt").write_text("the the the the " * 500)
+    model = make_tiny("qwen3_moe", tmp_path / "model")
+    events: list[Any] = []
+    chosen = CalibrationOptions(data=(str(tmp_path / "same.txt"),), samples=2, length=16)
+    result = run(model, chosen, events)
+    assert result.short
+    assert result.windows == 16
+    assert len(list(cache.rglob("*.safetensors"))) == 7
+
+
+def test_a_cache_that_is_taken_away_is_said(
+    model: Path, text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = collect._run_blocks
+
+    def taken(*arguments: Any) -> None:
+        finished(*arguments)
+        shutil.rmtree(cache)
+
+    monkeypatch.setattr(collect, "_run_blocks", taken)
+    with pytest.raises(BusyError, match="taken away"):
+        run(model, options(text))
 
 
 def test_a_cache_that_is_no_directory_is_refused(

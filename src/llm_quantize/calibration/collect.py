@@ -81,9 +81,9 @@ class _Run:
     began: float = field(default_factory=time.process_time)
 
     def identity(self, start: int, count: int) -> StatisticsIdentity:
-        """Windows [start, start + count) of the text, run through this model in this arithmetic."""
+        """Windows [start, start + count), run through this model; parts of the same tokens differ by their start."""
         ids = self.windows.draw(start, count)
-        digest = hashlib.sha256(canonical_json([list(ids.shape), self.dtype, self.options.device]))
+        digest = hashlib.sha256(canonical_json([start, list(ids.shape), self.dtype, self.options.device]))
         digest.update(ids.astype("<i8").tobytes())
         facts = {"windows": len(ids), "first_window": start, "tokens": int(ids.size), "sha256": digest.hexdigest()}
         return StatisticsIdentity(self.model, {**self.text, **facts})
@@ -274,6 +274,7 @@ def _collect(state: _Run, start: int, count: int) -> Path:
         _run_blocks(job, ids)
         blocks = {key: record["sha256"] for key, record in sorted(output.records.items())}
         facts = {"identity": {"model": dict(identity.model), "text": dict(identity.text)}, "blocks": blocks}
+        output.sync()  # says so where the cache was taken away meanwhile
         output.finish(manifest_of(output.partial, target.name, facts))
         _discard(job.directory)
     return target
@@ -373,11 +374,12 @@ def _keep(job: _Pass, index: int, sums: BlockSums | None, hidden: Activations) -
 def _resumed(job: _Pass, wanted: int) -> tuple[Activations | None, int]:
     """The hidden states that an earlier run left, and the block they enter; (None, 0) where there are none to trust."""
     note = job.output.notes.get("hidden")
-    if job.fitted.in_memory or not isinstance(note, dict) or not 0 <= int(note["after"]) < wanted:
+    after = note.get("after") if isinstance(note, dict) else None
+    if job.fitted.in_memory or type(after) is not int or not 0 <= after < wanted:
         return None, 0
-    index = int(note["after"]) + 1
+    index = after + 1
     hidden = job.hidden(index % 2)
-    if hidden.digest() == note["sha256"]:
+    if hidden.digest() == note.get("sha256"):
         return hidden, index
     hidden.close()
     text = f"{job.directory}: the hidden states are damaged; finished blocks are run again, without summing"

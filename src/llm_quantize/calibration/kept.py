@@ -37,7 +37,8 @@ def prepare_directory(directory: Path) -> None:
 
 def manifest_of(file: Path, name: str, facts: Mapping[str, Any]) -> bytes:
     """The manifest of the statistics in ``file``, which are to be called ``name``: their hash, and ``facts``."""
-    entry = {"name": name, "size": file.stat().st_size, "sha256": _sha256(file)}
+    size, digest = _measured(file)
+    entry = {"name": name, "size": size, "sha256": digest}
     return manifest_bytes({**facts, "files": [entry], "tensors": []})
 
 
@@ -49,7 +50,7 @@ def is_kept(target: Path, on_event: EventSink) -> bool:
     beside = manifest_path(target)
     try:
         manifest = read_manifest(beside)
-        if manifest is not None and manifest["files"][0].get("sha256") == _sha256(target):
+        if manifest is not None and manifest["files"][0].get("sha256") == _measured(target)[1]:
             return True
     except (MalformedInputError, IntegrityError):
         pass  # a damaged manifest vouches for nothing
@@ -62,12 +63,14 @@ def is_kept(target: Path, on_event: EventSink) -> bool:
     return False
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
+def _measured(file: Path) -> tuple[int, str]:
+    """Size and SHA-256 of ``file``."""
+    digest, size = hashlib.sha256(), 0
     with opened(file) as descriptor:
         try:
             while piece := os.read(descriptor, _CHUNK):
                 digest.update(piece)
+                size += len(piece)
         except OSError as error:
             raise read_failure(error, file) from error
-    return digest.hexdigest()
+    return size, digest.hexdigest()

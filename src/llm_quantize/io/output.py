@@ -199,7 +199,8 @@ class ResumableOutput:
         if damaged:
             self._warn(f"{self._journal_path}: {damaged} damaged journal record(s) passed over; those units are redone")
         for record in records[1:]:
-            self.notes |= record.get("note", {})
+            note = record.get("note")
+            self.notes |= note if isinstance(note, dict) else {}
             span = self.spans.get(record.get("unit", ""))
             if span is not None and [span.file, span.offset, span.nbytes] == record.get("span"):
                 self.records[record["unit"]] = record
