@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llm_quantize.errors import IntegrityError, MalformedInputError
+from llm_quantize.errors import AccessError, IntegrityError, MalformedInputError, UsageError
 from llm_quantize.experience import PUBLISHED, Experience, Loss, Measured, published_loss, read_report
 from llm_quantize.recipes import LEVELS
 
@@ -75,6 +76,14 @@ def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(MalformedInputError) as refused:
         read_report(tmp_path / "r.json", OURS)
     assert refused.value.file == str(tmp_path / "r.json")
+
+
+def test_a_report_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such report"):
+        read_report(tmp_path / "absent.json", OURS)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(AccessError):
+        read_report(tmp_path / "pipe", OURS)
 
 
 def test_another_model_is_refused_naming_both(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ of the others are scaled by the typical ratio, and are then called estimates.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 
 from llm_quantize.errors import IntegrityError, MalformedInputError
 from llm_quantize.io.json_file import read_json_object
+from llm_quantize.io.paths import open_argument
 
 # Mean KLD by level: (without importance, with importance). None: not in the table.
 PUBLISHED: Mapping[str, tuple[float | None, float | None]] = {
@@ -126,6 +128,7 @@ def read_report(path: Path, fingerprint: str, *, given: bool = True) -> Experien
     lies there, a comparison of another model is nothing known.
     """
     file = path / "comparison.json" if path.is_dir() else path
+    os.close(open_argument(file, "report of a comparison")[0])
     report = read_json_object(file, limit_bytes=REPORT_BYTES)
     model, variants = report.get("model"), report.get("variants")
     if not isinstance(model, dict) or not isinstance(variants, list) or not isinstance(model.get("fingerprint"), str):
