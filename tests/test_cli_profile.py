@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from llm_quantize.calibration.importance import TensorStatistics
 from llm_quantize.cli import run
+from llm_quantize.io.imatrix_writer import write_imatrix_dat
 
 from .oracles.llama_quantize import types_of
 from .tiny_models import make_tiny
@@ -48,9 +51,10 @@ def test_profile_then_quantize(model: str, capsys: pytest.CaptureFixture[str]) -
     # Another size: nothing is measured again, and the table names what it stands on.
     kept = Path("tiny.profile.json").read_bytes()
     assert run(arguments(model, "--bpw", "12", "--text", "absent.txt")) == 0
-    shown = capsys.readouterr().out
+    shown, told = capsys.readouterr()
     assert "blk.0.attn_v " in shown
-    assert "quantize MODEL gguf --recipe tiny-12bpw.recipe.json" in shown
+    assert f"quantize {model} gguf --recipe tiny-12bpw.recipe.json" in shown
+    assert "nothing is measured: the figures are those in tiny.profile.json" in told
     assert Path("tiny.profile.json").read_bytes() == kept
 
     assert run(arguments(model, "--like", "Q5_0", "-o", "mine.json")) == 2
@@ -58,6 +62,19 @@ def test_profile_then_quantize(model: str, capsys: pytest.CaptureFixture[str]) -
     other = str(make_tiny("llama", Path("other"), hidden_size=96))
     assert run(arguments(other, "--profile", "tiny.profile.json")) == 8
     assert "another model" in capsys.readouterr().err
+
+
+def test_kept_figures_are_of_one_importance(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("one", 1.0), ("other", 2.0)):
+        rows = TensorStatistics(np.full((1, 64), value, np.float32), np.ones(1, np.float32))
+        write_imatrix_dat(Path(f"{name}.dat"), {"blk.0.attn_q.weight": rows}, dataset="none", chunks=1)
+    assert run(arguments(model, "--imatrix", "one.dat", "--like", "Q5_0", "-o", "a.json")) == 0
+    assert f"quantize {model} gguf --recipe a.json --imatrix one.dat\n" in capsys.readouterr().out
+    assert run(arguments(model, "--imatrix", "one.dat", "--like", "Q5_0", "-o", "b.json")) == 0
+    capsys.readouterr()
+    assert run(arguments(model, "--imatrix", "other.dat", "--like", "Q5_0", "-o", "c.json")) == 2
+    assert "another importance matrix" in capsys.readouterr().err
+    assert not Path("c.json").exists()
 
 
 def test_what_it_takes_is_told_first(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,13 @@ from llm_quantize.cli.common import (
 if TYPE_CHECKING:
     from llm_quantize.calibration.result import Calibration
 
-_SUFFIXES = {".gguf": "imatrix", ".dat": "dat", ".json": "json", ".safetensors": "statistics"}
+_SUFFIXES = {
+    ".gguf": "imatrix",
+    ".dat": "dat",
+    ".json": "json",
+    ".safetensors": "statistics",
+    ".statistics": "statistics",
+}
 
 
 @click.command("importance")
@@ -31,7 +38,7 @@ _SUFFIXES = {".gguf": "imatrix", ".dat": "dat", ".json": "json", ".safetensors":
     "--output",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Where to write; the suffix tells the format. [default: MODEL-imatrix.gguf]",
+    help="Where to write; the suffix tells the format: .gguf, .dat, .json, .safetensors. [default: MODEL-imatrix.gguf]",
 )
 @click.option(
     "--format",
@@ -90,11 +97,11 @@ def command(
     if shown.json:
         emit_json({**result.to_dict(), "output": str(target), "format": kind})
     else:
-        _show(result, target, kind)
+        _show(result, model, target, kind)
     return 0
 
 
-def _show(result: Calibration, target: Path, kind: str) -> None:
+def _show(result: Calibration, model: str, target: Path, kind: str) -> None:
     from rich.console import Console
 
     from llm_quantize.report import human_bytes, shown
@@ -103,5 +110,7 @@ def _show(result: Calibration, target: Path, kind: str) -> None:
     for text in result.sentences():
         console.print(shown(line(text)))
     console.print(shown(f"{target}: {kind}, {human_bytes(target.stat().st_size)}"))
-    if kind == "imatrix":
-        console.print(shown(f"use it: llm-quantize quantize MODEL gguf -q IQ3_M --imatrix {target}"), style="dim")
+    option = {"imatrix": "--imatrix", "dat": "--imatrix", "statistics": "--statistics"}.get(kind)
+    if option is not None and "imatrix" in result.kinds:
+        words = ["llm-quantize", "quantize", model, "gguf", "-q", "IQ3_M", option, str(target)]
+        console.print(shown(f"use it: {line(shlex.join(words))}"), style="dim")

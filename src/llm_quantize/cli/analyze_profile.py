@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,10 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, **ar
     if shown.json:
         emit_json(_facts(profile, choice, kept, output))
     else:
-        _show(profile, choice, kept, output, verbose=shown.verbose > 0)
+        words = ["llm-quantize", "quantize", model, "gguf", "--recipe", str(output)]
+        for key in ("imatrix", "statistics", "revision"):
+            words += [f"--{key}", arguments[key]] if arguments[key] else []
+        _show(profile, choice, kept, shlex.join(words), output, verbose=shown.verbose > 0)
     return 0
 
 
@@ -132,6 +136,8 @@ def _profile(
     if kept.is_file() and not arguments["overwrite"] and not arguments["dry_run"]:
         profile = read_profile(kept)
         refuse_other_model(profile, model_digest(source.checkpoint), kept)
+        _check_kept(source, kept, profile, arguments)
+        on_event({"event": "note", "text": f"nothing is measured: the figures are those in {kept}"})
         return profile
     journal = kept.with_name(kept.name + ".journal")
     plan = _plan(source, arguments, journal, on_event)
@@ -145,6 +151,21 @@ def _profile(
     write_profile(kept, profile, replace=arguments["overwrite"])
     journal.unlink(missing_ok=True)
     return profile
+
+
+def _check_kept(source: Source, kept: Path, profile: Profile, arguments: Mapping[str, Any]) -> None:
+    """Raise UsageError where kept figures were measured with another importance than the one that is given."""
+    from llm_quantize.errors import UsageError
+
+    imatrix = _imatrix(source, arguments)
+    if imatrix is not None and imatrix.sha256 != profile.importance:
+        raise UsageError(
+            "the kept figures were measured with another importance matrix",
+            file=kept,
+            expected=f"importance {imatrix.sha256}",
+            found=f"importance {profile.importance}" if profile.importance else "none",
+            remedy="measure again with --overwrite, or keep the figures in another file with --profile",
+        )
 
 
 def _plan(source: Source, arguments: Mapping[str, Any], journal: Path, on_event: EventSink) -> Any:
@@ -219,7 +240,7 @@ def _facts(profile: Profile, choice: Choice, kept: Path, output: Path) -> dict[s
     }
 
 
-def _show(profile: Profile, choice: Choice, kept: Path, output: Path, *, verbose: bool) -> None:
+def _show(profile: Profile, choice: Choice, kept: Path, use: str, output: Path, *, verbose: bool) -> None:
     """Most sensitive tensors first; then the recipe beside the plain levels."""
     from rich.console import Console
     from rich.table import Table
@@ -245,15 +266,15 @@ def _show(profile: Profile, choice: Choice, kept: Path, output: Path, *, verbose
         console.print(f"{len(ordered) - SHOWN} tensors more with -v, per byte less sensitive", style="dim")
     console.print(shown(f"figures: {kept} ({profile.text.get('tokens', 0):,} scored tokens)"))
     plain = [
-        f"{name} {human_bytes(size)} {kld:.4f}"
+        f"{name} {human_bytes(size)} {kld:.5f}"
         for name, (size, kld) in choice.levels.items()
         if size >= 0.8 * choice.size and size <= 1.25 * choice.size
     ]
-    summed = f"{human_bytes(choice.size)}, summed KLD {choice.allocation.kld:.4f} ± {choice.allocation.kld_sem:.4f}"
+    summed = f"{human_bytes(choice.size)}, summed KLD {choice.allocation.kld:.5f} ± {choice.allocation.kld_sem:.5f}"
     console.print(
         shown(f"recipe: {line(output)} ({summed}; plain levels: {', '.join(plain) or 'none was measured whole'})")
     )
-    console.print(shown(f"use it: llm-quantize quantize MODEL gguf --recipe {line(output)}"), style="dim")
+    console.print(shown(f"use it: {line(use)}"), style="dim")
 
 
 def _short(value: float) -> str:
