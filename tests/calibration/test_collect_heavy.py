@@ -53,7 +53,7 @@ def test_a_checkpoint_four_times_larger_than_the_limit(tmp_path: Path, text: Pat
     assert code == 0, errors
     assert result["memory_peak"] <= result["memory_planned"]
     assert result["memory_peak"] < LIMIT
-    code, error, _ = _run(model, tmp_path / "refused", text, "--collect", "hessian")
+    code, error, _ = _run(model, tmp_path / "refused", text, "--collect", "imatrix,hessian")
     assert code == 5
     assert "do not fit the memory limit" in error["what"]
 
