@@ -131,6 +131,7 @@ def test_an_imatrix_weighs_the_errors(
         (["Q8", "--runtime", "vllm"], 2, "llama.cpp"),
         (["Q8", "--max-kld", "0"], 2, "max-kld"),
         (["Q8", "--max-kld", "nan"], 2, "max-kld"),
+        (["Q8", "--report", "Q8"], 2, "a file that is read"),
         (["Q8", "--report", "x" * 300], 6, "name is too long"),
         (["Q8", "--report", "Q8/x.html"], 6, "directory is a file"),
         (["Q8", "--context", "2048"], 2, "context"),

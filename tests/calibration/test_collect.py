@@ -22,6 +22,7 @@ from llm_quantize.calibration.identity import model_digest
 from llm_quantize.calibration.importance import importance
 from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.calibration.result import Calibration, export, refuse_export
+from llm_quantize.cli import run as command
 from llm_quantize.errors import AccessError, BusyError, NumericPolicyError, ResourceError, UsageError
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.imatrix_file import read_imatrix
@@ -375,3 +376,17 @@ def test_an_export_that_cannot_be_is_refused_before_work(tmp_path: Path) -> None
     for place in (tmp_path, tmp_path / ("x" * 300), Path(os.devnull), Path(__file__, "x.gguf")):
         with pytest.raises(AccessError):
             refuse_export(place, "imatrix", ("imatrix",))
+    kept = tmp_path / "model.safetensors"
+    kept.write_text("weights")
+    (tmp_path / "link.gguf").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match="a file that is read"):
+        refuse_export(tmp_path / "link.gguf" / "model.safetensors", "statistics", KINDS, ["absent", kept])
+
+
+def test_a_model_is_not_replaced_by_its_statistics(model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("model.safetensors", "config.json"):
+        before = (model / name).read_bytes()
+        words = ["analyze", "importance", str(model), "--calibration-data", str(text), "-o", str(model / name)]
+        assert command(words) == 2
+        assert "a file that is read" in capsys.readouterr().err
+        assert (model / name).read_bytes() == before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from llm_quantize.calibration.windows import Share
 from llm_quantize.errors import UsageError
 from llm_quantize.io.imatrix_writer import write_imatrix_dat, write_imatrix_gguf
 from llm_quantize.io.statistics_file import read_statistics
-from llm_quantize.io.whole_file import refuse_existing, write_file
+from llm_quantize.io.whole_file import refuse_existing, refuse_input, write_file
 from llm_quantize.preflight import refuse_unwritable
 from llm_quantize.source import Source
 
@@ -72,9 +72,10 @@ class Calibration:
         return [*lines, *self.advice, f"statistics: {self.path}"]
 
 
-def refuse_export(target: Path, kind: str, collect: Sequence[str]) -> None:
+def refuse_export(target: Path, kind: str, collect: Sequence[str], inputs: Iterable[str | Path] = ()) -> None:
     """Raise what ``export`` would raise after all the work: UsageError (``kind`` is made of the imatrix statistics and
-    ``collect`` leaves them out), AccessError (``target`` is no regular file, or its directory cannot be written)."""
+    ``collect`` leaves them out, or ``target`` is one of the ``inputs``), AccessError (``target`` is no regular file, or
+    its directory cannot be written)."""
     if kind != "statistics" and "imatrix" not in collect:
         raise UsageError(
             f"{kind} is written from the statistics of the kind imatrix",
@@ -83,6 +84,7 @@ def refuse_export(target: Path, kind: str, collect: Sequence[str]) -> None:
         )
     refuse_existing(target, replace=True)
     refuse_unwritable(target.parent)
+    refuse_input(target, inputs)
 
 
 def export(result: Calibration, source: Source, target: Path, kind: str) -> None:

@@ -91,7 +91,9 @@ def command(
         with source.checkpoint:
             target = Path(output or f"{source.checkpoint.name.rsplit('/', 1)[-1]}-imatrix.gguf")
             kind = kind or _SUFFIXES.get(target.suffix.lower(), "imatrix")
-            refuse_export(target, kind, options.collect)
+            files = [header.path for header in source.checkpoint.headers]
+            inputs = (*files, *source.checkpoint.directory.glob("*.json"), *options.data)
+            refuse_export(target, kind, options.collect, inputs)
             result = calibrate(source, options, on_event=sink)
             export(result, source, target, kind)
     if shown.json:

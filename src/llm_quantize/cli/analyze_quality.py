@@ -100,12 +100,13 @@ def command(
     Example: llm-quantize analyze quality m-Q4_K_M.gguf m-Q3_K_M.gguf --reference ./model --max-kld 0.05
     """
     from llm_quantize.evaluation.assessment import AssessOptions, assess
-    from llm_quantize.io.whole_file import refuse_existing
+    from llm_quantize.io.whole_file import refuse_existing, refuse_input
     from llm_quantize.preflight import refuse_unwritable
 
     if report is not None:
         refuse_existing(Path(report), replace=True)
         refuse_unwritable(Path(report).parent)
+        refuse_input(Path(report), (*artifacts, *arguments["texts"], arguments["statistics"] or ""))
     shown = mode(ctx, as_json, verbose)
     statistics = arguments.pop("statistics")
     options = AssessOptions(statistics=Path(statistics) if statistics else None, **arguments)

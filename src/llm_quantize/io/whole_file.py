@@ -28,6 +28,15 @@ def refuse_existing(path: Path, *, replace: bool) -> bool:
     return stands
 
 
+def refuse_input(path: Path, inputs: Iterable[str | Path]) -> None:
+    """Raise UsageError where ``path`` is one of the files that are read, under whatever name."""
+    for file in inputs:
+        if path.is_file() and Path(file).is_file() and path.samefile(file):
+            raise UsageError(
+                "the output is a file that is read", file=path, remedy="choose another name for the output"
+            )
+
+
 def write_file(path: str | Path, pieces: Iterable[Buffer], *, replace: bool = False) -> int:
     """Write ``pieces`` one after the other as the file ``path``, durable, and return its size in bytes.
 
