@@ -45,6 +45,28 @@ def test_the_sum_is_that_of_transformers(tokens: int, layer: Any) -> None:
         assert sum(len(inputs) for inputs in told) == int((index == number).sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bfloat16_has_few_numbers_of_rows(dtype: torch.dtype, layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number of rows costs memory for good (oneDNN's kernels); zeros that fill them up change no value."""
+    seen: list[int] = []
+    linear = torch.nn.functional.linear
+
+    def noted(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs.shape[0])
+        return linear(inputs, weight)
+
+    layer = layer.to(dtype)
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn((99, 6), generator=generator).to(dtype)
+    share, index = torch.randn((99, 5), generator=generator).softmax(-1).topk(3)
+    with torch.inference_mode():
+        expected = layer(hidden, index, share.to(dtype))
+        monkeypatch.setattr(experts.functional, "linear", noted)
+        assert torch.equal(experts.one_by_one(layer, hidden, index, share.to(dtype)), expected)
+    assert len(seen) == 10
+    assert all(rows % experts.ROWS == 0 for rows in seen) == (dtype == torch.bfloat16)
+
+
 def test_other_kinds_of_experts_are_refused(layer: Any) -> None:
     assert experts.is_experts(layer)
     assert not experts.is_experts(torch.nn.Linear(2, 2))

@@ -17,6 +17,8 @@ from llm_quantize.errors import UnsupportedError
 
 IMPLEMENTATION = "llm_quantize_one_by_one"
 LISTENER = "_llm_quantize_listener"
+ROWS = 64
+"""Rows of an expert's bfloat16 inputs on a CPU are a multiple of this. See ``_linear``."""
 
 Listener = Callable[[str, int, torch.Tensor], None]
 """(parameter, expert, its inputs (tokens, columns)): called before each matrix is used."""
@@ -82,9 +84,22 @@ def one_by_one(
         inputs = hidden[token]
         if listener is not None:
             listener("gate_up_proj", expert, inputs)
-        inner = module._apply_gate(functional.linear(inputs, module.gate_up_proj[expert]))
+        inner = module._apply_gate(_linear(inputs, module.gate_up_proj[expert]))
         if listener is not None:
             listener("down_proj", expert, inner)
-        outputs = functional.linear(inner, module.down_proj[expert]) * share[rows, None]
+        outputs = _linear(inner, module.down_proj[expert]) * share[rows, None]
         total.index_add_(0, token, outputs.to(total.dtype))
     return total
+
+
+def _linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """inputs (tokens, columns) by weight (out, columns), transposed: (tokens, out).
+
+    On a CPU oneDNN multiplies bfloat16, and keeps a compiled kernel for every number of rows that it meets. Each
+    expert of each window has its own number, which grew to hundreds of MB: rows of zeros leave few numbers.
+    """
+    if inputs.dtype != torch.bfloat16 or inputs.device.type != "cpu":
+        return functional.linear(inputs, weight)
+    tokens = inputs.shape[0]
+    padded = functional.pad(inputs, (0, 0, 0, -tokens % ROWS))
+    return functional.linear(padded, weight)[:tokens]
