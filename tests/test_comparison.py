@@ -11,11 +11,22 @@ from typing import Any
 import pytest
 
 from llm_quantize import comparison, measurements
+from llm_quantize.bench import MeasuredFile, measured_file
 from llm_quantize.cli import run
-from llm_quantize.comparison import CompareOptions, compare, parse_variants, remove_made, write_reports
+from llm_quantize.comparison import (
+    CompareOptions,
+    _importance_notes,
+    compare,
+    parse_variants,
+    remove_made,
+    write_reports,
+)
 from llm_quantize.errors import AccessError, IntegrityError, UsageError
 from llm_quantize.evaluation import quality, speed
 from llm_quantize.evaluation.runtimes import llama_cpp_library
+from llm_quantize.formats.gguf import importance_metadata
+from llm_quantize.formats.gguf import text as gguf_text
+from llm_quantize.io.gguf_file import layout_gguf
 from llm_quantize.measurements import Measurements, artifact_identity, key_of
 from llm_quantize.planning import Options
 from llm_quantize.reports.result import ComparisonResult, read_comparison
@@ -56,6 +67,23 @@ def test_every_figure_is_measured(whole: tuple[ComparisonResult, Path]) -> None:
     assert result.reference.perplexity == good.divergence.reference_perplexity
     assert result.text.tokens == 4 * 31
     assert result.model.layers == 6
+
+
+def test_the_report_says_what_was_made_with_importance(tmp_path: Path) -> None:
+    kinds = {"a": None, "b": "code", "c": "", "d": "code"}
+    made = [MeasuredFile(tmp_path / name, "Q2_K", name, 1, 8.0, texts) for name, texts in kinds.items()]
+    assert list(_importance_notes(made)) == [
+        "quantized with an importance matrix: c",
+        "quantized with an importance matrix (code): b, d",
+    ]
+    assert list(_importance_notes(made[1:2])) == ["quantized with an importance matrix (code): every file"]
+    recorded = importance_metadata(file="i.gguf", datasets=("general", "code"), entries=1, chunks=1)
+    cases: list[tuple[str | None, dict[str, Any]]] = [(None, {}), ("general, code", recorded)]
+    for texts, metadata in cases:
+        path = tmp_path / f"{len(metadata)}.gguf"
+        layout = layout_gguf({"general.architecture": gguf_text("llama"), **metadata}, [])
+        path.write_bytes(layout.header)
+        assert measured_file(path).importance == texts
 
 
 def test_the_three_reports_say_the_same(whole: tuple[ComparisonResult, Path]) -> None:

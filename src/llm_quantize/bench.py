@@ -28,13 +28,15 @@ NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class MeasuredFile:
-    """A file (or directory) to measure. ``identity``: measurements.artifact_identity."""
+    """A file (or directory) to measure. ``identity``: measurements.artifact_identity; ``importance``: None: made
+    without an importance matrix, else the texts that it is of, as the file names them ("" where it does not)."""
 
     path: Path
     level: str
     identity: str
     size: int
     bits_per_weight: float
+    importance: str | None = None
 
 
 def measured_file(path: Path) -> MeasuredFile:
@@ -42,7 +44,16 @@ def measured_file(path: Path) -> MeasuredFile:
     files = [read_gguf(file) for file in artifact_files(path)]
     weights = sum(math.prod(tensor.shape) for file in files for tensor in file.tensors)
     size = sum(file.file_size for file in files)
-    return MeasuredFile(path, _level(files[0], path), artifact_identity(path), size, 8 * size / max(1, weights))
+    bits = 8 * size / max(1, weights)
+    return MeasuredFile(path, _level(files[0], path), artifact_identity(path), size, bits, _importance(files[0]))
+
+
+def _importance(file: GgufFile) -> str | None:
+    """Under the keys of llama.cpp's quantizer (formats/gguf.py)."""
+    if not any(key in file.metadata for key in ("quantize.imatrix.file", "quantize.imatrix.entries_count")):
+        return None
+    texts = file.metadata.get("quantize.imatrix.dataset")
+    return texts.value if texts is not None and isinstance(texts.value, str) else ""
 
 
 def _level(file: GgufFile, path: Path) -> str:

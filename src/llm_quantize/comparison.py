@@ -13,7 +13,7 @@ import datetime
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -141,7 +141,16 @@ def compare(
         )
         rows, own = _on_the_bench(bench, found, quality, kept)
         facts = model_facts(source, model)
-    return _result(facts, text, quality, rows, own, bench.absent, options)
+    notes = (*quality.notes, *_importance_notes(found))
+    return _result(facts, text, replace(quality, notes=notes), rows, own, bench.absent, options)
+
+
+def _importance_notes(found: Sequence[MeasuredFile]) -> Iterator[str]:
+    """Which files were made with an importance matrix: the same level without it is another one."""
+    for texts in sorted({one.importance for one in found if one.importance is not None}):
+        names = [one.path.name for one in found if one.importance == texts]
+        which = "every file" if len(names) == len(found) else ", ".join(names)
+        yield f"quantized with an importance matrix{f' ({texts})' if texts else ''}: {which}"
 
 
 def _on_the_bench(
