@@ -55,7 +55,7 @@ class Calibration:
         }
 
     def sentences(self) -> list[str]:
-        """What a person wants to know, a line each."""
+        """What a person wants to know, a line each; ``advice`` was told as a warning."""
         text = ", ".join(f"{share.dataset} {share.tokens:,}" for share in self.shares if share.tokens)
         lines = [f"{self.model}: {self.tokens:,} tokens in {self.windows} windows of {self.length} ({text})"]
         if self.reused:
@@ -69,7 +69,7 @@ class Calibration:
         for tap, experts in self.short.items():
             named = ", ".join(map(str, experts[:8])) + (" and more" if len(experts) > 8 else "")
             lines.append(f"{tap}: experts {named} saw fewer than {self.expert_minimum} tokens")
-        return [*lines, *self.advice, f"statistics: {self.path}"]
+        return [*lines, f"statistics: {self.path}"]
 
 
 def refuse_export(target: Path, kind: str, collect: Sequence[str], inputs: Iterable[str | Path] = ()) -> None:
