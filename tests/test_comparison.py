@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from llm_quantize import comparison, measurements
 from llm_quantize.bench import MeasuredFile, measured_file
+from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.cli import run
 from llm_quantize.comparison import (
     CompareOptions,
@@ -21,7 +23,7 @@ from llm_quantize.comparison import (
     remove_made,
     write_reports,
 )
-from llm_quantize.errors import AccessError, IntegrityError, UsageError
+from llm_quantize.errors import AccessError, IntegrityError, UnsupportedError, UsageError
 from llm_quantize.evaluation import quality, speed
 from llm_quantize.evaluation.runtimes import llama_cpp_library
 from llm_quantize.formats.gguf import importance_metadata
@@ -273,3 +275,20 @@ def test_keys_differ_where_what_was_measured_differs(whole: tuple[ComparisonResu
     assert first != other
     assert key_of("speed", artifact=first) != key_of("speed", artifact=other)
     assert key_of("speed", artifact=first) != key_of("errors", artifact=first)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"context": 5000}, "longer than the model's context"),
+        ({"prompts": ("Once", "")}, "a prompt has no tokens"),
+        ({"quantize": Options(calibration=CalibrationOptions(device="mps"))}, "not here"),
+    ],
+)
+def test_what_cannot_be_measured_is_not_quantized_first(
+    words: dict[str, Any], message: str, tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises((UsageError, UnsupportedError), match=message):
+        compare(str(demo_model), tmp_path, variants=VARIANTS, options=replace(SMALL, **words))
+    assert not list(tmp_path.iterdir())

@@ -119,8 +119,10 @@ def compare(
     with source.checkpoint:
         for artifact in taken:
             DecodedArtifact(source, artifact.path)
+        tokenizer = TextTokenizer(source)
+        _refuse_unmeasurable(source, tokenizer, options)
         text = evaluation_text(
-            TextTokenizer(source),
+            tokenizer,
             options.texts,
             context=options.context or min(CONTEXT, source.architecture.hyper.context_length),
             limit=options.windows,
@@ -214,6 +216,23 @@ def _result(
         created=datetime.datetime.now(datetime.UTC).date().isoformat(),
         notes=quality.notes,
     )
+
+
+def _refuse_unmeasurable(source: Source, tokenizer: TextTokenizer, options: CompareOptions) -> None:
+    from llm_quantize.calibration.forward import require_device
+
+    require_device(options.quantize.calibration.device)
+    longest = source.architecture.hyper.context_length
+    if options.context is not None and options.context > longest:
+        raise UsageError(
+            "the windows are longer than the model's context",
+            expected=f"at most {longest} tokens",
+            found=options.context,
+            remedy="give a smaller --context",
+        )
+    for prompt in options.prompts:
+        if not tokenizer.encode(prompt.encode("utf-8", "replace").decode()):
+            raise UsageError("a prompt has no tokens", found=repr(prompt), remedy="give --prompt some text")
 
 
 def _refuse_folder(folder: Path) -> None:

@@ -37,7 +37,7 @@ from llm_quantize.calibration.weights import ReadsRows, Weights
 from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.source import Source
 
-__all__ = ["Block", "Head", "Network", "Sink", "Tap", "open_network"]
+__all__ = ["Block", "Head", "Network", "Sink", "Tap", "open_network", "require_device"]
 
 Part = int | Literal["embedding", "head"]
 
@@ -49,11 +49,11 @@ def open_network(source: Source, *, dtype: Literal["float32", "bfloat16"], devic
     UsageError (no such kind of device), MalformedInputError (the checkpoint lacks a weight of that form, or has one too
     many).
     """
-    _require(device)
+    require_device(device)
     return Network(source, getattr(torch, dtype), device)
 
 
-def _require(device: str) -> None:
+def require_device(device: str) -> None:
     """Raise UsageError for a device of no known kind, UnsupportedError for one that is not here."""
     kind, colon, number = device.partition(":")
     if kind not in DEVICES or (colon and not number.isdecimal()):
