@@ -231,3 +231,9 @@ def test_any_bytes_give_documents_or_our_error(
     except LlmQuantizeError:
         return
     assert documents
+
+
+def test_a_name_that_is_not_utf8_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.txt")
+    Path(path).write_text("words")
+    assert load_texts([path]).datasets[0].name == "a\ufffd.txt"

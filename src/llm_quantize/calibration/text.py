@@ -139,4 +139,5 @@ def _same(name: str, known: Mapping[tuple[str, bool], float]) -> str:
 
 def _dataset(name: str, built_in: bool, weight: float) -> Dataset:
     documents, metadata = read_documents(calibration_file(name) if built_in else Path(name))
-    return Dataset(name if built_in else Path(name).name, tuple(documents), weight, built_in, metadata)
+    shown = name if built_in else os.fsencode(Path(name).name).decode("utf-8", "replace")
+    return Dataset(shown, tuple(documents), weight, built_in, metadata)
