@@ -208,7 +208,7 @@ def _table(found: Assessment) -> Table:
     for one in found.quality.artifacts:
         d = one.divergence
         table.add_row(
-            Text(line(Path(one.path).name)),
+            Text(line(Path(one.path).name.removesuffix(".gguf"))),
             f"{one.bits_per_weight:.2f}",
             f"{d.kld:.5f} ± {d.kld_sem:.5f}",
             f"{100 * d.same_top:.1f} %",
