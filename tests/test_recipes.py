@@ -233,6 +233,9 @@ def test_a_tensor_without_importance_is_refused_as_llama_cpp_does(level: str, tm
     with pytest.raises(UsageError, match="importance matrix") as refused:
         recipes.assign(level, shapes_of(model), model, arch=model.arch, importance_names=values)
     assert (refused.value.tensor, refused.value.found) == (missing, "1 tensors without importance")
+    assert refused.value.remedy == "give the importance of this very model, or none: quantize then calibrates by itself"
+    with pytest.raises(UsageError, match="importance matrix") as refused:
+        recipes.assign(level, shapes_of(model), model, arch=model.arch)
     assert refused.value.remedy == "--imatrix FILE, --statistics FILE, or leave out --no-calibration"
 
 

@@ -229,7 +229,9 @@ def assign(
             f"{recipe.level.name} needs an importance matrix that covers every tensor it stores as {qtype}",
             tensor=name,
             found=f"{len(recipe.uncovered)} tensors without importance" if importance_names else "no importance matrix",
-            remedy="--imatrix FILE, --statistics FILE, or leave out --no-calibration",
+            remedy="give the importance of this very model, or none: quantize then calibrates by itself"
+            if importance_names
+            else "--imatrix FILE, --statistics FILE, or leave out --no-calibration",
         )
     return Assignment(recipe.level, qtypes, recipe.warnings + recipe.unused_expressions())
 
