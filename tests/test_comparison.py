@@ -282,6 +282,7 @@ def test_keys_differ_where_what_was_measured_differs(whole: tuple[ComparisonResu
     [
         ({"context": 5000}, "longer than the model's context"),
         ({"prompts": ("Once", "")}, "a prompt has no tokens"),
+        ({"prompts": ("Once \udcff",)}, "a prompt is not UTF-8"),
         ({"quantize": Options(calibration=CalibrationOptions(device="mps"))}, "not here"),
     ],
 )

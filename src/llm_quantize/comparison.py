@@ -231,7 +231,9 @@ def _refuse_unmeasurable(source: Source, tokenizer: TextTokenizer, options: Comp
             remedy="give a smaller --context",
         )
     for prompt in options.prompts:
-        if not tokenizer.encode(prompt.encode("utf-8", "replace").decode()):
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise UsageError("a prompt is not UTF-8", found=repr(prompt), remedy="give --prompt as UTF-8")
+        if not tokenizer.encode(prompt):
             raise UsageError("a prompt has no tokens", found=repr(prompt), remedy="give --prompt some text")
 
 
