@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,12 @@ def test_types_and_sizes_that_cannot_be() -> None:
     for wrong in ({}, {"like": "Q4_K_M", "size": 5}):
         with pytest.raises(UsageError, match="one size"):
             Target(**wrong)
+
+
+def test_an_error_beyond_measure_is_no_overflow() -> None:
+    profile = profile_of([[(1, 0.5)], [(1, 0.5)]])
+    wide = replace(profile, rows=tuple(replace(row, kld_sem=1e300) for row in profile.rows))
+    assert allocate(wide, 10_000).kld_sem == pytest.approx(1e300 * 2**0.5)
 
 
 def test_sizes_of_a_model(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ Presets are sizes that people know and types to choose from:
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -131,7 +132,7 @@ def allocate(profile: Profile, budget: int, types: Sequence[str] = ()) -> Alloca
         nbytes=spent,
         budget=budget,
         kld=sum(row.kld for row in chosen.values()),
-        kld_sem=sum(row.kld_sem**2 for row in chosen.values()) ** 0.5,
+        kld_sem=math.hypot(*(row.kld_sem for row in chosen.values())),
     )
 
 
