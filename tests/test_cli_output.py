@@ -112,6 +112,15 @@ def test_quiet_prints_results_and_no_progress(demo_model: Path, tmp_path: Path) 
         assert "demo-llama-Q8_0.gguf" in done.stdout
 
 
+def test_options_of_a_calibration_that_is_none_are_named(
+    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("quantize", demo_model, "-q", "Q8_0", "-o", tmp_path)
+    assert "had no effect" not in call(capsys, *words)[2]
+    err = call(capsys, *words, "--calibration-samples", "256", "--chat")[2]
+    assert "--calibration-samples, --chat had no effect: nothing was calibrated (no level here needs it" in err
+
+
 def test_quiet_keeps_warnings(
     demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], artifacts: Path
 ) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llm_quantize.cli.common import (
+    Mode,
     build_options,
     chosen_levels,
     emit_json,
@@ -18,6 +20,9 @@ from llm_quantize.cli.common import (
     warn,
 )
 from llm_quantize.errors import NumericPolicyError
+
+if TYPE_CHECKING:
+    from llm_quantize.result import ArtifactResult
 
 DEGRADED = 20
 
@@ -61,6 +66,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
         results = pipeline.quantize(
             model, format, output_dir=arguments["output_dir"], options=options, on_event=sink, **common
         )
+    _warn_idle(ctx, shown, results)
     error = report.strict_error(results) if arguments["strict"] else None
     if shown.json:
         facts = error.to_dict() if error is not None else {}
@@ -73,6 +79,17 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     if error is not None:
         raise error
     return _exit_code(results, strict=False)
+
+
+def _warn_idle(ctx: click.Context, shown: Mode, results: Sequence[ArtifactResult]) -> None:
+    """Say which options of a calibration had no effect, as there was none."""
+    options = ("calibration_samples", "sequence_length", "chat", "device")
+    idle = [name for name in options if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    given = ctx.params["imatrix"] or ctx.params["statistics"]
+    if idle and (given or not any(result.plan.identity["imatrix"] for result in results)):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        why = "importance was given" if given else "no level here needs it; --calibrate does it all the same"
+        warn(shown, f"{names} had no effect: nothing was calibrated ({why})")
 
 
 def _exit_code(results: Any, *, strict: bool) -> int:
