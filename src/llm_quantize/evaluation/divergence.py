@@ -40,6 +40,9 @@ from llm_quantize.evaluation.perplexity import (
 Scores = npt.NDArray[np.float64]
 
 
+_FIRST_TOKENS = 4096
+
+
 @dataclass(frozen=True)
 class Divergence:
     """A candidate against its reference over ``tokens`` scored positions. ``*_sem``: standard errors; KLD in nats."""
@@ -71,7 +74,9 @@ class Comparison:
     """Collects one float64 per scored position and quantity; logits of one window at a time pass through."""
 
     def __init__(self) -> None:
-        self._parts: list[Scores] = []
+        # One array that grows: small ones kept between large temporary ones would scatter over the heap.
+        self._values: Scores = np.empty((5, _FIRST_TOKENS), np.float64)
+        self._count = 0
 
     def add(self, reference: Logits, candidate: Logits, targets: npt.NDArray[np.integer]) -> None:
         """Score positions: logits (n, vocabulary) of both models and the tokens (n,) that follow.
@@ -88,13 +93,18 @@ class Comparison:
 
     def add_scores(self, scores: Scores) -> None:
         """What ``score`` gave, in the order of the text: threads may score, one adds."""
-        self._parts.append(scores)
+        start, self._count = self._count, self._count + scores.shape[1]
+        if self._count > self._values.shape[1]:
+            wider = np.empty((5, 2 * self._count), np.float64)
+            wider[:, :start] = self._values[:, :start]
+            self._values = wider
+        self._values[:, start : self._count] = scores
 
     def scores(self) -> Scores:
         """Everything added, (5, tokens): the rows that ``score`` describes. Raises UsageError if nothing was added."""
-        if not self._parts:
+        if not self._count:
             raise UsageError("no window was compared")
-        return np.concatenate(self._parts, axis=1)
+        return self._values[:, : self._count]
 
     def result(self) -> Divergence:
         """All statistics. Raises UsageError if nothing was added."""
