@@ -37,8 +37,8 @@ class Measurements:
             except MalformedInputError:
                 found = {}
             facts = found.get("facts")
-            known = found.get("version") == llm_quantize.__version__ and isinstance(facts, dict)
-            if known and found.get(SEAL) == _sealed(facts):
+            known = found.get("version") == llm_quantize.__version__ and found.get(SEAL) == _sealed(facts)
+            if known and isinstance(facts, dict):
                 self._facts = facts
 
     def get(self, key: str) -> Any:

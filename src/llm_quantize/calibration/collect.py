@@ -374,16 +374,16 @@ def _keep(job: _Pass, index: int, sums: BlockSums | None, hidden: Activations) -
 def _resumed(job: _Pass, wanted: int) -> tuple[Activations | None, int]:
     """The hidden states that an earlier run left, and the block they enter; (None, 0) where there are none to trust."""
     note = job.output.notes.get("hidden")
-    after = note.get("after") if isinstance(note, dict) else None
+    after, digest = (note.get("after"), note.get("sha256")) if isinstance(note, dict) else (None, None)
     if job.fitted.in_memory or type(after) is not int or not 0 <= after < wanted:
         return None, 0
     index = after + 1
     hidden = job.hidden(index % 2)
-    if hidden.digest() == note.get("sha256"):
+    if hidden.digest() == digest:
         return hidden, index
     hidden.close()
-    text = f"{job.directory}: the hidden states are damaged; finished blocks are run again, without summing"
-    job.state.on_event({"event": "warning", "text": text})
+    text = "the hidden states are damaged; finished blocks are run again, without summing"
+    job.state.on_event({"event": "warning", "text": f"{job.directory}: {text}"})
     return None, 0
 
 
