@@ -18,6 +18,7 @@ from llm_quantize.cli import run
 from llm_quantize.comparison import (
     CompareOptions,
     _importance_notes,
+    _speed_notes,
     compare,
     parse_variants,
     remove_made,
@@ -86,6 +87,17 @@ def test_the_report_says_what_was_made_with_importance(tmp_path: Path) -> None:
         layout = layout_gguf({"general.architecture": gguf_text("llama"), **metadata}, [])
         path.write_bytes(layout.header)
         assert measured_file(path).importance == texts
+
+
+def test_the_report_says_which_speeds_were_disturbed(whole: tuple[ComparisonResult, Path]) -> None:
+    rows = [
+        replace(row, speed=None if row.speed is None else replace(row.speed, cpu_share=0.99))
+        for row in whole[0].variants
+    ]
+    assert list(_speed_notes(rows)) == []
+    assert rows[0].speed is not None
+    rows[0] = replace(rows[0], speed=replace(rows[0].speed, cpu_share=0.2))
+    assert [note.rpartition(": ")[2] for note in _speed_notes(rows)] == [rows[0].level]
 
 
 def test_the_three_reports_say_the_same(whole: tuple[ComparisonResult, Path]) -> None:

@@ -143,7 +143,7 @@ def compare(
         )
         rows, own = _on_the_bench(bench, found, quality, kept)
         facts = model_facts(source, model)
-    notes = (*quality.notes, *_importance_notes(found))
+    notes = (*quality.notes, *_importance_notes(found), *_speed_notes(rows))
     return _result(facts, text, replace(quality, notes=notes), rows, own, bench.absent, options)
 
 
@@ -153,6 +153,13 @@ def _importance_notes(found: Sequence[MeasuredFile]) -> Iterator[str]:
         names = [one.path.name for one in found if one.importance == texts]
         which = "every file" if len(names) == len(found) else ", ".join(names)
         yield f"quantized with an importance matrix{f' ({texts})' if texts else ''}: {which}"
+
+
+def _speed_notes(rows: Sequence[Variant]) -> Iterator[str]:
+    """Which speeds were taken while other work ran: they say little of the file."""
+    names = [row.level for row in rows if row.speed is not None and row.speed.disturbed]
+    if names:
+        yield f"the machine was busy while the speed of these was measured, which says little: {', '.join(names)}"
 
 
 def _on_the_bench(

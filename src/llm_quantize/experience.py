@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_quantize.errors import IntegrityError, MalformedInputError
+from llm_quantize.evaluation.speed import LEAST_SHARE
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import open_argument
 
@@ -58,7 +59,8 @@ DEFAULT_REPORT = Path("report") / "comparison.json"
 
 @dataclass(frozen=True)
 class Measured:
-    """One artifact of an earlier comparison. ``kld``: mean, nats; ``speed``: generated tokens per second there."""
+    """One artifact of an earlier comparison. ``kld``: mean, nats; ``speed``: generated tokens per second there, None
+    where other work disturbed the measurement."""
 
     kld: float | None
     speed: float | None
@@ -151,10 +153,11 @@ def read_report(path: Path, fingerprint: str, *, given: bool = True) -> Experien
     measured: dict[str, Measured] = {}
     for variant in variants:
         if isinstance(variant, dict) and isinstance(variant.get("level"), str) and variant.get("format") == "gguf":
-            size = _number(variant, "size")
+            size, share = _number(variant, "size"), _number(variant, "cpu_share")
+            disturbed = share is not None and share < LEAST_SHARE
             found = Measured(
                 _number(variant, "kld"),
-                _number(variant, "generation_tokens_per_second"),
+                None if disturbed else _number(variant, "generation_tokens_per_second"),
                 None if size is None else int(size),
             )
             measured.setdefault(variant["level"].upper(), found)

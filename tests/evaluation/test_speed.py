@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ def test_measured_in_a_process_of_its_own(artifact: Path) -> None:
     assert found.memory - found.memory_empty > artifact.stat().st_size
     assert (found.threads, found.repeats) == (1, speed.REPEATS)
     assert found.runtime.startswith("llama.cpp (xllamacpp ")
+    assert 0 < found.cpu_share < 1.05
+    assert not replace(found, cpu_share=speed.LEAST_SHARE).disturbed
+    assert replace(found, cpu_share=speed.LEAST_SHARE - 0.01).disturbed
 
 
 def test_damaged_artifact_is_named(artifact: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def divergence(kld: float, sem: float | None = None) -> Divergence:
 
 
 def speed(rate: float, memory: int) -> Speed:
-    return Speed(rate * 4, rate, memory, 43_000_000, 256, 32, 3, 2, "llama.cpp (xllamacpp 2026.10)")
+    return Speed(rate * 4, rate, memory, 43_000_000, 256, 32, 3, 2, "llama.cpp (xllamacpp 2026.10)", 0.98)
 
 
 def variant(

@@ -29,6 +29,7 @@ from llm_quantize.preflight import available_cpus, resident_bytes
 PROMPT_TOKENS = 256
 NEW_TOKENS = 32
 REPEATS = 3
+LEAST_SHARE = 0.85
 _LEAD = 16
 _FAILED = 3
 _TIMEOUT = 3600
@@ -36,7 +37,11 @@ _TIMEOUT = 3600
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second (medians of ``repeats``), with ``threads`` threads in ``runtime``; memory in bytes."""
+    """Tokens per second (medians of ``repeats``), with ``threads`` threads in ``runtime``; memory in bytes.
+
+    ``cpu_share``: CPU time that the timed runs got, of what their threads could have had; ``disturbed`` below
+    LEAST_SHARE: other work ran on this machine, and the speeds say little.
+    """
 
     prompt_tokens_per_second: float
     generation_tokens_per_second: float
@@ -47,6 +52,11 @@ class Speed:
     repeats: int
     threads: int
     runtime: str
+    cpu_share: float
+
+    @property
+    def disturbed(self) -> bool:
+        return self.cpu_share < LEAST_SHARE
 
 
 def measure_speed(artifact: str | Path, *, threads: int | None = None) -> Speed:
@@ -98,9 +108,12 @@ def time_here(path: Path, threads: int) -> Speed:
             for offset in range(NEW_TOKENS):
                 model.advance([prompt[offset]], _LEAD + offset)
 
+        wall, cpu = time.perf_counter(), time.process_time()
         read = _median(lambda: model.advance(prompt))
         model.advance(prompt[:_LEAD])
         wrote = _median(generate, before=lambda: model.advance(prompt[:_LEAD]))
+        cpu = time.process_time() - cpu
+        wall = time.perf_counter() - wall
     return Speed(
         prompt_tokens_per_second=PROMPT_TOKENS / read,
         generation_tokens_per_second=NEW_TOKENS / wrote,
@@ -111,6 +124,7 @@ def time_here(path: Path, threads: int) -> Speed:
         repeats=REPEATS,
         threads=threads,
         runtime=runtime_name(),
+        cpu_share=cpu / (wall * min(threads, available_cpus())),
     )
 
 
