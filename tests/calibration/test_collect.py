@@ -26,7 +26,7 @@ from llm_quantize.cli import run as command
 from llm_quantize.errors import AccessError, BusyError, NumericPolicyError, ResourceError, UsageError
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.imatrix_file import read_imatrix
-from llm_quantize.io.journal import record_line
+from llm_quantize.io.journal import parse_journal, record_line
 from llm_quantize.io.statistics_file import read_statistics
 from llm_quantize.source import Source, open_source
 
@@ -256,6 +256,29 @@ def test_damaged_hidden_states_are_made_again(killed: Killed) -> None:
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     killed.recover("damaged")
+
+
+def test_a_damaged_block_is_collected_again(killed: Killed) -> None:
+    """The first block's statistics stand in the unfinished file and in its journal; a byte of them is changed."""
+    assert killed.run("block", kill_call=killed.calls // 2).code == -9
+    (partial,) = (killed.root / "block").rglob("*.safetensors.partial")
+    (journal,) = (killed.root / "block").rglob("*.journal")
+    spans = [record["span"] for record in parse_journal(journal.read_bytes())[0] if "span" in record]
+    assert spans
+    data = bytearray(partial.read_bytes())
+    data[spans[0][1] + spans[0][2] // 2] ^= 1
+    partial.write_bytes(data)
+    killed.recover("block")
+
+
+def test_statistics_of_another_arithmetic_are_others(
+    model: Path, text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = set()
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setattr(collect, "compute_dtype", lambda source, device, chosen=dtype: chosen)
+        paths.add(run(model, options(text)).path)
+    assert len(paths) == 2
 
 
 @pytest.mark.parametrize("note", [{"hidden": {}}, {"hidden": {"after": "1", "sha256": 1}}, {"hidden": []}, [1], None])
