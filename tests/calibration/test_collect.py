@@ -107,11 +107,12 @@ def test_what_was_collected_is_found_again_and_is_of_this_model(model: Path, tex
         assert all(int(statistics.counts(tap).max()) == 6 * 64 for tap in statistics.taps)
 
 
-def test_the_digest_tells_two_checkpoints_of_one_training_apart(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_the_digest_tells_two_checkpoints_of_one_training_apart(model: Path, tmp_path: Path, place: float) -> None:
     changed = Path(shutil.copytree(model, tmp_path / "changed"))
     tensors = load_file(changed / "model.safetensors")
     name = next(name for name in tensors if "up_proj" in name)
-    tensors[name][-1, -1] += 1
+    tensors[name][int(place * (len(tensors[name]) - 1)), -1] += 1
     save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
 
     def digest(directory: Path) -> str:
