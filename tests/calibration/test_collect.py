@@ -247,14 +247,26 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(killed: Killed) -> None:
     killed.recover("signal")
 
 
+def _killed_between_blocks(killed: Killed, name: str) -> None:
+    """Killed when the hidden states after a block are noted, and the next block is not done."""
+    for call in range(killed.calls // 4, killed.calls, 2):
+        assert killed.run(name, kill_call=call).code == -9
+        journals = list((killed.root / name).rglob("*.journal"))
+        records = parse_journal(journals[0].read_bytes())[0] if journals else []
+        noted = any("hidden" in record.get("note", {}) for record in records)
+        if noted and {record["unit"] for record in records if "unit" in record} == {"block 0"}:
+            return
+        shutil.rmtree(killed.root / name)
+    raise AssertionError("no kill left noted hidden states")
+
+
 def test_damaged_hidden_states_are_made_again(killed: Killed) -> None:
-    outcome = killed.run("damaged", kill_call=killed.calls // 2)
-    assert outcome.code == -9
+    _killed_between_blocks(killed, "damaged")
     hidden = list((killed.root / "damaged").rglob("*.hidden/*"))
     assert hidden
     for path in hidden:
         data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
+        data[len(data) // 2 | 1] ^= 0x10  # the exponent of a bfloat16: no rounding hides it
         path.write_bytes(data)
     killed.recover("damaged")
 
