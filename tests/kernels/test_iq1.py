@@ -13,8 +13,8 @@ from llm_quantize.kernels import iq_grids, reference, reference_iq1
 from llm_quantize.qtypes import QTYPES
 
 from ..oracles import ggml
+from .codebook_cases import assert_levels_agree, importances
 from .legacy_cases import (
-    IMPORTANCE,
     KINDS,
     assert_equal,
     assert_same_bytes,
@@ -29,21 +29,6 @@ TYPES = ("iq1_s", "iq1_m")
 # ggml stops the process where errors or scales are not finite numbers any more.
 STOPPING = ("huge", "overflowing squares", "mixed")
 quickly = settings(max_examples=10, deadline=None, derandomize=True, database=None)
-
-
-def importances(qtype: str, columns: int) -> list[np.ndarray | None]:
-    """Every kind of importance that the type takes."""
-    made = [make_importance(kind, 11, columns) for kind in IMPORTANCE]
-    return [one for one in made if one is not None or not QTYPES[qtype].needs_importance]
-
-
-def assert_levels_agree(qtype: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-    """The numpy reference and every SIMD level give the same bytes."""
-    expected = reference.QUANTIZE[qtype](rows, importance)
-    for level in kernels.simd_levels():
-        with at_level(level):
-            assert_equal(kernels.quantize(qtype, rows, importance), expected, f"{level} {qtype}")
-    return expected
 
 
 @pytest.mark.parametrize("qtype", TYPES)

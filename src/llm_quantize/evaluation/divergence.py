@@ -15,7 +15,6 @@ Position selection and windows: evaluation/perplexity.py. Dense twin: tests/orac
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -36,6 +35,7 @@ from llm_quantize.evaluation.perplexity import (
     mean_and_sem,
     scored,
 )
+from llm_quantize.preflight import available_cpus
 
 Scores = npt.NDArray[np.float64]
 
@@ -263,7 +263,7 @@ def measure(
 
     if not candidates:
         raise UsageError("no file to compare with the reference")
-    total = threads or len(os.sched_getaffinity(0))
+    total = threads or available_cpus()
     # One thread in each model does the most work per CPU: llama.cpp's threads wait for one another many times a layer.
     each = max(1, total // (1 + len(candidates)))
     with ExitStack() as stack:

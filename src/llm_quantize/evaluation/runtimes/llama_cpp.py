@@ -25,6 +25,7 @@ from ...errors import (
     UsageError,
 )
 from ...events import EventSink, ignore
+from ...preflight import available_cpus
 from . import warn_beyond
 from .chat_template import render
 from .llama_cpp_library import Batch, ChatMessage, Library, load_library
@@ -59,7 +60,7 @@ class LlamaCpp:
             raise UsageError("there is no such file", file=self.path)
         self._library: Library = load_library()
         try:
-            self._open(context, threads or _cpus())
+            self._open(context, threads or available_cpus())
         except LlmQuantizeError:
             self.close()
             raise
@@ -340,11 +341,6 @@ class LlamaCpp:
             if count <= room:
                 return buffer.raw[:count].decode("utf-8", "replace")
             room = count
-
-
-def _cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _choose(logits: npt.NDArray[np.float32], temperature: float, random: np.random.Generator) -> int:
