@@ -25,7 +25,10 @@ PER_THREAD = 1 << 20  # stack, kernel scratch
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of an artifact: where it comes from, its qtype, and its place (absolute offset in file number)."""
+    """One tensor of an artifact: where it comes from, its qtype, and its place (absolute offset in file number).
+
+    A field of a packed matrix (codes, scales, ...) has no pieces, and the safetensors dtype in the place of a qtype.
+    """
 
     output: OutputTensor
     qtype: str
@@ -39,7 +42,7 @@ class TensorPlan:
 
     @property
     def row_bytes(self) -> int:
-        return QTYPES[self.qtype].row_bytes(self.output.shape[-1])
+        return self.nbytes // max(1, matrix_shape(self.output.shape)[0])
 
     def span(self, start: int, stop: int) -> Span:
         """The place of rows [start, stop)."""
@@ -47,8 +50,25 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
+class MatrixPlan:
+    """A weight that is quantized as a whole, by a method that sees all of its rows and columns together.
+
+    ``name``: the module's (or, in GGUF, the tensor's). ``weight``: where its rows come from, in the order stored;
+    stacked experts are one weight. ``qtype``: its number grid. ``fields``: the tensors of the artifact that hold the
+    result, as indices, in the order in which the format packs them.
+    """
+
+    name: str
+    weight: OutputTensor
+    qtype: str
+    fields: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ArtifactPlan:
-    """Everything about one artifact, fixed."""
+    """Everything about one artifact, fixed. ``matrices``: what a method other than plain rounding quantizes; empty
+    where every tensor is rounded by itself. ``held``: further tensors that such a run writes, as a transform changes
+    them (indices)."""
 
     level: str
     name: str
@@ -58,6 +78,9 @@ class ArtifactPlan:
     identity: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
     source_itemsize: int = 2
+    format: str = "gguf"
+    matrices: tuple[MatrixPlan, ...] = ()
+    held: frozenset[int] = frozenset()
 
     @property
     def size(self) -> int:
@@ -81,6 +104,11 @@ class ArtifactPlan:
             for tensor in self.tensors
             for start, stop in unit_ranges(tensor.output.shape)
         }
+
+    def rounded(self) -> list[int]:
+        """The tensors (indices) that are rounded by themselves, a few rows at a time."""
+        taken = self.held.union(*(matrix.fields for matrix in self.matrices))
+        return [index for index in range(len(self.tensors)) if index not in taken]
 
     def type_counts(self) -> dict[str, int]:
         """How many tensors have each qtype."""
