@@ -25,15 +25,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import llm_quantize
 from llm_quantize import preflight
 from llm_quantize.calibration import memory
+from llm_quantize.calibration.drawing import draw_windows
 from llm_quantize.calibration.identity import model_digest
 from llm_quantize.calibration.importance import coverage
 from llm_quantize.calibration.kept import is_kept, manifest_of, prepare_directory
 from llm_quantize.calibration.options import CalibrationOptions, cache_directory
 from llm_quantize.calibration.result import Calibration
 from llm_quantize.calibration.statistics import EARLY_BYTES, BlockSums, memory_of
-from llm_quantize.calibration.text import load_texts
-from llm_quantize.calibration.tokens import TextTokenizer
-from llm_quantize.calibration.windows import Windows, coverage_advice, sample_windows
+from llm_quantize.calibration.windows import Windows, coverage_advice
 from llm_quantize.engine import run, stop_on_signals
 from llm_quantize.errors import MissingExtraError
 from llm_quantize.events import EventSink, ignore
@@ -145,27 +144,8 @@ def _result(state: _Run, path: Path, total: int, short: Mapping[str, tuple[int, 
 
 
 def _open_run(source: Source, options: CalibrationOptions, on_event: EventSink) -> _Run:
-    on_event({"event": "stage", "text": "read the text"})
-    tokenizer = TextTokenizer(source)
-    corpus = load_texts(options.data)
-    length = min(options.length, source.architecture.hyper.context_length)
-    if length < options.length:
-        text = f"windows have {length:,} tokens: the model's context is no longer"
-        on_event({"event": "note", "text": text})
-    windows = sample_windows(
-        corpus,
-        tokenizer,
-        samples=options.samples,
-        length=length,
-        seed=options.seed,
-        chat=options.chat,
-        on_event=on_event,
-    )
-    if corpus.built_in and not options.data:
-        on_event({"event": "note", "text": "no text was given: calibrating on the built-in mix of texts"})
+    windows, facts = draw_windows(source, options, on_event)
     model = {"name": source.checkpoint.name, "sha256": model_digest(source.checkpoint)}
-    names = [dataset.name for dataset in corpus.datasets]
-    facts = {"datasets": names, "length": length, "seed": options.seed, "chat": options.chat}
     kinds = check_kinds(options.collect)
     return _Run(source, options, model, facts, windows, kinds, compute_dtype(source, options.device), on_event)
 

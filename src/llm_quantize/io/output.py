@@ -281,6 +281,14 @@ class ResumableOutput:
         self._warn(f"{self.partial}: {unit} {reason}; doing it again")
         return False
 
+    def read(self, unit: str) -> bytes:
+        """The bytes of a recorded unit, as ``check`` found them sound."""
+        span = self.spans[unit]
+        try:
+            return read_at(self._descriptors[span.file], span.nbytes, span.offset)
+        except OSError as error:
+            fail_os(error, "what was written cannot be read back", self._paths()[span.file])
+
     def forget(self, unit: str) -> None:
         """Drop a unit's record; it will be done again."""
         with self._lock:

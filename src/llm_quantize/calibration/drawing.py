@@ -1,0 +1,39 @@
+"""The text of a run as windows of the model's own tokens: read, tokenized, drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_quantize.calibration.options import CalibrationOptions
+from llm_quantize.calibration.text import load_texts
+from llm_quantize.calibration.tokens import TextTokenizer
+from llm_quantize.calibration.windows import Windows, sample_windows
+from llm_quantize.events import EventSink
+from llm_quantize.source import Source
+
+
+def draw_windows(source: Source, options: CalibrationOptions, on_event: EventSink) -> tuple[Windows, dict[str, Any]]:
+    """The windows that ``options`` ask for, none longer than the model's context, and what describes them (JSON-ready).
+
+    Raises what reading the text and the tokenizer raises.
+    """
+    on_event({"event": "stage", "text": "read the text"})
+    tokenizer = TextTokenizer(source)
+    corpus = load_texts(options.data)
+    length = min(options.length, source.architecture.hyper.context_length)
+    if length < options.length:
+        text = f"windows have {length:,} tokens: the model's context is no longer"
+        on_event({"event": "note", "text": text})
+    windows = sample_windows(
+        corpus,
+        tokenizer,
+        samples=options.samples,
+        length=length,
+        seed=options.seed,
+        chat=options.chat,
+        on_event=on_event,
+    )
+    if corpus.built_in and not options.data:
+        on_event({"event": "note", "text": "no text was given: calibrating on the built-in mix of texts"})
+    names = [dataset.name for dataset in corpus.datasets]
+    return windows, {"datasets": names, "length": length, "seed": options.seed, "chat": options.chat}
