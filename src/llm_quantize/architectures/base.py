@@ -169,6 +169,25 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class Feed:
+    """A norm and all that multiplies its output: attention's projections, the feed-forward block's, or both.
+
+    ``when``: as in Weight. Without such a row a norm is taken to feed nothing, and no scale is folded into it.
+    """
+
+    norm: gguf.MODEL_TENSOR
+    readers: tuple[Literal["attention", "feed_forward"], ...]
+    when: str = ""
+
+
+# Most blocks: one norm before attention, one before the feed-forward block.
+TWO_FEEDS = (
+    Feed(gguf.MODEL_TENSOR.ATTN_NORM, ("attention",)),
+    Feed(gguf.MODEL_TENSOR.FFN_NORM, ("feed_forward",)),
+)
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family as one row of data.
 
@@ -187,6 +206,7 @@ class Family:
     ``rope_period``: the runtime leaves every so-manieth layer without rotation.
     ``falcon_heads``: key heads follow from multi_query and new_decoder_architecture, as in Falcon.
     ``equal_heads``: the runtime wants as many key heads as query heads.
+    ``feeds``: which norm's output goes where, for scales that are folded into norms (see architectures/scaling.py).
     """
 
     model_type: str
@@ -217,3 +237,4 @@ class Family:
     sliding_pattern: bool = False
     score_layers: int = 0
     rope_period: int = 0
+    feeds: tuple[Feed, ...] = TWO_FEEDS

@@ -6,11 +6,12 @@ from gguf import MODEL_ARCH as A
 from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
-from .base import Family, Limit, Value
+from .base import Family, Feed, Limit, Value
 from .parts import EDGES, LAYER_NORMS, ROTARY, attention, gated, norm, one
 
 _LOGITS = Value(Keys.LLM.LOGIT_SCALE, "logit_scale", "float", required=True)
 _NO_BIAS = Limit("attention_bias", (False,), False)
+_PARALLEL = (Feed(T.ATTN_NORM, ("attention", "feed_forward")),)
 _COHERE = (*EDGES, norm(T.ATTN_NORM, "layers.{}.input_layernorm"), *attention(), *gated())
 
 FAMILIES = (
@@ -24,6 +25,7 @@ FAMILIES = (
         # Command R's max_position_embeddings is shorter than what the model was trained for.
         values=(_LOGITS, Value(Keys.LLM.CONTEXT_LENGTH, "model_max_length", "int")),
         limits=(_NO_BIAS, Limit("use_qk_norm", (False,), False)),
+        feeds=_PARALLEL,
         norm="layer",
         rope=frozenset({"linear", "dynamic"}),
         rope_default=5e5,
@@ -43,6 +45,7 @@ FAMILIES = (
         left_out=(ROTARY,),
         values=(_LOGITS, Value(Keys.Attention.SLIDING_WINDOW, "sliding_window", "int", required=True)),
         limits=(_NO_BIAS,),
+        feeds=_PARALLEL,
         norm="layer",
         layer_types=4,
         rope=frozenset(),

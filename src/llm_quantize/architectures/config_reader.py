@@ -107,6 +107,10 @@ class ConfigReader:
             raise self.wrong(name, "true or false", value)
         return value
 
+    def holds(self, condition: str) -> bool:
+        """Whether the boolean ``condition`` is true ("!" before it negates); "" always holds."""
+        return not condition or self.boolean(condition.lstrip("!")) != condition.startswith("!")
+
     def text(self, name: str) -> str | None:
         """A string, or None where there is none."""
         value = self.get(name)

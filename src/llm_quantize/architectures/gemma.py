@@ -6,7 +6,7 @@ from gguf import MODEL_ARCH as A
 from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
-from .base import Family, Limit, Value
+from .base import Family, Feed, Limit, Value
 from .parts import EMBEDDING, HEAD, ROTARY, attention, gated, norm
 
 _GELU = ("gelu_pytorch_tanh", "gelu")
@@ -17,6 +17,8 @@ _FOUR_NORMS = (
     norm(T.FFN_PRE_NORM, "layers.{}.pre_feedforward_layernorm", add=1.0),
     norm(T.FFN_POST_NORM, "layers.{}.post_feedforward_layernorm", add=1.0),
 )
+# The norms after attention and after the feed-forward block feed the residual stream alone.
+_FEEDS = (Feed(T.ATTN_NORM, ("attention",)), Feed(T.FFN_PRE_NORM, ("feed_forward",)))
 _CAUSAL = Limit("use_bidirectional_attention", (False,), False)
 _GEMMA3_WEIGHTS = (
     *_EDGES,
@@ -82,6 +84,7 @@ FAMILIES = (
             Value(Keys.Attention.SLIDING_WINDOW, "sliding_window", "int", required=True),
         ),
         limits=(_CAUSAL, Limit("attention_bias", (False,), False)),
+        feeds=_FEEDS,
         layer_types=2,
         own_head_dim=True,
         output=False,
@@ -96,6 +99,7 @@ FAMILIES = (
         left_out=(ROTARY,),
         values=_GEMMA3_VALUES,
         limits=_GEMMA3_LIMITS,
+        feeds=_FEEDS,
         layer_types=6,
         rope=frozenset({"linear", "dynamic"}),
         rope_default=1e6,
@@ -122,6 +126,7 @@ FAMILIES = (
         ),
         values=_GEMMA3_VALUES,
         limits=_GEMMA3_LIMITS,
+        feeds=_FEEDS,
         layer_types=6,
         rope=frozenset({"linear", "dynamic"}),
         rope_default=1e6,

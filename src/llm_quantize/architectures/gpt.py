@@ -6,7 +6,7 @@ from gguf import MODEL_ARCH as A
 from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
-from .base import Family, Limit, Value
+from .base import Family, Feed, Limit, Value
 from .parts import EMBEDDING, HEAD, ROTARY, SLIDING, attention, one, pair
 
 _MASK = "a causal mask kept as a buffer, not a weight"
@@ -98,6 +98,11 @@ FAMILIES = (
             Limit("alibi", (False,), False),
             Limit("bias", (False,), False),
             Limit("parallel_attn", (True,), True),
+        ),
+        feeds=(
+            Feed(T.ATTN_NORM, ("attention", "feed_forward"), when="!two_norms"),
+            Feed(T.ATTN_NORM, ("feed_forward",), when="two_norms"),
+            Feed(T.ATTN_NORM_2, ("attention",), when="two_norms"),
         ),
         norm="layer",
         feed_multiple=4,

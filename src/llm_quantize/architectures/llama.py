@@ -6,7 +6,7 @@ from gguf import MODEL_ARCH as A
 from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
-from .base import Family, Form, Limit, Value, Weight
+from .base import Family, Feed, Form, Limit, Value, Weight
 from .parts import EDGES, LAYER_NORMS, ROTARY, SLIDING, attention, either, experts, gated, norm, one
 
 _SCALINGS = frozenset({"linear", "dynamic", "yarn"})
@@ -149,6 +149,7 @@ FAMILIES = (
         defaults={"rms_norm_eps": 1e-6, "attention_bias": True, "head_dim": 128},
         left_out=(ROTARY,),
         limits=(Limit("attention_out_bias", (False,), False), Limit("mlp_bias", (False,), False)),
+        feeds=(Feed(T.ATTN_NORM, ("attention",)), Feed(T.ATTN_POST_NORM, ("feed_forward",))),
         own_head_dim=True,
     ),
     Family(

@@ -79,9 +79,7 @@ class Mapper:
 
     def wanted(self, weight: Weight) -> bool:
         """Whether the configuration calls for this weight."""
-        if not weight.when:
-            return True
-        return self.config.boolean(weight.when.lstrip("!")) != weight.when.startswith("!")
+        return self.config.holds(weight.when)
 
     def output(self, weight: Weight, layer: int | None) -> OutputTensor:
         """The artifact's tensor for ``weight``. Raises MalformedInputError: absent, or of another shape."""

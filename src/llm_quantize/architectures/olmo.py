@@ -6,7 +6,7 @@ from gguf import MODEL_ARCH as A
 from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
-from .base import Family, Form, Limit, Value, Weight
+from .base import Family, Feed, Form, Limit, Value, Weight
 from .parts import EDGES, EMBEDDING, HEAD, LAYER_NORMS, ROTARY, attention, experts, gated, norm, one, pair
 
 
@@ -46,6 +46,7 @@ FAMILIES = (
         left_out=(ROTARY,),
         values=(Value(Keys.Attention.CLAMP_KQV, "clip_qkv", "float"),),
         limits=(_NO_BIAS,),
+        feeds=(),
         norm="layer",
     ),
     Family(
@@ -57,6 +58,7 @@ FAMILIES = (
         left_out=(ROTARY,),
         values=(Value(Keys.Attention.SLIDING_WINDOW, "sliding_window", "int", required=True),),
         limits=(_NO_BIAS,),
+        feeds=(),
         layer_types=4,
         sliding_pattern=True,
         rope_default=5e5,
@@ -111,6 +113,7 @@ FAMILIES = (
         defaults={"rms_norm_eps": 1e-5},
         left_out=(ROTARY,),
         limits=(_NO_BIAS,),
+        feeds=(),
         needs_output=True,
     ),
     Family(
@@ -131,6 +134,11 @@ FAMILIES = (
         defaults={"layer_norm_eps": 1e-5},
         left_out=(ROTARY,),
         values=(Value(Keys.LLM.USE_PARALLEL_RESIDUAL, "use_parallel_residual", "bool", required=True),),
+        feeds=(
+            Feed(T.ATTN_NORM, ("attention",), when="!use_parallel_residual"),
+            Feed(T.FFN_NORM, ("feed_forward",), when="!use_parallel_residual"),
+            Feed(T.ATTN_NORM, ("attention", "feed_forward"), when="use_parallel_residual"),
+        ),
         norm="layer",
         partial_default=0.25,
         partial=True,

@@ -6,7 +6,7 @@ from gguf import MODEL_ARCH as A
 from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
-from .base import Family, Limit, Value
+from .base import Family, Feed, Limit, Value
 from .parts import EDGES, EMBEDDING, LAYER_NORMS, ROTARY, SLIDING, attention, one, pair
 
 FAMILIES = (
@@ -26,6 +26,7 @@ FAMILIES = (
         defaults={"layer_norm_eps": 1e-5},
         left_out=(ROTARY,),
         limits=(Limit("qk_layernorm", (False,), False),),
+        feeds=(Feed(T.ATTN_NORM, ("attention", "feed_forward")),),
         norm="layer",
         partial_default=0.5,
         partial=True,
