@@ -14,6 +14,25 @@ def quantize(
     out: npt.NDArray[np.uint8],
     codebook: Codebook | None = None,
 ) -> None: ...
+def column_loop(
+    level: str,
+    descent: bool,
+    scale: npt.NDArray[np.float32],
+    inverse: npt.NDArray[np.float32],
+    offset: npt.NDArray[np.float32] | None,
+    group: npt.NDArray[np.int32],
+    levels: npt.NDArray[np.float32],
+    middles: npt.NDArray[np.float32],
+    edges: tuple[float, float],
+    uniform: bool,
+    coupling: npt.NDArray[np.float32],
+    reciprocal: npt.NDArray[np.float32] | None,
+    weight: npt.NDArray[np.float32],
+    target: npt.NDArray[np.float32],
+    residual: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.uint8],
+    counts: npt.NDArray[np.int32],
+) -> None: ...
 
 class Codebook:
     def __init__(self, codes: npt.NDArray[np.uint8], levels: int, wanted: int) -> None: ...

@@ -1,4 +1,5 @@
 // One SIMD level: the list of its families, and the widening of 16-bit rows. Compiled once per level.
+#include "feedback.hpp"
 #include "floats_scan.hpp"
 #include "simd.hpp"
 
@@ -30,7 +31,7 @@ const Family* const families[] = {LQ_FAMILIES nullptr};
 extern const Level level;
 const Level level = {
     LQ_LEVEL_NAME, LQ_LANES, families, static_cast<int32_t>(sizeof(families) / sizeof(families[0])) - 1,
-    widen_f16, widen_bf16, scan_nonfinite,
+    widen_f16, widen_bf16, scan_nonfinite, feedback, descend,
 };
 
 }  // namespace LQ_LEVEL

@@ -201,6 +201,59 @@ void quantize(const std::string& level_name, const std::string& qtype, Rows rows
     }
 }
 
+using FloatMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
+using FloatVector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using GroupIndex = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Counts = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+template <class Array>
+void check_shape(const Array& array, int64_t first, int64_t second, const char* name) {
+    if (static_cast<int64_t>(array.shape(0)) != first || static_cast<int64_t>(array.shape(1)) != second) {
+        throw nb::value_error((std::string(name) + " has the wrong shape").c_str());
+    }
+}
+
+// One block of columns of a tile of rows (feedback.hpp): `descent` picks the loop.
+void column_loop(const std::string& level_name, bool descent, FloatMatrix scale, FloatMatrix inverse,
+                 std::optional<FloatMatrix> offset, GroupIndex group, FloatVector levels, FloatVector middles,
+                 std::tuple<float, float> edges, bool uniform, FloatRows coupling, std::optional<FloatVector> reciprocal,
+                 FloatMatrix weight, FloatMatrix target, FloatOut residual, Out codes, Counts counts) {
+    const lq::Level& level = find_level(level_name);
+    const auto columns = static_cast<int64_t>(weight.shape(0)), rows = static_cast<int64_t>(weight.shape(1));
+    const auto groups = static_cast<int64_t>(scale.shape(0)), count = static_cast<int64_t>(levels.shape(0));
+    if (columns > 128 || rows % 16 != 0) throw nb::value_error("a block is at most 128 columns of 16, 32, ... rows");
+    check_shape(scale, groups, rows, "scale");
+    check_shape(inverse, groups, rows, "inverse");
+    if (offset) check_shape(*offset, groups, rows, "offset");
+    check_shape(coupling, columns, columns, "coupling");
+    if (columns > 1 && coupling.stride(1) != 1) throw nb::value_error("rows of coupling must be packed");
+    check_shape(target, columns, rows, "target");
+    check_shape(residual, columns, rows, "residual");
+    check_shape(codes, columns, rows, "codes");
+    if (static_cast<int64_t>(counts.shape(0)) != rows) throw nb::value_error("counts has the wrong length");
+    if (static_cast<int64_t>(group.shape(0)) != columns) throw nb::value_error("group has the wrong length");
+    for (int64_t j = 0; j < columns; ++j) {
+        if (group.data()[j] < 0 || group.data()[j] >= groups) throw nb::value_error("no such group");
+    }
+    if (count < 2 || count > 256) throw nb::value_error("a grid has 2 to 256 levels");
+    if (!uniform && static_cast<int64_t>(middles.shape(0)) != count - 1) {
+        throw nb::value_error("middles has the wrong length");
+    }
+    if (descent && (!reciprocal || static_cast<int64_t>(reciprocal->shape(0)) != columns)) {
+        throw nb::value_error("reciprocal has the wrong length");
+    }
+    const lq::FrozenGrid grid{scale.data(),     inverse.data(),  offset ? offset->data() : nullptr,
+                              group.data(),     levels.data(),   middles.data(),
+                              std::get<0>(edges), std::get<1>(edges), static_cast<int32_t>(count), uniform};
+    const lq::ColumnBlock block{columns,       rows,          coupling.data(),  columns > 1 ? coupling.stride(0) : 1,
+                                reciprocal ? reciprocal->data() : nullptr,      weight.data(),
+                                target.data(), residual.data(), codes.data(),   counts.data()};
+    nb::gil_scoped_release unlocked;
+    (descent ? level.descend : level.feedback)(grid, block);
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -209,6 +262,11 @@ NB_MODULE(_native, module) {
     module.def("qtypes", &qtypes, "(name, weights per block, bytes per block) of every native type.");
     module.def("scan_nonfinite", &scan_nonfinite, nb::arg("level"), nb::arg("values"),
                "How many values are infinite or NaN, and the flat index of the first (-1: none).");
+    module.def("column_loop", &column_loop, nb::arg("level"), nb::arg("descent"), nb::arg("scale"), nb::arg("inverse"),
+               nb::arg("offset").none(), nb::arg("group"), nb::arg("levels"), nb::arg("middles"), nb::arg("edges"),
+               nb::arg("uniform"), nb::arg("coupling"), nb::arg("reciprocal").none(), nb::arg("weight"),
+               nb::arg("target"), nb::arg("residual"), nb::arg("codes"), nb::arg("counts"),
+               "Error feedback or coordinate descent inside one block of columns; kernels/feedback.py is its face.");
     nb::class_<OwnedCodebook>(module, "Codebook", "The grid of an I-quant and the neighbours of every point off it.")
         .def("__init__", &make_codebook, nb::arg("codes"), nb::arg("levels"), nb::arg("wanted"))
         .def("arrays", &codebook_arrays, "(index, start, neighbour words), as kernels/native/codebook.hpp has them.");

@@ -36,6 +36,34 @@ struct NonFinite {
 
 using Scan = NonFinite (*)(const void* values, int64_t count, Source source);
 
+// The frozen number grid of a tile of rows: value = scale * level - offset (feedback.hpp).
+struct FrozenGrid {
+    const float* scale;    // (groups, rows)
+    const float* inverse;  // (groups, rows): 1 / scale, 0 where the scale is (nearly) 0
+    const float* offset;   // (groups, rows) or null
+    const int32_t* group;  // (columns of the block): which group each belongs to
+    const float* levels;   // (level_count), ascending
+    const float* middles;  // (level_count - 1): from here on the next level is nearer; unused on a uniform grid
+    float lowest, highest;  // beyond these a level-space value is clipped
+    int32_t level_count;
+    bool uniform;  // the levels are consecutive integers
+};
+
+// One block of columns of a tile; arrays are (columns, rows), packed, rows a multiple of 16, columns at most 128.
+struct ColumnBlock {
+    int64_t columns, rows;
+    const float* coupling;  // (columns, columns), below the diagonal; coupling_stride floats between its rows
+    int64_t coupling_stride;
+    const float* reciprocal;  // (columns), descent only: 1 / H[j, j]
+    const float* weight;
+    const float* target;  // feedback: what the codes should come near to; descent: residual * H
+    float* residual;
+    uint8_t* codes;
+    int32_t* counts;  // (rows) grows by the weights clipped (feedback) or moved (descent)
+};
+
+using ColumnLoop = void (*)(const FrozenGrid& grid, const ColumnBlock& block);
+
 struct Kernel {
     const char* name;  // lower-case ggml name
     int32_t block;     // weights per block
@@ -57,6 +85,8 @@ struct Level {
     Widen widen_f16;
     Widen widen_bf16;
     Scan scan_nonfinite;
+    ColumnLoop feedback;
+    ColumnLoop descend;
 };
 
 }  // namespace lq

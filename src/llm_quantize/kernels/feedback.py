@@ -1,0 +1,142 @@
+"""The column loops of GPTQ inside one block of columns: error feedback, and coordinate descent.
+
+Legend: a tile is R rows of a weight, held with its columns first, (columns, R), so that rows lie side by side; of one
+column and one row: w weight, q the value of its code, d = w - q residual. Values of the frozen grid are
+scale * level - offset. On a CPU the native loops run, elsewhere ``reference_feedback.py``, which is their meaning:
+equal bit for bit on the same numbers, at every SIMD level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_quantize import kernels
+from llm_quantize.kernels import _native, reference_feedback
+
+__all__ = ["BLOCK", "LANES", "TileGrid", "descend", "feedback"]
+
+BLOCK = 128  # columns of a block, at most
+LANES = 16  # rows of a tile are a multiple of this
+_LEAST_SCALE = 1e-35  # below it 1 / scale is not a float32 one can use: such a group has one value, minus its offset
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """The frozen grid of a tile: value = scale * level - offset.
+
+    ``scale``, ``inverse``, ``offset`` float32 (groups, R), ``inverse`` = 1 / scale, or 0 where the scale vanishes;
+    ``group`` int32 (columns,): the group of each column; ``levels`` float32 (n,), ascending; ``middles`` float32
+    (n - 1,): from there on the next level is nearer; ``edges``: beyond them a value divided by its scale is clipped;
+    ``uniform``: the levels are consecutive integers.
+    """
+
+    scale: Tensor
+    inverse: Tensor
+    offset: Tensor | None
+    group: Tensor
+    levels: Tensor
+    middles: Tensor
+    edges: tuple[float, float]
+    uniform: bool
+
+    @classmethod
+    def make(
+        cls, scale: Tensor, offset: Tensor | None, group: Tensor, levels: Tensor, *, uniform: bool | None = None
+    ) -> TileGrid:
+        """From ``scale`` and ``offset`` float32 (groups, R), contiguous, and the rest as above."""
+        gaps = levels[1:] - levels[:-1]
+        inverse = torch.where(scale.abs() >= _LEAST_SCALE, 1.0 / scale, 0.0)
+        half_first, half_last = float(gaps[0]) / 2, float(gaps[-1]) / 2
+        return cls(
+            scale=scale,
+            inverse=inverse,
+            offset=offset,
+            group=group,
+            levels=levels,
+            middles=levels[:-1] + gaps / 2,
+            edges=(float(levels[0]) - half_first, float(levels[-1]) + half_last),
+            uniform=bool((gaps == 1).all()) if uniform is None else uniform,
+        )
+
+    def columns(self, chosen: Tensor | slice) -> TileGrid:
+        """The same grid for other columns: ``chosen`` of these."""
+        group = self.group[chosen]
+        return TileGrid(
+            self.scale, self.inverse, self.offset, group, self.levels, self.middles, self.edges, self.uniform
+        )
+
+
+def feedback(
+    grid: TileGrid, coupling: Tensor, weight: Tensor, target: Tensor, residual: Tensor, codes: Tensor, counts: Tensor
+) -> None:
+    """Code after code the nearest to its target; what is left over moves the targets of the columns after it.
+
+    For column j: q = the grid value nearest to t_j; d_j = w_j - q; t_k += d_j * coupling[k, j] for all k > j.
+    ``weight``, ``target`` float32 (columns, R), columns <= 128, R a multiple of 16; ``coupling`` float32
+    (columns, columns), used below the diagonal. Written: ``residual`` float32 and ``codes`` uint8 (columns, R);
+    ``counts`` int32 (R,) grows by the number of columns whose target lay outside of the grid. The content of ``target``
+    is lost. Releases the GIL.
+    """
+    if weight.device.type != "cpu":
+        reference_feedback.feedback(grid, coupling, weight, target, residual, codes, counts)
+        return
+    _run(False, grid, coupling, None, weight, target, residual, codes, counts)
+
+
+def descend(
+    grid: TileGrid,
+    coupling: Tensor,
+    reciprocal: Tensor,
+    weight: Tensor,
+    gradient: Tensor,
+    residual: Tensor,
+    codes: Tensor,
+    counts: Tensor,
+) -> None:
+    """One sweep of coordinate descent over a block: each code moves to where the loss d H d^T is least.
+
+    For column j: q' = the grid value nearest to q_j + g_j / H_jj; g_k += (d'_j - d_j) * coupling[k, j] for all k > j.
+    ``gradient`` float32 (columns, R) = rows of d H; ``coupling`` float32 (columns, columns) = H within the block;
+    ``reciprocal`` float32 (columns,) = 1 / H_jj. ``residual`` float32 and ``codes`` uint8 (columns, R) are read and
+    written; ``counts`` int32 (R,) grows by the number of codes that moved. The content of ``gradient`` is lost.
+    Releases the GIL.
+    """
+    if weight.device.type != "cpu":
+        reference_feedback.descend(grid, coupling, reciprocal, weight, gradient, residual, codes, counts)
+        return
+    _run(True, grid, coupling, reciprocal, weight, gradient, residual, codes, counts)
+
+
+def _run(
+    descent: bool,
+    grid: TileGrid,
+    coupling: Tensor,
+    reciprocal: Tensor | None,
+    weight: Tensor,
+    target: Tensor,
+    residual: Tensor,
+    codes: Tensor,
+    counts: Tensor,
+) -> None:
+    _native.column_loop(
+        kernels.simd_level(),
+        descent,
+        grid.scale.numpy(),
+        grid.inverse.numpy(),
+        None if grid.offset is None else grid.offset.numpy(),
+        grid.group.numpy(),
+        grid.levels.numpy(),
+        grid.middles.numpy(),
+        grid.edges,
+        grid.uniform,
+        coupling.numpy(),
+        None if reciprocal is None else reciprocal.numpy(),
+        weight.numpy(),
+        target.numpy(),
+        residual.numpy(),
+        codes.numpy(),
+        counts.numpy(),
+    )
