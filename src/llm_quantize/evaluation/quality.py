@@ -25,7 +25,8 @@ from llm_quantize import preflight
 from llm_quantize.calibration import memory
 from llm_quantize.errors import MissingExtraError, NumericPolicyError, ResourceError, UsageError
 from llm_quantize.evaluation import grades
-from llm_quantize.evaluation.decoded import DecodedArtifact
+from llm_quantize.evaluation.decoded import Decoded
+from llm_quantize.evaluation.decoded_directory import open_decoded
 from llm_quantize.evaluation.divergence import Comparison, Divergence, Paired, pair
 from llm_quantize.evaluation.perplexity import Tokens
 from llm_quantize.evaluation.runtimes import first_file
@@ -168,7 +169,7 @@ def measure_quality(
     from llm_quantize.evaluation.streamed import Pass, one_torch_thread
 
     began = time.process_time()
-    decoded = [DecodedArtifact(source, path) for path in artifacts]
+    decoded = [open_decoded(source, path) for path in artifacts]
     for one in decoded:
         for note in one.notes:
             on_event({"event": "warning", "text": f"{one.path.name}: {note}"})
@@ -223,7 +224,7 @@ def _scratch(stack: ExitStack, parent: Path | None, needed: int) -> Path:
 def _streams(
     stack: ExitStack,
     source: Source,
-    decoded: Sequence[DecodedArtifact],
+    decoded: Sequence[Decoded],
     windows: Tokens,
     width: int,
     again: int,
@@ -252,7 +253,7 @@ def _through_heads(
     streams: Sequence[Stream],
     noise: tuple[Activations, Comparison],
     groups: Sequence[range],
-    decoded: Sequence[DecodedArtifact] | None,
+    decoded: Sequence[Decoded] | None,
 ) -> dict[int, RuntimeStream]:
     """Compare all predictions, some artifacts at a time. ``decoded``: those to run in llama.cpp too, None: not there.
 
@@ -296,7 +297,7 @@ class _Plan:
     """Memory of an evaluation from sizes alone."""
 
     def __init__(
-        self, source: Source, network: Network, decoded: Sequence[DecodedArtifact], windows: Tokens, runtime: bool
+        self, source: Source, network: Network, decoded: Sequence[Decoded], windows: Tokens, runtime: bool
     ) -> None:
         from llm_quantize.evaluation import streamed
 
@@ -342,9 +343,7 @@ class _Plan:
         raise UsageError("no artifact to measure")
 
 
-def _open_runtimes(
-    stack: ExitStack, decoded: Sequence[DecodedArtifact], group: range, work: Pass
-) -> dict[int, RuntimeStream]:
+def _open_runtimes(stack: ExitStack, decoded: Sequence[Decoded], group: range, work: Pass) -> dict[int, RuntimeStream]:
     """{place in the group: the artifact in llama.cpp}."""
     from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
     from llm_quantize.evaluation.streamed import RuntimeStream, check_vocabulary
@@ -358,14 +357,12 @@ def _open_runtimes(
     return found
 
 
-def _artifact(one: DecodedArtifact, stream: Stream, real: RuntimeStream | None) -> ArtifactQuality:
+def _artifact(one: Decoded, stream: Stream, real: RuntimeStream | None) -> ArtifactQuality:
     divergence = stream.comparison.result()
-    entries = [entry for _, entry in one.entries.values()]
-    weights = sum(math.prod(entry.shape) for entry in entries)
     return ArtifactQuality(
         path=str(one.path),
         size=one.size,
-        bits_per_weight=8 * one.size / weights,
+        bits_per_weight=8 * one.size / max(1, one.weights),
         divergence=divergence,
         grade=grades.grade(divergence.kld),
         notes=one.notes,

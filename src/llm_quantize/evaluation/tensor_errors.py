@@ -24,9 +24,9 @@ import numpy.typing as npt
 
 from llm_quantize import preflight
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.assemble import chunk_ranges, read_output_rows, to_float32, unit_ranges, weights_of
+from llm_quantize.assemble import read_output_rows, to_float32, unit_ranges, weights_of
 from llm_quantize.errors import UsageError
-from llm_quantize.evaluation.decoded import DecodedArtifact, decoded_rows
+from llm_quantize.evaluation.decoded import Decoded, Stored
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.source import Source
 
@@ -37,9 +37,10 @@ Importance = Mapping[str, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class TensorLoss:
-    """One tensor of the artifact. ``layer`` None: not part of a layer; ``role``: its name without layer and suffix
-    ("attn_q", "ffn_down", "token_embd"). ``nonfinite``: values that are NaN or infinite in one of the two and are in
-    no sum. ``relative``, ``weighted`` and ``largest`` as above; ``weighted`` None: no statistics for it."""
+    """One tensor of the artifact, under its name there. ``layer`` None: not part of a layer; ``role``: the GGUF name
+    without layer and suffix ("attn_q", "ffn_down", "token_embd"). ``nonfinite``: values that are NaN or infinite in one
+    of the two and are in no sum. ``relative``, ``weighted`` and ``largest`` as above; ``weighted`` None: no statistics
+    for it."""
 
     name: str
     layer: int | None
@@ -59,7 +60,7 @@ class TensorLoss:
 
 def tensor_errors(
     source: Source,
-    artifact: DecodedArtifact,
+    artifact: Decoded,
     *,
     importance: Importance | None = None,
     threads: int | None = None,
@@ -71,7 +72,9 @@ def tensor_errors(
     ``importance``: {GGUF name: float32 (matrices, columns)}, as ``Statistics.importance`` gives it. ``threads``: None
     means all CPUs; each holds some MB. Raises UsageError (importance of another shape), and what reading raises.
     """
-    outputs = [o for o in source.tensors.outputs if o.constant is None and o.name in artifact.entries]
+    known = {o.name: artifact.stored(o) for o in source.tensors.outputs if o.constant is None}
+    held = {name: stored for name, stored in known.items() if stored is not None}
+    outputs = [output for output in source.tensors.outputs if output.name in held]
     rows = {output.name: _importance_of(output, importance) for output in outputs}
     jobs = [(output, start, stop) for output in outputs for start, stop in unit_ranges(output.shape)]
     total, done = sum(weights_of(output.shape) for output in outputs), 0
@@ -82,7 +85,7 @@ def tensor_errors(
             sums[output.name].add(found)
             done += (stop - start) * (output.shape[-1] if output.shape else 1)
             on_event({"event": "measure", "done": done, "total": total})
-    losses = [_loss(output, artifact, sums[output.name]) for output in outputs]
+    losses = [_loss(output, held[output.name], sums[output.name]) for output in outputs]
     key = _by_weighted if any(loss.weighted is not None for loss in losses) else _by_relative
     return sorted(losses, key=key, reverse=True)
 
@@ -124,46 +127,44 @@ def _importance_of(output: OutputTensor, importance: Importance | None) -> npt.N
 
 def _compare(
     source: Source,
-    artifact: DecodedArtifact,
+    artifact: Decoded,
     importance: Mapping[str, npt.NDArray[np.float64] | None],
     job: tuple[OutputTensor, int, int],
 ) -> _Sums:
     output, start, stop = job
-    file, entry = artifact.entries[output.name]
     rows = importance[output.name]
+    per_matrix = output.shape[-2] if len(output.shape) > 1 else 1
     sums = _Sums(has_weighted=rows is not None)
-    for matrix, first, last in chunk_ranges(output.shape, start, stop):
-        exact = to_float32(read_output_rows(source.checkpoint, output, first, last))
-        for at, values in decoded_rows(file, entry, first, last):
-            wanted = exact[at - first : at - first + len(values)].astype(np.float64)
-            with np.errstate(invalid="ignore"):
-                off = values - wanted
-            finite = np.isfinite(off)
-            lost = off.size - int(np.count_nonzero(finite))
-            if lost:
-                sums.nonfinite += lost
-                off, wanted = np.where(finite, off, 0), np.where(finite, wanted, 0)
-            square, norm = (off * off).sum(axis=0), (wanted * wanted).sum(axis=0)
-            sums.error += float(square.sum())
-            sums.norm += float(norm.sum())
-            sums.largest = max(sums.largest, float(np.abs(off).max(initial=0.0)))
-            if rows is not None:
-                sums.weighted_error += float(square @ rows[matrix])
-                sums.weighted_norm += float(norm @ rows[matrix])
+    for first, values in artifact.stored_rows(output.name, start, stop):
+        exact = to_float32(read_output_rows(source.checkpoint, output, first, first + len(values)))
+        wanted = exact.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            off = values - wanted
+        finite = np.isfinite(off)
+        lost = off.size - int(np.count_nonzero(finite))
+        if lost:
+            sums.nonfinite += lost
+            off, wanted = np.where(finite, off, 0), np.where(finite, wanted, 0)
+        square, norm = (off * off).sum(axis=0), (wanted * wanted).sum(axis=0)
+        sums.error += float(square.sum())
+        sums.norm += float(norm.sum())
+        sums.largest = max(sums.largest, float(np.abs(off).max(initial=0.0)))
+        if rows is not None:
+            sums.weighted_error += float(square @ rows[first // per_matrix])
+            sums.weighted_norm += float(norm @ rows[first // per_matrix])
     return sums
 
 
-def _loss(output: OutputTensor, artifact: DecodedArtifact, sums: _Sums) -> TensorLoss:
-    _, entry = artifact.entries[output.name]
+def _loss(output: OutputTensor, stored: Stored, sums: _Sums) -> TensorLoss:
     weights = weights_of(output.shape)
     layer, role = place(output.name)
     return TensorLoss(
-        name=output.name,
+        name=stored.name,
         layer=layer,
         role=role,
-        qtype=entry.type.name.lower(),
+        qtype=stored.qtype,
         weights=weights,
-        bits_per_weight=8 * entry.nbytes / weights,
+        bits_per_weight=8 * stored.nbytes / weights,
         relative=_root_ratio(sums.error, sums.norm),
         weighted=_root_ratio(sums.weighted_error, sums.weighted_norm) if sums.has_weighted else None,
         largest=sums.largest / math.sqrt(sums.norm / weights) if sums.norm > 0 else sums.largest,

@@ -83,11 +83,14 @@ def _quantization(config: Mapping[str, Any], file: Path) -> Mapping[str, Any] | 
     )
 
 
-def read_headers(directory: Path, model: str) -> tuple[tuple[Header, ...], dict[str, TensorInfo]]:
-    """Every weight file's header, and all tensors in file order, proved to agree with the index."""
+def read_headers(
+    directory: Path, model: str, *, packed: bool = False
+) -> tuple[tuple[Header, ...], dict[str, TensorInfo]]:
+    """Every weight file's header, and all tensors in file order, proved to agree with the index. ``packed``: a model
+    whose weights are packed codes is wanted, not refused."""
     if _present(directory, SINGLE):
         header = read_header(inside(directory, SINGLE))
-        _check_weights(header.tensors, header.path)
+        _check_weights(header.tensors, header.path, packed)
         return (header,), header.tensors
     if not _present(directory, INDEX):
         _refuse_without_weights(directory, model)
@@ -122,7 +125,7 @@ def read_headers(directory: Path, model: str) -> tuple[tuple[Header, ...], dict[
             found=f"{len(tensors):,}",
             remedy="fetch this shard and the index again; they are of different versions",
         )
-    _check_weights(tensors, index)
+    _check_weights(tensors, index, packed)
     return tuple(headers), tensors
 
 
@@ -178,20 +181,20 @@ def _check_owner(
         )
 
 
-def _check_weights(tensors: Mapping[str, TensorInfo], file: Path) -> None:
+def _check_weights(tensors: Mapping[str, TensorInfo], file: Path, packed: bool) -> None:
     if not tensors:
         raise MalformedInputError(
             "this model holds no tensors", file=file, expected="weights", found="none", remedy="fetch it again"
         )
-    packed = next((name for name in tensors if name.endswith(_PACKED_SUFFIXES)), None)
-    if packed is not None:
+    codes = None if packed else next((name for name in tensors if name.endswith(_PACKED_SUFFIXES)), None)
+    if codes is not None:
         raise UnsupportedError(
             "this checkpoint is already quantized: its weights are packed codes",
-            file=tensors[packed].file,
-            tensor=packed,
-            offset=tensors[packed].offset,
+            file=tensors[codes].file,
+            tensor=codes,
+            offset=tensors[codes].offset,
             expected="float weights",
-            found=tensors[packed].dtype,
+            found=tensors[codes].dtype,
             remedy="start from the model it was made from, in BF16 or F16",
         )
 
