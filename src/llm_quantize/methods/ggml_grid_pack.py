@@ -27,6 +27,9 @@ Float32 = npt.NDArray[np.float32]
 
 SUPERBLOCK = 256
 PAIRS = np.array([0, 2, 4, 6], np.uint8)[:, None]
+# Typed constants keep bytes bytes.
+TWO, THREE, FOUR, SIX = np.uint8(2), np.uint8(3), np.uint8(4), np.uint8(6)
+NIBBLE, SIX_BITS = np.uint8(15), np.uint8(63)
 
 
 @dataclass(frozen=True)
@@ -91,21 +94,22 @@ _PARTS: dict[str, tuple[tuple[str, int], ...]] = {
 def _nibbles(codes: Bytes, half: int) -> Bytes:
     """(B, n) four-bit codes: of each 2 * ``half`` codes, byte i holds code i below and code i + half above."""
     pairs = codes.reshape(len(codes), -1, 2, half)
-    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(codes), -1)
+    return (pairs[:, :, 0] | pairs[:, :, 1] << FOUR).reshape(len(codes), -1)
 
 
 def _from_nibbles(part: Bytes, half: int) -> Bytes:
     runs = part.reshape(len(part), -1, half)
-    return np.stack([runs & 15, runs >> 4], axis=2).reshape(len(part), -1)
+    return np.stack([runs & NIBBLE, runs >> FOUR], axis=2).reshape(len(part), -1)
 
 
 def _two_bits(codes: Bytes) -> Bytes:
-    """(B, 256) two-bit codes as (B, 64): byte l of a half holds codes l, l + 32, l + 64, l + 96 from the low bits up."""
-    return np.bitwise_or.reduce(codes.reshape(-1, 2, 4, 32) << PAIRS, axis=2).reshape(-1, 64)
+    """(B, 256) two-bit codes as (B, 64): byte l of a half has codes l, l + 32, l + 64, l + 96 from the low bits up."""
+    packed: Bytes = np.bitwise_or.reduce(codes.reshape(-1, 2, 4, 32) << PAIRS, axis=2)
+    return packed.reshape(-1, 64)
 
 
 def _from_two_bits(part: Bytes) -> Bytes:
-    return (part.reshape(-1, 2, 1, 32) >> PAIRS & np.uint8(3)).reshape(-1, SUPERBLOCK)
+    return (part.reshape(-1, 2, 1, 32) >> PAIRS & THREE).reshape(-1, SUPERBLOCK)
 
 
 def _planes(bits: Bytes) -> Bytes:
@@ -119,26 +123,26 @@ def _from_planes(part: Bytes) -> Bytes:
 
 def _six_bit_codes(codes: Bytes) -> Bytes:
     """Low nibbles of Q6_K, (B, 256) as (B, 128): of each 128 codes, byte i holds code i below and i + 64 above."""
-    return _nibbles(codes & 15, 64)
+    return _nibbles(codes & NIBBLE, 64)
 
 
 def _pack_codes(qtype: str, codes: Bytes) -> dict[str, Bytes]:
     if qtype in ("q4_0", "q4_1", "iq4_nl"):
         return {"low": _nibbles(codes, 16)}
     if qtype in ("q5_0", "q5_1"):
-        return {"low": _nibbles(codes & 15, 16), "high": np.packbits(codes >> 4, axis=1, bitorder="little")}
+        return {"low": _nibbles(codes & NIBBLE, 16), "high": np.packbits(codes >> FOUR, axis=1, bitorder="little")}
     if qtype == "q8_0":
         return {"low": (codes.astype(np.int16) - 127).astype(np.int8).view(np.uint8)}
     if qtype == "q2_k":
         return {"low": _two_bits(codes)}
     if qtype == "q3_k":
-        return {"low": _two_bits(codes & 3), "high": _planes(codes >> 2)}
+        return {"low": _two_bits(codes & THREE), "high": _planes(codes >> TWO)}
     if qtype == "q4_k":
         return {"low": _nibbles(codes, 32)}
     if qtype == "q5_k":
-        return {"low": _nibbles(codes & 15, 32), "high": _planes(codes >> 4)}
+        return {"low": _nibbles(codes & NIBBLE, 32), "high": _planes(codes >> FOUR)}
     if qtype == "q6_k":
-        return {"low": _six_bit_codes(codes), "high": _two_bits(codes >> 4)}
+        return {"low": _six_bit_codes(codes), "high": _two_bits(codes >> FOUR)}
     return {"low": _nibbles(codes, 16)}  # iq4_xs
 
 
@@ -147,7 +151,7 @@ def _unpack_codes(qtype: str, parts: dict[str, Bytes]) -> Bytes:
     if qtype in ("q4_0", "q4_1", "iq4_nl", "iq4_xs"):
         return _from_nibbles(low, 16)
     if qtype in ("q5_0", "q5_1"):
-        return _from_nibbles(low, 16) | np.unpackbits(parts["high"], axis=1, bitorder="little") << 4
+        return _from_nibbles(low, 16) | np.unpackbits(parts["high"], axis=1, bitorder="little") << FOUR
     if qtype == "q8_0":
         if (low == 128).any():
             raise UsageError("A q8_0 block holds the level -128", expected="-127 to 127, as ggml writes", found=-128)
@@ -155,12 +159,12 @@ def _unpack_codes(qtype: str, parts: dict[str, Bytes]) -> Bytes:
     if qtype == "q2_k":
         return _from_two_bits(low)
     if qtype == "q3_k":
-        return _from_two_bits(low) | _from_planes(parts["high"]) << 2
+        return _from_two_bits(low) | _from_planes(parts["high"]) << TWO
     if qtype == "q4_k":
         return _from_nibbles(low, 32)
     if qtype == "q5_k":
-        return _from_nibbles(low, 32) | _from_planes(parts["high"]) << 4
-    return _from_nibbles(low, 64) | _from_two_bits(parts["high"]) << 4  # q6_k
+        return _from_nibbles(low, 32) | _from_planes(parts["high"]) << FOUR
+    return _from_nibbles(low, 64) | _from_two_bits(parts["high"]) << FOUR  # q6_k
 
 
 # --- sub-scales and sub-minima
@@ -172,37 +176,37 @@ def _pack_scales(qtype: str, u: Integers, v: Integers | None) -> Bytes:
         return u.astype(np.int8).view(np.uint8)
     if qtype == "q3_k":
         scale = (u + 32).astype(np.uint8)
-        low = (scale[:, :8] & 15) | (scale[:, 8:] & 15) << 4
-        high = np.bitwise_or.reduce((scale >> 4).reshape(-1, 4, 4) << PAIRS, axis=1)
+        low = (scale[:, :8] & NIBBLE) | (scale[:, 8:] & NIBBLE) << FOUR
+        high = np.bitwise_or.reduce((scale >> FOUR).reshape(-1, 4, 4) << PAIRS, axis=1)
         return np.concatenate([low, high], axis=1)
     if qtype == "iq4_xs":
         scale = (u + 32).astype(np.uint8)
-        pairs = np.bitwise_or.reduce((scale >> 4).reshape(-1, 2, 4) << PAIRS[:, 0], axis=2)
-        return np.concatenate([pairs, (scale[:, 0::2] & 15) | (scale[:, 1::2] & 15) << 4], axis=1)
+        pairs = np.bitwise_or.reduce((scale >> FOUR).reshape(-1, 2, 4) << PAIRS[:, 0], axis=2)
+        return np.concatenate([pairs, (scale[:, 0::2] & NIBBLE) | (scale[:, 1::2] & NIBBLE) << FOUR], axis=1)
     scale, minimum = u.astype(np.uint8), np.zeros_like(u, np.uint8) if v is None else v.astype(np.uint8)
     if qtype == "q2_k":
-        return scale | minimum << 4
-    low = scale[:, :4] | (scale[:, 4:] >> 4) << 6
-    middle = minimum[:, :4] | (minimum[:, 4:] >> 4) << 6
-    return np.concatenate([low, middle, (scale[:, 4:] & 15) | (minimum[:, 4:] & 15) << 4], axis=1)
+        return scale | minimum << FOUR
+    low = scale[:, :4] | (scale[:, 4:] >> FOUR) << SIX
+    middle = minimum[:, :4] | (minimum[:, 4:] >> FOUR) << SIX
+    return np.concatenate([low, middle, (scale[:, 4:] & NIBBLE) | (minimum[:, 4:] & NIBBLE) << FOUR], axis=1)
 
 
 def _unpack_scales(qtype: str, part: Bytes) -> tuple[Integers, Integers | None]:
     if qtype == "q6_k":
         return part.view(np.int8).astype(np.int16), None
     if qtype == "q3_k":
-        low = np.concatenate([part[:, :8] & 15, part[:, :8] >> 4], axis=1)
-        high = (part[:, None, 8:] >> PAIRS & np.uint8(3)).reshape(-1, 16)
-        return (low | high << 4).astype(np.int16) - np.int16(32), None
+        low = np.concatenate([part[:, :8] & NIBBLE, part[:, :8] >> FOUR], axis=1)
+        high = (part[:, None, 8:] >> PAIRS & THREE).reshape(-1, 16)
+        return (low | high << FOUR).astype(np.int16) - np.int16(32), None
     if qtype == "iq4_xs":
-        high = (part[:, :2, None] >> PAIRS[:, 0] & np.uint8(3)).reshape(-1, 8)
-        low = np.stack([part[:, 2:] & 15, part[:, 2:] >> 4], axis=2).reshape(-1, 8)
-        return (low | high << 4).astype(np.int16) - np.int16(32), None
+        high = (part[:, :2, None] >> PAIRS[:, 0] & THREE).reshape(-1, 8)
+        low = np.stack([part[:, 2:] & NIBBLE, part[:, 2:] >> FOUR], axis=2).reshape(-1, 8)
+        return (low | high << FOUR).astype(np.int16) - np.int16(32), None
     if qtype == "q2_k":
-        return (part & 15).astype(np.int16), (part >> 4).astype(np.int16)
+        return (part & NIBBLE).astype(np.int16), (part >> FOUR).astype(np.int16)
     first, middle, last = part[:, :4], part[:, 4:8], part[:, 8:]
-    scale = np.concatenate([first & 63, (last & 15) | (first >> 6) << 4], axis=1)
-    minimum = np.concatenate([middle & 63, last >> 4 | (middle >> 6) << 4], axis=1)
+    scale = np.concatenate([first & SIX_BITS, (last & NIBBLE) | (first >> SIX) << FOUR], axis=1)
+    minimum = np.concatenate([middle & SIX_BITS, last >> FOUR | (middle >> SIX) << FOUR], axis=1)
     return scale.astype(np.int16), minimum.astype(np.int16)
 
 
@@ -218,7 +222,9 @@ def unpack(qtype: str, packed: Bytes, columns: int) -> tuple[Grid, Tensor]:
     row_bytes = QTYPES[qtype].row_bytes(columns)
     if packed.ndim != 2 or packed.dtype != np.uint8 or packed.shape[1] != row_bytes:
         raise UsageError(
-            "Packed rows have the wrong form", expected=f"(rows, {row_bytes}), uint8", found=(packed.shape, packed.dtype)
+            "Packed rows have the wrong form",
+            expected=f"(rows, {row_bytes}), uint8",
+            found=(packed.shape, packed.dtype),
         )
     rows = len(packed)
     parts = _split(qtype, packed)

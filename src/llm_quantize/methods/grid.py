@@ -13,7 +13,7 @@ ggml's superblocks (span 256, group 16 or 32), its blocks of 32 and integer grou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -174,8 +174,33 @@ class Grid:
 
     def rows(self, start: int, stop: int) -> Grid:
         """The grid of rows ``start`` to ``stop`` (views of the same numbers)."""
-        parts = {name: None if part is None else part[start:stop] for name, part in self._parts().items()}
-        return replace(self, **parts)  # type: ignore[arg-type]
+        return self._mapped(lambda part: part[start:stop], levels=self.levels)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor], levels: Tensor) -> Grid:
+        return replace(
+            self,
+            levels=levels,
+            d=change(self.d),
+            u=change(self.u),
+            z=None if self.z is None else change(self.z),
+            m=None if self.m is None else change(self.m),
+            v=None if self.v is None else change(self.v),
+        )
+
+    def to(self, device: torch.device | str) -> Grid:
+        """The same grid on ``device``."""
+        return self._mapped(lambda part: part.to(device), levels=self.levels.to(device))
+
+    @staticmethod
+    def stack(grids: Sequence[Grid]) -> Grid:
+        """The grids of successive rows of one matrix as one. UsageError for none."""
+        if not grids:
+            raise UsageError("No number grid of a matrix without rows")
+        parts = {
+            name: None if part is None else torch.cat([other._parts()[name] for other in grids])  # type: ignore[misc]
+            for name, part in grids[0]._parts().items()
+        }
+        return replace(grids[0], **parts)  # type: ignore[arg-type]
 
     def _check(self, values: Tensor) -> None:
         if values.shape != self.shape:
@@ -228,14 +253,16 @@ def grid_type(
     point (1 for GPTQ files of format 1, where zero 0 spills into its neighbour); ``spread`` k weighs errors with
     importance * sqrt(k * mean x^2 + x^2) instead of the importance alone (0: not). UsageError for another name.
     """
-    from llm_quantize.methods import ggml_grid, integer_grid
-
     if qtype in GGML_GRIDS:
+        from llm_quantize.methods import ggml_grid
+
         return ggml_grid.GgmlGridType(qtype)
     if not is_integer(qtype):
         raise UsageError(
             "This type has no number grid", expected=f"{', '.join(sorted(GGML_GRIDS))}, intB_gN", found=qtype
         )
+    from llm_quantize.methods import integer_grid
+
     chosen = integer_type(qtype, scale)
     return integer_grid.IntegerGridType(chosen, signed=signed, least_zero=least_zero, spread=spread)
 
