@@ -49,7 +49,7 @@ def problem(levels, columns, rows, seed, *, offset, group=32):
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize(("columns", "rows"), [(128, 64), (1, 16), (37, 48), (8, 16), (120, 16)])
 def test_native_loops_equal_their_twin_bit_for_bit(level, name, columns, rows, offset):
-    grid, coupling, weight, target, residual, reciprocal = problem(
+    grid, coupling, weight, target, _, reciprocal = problem(
         LEVELS[name], columns, rows, columns + rows, offset=offset
     )
     results = []
@@ -84,7 +84,7 @@ def test_codes_are_the_nearest_values_and_a_vanishing_scale_divides_nothing(leve
 
 def test_a_block_that_is_at_its_optimum_stays(level):
     levels = LEVELS["q4"]
-    grid, _, weight, target, residual, _ = problem(levels, 64, 16, 3, offset=True)
+    grid, _, weight, _, residual, _ = problem(levels, 64, 16, 3, offset=True)
     codes, counts = torch.empty(64, 16, dtype=torch.uint8), torch.zeros(16, dtype=torch.int32)
     feedback.feedback(grid, torch.zeros(64, 64), weight, weight.clone(), residual, codes, counts)
     moved = torch.zeros(16, dtype=torch.int32)
