@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from llm_quantize.architectures import ARCHITECTURES
 from llm_quantize.architectures.scaling import ScaleGroup, changed_floats, scale_groups
 from llm_quantize.source import Source, open_source
-from llm_quantize.transforms.scaling import apply_all
+from llm_quantize.transforms.scaling import apply, apply_all, readers, scaled_hessian, settle
 
 from ..tiny_models import TINY, VOCABULARY, make_tiny, reference_logits, reference_model
 
@@ -109,3 +109,93 @@ def test_the_scaled_model_gives_the_same_logits(variant: str, tmp_path: Path) ->
     routers = [name for name in floats if tensors[name].ndim == 2]
     assert all("gate" in name or "router" in name for name in routers)
     assert distance(model, changed, tmp_path / "scaled") < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["llama-bias", "gpt2", "nemotron"])
+def test_half_of_any_group_moves_the_logits(variant: str, tmp_path: Path) -> None:
+    """What the test above would see if a tensor were forgotten."""
+    model = make_tiny(variant, tmp_path / "model", dtype="float32")
+    source = open_source(str(model))
+    with source.checkpoint:
+        groups = scale_groups(source, 1)
+    tensors = stored(model)
+    for number, group in enumerate(groups):
+        changed = apply(group, random_scales(group, 0), tensors)
+        assert list(changed) == list(group.tensors)
+        for name in changed:
+            part = {key: value for key, value in changed.items() if key != name}
+            if part:
+                assert distance(model, part, tmp_path / f"{number}-{name}") > 1e-4, (group.role, name)
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "qwen3", "olmoe"])
+def test_norms_stored_in_sixteen_bits_lose_nothing(variant: str, tmp_path: Path) -> None:
+    """Scales settled on what the stored norm can say: the norm is rounded to bfloat16 and the logits stay."""
+    model = make_tiny(variant, tmp_path / "model", dtype="bfloat16")
+    source = open_source(str(model))
+    with source.checkpoint:
+        groups = all_groups(source)
+    tensors = stored(model)
+    wanted = [random_scales(group, i) for i, group in enumerate(groups)]
+    scales = [settle(group, scale, tensors) for group, scale in zip(groups, wanted, strict=True)]
+    for own, scale in zip(scales, wanted, strict=True):
+        assert ((own / scale - 1).abs() < 0.02).all()
+    changed = apply_all(groups, scales, tensors)
+    for name, value in changed.items():
+        if value.ndim == 1:
+            changed[name] = value.bfloat16()
+    assert any(value.dtype == torch.bfloat16 for value in changed.values())
+    assert distance(model, changed, tmp_path / "scaled") < 1e-5
+
+
+def group_of(variant: str, role: str, directory: Path) -> tuple[ScaleGroup, dict[str, torch.Tensor]]:
+    model = make_tiny(variant, directory)
+    source = open_source(str(model))
+    with source.checkpoint:
+        group = next(group for group in scale_groups(source, 0) if group.role == role)
+    return group, stored(model)
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma"])
+def test_settled_scales_and_stored_norms_multiply_to_the_old_norm(variant: str, tmp_path: Path) -> None:
+    group, tensors = group_of(variant, "attention_in", tmp_path)
+    name, add = group.divided[0].name, group.divided[0].add
+    assert add == (1.0 if variant == "gemma" else 0.0)
+    old = tensors[name]
+    old[:3] = torch.tensor([0.0, 3e38, 1e-38]).bfloat16() - add
+    wanted = torch.exp(torch.linspace(-4, 4, group.columns))
+    wanted[1] = 1e-3
+    scales = settle(group, wanted, tensors)
+    new = apply(group, scales, tensors)[name].bfloat16()
+    whole, divided = old.double() + add, new.double() + add
+    assert torch.isfinite(new).all()
+    assert (scales > 0).all()
+    assert torch.allclose(divided * scales.double(), whole, rtol=1e-6, atol=0)
+    assert scales[0] == 1.0  # nothing to divide
+    assert scales[1] == 1.0  # the quotient would overflow
+    assert (scales[3:] / wanted[3:] - 1).abs().max() < (0.5 if variant == "gemma" else 0.005)
+    other, values = group_of("llama", "attention_out", tmp_path / "other")
+    assert torch.equal(settle(other, random_scales(other, 1), values), random_scales(other, 1))
+
+
+def test_readers_are_what_is_quantized_in_their_own_orientation(tmp_path: Path) -> None:
+    group, tensors = group_of("mixtral", "feed_forward_in", tmp_path / "mixtral")
+    experts, everything = readers(group, tensors), readers(group, tensors, floats=True)
+    assert (len(experts), len(everything)) == (8, 9)  # w1 and w3 of four experts; the router
+    down, tensors = group_of("granitemoe", "feed_forward_out", tmp_path / "granitemoe")
+    (matrix,) = readers(down, tensors)
+    assert down.expert == 0
+    assert matrix.shape == (64, 96)
+    assert torch.equal(matrix, tensors[down.multiplied[0].name][0])
+    fused, tensors = group_of("gpt2", "attention_out", tmp_path / "gpt2")
+    (matrix,) = readers(fused, tensors)
+    assert torch.equal(matrix, tensors["transformer.h.0.attn.c_proj.weight"].T)
+    before = {name: value.clone() for name, value in tensors.items()}
+    apply(fused, random_scales(fused, 2), tensors)
+    assert all(torch.equal(tensors[name], value) for name, value in before.items()), "apply changed its inputs"
+
+
+def test_products_of_scaled_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, scales = torch.randn(50, 6, generator=generator), torch.rand(6, generator=generator) + 0.5
+    assert torch.allclose(scaled_hessian(x.T @ x, scales), (x / scales).T @ (x / scales), rtol=1e-5, atol=1e-5)
