@@ -105,7 +105,7 @@ def test_foreseen_importance_has_the_names_and_shapes_of_the_real_one(model: Pat
     options = chosen(text, calibrate=True)
     source = open_source(str(model))
     with source.checkpoint:
-        foreseen = importance.foresee(source, ["Q4_K_M"], options)
+        foreseen = importance.foresee(source, "gguf", ["Q4_K_M"], options)
         real = importance.calibrated(source, options, lambda event: None)
     assert foreseen is not None
     assert importance.is_foreseen(foreseen)

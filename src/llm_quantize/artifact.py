@@ -15,7 +15,7 @@ from llm_quantize.manifest import manifest_bytes, nonfinite_counts, read_manifes
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.planning import Options
 from llm_quantize.source import Source
-from llm_quantize.work import Target, refuse_other_source, unit_records
+from llm_quantize.work import Target, matrix_records, refuse_other_source, unit_records
 
 
 def refuse_changed(checkpoint: Checkpoint, before: Sequence[Sequence[Any]]) -> None:
@@ -95,7 +95,8 @@ def already_complete(source: Source, artifact: ArtifactPlan, path: Path, options
     if not path.exists() or options.overwrite:
         return False
     manifest = manifest_path(path)
-    sizes = [file.stat().st_size for file in (sorted(path.glob("*.gguf")) if path.is_dir() else [path])]
+    files = [path / file.name for file in artifact.files] if path.is_dir() else [path]
+    sizes = [file.stat().st_size if file.is_file() else -1 for file in files]
     if manifest.is_file() and sizes == [file.size for file in artifact.files]:
         try:
             known = read_manifest(manifest) or {}
@@ -118,8 +119,9 @@ def sealed_manifest(source: Source, target: Target) -> bytes:
     """The manifest: deterministic, without times or machine names, so that it is as reproducible as the artifact."""
     artifact = target.plan
     tensors = unit_records(target)
+    matrices = matrix_records(target)
     content = {
-        "format": "gguf",
+        "format": artifact.format,
         "level": artifact.level,
         "plan_sha256": artifact.digest,
         "identity": dict(artifact.identity),
@@ -129,5 +131,6 @@ def sealed_manifest(source: Source, target: Target) -> bytes:
         "folded": dict(source.checkpoint.folded),
         **nonfinite_counts(tensors),
         "tensors": tensors,
+        **({"matrices": matrices} if matrices else {}),
     }
     return manifest_bytes(content)

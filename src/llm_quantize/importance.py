@@ -4,42 +4,75 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.calibration.text import load_texts
-from llm_quantize.errors import UsageError
+from llm_quantize.calibration.windows import Windows
+from llm_quantize.errors import MissingExtraError, UsageError
 from llm_quantize.events import EventSink
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
-from llm_quantize.planning import Options, tensor_shapes
+from llm_quantize.io.journal import canonical_json
+from llm_quantize.planning import Options, is_block_matrix, tensor_shapes
 from llm_quantize.recipes import needs_importance
 from llm_quantize.source import Source
 
 CALIBRATED_NAME = "calibration-{}.safetensors"
 
 
-def foresee(source: Source, levels: Sequence[str], options: Options) -> Imatrix | None:
+def foresee(source: Source, format: str, levels: Sequence[str], options: Options) -> Imatrix | None:
     """The importance of this run: read from the user's file, or of the right names and shapes where it must be
     calibrated first (``is_foreseen``), or None.
 
     A plan made with foreseen values has the exact size; its identity is still open. Raises UsageError where options
     contradict each other, IntegrityError for statistics of another model, and what reading raises.
     """
-    if not _calibrates(source, levels, options):
+    if options.method.calibrates(format):
+        _refuse_idle(options, f"--method {options.method.method_of(format)} runs the text through the model itself")
+    elif format != "gguf":
+        _refuse_idle(options, f"{format} with --method rtn needs no text")
+        return None
+    elif not _calibrates(source, levels, options):
         return _given(source, options)
-    values = {
+    names = tuple(dataset.name for dataset in load_texts(options.calibration.data).datasets)
+    path = Path(CALIBRATED_NAME.format("0" * 16))
+    return Imatrix(path, _ones(source), names, options.calibration.samples, "")
+
+
+def _ones(source: Source) -> dict[str, npt.NDArray[np.float32]]:
+    """Importance of the right names and shapes: every matrix of the blocks."""
+    return {
         output.name: np.broadcast_to(np.float32(1), (math.prod(output.shape[:-2]), output.shape[-1]))
         for output in source.tensors.outputs
-        if len(output.shape) > 1
-        and re.fullmatch(r"blk\..*\.weight", output.name)
-        and not output.name.endswith("_norm.weight")
+        if is_block_matrix(output)
     }
-    names = tuple(dataset.name for dataset in load_texts(options.calibration.data).datasets)
-    return Imatrix(Path(CALIBRATED_NAME.format("0" * 16)), values, names, options.calibration.samples, "")
+
+
+def _refuse_idle(options: Options, why: str) -> None:
+    for option, given in (("--imatrix", options.imatrix), ("--statistics", options.statistics)):
+        if given is not None:
+            raise UsageError(f"{option} cannot be used here: {why}", found=given, remedy=f"leave {option} out")
+
+
+def drawn(source: Source, options: Options, on_event: EventSink) -> tuple[Imatrix, Windows]:
+    """The text that a method will run through the model itself, and the importance matrix that stands for it in plans:
+    its names and shapes are right, its hash is that of the tokens, its values are nobody's.
+
+    Raises MissingExtraError without torch, and what reading the text raises.
+    """
+    from llm_quantize.calibration.drawing import draw_windows
+
+    for name in ("torch", "transformers"):
+        if find_spec(name) is None:
+            raise MissingExtraError("calibration", "torch")
+    windows, facts = draw_windows(source, options.calibration, on_event)
+    digest = hashlib.sha256(canonical_json([facts, windows.sha256, options.calibration.device])).hexdigest()
+    path = Path(CALIBRATED_NAME.format(digest[:16]))
+    return Imatrix(path, _ones(source), tuple(facts["datasets"]), windows.samples, digest), windows
 
 
 def is_foreseen(imatrix: Imatrix | None) -> bool:

@@ -18,15 +18,16 @@ from llm_quantize.artifact import (
     source_times,
     target_path,
 )
+from llm_quantize.blockwise.start import discard_hidden, solve_matrices
+from llm_quantize.calibration.windows import Windows
 from llm_quantize.engine import run, stop_on_signals
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.io.imatrix_file import Imatrix
 from llm_quantize.manifest import nonfinite_counts
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.planning import Options, importance_rows, plan_source
 from llm_quantize.result import ArtifactResult, complete_result
 from llm_quantize.source import Source, open_source
-from llm_quantize.work import Recheck, Target, Worker, missing_units, unit_records
+from llm_quantize.work import Importance, Recheck, Target, Worker, missing_units, unit_records
 
 __all__ = ["ArtifactResult", "Options", "Source", "open_source", "plan", "plan_source", "quantize"]
 
@@ -47,7 +48,7 @@ def plan(
     options = options or Options()
     source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
     with source.checkpoint:
-        imatrix = importance.foresee(source, levels, options)
+        imatrix = importance.foresee(source, format, levels, options)
         return plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
 
 
@@ -70,12 +71,16 @@ def quantize(
     options = options or Options()
     source = open_source(model, revision=revision, on_event=on_event)
     with source.checkpoint:
-        imatrix = importance.foresee(source, levels, options)
+        imatrix = importance.foresee(source, format, levels, options)
         plans = plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
+        windows = None
         if importance.is_foreseen(imatrix):
             # What cannot succeed is refused before hours of calibration, not after.
             preflight.check(plans, Path(output_dir), threads=1, max_ram=options.max_ram, ignore_space=True)
-            imatrix = importance.calibrated(source, options, on_event)
+            if options.method.calibrates(format):
+                imatrix, windows = importance.drawn(source, options, on_event)
+            else:
+                imatrix = importance.calibrated(source, options, on_event)
             plans = plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
         for warning in (text for artifact in plans for text in artifact.warnings):
             on_event({"event": "warning", "text": warning})
@@ -93,7 +98,8 @@ def quantize(
             already_allocated=sum(partial_bytes(path) for _, path in todo),
             ignore_space=options.ignore_space,
         )
-        written = _write_all(source, todo, imatrix, options, fitted, on_event) if todo else {}
+        rows = {} if windows is not None else importance_rows(source, imatrix)
+        written = _write_all(source, todo, rows, windows, options, fitted, on_event) if todo else {}
     results = []
     for artifact, path in zip(plans, paths, strict=True):
         result = written.get(path) or complete_result(artifact, path)
@@ -124,7 +130,8 @@ def _recheck(recheck: Recheck, targets: Sequence[Target], pool: Pool, on_event: 
 def _write_all(
     source: Source,
     todo: Sequence[tuple[ArtifactPlan, Path]],
-    imatrix: Imatrix | None,
+    rows: Importance,
+    windows: Windows | None,
     options: Options,
     fitted: preflight.Preflight,
     on_event: EventSink,
@@ -132,7 +139,7 @@ def _write_all(
     """Quantize what is missing into every open output, then put each in place."""
     threads = fitted.threads
     times = source_times(source.checkpoint)
-    worker = Worker(source.checkpoint, importance_rows(source, imatrix), options.nonfinite, source.files)
+    worker = Worker(source.checkpoint, rows, options.nonfinite, source.files)
     with ExitStack() as stack, stop_on_signals() as stop:
         targets = [
             Target(artifact, stack.enter_context(open_output(artifact, path, options, on_event)))
@@ -144,7 +151,8 @@ def _write_all(
         resumed = {path: len(target.output.records) for target, (_, path) in zip(targets, todo, strict=True)}
         for target in targets:
             target.output.note({"source_times": times})
-        units = list(missing_units(targets))
+        alike = [targets] if all(target.plan.format == "gguf" for target in targets) else [[t] for t in targets]
+        units = [unit for group in alike for unit in missing_units(group)]
         total = sum(unit.weight for unit in units)
         facts = {"total": total, "threads": threads, "memory_needed": fitted.memory_needed}
         on_event({"event": "start", **facts, "resumed_units": sum(resumed.values())})
@@ -152,11 +160,15 @@ def _write_all(
         for unit in pool(worker, units):
             finished += unit.weight
             on_event({"event": "progress", "done": finished, "total": total})
+        for target in targets:
+            if target.plan.matrices:
+                solve_matrices(source, target, worker, windows, options, fitted.threads, stop, on_event)
         refuse_changed(source.checkpoint, times)
         for target in targets:
             target.output.finish(sealed_manifest(source, target))
     results = {}
     for target, (artifact, path) in zip(targets, todo, strict=True):
+        discard_hidden(path)
         counts = nonfinite_counts(unit_records(target))
         results[path] = ArtifactResult(artifact, path, "written", target.seconds, resumed[path], counts)
     return results

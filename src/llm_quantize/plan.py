@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from llm_quantize.architectures.base import OutputTensor
@@ -104,6 +106,23 @@ class ArtifactPlan:
             for tensor in self.tensors
             for start, stop in unit_ranges(tensor.output.shape)
         }
+
+    @cached_property
+    def _weights(self) -> dict[str, OutputTensor]:
+        """The weight of each field that has no rows of the source of its own."""
+        return {
+            self.tensors[index].name: matrix.weight
+            for matrix in self.matrices
+            for index in matrix.fields
+            if not self.tensors[index].output.pieces
+        }
+
+    def origin(self, tensor: TensorPlan, start: int, stop: int) -> tuple[OutputTensor, int, int]:
+        """What rows [start, stop) of a stored tensor are made of: the same rows of the source, or a whole matrix."""
+        weight = self._weights.get(tensor.name)
+        if weight is None:
+            return tensor.output, start, stop
+        return weight, 0, matrix_shape(weight.shape)[0]
 
     def rounded(self) -> list[int]:
         """The tensors (indices) that are rounded by themselves, a few rows at a time."""
@@ -208,7 +227,9 @@ def work_bytes(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
 def _chunk_bytes(artifacts: Sequence[ArtifactPlan]) -> int:
     """The most that one thread holds of one chunk: as read, gathered, converted, and packed for each qtype."""
     most = 0
-    for together in zip(*(artifact.tensors for artifact in artifacts), strict=True):
+    alike = all(artifact.format == "gguf" for artifact in artifacts)
+    groups = [artifacts] if alike else [[artifact] for artifact in artifacts]
+    for together in chain.from_iterable(zip(*(a.tensors for a in group), strict=True) for group in groups):
         rows, columns = matrix_shape(together[0].output.shape)
         count = min(rows, chunk_rows(columns))
         stored = artifacts[0].source_itemsize

@@ -11,6 +11,7 @@ from pathlib import Path
 import llm_quantize
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.assemble import matrix_shape
+from llm_quantize.blockwise.options import MethodOptions
 from llm_quantize.calibration.identity import model_digest
 from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.errors import IntegrityError, UnsupportedError, UsageError
@@ -18,13 +19,13 @@ from llm_quantize.formats import gguf as gguf_format
 from llm_quantize.io.gguf_file import layout_gguf
 from llm_quantize.io.imatrix_file import Imatrix
 from llm_quantize.io.safetensors_file import DTYPE_BITS
-from llm_quantize.plan import ArtifactPlan, plan_artifact
+from llm_quantize.plan import ArtifactPlan, MatrixPlan, plan_artifact
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.recipes import Overrides, Recipe, TensorShape, assign, parse_level
 from llm_quantize.source import Source
 from llm_quantize.work import NONFINITE_POLICIES, Importance
 
-FORMATS = ("gguf",)
+FORMATS = ("gguf", "gptq", "awq", "compressed-tensors")
 _SELDOM_COVERED = ("token_embd.weight", "output.weight")
 FLOAT_LEVELS = ("F32", "F16", "BF16")
 
@@ -44,6 +45,7 @@ class Options:
     statistics: Path | None = None
     calibrate: bool | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
     nonfinite: str = "refuse"
     checkpoints: bool = True
     checkpoint_dir: Path | None = None
@@ -72,14 +74,44 @@ def plan_source(
         raise UsageError("unknown --nonfinite policy", expected=NONFINITE_POLICIES, found=options.nonfinite)
     if not levels:
         raise UsageError("no level given", remedy="name one or more with -q, for example -q Q4_K_M")
+    stem = _file_stem(name or source.checkpoint.name)
+    if format != "gguf":
+        plans = [_plan_directory(source, format, level, stem, imatrix, options) for level in dict.fromkeys(levels)]
+        return _named(plans, stem, name)
     importance_rows(source, imatrix)
     _check_recipe(source, levels, options.overrides.recipe)
     names = list(dict.fromkeys(parse_level(level).name for level in levels))
-    stem = _file_stem(name or source.checkpoint.name)
     plans = [_plan_level(source, level, stem, imatrix, options) for level in names]
+    return _named(plans, stem, name)
+
+
+def _named(plans: list[ArtifactPlan], stem: str, name: str | None) -> list[ArtifactPlan]:
+    """``plans``, with a warning where the user's name could not be kept."""
     if name is not None and stem != name:
         plans[0] = replace(plans[0], warnings=(f"the output is called {stem}, not {name[:80]!r}", *plans[0].warnings))
     return plans
+
+
+def _plan_directory(
+    source: Source, format: str, level: str, stem: str, imatrix: Imatrix | None, options: Options
+) -> ArtifactPlan:
+    from llm_quantize.formats.directory import plan_directory
+
+    method = options.method
+    facts = method.identity(format) | ({} if imatrix is None else {"text": imatrix.sha256})
+    plan = plan_directory(source, format, level, name=stem, options=method, method=facts, nonfinite=options.nonfinite)
+    return replace(plan, warnings=(*plan.warnings, *_text_advice(imatrix, options, "quantize calibrates")))
+
+
+def _text_advice(imatrix: Imatrix | None, options: Options, what: str) -> list[str]:
+    """What a calibration that is still to be run will need, if there is one."""
+    if imatrix is None or imatrix.sha256:
+        return []
+    calibration = options.calibration
+    return [
+        f"{what} first: at most {calibration.samples} windows of {calibration.length} tokens run "
+        "through the model, one block in memory at a time (this needs the extra [torch])"
+    ]
 
 
 def _check_recipe(source: Source, levels: Sequence[str], recipe: Recipe | None) -> None:
@@ -129,7 +161,7 @@ def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, o
             chunks=imatrix.chunks,
         )
     overrides = options.overrides
-    chosen = {
+    chosen: dict[str, object] = {
         "version": version,
         "imatrix": None if imatrix is None else imatrix.sha256,
         "output_type": overrides.output_type,
@@ -141,8 +173,12 @@ def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, o
     }
     if recipe is not None:
         chosen["recipe"] = recipe.sha256
+    solved = options.method.method_of("gguf") != "rtn"
+    if solved:
+        chosen |= options.method.identity("gguf")
+        metadata[f"{gguf_format.PROVENANCE}.method"] = gguf_format.text("gptq")
     files = [[fact.name, fact.size, fact.header_sha256] for fact in source.checkpoint.fingerprint()]
-    return plan_artifact(
+    plan = plan_artifact(
         level=called,
         name=f"{stem}-{called}",
         outputs=outputs,
@@ -159,6 +195,22 @@ def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, o
         source_itemsize=max((_itemsize(info.dtype) for info in source.checkpoint.tensors.values()), default=2),
         warnings=[*assigned.warnings, *_advice(source, name, assigned.qtypes, imatrix, options)],
     )
+    return replace(plan, matrices=_matrices(plan)) if solved else plan
+
+
+def _matrices(plan: ArtifactPlan) -> tuple[MatrixPlan, ...]:
+    """The tensors of a GGUF artifact that a method quantizes as a whole: the quantized matrices of the blocks."""
+    return tuple(
+        MatrixPlan(tensor.name, tensor.output, tensor.qtype, (index,))
+        for index, tensor in enumerate(plan.tensors)
+        if is_block_matrix(tensor.output) and QTYPES[tensor.qtype].block_size > 1
+    )
+
+
+def is_block_matrix(output: OutputTensor) -> bool:
+    """Whether an output is a matrix, or a stack of them, of a block: what calibration sees the inputs of."""
+    named = re.fullmatch(r"blk\..*\.weight", output.name) and not output.name.endswith("_norm.weight")
+    return bool(named) and len(output.shape) > 1 and output.constant is None
 
 
 def _advice(source: Source, level: str, qtypes: Sequence[str], imatrix: Imatrix | None, options: Options) -> list[str]:
@@ -169,12 +221,7 @@ def _advice(source: Source, level: str, qtypes: Sequence[str], imatrix: Imatrix 
         advice.append("MXFP4_MOE: this model has no expert tensors, so nothing is stored as mxfp4; this is Q8_0")
     if level.startswith("TQ"):
         advice.append(f"{level} is for models trained with ternary weights; any other model loses nearly everything")
-    if imatrix is not None and not imatrix.sha256:
-        calibration = options.calibration
-        advice.append(
-            f"quantize calibrates first: at most {calibration.samples} windows of {calibration.length} tokens run "
-            "through the model, one block in memory at a time (this needs the extra [torch])"
-        )
+    advice += _text_advice(imatrix, options, "quantize calibrates")
     limit = options.split_max_size
     if limit is not None:
         size, largest = max(

@@ -266,7 +266,7 @@ def _plans(source: Source, levels: Sequence[str]) -> list[tuple[ArtifactPlan, bo
     for wanted in (False, True):
         chosen = [level for level in levels if calibrate[level] is wanted]
         options = Options(calibrate=wanted)
-        imatrix = importance.foresee(source, chosen, options)
+        imatrix = importance.foresee(source, "gguf", chosen, options)
         plans = plan_source(source, "gguf", levels=chosen, name=None, options=options, imatrix=imatrix)
         found += [(plan, wanted) for plan in plans]
     return found

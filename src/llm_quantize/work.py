@@ -73,13 +73,20 @@ class Unit:
 
 
 def missing_units(targets: Sequence[Target]) -> Iterator[Unit]:
-    """Units that at least one target lacks, in the order of the source's tensors."""
+    """Units that at least one target lacks, in the order of the source's tensors; all targets list the same tensors.
+
+    Matrices that a method quantizes as a whole are not among them (see blockwise/)."""
     if not targets:
         return
+    rounded = [frozenset(target.plan.rounded()) for target in targets]
     for index, tensor in enumerate(targets[0].plan.tensors):
         for start, stop in unit_ranges(tensor.output.shape):
             key = unit_key(tensor.name, start, stop)
-            wanting = tuple(target for target in targets if key not in target.output.records)
+            wanting = tuple(
+                target
+                for target, own in zip(targets, rounded, strict=True)
+                if index in own and key not in target.output.records
+            )
             if wanting:
                 yield Unit(index, start, stop, wanting)
 
@@ -99,7 +106,7 @@ class _Clock:
         self._last = now
 
 
-def _infinite_blocks(qtype: QType, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
+def infinite_blocks(qtype: QType, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
     """Blocks in which a float16 scale (or value) is infinite or NaN: it poisons the whole block in silence."""
     blocks = packed.reshape(-1, qtype.block_bytes)
     found = [
@@ -136,7 +143,7 @@ class Worker:
         overflowed: dict[str, int] = {}
         for matrix, start, stop in chunk_ranges(unit.output.shape, unit.start, unit.stop):
             rows = read_output_rows(self.source, unit.output, start, stop, buffer=self._buffer(), digest=source_digest)
-            rows, count = self._finite(unit.output, rows, start)
+            rows, count = self.finite(unit.output, rows, start)
             nonfinite += count
             clock.charge(*unit.targets)
             packed: dict[str, npt.NDArray[np.uint8]] = {}
@@ -172,7 +179,7 @@ class Worker:
         vectors = self.importance.get(tensor.name) if qtype.uses_importance else None
         importance = None if vectors is None else np.ascontiguousarray(vectors[matrix])
         packed = kernels.quantize(tensor.qtype, rows, importance)
-        bad = _infinite_blocks(qtype, packed)
+        bad = infinite_blocks(qtype, packed)
         if not bad.size:
             return packed, 0
         if self.nonfinite == "keep":
@@ -188,7 +195,7 @@ class Worker:
             remedy=f"keep this tensor in BF16, from the start: --tensor-type '^{tensor.name}$=bf16' --overwrite",
         )
 
-    def _finite(self, output: OutputTensor, rows: Rows, start: int) -> tuple[Rows, int]:
+    def finite(self, output: OutputTensor, rows: Rows, start: int) -> tuple[Rows, int]:
         """The rows, by the policy for NaN and infinity, and how many such values the source has there."""
         count, first = kernels.scan_nonfinite(rows)
         if count == 0 or self.nonfinite == "keep":
@@ -222,6 +229,7 @@ class Recheck:
 
     source: RowSource
     deep: bool
+    known: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
     def __call__(self, job: tuple[Target, str]) -> bool:
         """Whether the unit's bytes are as recorded. Raises IntegrityError where the source changed."""
@@ -239,13 +247,21 @@ class Recheck:
         if not self.deep:
             return True
         tensor, start, stop = _parse_key(target.plan, key)
-        found = _source_hash(self.source, tensor, start, stop)
+        found = self._hash(target.plan, tensor, start, stop)
         if found != record["source_sha256"]:
             if target.output.replace:
                 target.output.forget(key)
                 return False
             raise _source_changed("since the unfinished run", tensor, record["source_sha256"], found)
         return True
+
+    def _hash(self, plan: ArtifactPlan, tensor: TensorPlan, start: int, stop: int) -> str:
+        """``source_hash`` of what a unit was made of; that of a matrix, which several units share, is kept."""
+        origin = plan.origin(tensor, start, stop)
+        key = (origin[0].name, *origin[1:])
+        if key not in self.known:
+            self.known[key] = source_hash(self.source, *origin)
+        return self.known[key]
 
 
 def refuse_other_source(
@@ -258,17 +274,18 @@ def refuse_other_source(
     for entry in manifest.get("tensors", []):
         tensor = tensors[entry["name"]]
         for unit in entry["units"]:
-            found = _source_hash(source, tensor, *unit["rows"])
+            found = source_hash(source, *plan.origin(tensor, *unit["rows"]))
             if found != unit["source_sha256"]:
                 raise _source_changed("since the artifact was made", tensor, unit["source_sha256"], found)
             done += (unit["rows"][1] - unit["rows"][0]) * matrix_shape(tensor.output.shape)[1]
             on_event({**progress, "done": done, "total": plan.weights})
 
 
-def _source_hash(source: RowSource, tensor: TensorPlan, start: int, stop: int) -> str:
+def source_hash(source: RowSource, output: OutputTensor, start: int, stop: int) -> str:
+    """SHA-256 of the source's bytes of rows [start, stop), as ``read_output_rows`` reads them."""
     digest = hashlib.sha256()
-    for _, first, last in chunk_ranges(tensor.output.shape, start, stop):
-        read_output_rows(source, tensor.output, first, last, digest=digest)
+    for _, first, last in chunk_ranges(output.shape, start, stop):
+        read_output_rows(source, output, first, last, digest=digest)
     return digest.hexdigest()
 
 
@@ -287,6 +304,17 @@ def _parse_key(plan: ArtifactPlan, key: str) -> tuple[TensorPlan, int, int]:
     start, _, stop = rows.rstrip("]").partition(":")
     tensor = next(tensor for tensor in plan.tensors if tensor.name == name)
     return tensor, int(start), int(stop)
+
+
+def matrix_records(target: Target) -> list[dict[str, Any]]:
+    """What the manifest says of each matrix that a method quantized as a whole: its grid, and what became of it."""
+    found = []
+    for matrix in target.plan.matrices:
+        first = target.plan.tensors[matrix.fields[0]]
+        record = target.output.records[unit_key(first.name, *unit_ranges(first.output.shape)[0])]
+        names = [target.plan.tensors[index].name for index in matrix.fields]
+        found.append({"name": matrix.name, "type": matrix.qtype, "fields": names, **record.get("matrix", {})})
+    return found
 
 
 def unit_records(target: Target) -> list[dict[str, Any]]:

@@ -65,7 +65,7 @@ def test_foreseen_names_and_shapes_are_those_of_every_family(variant: str, text:
     )
     source = open_source(str(make_tiny(variant, tmp_path / "model")))
     with source.checkpoint:
-        foreseen = importance.foresee(source, ["Q4_K_M"], options)
+        foreseen = importance.foresee(source, "gguf", ["Q4_K_M"], options)
         real = importance.calibrated(source, options, lambda event: None)
     assert foreseen is not None
     shapes = {name: rows.shape for name, rows in foreseen.values.items()}

@@ -108,6 +108,16 @@ class Network:
         return sum(state[name].numel() * state[name].element_size() for name in self._parameters(part))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and hidden states."""
+        return self._skeleton.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is run."""
+        return self._skeleton.device
+
+    @property
     def eager(self) -> bool:
         """Whether attention computes the scores of all heads at once, as families without another way do."""
         return bool(self._skeleton.model.config.get_text_config()._attn_implementation == "eager")

@@ -1,0 +1,68 @@
+"""The embedding as the artifact holds it: the first thing whose error a run can make up for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import torch
+
+from llm_quantize import kernels
+from llm_quantize.assemble import unit_ranges
+from llm_quantize.calibration.weights import CheckpointWeights
+from llm_quantize.plan import TensorPlan, unit_key
+from llm_quantize.qtypes import QTYPES
+from llm_quantize.source import Source
+from llm_quantize.work import Target
+
+_EMBEDDING = "token_embd.weight"
+_CHUNK = 1 << 12  # rows decoded together
+
+
+class WrittenEmbedding:
+    """Weights of a source (see calibration/weights.py) whose embedding is the one that an artifact has stored."""
+
+    def __init__(self, weights: CheckpointWeights, target: Target, tensor: TensorPlan) -> None:
+        self._weights, self._target, self._tensor = weights, target, tensor
+        self._name = tensor.output.pieces[0].source
+
+    @classmethod
+    def of(cls, source: Source, target: Target, weights: CheckpointWeights) -> WrittenEmbedding | None:
+        """None where the artifact keeps the embedding as it is, or cannot be read by rows of the source's."""
+        tensor = next((tensor for tensor in target.plan.tensors if tensor.name == _EMBEDDING), None)
+        if tensor is None or tensor.qtype not in QTYPES or QTYPES[tensor.qtype].block_size == 1:
+            return None
+        (piece, *others) = tensor.output.pieces
+        plain = piece.order is None and piece.columns is None and not piece.transpose and not piece.add
+        whole = source.checkpoint.matrix(piece.source)[0] == tensor.output.shape[0]
+        return cls(weights, target, tensor) if plain and whole and not others else None
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._weights.names
+
+    def read(self, name: str) -> torch.Tensor:
+        """As CheckpointWeights; the embedding float32, as decoded."""
+        if name != self._name:
+            return self._weights.read(name)
+        return self.read_rows(name, torch.arange(self._tensor.output.shape[0]))
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows ``rows`` (int64, ascending): (len(rows), columns)."""
+        if name != self._name:
+            return self._weights.read_rows(name, rows)
+        tensor, columns = self._tensor, self._tensor.output.shape[-1]
+        wanted = rows.numpy()
+        found = np.empty((len(wanted), columns), np.float32)
+        for start, stop in unit_ranges(tensor.output.shape):
+            first, last = np.searchsorted(wanted, [start, stop])
+            if first == last:
+                continue
+            data = self._target.output.read(unit_key(tensor.name, start, stop))
+            packed = np.frombuffer(data, np.uint8).reshape(stop - start, tensor.row_bytes)
+            for at in range(first, last, _CHUNK):
+                some = wanted[at : min(at + _CHUNK, last)]
+                found[at : at + len(some)] = kernels.dequantize(
+                    tensor.qtype, np.ascontiguousarray(packed[some - start]), columns
+                )
+        return torch.from_numpy(found)

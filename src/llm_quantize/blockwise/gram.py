@@ -1,0 +1,68 @@
+"""Sums of products of the inputs of one matrix: what error feedback knows of a layer.
+
+X (tokens, n) inputs as the quantized model gives them, Y (tokens, n) as the source model does:
+
+    hessian = sum X^T X (n, n)        cross = sum (Y - X)^T X (n, n)
+
+Both are cut into tiles that are added up independently, window after window, so that they do not depend on the number
+of threads; of the symmetric one only the upper tiles are computed. The hessian is a float32 product even of bfloat16
+inputs, as a Cholesky factor needs its small eigenvalues. The cross product is taken in the network's own dtype: it is a
+regression target, and its rounding (2^-9 of one chunk of windows, at random) is below the noise of sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+TILE = 1024
+
+
+class Gram:
+    """The sums of one matrix with ``columns`` inputs. ``cross`` is None where it was not asked for; ``tokens`` so far.
+
+    ``hessian`` is whole only after ``finish``.
+    """
+
+    def __init__(self, columns: int, *, cross: bool, device: torch.device | str = "cpu") -> None:
+        self.columns, self.tokens = columns, 0
+        self.hessian = torch.zeros((columns, columns), dtype=torch.float32, device=device)
+        self.cross = torch.zeros_like(self.hessian) if cross else None
+
+    def jobs(self, inputs: Tensor, full: Tensor | None = None) -> list[Callable[[], None]]:
+        """The work of adding ``inputs`` (tokens, columns) and, for the cross product, the source model's (the same
+        tokens): pieces that may run at the same time, all of them before those of the next call."""
+        self.tokens += inputs.shape[0]
+        found: list[Callable[[], None]] = []
+        for top in range(0, self.columns, TILE):
+            rows = slice(top, min(top + TILE, self.columns))
+            for left in range(top, self.columns, TILE):
+                columns = slice(left, min(left + TILE, self.columns))
+                found.append(partial(_add_product, self.hessian[rows, columns], inputs[:, rows], inputs[:, columns]))
+            if self.cross is not None and full is not None:
+                found.append(partial(_add_cross, self.cross[rows], inputs, full[:, rows], rows))
+        return found
+
+    def finish(self) -> None:
+        """Complete the lower triangle."""
+        upper = torch.triu(self.hessian)
+        self.hessian = upper + torch.triu(self.hessian, 1).T
+
+
+def gram_bytes(columns: int, *, cross: bool) -> int:
+    """Bytes that a Gram of so many columns holds, with what ``finish`` needs for a moment."""
+    return 4 * columns * columns * (3 + cross)
+
+
+def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+    with torch.inference_mode():
+        target.addmm_(left.float().T, right.float())
+
+
+def _add_cross(target: Tensor, inputs: Tensor, full: Tensor, rows: slice) -> None:
+    with torch.inference_mode():
+        away = (full.float() - inputs[:, rows].float()).to(inputs.dtype)
+        target += (away.T @ inputs).float()

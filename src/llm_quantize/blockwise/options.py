@@ -1,0 +1,73 @@
+"""What a user may set about a method, a transform and the grid of a directory format. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm_quantize.errors import UsageError
+
+METHODS = ("rtn", "gptq")
+TRANSFORMS = ("none", "awq")
+INPUTS = ("sequential", "block", "source")
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """``method``: rtn (round to nearest) or gptq (error feedback); None: the format's own.
+
+    ``transform``: awq rescales channels first; None: what the format does. ``inputs``: what a matrix is calibrated on:
+    "sequential" (the model as quantized up to this very matrix), "block" (up to this block), "source" (not at all).
+    ``correction``: how far a layer makes up for the errors of those before it, 0 (not) to 1. ``sweeps``, ``refit``,
+    ``refine``, ``damp``: see methods/gptq.py; None: its own defaults.
+
+    Of directories: ``group_size`` (-1: a whole row), ``symmetric``, None: as the format and level say; ``desc_act``;
+    ``ignore``: regular expressions of modules that stay as they are; ``shard_size`` in bytes.
+    """
+
+    method: str | None = None
+    transform: str | None = None
+    inputs: str = "sequential"
+    correction: float = 1.0
+    sweeps: int | None = None
+    refit: bool | None = None
+    refine: bool | None = None
+    damp: float | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    desc_act: bool = False
+    ignore: tuple[str, ...] = ()
+    shard_size: int = 5_000_000_000
+
+    def __post_init__(self) -> None:
+        for name, found, allowed in (
+            ("--method", self.method, METHODS),
+            ("--transform", self.transform, TRANSFORMS),
+            ("--inputs", self.inputs, INPUTS),
+        ):
+            if found is not None and found not in allowed:
+                raise UsageError(f"unknown {name}", expected=", ".join(allowed), found=found)
+        if not 0 <= self.correction <= 1:
+            raise UsageError("--correction is out of range", expected="0 to 1", found=self.correction)
+
+    def method_of(self, format: str) -> str:
+        """The method for ``format``: GGUF is rounded unless asked otherwise, directories are not."""
+        return self.method or ("rtn" if format == "gguf" else "gptq")
+
+    def transform_of(self, format: str) -> str:
+        """The transform for ``format``: AWQ's own belongs to its format, unless the method is plain rounding."""
+        if self.transform is not None:
+            return self.transform
+        return "awq" if format == "awq" and self.method_of(format) != "rtn" else "none"
+
+    def calibrates(self, format: str) -> bool:
+        """Whether ``format`` made so needs text."""
+        return self.method_of(format) == "gptq" or self.transform_of(format) != "none"
+
+    def identity(self, format: str) -> dict[str, object]:
+        """What of these decides the bytes: for the artifact's identity."""
+        method, transform = self.method_of(format), self.transform_of(format)
+        facts: dict[str, object] = {"method": method, "transform": transform}
+        if method == "gptq":
+            names = ("inputs", "correction", "sweeps", "refit", "refine", "damp")
+            facts |= {name: getattr(self, name) for name in names}
+        return facts

@@ -1,0 +1,361 @@
+"""The way through the blocks of a run that calibrates: collect, solve, write, put back, go on.
+
+    hidden states → for each block: for each stage: inputs → factor → codes → the artifact → the block itself → … → next
+
+Two streams run side by side (``inputs.Streams``). What is written is at once what the quantized stream computes with:
+values are decoded from the very bytes of the artifact, so that a run that was killed and goes on, and reads finished
+matrices back, sees the same hidden states and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.assemble import matrix_shape, read_output_rows, to_float32, unit_ranges
+from llm_quantize.blockwise import scaling
+from llm_quantize.blockwise.embedding import WrittenEmbedding
+from llm_quantize.blockwise.inputs import Pool, Streams, collect, propagate
+from llm_quantize.blockwise.memory import Fitted
+from llm_quantize.blockwise.options import MethodOptions
+from llm_quantize.blockwise.places import Segment, Sources, segments
+from llm_quantize.blockwise.solve import Job, Solver, stages
+from llm_quantize.blockwise.start import hidden_directory
+from llm_quantize.blockwise.stores import Fields, Store
+from llm_quantize.calibration.activations import Activations
+from llm_quantize.calibration.forward import Block, Network, Tap
+from llm_quantize.calibration.weights import CheckpointWeights
+from llm_quantize.errors import UnsupportedError
+from llm_quantize.events import EventSink
+from llm_quantize.methods.gptq_options import GptqOptions
+from llm_quantize.plan import MatrixPlan, unit_key
+from llm_quantize.source import Source
+from llm_quantize.work import Target, Worker, source_hash
+
+Floats = npt.NDArray[np.float32]
+
+
+def gptq_options(options: MethodOptions, method: str) -> GptqOptions:
+    """The optimiser's options: those that the user left open have its own defaults; rtn has no stage at all."""
+    chosen = {
+        name: value for name in ("sweeps", "refit", "refine", "damp") if (value := getattr(options, name)) is not None
+    }
+    if method == "rtn":
+        chosen |= {"feedback": False, "sweeps": 0, "refit": False}
+    correction = 0.0 if options.inputs == "source" or method == "rtn" else options.correction
+    return GptqOptions(correction=correction, **chosen)
+
+
+@dataclass
+class Matrices:
+    """The matrices of an artifact, read from the source and written as fields. ``changed``: {source tensor: values that
+    a transform gave it, float32 in its shape}."""
+
+    source: Source
+    target: Target
+    store: Store
+    worker: Worker
+    changed: dict[str, Floats] = field(default_factory=dict)
+
+    def rows(self, matrix: MatrixPlan, start: int, stop: int) -> Floats:
+        """float32 rows [start, stop) of the weight. Raises NumericPolicyError for values that are not finite."""
+        weight = matrix.weight
+        if any(piece.source in self.changed for piece in weight.pieces):
+            return self._changed_rows(weight)[start:stop]
+        rows = read_output_rows(self.source.checkpoint, weight, start, stop)
+        return np.array(to_float32(self.worker.finite(weight, rows, start)[0]), np.float32)
+
+    def _changed_rows(self, weight: OutputTensor) -> Floats:
+        parts = []
+        for piece in weight.pieces:
+            values = self.present(piece.source)
+            values = values.reshape(-1, values.shape[-1])
+            parts.append(values[piece.start : None if piece.count is None else piece.start + piece.count])
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def present(self, name: str) -> Floats:
+        """A tensor of the source as it is now, float32, its shape."""
+        if name in self.changed:
+            return self.changed[name]
+        return CheckpointWeights(self.source.checkpoint).read(name).float().numpy()
+
+    def done(self, matrix: MatrixPlan) -> bool:
+        """Whether every part of every field is recorded."""
+        return all(key in self.target.output.records for _, _, key in self._units(matrix))
+
+    def _units(self, matrix: MatrixPlan) -> Iterator[tuple[int, tuple[int, int], str]]:
+        for number, index in enumerate(matrix.fields):
+            tensor = self.target.plan.tensors[index]
+            for start, stop in unit_ranges(tensor.output.shape):
+                yield number, (start, stop), unit_key(tensor.name, start, stop)
+
+    def write(self, matrix: MatrixPlan, fields: Fields, facts: Mapping[str, Any]) -> None:
+        """Write and record the fields; ``facts`` go with the first part."""
+        whole = ""
+        for number, (start, stop), key in self._units(matrix):
+            tensor = self.target.plan.tensors[matrix.fields[number]]
+            data = np.ascontiguousarray(fields[number]).reshape(matrix_shape(tensor.output.shape)[0], -1)[start:stop]
+            raw = data.reshape(-1).view(np.uint8).data
+            self.target.output.write(tensor.span(start, stop), 0, raw)
+            if tensor.output.pieces:
+                origin = source_hash(self.source.checkpoint, tensor.output, start, stop)
+            else:
+                whole = whole or source_hash(self.source.checkpoint, matrix.weight, 0, matrix_rows(matrix))
+                origin = whole
+            record: dict[str, Any] = {"sha256": hashlib.sha256(raw).hexdigest(), "source_sha256": origin}
+            if (number, start) == (0, 0):
+                record["matrix"] = dict(facts)
+            self.target.output.record(key, record)
+
+    def read(self, matrix: MatrixPlan) -> Fields:
+        """The fields of a finished matrix, from the artifact."""
+        parts: list[list[npt.NDArray[np.uint8]]] = [[] for _ in matrix.fields]
+        for number, _, key in self._units(matrix):
+            parts[number].append(np.frombuffer(self.target.output.read(key), np.uint8))
+        return [
+            self.store.typed(self.target.plan.tensors[index], np.concatenate(part))
+            for index, part in zip(matrix.fields, parts, strict=True)
+        ]
+
+
+def matrix_rows(matrix: MatrixPlan) -> int:
+    """How many rows a matrix (or a stack of them) has."""
+    return matrix_shape(matrix.weight.shape)[0]
+
+
+def round_matrices(matrices: Matrices, pool: Pool, options: GptqOptions, on_event: EventSink) -> None:
+    """Quantize every matrix that is not done by rounding alone, without text."""
+    solver = Solver(matrices.store, matrices.rows, options, pool, "cpu")
+    todo = [matrix for matrix in matrices.target.plan.matrices if not matrices.done(matrix)]
+    total = sum(matrix_rows(matrix) * matrix.weight.shape[-1] for matrix in todo)
+    done = 0
+    for matrix in todo:
+        job = Job(matrix, [Segment(0, matrix_rows(matrix), "", 0)])
+        solver.round([job])
+        matrices.write(matrix, solver.join(job), job.summary())
+        done += matrix_rows(matrix) * matrix.weight.shape[-1]
+        on_event({"event": "progress", "done": done, "total": total})
+
+
+class Blocks:
+    """One artifact's way through the blocks. ``ids``: int64 (windows, length) tokens."""
+
+    def __init__(
+        self,
+        matrices: Matrices,
+        network: Network,
+        ids: torch.Tensor,
+        options: MethodOptions,
+        fitted: Fitted,
+        pool: Pool,
+        on_event: EventSink,
+    ) -> None:
+        self.matrices, self.network, self.ids = matrices, network, ids
+        self.fitted, self.pool, self.on_event = fitted, pool, on_event
+        plan = matrices.target.plan
+        self.method, self.transform = options.method_of(plan.format), options.transform_of(plan.format)
+        self.sequential = options.inputs == "sequential"
+        self.quantized = options.inputs != "source"
+        self.options = gptq_options(options, self.method)
+        self.paired = self.options.correction > 0
+        self.solver = Solver(matrices.store, matrices.rows, self.options, pool, str(network.device))
+        self.taps = [network.taps(index) for index in range(network.n_blocks)]
+        self.members = self._members()
+        self.held = [scaling.held(matrices, index) for index in range(network.n_blocks)]
+        self._steps, self._total = 0, 1
+
+    def _members(self) -> list[list[tuple[MatrixPlan, list[Segment]]]]:
+        """The matrices of each block and what their rows see."""
+        found: list[list[tuple[MatrixPlan, list[Segment]]]] = [[] for _ in self.taps]
+        checkpoint = self.matrices.source.checkpoint
+        homes = {name: index for index, taps in enumerate(self.taps) for tap in taps for name in tap.tensors}
+        for matrix in self.matrices.target.plan.matrices:
+            index = homes.get(matrix.weight.pieces[0].source)
+            seen = None if index is None else segments(checkpoint, matrix.weight, self.taps[index])
+            if index is None or seen is None:
+                raise UnsupportedError(
+                    "the inputs of this matrix cannot be observed",
+                    tensor=matrix.name,
+                    remedy="leave it out with --ignore, or use --method rtn",
+                )
+            found[index].append((matrix, seen))
+        return found
+
+    def run(self) -> None:
+        """Quantize every matrix that is not done. Raises StoppedError after a signal: finished matrices are kept."""
+        missing = [index for index, held in enumerate(self.members) if not all(self._done(m) for m, _ in held)]
+        missing += [index for index in range(len(self.taps)) if not self._held_done(index)]
+        if not missing:
+            return
+        with ExitStack() as stack:
+            streams, first = self._begin(stack, min(missing))
+            passes = sum(self._passes(index) for index in range(first, max(missing) + 1))
+            self._total = passes * self.ids.shape[0]
+            tokens = self.ids.numel()
+            self.on_event({"event": "start", "total": tokens, "threads": self.pool.threads,
+                           "memory_needed": self.fitted.peak, "resumed_units": 0})  # fmt: skip
+            for index in range(first, max(missing) + 1):
+                streams = self._block(index, streams, last=index == max(missing))
+                self._remember(index, streams)
+
+    def _done(self, matrix: MatrixPlan) -> bool:
+        return self.matrices.done(matrix)
+
+    def _held_done(self, index: int) -> bool:
+        return all(unit in self.matrices.target.output.records for _, _, unit in scaling.held_units(self.held[index]))
+
+    def _stages(self, index: int) -> list[list[Tap]]:
+        wanted = {segment.tap for _, seen in self.members[index] for segment in seen}
+        return list(stages(self.taps[index], wanted, sequential=self.sequential))
+
+    def _passes(self, index: int) -> int:
+        return (
+            len(self._stages(index)) + (self.transform == "awq") + self.quantized + (self.paired or not self.quantized)
+        )
+
+    def _advance(self, windows: int) -> None:
+        self._steps += windows
+        total = self.ids.numel()
+        done = min(total, total * self._steps // self._total)
+        self.on_event({"event": "progress", "done": done, "total": total, "unit": "tokens"})
+
+    # hidden states
+
+    def _activations(self, slot: int) -> Activations:
+        file = None if self.fitted.in_memory else self._directory / str(slot)
+        windows, length = self.ids.shape
+        return Activations(windows, length, self.network.width, self.network.dtype, file=file)
+
+    @property
+    def _directory(self) -> Path:
+        return hidden_directory(self.matrices.target.output.target)
+
+    def _begin(self, stack: ExitStack, wanted: int) -> tuple[Streams, int]:
+        """The streams that enter the first block to be run, and its index: where an earlier run left them, or 0."""
+        found = self._left_behind(wanted)
+        if found is not None:
+            return found
+        weights = CheckpointWeights(self.matrices.source.checkpoint)
+        full = self._activations(0)
+        for window, values in enumerate(self.network.embed(weights, self.ids)):
+            full.write(window, values)
+        quantized = full
+        own = WrittenEmbedding.of(self.matrices.source, self.matrices.target, weights) if self.quantized else None
+        if self.quantized:
+            quantized = self._activations(2)
+            for window, values in enumerate(self.network.embed(own or weights, self.ids)):
+                quantized.write(window, values)
+        return Streams(quantized, full), 0
+
+    def _left_behind(self, wanted: int) -> tuple[Streams, int] | None:
+        note = self.matrices.target.output.notes.get("hidden")
+        after, digests = (note.get("after"), note.get("sha256")) if isinstance(note, dict) else (None, None)
+        if self.fitted.in_memory or type(after) is not int or not 0 <= after < wanted:
+            return None
+        slot = (after + 1) % 2
+        full = self._activations(slot)
+        quantized = self._activations(2 + slot) if self.quantized else full
+        if [quantized.digest(), full.digest()] == digests:
+            return Streams(quantized, full), after + 1
+        text = "the hidden states are damaged; finished blocks are run again"
+        self.on_event({"event": "warning", "text": f"{self._directory}: {text}"})
+        return None
+
+    def _remember(self, index: int, streams: Streams) -> None:
+        if not self.fitted.in_memory:
+            digests = [streams.quantized.digest(), streams.full.digest()]
+            self.matrices.target.output.note({"hidden": {"after": index, "sha256": digests}})
+
+    # one block
+
+    def _block(self, index: int, streams: Streams, *, last: bool) -> Streams:
+        weights = CheckpointWeights(self.matrices.source.checkpoint)
+        with ExitStack() as stack:
+            block = stack.enter_context(self.network.block(index, weights))
+            full = stack.enter_context(self.network.block(index, weights)) if self.paired else None
+            scales: dict[str, torch.Tensor] = {}
+            if all(self._done(matrix) for matrix, _ in self.members[index]) and self._held_done(index):
+                scaling.restore(self.matrices, self.held[index], block)
+            elif self.transform == "awq":
+                scales = scaling.rescale(
+                    self.matrices,
+                    index,
+                    block,
+                    self.taps[index],
+                    streams,
+                    self.pool,
+                    self._advance,
+                    feedback=self.options.feedback,
+                )
+            for stage in self._stages(index):
+                self._stage(index, stage, block, full, streams, scales)
+            self.matrices.changed.clear()
+            if last:
+                return streams
+            return self._propagate(index, block, full, streams, weights)
+
+    def _stage(
+        self,
+        index: int,
+        stage: Sequence[Tap],
+        block: Block,
+        full: Block | None,
+        streams: Streams,
+        scales: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Quantize the matrices of one stage that are not done, and put all of them into the block."""
+        names = {tap.name for tap in stage}
+        members = [(matrix, seen) for matrix, seen in self.members[index] if seen[0].tap in names]
+        jobs = [Job(matrix, seen) for matrix, seen in members if not self._done(matrix)]
+        values: dict[str, Floats] = {}
+        if jobs:
+            grams = collect(self.pool, stage, streams, block, full, self._advance, scales)
+            self.solver.stage(jobs, grams, stage)
+            grams.clear()
+        sources = Sources(self.matrices.source.checkpoint, self.matrices.present)
+        fresh = {job.matrix.name: job for job in jobs}
+        for matrix, _ in members:
+            job = fresh.get(matrix.name)
+            if job is None:
+                fields = self.matrices.read(matrix)
+            else:
+                fields = self.solver.join(job)
+                self.matrices.write(matrix, fields, job.summary())
+            if self.quantized:
+                sources.put(matrix.weight, self.matrices.store.decode(matrix, fields))
+        if self.quantized:
+            values.update(sources.finished())
+            for name, decoded in values.items():
+                block.replace(name, torch.from_numpy(decoded))
+
+    def _propagate(
+        self, index: int, block: Block, full: Block | None, streams: Streams, weights: CheckpointWeights
+    ) -> Streams:
+        slot = (index + 1) % 2
+        if not self.quantized:
+            after = streams.full if self.fitted.in_memory else self._activations(slot)
+            propagate(self.pool, block, streams.full, after, self._advance)
+            return _moved(streams, Streams(after, after))
+        after = streams.quantized if self.fitted.in_memory else self._activations(2 + slot)
+        propagate(self.pool, block, streams.quantized, after, self._advance)
+        own = streams.full
+        if full is not None:
+            own = streams.full if self.fitted.in_memory else self._activations(slot)
+            propagate(self.pool, full, streams.full, own, self._advance)
+        return _moved(streams, Streams(after, own))
+
+
+def _moved(old: Streams, new: Streams) -> Streams:
+    """``new``, after closing what of ``old`` is not needed any more."""
+    for states in {old.quantized, old.full} - {new.quantized, new.full}:
+        states.close()
+    return new

@@ -1,0 +1,240 @@
+"""The matrices that one stage of a block quantizes: factored, solved rows side by side, joined.
+
+Rows do not depend on one another once their inputs are known, so a matrix is cut into pieces of ROWS rows; how many
+threads take them changes nothing. Experts are many and small: each is factored and solved by one thread, and its
+factor is dropped before the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llm_quantize.blockwise.gram import Gram
+from llm_quantize.blockwise.inputs import Pool
+from llm_quantize.blockwise.places import Segment
+from llm_quantize.blockwise.stores import Fields, Store
+from llm_quantize.calibration.network_taps import Tap
+from llm_quantize.methods.gptq import solve
+from llm_quantize.methods.gptq_options import GptqOptions
+from llm_quantize.methods.hessian import Factor, factorize
+from llm_quantize.plan import MatrixPlan
+
+ROWS = 256
+_SAMPLED = 64
+_ON_GRID = {2: 0.02, 3: 0.015, 4: 0.01, 5: 0.008, 6: 0.004}
+
+Floats = npt.NDArray[np.float32]
+ReadRows = Callable[[MatrixPlan, int, int], Floats]
+
+
+@dataclass
+class Job:
+    """A matrix to be quantized in this stage and what its rows see; ``facts`` and ``pieces`` fill up.
+
+    ``facts``: loss and plain_loss (sums over rows of the weighted square error, of ours and of plain rounding),
+    plain_rows (rows for which plain rounding was better and kept), fallbacks (text: count).
+    """
+
+    matrix: MatrixPlan
+    segments: Sequence[Segment]
+    on_grid: bool = False
+    pieces: dict[int, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def note(self, loss: float, plain_loss: float, plain_rows: int) -> None:
+        """Add the figures of some rows, in any order (the sums are rounded when they are read)."""
+        for name, value in (("loss", loss), ("plain_loss", plain_loss)):
+            self.facts.setdefault(name, []).append(value)
+        self.facts["plain_rows"] = self.facts.get("plain_rows", 0) + plain_rows
+
+    def fallback(self, text: str) -> None:
+        """Something was not done as asked: how often."""
+        table = self.facts.setdefault("fallbacks", {})
+        table[text] = table.get(text, 0) + 1
+
+    def tell(self, factor: Factor | None) -> None:
+        """Take over what was out of the ordinary about the inputs."""
+        if factor is not None:
+            for text in factor.notes:
+                self.fallback(text)
+
+    def summary(self) -> dict[str, Any]:
+        """The facts, sums in a fixed order."""
+        sums = {name: float(np.sum(sorted(self.facts.get(name, [])))) for name in ("loss", "plain_loss")}
+        rest = {name: value for name, value in self.facts.items() if name not in sums}
+        return {**sums, **rest, **({"on_grid": True} if self.on_grid else {})}
+
+
+@dataclass(frozen=True)
+class Solver:
+    """``read``: float32 rows of a matrix. ``options`` None: plain fitting, no inputs known (rtn)."""
+
+    store: Store
+    read: ReadRows
+    options: GptqOptions
+    pool: Pool
+    device: str
+
+    def stage(self, jobs: Sequence[Job], grams: Mapping[tuple[str, int], Gram], taps: Sequence[Tap]) -> None:
+        """Quantize all rows of ``jobs``; ``grams`` are what their taps saw, and are used up. None seen: rounding."""
+        for job in jobs:
+            job.on_grid = self._trained_on_grid(job.matrix)
+        stacks = {tap.name for tap in taps if tap.matrices > 1}
+        parents = {name: _parent(name, taps) for name in stacks}
+        factors: dict[str, Factor] = {}
+        for tap in taps:
+            needed = tap.name in parents.values() or any(s.tap == tap.name for job in jobs for s in job.segments)
+            if tap.matrices == 1 and needed:
+                factors |= dict(self.pool.each(lambda name: (name, self._factor(grams[name, 0])), [tap.name]))
+        work = [
+            _Rows(job, start, min(start + ROWS, segment.stop), factors.get(segment.tap))
+            for job in jobs
+            for segment in job.segments
+            if segment.tap not in stacks
+            for start in range(segment.start, segment.stop, ROWS)
+        ]
+        for job in jobs:
+            for name in dict.fromkeys(segment.tap for segment in job.segments):
+                job.tell(factors.get(name))
+        for _ in self.pool.each(self._rows, work):
+            pass
+        experts = [key for key in sorted({(s.tap, s.matrix) for job in jobs for s in job.segments}) if key[0] in stacks]
+        layer = {name: _together(name, grams, parents[name]) for name in stacks}
+
+        def expert(key: tuple[str, int]) -> None:
+            self._expert(jobs, key, grams.get(key), layer[key[0]], factors.get(parents[key[0]] or ""))
+
+        for _ in self.pool.each(expert, experts):
+            pass
+
+    def round(self, jobs: Sequence[Job]) -> None:
+        """Quantize all rows of ``jobs`` without knowing any inputs."""
+        work = [
+            _Rows(job, start, min(start + ROWS, segment.stop), None)
+            for job in jobs
+            for segment in job.segments
+            for start in range(segment.start, segment.stop, ROWS)
+        ]
+        for _ in self.pool.each(self._rows, work):
+            pass
+
+    def join(self, job: Job) -> Fields:
+        """The fields of a job whose rows are all there."""
+        pieces = [job.pieces.pop(start) for start in sorted(job.pieces)]
+        return self.store.join(job.matrix, pieces)
+
+    def _factor(self, gram: Gram) -> Factor:
+        return factorize(gram.hessian, gram.tokens, self.options, cross=gram.cross)
+
+    def _rows(self, work: _Rows) -> None:
+        matrix = work.job.matrix
+        rows = self.read(matrix, work.start, work.stop)
+        kind = self.store.grid_type(matrix.qtype)
+        factor = work.factor
+        if kind is None:
+            importance = None if factor is None else factor.importance.cpu().numpy()
+            work.job.pieces[work.start] = self.store.plain(matrix, rows, importance)
+            return
+        weight = torch.from_numpy(rows).to(self.device)
+        if work.job.on_grid:
+            grid, codes = kind.plain(weight, None)
+        elif factor is None:
+            grid = kind.fit(weight, None)
+            codes = grid.nearest(weight)
+        else:
+            found = solve(weight, kind, factor, self.options)
+            grid, codes = found.grid, found.codes
+            work.job.note(float(found.loss.sum()), float(found.plain_loss.sum()), found.plain_rows)
+        work.job.pieces[work.start] = self.store.piece(matrix, grid, codes)
+
+    def _expert(
+        self,
+        jobs: Sequence[Job],
+        key: tuple[str, int],
+        gram: Gram | None,
+        layer: tuple[torch.Tensor, int] | None,
+        parent: Factor | None,
+    ) -> None:
+        """One expert: its own inputs, drawn towards its layer's where they are few."""
+        concerned = [(job, segment) for job in jobs for segment in job.segments if (segment.tap, segment.matrix) == key]
+        tokens = 0 if gram is None else gram.tokens
+        factor = None
+        if layer is not None:
+            own = torch.zeros_like(layer[0]) if gram is None else gram.hessian
+            factor = factorize(own, tokens, self.options, prior=layer[0], prior_tokens=layer[1])
+            if parent is not None:
+                factor = replace(factor, correction=parent.correction)
+        for job, segment in concerned:
+            job.tell(factor)
+            if tokens < job.matrix.weight.shape[-1] // 4:
+                job.fallback("experts that saw too few tokens: mostly the inputs of their whole layer")
+            for start in range(segment.start, segment.stop, ROWS):
+                self._rows(_Rows(job, start, min(start + ROWS, segment.stop), factor))
+
+    def _trained_on_grid(self, matrix: MatrixPlan) -> bool:
+        """Whether plain rounding changes next to nothing: the weights were trained (or rounded) onto this very grid,
+        and feedback would take them off it."""
+        kind = self.store.grid_type(matrix.qtype)
+        if kind is None:
+            return False
+        rows = int(np.prod(matrix.weight.shape[:-1]))
+        sampled = [self.read(matrix, row, row + 1) for row in sorted({i * rows // _SAMPLED for i in range(_SAMPLED)})]
+        weight = torch.from_numpy(np.concatenate(sampled)).to(self.device)
+        grid, codes = kind.plain(weight, None)
+        bound = _ON_GRID.get((len(grid.levels) - 1).bit_length(), 0.0)
+        off, norm = (grid.decode(codes) - weight).double().norm(), weight.double().norm()
+        return bool(norm > 0 and off < bound * norm)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows [start, stop) of a job, with the factor of what they see (None: nothing known)."""
+
+    job: Job
+    start: int
+    stop: int
+    factor: Factor | None
+
+
+def _parent(name: str, taps: Sequence[Tap]) -> str | None:
+    """The tap before a stack of experts that sees what all of them together see (the router's), if there is one."""
+    index = next(i for i, tap in enumerate(taps) if tap.name == name)
+    before = [tap.name for tap in taps[:index] if tap.matrices == 1 and tap.columns == taps[index].columns]
+    return before[-1] if before else None
+
+
+def _together(name: str, grams: Mapping[tuple[str, int], Gram], parent: str | None) -> tuple[torch.Tensor, int] | None:
+    """What the experts of a layer see together: (hessian, tokens)."""
+    if parent is not None and (parent, 0) in grams:
+        return grams[parent, 0].hessian, grams[parent, 0].tokens
+    own = [gram for (tap, _), gram in sorted(grams.items()) if tap == name]
+    if not own:
+        return None
+    total = torch.zeros_like(own[0].hessian)
+    for gram in own:
+        total += gram.hessian
+    return total, sum(gram.tokens for gram in own)
+
+
+def stages(taps: Sequence[Tap], wanted: set[str], *, sequential: bool) -> Iterator[list[Tap]]:
+    """The taps whose inputs are collected together: one after the other, a stack of experts with what its router sees;
+    or all at once."""
+    if not sequential:
+        if any(tap.name in wanted for tap in taps):
+            yield list(taps)
+        return
+    held: list[Tap] = []
+    for index, tap in enumerate(taps):
+        following = taps[index + 1] if index + 1 < len(taps) else None
+        if following is not None and following.matrices > 1 and _parent(following.name, taps) == tap.name:
+            held.append(tap)
+            continue
+        group, held = [*held, tap], []
+        if any(one.name in wanted for one in group):
+            yield group

@@ -1,0 +1,87 @@
+"""The door to the matrices that a method quantizes as a whole; torch is imported behind it."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_quantize.events import EventSink
+
+if TYPE_CHECKING:
+    from llm_quantize.calibration.windows import Windows
+    from llm_quantize.planning import Options
+    from llm_quantize.source import Source
+    from llm_quantize.work import Target, Worker
+
+
+def solve_matrices(
+    source: Source,
+    target: Target,
+    worker: Worker,
+    windows: Windows | None,
+    options: Options,
+    threads: int,
+    stop: threading.Event,
+    on_event: EventSink,
+) -> None:
+    """Quantize every matrix of ``target`` that is not done, with the text of ``windows`` or, None, by rounding alone.
+
+    Everything else of the artifact must be written already. Raises MissingExtraError without torch, ResourceError
+    before any work where memory or disk do not suffice, NumericPolicyError for values that are not finite,
+    StoppedError after a signal: what is finished is kept.
+    """
+    from llm_quantize.blockwise import memory
+    from llm_quantize.blockwise.inputs import Pool
+    from llm_quantize.blockwise.run import Blocks, Matrices, gptq_options, round_matrices
+    from llm_quantize.blockwise.stores import store_of
+
+    plan, method = target.plan, options.method
+    chosen = gptq_options(method, method.method_of(plan.format))
+    matrices = Matrices(source, target, store_of(plan), worker)
+    if windows is None:
+        round_matrices(matrices, Pool(threads, stop, resumable=options.checkpoints), chosen, on_event)
+        return
+    if all(matrices.done(matrix) for matrix in plan.matrices):
+        return
+    import torch
+
+    from llm_quantize.calibration.collect import compute_dtype
+    from llm_quantize.calibration.forward import open_network
+    from llm_quantize.calibration.memory import check_disk
+
+    device = options.calibration.device
+    on_event({"event": "stage", "text": "build the network"})
+    network = open_network(source, dtype=compute_dtype(source, device), device=device)
+    ids = torch.from_numpy(windows.ids)
+    fitted = memory.fit(
+        source,
+        plan,
+        network,
+        (ids.shape[0], ids.shape[1]),
+        method,
+        paired=chosen.correction > 0,
+        threads=threads,
+        max_ram=options.max_ram,
+        device=device,
+    )
+    if not fitted.in_memory:
+        check_disk(target.output.target.parent, 2 * fitted.hidden_bytes)
+    pool = Pool(fitted.threads, stop, resumable=options.checkpoints)
+    Blocks(matrices, network, ids, method, fitted, pool, on_event).run()
+
+
+def hidden_directory(target: Path) -> Path:
+    """Where the hidden states of an unfinished artifact lie."""
+    return target.with_name(target.name + ".hidden")
+
+
+def discard_hidden(target: Path) -> None:
+    """Remove the hidden states of a finished artifact."""
+    directory = hidden_directory(target)
+    if directory.is_dir() and not directory.is_symlink():
+        with suppress(OSError):  # something of another's lies there: it may stay
+            for slot in range(4):
+                (directory / str(slot)).unlink(missing_ok=True)
+            directory.rmdir()
