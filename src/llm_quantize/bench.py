@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gguf.constants import Keys, LlamaFileType
 
-from llm_quantize.errors import MissingExtraError
+from llm_quantize.errors import MissingExtraError, UnsupportedError
 from llm_quantize.evaluation.generation_check import Answer, check_generation, judge, source_answers
 from llm_quantize.evaluation.speed import Speed, measure_speed
 from llm_quantize.events import EventSink
@@ -18,6 +19,8 @@ from llm_quantize.formats.gguf import PROVENANCE
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
 from llm_quantize.measurements import Measurements, artifact_identity, key_of
+from llm_quantize.packed import PackedDirectory
+from llm_quantize.packed_config import is_packed_directory
 from llm_quantize.preflight import memory_limit
 from llm_quantize.reports.facts import model_facts
 from llm_quantize.reports.result import Sample, TensorError
@@ -28,8 +31,9 @@ NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class MeasuredFile:
-    """A file (or directory) to measure. ``identity``: measurements.artifact_identity; ``importance``: None: made
-    without an importance matrix, else the texts that it is of, as the file names them ("" where it does not)."""
+    """A file (or directory) to measure. ``level``: what people call it. ``identity``: measurements.artifact_identity;
+    ``importance``: None: made without an importance matrix, else the texts that it is of, as the file names them (""
+    where it does not)."""
 
     path: Path
     level: str
@@ -37,15 +41,27 @@ class MeasuredFile:
     size: int
     bits_per_weight: float
     importance: str | None = None
+    format: str = "gguf"
 
 
 def measured_file(path: Path) -> MeasuredFile:
     """What the files say of themselves. Raises what reading their headers raises."""
+    if is_packed_directory(path):
+        return _measured_directory(path)
     files = [read_gguf(file) for file in artifact_files(path)]
     weights = sum(math.prod(tensor.shape) for file in files for tensor in file.tensors)
     size = sum(file.file_size for file in files)
     bits = 8 * size / max(1, weights)
     return MeasuredFile(path, _level(files[0], path), artifact_identity(path), size, bits, _importance(files[0]))
+
+
+def _measured_directory(path: Path) -> MeasuredFile:
+    """Its size is that of its weights, without tokenizer and card."""
+    with PackedDirectory(path) as packed:
+        weights = sum(matrix.rows * matrix.columns for matrix in packed.matrices.values())
+        weights += sum(math.prod(info.shape) for info in packed.plain.values())
+        bits = 8 * packed.size / max(1, weights)
+        return MeasuredFile(path, packed.label, artifact_identity(path), packed.size, bits, format=packed.method)
 
 
 def _importance(file: GgufFile) -> str | None:
@@ -67,7 +83,8 @@ def _level(file: GgufFile, path: Path) -> str:
 
 
 class Bench:
-    """Measures one artifact after another. ``absent``: why none ran in its runtime, empty where they did.
+    """Measures one artifact after another. ``absent``: why none ran in its runtime, empty where they did. ``notes``:
+    which of those that are no GGUF files were not run, and why.
 
     ``prompts``: what each artifact continues, NEW_TOKENS tokens each.
     """
@@ -88,6 +105,7 @@ class Bench:
         self._on_event = on_event
         self._fingerprint = model_facts(source, "").fingerprint
         self.absent = "" if speed else "--no-speed"
+        self.notes: list[str] = []
 
     def _known(self, key: str, stage: str, measure: Callable[[], Any]) -> Any:
         if self._kept.get(key) is None:
@@ -97,11 +115,12 @@ class Bench:
 
     def tensor_errors(self, artifact: MeasuredFile) -> list[TensorError]:
         """Relative error of every tensor that is not exact, in the order of the artifact's names."""
-        from llm_quantize.evaluation.decoded import DecodedArtifact
+        from llm_quantize.evaluation.decoded_directory import open_decoded
         from llm_quantize.evaluation.tensor_errors import tensor_errors
 
         def measure() -> list[Any]:
-            found = tensor_errors(self._source, DecodedArtifact(self._source, artifact.path), threads=self._threads)
+            with closing(open_decoded(self._source, artifact.path)) as decoded:
+                found = tensor_errors(self._source, decoded, threads=self._threads)
             kept = sorted((one for one in found if one.relative > 0), key=lambda one: one.name)
             return [[one.name, one.layer, one.role, one.qtype, min(one.relative, 1e9)] for one in kept]
 
@@ -115,7 +134,7 @@ class Bench:
         def measure() -> Mapping[str, Any]:
             return asdict(measure_speed(artifact.path, threads=threads))
 
-        if self.absent:
+        if self.absent or artifact.format != "gguf":
             return None
         try:
             key = key_of("speed", artifact=artifact.identity, threads=threads)
@@ -128,6 +147,8 @@ class Bench:
         """What the artifact writes after each prompt, in the runtime; nothing where nothing can run."""
 
         def measure() -> list[Any]:
+            if artifact.format != "gguf":
+                return [asdict(answer) for answer in self._directory_answers(artifact.path)]
             found = check_generation(artifact.path, prompts=self._prompts, max_tokens=NEW_TOKENS, threads=self._threads)
             return [asdict(answer) for answer in found.answers]
 
@@ -136,8 +157,13 @@ class Bench:
         key = key_of("answers", artifact=artifact.identity, prompts=self._prompts, tokens=NEW_TOKENS)
         try:
             return tuple(Answer(**fact) for fact in self._known(key, f"{artifact.level}: write", measure))
-        except MissingExtraError as error:
-            self._without_runtime(error)
+        except UnsupportedError as error:
+            if artifact.format != "gguf":
+                self.notes.append(f"{artifact.level} was not run: {error.what}; {error.remedy or error.found or ''}")
+            elif isinstance(error, MissingExtraError):
+                self._without_runtime(error)
+            else:
+                raise
             return ()
 
     def source_answers(self) -> tuple[Answer, ...]:
@@ -149,16 +175,17 @@ class Bench:
             return ()
 
         def measure() -> list[Any]:
-            from llm_quantize.calibration.tokens import TextTokenizer
-
-            encode = TextTokenizer(self._source).encode
-            found = source_answers(
-                checkpoint.directory, encode, prompts=self._prompts, max_tokens=NEW_TOKENS, threads=self._threads
-            )
-            return [asdict(answer) for answer in found]
+            return [asdict(answer) for answer in self._directory_answers(checkpoint.directory)]
 
         key = key_of("source", model=self._fingerprint, prompts=self._prompts, tokens=NEW_TOKENS)
         return tuple(Answer(**fact) for fact in self._known(key, "source: write", measure))
+
+    def _directory_answers(self, directory: Path) -> tuple[Answer, ...]:
+        """What a model directory writes in transformers."""
+        from llm_quantize.calibration.tokens import TextTokenizer
+
+        encode = TextTokenizer(self._source).encode
+        return source_answers(directory, encode, prompts=self._prompts, max_tokens=NEW_TOKENS, threads=self._threads)
 
     def _without_runtime(self, error: MissingExtraError) -> None:
         self.absent = f"{error.what}; {error.remedy}"

@@ -24,7 +24,7 @@ from llm_quantize.bench import Bench, MeasuredFile, measured_file, samples_of
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.errors import MissingExtraError, UsageError
 from llm_quantize.evaluation import grades
-from llm_quantize.evaluation.decoded import DecodedArtifact
+from llm_quantize.evaluation.decoded_directory import open_decoded
 from llm_quantize.evaluation.divergence import Divergence
 from llm_quantize.evaluation.perplexity import Tokens
 from llm_quantize.evaluation.texts import BUILT_IN, EvaluationText, evaluation_text
@@ -51,6 +51,7 @@ from llm_quantize.source import Source, open_source
 DEFAULT_VARIANTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 CONTEXT = 512
 REPORTS = {"json": "comparison.json", "html": "index.html", "markdown": "comparison.md"}
+_NO_SPEED = "speed is measured in llama.cpp only, and none of these is a GGUF file"
 PROMPTS = ("The old man looked at the sea and", "むかしむかし、あるところに")
 
 
@@ -118,7 +119,7 @@ def compare(
     source = open_source(model, revision=options.revision, on_event=on_event)
     with source.checkpoint:
         for artifact in taken:
-            DecodedArtifact(source, artifact.path)
+            open_decoded(source, artifact.path).close()
         tokenizer = TextTokenizer(source)
         _refuse_unmeasurable(source, tokenizer, options)
         text = evaluation_text(
@@ -143,7 +144,7 @@ def compare(
         )
         rows, own = _on_the_bench(bench, found, quality, kept)
         facts = model_facts(source, model)
-    notes = (*quality.notes, *_importance_notes(found), *_speed_notes(rows))
+    notes = (*quality.notes, *_importance_notes(found), *_speed_notes(rows), *bench.notes)
     return _result(facts, text, replace(quality, notes=notes), rows, own, bench.absent, options)
 
 
@@ -171,7 +172,7 @@ def _on_the_bench(
     own = bench.source_answers()
     rows = tuple(
         Variant(
-            format="gguf",
+            format=artifact.format,
             level=artifact.level,
             file=artifact.path.name,
             size=artifact.size,
@@ -197,7 +198,7 @@ def _result(
     absent: str,
     options: CompareOptions,
 ) -> ComparisonResult:
-    measured = next((row.speed.runtime for row in rows if row.speed is not None), absent)
+    measured = next((row.speed.runtime for row in rows if row.speed is not None), absent or _NO_SPEED)
     first = quality.divergences[0]
     return ComparisonResult(
         model=model,
@@ -334,7 +335,8 @@ def _with_labels(found: Sequence[MeasuredFile]) -> list[MeasuredFile]:
     """Levels as labels, file names where a level stands twice."""
     counts = Counter(artifact.level for artifact in found)
     return [
-        replace(artifact, level=artifact.path.stem) if counts[artifact.level] > 1 else artifact for artifact in found
+        replace(artifact, level=artifact.path.name.removesuffix(".gguf")) if counts[artifact.level] > 1 else artifact
+        for artifact in found
     ]
 
 

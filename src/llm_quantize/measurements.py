@@ -13,12 +13,14 @@ from typing import Any
 import llm_quantize
 from llm_quantize.errors import MalformedInputError
 from llm_quantize.io.artifact_files import artifact_files
+from llm_quantize.io.checkpoint_files import read_headers
 from llm_quantize.io.durable import fail_os, sync_directory, write_whole
 from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import opened, pread_into
 from llm_quantize.io.whole_file import refuse_existing
+from llm_quantize.packed_config import is_packed_directory
 
 MAX_BYTES = 256 << 20
 SEAL = "facts_sha256"
@@ -79,6 +81,11 @@ def artifact_identity(path: Path) -> str:
     Raises what reading raises.
     """
     digest = hashlib.sha256()
+    if is_packed_directory(path):
+        digest.update((path / "config.json").read_bytes())
+        for packed in read_headers(path, str(path), packed=True)[0]:
+            digest.update(f"{packed.path.name} {packed.sha256} {packed.file_size} {packed.mtime_ns}".encode())
+        return digest.hexdigest()
     for file in artifact_files(path):
         header = read_gguf(file)
         data = bytearray(header.data_start)

@@ -37,6 +37,7 @@ from llm_quantize.packed_config import AGAIN, declared_bits, method_of, notes_of
 ALIGNED = 32
 """Rows are unpacked in multiples of this: so many codes of any width fill whole words."""
 
+_STEPS = 16 << 20
 _FLOATS = ("F16", "BF16", "F32")
 _STORED: dict[str, type[np.generic]] = {
     **{"I8": np.int8, "I32": np.int32, "I64": np.int64},
@@ -129,6 +130,22 @@ class PackedDirectory:
     def size(self) -> int:
         """Bytes of the weight files."""
         return sum(header.file_size for header in self.headers)
+
+    @property
+    def label(self) -> str:
+        """What people call its level: GPTQ-4bit, AWQ-4bit, W4A16."""
+        bits = sorted({matrix.bits for matrix in self.matrices.values()})
+        width = "+".join(map(str, bits)) or "none"
+        if self.method in ("gptq", "awq"):
+            return f"{self.method.upper()}-{width}bit"
+        asymmetric = any(not matrix.symmetric for matrix in self.matrices.values())
+        return f"W{width}A16{'_ASYM' if asymmetric else ''}"
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that a thread holds while it decodes rows: the largest matrix as it is stored, scales in float32, and
+        the steps of some rows."""
+        return 2 * max((matrix.nbytes for matrix in self.matrices.values()), default=0) + _STEPS
 
     def close(self) -> None:
         """Close every file."""

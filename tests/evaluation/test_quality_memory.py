@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_quantize.errors import ResourceError
 from llm_quantize.evaluation import quality
+from llm_quantize.evaluation.quality_plan import QualityPlan
 
 from ..tiny_models import make_tiny
 
@@ -76,10 +77,10 @@ def test_seventy_billion_weights_fit_sixteen_gigabytes(monkeypatch: pytest.Monke
         eager=False,
         bytes=lambda part: block if isinstance(part, int) else head,
     )
-    artifacts: Any = [SimpleNamespace(size=42_000_000_000)] * 2
+    artifacts: Any = [SimpleNamespace(size=42_000_000_000, scratch=0)] * 2
     windows = np.zeros((64, 512), np.int32)
     monkeypatch.setattr(quality.preflight, "memory_limit", lambda limit: limit)
-    plan = quality._Plan(source, network, artifacts, windows, runtime=False)
+    plan = QualityPlan(source, network, artifacts, windows, runtime=False)
     fitted, together = plan.fit(4, threads=8, max_ram=16_000_000_000, device="cpu")
     assert 3 * head < fitted.peak <= 16_000_000_000
     assert fitted.threads >= 4
@@ -91,7 +92,7 @@ def test_seventy_billion_weights_fit_sixteen_gigabytes(monkeypatch: pytest.Monke
     assert plan.fit(4, threads=8, max_ram=64_000_000_000, device="cpu")[0].threads == 8
     with pytest.raises(ResourceError, match="memory limit"):
         plan.fit(4, threads=8, max_ram=8_000_000_000, device="cpu")
-    in_runtime = quality._Plan(source, network, artifacts, windows, runtime=True)
+    in_runtime = QualityPlan(source, network, artifacts, windows, runtime=True)
     with pytest.raises(ResourceError, match="memory limit"):  # the runtime holds the whole file
         in_runtime.fit(4, threads=8, max_ram=16_000_000_000, device="cpu")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from llm_quantize.bench import measured_file
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.errors import NumericPolicyError
 from llm_quantize.evaluation import grades
-from llm_quantize.evaluation.decoded import DecodedArtifact
+from llm_quantize.evaluation.decoded_directory import open_decoded
 from llm_quantize.evaluation.generation_check import Answer, GenerationCheck, check_generation, source_answers
 from llm_quantize.evaluation.quality import ArtifactQuality, QualityResult, measure_quality
 from llm_quantize.evaluation.tensor_errors import TensorLoss, tensor_errors
@@ -113,11 +114,10 @@ def assess(
         tensors = []
         for path in artifacts:
             on_event({"event": "stage", "text": f"errors of tensors in {Path(path).name}"})
-            decoded = DecodedArtifact(source, path)
             threads = quality.memory.threads
-            tensors.append(
-                tuple(tensor_errors(source, decoded, importance=importance, threads=threads, on_event=on_event))
-            )
+            with closing(open_decoded(source, path)) as decoded:
+                losses = tensor_errors(source, decoded, importance=importance, threads=threads, on_event=on_event)
+            tensors.append(tuple(losses))
         generation = _generation(source, artifacts, options, on_event) if options.generate else ()
         comparison = _comparison(source, model, text, quality, tensors, generation, commands, options)
     return Assessment(quality, tuple(tensors), generation, comparison)
@@ -202,7 +202,7 @@ def _variant(one: ArtifactQuality, losses: Sequence[TensorLoss], written: Genera
 
     file = measured_file(Path(one.path))
     return Variant(
-        format="gguf",
+        format=file.format,
         level=file.level,
         file=Path(one.path).name,
         size=one.size,

@@ -62,7 +62,7 @@ class Decoded(ABC):
 
     ``names``: the checkpoint tensors that it holds. ``size``: bytes of its files of weights. ``weights``: how many it
     has. ``notes``: what differs between its metadata and the source's, in words: the streamed evaluation follows the
-    source's configuration.
+    source's configuration. ``scratch``: bytes in memory while a tensor is decoded, beside its values.
 
     A subclass gives the rows of every tensor of the map (``stored_rows``); the map is undone here.
     """
@@ -71,6 +71,7 @@ class Decoded(ABC):
     size: int
     weights: int
     notes: tuple[str, ...]
+    scratch: int = 0
 
     def __init__(self, source: Source) -> None:
         self._source = source

@@ -74,6 +74,7 @@ class DecodedDirectory(Decoded):
         self._rows = _Rows(packed, self._infos, self._transposed)
         notes = [*packed.notes, *self._config_notes(), *self._drop_zero_biases()]
         own_head = self._own_head()
+        self.scratch = packed.scratch
         self.weights = sum(weights_of(info.shape) for info in self._infos.values())
         mapped = {name: info for name, info in self._infos.items() if name != own_head}
         self._outputs = {output.name: output for output in self._mapped(mapped)}

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from llm_quantize import preflight
 from llm_quantize.calibration import memory
-from llm_quantize.errors import MissingExtraError, NumericPolicyError, ResourceError, UsageError
+from llm_quantize.errors import MissingExtraError, NumericPolicyError, UsageError
 from llm_quantize.evaluation import grades
 from llm_quantize.evaluation.decoded import Decoded
-from llm_quantize.evaluation.decoded_directory import open_decoded
+from llm_quantize.evaluation.decoded_directory import DecodedDirectory, open_decoded
 from llm_quantize.evaluation.divergence import Comparison, Divergence, Paired, pair
 from llm_quantize.evaluation.perplexity import Tokens
+from llm_quantize.evaluation.quality_plan import QualityPlan
 from llm_quantize.evaluation.runtimes import first_file
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.durable import fail_os
@@ -36,7 +37,6 @@ from llm_quantize.source import Source
 
 if TYPE_CHECKING:
     from llm_quantize.calibration.activations import Activations
-    from llm_quantize.calibration.forward import Network
     from llm_quantize.evaluation.streamed import Pass, RuntimeStream, Stream
 
 NOISE_WINDOWS = 4
@@ -45,8 +45,6 @@ NOISE_WINDOWS = 4
 ROUNDING_LIMIT = 0.01
 """Mean KLD between an artifact streamed and the same one in llama.cpp up to which the rounding of activations to 8
 bits explains it: 1e-5 to 2e-3 is what it costs, by the model; a wrong tensor or position costs more than 0.1."""
-
-_RUNTIME_BYTES = 16 << 20  # tokenizer, graph and threads of one model in llama.cpp
 
 RUNTIMES = ("llama.cpp",)
 
@@ -153,8 +151,8 @@ def measure_quality(
     scratch: Path | None = None,
     on_event: EventSink = ignore,
 ) -> QualityResult:
-    """Divergence of every artifact (GGUF files, directories of split ones) from ``source`` over ``windows``, (n,
-    length) token ids of the source's tokenizer.
+    """Divergence of every artifact (GGUF files, directories of split ones, quantized model directories) from ``source``
+    over ``windows``, (n, length) token ids of the source's tokenizer.
 
     ``threads``: None means all CPUs, fewer where memory asks for it. ``max_ram``: bytes of resident memory; hidden
     states go to a file in ``scratch`` (None: the system's temporary directory) where they are many. ``runtime``:
@@ -170,16 +168,19 @@ def measure_quality(
 
     began = time.process_time()
     decoded = [open_decoded(source, path) for path in artifacts]
+    _check_runtime(decoded, runtime)
     for one in decoded:
         for note in one.notes:
             on_event({"event": "warning", "text": f"{one.path.name}: {note}"})
     network = open_network(source, dtype="float32", device=device)
     again = min(NOISE_WINDOWS, len(windows))
-    plan = _Plan(source, network, decoded, windows, runtime is not None)
+    plan = QualityPlan(source, network, decoded, windows, runtime is not None)
     fitted, together = plan.fit(again, threads=threads, max_ram=max_ram, device=device)
     groups = [range(i, min(i + together, len(decoded))) for i in range(0, len(decoded), together)]
     passes = (1 + len(decoded)) * network.n_blocks + len(groups) + len(decoded)
     with ExitStack() as stack:
+        for one in decoded:
+            stack.callback(one.close)
         stack.enter_context(one_torch_thread(device))
         directory = None if fitted.in_memory else _scratch(stack, scratch, fitted.hidden_bytes)
         origin, streams, noise = _streams(stack, source, decoded, windows, network.width, again, directory)
@@ -275,7 +276,9 @@ def _through_heads(
 
 def _check(source: Source, artifacts: Sequence[str | Path], windows: Tokens, runtime: str | None) -> None:
     if not artifacts:
-        raise UsageError("no artifact to measure", remedy="give the path of a GGUF file")
+        raise UsageError(
+            "no artifact to measure", remedy="give the path of a GGUF file, or of a quantized model directory"
+        )
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 4:
         raise UsageError("no window to measure on", expected="(windows, at least 4 tokens)", found=windows.shape)
     longest = source.architecture.hyper.context_length
@@ -293,54 +296,15 @@ def _check(source: Source, artifacts: Sequence[str | Path], windows: Tokens, run
             raise MissingExtraError("Measuring quality", "torch")
 
 
-class _Plan:
-    """Memory of an evaluation from sizes alone."""
-
-    def __init__(
-        self, source: Source, network: Network, decoded: Sequence[Decoded], windows: Tokens, runtime: bool
-    ) -> None:
-        from llm_quantize.evaluation import streamed
-
-        hyper, (count, length) = source.architecture.hyper, windows.shape
-        self._artifacts = len(decoded)
-        self._block = max(network.bytes(index) for index in range(network.n_blocks))
-        rows = min(windows.size, network.vocab_size) * network.width * 4
-        self._embedding = min(2 * rows, 2 * network.bytes("embedding"))
-        self._head = network.bytes("head")
-        self._hidden = count * length * network.width * 4
-        self._window = length * network.width * 4
-        self._step = memory.workspace_bytes(hyper, length, 4, eager=network.eager)
-        # Logits of the source, of the artifacts and of the noise stream, one copy more while a model scales them.
-        self._logits = streamed.POSITIONS * network.vocab_size * 4
-        self._slice = 10 * 8 * max(streamed.SLICE_VALUES, network.vocab_size)
-        # A runtime maps the file and keeps keys and values in float32; logits of a window in it and here.
-        cache = 2 * length * hyper.n_layer * hyper.n_head_kv * hyper.head_dim * 4
-        own = cache + 3 * length * network.vocab_size * 4 + self._step + _RUNTIME_BYTES
-        self._runtime = [one.size + own for one in decoded] if runtime else [0]
-
-    def fit(self, again: int, *, threads: int | None, max_ram: int | None, device: str) -> tuple[memory.Fitted, int]:
-        """What fits, and the heads of how many artifacts stand together. Raises ResourceError where one does not."""
-        for together in range(self._artifacts, 0, -1):
-            loaded = max(
-                self._block, self._embedding, (1 + together) * self._head + sum(sorted(self._runtime)[-together:])
-            )
-            each = max(self._step, (3 + together) * self._logits + self._slice) + 2 * self._window
-            try:
-                fitted = memory.fit(
-                    fixed=loaded + again * self._window,
-                    each=each,
-                    hidden=self._hidden,
-                    copies=1 + self._artifacts,
-                    threads=threads,
-                    max_ram=max_ram,
-                    device=device,
-                )
-            except ResourceError:
-                if together == 1:
-                    raise
-                continue
-            return fitted, together
-        raise UsageError("no artifact to measure")
+def _check_runtime(decoded: Sequence[Decoded], runtime: str | None) -> None:
+    directory = next((one.path for one in decoded if runtime is not None and isinstance(one, DecodedDirectory)), None)
+    if directory is not None:
+        raise UsageError(
+            "llama.cpp does not run model directories",
+            file=directory,
+            expected="GGUF files only, with --runtime",
+            remedy="leave out --runtime, or measure this one by itself",
+        )
 
 
 def _open_runtimes(stack: ExitStack, decoded: Sequence[Decoded], group: range, work: Pass) -> dict[int, RuntimeStream]:

@@ -1,0 +1,67 @@
+"""What an evaluation of quality holds in memory, from sizes alone, and what of it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llm_quantize.calibration import memory
+from llm_quantize.errors import ResourceError, UsageError
+from llm_quantize.evaluation.decoded import Decoded
+from llm_quantize.evaluation.perplexity import Tokens
+from llm_quantize.source import Source
+
+if TYPE_CHECKING:
+    from llm_quantize.calibration.forward import Network
+
+_RUNTIME_BYTES = 16 << 20  # tokenizer, graph and threads of one model in llama.cpp
+
+
+class QualityPlan:
+    """Memory of an evaluation from sizes alone."""
+
+    def __init__(
+        self, source: Source, network: Network, decoded: Sequence[Decoded], windows: Tokens, runtime: bool
+    ) -> None:
+        from llm_quantize.evaluation import streamed
+
+        hyper, (count, length) = source.architecture.hyper, windows.shape
+        self._artifacts = len(decoded)
+        self._block = max(network.bytes(index) for index in range(network.n_blocks))
+        rows = min(windows.size, network.vocab_size) * network.width * 4
+        self._embedding = min(2 * rows, 2 * network.bytes("embedding"))
+        self._head = network.bytes("head")
+        self._hidden = count * length * network.width * 4
+        self._window = length * network.width * 4
+        self._step = memory.workspace_bytes(hyper, length, 4, eager=network.eager)
+        # Logits of the source, of the artifacts and of the noise stream, one copy more while a model scales them.
+        self._logits = streamed.POSITIONS * network.vocab_size * 4
+        self._slice = 10 * 8 * max(streamed.SLICE_VALUES, network.vocab_size)
+        self._scratch = max(one.scratch for one in decoded)
+        # A runtime maps the file and keeps keys and values in float32; logits of a window in it and here.
+        cache = 2 * length * hyper.n_layer * hyper.n_head_kv * hyper.head_dim * 4
+        own = cache + 3 * length * network.vocab_size * 4 + self._step + _RUNTIME_BYTES
+        self._runtime = [one.size + own for one in decoded] if runtime else [0]
+
+    def fit(self, again: int, *, threads: int | None, max_ram: int | None, device: str) -> tuple[memory.Fitted, int]:
+        """What fits, and the heads of how many artifacts stand together. Raises ResourceError where one does not."""
+        for together in range(self._artifacts, 0, -1):
+            heads = (1 + together) * self._head + sum(sorted(self._runtime)[-together:])
+            loaded = self._scratch + max(self._block, self._embedding, heads)
+            each = max(self._step, (3 + together) * self._logits + self._slice) + 2 * self._window
+            try:
+                fitted = memory.fit(
+                    fixed=loaded + again * self._window,
+                    each=each,
+                    hidden=self._hidden,
+                    copies=1 + self._artifacts,
+                    threads=threads,
+                    max_ram=max_ram,
+                    device=device,
+                )
+            except ResourceError:
+                if together == 1:
+                    raise
+                continue
+            return fitted, together
+        raise UsageError("no artifact to measure")
