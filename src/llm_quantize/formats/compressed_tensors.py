@@ -12,6 +12,7 @@ The package counts codes from -2^(b-1) and adds 2^(b-1) before packing, to zero 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,10 @@ def unpack(scheme: Scheme, arrays: Mapping[str, Array]) -> npt.NDArray[np.float3
 
 
 def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
-    """quantization_config, field for field as the package writes it; ``ignore`` names every linear module left."""
+    """quantization_config, field for field as the package writes it; ``ignore`` names every linear module left.
+
+    Those outside of the decoder are found by how their names end: readers put them under other parents.
+    """
     group = scheme.qtype.group_size
     weights = {
         "num_bits": scheme.qtype.bits,
@@ -117,7 +121,7 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
         "moe_sparsity_config": None,
         "sparsity_config": {},
         "transform_config": {},
-        "ignore": [*coverage.kept, *coverage.outside, coverage.head],
+        "ignore": [*coverage.kept, *(rf"re:.*\b{re.escape(name)}$" for name in coverage.outside), coverage.head],
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
