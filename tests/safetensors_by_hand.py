@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "U8": 1, "BOOL": 1}
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 
 def entries(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
@@ -32,10 +32,17 @@ def write_raw(path: Path, header: bytes | Mapping[str, Any], data: bytes = b"", 
     return path
 
 
-def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, str] | None = None) -> Path:
+def write_tensors(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    dtypes: Mapping[str, str] | None = None,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """A right file of ``arrays``; ``dtypes`` overrides the word for an array's type (uint16 as BF16, uint8 as FP8)."""
-    words = {"float64": "F64", "float32": "F32", "float16": "F16", "uint16": "BF16", "uint8": "U8", "int64": "I64"}
-    header: dict[str, Any] = {}
+    words = {"float64": "F64", "float32": "F32", "float16": "F16", "uint16": "BF16", "uint8": "U8"}
+    words |= {"int64": "I64", "int32": "I32"}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     data = b""
     for name, array in arrays.items():
         raw = np.ascontiguousarray(array).tobytes()

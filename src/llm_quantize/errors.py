@@ -96,10 +96,10 @@ class MissingExtraError(UnsupportedError):
 
     kind = "missing-extra"
 
-    def __init__(self, feature: str, extra: str) -> None:
+    def __init__(self, feature: str, extra: str, *, remedy: str | None = None) -> None:
         super().__init__(
             f"{feature} needs an optional dependency that is not installed",
-            remedy=f"pip install 'llm-quantize[{extra}]'",
+            remedy=remedy or f"pip install 'llm-quantize[{extra}]'",
         )
 
 

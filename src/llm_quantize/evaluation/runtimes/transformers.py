@@ -1,15 +1,52 @@
-"""Hugging Face directories in transformers, on the CPU. No code of the model repository is run."""
+"""Hugging Face directories in transformers, on the CPU. No code of the model repository is run.
+
+Quantized ones run in a process of their own, under the interpreter that LLM_QUANTIZE_TRANSFORMERS names, or this one:
+GPTQ and AWQ need packages that ask for another torch than the rest (``make transformers-runtime``).
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from llm_quantize.errors import MissingExtraError, UnsupportedError
-from llm_quantize.evaluation.runtimes import warn_beyond
+from llm_quantize.evaluation.runtimes import isolated, warn_beyond
+from llm_quantize.evaluation.runtimes.isolated import Reply, Request, Runtime
 from llm_quantize.events import EventSink, ignore
+
+__all__ = ["TRANSFORMERS", "generate", "is_quantized", "run"]
+
+TRANSFORMERS = Runtime(
+    name="transformers",
+    script="in_transformers.py",
+    variable="LLM_QUANTIZE_TRANSFORMERS",
+    packages=("torch", "transformers"),
+    remedy="compressed-tensors: pip install compressed-tensors==0.20.0; GPTQ and AWQ: make transformers-runtime in a "
+    "checkout, elsewhere: pip install accelerate pypcre logbar threadpoolctl device-smi tokenicer defuser pillow "
+    "requests && pip install --no-deps --no-build-isolation optimum==2.3.0 gptqmodel==7.7.0",
+)
+
+
+def is_quantized(directory: Path) -> bool:
+    """True where config.json has a quantization_config."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("quantization_config"))
+
+
+def run(directory: Path, request: Request, *, backend: str | None = None) -> Reply:
+    """``request`` answered by transformers for the model in ``directory``. ``backend``: None (kernels in plain torch),
+    the name of a kernel of GPTQModel, or "dequantize" (compressed-tensors: floats from the start).
+
+    Raises as ``isolated.run``.
+    """
+    settings = {"GPTQMODEL_CPU_WORKERS": "2"}  # at least two: the loader waits for a second one
+    return isolated.run(TRANSFORMERS, directory, request, settings=settings, options={"backend": backend})
 
 
 def generate(
@@ -27,6 +64,12 @@ def generate(
 
     Raises MissingExtraError without torch and transformers, UnsupportedError for a chat without template.
     """
+    if is_quantized(directory):
+        request = Request(
+            prompts=(prompt,), max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads
+        )
+        yield run(directory, request).texts[0]
+        return
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise MissingExtraError("Running a Hugging Face directory", "torch")
     import torch

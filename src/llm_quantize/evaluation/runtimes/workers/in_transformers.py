@@ -1,0 +1,102 @@
+"""The child's side of runtimes/transformers.py: transformers in an interpreter that need not know llm_quantize."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from telling import start, versions
+
+
+def load(directory: str, dtype: str, backend: str | None) -> Any:
+    """The model in ``directory`` on the CPU. ``dtype``: a torch name or "auto"; ``backend``: None, the name of a
+    kernel of GPTQModel, or "dequantize" for compressed-tensors."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {}
+    said = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    method = said.get("quant_method")
+    # GPTQModel's "auto" would compile a kernel for minutes; these are plain torch.
+    if method == "gptq":
+        from transformers import GPTQConfig
+
+        options["quantization_config"] = GPTQConfig(bits=said["bits"], backend=backend or "gptq_torch")
+    elif method == "awq":
+        from transformers import AwqConfig
+
+        options["quantization_config"] = AwqConfig(bits=said["bits"], backend=backend or "torch_awq")
+    elif method == "compressed-tensors" and (backend == "dequantize" or (backend is None and _has_zeros(said))):
+        from transformers import CompressedTensorsConfig
+
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
+    ).eval()
+
+
+def _has_zeros(config: dict[str, Any]) -> bool:
+    """Zero points, which transformers 5.23 reads from a compressed-tensors file only by dequantizing it."""
+    groups = config.get("config_groups") or {}
+    return any(not (group.get("weights") or {}).get("symmetric", True) for group in groups.values())
+
+
+def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Load, score the windows, continue the prompts; see runtimes/isolated.py."""
+    started = time.monotonic()
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(request["threads"])
+    windows = np.load(folder / "windows.npy", allow_pickle=False)
+    model = load(request["directory"], request["dtype"], request["backend"])
+    loaded = time.monotonic()
+    with torch.inference_mode():
+        rows = []
+        for window in windows:
+            logits = model(input_ids=torch.from_numpy(window.astype(np.int64))[None]).logits[0]
+            rows.append(torch.log_softmax(logits.float(), -1).numpy())
+        if rows:
+            np.save(folder / "logprobs.npy", np.stack(rows))
+        scored = time.monotonic()
+        answers = _continue(model, request)
+    return {
+        "texts": [text for text, _ in answers],
+        "tokens": [tokens for _, tokens in answers],
+        "versions": versions("transformers", "torch", "gptqmodel", "optimum", "compressed-tensors"),
+        "kernels": sorted({type(m).__name__ for m in model.modules() if hasattr(m, "scales")}),
+        "seconds": {"load": loaded - started, "score": scored - loaded, "generate": time.monotonic() - scored},
+    }
+
+
+def _continue(model: Any, request: dict[str, Any]) -> list[tuple[str, list[int]]]:
+    """Text and token ids that follow each prompt."""
+    import torch
+    from transformers import AutoTokenizer
+
+    if not request["prompts"]:
+        return []
+    tokenizer = AutoTokenizer.from_pretrained(request["directory"], local_files_only=True, trust_remote_code=False)
+    torch.manual_seed(request["seed"])
+    warm = request["temperature"] > 0
+    sampling = {"do_sample": True, "temperature": request["temperature"]} if warm else {"do_sample": False}
+    answers = []
+    for prompt in request["prompts"]:
+        if request["chat"]:
+            inputs = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            inputs = tokenizer(prompt, return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        output = model.generate(**inputs, max_new_tokens=request["max_tokens"], **sampling)
+        answer = output[0, inputs["input_ids"].shape[1] :]
+        answers.append((tokenizer.decode(answer, skip_special_tokens=True), answer.tolist()))
+    return answers
+
+
+if __name__ == "__main__":
+    start(main)
