@@ -8,14 +8,11 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 
-def conditional_variances(mean: Array, tokens: int, damp: float) -> Array:
-    """Of each channel given all of smaller diagonal (of equal ones, those that come later): a Schur complement."""
-    n = len(mean)
-    keep = max(0.0, 1 - n / tokens)
-    h = mean * keep
-    for i in range(n):
-        h[i, i] = mean[i, i] + damp * mean.diagonal().mean()
-    order = sorted(range(n), key=lambda i: (-mean[i, i], i))
+def conditional_variances(h: Array) -> Array:
+    """Of each channel of the conditioned ``h`` given all of smaller diagonal (of equal ones, those that come later): a
+    Schur complement."""
+    n = len(h)
+    order = sorted(range(n), key=lambda i: (-h[i, i], i))
     found = np.empty(n)
     for place, i in enumerate(order):
         later = order[place + 1 :]

@@ -182,9 +182,11 @@ def test_readers_are_what_is_quantized_in_their_own_orientation(tmp_path: Path) 
     group, tensors = group_of("mixtral", "feed_forward_in", tmp_path / "mixtral")
     experts, everything = readers(group, tensors), readers(group, tensors, floats=True)
     assert (len(experts), len(everything)) == (8, 9)  # w1 and w3 of four experts; the router
+    assert group.seen_at.endswith("block_sparse_moe.gate.weight")
     down, tensors = group_of("granitemoe", "feed_forward_out", tmp_path / "granitemoe")
     (matrix,) = readers(down, tensors)
     assert down.expert == 0
+    assert down.seen_at == down.multiplied[0].name
     assert matrix.shape == (64, 96)
     assert torch.equal(matrix, tensors[down.multiplied[0].name][0])
     fused, tensors = group_of("gpt2", "attention_out", tmp_path / "gpt2")

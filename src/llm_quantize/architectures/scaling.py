@@ -87,6 +87,12 @@ class ScaleGroup:
     expert: int | None = None
 
     @property
+    def seen_at(self) -> str:
+        """The reader whose input is the group's, of every token: the router of a mixture, else the first matrix."""
+        whole = (part for part in self.multiplied if part.float_stored)
+        return next(whole, self.multiplied[0]).name
+
+    @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensors that the group changes, each once."""
         return tuple(dict.fromkeys(part.name for part in (*self.divided, *self.multiplied)))

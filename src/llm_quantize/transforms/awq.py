@@ -23,19 +23,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llm_quantize.errors import NumericPolicyError, UsageError
-from llm_quantize.methods.grid import GridType, row_tiles
+from llm_quantize.errors import UsageError
+from llm_quantize.methods.gptq_options import GptqOptions
+from llm_quantize.methods.grid import Grid, GridType, row_tiles
+from llm_quantize.methods.hessian import Factor, factorize
 
 _LARGEST = 256.0  # of a scale, and of its inverse: float16 activations and scales keep their range
-_DAMPS = (1.0, 10.0, 100.0)
+_CHUNK = 256
 
 
 @dataclass(frozen=True)
 class AwqOptions:
     """``judge``: the loss to lower, with error feedback to follow or with plain rounding. ``points``: exponents from 0
     to 1. ``rows``: so many rows in all, evenly spread over the matrices, stand for all of them (0: all). ``finalists``:
-    candidates, best by the plain grid, that are judged again with the fitted one. ``least_gain``: share of the loss
-    that a scale must save, else s = 1. ``damp``: of H, a share of its mean diagonal."""
+    candidates, best by the quick grid, that are judged again with the fitted one. ``least_gain``: share of the loss
+    that a scale must save, else s = 1. ``damp``: see GptqOptions."""
 
     judge: Literal["feedback", "rounding"] = "feedback"
     points: int = 20
@@ -49,14 +51,15 @@ class AwqOptions:
 class AwqResult:
     """``scales`` float32 (n,), positive; ones where nothing was gained. ``kind`` and ``exponent``: of the candidate
     ("ones" has 0). ``loss`` and ``plain_loss`` (with s = 1): per token, of the outputs together, on the fitted grid,
-    estimated where rows were sampled. ``note``: what had to be done otherwise, or ""."""
+    estimated where rows were sampled.
+    ``notes``: what was unusual about H."""
 
     scales: Tensor
     kind: str
     exponent: float
     loss: float
     plain_loss: float
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,11 @@ def search(
     """
     options = options or AwqOptions()
     _check(weights, hessian, tokens, shares)
-    mean = hessian.to(torch.float32) / tokens
+    hessian = hessian.to(torch.float32)
+    factor = factorize(hessian, tokens, GptqOptions(damp=options.damp, correction=0.0))
+    conditional = conditional_variances(factor)
+    mean = hessian / tokens
     sample = _sample(weights, options.rows, shares)
-    conditional, note = conditional_variances(mean, tokens, damp=options.damp)
     judge = _Judge(mean, conditional if options.judge == "feedback" else None, sample, grid_type)
     typical = _typical(weights, grid_type.block)
     size = mean.diagonal().clamp(min=1e-8 * float(mean.diagonal().mean()) + 1e-30).sqrt()
@@ -108,28 +113,26 @@ def search(
         if loss < best[0] and loss <= plain * (1 - options.least_gain):
             best = (loss, kind, exponent, scales)
     loss, kind, exponent, scales = best
-    return AwqResult(scales, kind, exponent, loss, plain, note)
+    return AwqResult(scales, kind, exponent, loss, plain, factor.notes)
 
 
-def conditional_variances(mean: Tensor, tokens: int, *, damp: float = 0.01) -> tuple[Tensor, str]:
-    """c (n,) of the mean products ``mean`` (n, n), float32, and a note, "" where nothing went wrong.
+def conditional_variances(factor: Factor) -> Tensor:
+    """c (n,), float32, natural order: the squared diagonal of the factor R, which holds only the quotients to it.
 
-    Few tokens say little about how channels go together: the off-diagonal is shrunk by n / tokens.
+    H_jj = sum_{k >= j} R_jk^2 and lower[k, j] = R_jk / R_kk, so c_j = H_jj - sum_{k > j} lower[k, j]^2 c_k: a
+    triangular system, solved from its end in float64.
     """
-    n = mean.shape[0]
-    diagonal = mean.diagonal()
-    keep = max(0.0, 1.0 - n / max(1, tokens))
-    floor = float(diagonal.mean())
-    order = torch.argsort(diagonal, descending=True, stable=True).flip(0)
-    for factor in _DAMPS:
-        matrix = mean[order][:, order] * keep
-        matrix.diagonal().copy_(diagonal[order] + (factor * damp * floor or 1.0))
-        lower, failed = torch.linalg.cholesky_ex(matrix)
-        found = torch.empty_like(diagonal)
-        found[order] = lower.diagonal().square()
-        if not int(failed) and bool(torch.isfinite(found).all()):
-            return found, "" if factor == 1 else f"H factored with {factor:g} times the damping"
-    return diagonal + (damp * floor or 1.0), "H could not be factored: its diagonal was used"
+    order, lower = factor.order, factor.lower
+    found = factor.hessian.diagonal()[order].double()
+    for start in reversed(range(0, len(order), _CHUNK)):
+        stop = min(start + _CHUNK, len(order))
+        squares = lower[start:, start:stop].double().square_()
+        rest = found[start:stop] - found[stop:] @ squares[stop - start :]
+        own = squares[: stop - start].T
+        found[start:stop] = torch.linalg.solve_triangular(own, rest[:, None], upper=True, unitriangular=True)[:, 0]
+    natural = torch.empty_like(factor.importance)
+    natural[order] = found.clamp(min=torch.finfo(torch.float32).tiny).float()
+    return natural
 
 
 @dataclass(frozen=True)
@@ -140,24 +143,30 @@ class _Judge:
     grid_type: GridType
 
     def loss(self, scales: Tensor, *, fitted: bool) -> float:
-        """The loss of quantizing W * scales, on the plain grid or the fitted one."""
+        """The loss of quantizing W * scales, on the fitted grid or the quick one."""
         importance = self.mean.diagonal() / scales.square()
         total = 0.0
         weight, share = self.sample.weight, self.sample.share
         for start, stop in row_tiles(*weight.shape):
             scaled = weight[start:stop] * scales
-            if fitted:
-                grid = self.grid_type.fit(scaled, importance)
-                codes = grid.nearest(scaled)
-            else:
-                grid, codes = self.grid_type.plain(scaled, importance)
-            error = (grid.decode(codes) - scaled) / scales
+            error = _rounded(self.grid_type.fit(scaled, importance, refine=fitted), scaled).sub_(scaled).div_(scales)
             if self.conditional is None:
                 each = ((error @ self.mean) * error).sum(dim=1)
             else:
                 each = error.square() @ self.conditional
             total += float((each.double() * share[start:stop]).sum())
         return total
+
+
+def _rounded(grid: Grid, weight: Tensor) -> Tensor:
+    """The values nearest to ``weight``, but for the last digit: many grids are tried, and none of these is kept."""
+    if not grid.uniform:
+        return grid.decode(grid.nearest(weight))
+    scale, offset = grid.scale()[:, :, None], grid.offset()[:, :, None]
+    parts = weight.reshape(weight.shape[0], -1, grid.group)
+    codes = ((parts + offset) / torch.where(scale == 0, torch.ones_like(scale), scale)).round_()
+    codes.clamp_(float(grid.levels[0]), float(grid.levels[-1]))
+    return (codes * scale).sub_(offset).reshape(weight.shape)
 
 
 def _candidates(size: Tensor, leftover: Tensor, typical: Tensor, points: int) -> Iterator[tuple[str, float, Tensor]]:
@@ -217,10 +226,4 @@ def _check(weights: Sequence[Tensor], hessian: Tensor, tokens: int, shares: Sequ
             "A search for scales was given what does not fit together",
             expected="matrices (rows, n), a hessian (n, n), tokens above 0, a share for each matrix",
             found=f"{[tuple(w.shape) for w in weights]}, {tuple(hessian.shape)}, {tokens} tokens, shares {shares}",
-        )
-    if not bool(torch.isfinite(hessian).all()):
-        raise NumericPolicyError(
-            "The inputs of a layer are not finite",
-            found="NaN or infinite values in the sums of their products",
-            remedy="calibrate with other text, or look for damaged weights before this layer",
         )
