@@ -98,6 +98,17 @@ class DecodedDirectory(Decoded):
         nbytes = sum(self._infos[name].nbytes for name in names)
         return Stored(_starred(names), "+".join(qtypes), round(nbytes * weights_of(output.shape) / max(1, weights)))
 
+    def parts(self, name: str) -> Iterator[tuple[str, int, int]]:
+        """(the artifact's tensor, first row, rows) of all that the tensor which the map calls ``name`` consists of."""
+        first = 0
+        found = self._outputs.get(name)
+        for piece in () if found is None else found.pieces:
+            count = piece.count
+            if count is None:
+                count = self._rows.matrix(piece.source, transpose=piece.transpose)[0] - piece.start
+            yield piece.source, first, count
+            first += count
+
     def stored_rows(self, name: str, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """As ``Decoded.stored_rows``. Raises what ``PackedDirectory.rows`` raises."""
         output = self._outputs[name]
