@@ -21,7 +21,16 @@ from llm_quantize import kernels
 from llm_quantize.methods.ggml_grid_pack import LAYOUTS, unpack
 from llm_quantize.methods.ggml_grid_super import fit_superblocks
 from llm_quantize.methods.grid import Grid, row_tiles
-from llm_quantize.methods.grid_search import Levels, affine_scales, fold, from_lanes, lanes, symmetric_scales
+from llm_quantize.methods.grid_search import (
+    Levels,
+    affine_scales,
+    divided,
+    fine_factors,
+    fold,
+    from_lanes,
+    lanes,
+    symmetric_scales,
+)
 from llm_quantize.methods.integer_grid import channel_importance
 
 __all__ = ["GgmlGridType"]
@@ -35,11 +44,11 @@ SPREAD: dict[str, tuple[float, int]] = {
     **dict.fromkeys(("q3_k", "q4_k", "q5_k", "iq4_xs"), (2.0, 256)),
 }
 # Of the scale that maps the largest magnitude to the lowest level.
-FACTORS: dict[str, tuple[float, float, int]] = {
-    "q4_0": (0.7, 1.22, 16),
-    "q5_0": (0.8, 1.1, 16),
-    "q8_0": (0.97, 1.01, 12),
-    "iq4_nl": (0.75, 1.2, 16),
+FACTORS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "q4_0": ((0.55, 0.65, 0.74, 0.82, 0.9, 0.98, 1.06, 1.14), fine_factors(4, 4)),
+    "q5_0": ((0.6, 0.7, 0.8, 0.88, 0.94, 1.0, 1.06), fine_factors(5, 4)),
+    "q8_0": ((0.974, 0.979, 0.984, 0.989, 0.994, 0.998, 1.002), fine_factors(8, 3)),
+    "iq4_nl": ((0.6, 0.7, 0.79, 0.87, 0.94, 1.0, 1.06, 1.13), fine_factors(4, 4)),
 }
 
 
@@ -86,7 +95,7 @@ class GgmlGridType:
         factor, block = SPREAD[self.name]
         square = x * x
         size = block or x.shape[1]
-        mean = from_lanes(fold(lanes(square, size)) / size, len(x)).repeat_interleave(size, dim=1)
+        mean = from_lanes(divided(fold(lanes(square, size)), size), len(x)).repeat_interleave(size, dim=1)
         spread = (square + factor * mean).sqrt_() / mean.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         return importance * spread
 
@@ -98,9 +107,9 @@ class GgmlGridType:
         x_lanes, w_lanes, d = lanes(x, grid.group), lanes(w, grid.group), grid.d.reshape(-1)
         levels = Levels.of(grid.levels)
         if grid.m is None:
-            least, most, count = FACTORS[self.name]
-            factors = [least + (most - least) * step / (count - 1) for step in range(count)]
-            found = symmetric_scales(x_lanes, w_lanes, levels, factors, grid.storage, signed=True, start=d)
+            signed = levels.lowest != -levels.highest  # where the levels lean to one side, the sign chooses which
+            factors = FACTORS[self.name]
+            found = symmetric_scales(x_lanes, w_lanes, levels, factors, grid.storage, signed=signed, start=d)
             return grid.with_floats(from_lanes(found, rows))
         scale, offset = affine_scales(x_lanes, w_lanes, levels, (d, -grid.m.reshape(-1)), grid.storage)
         return grid.with_floats(from_lanes(scale, rows), from_lanes(-offset, rows))

@@ -121,7 +121,7 @@ def _afresh(blocks: Blocks) -> Blocks:
     """Sub-scales from a search of every sub-block with both signs; the largest becomes the lowest sub-scale."""
     n, subs, count = blocks.x.shape
     x, w = blocks.x.reshape(n, -1), blocks.w.reshape(n, -1)
-    found = symmetric_scales(x, w, blocks.levels, FREE_FACTORS, torch.float32, signed=True).reshape(subs, count)
+    found = symmetric_scales(x, w, blocks.levels, (FREE_FACTORS, ()), torch.float32, signed=True).reshape(subs, count)
     found = torch.where(x.abs().amax(dim=0).reshape(subs, count) > 0, found, torch.zeros_like(found))
     at = found.abs().argmax(dim=0, keepdim=True)
     d = to_storage(found.gather(0, at)[0] / blocks.u_bounds[0], torch.float16)

@@ -152,7 +152,7 @@ class Grid:
         other = torch.where(upwards, guess + 1, guess - 1).clamp_(0, last)
         distance = (wide - value).abs_()
         rival = (wide - self._values(other).to(torch.float64)).abs_()
-        better = (rival < distance) | ((rival == distance) & (other < guess))
+        better = (rival < distance) | ((rival == distance) & (other < guess) & (scale != 0))
         return torch.where(better, other, guess).to(torch.uint8)
 
     def _guess(self, wide: Tensor, scale: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ def from_lanes(values: Tensor, rows: int) -> Tensor:
     return values.reshape(rows, -1)
 
 
+def divided(values: Tensor, by: float) -> Tensor:
+    """values / by, rounded once on every device (some multiply by a rounded reciprocal when ``by`` is a number)."""
+    return values / torch.full((), by, dtype=values.dtype, device=values.device)
+
+
 @dataclass(frozen=True)
 class Levels:
     """The levels of a grid: consecutive integers ``lowest`` .. ``highest``, or those of ``values`` (iq4's table)."""
@@ -112,11 +117,17 @@ def _refitted(
     return scale + step, error - step * cross
 
 
+def fine_factors(bits: int, steps: int = 5) -> tuple[float, ...]:
+    """Factors around 1 for a second look at the best scale: the more levels, the closer."""
+    step = 0.3 / (1 << bits)
+    return tuple(1 + sign * count * step for count in range(1, steps + 1) for sign in (1, -1))
+
+
 def symmetric_scales(
     x: Tensor,
     w: Tensor,
     levels: Levels,
-    factors: Sequence[float],
+    factors: tuple[Sequence[float], Sequence[float]],
     storage: torch.dtype,
     *,
     signed: bool,
@@ -124,25 +135,28 @@ def symmetric_scales(
 ) -> Tensor:
     """Scales (N,), as ``storage`` holds them, of small weighted error: value = scale * level.
 
-    x, w float32 (n, N). Tries ``factors`` times the scale that maps the largest magnitude to the lowest level, and
-    its negative if ``signed``; each is refitted by least squares, the best once more. ``start`` (N,) scales that the
-    answer is not worse than. Groups of zeros keep that, or get a scale that is not zero.
+    x, w float32 (n, N). Tries ``factors[0]`` times the scale that maps the largest magnitude to the lowest level, and
+    its negative if ``signed``, then ``factors[1]`` times the best, and the best itself; each is refitted by least
+    squares. ``start`` (N,) scales that the answer is not worse than. Groups of zeros keep that, or get a scale that
+    is not zero.
     """
     extreme = x.abs().amax(dim=0)
-    base = extreme / -levels.lowest
+    base = divided(extreme, -levels.lowest)
     best, least = base, torch.full_like(base, torch.inf)
-    for factor in factors:
-        for sign in (1.0, -1.0) if signed else (1.0,):
-            scale, error = _refitted(x, w, base * (sign * factor), levels)
+    signs = (1.0, -1.0) if signed else (1.0,)
+    for trials, stage in zip(factors, (signs, (1.0,)), strict=True):
+        for factor in (sign * factor for factor in trials for sign in stage):
+            scale, error = _refitted(x, w, base * factor, levels)
             usable = (error < least) & (signed | (scale > 0))
             best, least = torch.where(usable, scale, best), torch.where(usable, error, least)
+        base = best
     again, _ = _refitted(x, w, best, levels)
     if not signed:
         again = torch.where(again > 0, again, best)
-    trials = [*_stored_near(best, storage), *_stored_near(again, storage)]
+    found = [*_stored_near(best, storage), *_stored_near(again, storage)]
     if start is None:
-        return torch.where(extreme > 0, _best_stored(x, w, levels, trials), torch.full_like(best, LEAST_SCALE))
-    return _best_stored(x, w, levels, [start, *trials])
+        return torch.where(extreme > 0, _best_stored(x, w, levels, found), torch.full_like(best, LEAST_SCALE))
+    return _best_stored(x, w, levels, [start, *found])
 
 
 def _stored_near(scale: Tensor, storage: torch.dtype) -> list[Tensor]:
@@ -168,15 +182,21 @@ def _best_stored(x: Tensor, w: Tensor, levels: Levels, trials: list[Tensor], shi
 
 
 def zero_point_scales(
-    x: Tensor, w: Tensor, levels: Levels, factors: Sequence[float], storage: torch.dtype, least_zero: int
+    x: Tensor,
+    w: Tensor,
+    levels: Levels,
+    factors: tuple[Sequence[float], Sequence[float]],
+    storage: torch.dtype,
+    least_zero: int,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points (N,) of small weighted error: value = scale * (level - zero), zero a level.
 
-    Tries ``factors`` times the range of the group (zero included), the integers on both sides of the zero point that
-    fits, each refitted by least squares; then the neighbours of the best zero point.
+    Tries ``factors[0]`` times the range of the group (zero included) with the integers on both sides of the zero point
+    that fits, each refitted by least squares; then in turn the neighbours of the best zero point and ``factors[1]``
+    times the best scale.
     """
     low, high = x.amin(dim=0).clamp(max=0), x.amax(dim=0).clamp(min=0)
-    base = (high - low) / levels.highest
+    base = divided(high - low, levels.highest)
     best, zero, least = base, torch.zeros_like(base), torch.full_like(base, torch.inf)
 
     def attempt(scale: Tensor, shift: Tensor) -> None:
@@ -187,17 +207,19 @@ def zero_point_scales(
         best, least = torch.where(usable, fitted, best), torch.where(usable, error, least)
         zero = torch.where(usable, shift, zero)
 
-    for factor in factors:
+    position = -low * reciprocal(base)
+    attempt(base, position.round())
+    for factor in factors[0]:
         # A shorter range loses as much at one end as at the other: its middle stays where it is.
-        scale = base * factor
-        position = -low * reciprocal(base)
-        middle = (levels.highest / 2) * (1 - 1 / factor)
-        exact = position / factor + middle
-        attempt(scale, exact.floor())
-        attempt(scale, exact.ceil())
-    attempt(best, zero + 1)
-    attempt(best, zero - 1)
-    attempt(best, zero)
+        exact = divided(position, factor) + (levels.highest / 2) * (1 - 1 / factor)
+        attempt(base * factor, exact.floor())
+        attempt(base * factor, exact.ceil())
+    for trials in (factors[1], (1.0,)):
+        attempt(best, zero + 1)
+        attempt(best, zero - 1)
+        centre = best
+        for factor in trials:
+            attempt(centre * factor, zero)
     zero = zero.clamp(least_zero, levels.highest)
     found = _best_stored(x, w, levels, _stored_near(best, storage), zero)
     return torch.where(high > low, found, torch.full_like(found, LEAST_SCALE)), zero

@@ -18,6 +18,8 @@ from llm_quantize.methods.grid import Grid, row_tiles, to_storage
 from llm_quantize.methods.grid_search import (
     LEAST_SCALE,
     Levels,
+    divided,
+    fine_factors,
     fold,
     from_lanes,
     lanes,
@@ -30,7 +32,12 @@ __all__ = ["IntegerGridType"]
 
 TILE = 1 << 18  # weights searched at once
 LEAST_ROWS = 32  # of one tile, for long groups
-TRIES = 24  # twice as many lower the error by less than one part in a thousand
+# By bits: the largest factor of the scale that just covers a group, and the ratio from one factor to the next.
+COARSE = {
+    **dict.fromkeys((2, 3), (1.75, 1.13)),
+    **{4: (1.15, 1.1), 5: (1.08, 1.06), 6: (1.04, 1.04), 7: (1.02, 1.02), 8: (1.01, 1.01)},
+}
+TRIES = 16
 
 
 def channel_importance(importance: Tensor | None, weight: Tensor) -> Tensor:
@@ -87,15 +94,12 @@ class IntegerGridType:
         levels = torch.arange(count, dtype=torch.float32)
         return levels - count // 2 if self.qtype.symmetric else levels
 
-    def _factors(self) -> list[float]:
-        """Of the scale that just covers the group: wider at few bits, where the extra level may be left unused."""
-        least, most = 0.55, 1.9 if self.qtype.bits <= 3 else 1.25
-        if not self.qtype.symmetric:
-            least, most = 0.4, 1.15
-        if self.qtype.bits >= 7:  # clipping hardly pays there
-            least, most = 0.94, 1.02
-        count = self.tries if self.qtype.symmetric else self.tries // 2
-        return [least + (most - least) * step / (count - 1) for step in range(count)]
+    def _factors(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Of the scale that just covers the group, then of the best: far below it for outliers that do not matter."""
+        most, ratio = COARSE[self.qtype.bits]
+        if self.qtype.bits <= 3 and not self.qtype.symmetric:
+            most = COARSE[4][0]  # the extra level of the symmetric grid is not there to be left unused
+        return tuple(most * ratio**-step for step in range(self.tries)), fine_factors(self.qtype.bits)
 
     def plain(self, weight: Tensor, importance: Tensor | None) -> tuple[Grid, Tensor]:
         """Grid and codes uint8 (rows, columns) by the reference tools' rule: nothing searched, importance not used."""
@@ -133,7 +137,7 @@ class IntegerGridType:
         w = importance.repeat(1, rows)
         if self.spread > 0:
             square = x * x
-            mean = fold(square) / x.shape[0]
+            mean = divided(fold(square), x.shape[0])
             w = w * (square + self.spread * mean).sqrt_() / mean.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         return w
 
@@ -143,7 +147,7 @@ class IntegerGridType:
             scale = x.abs().amax(dim=0) * (2 / last)
             return self._stored(scale), torch.zeros_like(scale)
         low, high = x.amin(dim=0).clamp(max=0), x.amax(dim=0).clamp(min=0)
-        scale = self._stored((high - low) / last)
+        scale = self._stored(divided(high - low, last))
         return scale, (-low / scale).round().clamp(self.least_zero, last)
 
     def _stored(self, scale: Tensor) -> Tensor:
@@ -155,5 +159,6 @@ class IntegerGridType:
         levels = Levels.of(self._levels().to(x.device))
         if not self.qtype.symmetric:
             return zero_point_scales(x, w, levels, self._factors(), self.storage, self.least_zero)
-        scale = symmetric_scales(x, w, levels, self._factors(), self.storage, signed=self.signed)
+        start = self._plain_scales(x, w)[0]
+        scale = symmetric_scales(x, w, levels, self._factors(), self.storage, signed=self.signed, start=start)
         return scale, torch.zeros_like(scale)
