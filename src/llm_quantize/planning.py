@@ -10,6 +10,7 @@ from pathlib import Path
 
 import llm_quantize
 from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.architectures.scaling import changed_floats
 from llm_quantize.assemble import matrix_shape
 from llm_quantize.blockwise.options import MethodOptions
 from llm_quantize.calibration.identity import model_digest
@@ -95,12 +96,34 @@ def _named(plans: list[ArtifactPlan], stem: str, name: str | None) -> list[Artif
 def _plan_directory(
     source: Source, format: str, level: str, stem: str, imatrix: Imatrix | None, options: Options
 ) -> ArtifactPlan:
-    from llm_quantize.formats.directory import plan_directory
+    """A directory for Transformers and vLLM: its scheme from the level, its codes by the method."""
+    from llm_quantize.formats.directory import DirectoryOptions, plan_directory
 
-    method = options.method
-    facts = method.identity(format) | ({} if imatrix is None else {"text": imatrix.sha256})
-    plan = plan_directory(source, format, level, name=stem, options=method, method=facts, nonfinite=options.nonfinite)
-    return replace(plan, warnings=(*plan.warnings, *_text_advice(imatrix, options, "quantize calibrates")))
+    method, overrides = options.method, options.overrides
+    if overrides != Overrides() or options.split_max_size is not None:
+        raise UsageError(
+            f"types of single tensors, recipes and --split-max-size belong to gguf, not to {format}",
+            remedy="use --group-size, --sym or --asym, --ignore and --output-shard-size",
+        )
+    identity = {**method.identity(format), "nonfinite": options.nonfinite}
+    if imatrix is not None:
+        identity["text"] = imatrix.sha256
+    chosen = DirectoryOptions(
+        group_size=method.group_size,
+        symmetric=method.symmetric,
+        desc_act=method.desc_act,
+        ignore=method.ignore,
+        shard_size=method.shard_size,
+        identity=identity,
+        method=method.words(format, () if imatrix is None else imatrix.datasets),
+    )
+    plan = plan_directory(source, format, level, name=stem, options=chosen)
+    held = frozenset[int]()
+    if method.transform_of(format) == "awq":
+        floats = changed_floats(source)
+        held = frozenset(index for index, tensor in enumerate(plan.tensors) if tensor.name in floats)
+    warnings = (*plan.warnings, *_text_advice(imatrix, options, "quantize calibrates"))
+    return replace(plan, held=held, warnings=warnings)
 
 
 def _text_advice(imatrix: Imatrix | None, options: Options, what: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llm_quantize.errors import UsageError
@@ -62,6 +63,23 @@ class MethodOptions:
     def calibrates(self, format: str) -> bool:
         """Whether ``format`` made so needs text."""
         return self.method_of(format) == "gptq" or self.transform_of(format) != "none"
+
+    def words(self, format: str, texts: Sequence[str]) -> dict[str, str]:
+        """What a model card says of how the codes were chosen. ``texts``: names of the calibration texts."""
+        method, transform = self.method_of(format), self.transform_of(format)
+        scaled = ", channels rescaled as AWQ does" if transform == "awq" else ""
+        if method == "rtn":
+            words = {"Method": f"rounding to nearest on fitted grids{scaled}"}
+        else:
+            words = {
+                "Method": f"error feedback (GPTQ) on importance-weighted grids fixed first{scaled}",
+                "Inputs": {
+                    "sequential": "of the model as quantized up to each matrix",
+                    "block": "of the model as quantized up to each block",
+                    "source": "of the source model",
+                }[self.inputs],
+            }
+        return words | ({"Calibrated on": ", ".join(texts)} if texts else {})
 
     def identity(self, format: str) -> dict[str, object]:
         """What of these decides the bytes: for the artifact's identity."""

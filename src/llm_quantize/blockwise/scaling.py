@@ -66,7 +66,8 @@ def rescale(
     feedback: bool,
 ) -> dict[str, Tensor]:
     """Find and apply the scales of block ``index``: in ``matrices.changed``, in ``block``, and, for floats, in the
-    artifact. ``feedback``: the codes will be chosen with error feedback. Returns {tap: s (columns,)} of taps of a single matrix."""
+    artifact. ``feedback``: the codes will be chosen with error feedback. Returns {tap: s (columns,)} of taps of a
+    single matrix."""
     homes = {name: tap for tap in taps for name in tap.tensors}
     groups = [group for group in scale_groups(matrices.source, index) if _all_quantized(matrices, group, homes)]
     if not groups:
