@@ -17,8 +17,8 @@ ENVIRONMENTS = ("gptqmodel", "llmcompressor", "autoawq", "autoround")
 
 @dataclass(frozen=True)
 class Candidate:
-    """``name``: of its files. ``tool``: whose interpreter runs ``script``, "ours" for this one; ``arguments`` follow the
-    model, the tokens and the output."""
+    """``name``: of its files. ``tool``: whose interpreter runs ``script``, "ours" for this one; ``arguments`` follow
+    the model, the tokens and the output."""
 
     name: str
     tool: str
