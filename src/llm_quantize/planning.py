@@ -77,8 +77,9 @@ def plan_source(
         raise UsageError("no level given", remedy="name one or more with -q, for example -q Q4_K_M")
     stem = _file_stem(name or source.checkpoint.name)
     if format != "gguf":
-        plans = [_plan_directory(source, format, level, stem, imatrix, options) for level in dict.fromkeys(levels)]
-        return _named(plans, stem, name)
+        found = [_plan_directory(source, format, level, stem, imatrix, options) for level in levels]
+        return _named(list({plan.name: plan for plan in found}.values()), stem, name)
+    _refuse_directory_options(options.method)
     importance_rows(source, imatrix)
     _check_recipe(source, levels, options.overrides.recipe)
     names = list(dict.fromkeys(parse_level(level).name for level in levels))
@@ -124,6 +125,24 @@ def _plan_directory(
         held = frozenset(index for index, tensor in enumerate(plan.tensors) if tensor.name in floats)
     warnings = (*plan.warnings, *_text_advice(imatrix, options, "quantize calibrates"))
     return replace(plan, held=held, warnings=warnings)
+
+
+def _refuse_directory_options(method: MethodOptions) -> None:
+    """Raise UsageError for an option that GGUF has no use for."""
+    idle = {
+        "--group-size": method.group_size is not None,
+        "--sym, --asym": method.symmetric is not None,
+        "--desc-act": method.desc_act,
+        "--ignore": bool(method.ignore),
+        "--transform": method.transform not in (None, "none"),
+    }
+    named = [option for option, given in idle.items() if given]
+    if named:
+        raise UsageError(
+            "options of other formats were given for gguf",
+            found=", ".join(named),
+            remedy="GGUF's types fix their groups; --tensor-type keeps single tensors in another type",
+        )
 
 
 def _text_advice(imatrix: Imatrix | None, options: Options, what: str) -> list[str]:

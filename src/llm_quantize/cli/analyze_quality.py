@@ -54,7 +54,11 @@ def _number(_ctx: click.Context, _param: click.Parameter, value: float | None) -
     metavar="N",
     help="At most so many windows, at even distances. [default: all of the text]",
 )
-@click.option("--runtime", type=click.Choice(["llama.cpp"]), help="Measure in the real runtime too, and compare.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["llama.cpp", "transformers", "vllm"]),
+    help="Measure in the real runtime too, and compare.",
+)
 @click.option("--generate", is_flag=True, help="Let source and artifacts write, and look for loops and silence.")
 @click.option(
     "--statistics",
@@ -95,7 +99,8 @@ def command(
     """Measure what ARTIFACT lost against --reference: perplexity, KL divergence, agreement, errors of tensors.
 
     One decoder block of each model is in memory at a time, so the model may be larger than memory. ARTIFACT is a
-    .gguf file or the directory of a split one; several are compared on the same tokens.
+    .gguf file or the directory of a split one, or a GPTQ, AWQ or compressed-tensors directory; several are compared on
+    the same tokens.
 
     Example: llm-quantize analyze quality m-Q4_K_M.gguf m-Q3_K_M.gguf --reference ./model --max-kld 0.05
     """

@@ -118,8 +118,8 @@ def calibration_options(function: Function) -> Function:
         click.option("--calibration-data", "calibration_data", multiple=True, metavar="TEXT",
                      help="Text to calibrate on: a .txt, .json, .jsonl or .parquet file, or a built-in set: general, "
                      "code, japanese, chat. Repeatable; NAME=0.3 gives a weight. [default: the mix of all sets]"),
-        click.option("--calibration-samples", type=click.IntRange(1), default=256, show_default=True, metavar="N",
-                     help="Windows of text at most."),
+        click.option("--calibration-samples", type=click.IntRange(1), metavar="N",
+                     help="Windows of text at most. [default: 256; 64 where errors are fed back]"),
         click.option("--sequence-length", type=click.IntRange(2), default=2048, show_default=True, metavar="N",
                      help="Tokens in a window, at most the model's context."),
         click.option("--chat", is_flag=True, help="Set plain text as a conversation in the model's own template."),
@@ -131,13 +131,15 @@ def calibration_options(function: Function) -> Function:
     return function
 
 
-def build_calibration(arguments: Mapping[str, Any], collect: tuple[str, ...] = ("imatrix",), **more: Any) -> Any:
-    """calibration.options.CalibrationOptions from the parsed command line."""
+def build_calibration(
+    arguments: Mapping[str, Any], collect: tuple[str, ...] = ("imatrix",), *, samples: int = 256, **more: Any
+) -> Any:
+    """calibration.options.CalibrationOptions from the parsed command line; ``samples`` where it gives none."""
     from llm_quantize.calibration.options import CalibrationOptions
 
     return CalibrationOptions(
         data=arguments["calibration_data"],
-        samples=arguments["calibration_samples"],
+        samples=arguments["calibration_samples"] or samples,
         length=arguments["sequence_length"],
         chat=arguments["chat"],
         collect=collect,
@@ -152,6 +154,7 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
     """pipeline.Options from the parsed command line."""
     from pathlib import Path
 
+    from llm_quantize.cli.method_options import build_method
     from llm_quantize.io.recipe_file import read_recipe
     from llm_quantize.pipeline import Options
     from llm_quantize.recipes import Overrides, parse_qtype
@@ -166,6 +169,8 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
         pure=arguments["pure"],
         recipe=read_recipe(arguments["recipe"]) if arguments["recipe"] else None,
     )
+    method = build_method(arguments)
+    samples = 64 if method.calibrates(arguments.get("format", "gguf")) else 256
     paths = {key: arguments.get(key) for key in ("imatrix", "statistics", "checkpoint_dir")}
     return Options(
         threads=arguments["threads"],
@@ -175,12 +180,13 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
         imatrix=Path(paths["imatrix"]) if paths["imatrix"] else None,
         statistics=Path(paths["statistics"]) if paths["statistics"] else None,
         calibrate=True if arguments["calibration_data"] else arguments["calibrate"],
-        calibration=build_calibration(arguments),
+        calibration=build_calibration(arguments, samples=samples),
         nonfinite=arguments["nonfinite"],
         checkpoints=arguments.get("checkpoints", True),
         checkpoint_dir=Path(paths["checkpoint_dir"]) if paths["checkpoint_dir"] else None,
         overwrite=arguments.get("overwrite", False),
         ignore_space=arguments.get("ignore_space", False),
+        method=method,
     )
 
 

@@ -37,7 +37,7 @@ _NOT_REPEATED = ("model", "artifacts", "output_dir", "as_json", "keep", "variant
 def _options(function: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--variants", metavar="LIST",
-                     help="What to make, for example gguf:Q8_0,gguf:Q4_K_M,gguf:Q2_K. "
+                     help="What to make, for example gguf:Q4_K_M,gptq:4bit,awq:4bit,compressed-tensors:W4A16. "
                      "[default without ARTIFACT: Q8_0 to Q2_K]"),
         click.option("-o", "--output-dir", default="report", show_default=True, type=click.Path(file_okay=False),
                      metavar="DIR", help="Where the report, and what is made for it, is written."),
@@ -82,7 +82,8 @@ def command(
 ) -> int:
     """Measure variants of MODEL side by side, and write a page that shows size, loss and speed.
 
-    Variants are made in one read of the source, or taken as they are (ARTIFACT: .gguf files). DIR then holds
+    Variants are made, those of a format in one read of the source, or taken as they are (ARTIFACT: .gguf files, and
+    directories of GPTQ, AWQ and compressed-tensors models). DIR then holds
     index.html, which needs nothing else and works offline, comparison.md for a model card, and comparison.json. The
     same command after an interruption continues.
 

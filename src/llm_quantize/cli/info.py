@@ -16,7 +16,7 @@ from llm_quantize.cli.common import emit_json, events, json_option, mode
 def command(ctx: click.Context, as_json: bool, model: str, revision: str | None, tensors: bool) -> int:
     """Show what MODEL is: architecture, parameters, layers, heads, dtypes, tokenizer, memory.
 
-    MODEL is a local directory, a hub id, or a .gguf file. Reads headers only.
+    MODEL is a local directory, quantized or not, a hub id, or a .gguf file. Reads headers only.
     """
     from llm_quantize import report
     from llm_quantize.describe import describe

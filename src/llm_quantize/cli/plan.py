@@ -16,12 +16,14 @@ from llm_quantize.cli.common import (
     recipe_options,
     verbose_option,
 )
+from llm_quantize.cli.method_options import method_options
 
 
 @click.command("plan")
 @click.argument("model")
 @click.argument("format", metavar="FORMAT", default="gguf")
 @recipe_options
+@method_options
 @verbose_option
 @json_option
 @click.pass_context
@@ -36,7 +38,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     from llm_quantize import pipeline, preflight, report
 
     shown = mode(ctx, as_json, verbose)
-    options = build_options(arguments)
+    options = build_options({**arguments, "format": format})
     common = {"levels": chosen_levels(arguments, options), "name": arguments["name"], "revision": arguments["revision"]}
     with events(shown, "plan") as sink:
         plans = pipeline.plan(model, format, options=options, on_event=sink, **common)

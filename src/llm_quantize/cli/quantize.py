@@ -19,6 +19,7 @@ from llm_quantize.cli.common import (
     verbose_option,
     warn,
 )
+from llm_quantize.cli.method_options import method_options
 from llm_quantize.errors import NumericPolicyError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ DEGRADED = 20
 @click.argument("model")
 @click.argument("format", metavar="FORMAT", default="gguf")
 @recipe_options
+@method_options
 @click.option("-o", "--output-dir", default=".", show_default=True, type=click.Path(file_okay=False), metavar="DIR")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--checkpoints/--no-checkpoints", default=True, help="Keep a journal, so that a stopped run can go on.")
@@ -42,16 +44,22 @@ DEGRADED = 20
 @json_option
 @click.pass_context
 def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, format: str, **arguments: Any) -> int:
-    """Quantize MODEL to FORMAT (gguf) at one or more levels, in one pass over the source.
+    """Quantize MODEL to FORMAT (gguf, gptq, awq, compressed-tensors) at one or more levels.
 
     The same command after an interruption continues, and ends in the same bytes.
 
-    Example: llm-quantize quantize ./Llama-3.2-1B gguf -q Q4_K_M -q Q8_0 -o out
+    \b
+    Examples:
+      llm-quantize quantize ./Llama-3.2-1B gguf -q Q4_K_M -q Q8_0 -o out
+      llm-quantize quantize ./Llama-3.2-1B gguf -q Q4_K_M --method gptq
+      llm-quantize quantize ./Llama-3.2-1B gptq -q 4bit
+      llm-quantize quantize ./Llama-3.2-1B awq -q 4bit
+      llm-quantize quantize ./Llama-3.2-1B compressed-tensors -q W4A16
     """
     from llm_quantize import pipeline, preflight, report
 
     shown = mode(ctx, as_json, verbose)
-    options = build_options(arguments)
+    options = build_options({**arguments, "format": format})
     common = {"levels": chosen_levels(arguments, options), "name": arguments["name"], "revision": arguments["revision"]}
     if arguments["dry_run"]:
         with events(shown, "plan") as sink:
@@ -86,7 +94,8 @@ def _warn_idle(ctx: click.Context, shown: Mode, results: Sequence[ArtifactResult
     options = ("calibration_samples", "sequence_length", "chat", "device")
     idle = [name for name in options if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     given = ctx.params["imatrix"] or ctx.params["statistics"]
-    if idle and (given or not any(result.plan.identity["imatrix"] for result in results)):
+    texts = any(result.plan.identity.get("imatrix") or result.plan.identity.get("text") for result in results)
+    if idle and (given or not texts):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         why = "importance was given" if given else "no level here needs it; --calibrate does it all the same"
         warn(shown, f"{names} had no effect: nothing was calibrated ({why})")

@@ -1,0 +1,65 @@
+"""Options that say how codes are chosen, and on which grid where the format is a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import click
+
+from llm_quantize.cli.common import Size
+
+Function = TypeVar("Function", bound=Any)
+
+
+def method_options(function: Function) -> Function:
+    """Methods, transforms, and the grids of gptq, awq and compressed-tensors."""
+    options = [
+        click.option("--method", type=click.Choice(["rtn", "gptq"]),
+                     help="rtn rounds to nearest; gptq feeds errors back and needs text. [default: rtn for gguf, gptq "
+                     "for the other formats]"),
+        click.option("--transform", type=click.Choice(["none", "awq"]),
+                     help="awq rescales channels first. [default: awq for awq, none elsewhere]"),
+        click.option("--inputs", type=click.Choice(["sequential", "block", "source"]), default="sequential",
+                     show_default=True, help="What a matrix is calibrated on: the model as quantized up to it, up to "
+                     "its block, or not at all (one pass over the source)."),
+        click.option("--correction", type=click.FloatRange(0, 1), default=1.0, show_default=True, metavar="X",
+                     help="How far a layer makes up for the errors of those before it."),
+        click.option("--group-size", type=int, metavar="N",
+                     help="Weights that share a scale, -1: a whole row; not for gguf. [default: 128]"),
+        click.option("--sym/--asym", "symmetric", default=None,
+                     help="Symmetric grids, or zero points; not for gguf. [default: as the format and level say]"),
+        click.option("--zero-point/--no-zero-point", "zero_point", default=None, help="The same in AWQ's words."),
+        click.option("--desc-act", is_flag=True, help="For scripts of other tools: changes nothing, and says why."),
+        click.option("--ignore", multiple=True, metavar="REGEX",
+                     help="Modules that stay as they are; repeatable; not for gguf."),
+        click.option("--output-shard-size", "shard_size", type=Size(), default="5G", show_default=True,
+                     help="Largest file of a directory; not for gguf."),
+        click.option("--resume", is_flag=True, hidden=True, help="For scripts: every run resumes by itself."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def build_method(arguments: Mapping[str, Any]) -> Any:
+    """blockwise.options.MethodOptions from the parsed command line. Raises UsageError for a contradiction."""
+    from llm_quantize.blockwise.options import MethodOptions
+    from llm_quantize.errors import UsageError
+
+    symmetric, zero_point = arguments["symmetric"], arguments["zero_point"]
+    if symmetric is not None and symmetric is zero_point:
+        raise UsageError("--sym and --zero-point contradict each other", remedy="leave one of them out")
+    if symmetric is None and zero_point is not None:
+        symmetric = not zero_point
+    return MethodOptions(
+        method=arguments["method"],
+        transform=arguments["transform"],
+        inputs=arguments["inputs"],
+        correction=arguments["correction"],
+        group_size=arguments["group_size"],
+        symmetric=symmetric,
+        desc_act=arguments["desc_act"],
+        ignore=arguments["ignore"],
+        shard_size=arguments["shard_size"],
+    )
