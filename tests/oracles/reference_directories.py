@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
+import torch
 
 from ..safetensors_by_hand import write_tensors
+from ..tiny_models import reference_logits, reference_model
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column 8c + AWQ_ORDER[i]
@@ -193,3 +195,21 @@ def write_directory(source: Path, directory: Path, layout: Layout) -> dict[str, 
         if file.suffix == ".json" and file.name != "config.json":
             shutil.copyfile(file, directory / file.name)
     return decoded
+
+
+def logprobs(source: Path, decoded: dict[str, np.ndarray], windows: np.ndarray) -> np.ndarray:
+    """float64 (windows, length, vocabulary): the model of ``source`` in float32 torch with the weights ``decoded``."""
+    model = reference_model(source)
+    weights = model.state_dict()
+    for name, value in decoded.items():
+        weights[name].copy_(torch.from_numpy(value))
+    logits = np.stack([reference_logits(model, window.tolist()) for window in windows]).astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def divergence(reference: np.ndarray, other: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence in nats of log-probabilities (..., vocabulary); ``other`` may be float32."""
+    exact = other.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
+    return float((np.exp(reference) * (reference - exact)).sum(-1).mean())
