@@ -147,8 +147,6 @@ class Bench:
         """What the artifact writes after each prompt, in the runtime; nothing where nothing can run."""
 
         def measure() -> list[Any]:
-            if artifact.format != "gguf":
-                return [asdict(answer) for answer in self._directory_answers(artifact.path)]
             found = check_generation(artifact.path, prompts=self._prompts, max_tokens=NEW_TOKENS, threads=self._threads)
             return [asdict(answer) for answer in found.answers]
 
@@ -175,17 +173,16 @@ class Bench:
             return ()
 
         def measure() -> list[Any]:
-            return [asdict(answer) for answer in self._directory_answers(checkpoint.directory)]
+            from llm_quantize.calibration.tokens import TextTokenizer
+
+            encode = TextTokenizer(self._source).encode
+            found = source_answers(
+                checkpoint.directory, encode, prompts=self._prompts, max_tokens=NEW_TOKENS, threads=self._threads
+            )
+            return [asdict(answer) for answer in found]
 
         key = key_of("source", model=self._fingerprint, prompts=self._prompts, tokens=NEW_TOKENS)
         return tuple(Answer(**fact) for fact in self._known(key, "source: write", measure))
-
-    def _directory_answers(self, directory: Path) -> tuple[Answer, ...]:
-        """What a model directory writes in transformers."""
-        from llm_quantize.calibration.tokens import TextTokenizer
-
-        encode = TextTokenizer(self._source).encode
-        return source_answers(directory, encode, prompts=self._prompts, max_tokens=NEW_TOKENS, threads=self._threads)
 
     def _without_runtime(self, error: MissingExtraError) -> None:
         self.absent = f"{error.what}; {error.remedy}"

@@ -1,8 +1,10 @@
-"""What a model or a GGUF file is, from its headers: the facts behind ``llm-quantize info``."""
+"""What a model, quantized or not, or a GGUF file is, from its headers: the facts behind ``llm-quantize info``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,16 @@ from llm_quantize.assemble import weights_of
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
+from llm_quantize.packed import PackedDirectory
+from llm_quantize.packed_config import is_packed_directory
 from llm_quantize.source import Source, open_source
 
 CONTEXT = 8192  # tokens of the cache whose memory is told, or all that the model was trained for, if fewer
 
 
 def describe(model: str, *, revision: str | None = None, on_event: EventSink = ignore) -> dict[str, Any]:
-    """JSON-ready facts of a checkpoint (directory or hub id) or of a GGUF artifact (a file, or every part of a split
-    one, given by its directory or by any part). Sizes in bytes.
+    """JSON-ready facts of a checkpoint (directory or hub id), of a GPTQ, AWQ or compressed-tensors directory, or of a
+    GGUF artifact (a file, or every part of a split one, given by its directory or by any part). Sizes in bytes.
 
     Raises the error tree for anything malformed or unsupported, UsageError for a directory of several artifacts.
     """
@@ -27,6 +31,9 @@ def describe(model: str, *, revision: str | None = None, on_event: EventSink = i
     split = path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf"))
     if split or (path.name.endswith(".gguf") and path.is_file()):
         return _describe_gguf([read_gguf(part) for part in artifact_files(path)])
+    if is_packed_directory(path):
+        with PackedDirectory(path) as packed:
+            return _describe_packed(packed)
     source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
     with source.checkpoint:
         return _describe_source(source)
@@ -95,6 +102,54 @@ def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:
             "chat_template": keys.CHAT_TEMPLATE in metadata,
         }
     }
+
+
+def _describe_packed(packed: PackedDirectory) -> dict[str, Any]:
+    matrices, config = packed.matrices.values(), packed.config
+    weights = sum(matrix.rows * matrix.columns for matrix in matrices)
+    weights += sum(info.elements for info in packed.plain.values())
+    dtypes: dict[str, dict[str, int]] = {}
+    stored = [(matrix.qtype, matrix.nbytes) for matrix in matrices]
+    for kind, nbytes in [*stored, *((info.dtype, info.nbytes) for info in packed.plain.values())]:
+        entry = dtypes.setdefault(kind, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += nbytes
+    left = [name for name, info in packed.plain.items() if len(info.shape) > 1]
+    return {
+        "name": packed.path.resolve().name,
+        "directory": str(packed.path),
+        "files": [{"name": header.path.name, "size": header.file_size} for header in packed.headers],
+        "size": packed.size,
+        "model_type": config.get("model_type"),
+        "parameters": weights,
+        "bits_per_weight": round(8 * packed.size / max(1, weights), 4),
+        "quantization": {
+            "format": packed.method,
+            "layout": packed.layout_name,
+            "bits": _one_or_all(matrix.bits for matrix in matrices),
+            "group_size": _one_or_all(-1 if matrix.group >= matrix.columns else matrix.group for matrix in matrices),
+            "symmetric": _one_or_all(matrix.symmetric for matrix in matrices),
+            "matrices": len(matrices),
+        },
+        "not_quantized": _counted(name.removesuffix(".weight") for name in left),
+        "dtypes": dtypes,
+        "notes": list(packed.notes),
+        "tensors": [
+            {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes}
+            for info in packed.tensors.values()
+        ],
+    }
+
+
+def _one_or_all(values: Iterable[Any]) -> Any:
+    """The value that all have, else each that occurs."""
+    found = sorted(set(values))
+    return found[0] if len(found) == 1 else found
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    """{name with a star in the place of every number: how many there are}."""
+    return dict(Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
 
 
 def _describe_gguf(files: Sequence[GgufFile]) -> dict[str, Any]:

@@ -132,6 +132,15 @@ class PackedDirectory:
         return sum(header.file_size for header in self.headers)
 
     @property
+    def layout_name(self) -> str:
+        """The form of the method: gptq, gptq_v2, gemm, pack-quantized, int-quantized."""
+        if self.method == "awq":
+            return "gemm"
+        if self.method == "gptq":
+            return "gptq" if all(matrix.minus_one for matrix in self.matrices.values()) else "gptq_v2"
+        return "+".join(sorted({matrix.layout for matrix in self.matrices.values()}))
+
+    @property
     def label(self) -> str:
         """What people call its level: GPTQ-4bit, AWQ-4bit, W4A16."""
         bits = sorted({matrix.bits for matrix in self.matrices.values()})

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.packed_config import is_packed_directory
 
 PROMPTS = (
     "The old man looked at the sea and",
@@ -182,19 +183,35 @@ def check_generation(
     threads: int | None = None,
     on_event: EventSink = ignore,
 ) -> GenerationCheck:
-    """Run ``artifact`` (a GGUF file) in llama.cpp over ``prompts`` and judge it against ``reference``, what its source
-    wrote (``answers`` of its F32 or BF16 file, or ``source_answers``).
+    """Run ``artifact`` (a GGUF file in llama.cpp, a quantized directory in transformers) over ``prompts`` and judge it
+    against ``reference``, what its source wrote (``answers`` of its F32 or BF16 file, or ``source_answers``).
 
-    Raises MissingExtraError without xllamacpp, and what ``LlamaCpp`` raises.
+    Raises MissingExtraError where the runtime is not installed, and what ``LlamaCpp`` and ``transformers.run`` raise.
     """
+    on_event({"event": "stage", "text": f"text that {Path(artifact).name} writes"})
+    if is_packed_directory(Path(artifact)):
+        written = _directory_answers(Path(artifact), prompts, max_tokens, threads)
+        return check_answers(written, reference)
     from llm_quantize.evaluation.runtimes import context_for, first_file
     from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
 
     longest = max(context_for(prompt, max_tokens) for prompt in prompts)
-    on_event({"event": "stage", "text": f"text that {Path(artifact).name} writes"})
     with LlamaCpp(first_file(artifact), context=longest, threads=threads) as model:
         found = answers(model, prompts, max_tokens=max_tokens)
     return check_answers(found, reference)
+
+
+def _directory_answers(
+    directory: Path, prompts: Sequence[str], max_tokens: int, threads: int | None
+) -> tuple[Answer, ...]:
+    from llm_quantize.evaluation.runtimes.isolated import Request
+    from llm_quantize.evaluation.runtimes.transformers import run
+
+    reply = run(directory, Request(prompts=tuple(prompts), max_tokens=max_tokens, threads=threads))
+    return tuple(
+        Answer(prompt, text, len(ids), len(ids) < max_tokens, loop_share(ids), repetition(ids))
+        for prompt, text, ids in zip(prompts, reply.texts, reply.tokens, strict=True)
+    )
 
 
 def source_answers(

@@ -46,7 +46,7 @@ ROUNDING_LIMIT = 0.01
 """Mean KLD between an artifact streamed and the same one in llama.cpp up to which the rounding of activations to 8
 bits explains it: 1e-5 to 2e-3 is what it costs, by the model; a wrong tensor or position costs more than 0.1."""
 
-RUNTIMES = ("llama.cpp",)
+RUNTIMES = ("llama.cpp", "transformers", "vllm")
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def measure_quality(
 
     ``threads``: None means all CPUs, fewer where memory asks for it. ``max_ram``: bytes of resident memory; hidden
     states go to a file in ``scratch`` (None: the system's temporary directory) where they are many. ``runtime``:
-    "llama.cpp" also runs each artifact there; its file is mapped whole. ``texts``: names for the report.
+    "llama.cpp" (GGUF files; mapped whole), "transformers" or "vllm" (directories) also runs each artifact there.
+    ``texts``: names for the report.
 
     Raises: MissingExtraError (torch), UsageError (no artifact, no window, windows longer than the context),
     ResourceError before any work where one block or two heads do not fit, IntegrityError (another model's artifact),
@@ -191,9 +192,10 @@ def measure_quality(
         for index in range(again):
             noise[0].write(index, origin.states.read(index))
         work.through_blocks(origin, streams, noise[0])
-        real = _through_heads(work, origin, streams, noise, groups, decoded if runtime else None)
+        real = _through_heads(work, origin, streams, noise, groups, decoded, runtime)
     found = tuple(
-        _artifact(one, stream, real.get(i)) for i, (one, stream) in enumerate(zip(decoded, streams, strict=True))
+        _artifact(one, stream, real.get(i), runtime)
+        for i, (one, stream) in enumerate(zip(decoded, streams, strict=True))
     )
     _warn(found, on_event)
     limit, peak = preflight.memory_limit(max_ram), preflight.peak_resident_bytes()
@@ -254,16 +256,17 @@ def _through_heads(
     streams: Sequence[Stream],
     noise: tuple[Activations, Comparison],
     groups: Sequence[range],
-    decoded: Sequence[Decoded] | None,
+    decoded: Sequence[Decoded],
+    runtime: str | None,
 ) -> dict[int, RuntimeStream]:
-    """Compare all predictions, some artifacts at a time. ``decoded``: those to run in llama.cpp too, None: not there.
+    """Compare all predictions, some artifacts at a time, and in ``runtime`` too.
 
     Returns {artifact: what its runtime gave}.
     """
     real: dict[int, RuntimeStream] = {}
     for group in groups:
         with ExitStack() as stack:
-            opened = {} if decoded is None else _open_runtimes(stack, decoded, group, work)
+            opened = {} if runtime is None else _open_runtimes(stack, decoded, group, work, runtime)
             real |= {group[place]: one for place, one in opened.items()}
             work.through_head(
                 origin,
@@ -297,22 +300,33 @@ def _check(source: Source, artifacts: Sequence[str | Path], windows: Tokens, run
 
 
 def _check_runtime(decoded: Sequence[Decoded], runtime: str | None) -> None:
-    directory = next((one.path for one in decoded if runtime is not None and isinstance(one, DecodedDirectory)), None)
-    if directory is not None:
-        raise UsageError(
-            "llama.cpp does not run model directories",
-            file=directory,
-            expected="GGUF files only, with --runtime",
-            remedy="leave out --runtime, or measure this one by itself",
-        )
+    for one in decoded:
+        if runtime is not None and isinstance(one, DecodedDirectory) == (runtime == "llama.cpp"):
+            raise UsageError(
+                f"{runtime} does not run this artifact",
+                file=one.path,
+                expected="GGUF files with llama.cpp, model directories with transformers or vllm",
+                remedy="leave out --runtime, or measure this one by itself",
+            )
 
 
-def _open_runtimes(stack: ExitStack, decoded: Sequence[Decoded], group: range, work: Pass) -> dict[int, RuntimeStream]:
-    """{place in the group: the artifact in llama.cpp}."""
+def _open_runtimes(
+    stack: ExitStack, decoded: Sequence[Decoded], group: range, work: Pass, runtime: str
+) -> dict[int, RuntimeStream]:
+    """{place in the group: the artifact in its runtime}."""
     from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
     from llm_quantize.evaluation.streamed import RuntimeStream, check_vocabulary
 
     found: dict[int, RuntimeStream] = {}
+    if runtime != "llama.cpp":
+        from llm_quantize.evaluation.runtimes.scored import ScoredDirectory
+
+        size, threads = work.network.vocab_size, work.threads
+        for place, index in enumerate(group):
+            path = decoded[index].path
+            scored = ScoredDirectory(path, runtime, work.windows, vocab_size=size, threads=threads)
+            found[place] = RuntimeStream(scored)
+        return found
     for place, index in enumerate(group):
         path = first_file(decoded[index].path)
         model = stack.enter_context(LlamaCpp(path, context=work.windows.shape[1], threads=work.threads))
@@ -321,7 +335,7 @@ def _open_runtimes(stack: ExitStack, decoded: Sequence[Decoded], group: range, w
     return found
 
 
-def _artifact(one: Decoded, stream: Stream, real: RuntimeStream | None) -> ArtifactQuality:
+def _artifact(one: Decoded, stream: Stream, real: RuntimeStream | None, runtime: str | None) -> ArtifactQuality:
     divergence = stream.comparison.result()
     return ArtifactQuality(
         path=str(one.path),
@@ -330,17 +344,17 @@ def _artifact(one: Decoded, stream: Stream, real: RuntimeStream | None) -> Artif
         divergence=divergence,
         grade=grades.grade(divergence.kld),
         notes=one.notes,
-        runtime=None if real is None else _runtime_quality(stream, real),
+        runtime=None if real is None else _runtime_quality(stream, real, runtime or ""),
     )
 
 
-def _runtime_quality(stream: Stream, real: RuntimeStream) -> RuntimeQuality:
+def _runtime_quality(stream: Stream, real: RuntimeStream, runtime: str) -> RuntimeQuality:
     inside, streamed = real.comparison.result(), stream.comparison.result()
     rounding = real.rounding.result()
     paired = pair([real.comparison, stream.comparison], 0, 1)
     apart = abs(math.sqrt(max(0.0, inside.kld)) - math.sqrt(max(0.0, streamed.kld)))
     explained = rounding.kld <= ROUNDING_LIMIT and apart <= 1.25 * math.sqrt(max(0.0, rounding.kld)) + 1e-6
-    return RuntimeQuality("llama.cpp", inside, rounding, paired.kld_difference, paired.kld_difference_sem, explained)
+    return RuntimeQuality(runtime, inside, rounding, paired.kld_difference, paired.kld_difference_sem, explained)
 
 
 def _warn(artifacts: Sequence[ArtifactQuality], on_event: EventSink) -> None:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -55,11 +55,17 @@ class Stream:
     comparison: Comparison = field(default_factory=Comparison)
 
 
+class PredictsWindows(Protocol):
+    """A model in its runtime: logits, or log-probabilities, float32 (length, vocabulary) of a window's tokens."""
+
+    def logits(self, ids: list[int], /) -> Logits: ...
+
+
 @dataclass
 class RuntimeStream:
     """An artifact in its runtime: against the source, and against the same artifact streamed."""
 
-    model: LlamaCpp
+    model: PredictsWindows
     comparison: Comparison = field(default_factory=Comparison)
     rounding: Comparison = field(default_factory=Comparison)
 
