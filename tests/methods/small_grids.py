@@ -28,7 +28,7 @@ class SmallType:
         return self.group * self.per_span
 
     def fit(self, weight, importance, *, refine=True):
-        rows, columns = weight.shape
+        rows = len(weight)
         parts = weight.reshape(rows, -1, self.group)
         levels = torch.tensor(self.levels)
         low = parts.amin(2) if self.offset or self.zero else -parts.abs().amax(2)

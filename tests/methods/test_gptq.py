@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def stage_losses(kind, seed, **more):
 @pytest.mark.parametrize("kind", TYPES)
 def test_no_stage_after_feedback_loses_more(kind, seed):
     results = stage_losses(kind, seed)
-    for before, after in zip(results, results[1:], strict=False):
+    for before, after in itertools.pairwise(results):
         assert (after <= before * (1 + 1e-5)).all()
     assert results[-1].sum() < 0.98 * results[0].sum()
 

@@ -14,9 +14,8 @@ def quantize(
     out: npt.NDArray[np.uint8],
     codebook: Codebook | None = None,
 ) -> None: ...
-def column_loop(
+def feedback(
     level: str,
-    descent: bool,
     scale: npt.NDArray[np.float32],
     inverse: npt.NDArray[np.float32],
     offset: npt.NDArray[np.float32] | None,
@@ -26,11 +25,29 @@ def column_loop(
     edges: tuple[float, float],
     uniform: bool,
     coupling: npt.NDArray[np.float32],
-    reciprocal: npt.NDArray[np.float32] | None,
     weight: npt.NDArray[np.float32],
     target: npt.NDArray[np.float32],
     residual: npt.NDArray[np.float32],
     codes: npt.NDArray[np.uint8],
+    counts: npt.NDArray[np.int32],
+) -> None: ...
+def descend(
+    level: str,
+    scale: npt.NDArray[np.float32],
+    inverse: npt.NDArray[np.float32],
+    offset: npt.NDArray[np.float32] | None,
+    group: npt.NDArray[np.int32],
+    levels: npt.NDArray[np.float32],
+    middles: npt.NDArray[np.float32],
+    edges: tuple[float, float],
+    uniform: bool,
+    hessian: npt.NDArray[np.float32],
+    reciprocal: npt.NDArray[np.float32],
+    weight: npt.NDArray[np.float32],
+    gradient: npt.NDArray[np.float32],
+    residual: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.uint8],
+    sweeps: int,
     counts: npt.NDArray[np.int32],
 ) -> None: ...
 

@@ -1,4 +1,4 @@
-"""The column loops of GPTQ inside one block of columns: error feedback, and coordinate descent.
+"""The column loops of GPTQ: error feedback inside one block of columns, and sweeps of coordinate descent.
 
 Legend: a tile is R rows of a weight, held with its columns first, (columns, R), so that rows lie side by side; of one
 column and one row: w weight, q the value of its code, d = w - q residual. Values of the frozen grid are
@@ -83,47 +83,8 @@ def feedback(
     if weight.device.type != "cpu":
         reference_feedback.feedback(grid, coupling, weight, target, residual, codes, counts)
         return
-    _run(False, grid, coupling, None, weight, target, residual, codes, counts)
-
-
-def descend(
-    grid: TileGrid,
-    coupling: Tensor,
-    reciprocal: Tensor,
-    weight: Tensor,
-    gradient: Tensor,
-    residual: Tensor,
-    codes: Tensor,
-    counts: Tensor,
-) -> None:
-    """One sweep of coordinate descent over a block: each code moves to where the loss d H d^T is least.
-
-    For column j: q' = the grid value nearest to q_j + g_j / H_jj; g_k += (d'_j - d_j) * coupling[k, j] for all k > j.
-    ``gradient`` float32 (columns, R) = rows of d H; ``coupling`` float32 (columns, columns) = H within the block;
-    ``reciprocal`` float32 (columns,) = 1 / H_jj. ``residual`` float32 and ``codes`` uint8 (columns, R) are read and
-    written; ``counts`` int32 (R,) grows by the number of codes that moved. The content of ``gradient`` is lost.
-    Releases the GIL.
-    """
-    if weight.device.type != "cpu":
-        reference_feedback.descend(grid, coupling, reciprocal, weight, gradient, residual, codes, counts)
-        return
-    _run(True, grid, coupling, reciprocal, weight, gradient, residual, codes, counts)
-
-
-def _run(
-    descent: bool,
-    grid: TileGrid,
-    coupling: Tensor,
-    reciprocal: Tensor | None,
-    weight: Tensor,
-    target: Tensor,
-    residual: Tensor,
-    codes: Tensor,
-    counts: Tensor,
-) -> None:
-    _native.column_loop(
+    _native.feedback(
         kernels.simd_level(),
-        descent,
         grid.scale.numpy(),
         grid.inverse.numpy(),
         None if grid.offset is None else grid.offset.numpy(),
@@ -133,10 +94,55 @@ def _run(
         grid.edges,
         grid.uniform,
         coupling.numpy(),
-        None if reciprocal is None else reciprocal.numpy(),
         weight.numpy(),
         target.numpy(),
         residual.numpy(),
         codes.numpy(),
         counts.numpy(),
     )
+
+
+def descend(
+    grid: TileGrid,
+    hessian: Tensor,
+    reciprocal: Tensor,
+    weight: Tensor,
+    gradient: Tensor,
+    residual: Tensor,
+    codes: Tensor,
+    sweeps: int,
+) -> int:
+    """Up to ``sweeps`` sweeps of coordinate descent: each code moves to where the loss d H d^T of its row is least.
+
+    For column j: q' = the grid value nearest to q_j + g_j / H_jj; g += (d'_j - d_j) * H[j]. A row stops where no code
+    moved in a whole sweep. ``hessian`` float32 (n, n), symmetric; ``reciprocal`` float32 (n,) = 1 / H_jj; ``weight``
+    float32 (n, R). Read and written: ``gradient`` = d H and ``residual`` float32, ``codes`` uint8, all (n, R).
+    Returns how many times a code moved. The native loop keeps to one row at a time and changes a gradient only where a
+    code moved, which few do after feedback; it releases the GIL.
+    """
+    if weight.device.type != "cpu":
+        return reference_feedback.descend(grid, hessian, reciprocal, weight, gradient, residual, codes, sweeps, BLOCK)
+    rows = [values.T.contiguous() for values in (gradient, residual, codes)]
+    counts = torch.zeros(weight.shape[1], dtype=torch.int32)
+    _native.descend(
+        kernels.simd_level(),
+        grid.scale.T.contiguous().numpy(),
+        grid.inverse.T.contiguous().numpy(),
+        None if grid.offset is None else grid.offset.T.contiguous().numpy(),
+        grid.group.numpy(),
+        grid.levels.numpy(),
+        grid.middles.numpy(),
+        grid.edges,
+        grid.uniform,
+        hessian.numpy(),
+        reciprocal.numpy(),
+        weight.T.contiguous().numpy(),
+        rows[0].numpy(),
+        rows[1].numpy(),
+        rows[2].numpy(),
+        sweeps,
+        counts.numpy(),
+    )
+    for values, changed in zip((gradient, residual, codes), rows, strict=True):
+        values.copy_(changed.T)
+    return int(counts.sum())

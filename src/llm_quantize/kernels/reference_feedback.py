@@ -48,20 +48,38 @@ def feedback(
 
 def descend(
     grid: TileGrid,
-    coupling: Tensor,
+    hessian: Tensor,
     reciprocal: Tensor,
     weight: Tensor,
     gradient: Tensor,
     residual: Tensor,
     codes: Tensor,
-    counts: Tensor,
-) -> None:
-    """See :func:`llm_quantize.kernels.feedback.descend`."""
-    for j in range(len(weight)):
-        wanted = (weight[j] - residual[j]) + gradient[j] * reciprocal[j]
-        value, codes[j], _ = nearest(grid, j, wanted)
-        after = weight[j] - value
-        change = after - residual[j]
-        residual[j] = after
-        counts += change != 0
-        gradient[j + 1 :] += change * coupling[j + 1 :, j, None]
+    sweeps: int,
+    block: int | None = None,
+) -> int:
+    """See :func:`llm_quantize.kernels.feedback.descend`. Without ``block``, the meaning: every change of a code changes
+    its row's gradient at once. With it, outside of blocks of so many columns one product brings it up to date.
+    """
+    n, total = len(weight), 0
+    size = n if block is None else block
+    for _ in range(sweeps):
+        moved = torch.zeros((), dtype=torch.int64, device=weight.device)
+        for start in range(0, n, size):
+            inside = slice(start, min(n, start + size))
+            before = residual[inside].clone()
+            local = gradient[inside] if block is None else gradient[inside].clone()
+            for j in range(start, inside.stop):
+                wanted = (weight[j] - residual[j]) + local[j - start] * reciprocal[j]
+                value, found, _ = nearest(grid, j, wanted)
+                after = weight[j] - value
+                change = after - residual[j]
+                residual[j] = after
+                codes[j] = torch.where(change != 0, found, codes[j])
+                moved += (change != 0).sum()
+                local += change * hessian[j, inside, None]
+            if block is not None:
+                gradient.addmm_(hessian[:, inside], residual[inside] - before)
+        total += int(moved)
+        if int(moved) == 0:
+            break
+    return total

@@ -23,7 +23,7 @@ from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.grid import Grid, GridType
 from llm_quantize.methods.hessian import Factor, factor_bytes, factorize, mix
 from llm_quantize.methods.refit import refit
-from llm_quantize.methods.tile import Tile, padded_rows, row_losses
+from llm_quantize.methods.tile import Tile, padded_rows, weighted_squares
 
 __all__ = ["TILE_ROWS", "Factor", "GptqOptions", "Solution", "factor_bytes", "factorize", "mix", "solve", "solve_bytes"]
 
@@ -97,8 +97,7 @@ def _solve_tile(
         if not refit(tile, factor):
             break
         tile.descend(factor, reciprocal, options.sweeps)
-    codes = tile.row_codes()
-    loss = _loss(target, tile.grid, codes, factor)
+    codes, loss = tile.row_codes(), tile.losses(factor)
     found = Solution(
         codes=codes,
         grid=tile.grid,
@@ -110,16 +109,11 @@ def _solve_tile(
     return _compare(found, weight, target, grid_type, factor) if options.compare else found
 
 
-def _loss(target: Tensor, grid: Grid, codes: Tensor, factor: Factor) -> Tensor:
-    """float64 (rows,): of the values that a decoder makes."""
-    residual = target - padded_rows(grid.decode(codes))
-    return row_losses(factor.hessian, residual)[: len(codes)]
-
-
 def _compare(found: Solution, weight: Tensor, target: Tensor, grid_type: GridType, factor: Factor) -> Solution:
     """``found``, with the format owner's own codes in the rows where those lose less."""
     grid, codes = grid_type.plain(weight, factor.importance)
-    plain_loss = _loss(target, grid, codes, factor)
+    residual = target - padded_rows(grid.decode(codes))
+    plain_loss = weighted_squares(residual, factor.hessian @ residual)[: len(codes)]
     plain = (plain_loss < found.loss) | ~torch.isfinite(found.loss)
     count = int(plain.sum())
     if count == 0:

@@ -27,8 +27,7 @@ _RIDGE = 1e-7  # relative to the diagonal, which is scaled to 1
 
 def refit(tile: Tile, factor: Factor) -> bool:
     """Moves ``tile`` to the grid with the best free floats for its codes; whether any row took new ones."""
-    grid, hessian = tile.grid, factor.hessian
-    gradient = hessian @ tile.residual
+    grid, hessian, gradient = tile.grid, factor.hessian, tile.current_gradient(factor)
     basis = _basis(tile)
     unknowns = len(basis) * (grid.shape[1] // grid.span)
     step = max(loops.LANES, _SYSTEM_BYTES // (16 * unknowns * unknowns) // loops.LANES * loops.LANES)

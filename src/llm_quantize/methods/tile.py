@@ -17,12 +17,13 @@ from llm_quantize.kernels.reference_feedback import nearest
 from llm_quantize.methods.grid import Grid
 from llm_quantize.methods.hessian import Factor
 
-__all__ = ["Tile", "padded_rows", "row_losses"]
+__all__ = ["Tile", "padded_rows", "weighted_squares"]
 
 
 @dataclass
 class Tile:
-    """``rows`` rows of a matrix. ``target`` and ``residual`` float32 (n, R), ``codes`` uint8 (n, R), R >= rows."""
+    """``rows`` rows of a matrix. ``target``, ``residual`` float32 (n, R), ``codes`` uint8 (n, R), R >= rows;
+    ``gradient`` = H d float32 (n, R), None where it is not known."""
 
     rows: int
     target: Tensor
@@ -30,27 +31,26 @@ class Tile:
     codes: Tensor
     grid: Grid
     numbers: loops.TileGrid
-    clipped: int
+    clipped: int = 0
+    gradient: Tensor | None = None
 
     @classmethod
     def make(cls, target: Tensor, grid: Grid) -> Tile:
         """``target`` float32 (n, R), contiguous, columns from the grid's rows on being padding; no codes as yet."""
         rows = grid.shape[0]
-        tile = cls(
+        return cls(
             rows=rows,
             target=target,
             residual=target.clone(),
             codes=torch.zeros(target.shape, dtype=torch.uint8, device=target.device),
             grid=grid,
             numbers=_tile_grid(grid, target.shape[1]),
-            clipped=0,
         )
-        return tile
 
     def round_plainly(self) -> None:
         """Each weight gets the nearest code."""
         value, self.codes, outside = nearest(self.numbers, slice(None), self.target)
-        self.residual = self.target - value
+        self.residual, self.gradient = self.target - value, None
         self.clipped = int(outside[:, : self.rows].sum())
 
     def feed_back(self, factor: Factor) -> None:
@@ -73,27 +73,27 @@ class Tile:
                 codes[block],
                 counts,
             )
-        self.residual[order] = residual
+        self.residual[order], self.gradient = residual, None
         self.codes[order] = codes
         self.clipped = int(counts[: self.rows].sum())
 
     def descend(self, factor: Factor, reciprocal: Tensor, sweeps: int) -> None:
         """Up to ``sweeps`` sweeps of coordinate descent; ``reciprocal`` float32 (n,) = 1 / H_jj."""
-        for _ in range(sweeps):
-            moved = torch.zeros(self.target.shape[1], dtype=torch.int32, device=self.target.device)
-            for block in _blocks(len(self.target)):
-                loops.descend(
-                    self.numbers.columns(block),
-                    factor.hessian[block, block],
-                    reciprocal[block],
-                    self.target[block],
-                    factor.hessian[block] @ self.residual,
-                    self.residual[block],
-                    self.codes[block],
-                    moved,
-                )
-            if not bool(moved.any()):
-                return
+        if sweeps:
+            gradient = self.current_gradient(factor)
+            loops.descend(
+                self.numbers, factor.hessian, reciprocal, self.target, gradient, self.residual, self.codes, sweeps
+            )
+
+    def current_gradient(self, factor: Factor) -> Tensor:
+        """H d, float32 (n, R): one product after each step that changes all residuals; descent keeps it current."""
+        if self.gradient is None:
+            self.gradient = factor.hessian @ self.residual
+        return self.gradient
+
+    def losses(self, factor: Factor) -> Tensor:
+        """d H d^T, float64 (rows,)."""
+        return weighted_squares(self.residual, self.current_gradient(factor))[: self.rows]
 
     def move_to(self, grid: Grid) -> None:
         """The same codes on another grid."""
@@ -103,7 +103,7 @@ class Tile:
         value = self.numbers.scale[at] * self.numbers.levels[self.codes.long()]
         if self.numbers.offset is not None:
             value -= self.numbers.offset[at]
-        self.residual = self.target - value
+        self.residual, self.gradient = self.target - value, None
 
     def row_codes(self) -> Tensor:
         """uint8 (rows, n)."""
@@ -119,12 +119,11 @@ def padded_rows(values: Tensor) -> Tensor:
     return out
 
 
-def row_losses(hessian: Tensor, residual: Tensor) -> Tensor:
-    """d H d^T of each column of ``residual`` float32 (n, R): float64 (R,); products float32, their sum float64."""
+def weighted_squares(residual: Tensor, gradient: Tensor) -> Tensor:
+    """Sum over columns of d * (H d), both float32 (n, R): float64 (R,)."""
     losses = torch.zeros(residual.shape[1], dtype=torch.float64, device=residual.device)
     for block in _blocks(len(residual)):
-        gradient = hessian[block] @ residual
-        losses += (gradient.to(torch.float64) * residual[block]).sum(0)
+        losses += (gradient[block].to(torch.float64) * residual[block]).sum(0)
     return losses
 
 

@@ -215,43 +215,95 @@ void check_shape(const Array& array, int64_t first, int64_t second, const char* 
     }
 }
 
-// One block of columns of a tile of rows (feedback.hpp): `descent` picks the loop.
-void column_loop(const std::string& level_name, bool descent, FloatMatrix scale, FloatMatrix inverse,
-                 std::optional<FloatMatrix> offset, GroupIndex group, FloatVector levels, FloatVector middles,
-                 std::tuple<float, float> edges, bool uniform, FloatRows coupling, std::optional<FloatVector> reciprocal,
-                 FloatMatrix weight, FloatMatrix target, FloatOut residual, Out codes, Counts counts) {
+template <class Array>
+void check_length(const Array& array, int64_t length, const char* name) {
+    if (static_cast<int64_t>(array.shape(0)) != length) {
+        throw nb::value_error((std::string(name) + " has the wrong length").c_str());
+    }
+}
+
+// A grid whose scale, inverse and offset are (first, second), for so many columns of `groups` groups.
+lq::FrozenGrid frozen_grid(const FloatMatrix& scale, const FloatMatrix& inverse, const std::optional<FloatMatrix>& offset,
+                           const GroupIndex& group, const FloatVector& levels, const FloatVector& middles,
+                           std::tuple<float, float> edges, bool uniform, int64_t columns, int64_t groups) {
+    const auto first = static_cast<int64_t>(scale.shape(0)), second = static_cast<int64_t>(scale.shape(1));
+    const auto count = static_cast<int64_t>(levels.shape(0));
+    check_shape(inverse, first, second, "inverse");
+    if (offset) check_shape(*offset, first, second, "offset");
+    check_length(group, columns, "group");
+    for (int64_t j = 0; j < columns; ++j) {
+        if (group.data()[j] < 0 || group.data()[j] >= groups) throw nb::value_error("no such group");
+    }
+    if (count < 2 || count > 256) throw nb::value_error("a grid has 2 to 256 levels");
+    if (!uniform) check_length(middles, count - 1, "middles");
+    return {scale.data(),  inverse.data(),  offset ? offset->data() : nullptr, group.data(),
+            levels.data(), middles.data(),  std::get<0>(edges),                std::get<1>(edges),
+            static_cast<int32_t>(count), uniform};
+}
+
+// Error feedback in one block of columns of a tile of rows (feedback.hpp); matrices are (columns, rows).
+void feedback(const std::string& level_name, FloatMatrix scale, FloatMatrix inverse, std::optional<FloatMatrix> offset,
+              GroupIndex group, FloatVector levels, FloatVector middles, std::tuple<float, float> edges, bool uniform,
+              FloatRows coupling, FloatMatrix weight, FloatMatrix target, FloatOut residual, Out codes, Counts counts) {
     const lq::Level& level = find_level(level_name);
     const auto columns = static_cast<int64_t>(weight.shape(0)), rows = static_cast<int64_t>(weight.shape(1));
-    const auto groups = static_cast<int64_t>(scale.shape(0)), count = static_cast<int64_t>(levels.shape(0));
+    const auto groups = static_cast<int64_t>(scale.shape(0));
     if (columns > 128 || rows % 16 != 0) throw nb::value_error("a block is at most 128 columns of 16, 32, ... rows");
     check_shape(scale, groups, rows, "scale");
-    check_shape(inverse, groups, rows, "inverse");
-    if (offset) check_shape(*offset, groups, rows, "offset");
     check_shape(coupling, columns, columns, "coupling");
     if (columns > 1 && coupling.stride(1) != 1) throw nb::value_error("rows of coupling must be packed");
     check_shape(target, columns, rows, "target");
     check_shape(residual, columns, rows, "residual");
     check_shape(codes, columns, rows, "codes");
-    if (static_cast<int64_t>(counts.shape(0)) != rows) throw nb::value_error("counts has the wrong length");
-    if (static_cast<int64_t>(group.shape(0)) != columns) throw nb::value_error("group has the wrong length");
-    for (int64_t j = 0; j < columns; ++j) {
-        if (group.data()[j] < 0 || group.data()[j] >= groups) throw nb::value_error("no such group");
-    }
-    if (count < 2 || count > 256) throw nb::value_error("a grid has 2 to 256 levels");
-    if (!uniform && static_cast<int64_t>(middles.shape(0)) != count - 1) {
-        throw nb::value_error("middles has the wrong length");
-    }
-    if (descent && (!reciprocal || static_cast<int64_t>(reciprocal->shape(0)) != columns)) {
-        throw nb::value_error("reciprocal has the wrong length");
-    }
-    const lq::FrozenGrid grid{scale.data(),     inverse.data(),  offset ? offset->data() : nullptr,
-                              group.data(),     levels.data(),   middles.data(),
-                              std::get<0>(edges), std::get<1>(edges), static_cast<int32_t>(count), uniform};
+    check_length(counts, rows, "counts");
+    const lq::FrozenGrid grid =
+        frozen_grid(scale, inverse, offset, group, levels, middles, edges, uniform, columns, groups);
     const lq::ColumnBlock block{columns,       rows,          coupling.data(),  columns > 1 ? coupling.stride(0) : 1,
-                                reciprocal ? reciprocal->data() : nullptr,      weight.data(),
-                                target.data(), residual.data(), codes.data(),   counts.data()};
+                                weight.data(), target.data(), residual.data(), codes.data(), counts.data()};
     nb::gil_scoped_release unlocked;
-    (descent ? level.descend : level.feedback)(grid, block);
+    level.feedback(grid, block);
+}
+
+// Up to `sweeps` sweeps of coordinate descent over a tile of rows; matrices are (rows, columns). A row that did not
+// move in one sweep is left alone in the next.
+void descend(const std::string& level_name, FloatMatrix scale, FloatMatrix inverse, std::optional<FloatMatrix> offset,
+             GroupIndex group, FloatVector levels, FloatVector middles, std::tuple<float, float> edges, bool uniform,
+             FloatMatrix hessian, FloatVector reciprocal, FloatMatrix weight, FloatOut gradient, FloatOut residual,
+             Out codes, int sweeps, Counts counts) {
+    const lq::Level& level = find_level(level_name);
+    const auto rows = static_cast<int64_t>(weight.shape(0)), columns = static_cast<int64_t>(weight.shape(1));
+    const auto groups = static_cast<int64_t>(scale.shape(1));
+    check_shape(scale, rows, groups, "scale");
+    check_shape(hessian, columns, columns, "hessian");
+    check_length(reciprocal, columns, "reciprocal");
+    check_shape(gradient, rows, columns, "gradient");
+    check_shape(residual, rows, columns, "residual");
+    check_shape(codes, rows, columns, "codes");
+    check_length(counts, rows, "counts");
+    const lq::FrozenGrid grid =
+        frozen_grid(scale, inverse, offset, group, levels, middles, edges, uniform, columns, groups);
+    for (int64_t j = 1; j < columns; ++j) {
+        if (grid.group[j] < grid.group[j - 1]) throw nb::value_error("groups must not descend");
+    }
+    const std::unique_ptr<bool[]> active(new bool[static_cast<size_t>(rows) + 1]);
+    const std::unique_ptr<int32_t[]> moved(new int32_t[static_cast<size_t>(rows) + 1]);
+    for (int64_t r = 0; r < rows; ++r) active[static_cast<size_t>(r)] = true;
+    const lq::Descent work{columns,         rows,            groups,       hessian.data(), reciprocal.data(), weight.data(),
+                           gradient.data(), residual.data(), codes.data(), active.get(),   moved.get()};
+    int32_t* total = counts.data();
+    nb::gil_scoped_release unlocked;
+    for (int sweep = 0; sweep < sweeps; ++sweep) {
+        for (int64_t r = 0; r < rows; ++r) moved[static_cast<size_t>(r)] = 0;
+        level.descend(grid, work);
+        bool any = false;
+        for (int64_t r = 0; r < rows; ++r) {
+            const auto at = static_cast<size_t>(r);
+            active[at] = moved[at] != 0;
+            total[r] += moved[at];
+            any = any || active[at];
+        }
+        if (!any) return;
+    }
 }
 
 }  // namespace
@@ -262,11 +314,15 @@ NB_MODULE(_native, module) {
     module.def("qtypes", &qtypes, "(name, weights per block, bytes per block) of every native type.");
     module.def("scan_nonfinite", &scan_nonfinite, nb::arg("level"), nb::arg("values"),
                "How many values are infinite or NaN, and the flat index of the first (-1: none).");
-    module.def("column_loop", &column_loop, nb::arg("level"), nb::arg("descent"), nb::arg("scale"), nb::arg("inverse"),
-               nb::arg("offset").none(), nb::arg("group"), nb::arg("levels"), nb::arg("middles"), nb::arg("edges"),
-               nb::arg("uniform"), nb::arg("coupling"), nb::arg("reciprocal").none(), nb::arg("weight"),
-               nb::arg("target"), nb::arg("residual"), nb::arg("codes"), nb::arg("counts"),
-               "Error feedback or coordinate descent inside one block of columns; kernels/feedback.py is its face.");
+    module.def("feedback", &feedback, nb::arg("level"), nb::arg("scale"), nb::arg("inverse"), nb::arg("offset").none(),
+               nb::arg("group"), nb::arg("levels"), nb::arg("middles"), nb::arg("edges"), nb::arg("uniform"),
+               nb::arg("coupling"), nb::arg("weight"), nb::arg("target"), nb::arg("residual"), nb::arg("codes"),
+               nb::arg("counts"), "Error feedback inside one block of columns; kernels/feedback.py is its face.");
+    module.def("descend", &descend, nb::arg("level"), nb::arg("scale"), nb::arg("inverse"), nb::arg("offset").none(),
+               nb::arg("group"), nb::arg("levels"), nb::arg("middles"), nb::arg("edges"), nb::arg("uniform"),
+               nb::arg("hessian"), nb::arg("reciprocal"), nb::arg("weight"), nb::arg("gradient"), nb::arg("residual"),
+               nb::arg("codes"), nb::arg("sweeps"), nb::arg("counts"),
+               "Sweeps of coordinate descent over a tile of rows; kernels/feedback.py is its face.");
     nb::class_<OwnedCodebook>(module, "Codebook", "The grid of an I-quant and the neighbours of every point off it.")
         .def("__init__", &make_codebook, nb::arg("codes"), nb::arg("levels"), nb::arg("wanted"))
         .def("arrays", &codebook_arrays, "(index, start, neighbour words), as kernels/native/codebook.hpp has them.");

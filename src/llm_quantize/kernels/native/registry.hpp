@@ -38,10 +38,10 @@ using Scan = NonFinite (*)(const void* values, int64_t count, Source source);
 
 // The frozen number grid of a tile of rows: value = scale * level - offset (feedback.hpp).
 struct FrozenGrid {
-    const float* scale;    // (groups, rows)
-    const float* inverse;  // (groups, rows): 1 / scale, 0 where the scale is (nearly) 0
-    const float* offset;   // (groups, rows) or null
-    const int32_t* group;  // (columns of the block): which group each belongs to
+    const float* scale;    // (groups, rows) for feedback, (rows, groups) for descent; so the next two
+    const float* inverse;  // 1 / scale, 0 where the scale is (nearly) 0
+    const float* offset;   // or null
+    const int32_t* group;  // (columns): which group each belongs to; for descent these do not descend
     const float* levels;   // (level_count), ascending
     const float* middles;  // (level_count - 1): from here on the next level is nearer; unused on a uniform grid
     float lowest, highest;  // beyond these a level-space value is clipped
@@ -49,20 +49,34 @@ struct FrozenGrid {
     bool uniform;  // the levels are consecutive integers
 };
 
-// One block of columns of a tile; arrays are (columns, rows), packed, rows a multiple of 16, columns at most 128.
+// Feedback in one block of columns of a tile; arrays are (columns, rows), packed, rows a multiple of 16, columns at
+// most 128.
 struct ColumnBlock {
     int64_t columns, rows;
     const float* coupling;  // (columns, columns), below the diagonal; coupling_stride floats between its rows
     int64_t coupling_stride;
-    const float* reciprocal;  // (columns), descent only: 1 / H[j, j]
     const float* weight;
-    const float* target;  // feedback: what the codes should come near to; descent: residual * H
+    const float* target;  // what the codes should come near to
     float* residual;
     uint8_t* codes;
-    int32_t* counts;  // (rows) grows by the weights clipped (feedback) or moved (descent)
+    int32_t* counts;  // (rows) grows by the weights clipped
 };
 
-using ColumnLoop = void (*)(const FrozenGrid& grid, const ColumnBlock& block);
+// A sweep of descent over a tile; arrays are (rows, columns), packed.
+struct Descent {
+    int64_t columns, rows, groups;
+    const float* hessian;     // (columns, columns)
+    const float* reciprocal;  // (columns): 1 / H[j, j]
+    const float* weight;
+    float* gradient;  // residual * H
+    float* residual;
+    uint8_t* codes;
+    const bool* active;  // (rows) the others are left alone
+    int32_t* counts;     // (rows) grows by the codes moved
+};
+
+using FeedbackLoop = void (*)(const FrozenGrid& grid, const ColumnBlock& block);
+using DescentLoop = void (*)(const FrozenGrid& grid, const Descent& work);
 
 struct Kernel {
     const char* name;  // lower-case ggml name
@@ -85,8 +99,8 @@ struct Level {
     Widen widen_f16;
     Widen widen_bf16;
     Scan scan_nonfinite;
-    ColumnLoop feedback;
-    ColumnLoop descend;
+    FeedbackLoop feedback;
+    DescentLoop descend;
 };
 
 }  // namespace lq
