@@ -60,5 +60,8 @@ def test_config() -> None:
         "version": "gemm",
         "modules_to_not_convert": None,
     }
+    experts = [f"model.layers.0.mlp.experts.{e}.up_proj" for e in range(3)]
+    ignoring = awq.config(scheme, Coverage([], experts))
+    assert ignoring["modules_to_not_convert"] == ["model.layers.0.mlp.experts", "lm_head"]
     routed = awq.config(scheme, Coverage([], ["model.layers.0.mlp.gate"]))
     assert routed["modules_to_not_convert"] == ["model.layers.0.mlp.gate", "lm_head"]

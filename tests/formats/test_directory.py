@@ -258,6 +258,24 @@ def test_other_parts_of_a_model_stay(tmp_path: Path) -> None:
     assert any("inv_freq is left out: a buffer of I64" in text for text in plan.warnings)
 
 
+def test_heads_that_predict_several_tokens_stay(llama: Path, tmp_path: Path) -> None:
+    def extend(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        last = {name: value for name, value in tensors.items() if name.startswith("model.layers.1.")}
+        return tensors | {name.replace("layers.1.", "layers.2."): value.clone() for name, value in last.items()}
+
+    model = changed(llama, tmp_path / "mtp", extend)
+    config = json.loads((model / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (model / "config.json").write_text(json.dumps(config))
+    plan = planned(model)
+    assert len(plan.matrices) == 14
+    extra = [tensor for tensor in plan.tensors if tensor.name.startswith("model.layers.2.")]
+    assert len(extra) == 9
+    assert {tensor.qtype for tensor in extra} == {"bf16"}
+    config = json.loads(next(file.header for file in plan.files if file.name == "config.json"))["quantization_config"]
+    assert len(config["dynamic"]) == 7
+    assert r"-:^model\.layers\.2\.mlp\.up_proj$" in config["dynamic"]
+
+
 def test_tied_head_stored_twice_stays_stored_twice(tmp_path: Path) -> None:
     model = make_tiny("llama3", tmp_path / "tied")
     copy = changed(
@@ -304,7 +322,8 @@ def test_sizes_that_do_not_divide_name_the_module(llama: Path) -> None:
         planned(llama, shard_size=0)
 
 
-def test_fp8_sources_lose_their_scales_and_their_config(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_fp8_sources_lose_their_scales_and_their_config(llama: Path, tmp_path: Path, key: str) -> None:
     def narrow(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found = dict(tensors)
         for name in tensors:
@@ -315,15 +334,16 @@ def test_fp8_sources_lose_their_scales_and_their_config(llama: Path, tmp_path: P
 
     model = changed(llama, tmp_path / "fp8", narrow)
     config = json.loads((model / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    config[key] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     (model / "config.json").write_text(json.dumps(config))
     plan, _ = filled(model, tmp_path / "out", "compressed-tensors", "W4A16", ignore=("o_proj",))
     found = read(tmp_path / "out")
     assert not any(name.endswith("weight_scale") and "o_proj" in name for name in found)
     assert found["model.layers.0.self_attn.o_proj.weight"].dtype == torch.bfloat16
     assert found["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.bfloat16
-    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert written["quant_method"] == "compressed-tensors"
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "compression_config" not in written
+    assert written["quantization_config"]["quant_method"] == "compressed-tensors"
     assert {matrix.qtype for matrix in plan.matrices} == {"int4_g32"}
 
 

@@ -30,6 +30,7 @@ from llm_quantize.formats.scheme import (
     dequantize,
     grid_numbers,
     load_floats,
+    mixture_of,
     parse_bits,
     store_floats,
     to_numpy,
@@ -105,7 +106,7 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
     ``modules_to_not_convert`` stays null where only the output matrix is left: readers know it, and vLLM then takes
     the rest from the headers.
     """
-    left = [*coverage.kept, *coverage.outside]
+    left = list(dict.fromkeys(map(mixture_of, [*coverage.kept, *coverage.outside])))
     return {
         "quant_method": "awq",
         "bits": BITS,

@@ -40,6 +40,7 @@ from llm_quantize.formats.scheme import (
     check_words,
     grid_numbers,
     load_floats,
+    mixture_of,
     parse_bits,
     store_floats,
     to_numpy,
@@ -53,7 +54,6 @@ LABEL = "GPTQ-{level}"
 _BITS = {"2bit": 2, "3bit": 3, "4bit": 4, "8bit": 8}
 LEVELS: Sequence[str] = tuple(_BITS)
 _LAYER = re.compile(r"\.(\d+)\.")
-_EXPERT = re.compile(r"(\.experts)\.\d+\..*$")
 
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
@@ -160,8 +160,8 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
 
 
 def _negative_rule(name: str) -> str:
-    """The rule that leaves out a module; for an expert, the whole mixture, which is one module in vLLM."""
-    whole = _EXPERT.sub(r"\1", name)
+    """The rule that leaves out a module; for an expert, the whole mixture."""
+    whole = mixture_of(name)
     end = r"(\..*)?$" if whole != name else "$"
     return f"-:^{re.escape(whole)}{end}"
 
@@ -171,7 +171,7 @@ def _suffixes(coverage: Coverage) -> list[str]:
     blocks: dict[str, list[str]] = {}
     for name in coverage.quantized:
         found = _LAYER.search(name)
-        if found is None or _EXPERT.search(name):
+        if found is None or mixture_of(name) != name:
             return []
         blocks.setdefault(name[: found.end()], []).append(name[found.end() :])
     first = next(iter(blocks.values()), [])

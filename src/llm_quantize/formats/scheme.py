@@ -6,6 +6,7 @@ point z: w = s * (q - z), with q and z counted from 0 whatever the grid's levels
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -117,6 +118,14 @@ class Format(Protocol):
     def pack(self, scheme: Scheme, grid: Grid, codes: Any) -> list[Array]: ...
     def unpack(self, scheme: Scheme, arrays: Mapping[str, Array]) -> npt.NDArray[np.float32]: ...
     def config(self, scheme: Scheme, coverage: Coverage) -> dict[str, Any]: ...
+
+
+_EXPERT = re.compile(r"(\.experts)\.\d+\..*$")
+
+
+def mixture_of(name: str) -> str:
+    """The mixture that the expert module ``name`` belongs to, which is one module in vLLM; other names as they are."""
+    return _EXPERT.sub(r"\1", name)
 
 
 def parse_bits(level: str, form: str, choices: Mapping[str, int]) -> int:
