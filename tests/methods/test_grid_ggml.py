@@ -143,6 +143,16 @@ def test_refined_grids_are_storable_and_read_by_gguf(qtype, kind):
 
 
 @pytest.mark.parametrize("qtype", TYPES)
+@pytest.mark.parametrize("kind", ["huge", "every-magnitude", "mixed-blocks"])
+def test_weights_beyond_float16_give_finite_grids(qtype, kind):
+    weight = torch.from_numpy(make_rows(kind, 8, (6, 512)))
+    grid = grid_type(qtype).fit(weight, importance_of(512))
+    codes = grid.nearest(weight)
+    assert torch.isfinite(grid.decode(codes)).all()
+    assert pack_ggml(qtype, grid, codes).shape == (6, QTYPES[qtype].row_bytes(512))
+
+
+@pytest.mark.parametrize("qtype", TYPES)
 def test_any_rows_give_the_grid_of_the_whole(qtype, monkeypatch):
     weight, importance = torch.from_numpy(make_rows("heavy", 9, (13, 768))), importance_of(768)
     whole = grid_type(qtype).fit(weight, importance)

@@ -53,7 +53,7 @@ def test_plain_is_the_reference_tools_rule():
     assert torch.equal(grid_type("int4_g128_asym").fit(weight, None, refine=False).d, grid.d)
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", ["int2_g64", "int8", "int4_g32_asym", "int3_asym"])
 @pytest.mark.parametrize("kind", ROW_KINDS)
 @pytest.mark.parametrize("scale", ["float16", "bfloat16"])
 def test_scales_are_stored_numbers_and_never_zero(name, kind, scale):

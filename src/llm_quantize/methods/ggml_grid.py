@@ -84,6 +84,8 @@ class GgmlGridType:
         grid = self.plain(weight, importance)[0]
         if not refine or weight.shape[0] == 0:
             return grid
+        # Weights beyond float16 make ggml write infinite scales; the largest finite one is where the search begins.
+        grid = grid.with_floats(grid.d.nan_to_num(0), None if grid.m is None else grid.m.nan_to_num(0))
         h = channel_importance(importance, weight)
         tiles = row_tiles(weight.shape[0], weight.shape[1], TILE)
         return Grid.stack([self._refined(grid.rows(a, b), weight[a:b], self.weights(weight[a:b], h)) for a, b in tiles])

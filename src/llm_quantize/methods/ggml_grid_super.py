@@ -4,11 +4,11 @@ value = d u level - m v, for sub-block S of superblock B. Turn by turn (block co
 E = sum w (x - value)^2):
 
   1. with d, m fixed, every sub-block tries the sub-scales and sub-minima near (u, v), codes nearest for each pair
-     (codes held while v moves find less: they follow the old v);
+     (codes held while v moves would follow the old v, and find less);
   2. with codes, u, v fixed, d and m by weighted least squares, rounded to float16, codes nearest again;
      kept where E fell.
 
-A superblock whose error did not fall below that of the grid it came with keeps that grid. Arrays: x, w (n, S, B) for
+Every step is kept only where E fell, so no superblock ends above the grid that it came with. Arrays: x, w (n, S, B) for
 B superblocks of S sub-blocks of n weights; u, v (S, B); d, m (B,).
 """
 
@@ -26,16 +26,8 @@ __all__ = ["fit_superblocks"]
 
 REACH = (3, 1, 1)  # how far u and v move in each turn; twice the way costs four times as much for 0.5 % of E
 FREE_REACH = (4, 2, 2)  # the same where there is only u
-FREE_FACTORS = (
-    0.78,
-    0.88,
-    0.96,
-    1.02,
-    1.08,
-    1.16,
-    1.25,
-    1.34,
-)  # of the scale that maps the extreme to the lowest level
+# Of the scale that maps the largest magnitude of a sub-block to the lowest level.
+FREE_FACTORS = (0.78, 0.88, 0.96, 1.02, 1.08, 1.16, 1.25, 1.34)
 
 
 @dataclass(frozen=True)
@@ -53,18 +45,27 @@ class Blocks:
     m: Tensor | None = None
     v: Tensor | None = None
 
-    def coded(self, u: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Nearest levels and residuals (n, S, B) with sub-scales ``u``; ``target`` is x + m v where known."""
-        scale = self.d * u
-        if target is None:
-            target = self.x if self.m is None or self.v is None else self.x + self.m * self.v
+    def target(self) -> Tensor:
+        """What scale * level should be: x, or x + m v, (n, S, B)."""
+        return self.x if self.m is None or self.v is None else self.x + self.m * self.v
+
+    def coded(self) -> tuple[Tensor, Tensor]:
+        """Nearest levels and residuals, (n, S, B)."""
+        scale, target = self.d * self.u, self.target()
         level = self.levels.nearest_(target * reciprocal(scale))
         return level, target - level * scale
 
+    def sub_errors(self, u: Tensor, target: Tensor | None = None) -> Tensor:
+        """sum w e^2 of every sub-block with sub-scales ``u``, (S, B)."""
+        scale = self.d * u
+        if target is None:
+            target = self.target()
+        residual = self.levels.nearest_(target * reciprocal(scale)).mul_(scale).sub_(target)
+        return fold(residual.square_().mul_(self.w))
+
     def error(self) -> Tensor:
         """E of every superblock, (B,)."""
-        _, residual = self.coded(self.u)
-        return fold(fold(residual.square_().mul_(self.w)))
+        return fold(self.sub_errors(self.u))
 
 
 def fit_superblocks(grid: Grid, x: Tensor, w: Tensor, *, bounds: tuple[int, int], v_most: int) -> Grid:
@@ -88,12 +89,9 @@ def fit_superblocks(grid: Grid, x: Tensor, w: Tensor, *, bounds: tuple[int, int]
         None if grid.m is None else grid.m.reshape(-1),
         None if grid.v is None else grid.v.reshape(-1, subs).t().contiguous(),
     )
-    least = first.error().nan_to_num(torch.inf, torch.inf)
-    best = first
-    starts = [first, _afresh(first)] if bounds[0] < 0 else [first]
-    for start in starts:
-        refined, error = _descend(start)
-        best, least = _choose(best, least, refined, error)
+    best, least = _descend(first)
+    if bounds[0] < 0:
+        best, least = _choose(best, least, *_descend(_afresh(first)))
     return replace(
         grid,
         d=best.d.reshape(rows, -1),
@@ -145,13 +143,13 @@ def _descend(blocks: Blocks) -> tuple[Blocks, Tensor]:
 def _search(blocks: Blocks, reach: int) -> Blocks:
     """Step 1: the best of sub-scales u - reach .. u + reach with sub-minima v - reach .. v + reach."""
     best_u, best_v = blocks.u, blocks.v
-    least = fold(blocks.coded(blocks.u)[1].square_().mul_(blocks.w))
+    least = blocks.sub_errors(blocks.u)
     for down in range(-reach, reach + 1) if blocks.v is not None else (0,):
         v = None if blocks.v is None else (blocks.v + down).clamp_(0, blocks.v_most)
         target = blocks.x if blocks.m is None or v is None else blocks.x + blocks.m * v
         for step in range(-reach, reach + 1):
             u = (blocks.u + step).clamp_(*blocks.u_bounds)
-            error = fold(blocks.coded(u, target)[1].square_().mul_(blocks.w))
+            error = blocks.sub_errors(u, target)
             better = error < least
             least, best_u = torch.where(better, error, least), torch.where(better, u, best_u)
             best_v = None if best_v is None or v is None else torch.where(better, v, best_v)
@@ -160,7 +158,7 @@ def _search(blocks: Blocks, reach: int) -> Blocks:
 
 def _refit(blocks: Blocks) -> Blocks:
     """Step 2: d and m by least squares on the nearest codes, rounded to float16."""
-    level, residual = blocks.coded(blocks.u)
+    level, residual = blocks.coded()
     weighted = blocks.w * residual
     plain = fold(weighted)
     cross = fold(weighted.mul_(level))

@@ -37,13 +37,15 @@ FINE = 512  # cells of the table that finds iq4's nearest level: its middles are
 
 
 def fold(terms: Tensor) -> Tensor:
-    """Sum over the first axis by halves."""
-    while terms.shape[0] > 1:
-        half = terms.shape[0] // 2
-        total = terms[:half] + terms[half : 2 * half]
-        if terms.shape[0] % 2:
-            total[0] += terms[-1]
-        terms = total
+    """Sum over the first axis by halves; ``terms`` stays as it is."""
+    count, owned = terms.shape[0], False
+    while count > 1:
+        half = count // 2
+        upper, last = terms[half : 2 * half], terms[count - 1] if count % 2 else None
+        terms = terms[:half].add_(upper) if owned else terms[:half] + upper
+        if last is not None:
+            terms[0] += last
+        count, owned = half, True
     return terms[0]
 
 
