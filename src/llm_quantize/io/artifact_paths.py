@@ -5,9 +5,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from llm_quantize.errors import MalformedInputError
 from llm_quantize.io.durable import fail_os, open_regular_output, remove_files, sync_directory, write_whole
+from llm_quantize.io.json_file import read_json_object
+
+_MANIFEST_LIMIT = 256 << 20
 
 
 def partial_path(target: Path) -> Path:
@@ -46,12 +51,26 @@ def remove_stale_journal(target: Path, current: Path | None) -> None:
         beside.unlink()
 
 
-def is_artifact_directory(path: Path) -> bool:
-    """Whether ``path`` is a directory that holds GGUF files and a manifest, and nothing else."""
+def is_artifact_directory(path: Path, names: Collection[str] = ()) -> bool:
+    """Whether ``path`` is a directory that holds a manifest, the files that it lists, GGUF files and files called as
+    one of ``names``, and nothing else."""
     if path.is_symlink() or not path.is_dir():
         return False
-    names = (entry for entry in path.iterdir())
-    return all(entry.is_file() and (entry.suffix == ".gguf" or entry.name == "manifest.json") for entry in names)
+    known = {"manifest.json", *names, *_listed(path / "manifest.json")}
+    return all(entry.is_file() and (entry.suffix == ".gguf" or entry.name in known) for entry in path.iterdir())
+
+
+def _listed(manifest: Path) -> Iterator[str]:
+    """The names of the files that a manifest lists; none where it is no manifest."""
+    if manifest.is_symlink() or not manifest.is_file():
+        return
+    try:
+        files = read_json_object(manifest, limit_bytes=_MANIFEST_LIMIT).get("files")
+    except MalformedInputError:
+        return
+    for entry in files if isinstance(files, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+            yield entry["name"]
 
 
 def discard_partial(target: Path, current: Path | None) -> None:
@@ -84,9 +103,10 @@ def discard_partial(target: Path, current: Path | None) -> None:
             os.close(descriptor)
 
 
-def remove_artifact(directory: Path) -> None:
-    """Remove an artifact directory; one that holds anything else is left alone. Raises OSError."""
-    if is_artifact_directory(directory):
+def remove_artifact(directory: Path, names: Collection[str] = ()) -> None:
+    """Remove an artifact directory; one that holds anything else is left alone. ``names``: of the files of one that
+    has no manifest yet. Raises OSError."""
+    if is_artifact_directory(directory, names):
         remove_files(directory)
         directory.rmdir()
 

@@ -134,7 +134,7 @@ class ResumableOutput:
             if not is_same_file(self._holder, self.partial):
                 return
             if self._is_directory:
-                remove_artifact(self.partial)
+                remove_artifact(self.partial, [file.name for file in self.files])
             else:
                 self.partial.unlink()
         except OSError as error:

@@ -27,7 +27,9 @@ def refuse_target(target: Path, *, is_directory: bool, replace: bool) -> None:
         raise AccessError(
             "the output exists and is not an artifact that --overwrite may replace",
             file=target,
-            expected="a directory of GGUF files and a manifest, nothing else" if is_directory else "a file",
+            expected="a directory of a manifest and the files that it lists, nothing else"
+            if is_directory
+            else "a file",
             remedy="move it away, or choose another name with -n or directory with -o",
         )
 
