@@ -23,6 +23,7 @@ from llm_quantize.evaluation.decoded_directory import DecodedDirectory
 from llm_quantize.evaluation.quality import measure_quality
 from llm_quantize.evaluation.runtimes import scored, transformers, vllm
 from llm_quantize.evaluation.runtimes.isolated import Reply, Request
+from llm_quantize.io.artifact_paths import is_artifact_directory, remove_artifact
 from llm_quantize.pipeline import Options, quantize
 from llm_quantize.source import open_source
 
@@ -191,6 +192,25 @@ def test_runtimes_that_do_not_run_it(tiny: SimpleNamespace) -> None:
         measure_quality(tiny.source, [tiny.paths["awq"]], windows(), threads=1, runtime="llama.cpp")
     with pytest.raises(UsageError, match="does not run"):
         measure_quality(tiny.source, [tiny.gguf], windows(), threads=1, runtime="vllm")
+
+
+def test_a_directory_is_removed_only_as_its_manifest_lists_it(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    write_packed(tiny.model, folder, Form("gptq"))
+    files = [{"name": file.name} for file in folder.iterdir()]
+    assert not is_artifact_directory(folder)
+    assert is_artifact_directory(folder, [entry["name"] for entry in files])
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    assert is_artifact_directory(folder)
+    (folder / "notes.txt").write_text("mine")
+    remove_artifact(folder)
+    assert folder.exists()
+    (folder / "notes.txt").unlink()
+    (folder / "manifest.json").write_text("[")
+    assert not is_artifact_directory(folder)
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    remove_artifact(folder)
+    assert not folder.exists()
 
 
 def test_memory_of_decoding_is_planned(tiny: SimpleNamespace) -> None:

@@ -133,7 +133,7 @@ def _describe_packed(packed: PackedDirectory) -> dict[str, Any]:
         },
         "not_quantized": _counted(name.removesuffix(".weight") for name in left),
         "dtypes": dtypes,
-        "notes": list(packed.notes),
+        **({"notes": "; ".join(packed.notes)} if packed.notes else {}),
         "tensors": [
             {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes}
             for info in packed.tensors.values()

@@ -163,6 +163,7 @@ def _check_numbers(packed: PackedDirectory, matrix: Packed, checks: Mapping[str,
     """Scales, zero points and the order of columns of one matrix."""
     named = {suffix: checks[info.name] for suffix, info in matrix.fields.items()}
     main = next(named[suffix] for suffix in _MAIN if suffix in named)
+    main.type = matrix.qtype
     try:
         fields = packed.fields(matrix)
     except IntegrityError as error:
