@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,14 +40,6 @@ class Streams:
     quantized: Activations
     full: Activations
 
-    @property
-    def windows(self) -> int:
-        return self.quantized.shape[0]
-
-    @property
-    def length(self) -> int:
-        return self.quantized.shape[1]
-
 
 class Pool:
     """Runs jobs in threads, each with one thread of torch: a sum must not depend on how many there are."""
@@ -69,11 +62,60 @@ class Pool:
             pass
 
 
-def capture(block: Block, hidden: Tensor, wanted: Sequence[Tap]) -> Inputs:
-    """What the taps ``wanted`` see of one window; the block is left as soon as the last of them, if it is of a single
-    matrix, has seen it."""
+class FullInputs:
+    """What the source's own model gives the matrices of one block, all windows of it: seen once, and read by each
+    stage. In memory, or in files without a name in ``directory``. Taps of experts are not held: their tokens differ
+    from stream to stream."""
+
+    def __init__(
+        self, taps: Sequence[Tap], windows: int, length: int, dtype: torch.dtype, directory: Path | None
+    ) -> None:
+        self.taps = [tap for tap in taps if tap.matrices == 1]
+        self._held = {
+            tap.name: Activations(windows, length, tap.columns, dtype, directory=directory) for tap in self.taps
+        }
+
+    def read(self, tap: str, window: int) -> Tensor | None:
+        """(tokens, columns) of a window; None for a tap that is not held."""
+        held = self._held.get(tap)
+        return None if held is None else held.read(window)
+
+    def see(
+        self,
+        pool: Pool,
+        block: Block,
+        before: Activations,
+        after: Activations | None,
+        on_windows: Callable[[int], None],
+    ) -> None:
+        """Run all windows through ``block`` of the source; ``after`` takes what leaves it, None where nobody needs it.
+
+        Raises NumericPolicyError for inputs that are not finite."""
+
+        def window(index: int) -> None:
+            found, values = capture(block, before.read(index), self.taps, whole=after is not None)
+            for (tap, _), inputs in found.items():
+                _refuse_nonfinite(inputs, tap, index)
+                self._held[tap].write(index, inputs)
+            if after is not None and values is not None:
+                after.write(index, values)
+
+        for _ in pool.each(window, range(before.shape[0])):
+            on_windows(1)
+
+    def close(self) -> None:
+        """Free memory or files."""
+        for held in self._held.values():
+            held.close()
+
+
+def capture(
+    block: Block, hidden: Tensor, wanted: Sequence[Tap], *, whole: bool = False
+) -> tuple[Inputs, Tensor | None]:
+    """What the taps ``wanted`` see of one window, and, if the block is run to its end, what leaves it. Without
+    ``whole`` it is left as soon as the last of them has seen its input, where that is one of a single matrix."""
     names = {tap.name for tap in wanted}
-    last = wanted[-1].name if wanted[-1].matrices == 1 else ""
+    last = wanted[-1].name if wanted and wanted[-1].matrices == 1 and not whole else ""
     found: Inputs = {}
 
     def sink(tap: Any, matrix: int, inputs: Tensor) -> None:
@@ -84,61 +126,67 @@ def capture(block: Block, hidden: Tensor, wanted: Sequence[Tap]) -> Inputs:
 
     try:
         with block.observe(sink):
-            block(hidden)
+            return found, block(hidden)
     except _EnoughError:
-        pass
-    return found
+        return found, None
 
 
 def collect(
     pool: Pool,
     taps: Sequence[Tap],
-    streams: Streams,
+    hidden: Activations,
     block: Block,
-    full: Block | None,
+    full: FullInputs | None,
     on_windows: Callable[[int], None],
     scales: Mapping[str, Tensor] | None = None,
 ) -> dict[tuple[str, int], Gram]:
-    """The sums of every matrix of ``taps`` over all windows of the quantized stream through ``block``. With ``full``,
-    the block of the source, cross products of single matrices as well (experts see other tokens in each stream).
+    """The sums of every matrix of ``taps`` over all windows of ``hidden`` through ``block``; with ``full``, cross
+    products of single matrices as well.
 
-    ``scales``: {tap: s (columns,)}: the quantized model's inputs are those of the source divided by s.
-
-    An expert that no token reached is absent. Raises NumericPolicyError for inputs that are not finite.
+    ``scales``: {tap: s (columns,)}: the block's inputs are those of the source divided by s. An expert that no token
+    reached is absent. Raises NumericPolicyError for inputs that are not finite.
     """
-    columns = {tap.name: tap for tap in taps}
+    known = {tap.name: tap for tap in taps}
     grams: dict[tuple[str, int], Gram] = {}
-    paired = [tap for tap in taps if tap.matrices == 1]
-    step = max(1, CHUNK_TOKENS // streams.length)
+    windows, length = hidden.shape[:2]
+    step = max(1, CHUNK_TOKENS // length)
 
-    def window(index: int) -> tuple[int, Inputs, Inputs]:
-        found = capture(block, streams.quantized.read(index), taps)
-        own = capture(full, streams.full.read(index), paired) if full is not None and paired else {}
+    def window(index: int) -> tuple[int, Inputs]:
+        found, _ = capture(block, hidden.read(index), taps)
         for (tap, _), values in found.items():
             _refuse_nonfinite(values, tap, index)
-        return index, found, own
+        return index, found
 
-    for first in range(0, streams.windows, step):
-        chunk = range(first, min(first + step, streams.windows))
-        results = {}
-        for index, found, own in pool.each(window, chunk):
-            results[index] = (found, own)
+    for first in range(0, windows, step):
+        chunk = range(first, min(first + step, windows))
+        results: dict[int, Inputs] = {}
+        for index, found in pool.each(window, chunk):
+            results[index] = found
             on_windows(1)
         jobs: list[Callable[[], None]] = []
-        keys = dict.fromkeys(key for index in chunk for key in results[index][0])
-        for key in keys:
-            inputs = torch.cat([results[index][0][key] for index in chunk if key in results[index][0]])
-            cross = full is not None and columns[key[0]].matrices == 1
-            theirs = torch.cat([results[index][1][key] for index in chunk]) if cross else None
-            if theirs is not None and scales is not None and key[0] in scales:
-                theirs = (theirs.float() / scales[key[0]].to(theirs.device)).to(theirs.dtype)
+        for key in dict.fromkeys(key for index in chunk for key in results[index]):
+            inputs = torch.cat([results[index].pop(key) for index in chunk if key in results[index]])
+            theirs = _theirs(full, key[0], chunk, inputs, scales or {}) if known[key[0]].matrices == 1 else None
             if key not in grams:
-                grams[key] = Gram(columns[key[0]].columns, cross=cross, device=inputs.device)
+                grams[key] = Gram(known[key[0]].columns, cross=theirs is not None, device=inputs.device)
             jobs += grams[key].jobs(inputs, theirs)
         pool.do(jobs)
     for gram in grams.values():
         gram.finish()
     return grams
+
+
+def _theirs(
+    full: FullInputs | None, tap: str, chunk: Sequence[int], inputs: Tensor, scales: Mapping[str, Tensor]
+) -> Tensor | None:
+    """The source's own inputs for the same windows, on the scale of ``inputs``."""
+    if full is None:
+        return None
+    parts = [part for index in chunk if (part := full.read(tap, index)) is not None]
+    theirs = torch.cat(parts).to(inputs.device)
+    if tap in scales:
+        theirs = (theirs.float() / scales[tap].to(theirs.device)).to(theirs.dtype)
+    return theirs
 
 
 def propagate(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import dataclass
+
 from llm_quantize.assemble import matrix_shape
 from llm_quantize.blockwise.gram import gram_bytes
 from llm_quantize.blockwise.inputs import CHUNK_TOKENS
@@ -10,12 +13,35 @@ from llm_quantize.calibration import memory
 from llm_quantize.calibration.forward import Network
 from llm_quantize.calibration.memory import Fitted
 from llm_quantize.calibration.network_taps import Tap
+from llm_quantize.errors import ResourceError
 from llm_quantize.methods.gptq import solve_bytes
 from llm_quantize.methods.hessian import factor_bytes
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.source import Source
 
-__all__ = ["Fitted", "fit"]
+__all__ = ["KEPT_BYTES", "Plan", "fit"]
+
+KEPT_BYTES = 2 << 30
+"""The source's inputs of one block beyond this go to a file."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that fits: see calibration.memory.Fitted; and whether the source's inputs of a block stay in memory, and
+    their bytes."""
+
+    threads: int
+    in_memory: bool
+    hidden_bytes: int
+    peak: int
+    inputs_in_memory: bool
+    inputs_bytes: int
+
+    @property
+    def disk_bytes(self) -> int:
+        """What lies in files meanwhile: hidden states twice (before and after a block), inputs once."""
+        hidden = 0 if self.in_memory else 2 * self.hidden_bytes
+        return hidden + (0 if self.inputs_in_memory else self.inputs_bytes)
 
 
 def fit(
@@ -29,7 +55,7 @@ def fit(
     threads: int | None,
     max_ram: int | None,
     device: str,
-) -> Fitted:
+) -> Plan:
     """Threads and the place of hidden states.
 
     ``windows``: (number, length); ``paired``: the source's stream goes along. Planned is the sum of what a stage's
@@ -40,7 +66,7 @@ def fit(
     itemsize = network.dtype.itemsize
     block = max(network.bytes(index) for index in range(network.n_blocks))
     tokens = max(CHUNK_TOKENS, length)
-    most, widest = 0, 0
+    most, widest, seen = 0, 0, 0
     for index in range(network.n_blocks):
         taps = network.taps(index)
         stages = [[tap] for tap in taps] if options.inputs == "sequential" and artifact.format != "awq" else [taps]
@@ -48,17 +74,30 @@ def fit(
             captured = sum(tokens * tap.columns * itemsize * (1 + paired) for tap in stage)
             most = max(most, captured + sum(_held(tap, paired=paired) for tap in stage))
             widest = max(widest, *(tap.columns for tap in stage))
+        seen = max(seen, sum(number * length * tap.columns * itemsize for tap in taps if tap.matrices == 1))
     values = max(matrix_shape(m.weight.shape)[0] * m.weight.shape[-1] for m in artifact.matrices)
-    each = memory.workspace_bytes(source.architecture.hyper, length, itemsize, eager=network.eager) * (1 + paired)
-    return memory.fit(
-        fixed=max(network.bytes("embedding"), block * (1 + paired) + most + factor_bytes(widest, paired) + 5 * values),
-        each=max(each, solve_bytes(widest)),
-        hidden=number * length * network.width * itemsize,
-        threads=threads,
-        max_ram=max_ram,
-        device=device,
-        copies=2 if options.inputs != "source" else 1,
-    )
+    each = memory.workspace_bytes(source.architecture.hyper, length, itemsize, eager=network.eager)
+    fixed = max(network.bytes("embedding"), block + most + factor_bytes(widest, paired) + 5 * values)
+    seen = seen if paired else 0
+
+    def fitted(kept: int) -> Fitted:
+        return memory.fit(
+            fixed=fixed + kept,
+            each=max(each, solve_bytes(widest)),
+            hidden=number * length * network.width * itemsize,
+            threads=threads,
+            max_ram=max_ram,
+            device=device,
+            copies=2 if options.inputs != "source" else 1,
+        )
+
+    found = fitted(0)
+    if seen <= KEPT_BYTES:
+        with suppress(ResourceError):  # then they lie in a file
+            larger = fitted(seen)
+            if (larger.threads, larger.in_memory) == (found.threads, found.in_memory):
+                return Plan(larger.threads, larger.in_memory, larger.hidden_bytes, larger.peak, True, seen)
+    return Plan(found.threads, found.in_memory, found.hidden_bytes, found.peak, seen == 0, seen)
 
 
 def _held(tap: Tap, *, paired: bool) -> int:

@@ -24,8 +24,8 @@ from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.assemble import matrix_shape, read_output_rows, to_float32, unit_ranges
 from llm_quantize.blockwise import scaling
 from llm_quantize.blockwise.embedding import WrittenEmbedding
-from llm_quantize.blockwise.inputs import Pool, Streams, collect, propagate
-from llm_quantize.blockwise.memory import Fitted
+from llm_quantize.blockwise.inputs import FullInputs, Pool, Streams, collect, propagate
+from llm_quantize.blockwise.memory import Plan
 from llm_quantize.blockwise.options import MethodOptions
 from llm_quantize.blockwise.places import Segment, Sources, segments
 from llm_quantize.blockwise.solve import Job, Solver, stages
@@ -33,7 +33,7 @@ from llm_quantize.blockwise.start import hidden_directory
 from llm_quantize.blockwise.stores import Fields, Store
 from llm_quantize.calibration.activations import Activations
 from llm_quantize.calibration.forward import Block, Network, Tap
-from llm_quantize.calibration.weights import CheckpointWeights
+from llm_quantize.calibration.weights import CheckpointWeights, Weights
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.methods.gptq_options import GptqOptions
@@ -155,7 +155,7 @@ class Blocks:
         network: Network,
         ids: torch.Tensor,
         options: MethodOptions,
-        fitted: Fitted,
+        fitted: Plan,
         pool: Pool,
         on_event: EventSink,
     ) -> None:
@@ -196,16 +196,17 @@ class Blocks:
         missing += [index for index in range(len(self.taps)) if not self._held_done(index)]
         if not missing:
             return
-        with ExitStack() as stack:
-            streams, first = self._begin(stack, min(missing))
-            passes = sum(self._passes(index) for index in range(first, max(missing) + 1))
-            self._total = passes * self.ids.shape[0]
-            tokens = self.ids.numel()
-            self.on_event({"event": "start", "total": tokens, "threads": self.pool.threads,
-                           "memory_needed": self.fitted.peak, "resumed_units": 0})  # fmt: skip
-            for index in range(first, max(missing) + 1):
-                streams = self._block(index, streams, last=index == max(missing))
+        streams, first = self._begin(min(missing))
+        passes = sum(self._passes(index) for index in range(first, max(missing) + 1))
+        self._total = passes * self.ids.shape[0]
+        facts = {"total": self.ids.numel(), "threads": self.pool.threads, "memory_needed": self.fitted.peak}
+        self.on_event({"event": "start", **facts, "resumed_units": 0})
+        for index in range(first, max(missing) + 1):
+            streams = self._block(index, streams, last=index == max(missing))
+            if index < max(missing):
                 self._remember(index, streams)
+        for states in {streams.quantized, streams.full}:
+            states.close()
 
     def _done(self, matrix: MatrixPlan) -> bool:
         return self.matrices.done(matrix)
@@ -218,9 +219,7 @@ class Blocks:
         return list(stages(self.taps[index], wanted, sequential=self.sequential))
 
     def _passes(self, index: int) -> int:
-        return (
-            len(self._stages(index)) + (self.transform == "awq") + self.quantized + (self.paired or not self.quantized)
-        )
+        return len(self._stages(index)) + (self.transform == "awq") + 1 + self.paired
 
     def _advance(self, windows: int) -> None:
         self._steps += windows
@@ -239,22 +238,22 @@ class Blocks:
     def _directory(self) -> Path:
         return hidden_directory(self.matrices.target.output.target)
 
-    def _begin(self, stack: ExitStack, wanted: int) -> tuple[Streams, int]:
+    def _begin(self, wanted: int) -> tuple[Streams, int]:
         """The streams that enter the first block to be run, and its index: where an earlier run left them, or 0."""
         found = self._left_behind(wanted)
         if found is not None:
             return found
         weights = CheckpointWeights(self.matrices.source.checkpoint)
-        full = self._activations(0)
-        for window, values in enumerate(self.network.embed(weights, self.ids)):
-            full.write(window, values)
-        quantized = full
         own = WrittenEmbedding.of(self.matrices.source, self.matrices.target, weights) if self.quantized else None
-        if self.quantized:
-            quantized = self._activations(2)
-            for window, values in enumerate(self.network.embed(own or weights, self.ids)):
-                quantized.write(window, values)
-        return Streams(quantized, full), 0
+        quantized = self._embedded(own or weights, 2)
+        return Streams(quantized, self._embedded(weights, 0) if self.paired else quantized), 0
+
+    def _embedded(self, weights: Weights, slot: int) -> Activations:
+        """The hidden states that enter block 0."""
+        states = self._activations(slot)
+        for window, values in enumerate(self.network.embed(weights, self.ids)):
+            states.write(window, values)
+        return states
 
     def _left_behind(self, wanted: int) -> tuple[Streams, int] | None:
         note = self.matrices.target.output.notes.get("hidden")
@@ -262,8 +261,8 @@ class Blocks:
         if self.fitted.in_memory or type(after) is not int or not 0 <= after < wanted:
             return None
         slot = (after + 1) % 2
-        full = self._activations(slot)
-        quantized = self._activations(2 + slot) if self.quantized else full
+        quantized = self._activations(2 + slot)
+        full = self._activations(slot) if self.paired else quantized
         if [quantized.digest(), full.digest()] == digests:
             return Streams(quantized, full), after + 1
         text = "the hidden states are damaged; finished blocks are run again"
@@ -279,9 +278,13 @@ class Blocks:
 
     def _block(self, index: int, streams: Streams, *, last: bool) -> Streams:
         weights = CheckpointWeights(self.matrices.source.checkpoint)
+        full: FullInputs | None = None
         with ExitStack() as stack:
+            own = streams.full
+            if self.paired:
+                full, own = self._see_source(index, streams, weights, last=last)
+                stack.callback(full.close)
             block = stack.enter_context(self.network.block(index, weights))
-            full = stack.enter_context(self.network.block(index, weights)) if self.paired else None
             scales: dict[str, torch.Tensor] = {}
             if all(self._done(matrix) for matrix, _ in self.members[index]) and self._held_done(index):
                 scaling.restore(self.matrices, self.held[index], block)
@@ -291,34 +294,49 @@ class Blocks:
                     index,
                     block,
                     self.taps[index],
-                    streams,
+                    streams.quantized,
                     self.pool,
                     self._advance,
                     feedback=self.options.feedback,
                 )
             for stage in self._stages(index):
-                self._stage(index, stage, block, full, streams, scales)
+                self._stage(index, stage, block, streams, full, scales)
             self.matrices.changed.clear()
             if last:
                 return streams
-            return self._propagate(index, block, full, streams, weights)
+            after = streams.quantized if self.fitted.in_memory else self._activations((index + 1) % 2 + 2)
+            propagate(self.pool, block, streams.quantized, after, self._advance)
+        return _moved(streams, Streams(after, own if self.paired else after))
+
+    def _see_source(
+        self, index: int, streams: Streams, weights: CheckpointWeights, *, last: bool
+    ) -> tuple[FullInputs, Activations]:
+        """What the source's own block gives its matrices, and the hidden states that leave it."""
+        windows, length = self.ids.shape
+        wanted = {segment.tap for matrix, seen in self.members[index] if not self._done(matrix) for segment in seen}
+        taps = [tap for tap in self.taps[index] if tap.name in wanted or any(t.matrices > 1 for t in self.taps[index])]
+        place = None if self.fitted.inputs_in_memory else self._directory
+        full = FullInputs(taps if wanted else [], windows, length, self.network.dtype, place)
+        after = streams.full if self.fitted.in_memory else self._activations((index + 1) % 2)
+        with self.network.block(index, weights) as block:
+            full.see(self.pool, block, streams.full, None if last else after, self._advance)
+        return full, after
 
     def _stage(
         self,
         index: int,
         stage: Sequence[Tap],
         block: Block,
-        full: Block | None,
         streams: Streams,
+        full: FullInputs | None,
         scales: Mapping[str, torch.Tensor],
     ) -> None:
         """Quantize the matrices of one stage that are not done, and put all of them into the block."""
         names = {tap.name for tap in stage}
         members = [(matrix, seen) for matrix, seen in self.members[index] if seen[0].tap in names]
         jobs = [Job(matrix, seen) for matrix, seen in members if not self._done(matrix)]
-        values: dict[str, Floats] = {}
         if jobs:
-            grams = collect(self.pool, stage, streams, block, full, self._advance, scales)
+            grams = collect(self.pool, stage, streams.quantized, block, full, self._advance, scales)
             self.solver.stage(jobs, grams, stage)
             grams.clear()
         sources = Sources(self.matrices.source.checkpoint, self.matrices.present)
@@ -332,26 +350,8 @@ class Blocks:
                 self.matrices.write(matrix, fields, job.summary())
             if self.quantized:
                 sources.put(matrix.weight, self.matrices.store.decode(matrix, fields))
-        if self.quantized:
-            values.update(sources.finished())
-            for name, decoded in values.items():
-                block.replace(name, torch.from_numpy(decoded))
-
-    def _propagate(
-        self, index: int, block: Block, full: Block | None, streams: Streams, weights: CheckpointWeights
-    ) -> Streams:
-        slot = (index + 1) % 2
-        if not self.quantized:
-            after = streams.full if self.fitted.in_memory else self._activations(slot)
-            propagate(self.pool, block, streams.full, after, self._advance)
-            return _moved(streams, Streams(after, after))
-        after = streams.quantized if self.fitted.in_memory else self._activations(2 + slot)
-        propagate(self.pool, block, streams.quantized, after, self._advance)
-        own = streams.full
-        if full is not None:
-            own = streams.full if self.fitted.in_memory else self._activations(slot)
-            propagate(self.pool, full, streams.full, own, self._advance)
-        return _moved(streams, Streams(after, own))
+        for name, decoded in sources.finished():
+            block.replace(name, torch.from_numpy(decoded))
 
 
 def _moved(old: Streams, new: Streams) -> Streams:

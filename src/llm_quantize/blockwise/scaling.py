@@ -17,7 +17,8 @@ from torch import Tensor
 
 from llm_quantize.architectures.scaling import ScaleGroup, scale_groups
 from llm_quantize.assemble import unit_ranges
-from llm_quantize.blockwise.inputs import Pool, Streams, collect
+from llm_quantize.blockwise.inputs import Pool, collect
+from llm_quantize.calibration.activations import Activations
 from llm_quantize.calibration.forward import Block, Tap
 from llm_quantize.calibration.weights import CheckpointWeights
 from llm_quantize.plan import TensorPlan, unit_key
@@ -59,7 +60,7 @@ def rescale(
     index: int,
     block: Block,
     taps: Sequence[Tap],
-    streams: Streams,
+    hidden: Activations,
     pool: Pool,
     on_windows: Callable[[int], None],
     *,
@@ -76,7 +77,7 @@ def rescale(
     weights = CheckpointWeights(matrices.source.checkpoint)
     tensors = {name: weights.read(name) for group in groups for name in group.tensors}
     used = {homes[_reader(group)].name for group in groups}
-    grams = collect(pool, [tap for tap in taps if tap.name in used], streams, block, None, on_windows)
+    grams = collect(pool, [tap for tap in taps if tap.name in used], hidden, block, None, on_windows)
 
     def find(number: int) -> tuple[int, Tensor]:
         group = groups[number]

@@ -66,8 +66,9 @@ def solve_matrices(
         max_ram=options.max_ram,
         device=device,
     )
-    if not fitted.in_memory:
-        check_disk(target.output.target.parent, 2 * fitted.hidden_bytes)
+    if fitted.disk_bytes:
+        check_disk(target.output.target.parent, fitted.disk_bytes)
+        hidden_directory(target.output.target).mkdir(parents=True, exist_ok=True)
     pool = Pool(fitted.threads, stop, resumable=options.checkpoints)
     Blocks(matrices, network, ids, method, fitted, pool, on_event).run()
 
