@@ -41,6 +41,16 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/gguf.py
 
+# Against the tools that own the formats: hours. Without their environments (benchmarks/peers/environments.sh .peers)
+# they are left out.
+PEERS ?= .peers
+PEER_OPTIONS = $(foreach tool,gptqmodel llmcompressor autoawq autoround,\
+	$(if $(wildcard $(PEERS)/$(tool)/bin/python),--$(tool)-python $(PEERS)/$(tool)/bin/python))
+
+bench-quality: $(VENV)/.test
+	$(BIN)/python benchmarks/quality.py --directory $(PEERS)/runs $(PEER_OPTIONS) --json benchmarks/results/quality.json
+	$(BIN)/python benchmarks/gptq.py --directory $(PEERS)/runs $(PEER_OPTIONS) --json benchmarks/results/gptq.json
+
 format: $(VENV)/.test
 	$(BIN)/ruff format src tests scripts benchmarks
 	$(BIN)/ruff check --fix src tests scripts benchmarks

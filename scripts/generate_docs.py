@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 from gguf import MODEL_ARCH_NAMES
@@ -151,6 +152,99 @@ def calibration_table() -> list[str]:
     return parts
 
 
+TOOLS = {
+    "llamacpp": "llama.cpp's quantizer",
+    "gptqmodel": "GPTQModel",
+    "autoawq": "AutoAWQ",
+    "llmcompressor": "llm-compressor",
+    "autoround": "AutoRound",
+}
+
+
+def quality_page() -> str:
+    """The tables of the last committed runs of benchmarks/quality.py and benchmarks/gptq.py."""
+    found = json.loads((RESULTS / "quality.json").read_text())
+    speed = json.loads((RESULTS / "gptq.json").read_text())
+    calibration = found["calibration"]
+    parts = [
+        "# Quality and cost against the tools that own the formats",
+        "",
+        "Generated from benchmarks/results by scripts/generate_docs.py. To measure on your machine:",
+        "`make bench-quality`.",
+        "",
+        f"Everybody gets the same model, and the same {calibration['windows']} windows of {calibration['length']}",
+        f"tokens to calibrate on ({calibration['text']}). The judge is the same too: weights decoded from the files by",
+        "a decoder written for this benchmark alone, run by transformers in float32 over held-out text, compared with",
+        "the source token by token. Ratios are of mean KL divergence, paired, with their standard error; below 1 is",
+        "better than theirs. `aim` is what this project set itself; pairs without one are there for context.",
+    ]
+    for name, measured in found["models"].items():
+        parts += ["", f"## {name}", "", f"{measured['held_out_windows']} held-out windows.", ""]
+        parts += [*_ratio_rows(measured["pairs"]), "", *_candidate_rows(measured["candidates"])]
+    return "\n".join([*parts, *_cost_rows(speed)]) + "\n"
+
+
+def _ratio_rows(pairs: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        "| ours / theirs | KLD ratio | aim | | 99.9 % KLD ratio | same top | bytes ratio |",
+        "|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for row in pairs:
+        aim = "" if row["aim"] is None else f"{row['aim']:.2f}"
+        verdict = "" if row["aim"] is None else "met" if row["kld_ratio"] <= row["aim"] else "missed"
+        rows.append(
+            f"| {row['ours'].removeprefix('ours-')} / {_tool(row['theirs'])} | {row['kld_ratio']:.3f} ± "
+            f"{row['kld_ratio_sem']:.3f} | {aim} | {verdict} | {row['kld_999_ratio']:.2f} "
+            f"| {100 * row['same_top_difference']:+.2f} % | {row['bytes_ratio']:.3f} |"
+        )
+    return rows
+
+
+def _candidate_rows(candidates: dict[str, dict[str, Any]]) -> list[str]:
+    rows = [
+        "| candidate | version | mean KLD | 99.9 % KLD | same top | tensor bytes |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for name, one in candidates.items():
+        if "kld" in one:
+            version = one.get("llm_quantize") or next(iter(one["versions"].values()))
+            rows.append(
+                f"| {_tool(name)} | {version} | {one['kld']:.5f} ± {one['kld_sem']:.5f} | {one['kld_999']:.3f} "
+                f"| {100 * one['same_top']:.2f} % | {one['bytes']:,} |"
+            )
+    failed = [f"- {_tool(name)}: {one['error']}" for name, one in candidates.items() if "error" in one]
+    return [*rows, *(["", "Did not run:", "", *failed] if failed else [])]
+
+
+def _tool(name: str) -> str:
+    first, _, rest = name.partition("-")
+    return rest if first == "ours" else f"{TOOLS[first]} {rest}"
+
+
+def _cost_rows(found: dict[str, Any]) -> list[str]:
+    model = found["model"]
+    parts = [
+        "",
+        "## Cost of calibration and quantization",
+        "",
+        f"A synthetic Llama of {model['layers']} layers, hidden {model['hidden']}, {model['bytes'] / 1e6:.0f} MB of "
+        f"bf16; {found['windows']} windows of {found['length']} tokens, {found['threads']} threads; "
+        f"{found['cpu']}.{' ' + found['note'] if found['note'] else ''}",
+        "Imports are not counted. Memory: resident before the work, and at its peak.",
+        "",
+        "| run | CPU seconds | wall seconds | memory before | peak memory |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, run in found["runs"].items():
+        memory = f"{run['rss_before'] / 1e6:,.0f} MB | {run['rss_peak'] / 1e6:,.0f} MB"
+        parts.append(f"| {name} | {run['cpu_seconds']:.1f} | {run['wall_seconds']:.1f} | {memory} |")
+    parts += ["", "| ours / theirs | CPU | wall | peak memory | aim (CPU) |", "|---|---:|---:|---:|---:|"]
+    for row in found["ratios"]:
+        figures = " | ".join(f"{row[kind]:.2f}" for kind in ("cpu_seconds", "wall_seconds", "rss_peak"))
+        parts.append(f"| {row['ours']} / {row['theirs']} | {figures} | {row['aim']} |")
+    return parts
+
+
 def main() -> None:
     """Write or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -162,6 +256,8 @@ def main() -> None:
         "architectures.md": architecture_page(),
         "speed.md": speed_page(),
     }
+    if (RESULTS / "quality.json").is_file():
+        pages["quality.md"] = quality_page()
     stale = []
     for name, text in pages.items():
         path = DOCS / name
