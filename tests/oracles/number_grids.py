@@ -102,9 +102,9 @@ def best_stored(x: Array, w: Array, levels: Array, trials: list[F], shift: F = Z
     return best
 
 
-def better_scale(x, w, scale: F, levels, signed: bool, best: tuple[F, F]) -> tuple[F, F]:
+def better_scale(x, w, scale: F, levels, best: tuple[F, F]) -> tuple[F, F]:
     found = refitted(x, w, scale, levels)
-    return found if found[1] < best[1] and (signed or found[0] > 0) else best
+    return found if found[1] < best[1] else best
 
 
 def symmetric_scale(x, w, levels, factors, *, signed, start=None, half=True) -> F:
@@ -113,13 +113,11 @@ def symmetric_scale(x, w, levels, factors, *, signed, start=None, half=True) -> 
     base = F(extreme / -levels[0])
     best, least = base, F(np.inf)
     for factor in [f * sign for f in factors[0] for sign in ((1, -1) if signed else (1,))]:
-        best, least = better_scale(x, w, F(base * F(factor)), levels, signed, (best, least))
+        best, least = better_scale(x, w, F(base * F(factor)), levels, (best, least))
     base = best
     for factor in factors[1]:
-        best, least = better_scale(x, w, F(base * F(factor)), levels, signed, (best, least))
+        best, least = better_scale(x, w, F(base * F(factor)), levels, (best, least))
     again, _ = refitted(x, w, best, levels)
-    if not signed and not again > 0:
-        again = best
     trials = [*stored_near(best), *stored_near(again)] if half else [best, again]
     if start is not None:
         return best_stored(x, w, levels, [start, *trials])

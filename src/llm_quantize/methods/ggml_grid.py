@@ -47,7 +47,7 @@ SPREAD: dict[str, tuple[float, int]] = {
 FACTORS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "q4_0": ((0.55, 0.65, 0.74, 0.82, 0.9, 0.98, 1.06, 1.14), fine_factors(4, 4)),
     "q5_0": ((0.6, 0.7, 0.8, 0.88, 0.94, 1.0, 1.06), fine_factors(5, 4)),
-    "q8_0": ((0.974, 0.979, 0.984, 0.989, 0.994, 0.998, 1.002), fine_factors(8, 3)),
+    "q8_0": (tuple(0.957 + 0.003 * step for step in range(17)), ()),
     "iq4_nl": ((0.6, 0.7, 0.79, 0.87, 0.94, 1.0, 1.06, 1.13), fine_factors(4, 4)),
 }
 

@@ -139,8 +139,8 @@ def symmetric_scales(
 
     x, w float32 (n, N). Tries ``factors[0]`` times the scale that maps the largest magnitude to the lowest level, and
     its negative if ``signed``, then ``factors[1]`` times the best, and the best itself; each is refitted by least
-    squares. ``start`` (N,) scales that the answer is not worse than. Groups of zeros keep that, or get a scale that
-    is not zero.
+    squares, which keeps its sign. ``start`` (N,) scales that the answer is not worse than. Groups of zeros keep that,
+    or get a scale that is not zero.
     """
     extreme = x.abs().amax(dim=0)
     base = divided(extreme, -levels.lowest)
@@ -149,12 +149,10 @@ def symmetric_scales(
     for trials, stage in zip(factors, (signs, (1.0,)), strict=True):
         for factor in (sign * factor for factor in trials for sign in stage):
             scale, error = _refitted(x, w, base * factor, levels)
-            usable = (error < least) & (signed | (scale > 0))
-            best, least = torch.where(usable, scale, best), torch.where(usable, error, least)
+            better = error < least
+            best, least = torch.where(better, scale, best), torch.where(better, error, least)
         base = best
     again, _ = _refitted(x, w, best, levels)
-    if not signed:
-        again = torch.where(again > 0, again, best)
     found = [*_stored_near(best, storage), *_stored_near(again, storage)]
     if start is None:
         return torch.where(extreme > 0, _best_stored(x, w, levels, found), torch.full_like(best, LEAST_SCALE))
