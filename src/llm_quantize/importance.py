@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from llm_quantize.blockwise.estimate import enough_windows
+from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.calibration.text import load_texts
 from llm_quantize.calibration.windows import Windows
 from llm_quantize.errors import MissingExtraError, UsageError
@@ -40,7 +42,7 @@ def foresee(source: Source, format: str, levels: Sequence[str], options: Options
         return _given(source, options)
     names = tuple(dataset.name for dataset in load_texts(options.calibration.data).datasets)
     path = Path(CALIBRATED_NAME.format("0" * 16))
-    return Imatrix(path, _ones(source), names, options.calibration.samples, "")
+    return Imatrix(path, _ones(source), names, calibration_of(source, format, options).settled().samples or 0, "")
 
 
 def _ones(source: Source) -> dict[str, npt.NDArray[np.float32]]:
@@ -58,7 +60,14 @@ def _refuse_idle(options: Options, why: str) -> None:
             raise UsageError(f"{option} cannot be used here: {why}", found=given, remedy=f"leave {option} out")
 
 
-def drawn(source: Source, options: Options, on_event: EventSink) -> tuple[Imatrix, Windows]:
+def calibration_of(source: Source, format: str, options: Options) -> CalibrationOptions:
+    """The calibration that ``options`` ask for, with as many windows as a method needs where they give no number."""
+    if not options.method.calibrates(format):
+        return options.calibration
+    return options.calibration.settled(enough_windows(source, options.calibration.length))
+
+
+def drawn(source: Source, format: str, options: Options, on_event: EventSink) -> tuple[Imatrix, Windows]:
     """The text that a method will run through the model itself, and the importance matrix that stands for it in plans:
     its names and shapes are right, its hash is that of the tokens, its values are nobody's.
 
@@ -69,7 +78,7 @@ def drawn(source: Source, options: Options, on_event: EventSink) -> tuple[Imatri
     for name in ("torch", "transformers"):
         if find_spec(name) is None:
             raise MissingExtraError("calibration", "torch")
-    windows, facts = draw_windows(source, options.calibration, on_event)
+    windows, facts = draw_windows(source, calibration_of(source, format, options), on_event)
     digest = hashlib.sha256(canonical_json([facts, windows.sha256, options.calibration.device])).hexdigest()
     path = Path(CALIBRATED_NAME.format(digest[:16]))
     return Imatrix(path, _ones(source), tuple(facts["datasets"]), windows.samples, digest), windows

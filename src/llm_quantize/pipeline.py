@@ -78,7 +78,7 @@ def quantize(
             # What cannot succeed is refused before hours of calibration, not after.
             preflight.check(plans, Path(output_dir), threads=1, max_ram=options.max_ram, ignore_space=True)
             if options.method.calibrates(format):
-                imatrix, windows = importance.drawn(source, options, on_event)
+                imatrix, windows = importance.drawn(source, format, options, on_event)
             else:
                 imatrix = importance.calibrated(source, options, on_event)
             plans = plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)

@@ -70,7 +70,7 @@ class MatrixPlan:
 class ArtifactPlan:
     """Everything about one artifact, fixed. ``matrices``: what a method other than plain rounding quantizes; empty
     where every tensor is rounded by itself. ``held``: further tensors that such a run writes, as a transform changes
-    them (indices)."""
+    them (indices). ``method_bytes``: memory that the method takes when everything else is done, by estimate."""
 
     level: str
     name: str
@@ -83,6 +83,7 @@ class ArtifactPlan:
     format: str = "gguf"
     matrices: tuple[MatrixPlan, ...] = ()
     held: frozenset[int] = frozenset()
+    method_bytes: int = 0
 
     @property
     def size(self) -> int:
@@ -221,7 +222,8 @@ def work_bytes(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
     """Bytes that a run takes on top of the opened model: by the chunk and the widest row, not by the model's size."""
     bookkeeping = sum(len(file.header) for artifact in artifacts for file in artifact.files)
     bookkeeping += sum(4096 * len(artifact.tensors) for artifact in artifacts)
-    return bookkeeping + FIXED_WORK + threads * (PER_THREAD + _chunk_bytes(artifacts))
+    rounding = bookkeeping + FIXED_WORK + threads * (PER_THREAD + _chunk_bytes(artifacts))
+    return max(rounding, *(artifact.method_bytes for artifact in artifacts), 0)
 
 
 def _chunk_bytes(artifacts: Sequence[ArtifactPlan]) -> int:

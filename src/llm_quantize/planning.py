@@ -12,6 +12,7 @@ import llm_quantize
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.scaling import changed_floats
 from llm_quantize.assemble import matrix_shape
+from llm_quantize.blockwise.estimate import estimate
 from llm_quantize.blockwise.options import MethodOptions
 from llm_quantize.calibration.identity import model_digest
 from llm_quantize.calibration.options import CalibrationOptions
@@ -123,8 +124,7 @@ def _plan_directory(
     if method.transform_of(format) == "awq":
         floats = changed_floats(source)
         held = frozenset(index for index, tensor in enumerate(plan.tensors) if tensor.name in floats)
-    warnings = (*plan.warnings, *_text_advice(imatrix, options, "quantize calibrates"))
-    return replace(plan, held=held, warnings=warnings)
+    return _estimated(source, replace(plan, held=held), imatrix, options)
 
 
 def _refuse_directory_options(method: MethodOptions) -> None:
@@ -145,15 +145,30 @@ def _refuse_directory_options(method: MethodOptions) -> None:
         )
 
 
-def _text_advice(imatrix: Imatrix | None, options: Options, what: str) -> list[str]:
+def _text_advice(imatrix: Imatrix | None, options: Options) -> list[str]:
     """What a calibration that is still to be run will need, if there is one."""
     if imatrix is None or imatrix.sha256:
         return []
-    calibration = options.calibration
     return [
-        f"{what} first: at most {calibration.samples} windows of {calibration.length} tokens run "
+        f"quantize calibrates first: at most {imatrix.chunks} windows of {options.calibration.length} tokens run "
         "through the model, one block in memory at a time (this needs the extra [torch])"
     ]
+
+
+def _estimated(source: Source, plan: ArtifactPlan, imatrix: Imatrix | None, options: Options) -> ArtifactPlan:
+    """``plan`` with what a method that runs text through the model will take, in memory and in time."""
+    if imatrix is None or not options.method.calibrates(plan.format):
+        return plan
+    need = estimate(source, plan, options.method, imatrix.chunks, options.calibration.length)
+    minutes = need.operations / 100e9 / 60
+    length = min(options.calibration.length, source.architecture.hyper.context_length)
+    told = (
+        f"{imatrix.chunks} windows of {length} tokens run through the model, one block in memory at a time: about "
+        f"{need.operations / 1e12:,.1f} TFLOP, {max(1, round(minutes)):,} minutes at 100 GFLOP/s, and "
+        f"{need.memory / 1e9:.1f} GB of memory (this needs the extra [torch])"
+    )
+    warnings = plan.warnings if imatrix.sha256 else (*plan.warnings, told)
+    return replace(plan, warnings=warnings, method_bytes=need.memory)
 
 
 def _check_recipe(source: Source, levels: Sequence[str], recipe: Recipe | None) -> None:
@@ -237,7 +252,7 @@ def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, o
         source_itemsize=max((_itemsize(info.dtype) for info in source.checkpoint.tensors.values()), default=2),
         warnings=[*assigned.warnings, *_advice(source, name, assigned.qtypes, imatrix, options)],
     )
-    return replace(plan, matrices=_matrices(plan)) if solved else plan
+    return _estimated(source, replace(plan, matrices=_matrices(plan)), imatrix, options) if solved else plan
 
 
 def _matrices(plan: ArtifactPlan) -> tuple[MatrixPlan, ...]:
@@ -263,7 +278,8 @@ def _advice(source: Source, level: str, qtypes: Sequence[str], imatrix: Imatrix 
         advice.append("MXFP4_MOE: this model has no expert tensors, so nothing is stored as mxfp4; this is Q8_0")
     if level.startswith("TQ"):
         advice.append(f"{level} is for models trained with ternary weights; any other model loses nearly everything")
-    advice += _text_advice(imatrix, options, "quantize calibrates")
+    if options.method.method_of("gguf") == "rtn":
+        advice += _text_advice(imatrix, options)
     limit = options.split_max_size
     if limit is not None:
         size, largest = max(

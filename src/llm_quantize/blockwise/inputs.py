@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_quantize.blockwise.estimate import CHUNK_TOKENS
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.calibration.activations import Activations
 from llm_quantize.calibration.forward import Block, Tap
 from llm_quantize.engine import run
 from llm_quantize.errors import NumericPolicyError
-
-CHUNK_TOKENS = 8192
-"""Tokens whose inputs are held together; a constant, as sums in another order would be other sums."""
 
 Inputs = dict[tuple[str, int], Tensor]
 """(tap, matrix) -> what one window gave it, (tokens, columns) in the network's dtype."""

@@ -6,8 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from llm_quantize.assemble import matrix_shape
+from llm_quantize.blockwise.estimate import CHUNK_TOKENS
 from llm_quantize.blockwise.gram import gram_bytes
-from llm_quantize.blockwise.inputs import CHUNK_TOKENS
 from llm_quantize.blockwise.options import MethodOptions
 from llm_quantize.calibration import memory
 from llm_quantize.calibration.forward import Network

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 from llm_quantize.errors import UsageError
+from llm_quantize.methods.gptq_options import GptqOptions
 
 METHODS = ("rtn", "gptq")
 TRANSFORMS = ("none", "awq")
@@ -18,8 +19,7 @@ class MethodOptions:
 
     ``transform``: awq rescales channels first; None: what the format does. ``inputs``: what a matrix is calibrated on:
     "sequential" (the model as quantized up to this very matrix), "block" (up to this block), "source" (not at all).
-    ``correction``: how far a layer makes up for the errors of those before it, 0 (not) to 1. ``sweeps``, ``refit``,
-    ``refine``, ``damp``: see methods/gptq.py; None: its own defaults.
+    ``gptq``: the stages of error feedback.
 
     Of directories: ``group_size`` (-1: a whole row), ``symmetric``, None: as the format and level say; ``desc_act``;
     ``ignore``: regular expressions of modules that stay as they are; ``shard_size`` in bytes.
@@ -28,11 +28,7 @@ class MethodOptions:
     method: str | None = None
     transform: str | None = None
     inputs: str = "sequential"
-    correction: float = 1.0
-    sweeps: int | None = None
-    refit: bool | None = None
-    refine: bool | None = None
-    damp: float | None = None
+    gptq: GptqOptions = field(default_factory=GptqOptions)
     group_size: int | None = None
     symmetric: bool | None = None
     desc_act: bool = False
@@ -47,8 +43,6 @@ class MethodOptions:
         ):
             if found is not None and found not in allowed:
                 raise UsageError(f"unknown {name}", expected=", ".join(allowed), found=found)
-        if not 0 <= self.correction <= 1:
-            raise UsageError("--correction is out of range", expected="0 to 1", found=self.correction)
 
     def method_of(self, format: str) -> str:
         """The method for ``format``: GGUF is rounded unless asked otherwise, directories are not."""
@@ -85,7 +79,12 @@ class MethodOptions:
         """What of these decides the bytes: for the artifact's identity."""
         method, transform = self.method_of(format), self.transform_of(format)
         facts: dict[str, object] = {"method": method, "transform": transform}
-        if method == "gptq":
-            names = ("inputs", "correction", "sweeps", "refit", "refine", "damp")
-            facts |= {name: getattr(self, name) for name in names}
+        if self.calibrates(format):
+            facts |= {"inputs": self.inputs, **asdict(self.stages(format))}
         return facts
+
+    def stages(self, format: str) -> GptqOptions:
+        """The optimiser's options: rtn has no stage at all, and nothing is to be made up for on the source's inputs."""
+        if self.method_of(format) == "rtn":
+            return replace(self.gptq, feedback=False, sweeps=0, refit=False, correction=0.0)
+        return replace(self.gptq, correction=0.0) if self.inputs == "source" else self.gptq

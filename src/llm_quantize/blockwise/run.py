@@ -44,17 +44,6 @@ from llm_quantize.work import Target, Worker, source_hash
 Floats = npt.NDArray[np.float32]
 
 
-def gptq_options(options: MethodOptions, method: str) -> GptqOptions:
-    """The optimiser's options: those that the user left open have its own defaults; rtn has no stage at all."""
-    chosen = {
-        name: value for name in ("sweeps", "refit", "refine", "damp") if (value := getattr(options, name)) is not None
-    }
-    if method == "rtn":
-        chosen |= {"feedback": False, "sweeps": 0, "refit": False}
-    correction = 0.0 if options.inputs == "source" or method == "rtn" else options.correction
-    return GptqOptions(correction=correction, **chosen)
-
-
 @dataclass
 class Matrices:
     """The matrices of an artifact, read from the source and written as fields. ``changed``: {source tensor: values that
@@ -162,10 +151,10 @@ class Blocks:
         self.matrices, self.network, self.ids = matrices, network, ids
         self.fitted, self.pool, self.on_event = fitted, pool, on_event
         plan = matrices.target.plan
-        self.method, self.transform = options.method_of(plan.format), options.transform_of(plan.format)
+        self.transform = options.transform_of(plan.format)
         self.sequential = options.inputs == "sequential"
         self.quantized = options.inputs != "source"
-        self.options = gptq_options(options, self.method)
+        self.options = options.stages(plan.format)
         self.paired = self.options.correction > 0
         self.solver = Solver(matrices.store, matrices.rows, self.options, pool, str(network.device))
         self.taps = [network.taps(index) for index in range(network.n_blocks)]

@@ -34,11 +34,11 @@ def solve_matrices(
     """
     from llm_quantize.blockwise import memory
     from llm_quantize.blockwise.inputs import Pool
-    from llm_quantize.blockwise.run import Blocks, Matrices, gptq_options, round_matrices
+    from llm_quantize.blockwise.run import Blocks, Matrices, round_matrices
     from llm_quantize.blockwise.stores import store_of
 
     plan, method = target.plan, options.method
-    chosen = gptq_options(method, method.method_of(plan.format))
+    chosen = method.stages(plan.format)
     matrices = Matrices(source, target, store_of(plan), worker)
     if windows is None:
         round_matrices(matrices, Pool(threads, stop, resumable=options.checkpoints), chosen, on_event)

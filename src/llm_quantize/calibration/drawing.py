@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_quantize.calibration.options import CalibrationOptions
+from llm_quantize.calibration.options import DEFAULT_SAMPLES, CalibrationOptions
 from llm_quantize.calibration.text import load_texts
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.calibration.windows import Windows, sample_windows
@@ -27,7 +27,7 @@ def draw_windows(source: Source, options: CalibrationOptions, on_event: EventSin
     windows = sample_windows(
         corpus,
         tokenizer,
-        samples=options.samples,
+        samples=options.samples or DEFAULT_SAMPLES,
         length=length,
         seed=options.seed,
         chat=options.chat,

@@ -119,7 +119,8 @@ def calibration_options(function: Function) -> Function:
                      help="Text to calibrate on: a .txt, .json, .jsonl or .parquet file, or a built-in set: general, "
                      "code, japanese, chat. Repeatable; NAME=0.3 gives a weight. [default: the mix of all sets]"),
         click.option("--calibration-samples", type=click.IntRange(1), metavar="N",
-                     help="Windows of text at most. [default: 256; 64 where errors are fed back]"),
+                     help="Windows of text at most. [default: 256; where errors are fed back, as many as the widest "
+                     "matrix needs]"),
         click.option("--sequence-length", type=click.IntRange(2), default=2048, show_default=True, metavar="N",
                      help="Tokens in a window, at most the model's context."),
         click.option("--chat", is_flag=True, help="Set plain text as a conversation in the model's own template."),
@@ -131,15 +132,13 @@ def calibration_options(function: Function) -> Function:
     return function
 
 
-def build_calibration(
-    arguments: Mapping[str, Any], collect: tuple[str, ...] = ("imatrix",), *, samples: int = 256, **more: Any
-) -> Any:
-    """calibration.options.CalibrationOptions from the parsed command line; ``samples`` where it gives none."""
+def build_calibration(arguments: Mapping[str, Any], collect: tuple[str, ...] = ("imatrix",), **more: Any) -> Any:
+    """calibration.options.CalibrationOptions from the parsed command line."""
     from llm_quantize.calibration.options import CalibrationOptions
 
     return CalibrationOptions(
         data=arguments["calibration_data"],
-        samples=arguments["calibration_samples"] or samples,
+        samples=arguments["calibration_samples"],
         length=arguments["sequence_length"],
         chat=arguments["chat"],
         collect=collect,
@@ -169,8 +168,6 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
         pure=arguments["pure"],
         recipe=read_recipe(arguments["recipe"]) if arguments["recipe"] else None,
     )
-    method = build_method(arguments)
-    samples = 64 if method.calibrates(arguments.get("format", "gguf")) else 256
     paths = {key: arguments.get(key) for key in ("imatrix", "statistics", "checkpoint_dir")}
     return Options(
         threads=arguments["threads"],
@@ -180,13 +177,13 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
         imatrix=Path(paths["imatrix"]) if paths["imatrix"] else None,
         statistics=Path(paths["statistics"]) if paths["statistics"] else None,
         calibrate=True if arguments["calibration_data"] else arguments["calibrate"],
-        calibration=build_calibration(arguments, samples=samples),
+        calibration=build_calibration(arguments),
         nonfinite=arguments["nonfinite"],
         checkpoints=arguments.get("checkpoints", True),
         checkpoint_dir=Path(paths["checkpoint_dir"]) if paths["checkpoint_dir"] else None,
         overwrite=arguments.get("overwrite", False),
         ignore_space=arguments.get("ignore_space", False),
-        method=method,
+        method=build_method(arguments),
     )
 
 

@@ -46,6 +46,7 @@ def build_method(arguments: Mapping[str, Any]) -> Any:
     """blockwise.options.MethodOptions from the parsed command line. Raises UsageError for a contradiction."""
     from llm_quantize.blockwise.options import MethodOptions
     from llm_quantize.errors import UsageError
+    from llm_quantize.methods.gptq_options import GptqOptions
 
     symmetric, zero_point = arguments["symmetric"], arguments["zero_point"]
     if symmetric is not None and symmetric is zero_point:
@@ -56,7 +57,7 @@ def build_method(arguments: Mapping[str, Any]) -> Any:
         method=arguments["method"],
         transform=arguments["transform"],
         inputs=arguments["inputs"],
-        correction=arguments["correction"],
+        gptq=GptqOptions(correction=arguments["correction"]),
         group_size=arguments["group_size"],
         symmetric=symmetric,
         desc_act=arguments["desc_act"],

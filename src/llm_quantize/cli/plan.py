@@ -38,7 +38,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     from llm_quantize import pipeline, preflight, report
 
     shown = mode(ctx, as_json, verbose)
-    options = build_options({**arguments, "format": format})
+    options = build_options(arguments)
     common = {"levels": chosen_levels(arguments, options), "name": arguments["name"], "revision": arguments["revision"]}
     with events(shown, "plan") as sink:
         plans = pipeline.plan(model, format, options=options, on_event=sink, **common)

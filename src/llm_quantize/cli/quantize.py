@@ -59,7 +59,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     from llm_quantize import pipeline, preflight, report
 
     shown = mode(ctx, as_json, verbose)
-    options = build_options({**arguments, "format": format})
+    options = build_options(arguments)
     common = {"levels": chosen_levels(arguments, options), "name": arguments["name"], "revision": arguments["revision"]}
     if arguments["dry_run"]:
         with events(shown, "plan") as sink:
