@@ -47,7 +47,7 @@ def problem(levels, columns, rows, seed, *, offset, group=32):
 
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("name", LEVELS)
-@pytest.mark.parametrize(("columns", "rows"), [(128, 64), (1, 16), (37, 48), (8, 16), (120, 16)])
+@pytest.mark.parametrize(("columns", "rows"), [(128, 64), (1, 16), (37, 48)])
 def test_native_feedback_equals_its_twin_bit_for_bit(level, name, columns, rows, offset):
     grid, coupling, weight, target, _, _ = problem(LEVELS[name], columns, rows, columns + rows, offset=offset)
     results = []
@@ -73,7 +73,7 @@ def descent(levels, columns, rows, seed, *, offset):
 
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("name", LEVELS)
-@pytest.mark.parametrize(("columns", "rows"), [(300, 32), (1, 16), (37, 48), (128, 16), (136, 3)])
+@pytest.mark.parametrize(("columns", "rows"), [(160, 32), (1, 16), (37, 3)])
 def test_native_descent_equals_its_twin_bit_for_bit(level, name, columns, rows, offset):
     case = descent(LEVELS[name], columns, rows, columns + rows, offset=offset)
     results = []

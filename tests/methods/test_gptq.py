@@ -12,6 +12,7 @@ import torch
 from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.methods import gptq
 from llm_quantize.methods.gptq import GptqOptions, factorize, solve
+from llm_quantize.methods.grid import grid_type
 from llm_quantize.methods.tile import Tile, padded_rows
 
 from ..oracles import dense_gptq
@@ -224,6 +225,26 @@ def test_dead_channels_keep_their_weights():
     found = solve(weight, TYPES["symmetric"], factorize(x.T @ x, 500, FEEDBACK), FEEDBACK)
     grid = TYPES["symmetric"].fit(weight, None)
     assert torch.equal(found.codes[:, 10:30], grid.nearest(weight)[:, 10:30])
+
+
+REAL = ("q2_k", "q3_k", "q4_k", "q6_k", "q4_0", "q5_1", "iq4_nl", "iq4_xs", "int4_g128", "int3_g64_asym", "int8")
+
+
+@pytest.mark.parametrize("qtype", REAL)
+def test_every_real_grid_gains_and_keeps_rows_apart(qtype):
+    type_ = grid_type(qtype)
+    x = inputs(512, 3000, 8)
+    factor = factorize(x.T @ x, 3000, GptqOptions())
+    weight = weights(18, 512, 9)
+    found = solve(weight, type_, factor, GptqOptions())
+    assert (found.loss <= found.plain_loss).all()
+    assert found.loss.sum() < 0.7 * found.plain_loss.sum()
+    part = solve(weight[5:12], type_, factor, GptqOptions())
+    assert torch.equal(part.codes, found.codes[5:12])
+    assert torch.equal(part.grid.scale(), found.grid.scale()[5:12])
+    values = found.grid.decode(found.codes).double().numpy()
+    exact = dense_gptq.losses(weight.double().numpy(), factor.hessian.double().numpy(), values)
+    np.testing.assert_allclose(found.loss.numpy(), exact, rtol=1e-3)
 
 
 def test_the_correction_moves_the_target():

@@ -23,8 +23,9 @@ def nearest(grid: TileGrid, columns: slice | int, wanted: Tensor) -> tuple[Tenso
     x = shifted * grid.inverse[at]
     outside = (x < grid.edges[0]) | (x > grid.edges[1])
     if grid.uniform:
-        level = x.clamp(float(grid.levels[0]), float(grid.levels[-1])).round_()
-        codes = (level - grid.levels[0]).to(torch.uint8)
+        low, high = grid.edges[0] + 0.5, grid.edges[1] - 0.5  # numbers of the host: an accelerator need not be asked
+        level = x.clamp(low, high).round_()
+        codes = (level - low).to(torch.uint8)
     else:
         index = torch.bucketize(x, grid.middles, right=True)
         level = grid.levels[index]

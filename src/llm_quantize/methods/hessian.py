@@ -65,7 +65,7 @@ def factor_bytes(columns: int, correction: bool = False) -> int:
     H float32, its float64 copy and the float32 factor: 16 n^2; with a correction, that matrix as well: 20 n^2. (After
     the return H, ``hessian`` and ``lower`` stand: 12 n^2, with ``correction`` 16 n^2.)
     """
-    return (20 if correction else 16) * columns * columns + 5 * 8 * CHUNK * columns
+    return (20 if correction else 16) * columns * columns + 10 * 8 * CHUNK * columns
 
 
 def mix(
@@ -309,6 +309,6 @@ def _correct(
     scale = options.correction / max(conditioning.tokens, 1)
     for start, stop in _chunks(n):
         rows = cross[start:stop].to(torch.float64)
-        half = torch.linalg.solve_triangular(work.T, rows, upper=True, left=False)
-        cross[start:stop] = torch.linalg.solve_triangular(work, half, upper=False, left=False) * scale
+        half = torch.linalg.solve_triangular(work, rows.T, upper=False)
+        cross[start:stop] = torch.linalg.solve_triangular(work.T, half, upper=True).T * scale
     return cross
