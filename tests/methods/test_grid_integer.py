@@ -154,3 +154,12 @@ def test_importance_and_spread_move_the_scales():
 def test_rows_that_are_not_whole_groups_are_refused():
     with pytest.raises(UsageError, match="multiple of 128"):
         grid_type("int4_g128").fit(torch.zeros(2, 200), None)
+
+
+def test_channels_never_seen_still_count():
+    importance = torch.zeros(256)
+    importance[:128] = 1
+    assert (channel_importance(importance, torch.zeros(1, 256))[128:] > 0).all()
+    weight = weight_of("normal")
+    dead = loss(grid_type("int4_g128").fit(weight, importance), weight, torch.ones(256))[:, 1]
+    assert dead.sum() <= loss(grid_type("int4_g128").plain(weight, None)[0], weight, torch.ones(256))[:, 1].sum() * 0.95
