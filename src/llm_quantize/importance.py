@@ -19,6 +19,7 @@ from llm_quantize.errors import MissingExtraError, UsageError
 from llm_quantize.events import EventSink
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
 from llm_quantize.io.journal import canonical_json
+from llm_quantize.io.statistics_file import read_statistics, refuse_other_model
 from llm_quantize.planning import Options, is_block_matrix, tensor_shapes
 from llm_quantize.recipes import needs_importance
 from llm_quantize.source import Source
@@ -34,6 +35,8 @@ def foresee(source: Source, format: str, levels: Sequence[str], options: Options
     contradict each other, IntegrityError for statistics of another model, and what reading raises.
     """
     if options.method.calibrates(format):
+        if options.statistics is not None:
+            return _hessians(source, format, options)
         _refuse_idle(options, f"--method {options.method.method_of(format)} runs the text through the model itself")
     elif format != "gguf":
         _refuse_idle(options, f"{format} with --method rtn needs no text")
@@ -52,6 +55,26 @@ def _ones(source: Source) -> dict[str, npt.NDArray[np.float32]]:
         for output in source.tensors.outputs
         if is_block_matrix(output)
     }
+
+
+def _hessians(source: Source, format: str, options: Options) -> Imatrix:
+    """What statistics with Hessians stand for in plans. Raises UsageError where they cannot serve."""
+    if options.method.inputs != "source" or options.method.transform_of(format) != "none":
+        raise UsageError(
+            "statistics tell the inputs of the source model, not of the model as it is quantized",
+            found=f"--inputs {options.method.inputs}, --transform {options.method.transform_of(format)}",
+            expected="--inputs source and --transform none",
+            remedy="give those two, or leave --statistics out",
+        )
+    with read_statistics(options.statistics or "") as statistics:
+        if "hessian" not in statistics.kinds:
+            raise UsageError(
+                "these statistics hold no Hessians",
+                file=statistics.path,
+                found=", ".join(statistics.kinds),
+                remedy="collect them: llm-quantize analyze importance --collect imatrix,hessian",
+            )
+    return from_statistics(statistics.path, source)
 
 
 def _refuse_idle(options: Options, why: str) -> None:
@@ -108,7 +131,6 @@ def from_statistics(path: Path, source: Source) -> Imatrix:
     """
     from llm_quantize.calibration.identity import model_digest
     from llm_quantize.calibration.importance import importance
-    from llm_quantize.io.statistics_file import read_statistics, refuse_other_model
 
     with read_statistics(path) as statistics:
         if not source.checkpoint.headers_only:

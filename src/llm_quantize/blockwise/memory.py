@@ -9,6 +9,8 @@ from llm_quantize.assemble import matrix_shape
 from llm_quantize.blockwise.estimate import CHUNK_TOKENS
 from llm_quantize.blockwise.gram import gram_bytes
 from llm_quantize.blockwise.options import MethodOptions
+from llm_quantize.blockwise.places import routers
+from llm_quantize.blockwise.solve import stages
 from llm_quantize.calibration import memory
 from llm_quantize.calibration.forward import Network
 from llm_quantize.calibration.memory import Fitted
@@ -69,8 +71,9 @@ def fit(
     most, widest, seen = 0, 0, 0
     for index in range(network.n_blocks):
         taps = network.taps(index)
-        stages = [[tap] for tap in taps] if options.inputs == "sequential" and artifact.format != "awq" else [taps]
-        for stage in stages:
+        alone = options.inputs == "sequential" and options.transform_of(artifact.format) == "none"
+        wanted = {tap.name for tap in taps}
+        for stage in stages(taps, wanted, routers(source.tensors.outputs), sequential=alone):
             captured = sum(tokens * tap.columns * itemsize * (1 + paired) for tap in stage)
             most = max(most, captured + sum(_held(tap, paired=paired) for tap in stage))
             widest = max(widest, *(tap.columns for tap in stage))

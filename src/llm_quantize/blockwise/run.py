@@ -27,14 +27,14 @@ from llm_quantize.blockwise.embedding import WrittenEmbedding
 from llm_quantize.blockwise.inputs import FullInputs, Pool, Streams, collect, propagate
 from llm_quantize.blockwise.memory import Plan
 from llm_quantize.blockwise.options import MethodOptions
-from llm_quantize.blockwise.places import Segment, Sources, segments
+from llm_quantize.blockwise.places import Segment, Sources, routers, segments
 from llm_quantize.blockwise.solve import Job, Solver, stages
 from llm_quantize.blockwise.start import hidden_directory
 from llm_quantize.blockwise.stores import Fields, Store
 from llm_quantize.calibration.activations import Activations
 from llm_quantize.calibration.forward import Block, Network, Tap
-from llm_quantize.calibration.weights import CheckpointWeights, Weights
-from llm_quantize.errors import UnsupportedError
+from llm_quantize.calibration.weights import CheckpointWeights, FiniteWeights, Weights
+from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.plan import MatrixPlan, unit_key
@@ -60,8 +60,16 @@ class Matrices:
         weight = matrix.weight
         if any(piece.source in self.changed for piece in weight.pieces):
             return self._changed_rows(weight)[start:stop]
-        rows = read_output_rows(self.source.checkpoint, weight, start, stop)
-        return np.array(to_float32(self.worker.finite(weight, rows, start)[0]), np.float32)
+        rows, count = self.worker.finite(weight, read_output_rows(self.source.checkpoint, weight, start, stop), start)
+        if count and self.worker.nonfinite == "keep":
+            raise NumericPolicyError(
+                f"a weight is NaN or infinite, and {matrix.qtype} cannot hold it",
+                tensor=matrix.name,
+                found=f"{count} such values in rows {start} to {stop - 1}",
+                expected="finite weights in every matrix that is quantized by a method",
+                remedy="--nonfinite=zero --overwrite replaces them by zero",
+            )
+        return np.array(to_float32(rows), np.float32)
 
     def _changed_rows(self, weight: OutputTensor) -> Floats:
         parts = []
@@ -75,7 +83,13 @@ class Matrices:
         """A tensor of the source as it is now, float32, its shape."""
         if name in self.changed:
             return self.changed[name]
-        return CheckpointWeights(self.source.checkpoint).read(name).float().numpy()
+        return self.weights.read(name).float().numpy()
+
+    @property
+    def weights(self) -> CheckpointWeights:
+        """The source's weights as the artifact is to have them: by the policy for NaN and infinity."""
+        kind = FiniteWeights if self.worker.nonfinite == "zero" else CheckpointWeights
+        return kind(self.source.checkpoint)
 
     def done(self, matrix: MatrixPlan) -> bool:
         """Whether every part of every field is recorded."""
@@ -102,8 +116,13 @@ class Matrices:
                 origin = whole
             record: dict[str, Any] = {"sha256": hashlib.sha256(raw).hexdigest(), "source_sha256": origin}
             if (number, start) == (0, 0):
-                record["matrix"] = dict(facts)
+                record |= {"matrix": dict(facts), **self.replaced(matrix.weight)}
             self.target.output.record(key, record)
+
+    def replaced(self, weight: OutputTensor) -> dict[str, int]:
+        """How many values of the source were replaced by zero: a fact of a record, where there are any."""
+        count = self.worker.count_nonfinite(weight) if self.worker.nonfinite == "zero" else 0
+        return {"nonfinite_replaced": count} if count else {}
 
     def read(self, matrix: MatrixPlan) -> Fields:
         """The fields of a finished matrix, from the artifact."""
@@ -156,7 +175,8 @@ class Blocks:
         self.quantized = options.inputs != "source"
         self.options = options.stages(plan.format)
         self.paired = self.options.correction > 0
-        self.solver = Solver(matrices.store, matrices.rows, self.options, pool, str(network.device))
+        self.routers = routers(matrices.source.tensors.outputs)
+        self.solver = Solver(matrices.store, matrices.rows, self.options, pool, str(network.device), self.routers)
         self.taps = [network.taps(index) for index in range(network.n_blocks)]
         self.members = self._members()
         self.held = [scaling.held(matrices, index) for index in range(network.n_blocks)]
@@ -205,7 +225,7 @@ class Blocks:
 
     def _stages(self, index: int) -> list[list[Tap]]:
         wanted = {segment.tap for _, seen in self.members[index] for segment in seen}
-        return list(stages(self.taps[index], wanted, sequential=self.sequential))
+        return list(stages(self.taps[index], wanted, self.routers, sequential=self.sequential))
 
     def _passes(self, index: int) -> int:
         return len(self._stages(index)) + (self.transform == "awq") + 1 + self.paired
@@ -232,7 +252,7 @@ class Blocks:
         found = self._left_behind(wanted)
         if found is not None:
             return found
-        weights = CheckpointWeights(self.matrices.source.checkpoint)
+        weights = self.matrices.weights
         own = WrittenEmbedding.of(self.matrices.source, self.matrices.target, weights) if self.quantized else None
         quantized = self._embedded(own or weights, 2)
         return Streams(quantized, self._embedded(weights, 0) if self.paired else quantized), 0
@@ -247,15 +267,21 @@ class Blocks:
     def _left_behind(self, wanted: int) -> tuple[Streams, int] | None:
         note = self.matrices.target.output.notes.get("hidden")
         after, digests = (note.get("after"), note.get("sha256")) if isinstance(note, dict) else (None, None)
-        if self.fitted.in_memory or type(after) is not int or not 0 <= after < wanted:
+        if self.fitted.in_memory or type(after) is not int:
+            return None
+        if not 0 <= after < wanted:
+            self.matrices.target.output.note({"hidden": None})
             return None
         slot = (after + 1) % 2
         quantized = self._activations(2 + slot)
         full = self._activations(slot) if self.paired else quantized
         if [quantized.digest(), full.digest()] == digests:
             return Streams(quantized, full), after + 1
+        for states in {quantized, full}:
+            states.close()
         text = "the hidden states are damaged; finished blocks are run again"
         self.on_event({"event": "warning", "text": f"{self._directory}: {text}"})
+        self.matrices.target.output.note({"hidden": None})
         return None
 
     def _remember(self, index: int, streams: Streams) -> None:
@@ -266,7 +292,7 @@ class Blocks:
     # one block
 
     def _block(self, index: int, streams: Streams, *, last: bool) -> Streams:
-        weights = CheckpointWeights(self.matrices.source.checkpoint)
+        weights = self.matrices.weights
         full: FullInputs | None = None
         with ExitStack() as stack:
             own = streams.full
@@ -288,8 +314,12 @@ class Blocks:
                     self._advance,
                     feedback=self.options.feedback,
                 )
+            handled: set[str] = set()
             for stage in self._stages(index):
-                self._stage(index, stage, block, streams, full, scales)
+                names = {tap.name for tap in stage} - handled
+                members = [(matrix, seen) for matrix, seen in self.members[index] if seen[0].tap in names]
+                self._stage(members, stage, block, streams, full, scales)
+                handled |= names
             self.matrices.changed.clear()
             if last:
                 return streams
@@ -313,7 +343,7 @@ class Blocks:
 
     def _stage(
         self,
-        index: int,
+        members: Sequence[tuple[MatrixPlan, list[Segment]]],
         stage: Sequence[Tap],
         block: Block,
         streams: Streams,
@@ -321,8 +351,6 @@ class Blocks:
         scales: Mapping[str, torch.Tensor],
     ) -> None:
         """Quantize the matrices of one stage that are not done, and put all of them into the block."""
-        names = {tap.name for tap in stage}
-        members = [(matrix, seen) for matrix, seen in self.members[index] if seen[0].tap in names]
         jobs = [Job(matrix, seen) for matrix, seen in members if not self._done(matrix)]
         if jobs:
             grams = collect(self.pool, stage, streams.quantized, block, full, self._advance, scales)

@@ -20,7 +20,6 @@ from llm_quantize.assemble import unit_ranges
 from llm_quantize.blockwise.inputs import Pool, collect
 from llm_quantize.calibration.activations import Activations
 from llm_quantize.calibration.forward import Block, Tap
-from llm_quantize.calibration.weights import CheckpointWeights
 from llm_quantize.plan import TensorPlan, unit_key
 from llm_quantize.transforms.awq import AwqOptions, search
 from llm_quantize.transforms.scaling import apply_all, readers, settle
@@ -74,7 +73,7 @@ def rescale(
     if not groups:
         _write(matrices, held(matrices, index))
         return {}
-    weights = CheckpointWeights(matrices.source.checkpoint)
+    weights = matrices.weights
     tensors = {name: weights.read(name) for group in groups for name in group.tensors}
     used = {homes[_reader(group)].name for group in groups}
     grams = collect(pool, [tap for tap in taps if tap.name in used], hidden, block, None, on_windows)
@@ -149,4 +148,5 @@ def _write(matrices: Matrices, tensors: Sequence[TensorPlan]) -> None:
         raw = values.to(_STORED[tensor.qtype]).contiguous().view(torch.uint8).numpy().reshape(-1).data
         output.write(tensor.span(start, stop), 0, raw)
         origin = source_hash(matrices.source.checkpoint, tensor.output, start, stop)
-        output.record(unit, {"sha256": hashlib.sha256(raw).hexdigest(), "source_sha256": origin})
+        facts = {"sha256": hashlib.sha256(raw).hexdigest(), "source_sha256": origin}
+        output.record(unit, facts | (matrices.replaced(tensor.output) if start == 0 else {}))

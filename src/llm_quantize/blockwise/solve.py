@@ -7,7 +7,8 @@ factor is dropped before the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +30,15 @@ ROWS = 256
 _SAMPLED = 64
 _ON_GRID = {2: 0.02, 3: 0.015, 4: 0.01, 5: 0.008, 6: 0.004}
 
+UNSEEN = "no input was ever seen: every channel weighs the same"
+UNREACHED = "no token reached an expert: it is quantized for the inputs of its whole layer"
+STARVED = "an expert saw few tokens: its inputs are drawn towards those of its layer"
+FALLBACKS = {
+    "diagonal": "the inputs could not be factored, only their mean squares are used: no error feedback",
+    "block-diagonal": "the inputs could not be factored as a whole: error feedback goes over 1024 columns at a time",
+    "correction": "the errors of earlier layers are not made up for: the least squares problem could not be solved",
+}
+
 Floats = npt.NDArray[np.float32]
 ReadRows = Callable[[MatrixPlan, int, int], Floats]
 
@@ -38,7 +48,8 @@ class Job:
     """A matrix to be quantized in this stage and what its rows see; ``facts`` and ``pieces`` fill up.
 
     ``facts``: loss and plain_loss (sums over rows of the weighted square error, of ours and of plain rounding),
-    plain_rows (rows for which plain rounding was better and kept), fallbacks (text: count).
+    plain_rows (rows for which plain rounding was better and kept), tokens (seen by the matrix, or by each of a stack),
+    notes and fallbacks (text: count), what was out of the ordinary, and of that what was not done as asked.
     """
 
     matrix: MatrixPlan
@@ -46,47 +57,66 @@ class Job:
     on_grid: bool = False
     pieces: dict[int, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, loss: float, plain_loss: float, plain_rows: int) -> None:
         """Add the figures of some rows, in any order (the sums are rounded when they are read)."""
-        for name, value in (("loss", loss), ("plain_loss", plain_loss)):
-            self.facts.setdefault(name, []).append(value)
-        self.facts["plain_rows"] = self.facts.get("plain_rows", 0) + plain_rows
+        with self.lock:
+            for name, value in (("loss", loss), ("plain_loss", plain_loss)):
+                self.facts.setdefault(name, []).append(value)
+            self.facts["plain_rows"] = self.facts.get("plain_rows", 0) + plain_rows
 
-    def fallback(self, text: str) -> None:
-        """Something was not done as asked: how often."""
-        table = self.facts.setdefault("fallbacks", {})
-        table[text] = table.get(text, 0) + 1
-
-    def tell(self, factor: Factor | None) -> None:
-        """Take over what was out of the ordinary about the inputs."""
-        if factor is not None:
-            for text in factor.notes:
-                self.fallback(text)
+    def tell(
+        self, number: int, tokens: int, factor: Factor | None, *, corrects: bool = False, few: bool = False
+    ) -> None:
+        """What is known of matrix ``number``: ``tokens`` it saw, and what was out of the ordinary about them.
+        ``corrects``: the errors of earlier layers were to be made up for; ``few``: an expert, starved."""
+        fallbacks = []
+        if factor is None or factor.dead == len(factor.order):
+            fallbacks.append(UNSEEN)
+        elif factor.mode != "full":
+            fallbacks.append(FALLBACKS[factor.mode])
+        elif corrects and factor.correction is None:
+            fallbacks.append(FALLBACKS["correction"])
+        elif few and not tokens:
+            fallbacks.append(UNREACHED)
+        if self.on_grid:
+            fallbacks.clear()
+        notes = [*(factor.notes if factor else ()), *([STARVED] if few and tokens else [])]
+        with self.lock:
+            self.tokens[number] = tokens
+            for kind, texts in (("fallbacks", fallbacks), ("notes", notes)):
+                for text in texts:
+                    table = self.facts.setdefault(kind, {})
+                    table[text] = table.get(text, 0) + 1
 
     def summary(self) -> dict[str, Any]:
         """The facts, sums in a fixed order."""
         sums = {name: float(np.sum(sorted(self.facts.get(name, [])))) for name in ("loss", "plain_loss")}
         rest = {name: value for name, value in self.facts.items() if name not in sums}
-        return {**sums, **rest, **({"on_grid": True} if self.on_grid else {})}
+        tokens = [self.tokens[number] for number in sorted(self.tokens)]
+        seen = {"tokens": tokens if len(tokens) > 1 else tokens[0]} if tokens else {}
+        return {**sums, **rest, **seen, **({"on_grid": True} if self.on_grid else {})}
 
 
 @dataclass(frozen=True)
 class Solver:
-    """``read``: float32 rows of a matrix. ``options`` None: plain fitting, no inputs known (rtn)."""
+    """``read``: float32 rows of a matrix. ``routers``: the source's tensors that choose experts."""
 
     store: Store
     read: ReadRows
     options: GptqOptions
     pool: Pool
     device: str
+    routers: frozenset[str] = frozenset()
 
     def stage(self, jobs: Sequence[Job], grams: Mapping[tuple[str, int], Gram], taps: Sequence[Tap]) -> None:
         """Quantize all rows of ``jobs``; ``grams`` are what their taps saw, and are used up. None seen: rounding."""
         for job in jobs:
             job.on_grid = self._trained_on_grid(job.matrix)
         stacks = {tap.name for tap in taps if tap.matrices > 1}
-        parents = {name: _parent(name, taps) for name in stacks}
+        parents = {name: parent_tap(name, taps, self.routers) for name in stacks}
         factors: dict[str, Factor] = {}
         for tap in taps:
             needed = tap.name in parents.values() or any(s.tap == tap.name for job in jobs for s in job.segments)
@@ -100,8 +130,8 @@ class Solver:
             for start in range(segment.start, segment.stop, ROWS)
         ]
         for job in jobs:
-            for name in dict.fromkeys(segment.tap for segment in job.segments):
-                job.tell(factors.get(name))
+            for name in dict.fromkeys(segment.tap for segment in job.segments if segment.tap not in stacks):
+                job.tell(0, grams[name, 0].tokens, factors[name], corrects=grams[name, 0].cross is not None)
         for _ in self.pool.each(self._rows, work):
             pass
         experts = [key for key in sorted({(s.tap, s.matrix) for job in jobs for s in job.segments}) if key[0] in stacks]
@@ -171,9 +201,8 @@ class Solver:
             if parent is not None:
                 factor = replace(factor, correction=parent.correction)
         for job, segment in concerned:
-            job.tell(factor)
-            if tokens < job.matrix.weight.shape[-1] // 4:
-                job.fallback("experts that saw too few tokens: mostly the inputs of their whole layer")
+            few = tokens < job.matrix.weight.shape[-1] // 4
+            job.tell(key[1], tokens, factor, corrects=parent is not None and self.options.correction > 0, few=few)
             for start in range(segment.start, segment.stop, ROWS):
                 self._rows(_Rows(job, start, min(start + ROWS, segment.stop), factor))
 
@@ -202,11 +231,14 @@ class _Rows:
     factor: Factor | None
 
 
-def _parent(name: str, taps: Sequence[Tap]) -> str | None:
-    """The tap before a stack of experts that sees what all of them together see (the router's), if there is one."""
-    index = next(i for i, tap in enumerate(taps) if tap.name == name)
-    before = [tap.name for tap in taps[:index] if tap.matrices == 1 and tap.columns == taps[index].columns]
-    return before[-1] if before else None
+def parent_tap(name: str, taps: Sequence[Tap], routers: Collection[str]) -> str | None:
+    """The tap that sees what all experts of the stack ``name`` together see: their router's, for the first stack of a
+    block. The inputs of a later one are made by the experts themselves: None, though they may be as wide."""
+    stacks = [tap for tap in taps if tap.matrices > 1]
+    if stacks[0].name != name:
+        return None
+    found = (tap for tap in taps if tap.matrices == 1 and not tap.tensors.keys().isdisjoint(routers))
+    return next((tap.name for tap in found if tap.columns == stacks[0].columns), None)
 
 
 def _together(name: str, grams: Mapping[tuple[str, int], Gram], parent: str | None) -> tuple[torch.Tensor, int] | None:
@@ -222,19 +254,23 @@ def _together(name: str, grams: Mapping[tuple[str, int], Gram], parent: str | No
     return total, sum(gram.tokens for gram in own)
 
 
-def stages(taps: Sequence[Tap], wanted: set[str], *, sequential: bool) -> Iterator[list[Tap]]:
-    """The taps whose inputs are collected together: one after the other, a stack of experts with what its router sees;
-    or all at once."""
+def stages(taps: Sequence[Tap], wanted: set[str], routers: Collection[str], *, sequential: bool) -> Iterator[list[Tap]]:
+    """The taps whose inputs are collected together: all at once, or one after the other; then the first stack of
+    experts comes with what its router sees, which may have had a stage of its own before."""
     if not sequential:
         if any(tap.name in wanted for tap in taps):
             yield list(taps)
         return
-    held: list[Tap] = []
+    known = {tap.name: tap for tap in taps}
     for index, tap in enumerate(taps):
-        following = taps[index + 1] if index + 1 < len(taps) else None
-        if following is not None and following.matrices > 1 and _parent(following.name, taps) == tap.name:
-            held.append(tap)
-            continue
-        group, held = [*held, tap], []
+        group = [tap]
+        if (parent := _parent_of(tap, taps, routers)) is not None:
+            group = [known[parent], tap]
+        elif index + 1 < len(taps) and tap.name == _parent_of(taps[index + 1], taps, routers):
+            continue  # it comes with the stack
         if any(one.name in wanted for one in group):
             yield group
+
+
+def _parent_of(tap: Tap, taps: Sequence[Tap], routers: Collection[str]) -> str | None:
+    return parent_tap(tap.name, taps, routers) if tap.matrices > 1 else None

@@ -26,7 +26,8 @@ def solve_matrices(
     stop: threading.Event,
     on_event: EventSink,
 ) -> None:
-    """Quantize every matrix of ``target`` that is not done, with the text of ``windows`` or, None, by rounding alone.
+    """Quantize every matrix of ``target`` that is not done, with the text of ``windows``; None: with the Hessians of
+    the statistics that ``options`` name, or by rounding alone.
 
     Everything else of the artifact must be written already. Raises MissingExtraError without torch, ResourceError
     before any work where memory or disk do not suffice, NumericPolicyError for values that are not finite,
@@ -34,6 +35,7 @@ def solve_matrices(
     """
     from llm_quantize.blockwise import memory
     from llm_quantize.blockwise.inputs import Pool
+    from llm_quantize.blockwise.known import solve_known
     from llm_quantize.blockwise.run import Blocks, Matrices, round_matrices
     from llm_quantize.blockwise.stores import store_of
 
@@ -41,9 +43,13 @@ def solve_matrices(
     chosen = method.stages(plan.format)
     matrices = Matrices(source, target, store_of(plan), worker)
     if windows is None:
-        round_matrices(matrices, Pool(threads, stop, resumable=options.checkpoints), chosen, on_event)
+        pool = Pool(threads, stop, resumable=options.checkpoints)
+        if options.statistics is not None and method.calibrates(plan.format):
+            solve_known(matrices, options.statistics, pool, chosen, options.calibration.device, on_event)
+        else:
+            round_matrices(matrices, pool, chosen, on_event)
         return
-    if all(matrices.done(matrix) for matrix in plan.matrices):
+    if all(unit in target.output.records for unit in plan.units()):
         return
     import torch
 
@@ -79,10 +85,12 @@ def hidden_directory(target: Path) -> Path:
 
 
 def discard_hidden(target: Path) -> None:
-    """Remove the hidden states of a finished artifact."""
+    """Remove the hidden states of a finished artifact, also those of a process that was killed before it could take
+    their name away."""
     directory = hidden_directory(target)
     if directory.is_dir() and not directory.is_symlink():
         with suppress(OSError):  # something of another's lies there: it may stay
-            for slot in range(4):
-                (directory / str(slot)).unlink(missing_ok=True)
+            left = [path for path in directory.glob("llm-quantize-*.activations") if not path.is_symlink()]
+            for path in [*(directory / str(slot) for slot in range(4)), *left]:
+                path.unlink(missing_ok=True)
             directory.rmdir()
