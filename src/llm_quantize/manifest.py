@@ -64,11 +64,22 @@ def nonfinite_counts(tensors: Iterable[Mapping[str, Any]]) -> dict[str, dict[str
     return counts
 
 
+def fallbacks(matrices: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """{what could not be done as asked: the matrices}, from a manifest's "matrices"."""
+    found: dict[str, list[str]] = {}
+    for entry in matrices:
+        told = entry.get("fallbacks", {})
+        for text in sorted(told) if isinstance(told, dict) else ():
+            found.setdefault(text, []).append(str(entry.get("name")))
+    return dict(sorted(found.items()))
+
+
 def _is_manifest(value: Mapping[str, Any]) -> bool:
     return (
         isinstance(value.get("identity"), dict)
         and _all(value.get("files"), lambda entry: _has(entry, name=str, size=int))
         and _all(value.get("tensors"), _is_tensor)
+        and _all(value.get("matrices", []), lambda entry: _has(entry, name=str, type=str, fields=list))
     )
 
 

@@ -22,12 +22,12 @@ from llm_quantize.blockwise.start import discard_hidden, solve_matrices
 from llm_quantize.calibration.windows import Windows
 from llm_quantize.engine import run, stop_on_signals
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.manifest import nonfinite_counts
+from llm_quantize.manifest import fallbacks, nonfinite_counts
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.planning import Options, importance_rows, plan_source
 from llm_quantize.result import ArtifactResult, complete_result
 from llm_quantize.source import Source, open_source
-from llm_quantize.work import Importance, Recheck, Target, Worker, missing_units, unit_records
+from llm_quantize.work import Importance, Recheck, Target, Worker, matrix_records, missing_units, unit_records
 
 __all__ = ["ArtifactResult", "Options", "Source", "open_source", "plan", "plan_source", "quantize"]
 
@@ -102,6 +102,7 @@ def quantize(
         written = _write_all(source, todo, rows, windows, options, fitted, on_event) if todo else {}
     results = []
     for artifact, path in zip(plans, paths, strict=True):
+        discard_hidden(path)
         result = written.get(path) or complete_result(artifact, path)
         facts = {"level": result.level, "path": str(path), "size": result.size, "status": result.status}
         on_event({"event": "artifact", **facts})
@@ -168,7 +169,7 @@ def _write_all(
             target.output.finish(sealed_manifest(source, target))
     results = {}
     for target, (artifact, path) in zip(targets, todo, strict=True):
-        discard_hidden(path)
         counts = nonfinite_counts(unit_records(target))
-        results[path] = ArtifactResult(artifact, path, "written", target.seconds, resumed[path], counts)
+        told = fallbacks(matrix_records(target))
+        results[path] = ArtifactResult(artifact, path, "written", target.seconds, resumed[path], counts, told)
     return results

@@ -99,6 +99,7 @@ def result_to_dict(result: ArtifactResult) -> dict[str, Any]:
         "cpu_seconds": round(result.seconds, 3),
         "resumed_units": result.resumed_units,
         **{fact: dict(result.nonfinite.get(fact, {})) for fact in NONFINITE_FACTS},
+        **({"fallbacks": {text: list(names) for text, names in result.fallbacks.items()}} if result.fallbacks else {}),
         "degraded": result.degradations(),
     }
 
@@ -112,9 +113,10 @@ def strict_error(results: Sequence[ArtifactResult]) -> NumericPolicyError | None
     return NumericPolicyError(
         "the result is degraded, and --strict does not accept that",
         file=found[0][0].path,
-        expected="every finite weight quantized, none replaced or lost",
+        expected="every finite weight quantized, none replaced or lost, by the method that was asked for",
         found=found[0][1] + more,
-        remedy="mend the source; or keep the tensor in BF16 with --tensor-type; or leave out --strict",
+        remedy="mend the source; keep the tensor in BF16 with --tensor-type; give a method that fell back more text "
+        "with --calibration-samples; or leave out --strict",
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm_quantize.io.artifact_paths import manifest_path
-from llm_quantize.manifest import nonfinite_counts, read_manifest
+from llm_quantize.manifest import fallbacks, nonfinite_counts, read_manifest
 from llm_quantize.plan import ArtifactPlan
 
 _DEGRADED = {
@@ -23,6 +23,7 @@ class ArtifactResult:
 
     ``seconds``: CPU time of this run's units (read, hash, quantize, write), work that several artifacts share divided
     equally among them. ``nonfinite``: {fact: {tensor: count}} as in the manifest, see ``manifest.NONFINITE_FACTS``.
+    ``fallbacks``: {what a method could not do as asked: the matrices}.
     """
 
     plan: ArtifactPlan
@@ -31,6 +32,7 @@ class ArtifactResult:
     seconds: float
     resumed_units: int
     nonfinite: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    fallbacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def level(self) -> str:
@@ -50,12 +52,17 @@ class ArtifactResult:
         return dict(sorted(counts.items()))
 
     def degradations(self) -> list[str]:
-        """The same as sentences: tensor, count, and what became of the values."""
+        """What the user should know, as sentences: tensors, counts and what became of values; then what a method could
+        not do as asked, each with the first of its matrices."""
         types = {tensor.name: tensor.qtype for tensor in self.plan.tensors}
-        return [
+        values = [
             f"{name}: " + text.format(count=count, type=types[name])
             for fact, text in _DEGRADED.items()
             for name, count in self.nonfinite.get(fact, {}).items()
+        ]
+        return values + [
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}"
+            for text, names in self.fallbacks.items()
         ]
 
     @property
@@ -66,4 +73,5 @@ class ArtifactResult:
 def complete_result(artifact: ArtifactPlan, path: Path) -> ArtifactResult:
     """The result of an artifact that an earlier run finished: as degraded as its manifest says."""
     manifest = read_manifest(manifest_path(path)) or {}
-    return ArtifactResult(artifact, path, "already complete", 0.0, 0, nonfinite_counts(manifest.get("tensors", [])))
+    counts, told = nonfinite_counts(manifest.get("tensors", [])), fallbacks(manifest.get("matrices", []))
+    return ArtifactResult(artifact, path, "already complete", 0.0, 0, counts, told)

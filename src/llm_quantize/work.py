@@ -203,7 +203,7 @@ class Worker:
         if self.nonfinite == "zero":
             return np.nan_to_num(to_float32(rows), nan=0.0, posinf=0.0, neginf=0.0), count
         columns = rows.shape[-1]
-        total = self._count_nonfinite(output)
+        total = self.count_nonfinite(output)
         sources = ", ".join(piece.source for piece in output.pieces[:3])
         raise NumericPolicyError(
             "a weight is NaN or infinite",
@@ -216,7 +216,8 @@ class Worker:
             "--overwrite, as the unfinished run was made with another policy",
         )
 
-    def _count_nonfinite(self, output: OutputTensor) -> int:
+    def count_nonfinite(self, output: OutputTensor) -> int:
+        """How many NaN and infinite values the source has in the rows of ``output``."""
         total = 0
         for _, start, stop in chunk_ranges(output.shape, 0, matrix_shape(output.shape)[0]):
             total += kernels.scan_nonfinite(read_output_rows(self.source, output, start, stop))[0]

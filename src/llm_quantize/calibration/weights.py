@@ -101,6 +101,17 @@ class CheckpointWeights:
         return torch.from_numpy(stored)
 
 
+class FiniteWeights(CheckpointWeights):
+    """The same, with zeros for NaN and infinity: what a run that replaces them stores."""
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        super().read_into(name, out)
+        out.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        return super().read_rows(name, rows).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def fill(weights: Weights, name: str, out: torch.Tensor) -> None:
     """Fill ``out`` with the tensor ``name``, cast to its type. Raises MalformedInputError for another shape."""
     if isinstance(weights, FillsTensors) and out.is_contiguous():

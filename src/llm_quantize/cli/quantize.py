@@ -102,6 +102,6 @@ def _warn_idle(ctx: click.Context, shown: Mode, results: Sequence[ArtifactResult
 
 
 def _exit_code(results: Any, *, strict: bool) -> int:
-    if not any(result.degraded for result in results):
+    if not any(result.degradations() for result in results):
         return 0
     return NumericPolicyError.exit_code if strict else DEGRADED
