@@ -12,7 +12,7 @@ import torch
 
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.blockwise.inputs import Pool
-from llm_quantize.blockwise.places import segments
+from llm_quantize.blockwise.places import routers, segments
 from llm_quantize.blockwise.run import Matrices, matrix_rows
 from llm_quantize.blockwise.solve import Job, Solver
 from llm_quantize.calibration.network_taps import Tap
@@ -29,7 +29,8 @@ def solve_known(
 
     Raises UsageError where it holds none, UnsupportedError for a matrix that it says nothing of, and what reading does.
     """
-    solver = Solver(matrices.store, matrices.rows, options, pool, device)
+    chosen = routers(matrices.source.tensors.outputs)
+    solver = Solver(matrices.store, matrices.rows, options, pool, device, chosen)
     todo = [matrix for matrix in matrices.target.plan.matrices if not matrices.done(matrix)]
     total = sum(matrix_rows(matrix) * matrix.weight.shape[-1] for matrix in todo)
     done = 0

@@ -75,12 +75,12 @@ def rescale(
         return {}
     weights = matrices.weights
     tensors = {name: weights.read(name) for group in groups for name in group.tensors}
-    used = {homes[_reader(group)].name for group in groups}
+    used = {homes[group.seen_at].name for group in groups}
     grams = collect(pool, [tap for tap in taps if tap.name in used], hidden, block, None, on_windows)
 
     def find(number: int) -> tuple[int, Tensor]:
         group = groups[number]
-        tap = homes[_reader(group)]
+        tap = homes[group.seen_at]
         return number, _scales(matrices, group, tap, tensors, grams, feedback=feedback)
 
     found = dict(pool.each(find, range(len(groups))))
@@ -107,13 +107,7 @@ def _all_quantized(matrices: Matrices, group: ScaleGroup, homes: dict[str, Tap])
     planned = {piece.source for matrix in matrices.target.plan.matrices for piece in matrix.weight.pieces}
     written = {matrices.target.plan.tensors[number].output.name for number in matrices.target.plan.held}
     parts = (*group.divided, *group.multiplied)
-    return all(part.name in (written if part.float_stored else planned) for part in parts) and any(
-        not part.float_stored and part.name in homes for part in group.multiplied
-    )
-
-
-def _reader(group: ScaleGroup) -> str:
-    return next(part.name for part in group.multiplied if not part.float_stored)
+    return group.seen_at in homes and all(part.name in (written if part.float_stored else planned) for part in parts)
 
 
 def _scales(
@@ -125,7 +119,7 @@ def _scales(
     *,
     feedback: bool,
 ) -> Tensor:
-    matrix = tap.tensors[_reader(group)]
+    matrix = tap.tensors[group.seen_at]
     if matrix is None:
         matrix = group.expert or 0
     gram = grams.get((tap.name, matrix))
@@ -134,7 +128,7 @@ def _scales(
     kind = matrices.store.grid_type(matrices.target.plan.matrices[0].qtype)
     if kind is None:
         raise ValueError("scales are searched for number grids")
-    weights = [weight.float().to(gram.hessian.device) for weight in readers(group, tensors)]
+    weights = [weight.to(gram.hessian.device) for weight in readers(group, tensors)]
     spread = None if group.spread is None else torch.from_numpy(group.spread)
     options = AwqOptions(judge="feedback" if feedback else "rounding")
     found = search(weights, gram.hessian, gram.tokens, kind, options, spread=spread)

@@ -7,6 +7,7 @@ factor is dropped before the next.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,10 +62,11 @@ class Job:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, loss: float, plain_loss: float, plain_rows: int) -> None:
-        """Add the figures of some rows, in any order (the sums are rounded when they are read)."""
+        """Add the figures of some rows, in any order (the sums are rounded when they are read); NaN was not asked for."""
         with self.lock:
             for name, value in (("loss", loss), ("plain_loss", plain_loss)):
-                self.facts.setdefault(name, []).append(value)
+                if math.isfinite(value):
+                    self.facts.setdefault(name, []).append(value)
             self.facts["plain_rows"] = self.facts.get("plain_rows", 0) + plain_rows
 
     def tell(
@@ -93,7 +95,7 @@ class Job:
 
     def summary(self) -> dict[str, Any]:
         """The facts, sums in a fixed order."""
-        sums = {name: float(np.sum(sorted(self.facts.get(name, [])))) for name in ("loss", "plain_loss")}
+        sums = {name: float(np.sum(sorted(self.facts[name]))) for name in ("loss", "plain_loss") if name in self.facts}
         rest = {name: value for name, value in self.facts.items() if name not in sums}
         tokens = [self.tokens[number] for number in sorted(self.tokens)]
         seen = {"tokens": tokens if len(tokens) > 1 else tokens[0]} if tokens else {}
