@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,12 +199,17 @@ def write_directory(source: Path, directory: Path, layout: Layout) -> dict[str, 
 
 
 def logprobs(source: Path, decoded: dict[str, np.ndarray], windows: np.ndarray) -> np.ndarray:
-    """float64 (windows, length, vocabulary): the model of ``source`` in float32 torch with the weights ``decoded``."""
-    model = reference_model(source)
-    weights = model.state_dict()
-    for name, value in decoded.items():
-        weights[name].copy_(torch.from_numpy(value))
-    logits = np.stack([reference_logits(model, window.tolist()) for window in windows]).astype(np.float64)
+    """float64 (windows, length, vocabulary): the model of ``source`` in float32 torch with the weights ``decoded``,
+    by way of a float32 checkpoint, so that transformers itself stacks what it holds stacked."""
+    tensors = {name: value.float() for name, value in safetensors.torch.load_file(source / "model.safetensors").items()}
+    assert set(decoded) <= set(tensors)
+    tensors |= {name: torch.from_numpy(value) for name, value in decoded.items()}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        shutil.copyfile(source / "config.json", folder / "config.json")
+        model = reference_model(folder)
+        logits = np.stack([reference_logits(model, window.tolist()) for window in windows]).astype(np.float64)
     logits -= logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 

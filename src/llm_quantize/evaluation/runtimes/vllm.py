@@ -5,6 +5,7 @@ vLLM pins its own torch and transformers, so it has an environment of its own (`
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -23,10 +24,10 @@ VLLM = Runtime(
 )
 
 
-def run(directory: Path, request: Request, *, context: int = 1024, eight_bit_activations: bool = False) -> Reply:
+def run(directory: Path, request: Request, *, context: int | None = None, eight_bit_activations: bool = False) -> Reply:
     """``request`` answered by vLLM for the model in ``directory``, in eager mode. ``context``: tokens of prompt and
-    answer. ``eight_bit_activations``: vLLM's own default, by which CPUs with AMX round the inputs of 4-bit linears to
-    8 bits in bfloat16.
+    answer (None: what the request needs). ``eight_bit_activations``: vLLM's own default, by which CPUs with AMX round
+    the inputs of 4-bit linears to 8 bits in bfloat16.
 
     All log-probabilities of a position are Python numbers in vLLM: a window of 256 tokens and 150 000 words takes
     about 4 GB and a minute.
@@ -41,6 +42,23 @@ def run(directory: Path, request: Request, *, context: int = 1024, eight_bit_act
         # One process, so that its exception is the cause and not "see above".
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        # Scoring a window makes one token after its last.
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
-    return run_isolated(VLLM, directory, request, settings=settings, options={"context": context})
+    return run_isolated(
+        VLLM, directory, request, settings=settings, options={"context": context or _context(directory, request)}
+    )
+
+
+def _context(directory: Path, request: Request) -> int:
+    """Positions that the request surely fits in: no text has more tokens than bytes, and its template a few."""
+    scored = 0 if request.windows is None else request.windows.shape[1] + 1
+    longest = max((len(prompt.encode("utf-8", "surrogatepass")) for prompt in request.prompts), default=0)
+    asked = longest + request.max_tokens + 512 if request.prompts else 0
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        trained = int(config.get("text_config", config)["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        trained = asked  # vLLM will say what is wrong with the directory
+    return max(2, scored, min(asked, trained))

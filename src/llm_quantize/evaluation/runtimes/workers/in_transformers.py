@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,27 @@ def load(directory: str, dtype: str, backend: str | None) -> Any:
         from transformers import CompressedTensorsConfig
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
-    ).eval()
+    model, told = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    # transformers only warns, and computes with random numbers: so it does with the experts of GPTQ and AWQ.
+    if told["missing_keys"]:
+        raise RuntimeError(
+            f"{len(told['missing_keys'])} tensors were left at random values ({_some(told['missing_keys'])}); "
+            f"{len(told['unexpected_keys'])} tensors of the file were not used ({_some(told['unexpected_keys'])})"
+        )
+    return model.eval()
+
+
+def _some(names: Iterable[str]) -> str:
+    """A few of ``names``."""
+    return ", ".join(sorted(names)[:3])
 
 
 def _has_zeros(config: dict[str, Any]) -> bool:
