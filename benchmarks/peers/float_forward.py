@@ -20,6 +20,7 @@ from llm_quantize.evaluation.divergence import Comparison, log_softmax_like, sco
 from llm_quantize.evaluation.perplexity import log_softmax, scored
 
 Weights = Mapping[str, npt.NDArray[np.float32]]
+EMBEDDING, TIED = "model.embed_tokens.weight", "lm_head.weight"
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 
 
@@ -36,6 +37,8 @@ class Judge:
 
     def measure(self, weights: Weights) -> Comparison:
         """Scores of a candidate. Raises ValueError where it lacks a weight of the source, or has another."""
+        if TIED not in self._names and TIED in weights and np.array_equal(weights[TIED], weights[EMBEDDING]):
+            weights = {name: value for name, value in weights.items() if name != TIED}
         if set(weights) != self._names:
             raise ValueError(f"not the weights of the source: {sorted(set(weights) ^ self._names)[:8]}")
         self._load(weights)
@@ -62,8 +65,7 @@ class Judge:
                     ordered = [np.concatenate([gate, up[i]]) for i, gate in enumerate(ordered)]
                 key = f"{stack}.{'gate_up_proj' if part == 'gate_proj' else part}"
                 state[key] = torch.from_numpy(np.stack(ordered))
-        if "lm_head.weight" not in state:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        state.setdefault(TIED, state[EMBEDDING])
         self._model.load_state_dict(state, strict=True)
 
     def _logits(self) -> Any:

@@ -9,6 +9,7 @@ the same squares over the same tokens, and tests hold the two together.
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def main() -> None:
     matrix.unlink()
     if outcome.error:
         raise SystemExit(outcome.error)
+    # The work is done by a child process: its memory is what counts.
+    phase.rss_peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     report(phase, options.output, ["cyllama", "gguf"])
 
 
