@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llm_quantize.errors import MissingExtraError, NumericPolicyError, ResourceError, UnsupportedError, UsageError
-from llm_quantize.evaluation.runtimes import isolated, transformers, vllm
+from llm_quantize.evaluation.runtimes import generate, isolated, transformers, vllm
 from llm_quantize.evaluation.runtimes.isolated import Reply, Request, Runtime
 
 WORKERS = Path(isolated.__file__).parent / "workers"
@@ -156,3 +156,39 @@ def test_quantized_directories_are_known(tmp_path: Path, config: str, quantized:
     assert not transformers.is_quantized(tmp_path)
     (tmp_path / "config.json").write_text(config)
     assert transformers.is_quantized(tmp_path) is quantized
+
+
+def test_text_of_a_directory_comes_from_the_runtime_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    asked = []
+
+    def answer(directory: Path, request: Request) -> Reply:
+        asked.append((directory, request))
+        return Reply(None, ("and so on",), ((1, 2),), {}, (), {})
+
+    monkeypatch.setattr(vllm, "run", answer)
+    monkeypatch.setattr(transformers, "run", answer)
+    for runtime in ("vllm", "transformers", None):
+        pieces = generate(tmp_path, "Once", max_tokens=3, temperature=0.5, seed=2, threads=1, runtime=runtime)
+        assert list(pieces) == ["and so on"]
+    request = Request(None, ("Once",), max_tokens=3, temperature=0.5, seed=2, threads=1)
+    assert asked == [(tmp_path, request)] * 3
+    with pytest.raises(UsageError, match="transformers or vllm"):
+        list(generate(tmp_path, "Once", runtime="llama.cpp"))
+    (tmp_path / "a.gguf").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"llama\.cpp"):
+        list(generate(tmp_path / "a.gguf", "Once", runtime="vllm"))
+
+
+def test_vllm_gets_the_context_that_a_request_needs(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"max_position_embeddings": 600}')
+    text = Request(prompts=("abc", "é"), max_tokens=20)
+    assert vllm._context(tmp_path, text) == 3 + 20 + 512
+    assert vllm._context(tmp_path, Request(np.zeros((1, 600), np.int32))) == 601
+    config.write_text('{"text_config": {"max_position_embeddings": 64}}')
+    assert vllm._context(tmp_path, text) == 64
+    config.unlink()
+    assert vllm._context(tmp_path, text) == 535

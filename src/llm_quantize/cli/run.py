@@ -20,15 +20,20 @@ from llm_quantize.cli.streams import reader_gone
     "--seed", default=0, show_default=True, type=click.IntRange(0, (1 << 63) - 1), help="Seed of the sampling."
 )
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's own chat template.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["llama.cpp", "transformers", "vllm"]),
+    help="[default: llama.cpp for .gguf, transformers for a directory]",
+)
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: all CPUs]")
 @json_option
 @click.pass_context
 def command(
     ctx: click.Context, as_json: bool, artifact: str, prompt: str, max_tokens: int, temperature: float, seed: int,
-    chat: bool, threads: int | None,
+    chat: bool, runtime: str | None, threads: int | None,
 ) -> int:  # fmt: skip
     """Generate text: a .gguf file (or the directory of a split one) runs in llama.cpp, a Hugging Face directory
-    in transformers."""
+    in transformers or vLLM. Quantized directories may need `make transformers-runtime` or `make vllm` first."""
     from llm_quantize.evaluation.runtimes import generate
 
     shown = mode(ctx, as_json)
@@ -36,7 +41,7 @@ def command(
     with events(shown, "run", live=False) as sink:
         for piece in generate(
             artifact, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads,
-            on_event=sink,
+            runtime=runtime, on_event=sink,
         ):  # fmt: skip
             pieces.append(piece)
             if not shown.json:

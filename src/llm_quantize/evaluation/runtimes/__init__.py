@@ -29,22 +29,37 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     threads: int | None = None,
+    runtime: str | None = None,
     on_event: EventSink = ignore,
 ) -> Iterator[str]:
-    """Pieces of text that continue ``prompt``: a GGUF file in llama.cpp, a Hugging Face directory in transformers.
+    """Pieces of text that continue ``prompt``: a GGUF file in llama.cpp, a Hugging Face directory in transformers or,
+    where ``runtime`` is "vllm", in vLLM.
 
     ``on_event`` hears a warning where the text may pass the context that the model was trained for, and where a chat
     is not set in the model's own template.
 
-    Raises MissingExtraError where the runtime is not installed, UsageError where there is no such artifact or the
-    prompt is empty.
+    Raises MissingExtraError where the runtime is not installed, UsageError where there is no such artifact, the prompt
+    is empty, or the runtime is for other artifacts.
     """
     path = Path(artifact)
     if not prompt:
         raise UsageError("the prompt is empty", remedy="give the text to continue")
     if not path.exists():
         raise UsageError("no such artifact", file=path, remedy="check the path")
-    if path.is_dir() and (path / "config.json").is_file():
+    directory = path.is_dir() and (path / "config.json").is_file()
+    possible = ("transformers", "vllm") if directory else ("llama.cpp",)
+    if runtime is not None and runtime not in possible:
+        raise UsageError("this runtime does not open it", file=path, expected=" or ".join(possible), found=runtime)
+    if runtime == "vllm":
+        from llm_quantize.evaluation.runtimes import vllm
+        from llm_quantize.evaluation.runtimes.isolated import Request
+
+        asked = Request(
+            prompts=(prompt,), max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads
+        )
+        yield vllm.run(path, asked).texts[0]
+        return
+    if directory:
         from llm_quantize.evaluation.runtimes import transformers
 
         yield from transformers.generate(
