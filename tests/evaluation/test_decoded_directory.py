@@ -142,6 +142,19 @@ def test_experts_stacked_in_the_source_only(tmp_path: Path, opened: Any) -> None
     loss = found["model.layers.0.mlp.experts.*.gate_proj.weight"]
     assert (loss.layer, loss.role, loss.qtype) == (0, "ffn_gate_exps", "int4_g16")
     assert 0.02 < loss.relative < 0.2
+    exact = load_file(model / "model.safetensors")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    half = exact[name].shape[1] // 2
+    w = exact[name][:, :half].double().numpy()
+    e = (fused(expected)[name][:, :half].double() - exact[name][:, :half].double()).numpy()
+    h = np.random.default_rng(2).exponential(1, (len(w), w.shape[-1])).astype(np.float32)
+    (loss,) = (
+        one
+        for one in tensor_errors(source, artifact, importance={"blk.0.ffn_gate_exps.weight": h}, threads=1)
+        if one.weighted is not None
+    )
+    weighted = np.sqrt((h[:, None] * e**2).sum() / (h[:, None] * w**2).sum())
+    assert loss.weighted == pytest.approx(weighted, rel=1e-6)
 
 
 def test_experts_stacked_in_the_artifact_only(tmp_path: Path, opened: Any) -> None:
