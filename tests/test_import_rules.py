@@ -15,6 +15,8 @@ PACKAGE = Path(llm_quantize.__file__).parent
 FORBIDDEN = {
     "qtypes": {"io", "formats", "engine", "calibration", "cli", "pipeline"},
     "kernels": {"io", "formats", "engine", "calibration", "cli", "pipeline"},
+    "methods": {"io", "formats", "engine", "calibration", "cli", "pipeline", "blockwise"},
+    "transforms": {"io", "formats", "engine", "calibration", "cli", "pipeline", "blockwise"},
 }
 LIGHT = ("plan", "recipes", "checkpoint", "architectures", "describe", "pipeline", "formats", "io")
 
