@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_quantize import importance
 from llm_quantize.blockwise.options import MethodOptions
-from llm_quantize.errors import IntegrityError
+from llm_quantize.errors import IntegrityError, MissingExtraError
 from llm_quantize.evaluation.decoded_directory import open_decoded
 from llm_quantize.evaluation.tensor_errors import tensor_errors
 from llm_quantize.formats.scheme import scheme_from_dict
@@ -74,6 +75,13 @@ def test_sound_and_read_alike(format: str, level: str, method: Any, llama: Path,
             kind = artifact.types()[f"{matrix['name']}.weight"]
             assert kind.removesuffix("_asym") == scheme.qtype.name.removesuffix("_asym")
         artifact.close()
+
+
+def test_without_torch_nothing_is_begun(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match="--method rtn"):
+        made(llama, tmp_path / "out", "gptq", "4bit")
+    assert not (tmp_path / "out").exists()
 
 
 def test_any_flipped_bit_is_found(llama: Path, tmp_path: Path) -> None:

@@ -98,13 +98,17 @@ def drawn(source: Source, format: str, options: Options, on_event: EventSink) ->
     """
     from llm_quantize.calibration.drawing import draw_windows
 
-    for name in ("torch", "transformers"):
-        if find_spec(name) is None:
-            raise MissingExtraError("calibration", "torch")
+    need_torch("calibration", "torch", "transformers")
     windows, facts = draw_windows(source, calibration_of(source, format, options), on_event)
     digest = hashlib.sha256(canonical_json([facts, windows.sha256, options.calibration.device])).hexdigest()
     path = Path(CALIBRATED_NAME.format(digest[:16]))
     return Imatrix(path, _ones(source), tuple(facts["datasets"]), windows.samples, digest), windows
+
+
+def need_torch(feature: str, *packages: str) -> None:
+    """Raise MissingExtraError where one of ``packages``, which ``feature`` works with, is not installed."""
+    if any(find_spec(name) is None for name in packages):
+        raise MissingExtraError(feature, "torch")
 
 
 def is_foreseen(imatrix: Imatrix | None) -> bool:

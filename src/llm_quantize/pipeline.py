@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 from llm_quantize import importance, preflight
 from llm_quantize.artifact import (
     already_complete,
+    finish_card,
     open_output,
     partial_bytes,
     refuse_changed,
@@ -74,6 +76,8 @@ def quantize(
         imatrix = importance.foresee(source, format, levels, options)
         plans = plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
         windows = None
+        if any(artifact.matrices for artifact in plans):
+            importance.need_torch(f"--method {options.method.method_of(format)}", "torch")
         if importance.is_foreseen(imatrix):
             # What cannot succeed is refused before hours of calibration, not after.
             preflight.check(plans, Path(output_dir), threads=1, max_ram=options.max_ram, ignore_space=True)
@@ -163,13 +167,16 @@ def _write_all(
             on_event({"event": "progress", "done": finished, "total": total})
         for target in targets:
             if target.plan.matrices:
+                began = time.process_time()
                 solve_matrices(source, target, worker, windows, options, fitted.threads, stop, on_event)
+                target.seconds += time.process_time() - began
+            finish_card(target)
         refuse_changed(source.checkpoint, times)
         for target in targets:
             target.output.finish(sealed_manifest(source, target))
     results = {}
     for target, (artifact, path) in zip(targets, todo, strict=True):
         counts = nonfinite_counts(unit_records(target))
-        told = fallbacks(matrix_records(target))
-        results[path] = ArtifactResult(artifact, path, "written", target.seconds, resumed[path], counts, told)
+        told, measured = fallbacks(matrix_records(target)), target.output.notes.get("measured")
+        results[path] = ArtifactResult(artifact, path, "written", target.seconds, resumed[path], counts, told, measured)
     return results
