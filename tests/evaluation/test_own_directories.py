@@ -72,12 +72,15 @@ PACKED_ELSEWHERE = (
     Made("W8A16", "llama", ("compressed-tensors", "-q", "W8A16", *PLAIN)),
     Made("W3A16", "qwen2", ("compressed-tensors", "-q", "W3A16", *PLAIN)),
 )
+EXPERTS = Made("W4A16-experts", "qwen3_moe", ("compressed-tensors", "-q", "W4A16", "--group-size", "64", *PLAIN))
+EXPERTS_GPTQ = Made("gptq-experts", "qwen3_moe", ("gptq", "-q", "4bit", "--group-size", "64", *PLAIN))
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     tiny = {variant: make_tiny(variant, folder / variant, **TINY) for variant in ("llama", "qwen2", "qwen3")}
+    tiny["qwen3_moe"] = make_tiny("qwen3_moe", folder / "qwen3_moe", **TINY, moe_intermediate_size=128)
     return {"demo": demo_model, **tiny}
 
 
@@ -111,6 +114,21 @@ def in_transformers(made: Made, folder: Path, models: dict[str, Path], limit: fl
 @pytest.mark.parametrize("made", [*PACKED, *PACKED_ELSEWHERE], ids=by_name)
 def test_compressed_tensors_in_transformers(made: Made, tmp_path: Path, models: dict[str, Path]) -> None:
     in_transformers(made, tmp_path, models, 5e-5 if "ASYM" in made.name else 1e-9)
+
+
+@pytest.mark.heavy
+def test_experts_of_compressed_tensors_in_transformers(tmp_path: Path, models: dict[str, Path]) -> None:
+    in_transformers(EXPERTS, tmp_path, models, 1e-4)
+
+
+@pytest.mark.gptqmodel
+def test_experts_that_transformers_leaves_at_random_values_are_an_error(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    _, artifact = EXPERTS_GPTQ.make(tmp_path, models)
+    with pytest.raises(UnsupportedError) as caught:
+        transformers.run(artifact, Request(WINDOWS, dtype="float32", threads=1))
+    assert "4 tensors were left at random values (model.layers.0.mlp.experts.down_proj" in str(caught.value.found)
 
 
 @pytest.mark.gptqmodel
