@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from llm_quantize.checkpoint import Checkpoint
 from llm_quantize.errors import IntegrityError, MalformedInputError, UsageError
 from llm_quantize.events import EventSink
+from llm_quantize.formats.model_card import fill_card
 from llm_quantize.io.artifact_paths import discard_partial, journal_path, manifest_path, partial_path
 from llm_quantize.io.output import ResumableOutput
 from llm_quantize.manifest import manifest_bytes, nonfinite_counts, read_manifest
-from llm_quantize.plan import ArtifactPlan
+from llm_quantize.plan import CARD_UNIT, ArtifactPlan
 from llm_quantize.planning import Options
 from llm_quantize.source import Source
 from llm_quantize.work import Target, matrix_records, refuse_other_source, unit_records
@@ -115,11 +117,23 @@ def already_complete(source: Source, artifact: ArtifactPlan, path: Path, options
     )
 
 
+def finish_card(target: Target) -> None:
+    """Put what was measured into the model card, if the artifact has one with room for it."""
+    card = target.plan.card
+    if card is None or CARD_UNIT in target.output.records:
+        return
+    data = fill_card(card.text, target.output.notes.get("measured"))
+    target.output.write(target.output.spans[CARD_UNIT], 0, data)
+    target.output.record(CARD_UNIT, {"sha256": hashlib.sha256(data).hexdigest()})
+
+
 def sealed_manifest(source: Source, target: Target) -> bytes:
     """The manifest: deterministic, without times or machine names, so that it is as reproducible as the artifact."""
     artifact = target.plan
     tensors = unit_records(target)
     matrices = matrix_records(target)
+    measured = target.output.notes.get("measured")
+    card = target.output.records.get(CARD_UNIT)
     content = {
         "format": artifact.format,
         "level": artifact.level,
@@ -132,5 +146,7 @@ def sealed_manifest(source: Source, target: Target) -> bytes:
         **nonfinite_counts(tensors),
         "tensors": tensors,
         **({"matrices": matrices} if matrices else {}),
+        **({"measured": measured} if measured else {}),
+        **({"card_sha256": card["sha256"]} if card else {}),
     }
     return manifest_bytes(content)

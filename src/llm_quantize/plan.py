@@ -66,6 +66,17 @@ class MatrixPlan:
     fields: tuple[int, ...]
 
 
+CARD_UNIT = "model card"
+
+
+@dataclass(frozen=True)
+class CardPlan:
+    """A model card whose figures are known only at the end: file number, and its text with room for them."""
+
+    file: int
+    text: bytes
+
+
 @dataclass(frozen=True)
 class ArtifactPlan:
     """Everything about one artifact, fixed. ``matrices``: what a method other than plain rounding quantizes; empty
@@ -84,6 +95,7 @@ class ArtifactPlan:
     matrices: tuple[MatrixPlan, ...] = ()
     held: frozenset[int] = frozenset()
     method_bytes: int = 0
+    card: CardPlan | None = None
 
     @property
     def size(self) -> int:
@@ -102,11 +114,14 @@ class ArtifactPlan:
 
     def units(self) -> dict[str, Span]:
         """Every unit of work and the place of its bytes, in order."""
-        return {
+        units = {
             unit_key(tensor.name, start, stop): tensor.span(start, stop)
             for tensor in self.tensors
             for start, stop in unit_ranges(tensor.output.shape)
         }
+        if self.card is not None:
+            units[CARD_UNIT] = Span(self.card.file, 0, len(self.card.text))
+        return units
 
     @cached_property
     def _weights(self) -> dict[str, OutputTensor]:

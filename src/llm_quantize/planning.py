@@ -118,6 +118,7 @@ def _plan_directory(
         shard_size=method.shard_size,
         identity=identity,
         method=method.words(format, () if imatrix is None else imatrix.datasets),
+        measured=options.statistics is None and method.stages(format).correction > 0,
     )
     plan = plan_directory(source, format, level, name=stem, options=chosen)
     held = frozenset[int]()

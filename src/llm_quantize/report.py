@@ -101,6 +101,7 @@ def result_to_dict(result: ArtifactResult) -> dict[str, Any]:
         **{fact: dict(result.nonfinite.get(fact, {})) for fact in NONFINITE_FACTS},
         **({"fallbacks": {text: list(names) for text, names in result.fallbacks.items()}} if result.fallbacks else {}),
         "degraded": result.degradations(),
+        **({} if result.measured is None else {"measured": dict(result.measured)}),
     }
 
 
@@ -130,6 +131,16 @@ def print_results(results: Sequence[ArtifactResult]) -> None:
             f"{result.seconds:.1f} CPU-s{' in this run' if result.resumed_units else ''}{note}",
             markup=False,
         )
+        if result.measured is not None:
+            console.print(f"  {_measured(result.measured)}", markup=False)
+
+
+def _measured(facts: Mapping[str, Any]) -> str:
+    """What a calibrated run lost, in a line."""
+    return (
+        f"KL divergence {facts['kld']:.5f} ± {facts['kld_sem']:.5f} nats, same likeliest token "
+        f"{100 * facts['same_top']:.1f} %, on {facts['tokens']:,} tokens that were not calibrated on ({facts['dtype']})"
+    )
 
 
 def print_facts(facts: Mapping[str, Any], *, tensors: bool = False) -> None:

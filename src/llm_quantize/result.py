@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.manifest import fallbacks, nonfinite_counts, read_manifest
@@ -23,7 +24,8 @@ class ArtifactResult:
 
     ``seconds``: CPU time of this run's units (read, hash, quantize, write), work that several artifacts share divided
     equally among them. ``nonfinite``: {fact: {tensor: count}} as in the manifest, see ``manifest.NONFINITE_FACTS``.
-    ``fallbacks``: {what a method could not do as asked: the matrices}.
+    ``fallbacks``: {what a method could not do as asked: the matrices}. ``measured``: what a calibrated run lost on text
+    that it was not calibrated on (blockwise/measure.py), None where it was not measured.
     """
 
     plan: ArtifactPlan
@@ -33,6 +35,7 @@ class ArtifactResult:
     resumed_units: int
     nonfinite: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     fallbacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    measured: Mapping[str, Any] | None = None
 
     @property
     def level(self) -> str:
@@ -74,4 +77,4 @@ def complete_result(artifact: ArtifactPlan, path: Path) -> ArtifactResult:
     """The result of an artifact that an earlier run finished: as degraded as its manifest says."""
     manifest = read_manifest(manifest_path(path)) or {}
     counts, told = nonfinite_counts(manifest.get("tensors", [])), fallbacks(manifest.get("matrices", []))
-    return ArtifactResult(artifact, path, "already complete", 0.0, 0, counts, told)
+    return ArtifactResult(artifact, path, "already complete", 0.0, 0, counts, told, manifest.get("measured"))

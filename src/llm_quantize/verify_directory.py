@@ -44,6 +44,8 @@ _MAIN = ("qweight", "weight_packed", "weight")
 _COPIED = re.compile(r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model|"
                      r"chat_template\..*|generation_config\.json")  # fmt: skip
 
+CARD = "README.md"
+
 
 def verify_directory(
     path: Path, manifest: Mapping[str, Any] | None, source: Source | None, on_event: EventSink
@@ -93,6 +95,10 @@ def _compare_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     fronts = hashlib.sha256()
     for name, size in planned.items():
         front = _front(path / name, size)
+        if name == CARD and "card_sha256" in manifest:
+            if hashlib.sha256(front).hexdigest() != manifest["card_sha256"]:
+                problems.append(f"{name} does not match the manifest's hash")
+            front = b""
         fronts.update(name.encode() + b"\0" + len(front).to_bytes(8, "little") + front)
     if fronts.hexdigest() != manifest["identity"].get("layout_sha256"):
         names = ", ".join(name for name in planned)

@@ -1,4 +1,4 @@
-"""The embedding as the artifact holds it: the first thing whose error a run can make up for."""
+"""Embedding and output matrix as the artifact holds them: the first error that a run can make up for, and the last."""
 
 from __future__ import annotations
 
@@ -16,20 +16,31 @@ from llm_quantize.source import Source
 from llm_quantize.work import Target
 
 _EMBEDDING = "token_embd.weight"
+_HEAD = "output.weight"
 _CHUNK = 1 << 12  # rows decoded together
 
 
-class WrittenEmbedding:
-    """Weights of a source (see calibration/weights.py) whose embedding is the one that an artifact has stored."""
+class WrittenTable:
+    """Weights of a source (see calibration/weights.py) of which one table is the one that an artifact has stored."""
 
     def __init__(self, weights: CheckpointWeights, target: Target, tensor: TensorPlan) -> None:
         self._weights, self._target, self._tensor = weights, target, tensor
         self._name = tensor.output.pieces[0].source
 
     @classmethod
-    def of(cls, source: Source, target: Target, weights: CheckpointWeights) -> WrittenEmbedding | None:
+    def embedding(cls, source: Source, target: Target, weights: CheckpointWeights) -> WrittenTable | None:
         """None where the artifact keeps the embedding as it is, or cannot be read by rows of the source's."""
-        tensor = next((tensor for tensor in target.plan.tensors if tensor.name == _EMBEDDING), None)
+        return cls._of(source, target, weights, _EMBEDDING)
+
+    @classmethod
+    def head(cls, source: Source, target: Target, weights: CheckpointWeights) -> WrittenTable | None:
+        """The same of the output matrix, which may be the embedding."""
+        stored = any(tensor.name == _HEAD for tensor in target.plan.tensors)
+        return cls._of(source, target, weights, _HEAD if stored else _EMBEDDING)
+
+    @classmethod
+    def _of(cls, source: Source, target: Target, weights: CheckpointWeights, name: str) -> WrittenTable | None:
+        tensor = next((tensor for tensor in target.plan.tensors if tensor.name == name), None)
         if tensor is None or tensor.qtype not in QTYPES or QTYPES[tensor.qtype].block_size == 1:
             return None
         (piece, *others) = tensor.output.pieces

@@ -23,6 +23,9 @@ TOKENS_PER_COLUMN = 16
 """Tokens for each input of the widest matrix that are drawn unless the user says how many: with fewer, feedback learns
 the text instead of the model (docs/concepts/methods.md has the measurement)."""
 
+HELD_OUT_WINDOWS = 4
+"""Further windows of the text that go along, are never calibrated on, and tell at the end what was lost."""
+
 TORCH_BYTES = 400 << 20  # torch, transformers and their libraries, loaded
 
 

@@ -68,7 +68,7 @@ class FullInputs:
     def __init__(
         self, taps: Sequence[Tap], windows: int, length: int, dtype: torch.dtype, directory: Path | None
     ) -> None:
-        self.taps = [tap for tap in taps if tap.matrices == 1]
+        self.taps, self.windows = [tap for tap in taps if tap.matrices == 1], windows
         self._held = {
             tap.name: Activations(windows, length, tap.columns, dtype, directory=directory) for tap in self.taps
         }
@@ -91,14 +91,15 @@ class FullInputs:
         Raises NumericPolicyError for inputs that are not finite."""
 
         def window(index: int) -> None:
-            found, values = capture(block, before.read(index), self.taps, whole=after is not None)
+            taps = self.taps if index < self.windows else []
+            found, values = capture(block, before.read(index), taps, whole=after is not None)
             for (tap, _), inputs in found.items():
                 _refuse_nonfinite(inputs, tap, index)
                 self._held[tap].write(index, inputs)
             if after is not None and values is not None:
                 after.write(index, values)
 
-        for _ in pool.each(window, range(before.shape[0])):
+        for _ in pool.each(window, range(self.windows if after is None else before.shape[0])):
             on_windows(1)
 
     def close(self) -> None:
@@ -137,17 +138,18 @@ def collect(
     full: FullInputs | None,
     on_windows: Callable[[int], None],
     scales: Mapping[str, Tensor] | None = None,
+    *,
+    windows: int,
 ) -> dict[tuple[str, int], Gram]:
-    """The sums of every matrix of ``taps`` over all windows of ``hidden`` through ``block``; with ``full``, cross
-    products of single matrices as well.
+    """The sums of every matrix of ``taps`` over the first ``windows`` of ``hidden`` through ``block``; with ``full``,
+    cross products of single matrices as well.
 
     ``scales``: {tap: s (columns,)}: the block's inputs are those of the source divided by s. An expert that no token
     reached is absent. Raises NumericPolicyError for inputs that are not finite.
     """
     known = {tap.name: tap for tap in taps}
     grams: dict[tuple[str, int], Gram] = {}
-    windows, length = hidden.shape[:2]
-    step = max(1, CHUNK_TOKENS // length)
+    step = max(1, CHUNK_TOKENS // hidden.shape[1])
 
     def window(index: int) -> tuple[int, Inputs]:
         found, _ = capture(block, hidden.read(index), taps)
@@ -188,16 +190,21 @@ def _theirs(
 
 
 def propagate(
-    pool: Pool, block: Block, before: Activations, after: Activations, on_windows: Callable[[int], None]
+    pool: Pool,
+    block: Block,
+    before: Activations,
+    after: Activations,
+    windows: Iterable[int],
+    on_windows: Callable[[int], None],
 ) -> None:
-    """All windows through the block."""
+    """``windows`` through the block."""
 
     def window(index: int) -> None:
         values = block(before.read(index))
         _refuse_nonfinite(values, f"the output of block {block.index}", index)
         after.write(index, values)
 
-    for _ in pool.each(window, range(before.shape[0])):
+    for _ in pool.each(window, windows):
         on_windows(1)
 
 

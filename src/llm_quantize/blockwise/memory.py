@@ -80,7 +80,8 @@ def fit(
         seen = max(seen, sum(number * length * tap.columns * itemsize for tap in taps if tap.matrices == 1))
     values = max(matrix_shape(m.weight.shape)[0] * m.weight.shape[-1] for m in artifact.matrices)
     each = memory.workspace_bytes(source.architecture.hyper, length, itemsize, eager=network.eager)
-    fixed = max(network.bytes("embedding"), block + most + factor_bytes(widest, paired) + 5 * values)
+    ends = max(network.bytes("embedding"), 2 * network.bytes("head"))
+    fixed = max(ends, block + most + factor_bytes(widest, paired) + 5 * values)
     seen = seen if paired else 0
 
     def fitted(kept: int) -> Fitted:

@@ -23,8 +23,9 @@ import torch
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.assemble import matrix_shape, read_output_rows, to_float32, unit_ranges
 from llm_quantize.blockwise import scaling
-from llm_quantize.blockwise.embedding import WrittenEmbedding
+from llm_quantize.blockwise.embedding import WrittenTable
 from llm_quantize.blockwise.inputs import FullInputs, Pool, Streams, collect, propagate
+from llm_quantize.blockwise.measure import measure
 from llm_quantize.blockwise.memory import Plan
 from llm_quantize.blockwise.options import MethodOptions
 from llm_quantize.blockwise.places import Segment, Sources, routers, segments
@@ -155,19 +156,21 @@ def round_matrices(matrices: Matrices, pool: Pool, options: GptqOptions, on_even
 
 
 class Blocks:
-    """One artifact's way through the blocks. ``ids``: int64 (windows, length) tokens."""
+    """One artifact's way through the blocks. ``ids``: int64 (windows, length) tokens; the first ``calibrated`` windows
+    are calibrated on, the others tell at the end what was lost, where the source's stream goes along."""
 
     def __init__(
         self,
         matrices: Matrices,
         network: Network,
         ids: torch.Tensor,
+        calibrated: int,
         options: MethodOptions,
         fitted: Plan,
         pool: Pool,
         on_event: EventSink,
     ) -> None:
-        self.matrices, self.network, self.ids = matrices, network, ids
+        self.matrices, self.network, self.ids, self.calibrated = matrices, network, ids, calibrated
         self.fitted, self.pool, self.on_event = fitted, pool, on_event
         plan = matrices.target.plan
         self.transform = options.transform_of(plan.format)
@@ -180,6 +183,7 @@ class Blocks:
         self.taps = [network.taps(index) for index in range(network.n_blocks)]
         self.members = self._members()
         self.held = [scaling.held(matrices, index) for index in range(network.n_blocks)]
+        self.measures = self.paired and calibrated < len(ids)
         self._steps, self._total = 0, 1
 
     def _members(self) -> list[list[tuple[MatrixPlan, list[Segment]]]]:
@@ -203,6 +207,8 @@ class Blocks:
         """Quantize every matrix that is not done. Raises StoppedError after a signal: finished matrices are kept."""
         missing = [index for index, held in enumerate(self.members) if not all(self._done(m) for m, _ in held)]
         missing += [index for index in range(len(self.taps)) if not self._held_done(index)]
+        if self.measures and "measured" not in self.matrices.target.output.notes:
+            missing.append(self.network.n_blocks - 1)
         if not missing:
             return
         streams, first = self._begin(min(missing))
@@ -214,6 +220,9 @@ class Blocks:
             streams = self._block(index, streams, last=index == max(missing))
             if index < max(missing):
                 self._remember(index, streams)
+        if self.measures:
+            measured = measure(self.matrices, self.network, self.pool, streams, self.ids, self.calibrated)
+            self.matrices.target.output.note({"measured": measured})
         for states in {streams.quantized, streams.full}:
             states.close()
 
@@ -253,7 +262,7 @@ class Blocks:
         if found is not None:
             return found
         weights = self.matrices.weights
-        own = WrittenEmbedding.of(self.matrices.source, self.matrices.target, weights) if self.quantized else None
+        own = WrittenTable.embedding(self.matrices.source, self.matrices.target, weights) if self.quantized else None
         quantized = self._embedded(own or weights, 2)
         return Streams(quantized, self._embedded(weights, 0) if self.paired else quantized), 0
 
@@ -313,6 +322,7 @@ class Blocks:
                     self.pool,
                     self._advance,
                     feedback=self.options.feedback,
+                    windows=self.calibrated,
                 )
             handled: set[str] = set()
             for stage in self._stages(index):
@@ -321,24 +331,25 @@ class Blocks:
                 self._stage(members, stage, block, streams, full, scales)
                 handled |= names
             self.matrices.changed.clear()
-            if last:
+            if last and not self.measures:
                 return streams
             after = streams.quantized if self.fitted.in_memory else self._activations((index + 1) % 2 + 2)
-            propagate(self.pool, block, streams.quantized, after, self._advance)
+            windows = range(self.calibrated if last else 0, len(self.ids))
+            propagate(self.pool, block, streams.quantized, after, windows, self._advance)
         return _moved(streams, Streams(after, own if self.paired else after))
 
     def _see_source(
         self, index: int, streams: Streams, weights: CheckpointWeights, *, last: bool
     ) -> tuple[FullInputs, Activations]:
         """What the source's own block gives its matrices, and the hidden states that leave it."""
-        windows, length = self.ids.shape
+        windows, length = self.calibrated, self.ids.shape[1]
         wanted = {segment.tap for matrix, seen in self.members[index] if not self._done(matrix) for segment in seen}
         taps = [tap for tap in self.taps[index] if tap.name in wanted or any(t.matrices > 1 for t in self.taps[index])]
         place = None if self.fitted.inputs_in_memory else self._directory
         full = FullInputs(taps if wanted else [], windows, length, self.network.dtype, place)
         after = streams.full if self.fitted.in_memory else self._activations((index + 1) % 2)
         with self.network.block(index, weights) as block:
-            full.see(self.pool, block, streams.full, None if last else after, self._advance)
+            full.see(self.pool, block, streams.full, None if last and not self.measures else after, self._advance)
         return full, after
 
     def _stage(
@@ -353,7 +364,9 @@ class Blocks:
         """Quantize the matrices of one stage that are not done, and put all of them into the block."""
         jobs = [Job(matrix, seen) for matrix, seen in members if not self._done(matrix)]
         if jobs:
-            grams = collect(self.pool, stage, streams.quantized, block, full, self._advance, scales)
+            grams = collect(
+                self.pool, stage, streams.quantized, block, full, self._advance, scales, windows=self.calibrated
+            )
             self.solver.stage(jobs, grams, stage)
             grams.clear()
         sources = Sources(self.matrices.source.checkpoint, self.matrices.present)

@@ -64,10 +64,11 @@ def rescale(
     on_windows: Callable[[int], None],
     *,
     feedback: bool,
+    windows: int,
 ) -> dict[str, Tensor]:
     """Find and apply the scales of block ``index``: in ``matrices.changed``, in ``block``, and, for floats, in the
-    artifact. ``feedback``: the codes will be chosen with error feedback. Returns {tap: s (columns,)} of taps of a
-    single matrix."""
+    artifact. ``feedback``: the codes will be chosen with error feedback; ``windows``: so many of ``hidden`` are
+    calibrated on. Returns {tap: s (columns,)} of taps of a single matrix."""
     homes = {name: tap for tap in taps for name in tap.tensors}
     groups = [group for group in scale_groups(matrices.source, index) if _all_quantized(matrices, group, homes)]
     if not groups:
@@ -76,7 +77,7 @@ def rescale(
     weights = matrices.weights
     tensors = {name: weights.read(name) for group in groups for name in group.tensors}
     used = {homes[group.seen_at].name for group in groups}
-    grams = collect(pool, [tap for tap in taps if tap.name in used], hidden, block, None, on_windows)
+    grams = collect(pool, [tap for tap in taps if tap.name in used], hidden, block, None, on_windows, windows=windows)
 
     def find(number: int) -> tuple[int, Tensor]:
         group = groups[number]

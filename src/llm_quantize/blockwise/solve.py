@@ -62,7 +62,7 @@ class Job:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, loss: float, plain_loss: float, plain_rows: int) -> None:
-        """Add the figures of some rows, in any order (the sums are rounded when they are read); NaN was not asked for."""
+        """Add the figures of some rows, in any order (the sums are made when they are read); NaN was not asked for."""
         with self.lock:
             for name, value in (("loss", loss), ("plain_loss", plain_loss)):
                 if math.isfinite(value):
@@ -95,7 +95,9 @@ class Job:
 
     def summary(self) -> dict[str, Any]:
         """The facts, sums in a fixed order."""
-        sums = {name: float(np.sum(sorted(self.facts[name]))) for name in ("loss", "plain_loss") if name in self.facts}
+        sums: dict[str, Any] = {
+            name: float(np.sum(sorted(self.facts[name]))) for name in ("loss", "plain_loss") if name in self.facts
+        }
         rest = {name: value for name, value in self.facts.items() if name not in sums}
         tokens = [self.tokens[number] for number in sorted(self.tokens)]
         seen = {"tokens": tokens if len(tokens) > 1 else tokens[0]} if tokens else {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_quantize.events import EventSink
+from llm_quantize.plan import CARD_UNIT
 
 if TYPE_CHECKING:
     from llm_quantize.calibration.windows import Windows
@@ -49,10 +50,13 @@ def solve_matrices(
         else:
             round_matrices(matrices, pool, chosen, on_event)
         return
-    if all(unit in target.output.records for unit in plan.units()):
+    written = {CARD_UNIT, *target.output.records}
+    if "measured" in target.output.notes and written.issuperset(plan.units()):
         return
+    import numpy as np
     import torch
 
+    from llm_quantize.blockwise.estimate import HELD_OUT_WINDOWS
     from llm_quantize.calibration.collect import compute_dtype
     from llm_quantize.calibration.forward import open_network
     from llm_quantize.calibration.memory import check_disk
@@ -60,7 +64,8 @@ def solve_matrices(
     device = options.calibration.device
     on_event({"event": "stage", "text": "build the network"})
     network = open_network(source, dtype=compute_dtype(source, device), device=device)
-    ids = torch.from_numpy(windows.ids)
+    further = windows.draw(windows.samples, HELD_OUT_WINDOWS)
+    ids = torch.from_numpy(np.concatenate([windows.ids, further]) if len(further) else windows.ids)
     fitted = memory.fit(
         source,
         plan,
@@ -76,7 +81,7 @@ def solve_matrices(
         check_disk(target.output.target.parent, fitted.disk_bytes)
         hidden_directory(target.output.target).mkdir(parents=True, exist_ok=True)
     pool = Pool(fitted.threads, stop, resumable=options.checkpoints)
-    Blocks(matrices, network, ids, method, fitted, pool, on_event).run()
+    Blocks(matrices, network, ids, len(windows.ids), method, fitted, pool, on_event).run()
 
 
 def hidden_directory(target: Path) -> Path:

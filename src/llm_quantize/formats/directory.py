@@ -22,7 +22,7 @@ import llm_quantize
 from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.gguf import read_card
-from llm_quantize.formats.model_card import CardFacts, card, vllm_refusal
+from llm_quantize.formats.model_card import CardFacts, card, room, vllm_refusal
 from llm_quantize.formats.modules import Module, Selection, coverage, select
 from llm_quantize.formats.scheme import SAFETENSORS_TYPES, Format, Scheme, SchemeOptions
 from llm_quantize.formats.small_files import small_files
@@ -36,7 +36,7 @@ from llm_quantize.io.safetensors_writer import (
     shard_names,
     split_shards,
 )
-from llm_quantize.plan import ArtifactPlan, MatrixPlan, TensorPlan
+from llm_quantize.plan import ArtifactPlan, CardPlan, MatrixPlan, TensorPlan
 from llm_quantize.qtypes.integer import WHOLE_ROW
 from llm_quantize.source import Source
 
@@ -53,7 +53,7 @@ class DirectoryOptions:
 
     ``ignore``: regular expressions of modules that stay as they are. ``shard_size``: bytes of data of a file.
     ``desc_act`` changes no byte (see gptq.py). ``identity``: whatever else decides the codes, JSON-ready; ``method``:
-    the same as words for the model card.
+    the same as words for the model card. ``measured``: whether the run will tell what was lost, for the card.
     """
 
     group_size: int | None = None
@@ -63,6 +63,7 @@ class DirectoryOptions:
     shard_size: int = 5_000_000_000
     identity: Mapping[str, Any] = field(default_factory=dict)
     method: Mapping[str, Any] = field(default_factory=dict)
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,17 +116,23 @@ def plan_directory(
     files, tensors, matrices = _lay_out(groups, shards, scheme)
     warnings = [*found.warnings, *_warnings(scheme, found, options)]
     files += _other_files(source, found, form, scheme, f"{name}-{label}", groups, options, warnings)
+    room_left = None
+    if options.measured:  # its figures are no part of what the artifact is
+        room_left = CardPlan(len(files) - 1, files[-1].header)
+        files[-1] = OutputFile(files[-1].name, files[-1].size, b"")
+    identity = _identity(source, scheme, label, options, files)
     return ArtifactPlan(
         level=label,
         name=f"{name}-{label}",
         files=tuple(files),
         tensors=tuple(tensors),
         weights=_weights(source, found),
-        identity=_identity(source, scheme, label, options, files),
+        identity=identity,
         warnings=tuple(warnings),
         source_itemsize=max(DTYPE_BITS[info.dtype] // 8 for info in source.checkpoint.tensors.values()),
         format=format,
         matrices=tuple(matrices),
+        card=room_left,
     )
 
 
@@ -227,7 +234,7 @@ def _other_files(
     return [
         _small("config.json", config),
         *(_small(file, data) for file, data in copied),
-        _small("README.md", card(facts).encode()),
+        _small("README.md", card(facts, room() if options.measured else None).encode()),
     ]
 
 

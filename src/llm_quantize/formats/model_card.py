@@ -41,8 +41,39 @@ class CardFacts:
     tensor_parallel: int = 8
 
 
+_ROOM = 14
+_ROWS = {
+    "KL divergence": "kld",
+    "Standard error": "kld_sem",
+    "Same likeliest token": "same_top",
+    "Tokens": "tokens",
+    "Computed in": "dtype",
+}
+
+
+def room() -> dict[str, str]:
+    """The table "Loss" with room for figures that only the end of the run knows."""
+    return {name: f"<{key}>".ljust(_ROOM, ".") for name, key in _ROWS.items()}
+
+
+def fill_card(text: bytes, measured: Mapping[str, Any] | None) -> bytes:
+    """A card with its figures in their places, of the same length. ``measured``: see blockwise/measure.py."""
+    told = dict.fromkeys(_ROWS.values(), "not measured")
+    if measured is not None:
+        told = {
+            "kld": f"{measured['kld']:.6f}",
+            "kld_sem": f"{measured['kld_sem']:.6f}",
+            "same_top": f"{100 * measured['same_top']:.2f} %",
+            "tokens": str(measured["tokens"]),
+            "dtype": str(measured["dtype"]),
+        }
+    for key, value in told.items():
+        text = text.replace(f"<{key}>".ljust(_ROOM, ".").encode(), value[:_ROOM].ljust(_ROOM).encode(), 1)
+    return text
+
+
 def card(facts: CardFacts, measured: Mapping[str, Any] | None = None) -> str:
-    """The whole text. ``measured``: {what: value} of the loss against the source, where it is known."""
+    """The whole text. ``measured``: {what: value} of the loss against the source, where it is (or will be) known."""
     parts = [
         f"---\n{yaml.safe_dump(_metadata(facts), sort_keys=False, allow_unicode=True)}---\n",
         f"# {facts.name}\n",
@@ -53,6 +84,7 @@ def card(facts: CardFacts, measured: Mapping[str, Any] | None = None) -> str:
     ]
     if measured:
         parts.append(_table("Loss", measured))
+        parts.append("Against the source, on windows of the calibration texts that were not calibrated on.\n")
     parts.append("`manifest.json` holds the hashes of every tensor and of the source, and what the run measured.\n")
     return "\n".join(parts)
 

@@ -1,0 +1,63 @@
+"""What the artifact loses, told by the run that makes it: windows that were never calibrated on, at the end of both
+streams.
+
+The hidden states that leave the last block of the source and of the quantized model are at hand; the final norm and
+the output matrix turn them into predictions. All is computed in the network's dtype: in bfloat16 two runs of the same
+model already differ by some 1e-4 nats, so the figure of an 8-bit artifact is mostly that. ``analyze quality`` measures
+in float32, and on more text.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llm_quantize.blockwise.embedding import WrittenTable
+from llm_quantize.blockwise.inputs import Pool, Streams
+from llm_quantize.calibration.forward import Network
+from llm_quantize.evaluation.divergence import Comparison, Scores, log_softmax_like, score
+from llm_quantize.evaluation.perplexity import log_softmax, scored
+
+if TYPE_CHECKING:
+    from llm_quantize.blockwise.run import Matrices
+
+POSITIONS = 64
+
+
+def measure(
+    matrices: Matrices, network: Network, pool: Pool, streams: Streams, ids: torch.Tensor, first: int
+) -> dict[str, Any]:
+    """KL divergence (nats per token, mean and its standard error) and agreement of windows ``first`` and later, JSON-
+    ready; the second half of each window counts. Raises NumericPolicyError for predictions that are not finite."""
+    weights = matrices.weights
+    own = WrittenTable.head(matrices.source, matrices.target, weights)
+    comparison = Comparison()
+    with ExitStack() as stack:
+        reference = stack.enter_context(network.head(weights))
+        candidate = reference if own is None else stack.enter_context(network.head(own))
+
+        def part(job: tuple[int, int]) -> tuple[tuple[int, int], Scores]:
+            window, start = job
+            where, targets = scored(ids[window].numpy())
+            rows = slice(start, min(start + POSITIONS, len(targets)))
+            base = log_softmax(reference(streams.full.read(window)[where][rows]).numpy())
+            other = candidate(streams.quantized.read(window)[where][rows]).numpy()
+            follow = targets[rows]
+            return job, score(base, log_softmax_like(base, other, follow), follow)
+
+        length = len(scored(ids[first].numpy())[1])
+        jobs = [(window, start) for window in range(first, len(ids)) for start in range(0, length, POSITIONS)]
+        found = dict(pool.each(part, jobs))
+    for job in jobs:
+        comparison.add_scores(found[job])
+    result = comparison.result()
+    return {
+        "windows": len(ids) - first,
+        "tokens": result.tokens,
+        "kld": result.kld,
+        "kld_sem": result.kld_sem,
+        "same_top": result.same_top,
+        "dtype": str(network.dtype).removeprefix("torch."),
+    }
