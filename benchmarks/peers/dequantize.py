@@ -75,7 +75,7 @@ def gptq(parts: Mapping[str, Array], bits: int, version: int) -> npt.NDArray[np.
     if version == 1:
         zeros = (zeros + 1) % (1 << bits)
     group = parts["g_idx"].astype(np.int64) if "g_idx" in parts else None
-    scales = parts["scales"].astype(np.float32)
+    scales = parts["scales"]
     if group is None:
         group = np.arange(codes.shape[0]) // (codes.shape[0] // scales.shape[0])
     return np.ascontiguousarray((scales[group] * (codes - zeros[group])).T.astype(np.float32))
@@ -84,7 +84,7 @@ def gptq(parts: Mapping[str, Array], bits: int, version: int) -> npt.NDArray[np.
 def awq(parts: Mapping[str, Array]) -> npt.NDArray[np.float32]:
     """One linear, (N, K)."""
     codes, zeros = (_awq_nibbles(parts[name]) for name in ("qweight", "qzeros"))
-    scales = parts["scales"].astype(np.float32)
+    scales = parts["scales"]
     group = np.arange(codes.shape[0]) // (codes.shape[0] // scales.shape[0])
     return np.ascontiguousarray(((codes - zeros[group]) * scales[group]).T.astype(np.float32))
 
@@ -97,10 +97,10 @@ def _awq_nibbles(words: Array) -> npt.NDArray[np.int64]:
     return values.reshape(raw.shape[0], -1)
 
 
-def compressed(parts: Mapping[str, Array], scale: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:
+def compressed(parts: Mapping[str, Array], bits: int) -> npt.NDArray[np.float32]:
     """One linear, (N, K). Raises ValueError where the groups are not in order (weight_g_idx)."""
     rows, columns = (int(size) for size in parts["weight_shape"])
-    half = 1 << (bits - 1)
+    half, scale = 1 << (bits - 1), parts["weight_scale"]
     codes = unpack(parts["weight_packed"].T, bits).T[:, :columns] - half
     if "weight_g_idx" in parts:
         raise ValueError("weight_g_idx: groups out of order are not measured here")
@@ -135,14 +135,14 @@ def read_checkpoint(directory: Path) -> dict[str, npt.NDArray[np.float32]]:
         else:
             found[name] = to_float(*entry)
     for module, entries in linears.items():
-        parts = {field: array for field, (_, array) in entries.items()}
+        parts = {field: to_float(*entry) if "scale" in field else entry[1] for field, entry in entries.items()}
         if method == "gptq":
             version = 2 if config.get("checkpoint_format") == "gptq_v2" else 1
             found[module + ".weight"] = gptq(parts, _gptq_bits(parts, config), version)
         elif method == "awq":
             found[module + ".weight"] = awq(parts)
         else:
-            found[module + ".weight"] = compressed(parts, to_float(*entries["weight_scale"]), _ct_bits(config))
+            found[module + ".weight"] = compressed(parts, _ct_bits(config))
     return found
 
 

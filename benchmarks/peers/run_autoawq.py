@@ -2,6 +2,10 @@
 
 Its stack is transformers 4.51, so it is given a copy of the model with that version's configuration keys.
 
+AutoAWQ 0.2.9 was written for accelerators: before it tries scales it puts the weights aside with ``.cpu()``, which on a
+CPU is no copy, and then scales them in place; so every layer it searched stays multiplied by the first scales tried
+(mean KLD 0.15 instead of some 0.01). Here ``.cpu()`` copies, as it would from an accelerator.
+
     python run_autoawq.py MODEL TOKENS.json OUTPUT
 """
 
@@ -12,6 +16,19 @@ import json
 from pathlib import Path
 
 from measured import Phase, copy_for_transformers_4, report
+
+
+def cpu_that_copies() -> None:
+    """Let ``Tensor.cpu`` always give another tensor."""
+    import torch
+
+    original = torch.Tensor.cpu
+
+    def cpu(self: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        found = original(self, *arguments, **options)
+        return found.clone() if found.data_ptr() == self.data_ptr() else found
+
+    torch.Tensor.cpu = cpu
 
 
 def main() -> None:
@@ -30,6 +47,7 @@ def main() -> None:
     with Phase() as phase:
         model = AutoAWQForCausalLM.from_pretrained(str(source), device_map="cpu", torch_dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
+        cpu_that_copies()
         model.quantize(
             tokenizer,
             quant_config={"zero_point": True, "q_group_size": options.group_size, "w_bit": 4, "version": "GEMM"},
