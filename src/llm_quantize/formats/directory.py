@@ -22,7 +22,7 @@ import llm_quantize
 from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.gguf import read_card
-from llm_quantize.formats.model_card import CardFacts, card, room, vllm_refusal
+from llm_quantize.formats.model_card import CardFacts, card, room, transformers_caution, vllm_refusal
 from llm_quantize.formats.modules import Module, Selection, coverage, select
 from llm_quantize.formats.scheme import SAFETENSORS_TYPES, Format, Scheme, SchemeOptions
 from llm_quantize.formats.small_files import small_files
@@ -115,6 +115,8 @@ def plan_directory(
     shards = split_shards([group.nbytes for group in groups], options.shard_size)
     files, tensors, matrices = _lay_out(groups, shards, scheme)
     warnings = [*found.warnings, *_warnings(scheme, found, options)]
+    caution = transformers_caution(scheme) if source.architecture.hyper.n_expert else None
+    warnings += [caution] if caution else []
     files += _other_files(source, found, form, scheme, f"{name}-{label}", groups, options, warnings)
     room_left = None
     if options.measured:  # its figures are no part of what the artifact is
@@ -229,6 +231,7 @@ def _other_files(
         method=options.method,
         ignored=tuple(found.ignored),
         tensor_parallel=_tensor_parallel(scheme, found.modules),
+        experts=source.architecture.hyper.n_expert > 0,
     )
     config = _config(checkpoint.config, form.config(scheme, coverage(source, found)))
     return [

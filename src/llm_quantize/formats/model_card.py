@@ -24,7 +24,7 @@ _NEEDS = {"gptq": "optimum gptqmodel", "awq": "gptqmodel", "compressed-tensors":
 class CardFacts:
     """What the card tells. ``name``: of the artifact. ``source``: the model's name, ``revision`` its commit where it
     comes from the hub. ``card``: the source's own metadata. ``packed`` and ``kept``: bytes of data. ``method``: how the
-    codes were chosen, {what: value}."""
+    codes were chosen, {what: value}. ``experts``: whether the model is a mixture."""
 
     name: str
     source: str
@@ -39,6 +39,7 @@ class CardFacts:
     method: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     tensor_parallel: int = 8
+    experts: bool = False
 
 
 _ROOM = 14
@@ -157,7 +158,18 @@ def _loading(facts: CardFacts) -> str:
         f'model = AutoModelForCausalLM.from_pretrained("{facts.name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{facts.name}")\n```'
     )
-    return f"## Loading\n\n{vllm}\n\n{transformers}\n"
+    caution = transformers_caution(facts.scheme) if facts.experts else None
+    return f"## Loading\n\n{vllm}\n\n{transformers}\n" + (f"\n{caution}.\n" if caution else "")
+
+
+def transformers_caution(scheme: Scheme) -> str | None:
+    """What Transformers (5.23) does to experts of this scheme, if it is not what it should."""
+    if scheme.format == "compressed-tensors":
+        return None
+    return (
+        f"Transformers 5.23 does not load experts stored as {_NAMES[scheme.format]}: it leaves them at random values "
+        "with no more than a warning; compressed-tensors has no such trouble"
+    )
 
 
 def vllm_refusal(scheme: Scheme) -> str | None:
@@ -166,4 +178,6 @@ def vllm_refusal(scheme: Scheme) -> str | None:
         return "of GPTQ it takes symmetric grids only"
     if scheme.format == "gptq" and scheme.qtype.bits not in (4, 8):
         return "of GPTQ it takes 4 and 8 bits only"
+    if scheme.format == "compressed-tensors" and scheme.qtype.bits not in (4, 8):
+        return "of packed integers it takes 4 and 8 bits only"
     return None

@@ -19,7 +19,7 @@ HELD_BYTES = 2 << 30
 """Predictions that are held at a time, in bytes, unless one window has more."""
 
 RUNTIMES = ("transformers", "vllm")
-_DTYPES = {"transformers": "float32", "vllm": "auto"}
+_DTYPES = {"transformers": "float32", "vllm": "float16"}
 
 
 class ScoredDirectory:
