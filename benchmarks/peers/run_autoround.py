@@ -42,7 +42,9 @@ def main() -> None:
             device_map="cpu",
         )
         rounding.quantize_and_save(str(options.output), format=options.format)
-    report(phase, options.output, ["auto-round", "torch", "transformers"])
+    # It writes a folder named after the model and the scheme, or a GGUF file, below the one it is given.
+    made = [path.parent for path in options.output.rglob("config.json")] or list(options.output.rglob("*.gguf"))
+    report(phase, made[0], ["auto-round", "torch", "transformers"])
 
 
 if __name__ == "__main__":
