@@ -364,6 +364,7 @@ class Blocks:
         """Quantize the matrices of one stage that are not done, and put all of them into the block."""
         jobs = [Job(matrix, seen) for matrix, seen in members if not self._done(matrix)]
         if jobs:
+            stage = _looked_at(stage, jobs)
             grams = collect(
                 self.pool, stage, streams.quantized, block, full, self._advance, scales, windows=self.calibrated
             )
@@ -382,6 +383,13 @@ class Blocks:
                 sources.put(matrix.weight, self.matrices.store.decode(matrix, fields))
         for name, decoded in sources.finished():
             block.replace(name, torch.from_numpy(decoded))
+
+
+def _looked_at(stage: Sequence[Tap], jobs: Sequence[Job]) -> list[Tap]:
+    """The taps that ``jobs`` see; all where there are experts, as their layer's inputs serve them. What other taps got
+    in the source's block was not kept."""
+    seen = {segment.tap for job in jobs for segment in job.segments}
+    return [tap for tap in stage if tap.name in seen or any(one.matrices > 1 for one in stage)]
 
 
 def _moved(old: Streams, new: Streams) -> Streams:
