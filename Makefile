@@ -12,8 +12,9 @@ SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -name '*.
 
 .PHONY: demo compare test test-all vllm test-vllm transformers-runtime test-transformers develop check format bench clean
 
-demo: $(VENV)/.demo
-	$(BIN)/llm-quantize demo
+# With torch and the runtime of GPTQ and AWQ: about 2 GB to install; then it takes a few minutes.
+demo: $(VENV)/.compare $(TRANSFORMERS)/.ready
+	LLM_QUANTIZE_TRANSFORMERS=$(CURDIR)/$(TRANSFORMERS)/bin/python $(BIN)/llm-quantize demo
 
 # Calibrates, as the small levels need it; the page is report/index.html.
 compare: $(VENV)/.compare
@@ -25,7 +26,7 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check --all
 
-# vLLM on the CPU, 2.5 GB. To use it afterwards: export LLM_QUANTIZE_VLLM=$$PWD/.venv-vllm/bin/python
+# vLLM on the CPU, 3.5 GB. To use it afterwards: export LLM_QUANTIZE_VLLM=$$PWD/.venv-vllm/bin/python
 vllm: $(VLLM)/.ready
 
 test-vllm: $(VENV)/.test $(VLLM)/.ready
@@ -72,22 +73,17 @@ $(VENV)/.wheel: $(VENV)/.python $(SOURCES) constraints.txt
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $(VENV)/wheel .
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.wheel
-	$(PIP) "llm-quantize[llamacpp] @ file://$$(echo $(CURDIR)/$(VENV)/wheel/*.whl)"
-	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall $(VENV)/wheel/*.whl
-	touch $@
-
 $(VENV)/.compare: $(VENV)/.wheel
 	$(PIP) torch
 	$(PIP) "llm-quantize[llamacpp,torch] @ file://$$(echo $(CURDIR)/$(VENV)/wheel/*.whl)"
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall $(VENV)/wheel/*.whl
-	touch $@ $(VENV)/.demo
+	touch $@
 
 $(VENV)/.test: $(VENV)/.wheel
 	$(PIP) torch
 	$(PIP) "llm-quantize[test] @ file://$$(echo $(CURDIR)/$(VENV)/wheel/*.whl)"
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall $(VENV)/wheel/*.whl
-	touch $@ $(VENV)/.demo $(VENV)/.compare
+	touch $@ $(VENV)/.compare
 
 # Its video and audio packages are CUDA builds that do not import beside this torch; on a CPU it turns triton off.
 $(VLLM)/.ready: scripts/need constraints-vllm.txt

@@ -1,20 +1,26 @@
-"""The demo: the built-in data, the numbers it gives, and how they look in a terminal of 80 columns."""
+"""The demo: the built-in data, the numbers it gives, and how they look in a terminal and without one."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from rich.cells import cell_len
+from safetensors.torch import load_file, save_file
 
-from llm_quantize import data, demo
+from llm_quantize import data, demo, demo_methods
 from llm_quantize.cli.demo import command
 from llm_quantize.errors import MissingExtraError, UsageError
-from llm_quantize.evaluation.divergence import Divergence, measure
+from llm_quantize.evaluation.divergence import Divergence, Paired, measure
+from llm_quantize.evaluation.runtimes import isolated, transformers, vllm
 
 
 def test_built_in_data() -> None:
@@ -36,6 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "WINDOWS", 2)
     monkeypatch.setattr(demo, "NEW_TOKENS", 4)
     monkeypatch.setattr(demo, "find_spec", lambda _: None)
+    monkeypatch.setattr(demo_methods, "find_spec", lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,9 @@ def test_run_demo_measures_what_it_wrote(tmp_path: Path) -> None:
     assert all(row.text for row in result.rows)
     assert not result.agreement.checked
     assert "torch" in result.agreement.problem
+    assert result.methods.rows == ()
+    assert result.methods.problem == "torch and transformers not installed"
+    assert result.methods.remedy == "pip install 'llm-quantize[torch]'"
     assert [event for event in events if event["event"] == "measure"][-1] == {"event": "measure", "done": 2, "total": 2}
     assert json.loads(json.dumps(result.to_dict()))["rows"][2]["divergence"]["kld"] == small.divergence.kld
 
@@ -127,6 +137,116 @@ def test_llama_cpp_agrees_with_transformers(files: tuple[Path, ...]) -> None:
     assert found.largest_difference < 1e-3 * found.logit_range
 
 
+@pytest.fixture
+def shallow(tmp_path: Path) -> Path:
+    """The built-in model without all layers but the first, as error feedback takes time for each."""
+    model, folder = data.demo_model(), tmp_path / "shallow"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(model / name, folder / name)
+    config = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    tensors = load_file(model / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not re.search(r"layers\.[1-9]", name)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+def test_rounding_against_feedback(shallow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two real pairs; this process has no GPTQModel, so GPTQ must say what is missing and not invent an answer."""
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr(data, "demo_model", lambda: shallow)
+    monkeypatch.setattr(demo_methods, "PAIRS", (("gguf", "Q2_K"), ("gptq", "4bit")))
+    monkeypatch.setattr(demo_methods, "CALIBRATION", replace(demo_methods.CALIBRATION, samples=4, length=128))
+    monkeypatch.setattr(demo_methods, "WINDOWS", 3)
+    monkeypatch.setattr(demo_methods, "NEW_TOKENS", 3)
+    monkeypatch.setenv("LLM_QUANTIZE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LLM_QUANTIZE_VLLM", raising=False)
+    monkeypatch.setattr(transformers, "run", _not_installed)
+    events: list[dict[str, Any]] = []
+    found = demo_methods.run_methods(
+        tmp_path, demo.PROMPT, threads=1, on_event=lambda event: events.append(dict(event))
+    )
+    assert [(row.label, row.method) for row in found.rows] == [
+        ("GGUF Q2_K", "rounded"), ("GGUF Q2_K", "feedback"), ("GPTQ 4bit", "rounded"), ("GPTQ 4bit", "feedback"),
+    ]  # fmt: skip
+    assert found.tokens == 3 * 127
+    assert found.calibration_tokens == 4 * 128
+    assert found.importance_seconds > 0
+    for rounded, feedback in (found.rows[:2], found.rows[2:]):
+        assert rounded.tensor_bytes == feedback.tensor_bytes
+        assert rounded.ratio is None
+        assert rounded.run is None
+        assert feedback.ratio is not None
+        assert feedback.ratio.kld_ratio == pytest.approx(feedback.divergence.kld / rounded.divergence.kld)
+        assert feedback.ratio.kld_ratio_sem > 0
+        assert Path(feedback.path).exists()
+        assert feedback.seconds > rounded.seconds > 0
+    coarse, fine = found.rows[1].run, found.rows[3].run
+    assert coarse is not None
+    assert coarse.runtime == "llama.cpp"
+    assert coarse.text
+    assert coarse.tokens == 2 * 127
+    assert 0 < coarse.kld < 0.01  # activations rounded to 8 bits; another file would be far off
+    assert fine is not None
+    assert fine.text == ""
+    assert fine.tokens == 0
+    assert "no GPTQModel here" in fine.problem
+    assert "gptqmodel" in fine.remedy
+    made = [event["text"] for event in events if event["event"] == "made"]
+    assert made == [
+        "GGUF Q2_K, rounded",
+        "GGUF Q2_K, error feedback",
+        "GPTQ 4bit, rounded",
+        "GPTQ 4bit, error feedback",
+    ]
+    assert {event["text"] for event in events if event["event"] == "progress"} >= set(made)
+
+
+def _not_installed(*_: object, **__: object) -> Any:
+    raise transformers.TRANSFORMERS.missing("ImportError: no GPTQModel here")
+
+
+@pytest.mark.parametrize(("variable", "name"), [("1", "vLLM"), ("", "transformers")])
+def test_vllm_where_it_is_named(variable: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory runs where the user has said, and its answer is compared with what the decoder reads."""
+    pytest.importorskip("torch")
+    monkeypatch.setenv("LLM_QUANTIZE_VLLM", variable)
+    assert demo_methods._runtime("gptq") == name
+    assert demo_methods._runtime("gguf") == "llama.cpp"
+    from llm_quantize.blockwise.options import MethodOptions
+    from llm_quantize.evaluation.perplexity import log_softmax
+    from llm_quantize.pipeline import Options, open_source, quantize
+
+    options = Options(threads=1, method=MethodOptions(method="rtn"))
+    (result,) = quantize(str(data.demo_model()), "gptq", levels=["4bit"], output_dir=tmp_path, options=options)
+    windows = np.arange(128, dtype=np.int32).reshape(2, 64) + 5
+    source = open_source(str(data.demo_model()))
+    asked: list[tuple[Path, isolated.Request]] = []
+
+    def answer(path: Path, request: isolated.Request) -> isolated.Reply:
+        asked.append((path, request))
+        logprobs = np.stack([log_softmax(row) for row in ours]).astype(np.float32)
+        return isolated.Reply(logprobs, (" and so",), ((1, 2),), {"gptqmodel": "7"}, ("TorchLinear",), {})
+
+    monkeypatch.setattr({"vLLM": vllm, "transformers": transformers}[name], "run", answer)
+    with source.checkpoint:
+        ours = demo_methods._decoded(source, result.path, windows)
+        made = demo_methods._Made("gptq", "4bit", "feedback", result, 1.0)
+        found = demo_methods._run(source, made, name, windows, "Once", 1)
+        ours = [row + np.linspace(0, 1, row.shape[-1], dtype=np.float32) for row in ours]
+        other = demo_methods._run(source, made, name, windows, "Once", 1)
+    assert (found.text, found.kernels, found.versions) == (" and so", ("TorchLinear",), {"gptqmodel": "7"})
+    assert found.kld == pytest.approx(0, abs=1e-6)
+    assert found.same_top == 1
+    assert found.tokens == 2 * 31
+    assert other.kld > 0.01
+    assert asked[0][0] == result.path
+    assert asked[0][1].prompts == ("Once",)
+    assert asked[0][1].dtype == ("auto" if name == "vLLM" else "float32")
+
+
 def example_result(checked: bool) -> demo.DemoResult:
     lost = Divergence(
         tokens=6096, perplexity=42.37, perplexity_sem=0.5, reference_perplexity=34.98, reference_perplexity_sem=0.5,
@@ -144,21 +264,77 @@ def example_result(checked: bool) -> demo.DemoResult:
         if checked
         else demo.Agreement(False, problem="torch not installed")
     )
-    return demo.DemoResult(rows, 6096, 256, demo.PROMPT, agreement, 31.2, kept=True)
+    methods = (
+        example_methods(lost)
+        if checked
+        else demo_methods.MethodsResult(problem="torch not installed", remedy="pip install 'llm-quantize[torch]'")
+    )
+    return demo.DemoResult(rows, 6096, 256, demo.PROMPT, agreement, methods, 31.2, kept=True)
 
 
+def example_methods(lost: Divergence) -> demo_methods.MethodsResult:
+    ratio = Paired(0, 1, 6096, -0.01, 0.001, 0.71234, 0.01234, 0.0, 0.0)
+    ran = demo_methods.RuntimeRun("transformers", {}, (), " 吾輩は猫である、[bold]と" * 9, 254, 1.2e-6, 0.9912)
+    failed = demo_methods.RuntimeRun(
+        "vLLM", {}, (), "", 0, 0.0, 0.0, "Running a model in vLLM: ImportError", "in a checkout: make vllm"
+    )
+    rows = []
+    for label, run in (("GGUF Q4_K_M", ran), ("AWQ 4bit", failed)):
+        for method in ("rounded", "feedback"):
+            given = (ratio, run) if method == "feedback" else (None, None)
+            row = demo_methods.MethodRow(label, "x", "y", method, "z", 14_757_814, 9, 117.61, lost, *given)
+            rows.append(row)
+    return demo_methods.MethodsResult(tuple(rows), 6096, 256, 8192, 4.4)
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120])
 @pytest.mark.parametrize("checked", [True, False])
-def test_output_fits_80_columns(checked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_fits_the_terminal(checked: bool, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "run_demo", lambda *_, **__: example_result(checked))
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", str(columns))
     outcome = CliRunner().invoke(command, ["-o", "out dir"])
     assert outcome.exception is None
     lines = outcome.stdout.splitlines()
     # The last line is a command to copy: it is never broken.
-    assert max(cell_len(line) for line in lines[:-1]) <= 80
+    assert max(cell_len(line) for line in lines[:-1]) <= columns
     assert "'out dir/demo-llama-Q4_K_M.gguf'" in lines[-1]
     table = "\n".join(lines[:3])
     for word in ("23.15 MB", "32.09", "34.98", "source", "3.34", "42.37", "0.20131 ±0.00288", "63.8 %"):
         assert word in table
-    assert "[bold]markup[/bold]" in outcome.stdout
-    assert ("not checked (torch not installed)" in " ".join(outcome.stdout.split())) is not checked
+    words = " ".join(outcome.stdout.split())
+    assert "[bold]markup[/bold]" in words
+    assert ("not checked (torch not installed)" in words) is not checked
+    if not checked:
+        assert "not shown: torch not installed. What to do: pip install 'llm-quantize[torch]'" in words
+        return
+    second = "\n".join(line for line in lines if line.startswith(("GGUF Q4_K_M", "AWQ 4bit")))
+    for word in ("rounded", "feedback", "14.76 MB", "0.20131 ±0.00288", "0.71 ±0.01", "63.8 %", "117.6 s"):
+        assert word in second
+    assert "transformers" in second
+    assert "1.2e-06" in second
+    assert "99.1 %" in second
+    assert "吾輩は猫である、[bold]" in second
+    assert "AWQ 4bit was not run in vLLM: Running a model in vLLM: ImportError. What to do: in a checkout" in words
+
+
+def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for each file and measurement, no bar, and nothing of a second measurement in llama.cpp's name."""
+
+    def told(*_: object, on_event: Any, **__: object) -> demo.DemoResult:
+        on_event({"event": "measure", "done": 48, "total": 48})
+        on_event({"event": "stage", "text": "GPTQ 4bit, error feedback"})
+        on_event({"event": "progress", "done": 1, "total": 1, "text": "GPTQ 4bit, error feedback", "unit": "tokens"})
+        on_event({"event": "made", "text": "GPTQ 4bit, error feedback", "seconds": 14.2})
+        on_event({"event": "measure", "done": 9, "total": 9})
+        on_event({"event": "warning", "text": "careful"})
+        return example_result(True)
+
+    monkeypatch.setattr(demo, "run_demo", told)
+    outcome = CliRunner().invoke(command, [])
+    assert outcome.exception is None
+    assert outcome.stderr.splitlines() == [
+        "measure: 100% (48 windows through every file in llama.cpp)",
+        "GPTQ 4bit, error feedback: 100% (14.2 s of CPU time)",
+        "measure: 100% (every file against the source)",
+        "warning: careful",
+    ]

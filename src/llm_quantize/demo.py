@@ -1,4 +1,5 @@
-"""The built-in model at several levels: quantized in one pass, run in llama.cpp, and measured against its source."""
+"""The built-in model at several levels: quantized in one pass, run in llama.cpp, and measured against its source; then
+with error feedback, in every format that has it (demo_methods.py)."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from llm_quantize import data
+from llm_quantize.demo_methods import MethodsResult, run_methods
 from llm_quantize.evaluation.divergence import Comparison, Divergence, begin_token, measure
 from llm_quantize.evaluation.perplexity import Tokens, cut_windows, scored
 from llm_quantize.events import EventSink, ignore
@@ -56,13 +58,15 @@ class Agreement:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """``rows``: F32 first, then LEVELS. ``tokens``: scored positions. ``kept``: the files are still there."""
+    """``rows``: F32 first, then LEVELS. ``tokens``: scored positions. ``methods``: rounding against error feedback.
+    ``kept``: the files are still there."""
 
     rows: tuple[DemoRow, ...]
     tokens: int
     context: int
     prompt: str
     agreement: Agreement
+    methods: MethodsResult
     seconds: float
     kept: bool
 
@@ -74,12 +78,13 @@ class DemoResult:
 def run_demo(
     output_dir: str | Path | None = None, *, threads: int | None = None, on_event: EventSink = ignore
 ) -> DemoResult:
-    """Quantize the built-in model to F32 and LEVELS, run each file in llama.cpp, and compare it to the F32 file.
+    """Quantize the built-in model to F32 and LEVELS, run each file in llama.cpp, and compare it to the F32 file; then
+    compare rounding and error feedback in GGUF, GPTQ, AWQ and compressed-tensors (``run_methods``).
 
     Without ``output_dir`` the files live in a temporary directory and are removed. ``on_event`` hears the events of
-    ``pipeline.quantize``, then ``{"event": "measure", "done": n, "total": n}`` and ``{"event": "stage", "text": s}``.
-    Raises MissingExtraError before any work if xllamacpp is not installed, and the errors of the pipeline and of
-    LlamaCpp.
+    ``pipeline.quantize``, then ``{"event": "measure", "done": n, "total": n}``, ``{"event": "stage", "text": s}``, and
+    what ``run_methods`` tells. Raises MissingExtraError before any work if xllamacpp is not installed, and the errors
+    of the pipeline, of LlamaCpp and of ``run_methods``.
     """
     from llm_quantize.evaluation.runtimes.llama_cpp_library import load_library
     from llm_quantize.pipeline import Options, quantize
@@ -111,6 +116,7 @@ def run_demo(
         texts = [_continue(path) for path in paths]
         on_event({"event": "stage", "text": "compare with transformers"})
         agreement = compare_with_transformers(data.demo_model(), paths[0])
+        methods = run_methods(folder, PROMPT, threads=threads, on_event=on_event)
     rows = tuple(
         DemoRow(
             level=result.level,
@@ -125,7 +131,8 @@ def run_demo(
         for result, divergence, text in zip(results, [None, *divergences], texts, strict=True)
     )
     seconds = time.monotonic() - began
-    return DemoResult(rows, divergences[0].tokens, CONTEXT, PROMPT, agreement, seconds, kept=output_dir is not None)
+    kept = output_dir is not None
+    return DemoResult(rows, divergences[0].tokens, CONTEXT, PROMPT, agreement, methods, seconds, kept)
 
 
 def _continue(path: Path) -> str:

@@ -12,10 +12,16 @@ import click
 from llm_quantize.cli.common import Mode, emit_json, events, json_option, line, mode, sheltered
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from llm_quantize.demo import Agreement, DemoResult
+    from llm_quantize.demo_methods import MethodsResult
     from llm_quantize.events import EventSink
+
+
+_OTHER_COLUMNS = 11 + 12 + 10 + 8 + 4 * 2
+"""Cells beside the words in the table of runtimes: without a limit they would squeeze the other columns."""
 
 
 @click.command("demo")
@@ -25,9 +31,12 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool, output_dir: str | None, threads: int | None) -> int:
-    """Quantize the built-in model, run every level in llama.cpp, and measure what was lost.
+    """Quantize the built-in model to every kind of file, run it in real runtimes, and measure what was lost.
 
-    The model has 5.8 million weights and writes grammatical nonsense. Nothing is downloaded. Under a minute.
+    First GGUF levels in llama.cpp. Then GGUF, GPTQ, AWQ and compressed-tensors files rounded and with error feedback:
+    this needs the extra [torch], and for GPTQ and AWQ the environment that LLM_QUANTIZE_TRANSFORMERS or
+    LLM_QUANTIZE_VLLM names. The model has 5.8 million weights and writes grammatical nonsense. Nothing is downloaded.
+    A few minutes.
     """
     from llm_quantize.demo import run_demo
 
@@ -43,10 +52,10 @@ def command(ctx: click.Context, as_json: bool, output_dir: str | None, threads: 
 
 @contextmanager
 def _progress(shown: Mode) -> Iterator[EventSink]:
-    """One bar for both stages on a terminal; elsewhere a line when a stage begins or ends."""
+    """One bar for all stages on a terminal; elsewhere a line when a stage begins or ends."""
     if not shown.live:
         with events(shown, "quantize") as sink:
-            yield sink if shown.json or shown.quiet else _with_stage_line(sink)
+            yield sink if shown.json or shown.quiet else _with_stage_lines(sink)
         return
     from rich.console import Console
     from rich.progress import Progress
@@ -54,24 +63,35 @@ def _progress(shown: Mode) -> Iterator[EventSink]:
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("quantize", total=None)
+        stage = [""]
 
         def draw(event: Mapping[str, Any]) -> None:
             if event["event"] == "warning":
                 console.print(f"warning: {line(event['text'])}", style="yellow", markup=False, highlight=False)
             elif event["event"] in ("progress", "measure"):
-                stage = "quantize" if event["event"] == "progress" else "measure in llama.cpp"
-                progress.update(task, description=stage, completed=event["done"], total=event["total"])
+                default = "quantize" if event["event"] == "progress" else stage[0] or "measure in llama.cpp"
+                text = event.get("text", default)
+                progress.update(task, description=text, completed=event["done"], total=event["total"])
             elif event["event"] == "stage":
+                stage[0] = event["text"]
                 progress.update(task, description=event["text"], completed=0, total=None)
 
         yield sheltered(draw)
 
 
-def _with_stage_line(sink: EventSink) -> EventSink:
+def _with_stage_lines(sink: EventSink) -> EventSink:
+    files = [False]
+
     def plain(event: Mapping[str, Any]) -> None:
-        if event["event"] == "measure" and event["done"] == event["total"]:
-            click.echo(f"measure: 100% ({event['total']} windows through every file in llama.cpp)", err=True)
-        sink(event)
+        kind = event["event"]
+        if kind == "measure" and event["done"] == event["total"]:
+            windows = f"{event['total']} windows through every file in llama.cpp"
+            click.echo(f"measure: 100% ({'every file against the source' if files[0] else windows})", err=True)
+        elif kind == "made":
+            files[0] = True
+            click.echo(f"{line(event['text'])}: 100% ({event['seconds']:.1f} s of CPU time)", err=True)
+        if kind != "progress" or "text" not in event:
+            sink(event)
 
     return sheltered(plain)
 
@@ -96,7 +116,79 @@ def _show(result: DemoResult, output_dir: str | None) -> None:
         console.print(text)
     agreement = line(_agreement(result.agreement))
     console.print(f"\nF32 in llama.cpp against the source in transformers: {agreement}", markup=False)
-    console.print(f"{result.seconds:.0f} seconds in all. {line(_next_step(output_dir))}", markup=False, soft_wrap=True)
+    _show_methods(console, result.methods, result.prompt)
+    console.print(
+        f"\n{result.seconds:.0f} seconds in all. {line(_next_step(output_dir))}", markup=False, soft_wrap=True
+    )
+
+
+def _show_methods(console: Console, found: MethodsResult, prompt: str) -> None:
+    console.print("\nRounding against error feedback, at the same bytes:\n", markup=False)
+    if not found.rows:
+        console.print(f"not shown: {line(found.problem)}. What to do: {line(found.remedy)}", markup=False)
+        return
+    console.print(_methods_table(found))
+    took = f" (made in {found.importance_seconds:.1f} s)" if found.importance_seconds else ""
+    console.print(
+        "Ratio: KL divergence with feedback over that of the rounded file, ± paired standard error; below 1, less is "
+        f"lost. Weights as our decoder reads them, in float32, over {found.tokens:,} tokens of held-out text. Feedback "
+        f"saw {found.calibration_tokens:,} tokens of other text; rounded GGUF files have an importance matrix of the "
+        f"same{took}. AWQ with feedback also rescales channels.",
+        style="dim",
+    )
+    console.print(f"\nIn their runtimes, with feedback, after “{prompt}”:\n", markup=False)
+    if any(row.run is not None and not row.run.problem for row in found.rows):
+        console.print(_runtimes_table(found, console.width))
+        console.print(
+            "To decoder: KL divergence between what the runtime predicts and what the weights say that our decoder "
+            "reads from the same file. llama.cpp rounds activations to 8 bits; vLLM computes in bfloat16, transformers "
+            "in float32.",
+            style="dim",
+        )
+    for row in found.rows:
+        if row.run is not None and row.run.problem:
+            told = f"{row.label} was not run in {row.run.runtime}: {line(row.run.problem)}"
+            console.print(f"{told}. What to do: {line(row.run.remedy)}" if row.run.remedy else told, markup=False)
+
+
+def _methods_table(found: MethodsResult) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("file", "method"):
+        table.add_column(name, no_wrap=True)
+    for name in ("size", "KL divergence", "ratio", "same top", "CPU"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found.rows:
+        lost, ratio = row.divergence, row.ratio
+        table.add_row(
+            row.label,
+            row.method,
+            f"{row.size / 1e6:.2f} MB",
+            f"{lost.kld:.5f} {_plus_minus(lost.kld_sem)}",
+            "" if ratio is None else f"{ratio.kld_ratio:.2f} ±{ratio.kld_ratio_sem:.2f}",
+            f"{100 * lost.same_top:.1f} %",
+            f"{row.seconds:.1f} s" if row.seconds else "–",
+        )
+    return table
+
+
+def _runtimes_table(found: MethodsResult, width: int) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("file", "runtime"):
+        table.add_column(name, no_wrap=True)
+    for name in ("to decoder", "same top"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("first words", no_wrap=True)
+    for row in found.rows:
+        if row.run is not None and not row.run.problem:
+            run, words = row.run, Text(line(" ".join(row.run.text.split())))
+            words.truncate(max(11, width - _OTHER_COLUMNS), overflow="ellipsis")
+            table.add_row(row.label, run.runtime, f"{run.kld:.1e}", f"{100 * run.same_top:.1f} %", words)
+    return table
 
 
 def _table(result: DemoResult) -> Table:
