@@ -19,7 +19,7 @@ from llm_quantize.formats.scheme import scheme_from_dict
 from llm_quantize.formats.table import packed_format
 from llm_quantize.io.safetensors_file import read_header
 from llm_quantize.manifest import read_manifest
-from llm_quantize.pipeline import Options, quantize
+from llm_quantize.pipeline import Options, plan, quantize
 from llm_quantize.source import open_source
 from llm_quantize.verify import verify
 
@@ -75,6 +75,13 @@ def test_sound_and_read_alike(format: str, level: str, method: Any, llama: Path,
             kind = artifact.types()[f"{matrix['name']}.weight"]
             assert kind.removesuffix("_asym") == scheme.qtype.name.removesuffix("_asym")
         artifact.close()
+
+
+def test_memory_of_rounding_is_planned(llama: Path) -> None:
+    options = Options(method=MethodOptions(method="rtn", group_size=32))
+    (planned,) = plan(str(llama), "gptq", levels=["4bit"], options=options)
+    assert 200 << 20 < planned.method_bytes < 300 << 20
+    assert not plan(str(llama), "gguf", levels=["Q4_0"], options=Options())[0].method_bytes
 
 
 def test_without_torch_nothing_is_begun(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import llm_quantize
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.scaling import changed_floats
 from llm_quantize.assemble import matrix_shape
-from llm_quantize.blockwise.estimate import estimate
+from llm_quantize.blockwise.estimate import estimate, rounding_bytes
 from llm_quantize.blockwise.options import MethodOptions
 from llm_quantize.calibration.identity import model_digest
 from llm_quantize.calibration.options import CalibrationOptions
@@ -159,7 +159,7 @@ def _text_advice(imatrix: Imatrix | None, options: Options) -> list[str]:
 def _estimated(source: Source, plan: ArtifactPlan, imatrix: Imatrix | None, options: Options) -> ArtifactPlan:
     """``plan`` with what a method that runs text through the model will take, in memory and in time."""
     if imatrix is None or not options.method.calibrates(plan.format):
-        return plan
+        return replace(plan, method_bytes=rounding_bytes(plan))
     need = estimate(source, plan, options.method, imatrix.chunks, options.calibration.length)
     minutes = need.operations / 100e9 / 60
     length = min(options.calibration.length, source.architecture.hyper.context_length)

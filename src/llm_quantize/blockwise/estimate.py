@@ -27,6 +27,7 @@ HELD_OUT_WINDOWS = 4
 """Further windows of the text that go along, are never calibrated on, and tell at the end what was lost."""
 
 TORCH_BYTES = 400 << 20  # torch, transformers and their libraries, loaded
+TORCH_ALONE_BYTES = 240 << 20
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ def estimate(source: Source, artifact: ArtifactPlan, options: MethodOptions, win
     each = max(workspace_bytes(hyper, length, itemsize, eager=False), 40 * widest * 256 + (160 << 20))
     memory = TORCH_BYTES + MARGIN_BYTES + block + grams + captured + factor + 5 * values + each
     return Estimate(memory, _operations(outputs, weights, windows * length, options, paired=paired))
+
+
+def rounding_bytes(artifact: ArtifactPlan) -> int:
+    """Peak bytes of rounding matrices one after the other, without text: torch, and the largest matrix as codes."""
+    values = max((weights_of(matrix.weight.shape) for matrix in artifact.matrices), default=0)
+    return TORCH_ALONE_BYTES + 5 * values if values else 0
 
 
 def _operations(
