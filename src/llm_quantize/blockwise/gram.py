@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-TILE = 1024
+TILE = 512
 
 
 class Gram:
@@ -45,6 +45,11 @@ class Gram:
             if self.cross is not None and full is not None:
                 found.append(partial(_add_cross, self.cross[rows], inputs, full[:, rows], rows))
         return found
+
+    def finite(self) -> bool:
+        """Whether every input so far was: one that is not makes its mean square so."""
+        found = bool(torch.isfinite(self.hessian.diagonal()).all())
+        return found and (self.cross is None or bool(torch.isfinite(self.cross.diagonal()).all()))
 
     def finish(self) -> None:
         """Complete the lower triangle."""

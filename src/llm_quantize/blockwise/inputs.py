@@ -94,7 +94,6 @@ class FullInputs:
             taps = self.taps if index < self.windows else []
             found, values = capture(block, before.read(index), taps, whole=after is not None)
             for (tap, _), inputs in found.items():
-                _refuse_nonfinite(inputs, tap, index)
                 self._held[tap].write(index, inputs)
             if after is not None and values is not None:
                 after.write(index, values)
@@ -152,10 +151,7 @@ def collect(
     step = max(1, CHUNK_TOKENS // hidden.shape[1])
 
     def window(index: int) -> tuple[int, Inputs]:
-        found, _ = capture(block, hidden.read(index), taps)
-        for (tap, _), values in found.items():
-            _refuse_nonfinite(values, tap, index)
-        return index, found
+        return index, capture(block, hidden.read(index), taps)[0]
 
     for first in range(0, windows, step):
         chunk = range(first, min(first + step, windows))
@@ -171,9 +167,26 @@ def collect(
                 grams[key] = Gram(known[key[0]].columns, cross=theirs is not None, device=inputs.device)
             jobs += grams[key].jobs(inputs, theirs)
         pool.do(jobs)
+        if not all(grams[key].finite() for key in grams):
+            for index in chunk:
+                _blame(index, window(index)[1], full)
+            raise NumericPolicyError(
+                "the squares of activations overflow float32",
+                found=f"samples {chunk[0]} to {chunk[-1]}",
+                remedy="check the checkpoint with `llm-quantize info`; finished blocks are kept",
+            )
     for gram in grams.values():
         gram.finish()
     return grams
+
+
+def _blame(index: int, inputs: Inputs, full: FullInputs | None) -> None:
+    """Raise NumericPolicyError if window ``index`` is the one whose inputs are not finite."""
+    for (tap, _), values in inputs.items():
+        _refuse_nonfinite(values, tap, index)
+        theirs = None if full is None else full.read(tap, index)
+        if theirs is not None:
+            _refuse_nonfinite(theirs, tap, index)
 
 
 def _theirs(

@@ -207,7 +207,8 @@ class Blocks:
         """Quantize every matrix that is not done. Raises StoppedError after a signal: finished matrices are kept."""
         missing = [index for index, held in enumerate(self.members) if not all(self._done(m) for m, _ in held)]
         missing += [index for index in range(len(self.taps)) if not self._held_done(index)]
-        if self.measures and "measured" not in self.matrices.target.output.notes:
+        self.measures = self.measures and "measured" not in self.matrices.target.output.notes
+        if self.measures:
             missing.append(self.network.n_blocks - 1)
         if not missing:
             return

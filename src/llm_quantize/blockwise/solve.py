@@ -24,6 +24,7 @@ from llm_quantize.blockwise.stores import Fields, Store
 from llm_quantize.calibration.network_taps import Tap
 from llm_quantize.methods.gptq import solve
 from llm_quantize.methods.gptq_options import GptqOptions
+from llm_quantize.methods.grid import Grid, GridType
 from llm_quantize.methods.hessian import Factor, factorize
 from llm_quantize.plan import MatrixPlan
 
@@ -55,7 +56,7 @@ class Job:
 
     matrix: MatrixPlan
     segments: Sequence[Segment]
-    on_grid: bool = False
+    on_grid: str = ""
     pieces: dict[int, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
@@ -176,11 +177,8 @@ class Solver:
             work.job.pieces[work.start] = self.store.plain(matrix, rows, importance)
             return
         weight = torch.from_numpy(rows).to(self.device)
-        if work.job.on_grid:
-            grid, codes = kind.plain(weight, None)
-        elif factor is None:
-            grid = kind.fit(weight, None)
-            codes = grid.nearest(weight)
+        if work.job.on_grid or factor is None:
+            grid, codes = _rounded(kind, weight, work.job.on_grid or "fit")
         else:
             found = solve(weight, kind, factor, self.options)
             grid, codes = found.grid, found.codes
@@ -210,19 +208,31 @@ class Solver:
             for start in range(segment.start, segment.stop, ROWS):
                 self._rows(_Rows(job, start, min(start + ROWS, segment.stop), factor))
 
-    def _trained_on_grid(self, matrix: MatrixPlan) -> bool:
-        """Whether plain rounding changes next to nothing: the weights were trained (or rounded) onto this very grid,
-        and feedback would take them off it."""
+    def _trained_on_grid(self, matrix: MatrixPlan) -> str:
+        """How plain rounding changes next to nothing, "" where it does: the weights were trained (or rounded) onto
+        this very grid, and feedback would take them off it. "plain": as the format's owner rounds; "fit": with the
+        best scales, as owners differ in what they divide the largest weight by."""
         kind = self.store.grid_type(matrix.qtype)
         if kind is None:
-            return False
+            return ""
         rows = int(np.prod(matrix.weight.shape[:-1]))
         sampled = [self.read(matrix, row, row + 1) for row in sorted({i * rows // _SAMPLED for i in range(_SAMPLED)})]
         weight = torch.from_numpy(np.concatenate(sampled)).to(self.device)
-        grid, codes = kind.plain(weight, None)
-        bound = _ON_GRID.get((len(grid.levels) - 1).bit_length(), 0.0)
-        off, norm = (grid.decode(codes) - weight).double().norm(), weight.double().norm()
-        return bool(norm > 0 and off < bound * norm)
+        norm = weight.double().norm()
+        for way in ("plain", "fit") if norm > 0 else ():
+            grid, codes = _rounded(kind, weight, way)
+            bound = _ON_GRID.get((len(grid.levels) - 1).bit_length(), 0.0)
+            if (grid.decode(codes) - weight).double().norm() < bound * norm:
+                return way
+        return ""
+
+
+def _rounded(kind: GridType, weight: torch.Tensor, way: str) -> tuple[Grid, torch.Tensor]:
+    """``weight`` on a grid that knows no inputs: the format owner's ("plain"), or the one that fits best ("fit")."""
+    if way == "plain":
+        return kind.plain(weight, None)
+    grid = kind.fit(weight, None)
+    return grid, grid.nearest(weight)
 
 
 @dataclass(frozen=True)
