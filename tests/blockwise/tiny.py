@@ -29,6 +29,13 @@ def write_text(directory: Path) -> Path:
     return file
 
 
+def write_noise(file: Path, seed: int) -> Path:
+    """A text of letters drawn at random, so that one seed's is as good a sample of it as another's."""
+    letters = torch.randint(33, 127, (6000,), generator=torch.Generator().manual_seed(seed)).tolist()
+    file.write_text("".join(map(chr, letters)))
+    return file
+
+
 def options(text: Path, *, samples: int = 2, length: int = 48, threads: int = 1, **more: Any) -> Options:
     """Options of a small run; ``more``: of MethodOptions, GptqOptions and Options, by their names."""
     stages = {name: more.pop(name) for name in list(more) if name in GptqOptions.__dataclass_fields__}

@@ -92,9 +92,8 @@ def hashes(directory: Path) -> dict[str, str]:
 
 def finished(directory: Path) -> dict[str, str]:
     """``hashes`` without what an unfinished run keeps."""
-    return {
-        name: value for name, value in hashes(directory).items() if ".partial" not in name and ".journal" not in name
-    }
+    kept = (".partial", ".journal", ".hidden")
+    return {name: value for name, value in hashes(directory).items() if not any(word in name for word in kept)}
 
 
 def recorded(directory: Path) -> int:

@@ -15,7 +15,8 @@ from .forking import CommandLine, Outcome, finished, hashes, recorded
 
 @dataclass
 class Scenario:
-    """A command whose result is known. ``arguments`` follow the output directory; ``root`` holds one per try."""
+    """A command whose result is known. ``arguments`` follow the output directory; ``root`` holds one per try;
+    ``always``: faults of every run (see server.py)."""
 
     command_line: CommandLine
     model: Path
@@ -24,20 +25,29 @@ class Scenario:
     kills: int = 0
     resumed: int = 0
     expected: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     units: int = 0
     calls: int = 0
     times: list[float] = field(default_factory=list)
+    format: str = "gguf"
+    always: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         outcome = self.run(self.root / "reference")
         assert outcome.code == 0, outcome.err
         assert outcome.calls is not None
+        self.warnings = self.warned(outcome)
         self.expected, self.calls, self.units = hashes(self.root / "reference"), len(outcome.calls), outcome.made
 
     def run(self, directory: Path, *more: str, **faults: Any) -> Outcome:
         """The command into ``directory``; ``{}`` in an argument stands for it."""
         words = [word.replace("{}", str(directory)) for word in (*self.arguments, *more)]
-        return self.command_line.run("quantize", self.model, "gguf", "-o", directory / "out", *words, **faults)
+        place = ("-o", directory / "out")
+        return self.command_line.run("quantize", self.model, self.format, *place, *words, **{**self.always, **faults})
+
+    @staticmethod
+    def warned(outcome: Outcome) -> list[str]:
+        return [event["text"] for event in outcome.events if event["event"] == "warning"]
 
     def check_visible(self, directory: Path) -> None:
         """Nothing stands under a final name but what belongs there, whole."""
@@ -50,7 +60,7 @@ class Scenario:
         outcome = self.run(directory)
         assert outcome.code == 0, outcome.err + outcome.out
         assert hashes(directory) == self.expected
-        assert not [event for event in outcome.events if event["event"] == "warning"]
+        assert self.warned(outcome) == self.warnings
         if before and outcome.made + outcome.resumed:
             assert outcome.resumed == before
         self.resumed += outcome.resumed

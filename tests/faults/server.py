@@ -2,10 +2,11 @@
 
 The words of its own command line are modules to import first. Requests and answers are JSON lines on standard input
 and output. A request: ``arguments`` of the command line, and any of ``kill_call`` k (SIGKILL ahead of the k-th
-persistence call), ``fail_call`` [k, errno] (only that one), ``fail_from`` [k, errno] (that one and all later ones),
-``signal_call`` [[k, number], ...], ``kill_after`` seconds, ``file_size`` bytes (RLIMIT_FSIZE), ``environment``,
-``constants`` [[module, name, value], ...] to set. The answer: ``code`` (negative: killed by that signal), ``calls``
-(names of persistence calls; absent when killed), ``out``, ``err``.
+persistence call), ``kill_after_write`` text (SIGKILL ahead of the call that follows its writing), ``fail_call``
+[k, errno] (only that one), ``fail_from`` [k, errno] (that one and all later ones), ``signal_call`` [[k, number], ...],
+``kill_after`` seconds, ``file_size`` bytes (RLIMIT_FSIZE), ``environment``, ``constants`` [[module, name, value], ...]
+to set. The answer: ``code`` (negative: killed by that signal), ``calls`` (names of persistence calls; absent when
+killed), ``out``, ``err``.
 """
 
 from __future__ import annotations
@@ -35,9 +36,14 @@ from tests.faults.injection import wrapped
 def _before(request: dict[str, Any]) -> Any:
     count = [0]
     signals = dict(request.get("signal_call", []))
+    text, written = request.get("kill_after_write", "").encode(), [False]
 
-    def before(_name: str, _arguments: tuple[Any, ...]) -> None:
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
         count[0] += 1
+        if written[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if text and name == "write":
+            written[0] = text in bytes(arguments[1])
         if count[0] == request.get("kill_call"):
             os.kill(os.getpid(), signal.SIGKILL)
         if count[0] in signals:
