@@ -23,6 +23,7 @@ from llm_quantize.evaluation.grades import GRADES, grade
 from llm_quantize.experience import PUBLISHED_SOURCE, Experience, Loss, gains_from_importance
 from llm_quantize.footprint import Footprint, Placement, Shape, footprint, place, weights_of
 from llm_quantize.machine import Machine
+from llm_quantize.other_formats import directories_note
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.planning import FLOAT_LEVELS, Options, plan_source, tensor_shapes
 from llm_quantize.recipes import LEVELS, needs_importance
@@ -396,5 +397,4 @@ def _notes(
         notes.append(f"the model was made for {trained} tokens; the cache is counted for {context}")
     if take is not None and take.calibrate:
         notes.append("--calibrate needs pip install 'llm-quantize[torch]'; without it take --imatrix FILE")
-    notes.append("formats: this version writes gguf")
-    return notes
+    return [*notes, directories_note(source)]
