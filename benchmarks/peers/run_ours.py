@@ -3,7 +3,7 @@
     python run_ours.py MODEL TOKENS.json OUTPUT FORMAT LEVEL [options of the command]
 
 The windows of TOKENS.json are those that the command draws by itself from the built-in text; that they are the same is
-checked by the caller.
+checked by the caller. By default it takes the first of them, as many as it finds enough; --all-windows: all of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def main() -> None:
 
     model, tokens, output, form, level, *rest = sys.argv[1:]
     windows = json.loads(Path(tokens).read_text())
-    shape = ["--calibration-samples", str(len(windows)), "--sequence-length", str(len(windows[0]))]
+    shape = ["--sequence-length", str(len(windows[0]))]
+    if "--all-windows" in rest:
+        rest.remove("--all-windows")
+        shape += ["--calibration-samples", str(len(windows))]
     threads = ["--threads", str(torch.get_num_threads())]
     command = ["quantize", model, form, "-q", level, "-o", output, "--overwrite", *threads, *shape, *rest]
     # The command speaks on stdout; the last line there must be the report's.

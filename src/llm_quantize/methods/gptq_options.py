@@ -31,7 +31,7 @@ class GptqOptions:
     feedback: bool = True
     sweeps: int = 3
     refit: bool = True
-    alternations: int = 2
+    alternations: int = 1
     correction: float = 1.0
     compare: bool = True
 
