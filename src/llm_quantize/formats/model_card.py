@@ -17,6 +17,10 @@ from llm_quantize.qtypes.integer import WHOLE_ROW
 
 _COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _NAMES = {"gptq": "GPTQ", "awq": "AWQ", "compressed-tensors": "compressed-tensors (pack-quantized)"}
+_KERNELS = {
+    "gptq": 'GPTQConfig(bits={bits}, backend="gptq_torch")',
+    "awq": 'AwqConfig(bits={bits}, backend="torch_awq")',
+}
 _NEEDS = {"gptq": "optimum gptqmodel", "awq": "gptqmodel", "compressed-tensors": "compressed-tensors"}
 
 
@@ -158,6 +162,12 @@ def _loading(facts: CardFacts) -> str:
         f'model = AutoModelForCausalLM.from_pretrained("{facts.name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{facts.name}")\n```'
     )
+    kernel = _KERNELS.get(facts.scheme.format)
+    if kernel is not None:
+        transformers += (
+            "\n\nOn a CPU name the kernel, as otherwise one is compiled for minutes: "
+            f"`quantization_config={kernel.format(bits=facts.scheme.qtype.bits)}`."
+        )
     caution = transformers_caution(facts.scheme) if facts.experts else None
     return f"## Loading\n\n{vllm}\n\n{transformers}\n" + (f"\n{caution}.\n" if caution else "")
 
