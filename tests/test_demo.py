@@ -317,6 +317,17 @@ def test_output_fits_the_terminal(checked: bool, columns: int, monkeypatch: pyte
     assert "AWQ 4bit was not run in vLLM: Running a model in vLLM: ImportError. What to do: in a checkout" in words
 
 
+def test_json_has_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "run_demo", lambda *_, **__: example_result(True))
+    outcome = CliRunner().invoke(command, ["--json"])
+    assert outcome.exception is None
+    rounded, feedback = json.loads(outcome.stdout)["methods"]["rows"][2:]
+    assert rounded["ratio"] is None
+    assert feedback["ratio"]["kld_ratio"] == 0.71234
+    assert feedback["divergence"]["kld_999"] == 2.0
+    assert feedback["run"]["remedy"] == "in a checkout: make vllm"
+
+
 def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line for each file and measurement, no bar, and nothing of a second measurement in llama.cpp's name."""
 
