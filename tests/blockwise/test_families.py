@@ -18,6 +18,7 @@ from ..tiny_models import TINY, make_tiny
 from .tiny import ids_of, matrices, options, run, write_noise
 
 QUICK = ("gpt2", "phi3", "mixtral", "qwen2_moe", "gemma3_text", "falcon-new")
+AWQ = ("llama-bias", "qwen2_moe")
 DIRECTORIES = ("llama-bias", "phi3", "qwen3_moe", "mixtral")
 
 
@@ -79,3 +80,8 @@ def test_feedback_into_gguf(variant: str, tmp_path: Path) -> None:
 )
 def test_feedback_into_a_directory(variant: str, tmp_path: Path) -> None:
     compare(variant, tmp_path, "compressed-tensors", "W4A16", group_size=32)
+
+
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=() if v in AWQ else pytest.mark.heavy) for v in TINY])
+def test_scales_and_feedback_into_awq(variant: str, tmp_path: Path) -> None:
+    compare(variant, tmp_path, "awq", "4bit", group_size=32)

@@ -6,6 +6,7 @@ Every persistence call is in test_survival_heavy.py; what holds of any run, of t
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -194,6 +195,15 @@ def test_a_changed_source_is_refused_by_name(scenario: Scenario) -> None:
     assert scenario.run(directory, "--overwrite").code == 0
     assert hashes(directory) != scenario.expected
     assert not left_behind(directory)
+
+
+@on("gptq on disk")
+def test_a_touched_source_is_read_again_and_the_run_goes_on(scenario: Scenario) -> None:
+    """Killed when all is written, the model card too, which is no part of the source."""
+    scenario.model = Path(shutil.copytree(scenario.model, scenario.root / "own" / "tiny"))
+    directory = half_done(scenario, "touched", after="model card")
+    os.utime(scenario.model / "model.safetensors")
+    scenario.recover(directory)
 
 
 @on("gguf on disk", "gptq on disk")
