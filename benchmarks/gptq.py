@@ -41,17 +41,19 @@ SHAPES = {
 AIM = 0.5
 
 CANDIDATES = (
-    Candidate("ours-gptq-4bit", "ours", "run_ours.py", ("gptq", "4bit")),
+    Candidate("ours-gptq-4bit", "ours", "run_ours.py", ("gptq", "4bit", "--all-windows")),
+    Candidate("ours-gptq-4bit-source", "ours", "run_ours.py", ("gptq", "4bit", "--all-windows", "--inputs", "source")),
     Candidate("gptqmodel-gptq-4bit", "gptqmodel", "run_gptqmodel.py", ("--bits", "4")),
-    Candidate("ours-compressed-tensors-W4A16", "ours", "run_ours.py", ("compressed-tensors", "W4A16")),
+    Candidate("ours-compressed-tensors-W4A16", "ours", "run_ours.py", ("compressed-tensors", "W4A16", "--all-windows")),
     Candidate("llmcompressor-W4A16", "llmcompressor", "run_llmcompressor.py", ("--scheme", "W4A16")),
-    Candidate("ours-awq-4bit", "ours", "run_ours.py", ("awq", "4bit")),
+    Candidate("ours-awq-4bit", "ours", "run_ours.py", ("awq", "4bit", "--all-windows")),
     Candidate("autoawq-4bit", "autoawq", "run_autoawq.py"),
     Candidate("gptqmodel-awq-4bit", "gptqmodel", "run_gptqmodel.py", ("--method", "awq")),
-    Candidate("ours-gguf-Q4_K_M", "ours", "run_ours.py", ("gguf", "Q4_K_M", "--method", "gptq")),
+    Candidate("ours-gguf-Q4_K_M", "ours", "run_ours.py", ("gguf", "Q4_K_M", "--method", "gptq", "--all-windows")),
 )
 PAIRS = (
     ("ours-gptq-4bit", "gptqmodel-gptq-4bit"),
+    ("ours-gptq-4bit-source", "gptqmodel-gptq-4bit"),
     ("ours-compressed-tensors-W4A16", "llmcompressor-W4A16"),
     ("ours-awq-4bit", "autoawq-4bit"),
     ("ours-awq-4bit", "gptqmodel-awq-4bit"),

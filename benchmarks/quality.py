@@ -49,6 +49,7 @@ AIMS: dict[tuple[str, str], float | None] = {
     ("ours-awq-4bit", "gptqmodel-awq-4bit"): 0.75,
     ("ours-compressed-tensors-W4A16", "llmcompressor-W4A16"): 0.80,
     **{(f"ours-gguf-{level}", f"llamacpp-{level}"): None for level in MORE_LEVELS},
+    ("ours-gptq-4bit-source", "gptqmodel-gptq-4bit"): GPTQ["4bit"],
     ("ours-gptq-4bit", "autoround-W4A16-0"): None,
     ("ours-gptq-4bit", "autoround-W4A16-200"): None,
     ("ours-gptq-3bit", "autoround-W3A16-200"): None,
@@ -65,6 +66,7 @@ def models() -> dict[str, Path]:
 def candidates() -> list[Candidate]:
     """Everything that is measured, ours first."""
     found = [Candidate(f"ours-gptq-{level}", "ours", "run_ours.py", ("gptq", level)) for level in GPTQ]
+    found.append(Candidate("ours-gptq-4bit-source", "ours", "run_ours.py", ("gptq", "4bit", "--inputs", "source")))
     found.append(Candidate("ours-awq-4bit", "ours", "run_ours.py", ("awq", "4bit")))
     found.append(Candidate("ours-compressed-tensors-W4A16", "ours", "run_ours.py", ("compressed-tensors", "W4A16")))
     for level in (*LEVELS, *MORE_LEVELS):
