@@ -35,6 +35,9 @@ from llm_quantize.evaluation.divergence import Comparison, pair
 from llm_quantize.evaluation.texts import evaluation_text
 from llm_quantize.source import open_source
 
+AWQ_WINDOWS = 64
+"""The first so many of them for the tools that search scales, which take ten minutes and more for all of them here."""
+
 WINDOWS, LENGTH = 256, 256
 """Calibration windows and their length, which is also that of the held-out windows: what the models were trained on."""
 
@@ -98,6 +101,13 @@ def prepare(model: Path, folder: Path) -> tuple[Path, np.ndarray]:
     return tokens, evaluation_text(tokenizer, context=LENGTH).windows
 
 
+def first_windows(tokens: Path) -> Path:
+    """The first AWQ_WINDOWS of the windows in ``tokens``, as a file beside it."""
+    few = tokens.with_name(f"tokens{AWQ_WINDOWS}.json")
+    few.write_text(json.dumps(json.loads(tokens.read_text())[:AWQ_WINDOWS]))
+    return few
+
+
 def prepare_llamacpp(model: Path, folder: Path) -> tuple[Path, Path]:
     """What llama.cpp's quantizer is given: the model as BF16 GGUF and the importance matrix of the same tokens."""
     from llm_quantize.cli import run
@@ -131,6 +141,8 @@ def measure_model(name: str, model: Path, tools: dict[str, Path], folder: Path, 
         if candidate.tool not in tools or only not in candidate.name:
             continue
         inputs = gguf_inputs if candidate.tool == "llamacpp" else (model, tokens)
+        if "awq" in candidate.name and candidate.tool != "ours":
+            inputs = (model, first_windows(tokens))
         cost = launch(candidate, tools[candidate.tool], inputs, folder, threads=1)
         if "error" in cost:
             print(f"{name}: {candidate.name} failed: {cost['error']}", file=sys.stderr)
