@@ -80,10 +80,10 @@ class Job:
             fallbacks.append(UNSEEN)
         elif factor.mode != "full":
             fallbacks.append(FALLBACKS[factor.mode])
-        elif corrects and factor.correction is None:
-            fallbacks.append(FALLBACKS["correction"])
         elif few and not tokens:
             fallbacks.append(UNREACHED)
+        elif corrects and factor.correction is None:
+            fallbacks.append(FALLBACKS["correction"])
         if self.on_grid:
             fallbacks.clear()
         notes = [*(factor.notes if factor else ()), *([STARVED] if few and tokens else [])]
