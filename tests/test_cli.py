@@ -100,6 +100,10 @@ def test_dry_run_writes_nothing(demo_model: Path, tmp_path: Path, capsys: pytest
     [
         (["plan", "{model}", "gguf", "-q", "Q9"], 2, "usage"),
         (["plan", "{model}", "gguf", "-q", "IQ1_S", "--no-calibration"], 2, "usage"),
+        (["plan", "{model}", "gptq", "-q", "4bit", "--no-calibration"], 2, "usage"),
+        (["plan", "{model}", "gptq", "-q", "4bit", "--asym", "--no-zero-point"], 2, "usage"),
+        (["plan", "{model}", "GPTQ", "-q", "4bit"], 4, "unsupported"),
+        (["plan", "{model}", "gptq"], 2, "usage"),
         (["plan", "{model}", "gguf"], 2, "usage"),
         (["plan", "{model}", "gguf", "-q", "Q8_0", "--tensor-type", "nothing"], 2, "usage"),
         (["plan", "{model}", "gguf", "-q", "Q8_0", "--tensor-type", "(=q8_0"], 2, "usage"),

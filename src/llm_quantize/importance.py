@@ -37,6 +37,11 @@ def foresee(source: Source, format: str, levels: Sequence[str], options: Options
     if options.method.calibrates(format):
         if options.statistics is not None:
             return _hessians(source, format, options)
+        if options.calibrate is False:
+            raise UsageError(
+                f"--no-calibration cannot be used here: {format} made so runs text through the model",
+                remedy="leave it out, or round to nearest: --method rtn --transform none",
+            )
         _refuse_idle(options, f"--method {options.method.method_of(format)} runs the text through the model itself")
     elif format != "gguf":
         _refuse_idle(options, f"{format} with --method rtn needs no text")
@@ -97,8 +102,10 @@ def drawn(source: Source, format: str, options: Options, on_event: EventSink) ->
     Raises MissingExtraError without torch, and what reading the text raises.
     """
     from llm_quantize.calibration.drawing import draw_windows
+    from llm_quantize.calibration.forward import require_device
 
     need_torch("calibration", "torch", "transformers")
+    require_device(options.calibration.device)
     windows, facts = draw_windows(source, calibration_of(source, format, options), on_event)
     digest = hashlib.sha256(canonical_json([facts, windows.sha256, options.calibration.device])).hexdigest()
     path = Path(CALIBRATED_NAME.format(digest[:16]))

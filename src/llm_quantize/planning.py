@@ -27,7 +27,8 @@ from llm_quantize.recipes import Overrides, Recipe, TensorShape, assign, parse_l
 from llm_quantize.source import Source
 from llm_quantize.work import NONFINITE_POLICIES, Importance
 
-FORMATS = ("gguf", "gptq", "awq", "compressed-tensors")
+_EXAMPLES = {"gguf": "Q4_K_M", "gptq": "4bit", "awq": "4bit", "compressed-tensors": "W4A16"}
+FORMATS = tuple(_EXAMPLES)
 _SELDOM_COVERED = ("token_embd.weight", "output.weight")
 FLOAT_LEVELS = ("F32", "F16", "BF16")
 
@@ -66,16 +67,17 @@ def plan_source(
 ) -> list[ArtifactPlan]:
     """``plan`` for an opened source and the importance that it will be quantized with."""
     if format not in FORMATS:
+        known = format.lower() if format.lower() in _EXAMPLES else "gguf"
         raise UnsupportedError(
             f"this version does not write the format {format[:40]!r}",
             expected=", ".join(FORMATS),
             found=format[:40],
-            remedy="write gguf, for example: llm-quantize quantize MODEL gguf -q Q4_K_M",
+            remedy=f"write {known}, for example: llm-quantize quantize MODEL {known} -q {_EXAMPLES[known]}",
         )
     if options.nonfinite not in NONFINITE_POLICIES:
         raise UsageError("unknown --nonfinite policy", expected=NONFINITE_POLICIES, found=options.nonfinite)
     if not levels:
-        raise UsageError("no level given", remedy="name one or more with -q, for example -q Q4_K_M")
+        raise UsageError("no level given", remedy=f"name one or more with -q, for example -q {_EXAMPLES[format]}")
     stem = _file_stem(name or source.checkpoint.name)
     if format != "gguf":
         found = [_plan_directory(source, format, level, stem, imatrix, options) for level in levels]

@@ -50,7 +50,8 @@ def build_method(arguments: Mapping[str, Any]) -> Any:
 
     symmetric, zero_point = arguments["symmetric"], arguments["zero_point"]
     if symmetric is not None and symmetric is zero_point:
-        raise UsageError("--sym and --zero-point contradict each other", remedy="leave one of them out")
+        pair = "--sym and --zero-point" if symmetric else "--asym and --no-zero-point"
+        raise UsageError(f"{pair} contradict each other", remedy="leave one of them out")
     if symmetric is None and zero_point is not None:
         symmetric = not zero_point
     return MethodOptions(

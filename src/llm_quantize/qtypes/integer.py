@@ -40,6 +40,7 @@ class IntegerType:
                 "An integer type has an impossible group size",
                 expected="a positive number of weights, or -1 for a whole row",
                 found=self.group_size,
+                remedy="for example --group-size 128",
             )
         if self.scale not in SCALE_TYPES:
             raise UsageError("Scales cannot be stored so", expected=", ".join(SCALE_TYPES), found=self.scale)
