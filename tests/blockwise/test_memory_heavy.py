@@ -37,16 +37,16 @@ SIZES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("format", "level", "more"),
+    ("format", "level", "threads", "more"),
     [
-        ("gguf", "Q4_K", ("--method", "gptq")),
-        ("gptq", "4bit", ("--inputs", "block")),
-        ("awq", "4bit", ()),
+        ("gguf", "Q4_K", 1, ("--method", "gptq")),
+        ("gguf", "Q4_K", 4, ("--method", "gptq")),
+        ("gptq", "4bit", 4, ("--inputs", "block")),
+        ("awq", "4bit", 1, ()),
     ],
 )
-@pytest.mark.parametrize("threads", [1, 4])
 def test_the_plan_is_above_the_peak_and_near_it(
-    format: str, level: str, more: tuple[str, ...], threads: int, tmp_path: Path
+    format: str, level: str, threads: int, more: tuple[str, ...], tmp_path: Path
 ) -> None:
     model = make_tiny("llama", tmp_path / "model", **SIZES)
     words = ["--json", "quantize", str(model), format, "-q", level, *more, "-o", str(tmp_path / "out")]
