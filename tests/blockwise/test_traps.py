@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_quantize.blockwise.solve import FALLBACKS, STARVED, UNREACHED
+from llm_quantize.blockwise.solve import FALLBACKS, OUT_OF_RANGE, STARVED, UNREACHED
 from llm_quantize.cli import run as command_line
 from llm_quantize.errors import NumericPolicyError
 from llm_quantize.evaluation.decoded_directory import open_decoded
@@ -325,3 +325,21 @@ def test_failed_runs_leave_the_same_bytes_when_they_go_on(text: Path, tmp_path: 
     run(model, tmp_path / "a", options(text))
     run(model, tmp_path / "b", options(text, inputs="source"))
     assert hashes(tmp_path / "a") != hashes(tmp_path / "b")
+
+
+# scales that float16 cannot hold
+
+
+@pytest.mark.parametrize("factor", [1e30, 1e-12])
+def test_weights_beyond_the_scales_are_told(factor: float, text: Path, tmp_path: Path) -> None:
+    model = make_tiny("llama", tmp_path / "model", dtype="float32")
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.down_proj.weight"] *= factor
+        tensors["model.layers.0.mlp.up_proj.weight"][3] = 0
+
+    change(model, edit)
+    result, manifest = run(model, tmp_path / "out", options(text, group_size=32), "gptq", "4bit")
+    told = {name: facts["fallbacks"] for name, facts in matrices(manifest).items() if "fallbacks" in facts}
+    assert told == {"model.layers.1.mlp.down_proj": {OUT_OF_RANGE: 1}}
+    assert result.degradations()

@@ -30,10 +30,12 @@ from llm_quantize.plan import MatrixPlan
 
 ROWS = 256
 _SAMPLED = 64
+_LOST = 1e-3
 _ON_GRID = {2: 0.02, 3: 0.015, 4: 0.01, 5: 0.008, 6: 0.004}
 
 UNSEEN = "no input was ever seen: every channel weighs the same"
 UNREACHED = "no token reached an expert: it is quantized for the inputs of its whole layer"
+OUT_OF_RANGE = "weights too large or too small for the scales that the format stores: rows of it are lost"
 STARVED = "an expert saw few tokens: its inputs are drawn towards those of its layer"
 FALLBACKS = {
     "diagonal": "the inputs could not be factored, only their mean squares are used: no error feedback",
@@ -183,6 +185,9 @@ class Solver:
             found = solve(weight, kind, factor, self.options)
             grid, codes = found.grid, found.codes
             work.job.note(float(found.loss.sum()), float(found.plain_loss.sum()), found.plain_rows)
+        if _out_of_range(grid, codes, weight):
+            with work.job.lock:
+                work.job.facts.setdefault("fallbacks", {})[OUT_OF_RANGE] = 1
         work.job.pieces[work.start] = self.store.piece(matrix, grid, codes)
 
     def _expert(
@@ -233,6 +238,20 @@ def _rounded(kind: GridType, weight: torch.Tensor, way: str) -> tuple[Grid, torc
         return kind.plain(weight, None)
     grid = kind.fit(weight, None)
     return grid, grid.nearest(weight)
+
+
+def _out_of_range(grid: Grid, codes: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether groups whose stored scale is the least or the largest that is stored lost most of themselves,
+    and together more than the share _LOST of the square norm of ``weight``. Groups of zeros are no loss."""
+    limits = torch.finfo(grid.storage)
+    edge = (grid.d.abs() <= limits.tiny) | (grid.d.abs() >= limits.max)
+    rows = torch.nonzero(edge.any(dim=1)).flatten()
+    if not rows.numel():
+        return False
+    exact = weight[rows].double()
+    error = (grid.decode(codes)[rows].double() - exact).square().reshape(len(rows), -1, grid.span).sum(dim=2)
+    lost = edge[rows] & (2 * error > exact.square().reshape(error.shape[0], -1, grid.span).sum(dim=2))
+    return bool((error * lost).sum() > _LOST * weight.double().square().sum())
 
 
 @dataclass(frozen=True)
