@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_quantize.assemble import matrix_shape, unit_ranges
 from llm_quantize.cli import run
-from llm_quantize.errors import IntegrityError
+from llm_quantize.errors import IntegrityError, MalformedInputError
 from llm_quantize.io.safetensors_file import read_header
 from llm_quantize.manifest import manifest_bytes
 from llm_quantize.verification import Deviation, error_bound
@@ -285,12 +285,19 @@ def test_scales_that_a_transform_moved(method: str, model: Path, tmp_path: Path,
         ("W4A16", {"ignore": ["lm_head", Q + ".weight"]}, "ignore list"),
         ("W4A16", {"ignore": ["re:.*q_proj"]}, "ignore list"),
         ("awq", {"modules_to_not_convert": ["q_proj"]}, "modules_to_not_convert"),
+        ("gptq", {"dynamic": {"-:.*q_proj": {}, "-:(": {}}}, "dynamic rules"),
     ],
 )
 def test_a_configuration_that_contradicts(name: str, changes: Any, words: str, copy: Callable[[str], Path]) -> None:
     if name == "W4A16" and changes["ignore"][0] == "lm_head":
         changes = {"ignore": ["lm_head", Q]}
     assert words in verify(settings(copy(name), **changes)).problems[0]
+
+
+@pytest.mark.parametrize("bits", [None, "4", -1, 10**30, True])
+def test_bits_of_the_wrong_form(bits: Any, copy: Callable[[str], Path]) -> None:
+    with pytest.raises(MalformedInputError, match="bits in the quantization's configuration"):
+        verify(settings(copy("gptq"), bits=bits))
 
 
 def test_a_directory_of_another_model(tmp_path: Path, copy: Callable[[str], Path]) -> None:

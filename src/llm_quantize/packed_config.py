@@ -108,6 +108,9 @@ def weight_settings(settings: Mapping[str, Any], file: Path, layout: str, bits: 
     """What the configuration says of matrices of ``bits`` bits. Raises MalformedInputError for values of no sense."""
     if layout in ("gptq", "awq"):
         declared = declared_bits(settings)
+        for key in ("bits", "w_bit"):
+            if key in settings and settings[key] not in declared:
+                raise _wrong(file, key, "a whole number from 1 to 8", settings[key])
         varies = bool(settings.get("dynamic"))
         if declared and bits not in declared and not varies:
             raise _contradicts(file, f"{declared[0]} bits", f"{bits} bits")

@@ -139,6 +139,11 @@ def _compare_settings(packed: PackedDirectory) -> Iterator[str]:
         for rule in left if isinstance(left, list) else ():
             if isinstance(rule, str) and rule in matrix.name:
                 yield f"{matrix.name} is quantized, but the configuration's modules_to_not_convert has {rule}"
+    dynamic = settings.get("dynamic") if packed.method == "gptq" else None
+    for rule in dynamic if isinstance(dynamic, dict) else ():
+        named = [name for name in packed.matrices if rule.startswith("-:") and _ignores(f"re:{rule[2:]}", name)]
+        if named:
+            yield f"{named[0]} is quantized, but the configuration's dynamic rules have {rule}"
     head = packed.matrices.get("lm_head.weight")
     if packed.method == "gptq" and head is not None and settings.get("lm_head") is False:
         yield "lm_head is quantized, but the configuration says lm_head false"
