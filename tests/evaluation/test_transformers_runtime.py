@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_quantize.errors import UnsupportedError
+from llm_quantize.errors import AccessError, UnsupportedError
 from llm_quantize.evaluation.runtimes import generate, transformers
 from llm_quantize.evaluation.runtimes.isolated import Reply, Request
 from tests.oracles.reference_directories import Layout, divergence, logprobs, write_directory
@@ -104,3 +104,15 @@ def test_a_wrong_layout_shows(tiny: dict[str, Path], tmp_path: Path) -> None:
     reply = transformers.run(tmp_path / "a", ASK)
     assert reply.logprobs is not None
     assert divergence(logprobs(tiny["llama"], decoded, WINDOWS), reply.logprobs) > 1e-3
+
+
+def test_what_transformers_cannot_load_is_refused_in_our_words(tmp_path: Path) -> None:
+    model = make_tiny("llama", tmp_path / "model")
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(UnsupportedError, match="cannot load"):
+        list(generate(model, "Once", max_tokens=1, threads=1))
+    (tmp_path / "elsewhere").write_text("{}")
+    (model / "config.json").unlink()
+    (model / "config.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AccessError, match="outside the model directory"):
+        list(generate(model, "Once", max_tokens=1, threads=1))

@@ -8,6 +8,9 @@ from pathlib import Path
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_files import artifact_files
+from llm_quantize.io.checkpoint_files import CONFIG_LIMIT
+from llm_quantize.io.json_file import read_json_object
+from llm_quantize.io.paths import inside
 
 __all__ = ["first_file", "generate", "warn_beyond"]
 
@@ -47,6 +50,11 @@ def generate(
     if not path.exists():
         raise UsageError("no such artifact", file=path, remedy="check the path")
     directory = path.is_dir() and (path / "config.json").is_file()
+    if directory:
+        # Runtimes follow any link and break off in their own ways: what our readers refuse is not shown to them.
+        for name in sorted(entry.name for entry in path.iterdir() if entry.is_symlink()):
+            inside(path, name)
+        read_json_object(inside(path, "config.json"), limit_bytes=CONFIG_LIMIT)
     possible = ("transformers", "vllm") if directory else ("llama.cpp",)
     if runtime is not None and runtime not in possible:
         raise UsageError("this runtime does not open it", file=path, expected=" or ".join(possible), found=runtime)

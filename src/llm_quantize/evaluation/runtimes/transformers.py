@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llm_quantize.errors import MissingExtraError, UnsupportedError
+from llm_quantize.errors import MissingExtraError, UnsupportedError, printable
 from llm_quantize.evaluation.runtimes import isolated, warn_beyond
 from llm_quantize.evaluation.runtimes.isolated import Reply, Request, Runtime
 from llm_quantize.events import EventSink, ignore
@@ -73,16 +73,24 @@ def generate(
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise MissingExtraError("Running a Hugging Face directory", "torch")
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        str(directory), local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), **local)
+        model: Any = AutoModelForCausalLM.from_pretrained(str(directory), use_safetensors=True, **local)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UnsupportedError(
+            "transformers cannot load this model",
+            file=directory,
+            found=printable(f"{type(error).__name__}: {error}", 300),
+            remedy="see llm-quantize info for what its files are",
+        ) from error
     if chat:
         if tokenizer.chat_template is None:
             raise UnsupportedError("this model has no chat template", file=directory, remedy="run without --chat")
