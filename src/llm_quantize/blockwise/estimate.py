@@ -20,8 +20,8 @@ CHUNK_TOKENS = 8192
 """Tokens whose inputs are held together; a constant, as sums in another order would be other sums."""
 
 TOKENS_PER_COLUMN = 16
-"""Tokens for each input of the widest matrix that are drawn unless the user says how many: with fewer, feedback learns
-the text instead of the model (docs/concepts/methods.md has the measurement)."""
+"""Tokens for each input of the widest matrix that are drawn unless the user says how many. Twice as many lowered the
+divergence of a 2-bit file by 6 % for half as much time again (docs/concepts/methods.md)."""
 
 HELD_OUT_WINDOWS = 4
 """Further windows of the text that go along, are never calibrated on, and tell at the end what was lost."""
