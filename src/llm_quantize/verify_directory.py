@@ -93,15 +93,19 @@ def _compare_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     if problems:
         return problems
     fronts = hashlib.sha256()
-    for name, size in planned.items():
-        front = _front(path / name, size)
+    for entry in manifest["files"]:
+        name = entry["name"]
+        front = _front(path / name, entry["size"])
         if name == CARD and "card_sha256" in manifest:
             if hashlib.sha256(front).hexdigest() != manifest["card_sha256"]:
                 problems.append(f"{name} does not match the manifest's hash")
             front = b""
+        elif entry.get("front_sha256") not in (None, hashlib.sha256(front).hexdigest()):
+            what = "the header of " if name.endswith(".safetensors") else ""
+            problems.append(f"{what}{name} does not match the manifest's hash")
         fronts.update(name.encode() + b"\0" + len(front).to_bytes(8, "little") + front)
-    if fronts.hexdigest() != manifest["identity"].get("layout_sha256"):
-        names = ", ".join(name for name in planned)
+    if not problems and fronts.hexdigest() != manifest["identity"].get("layout_sha256"):
+        names = ", ".join(entry["name"] for entry in manifest["files"])
         problems.append(f"a header or a small file does not match the manifest's hash (one of {names})")
     return problems
 
