@@ -230,8 +230,8 @@ def test_second_signal_stops_at_once(scenario: Scenario, tmp_path: Path) -> None
 def test_signal_before_the_work(command_line: CommandLine, model: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         code = (
-            "import os, sys, llm_quantize.cli as cli, llm_quantize.pipeline as pipeline\n"
-            f"pipeline.open_source = lambda *_, **__: os.kill(os.getpid(), {int(number)})\n"
+            "import os, sys, time, llm_quantize.cli as cli, llm_quantize.pipeline as pipeline\n"
+            f"pipeline.open_source = lambda *_, **__: (os.kill(os.getpid(), {int(number)}), time.sleep(60))\n"
             f"cli.main(['quantize', {str(model)!r}, '-q', 'Q8_0'])"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

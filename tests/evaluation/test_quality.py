@@ -293,6 +293,8 @@ def test_refusals(demo: SimpleNamespace) -> None:
     with pytest.raises(UsageError, match="longer than the model's context"):
         measure_quality(demo.source, [demo.q8], np.zeros((1, 1 << 20), np.int32))
     with pytest.raises(UsageError, match="no such runtime"):
+        measure_quality(demo.source, [demo.q8], demo.windows, runtime="ollama")
+    with pytest.raises(UsageError, match="vllm does not run this artifact"):
         measure_quality(demo.source, [demo.q8], demo.windows, runtime="vllm")
     with pytest.raises(ResourceError, match="memory limit"):
         measure_quality(demo.source, [demo.q8], demo.windows, max_ram=1 << 20)
