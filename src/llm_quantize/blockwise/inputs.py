@@ -19,6 +19,7 @@ from llm_quantize.blockwise.estimate import CHUNK_TOKENS
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.calibration.activations import Activations
 from llm_quantize.calibration.forward import Block, Tap
+from llm_quantize.calibration.statistics import refuse_nonfinite
 from llm_quantize.engine import run
 from llm_quantize.errors import NumericPolicyError
 
@@ -222,15 +223,6 @@ def propagate(
 
 
 def _refuse_nonfinite(values: Tensor, where: str, window: int) -> None:
-    if bool(torch.isfinite(values).all()):
-        return
-    places = torch.nonzero(~torch.isfinite(values))
-    token, channel = (int(index) for index in places[0])
-    raise NumericPolicyError(
-        f"an activation is not finite: {where}, sample {window}, token {token}, channel {channel} "
-        f"({len(places)} such values in this sample)",
-        tensor=where,
-        expected="finite activations",
-        found=float(values[token, channel]),
-        remedy="check the checkpoint with `llm-quantize info`; finished blocks are kept",
-    )
+    if not bool(torch.isfinite(values).all()):
+        remedy = "check the checkpoint with `llm-quantize info`; finished blocks are kept"
+        refuse_nonfinite(values, where, window, tensor=where, remedy=remedy)

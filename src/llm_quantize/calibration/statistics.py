@@ -70,7 +70,8 @@ def partial(kinds: Sequence[str], inputs: Tensor, *, tap: str = "", window: int 
             sums += wide.sum(0)
         squares += wide.square_().sum(0)
     if not bool(torch.isfinite(squares).all()):
-        _refuse_nonfinite(inputs, tap, window)
+        remedy = "calibrate in float32 if this was bfloat16 or float16; check the checkpoint with `llm-quantize info`"
+        refuse_nonfinite(inputs, f"layer input {tap}", window, tensor=tap, remedy=remedy)
     hessian = None
     if "hessian" in kinds:
         if float(squares.max()) >= float(np.finfo(np.float32).max):
@@ -87,18 +88,19 @@ def partial(kinds: Sequence[str], inputs: Tensor, *, tap: str = "", window: int 
     )
 
 
-def _refuse_nonfinite(inputs: Tensor, tap: str, window: int) -> None:
+def refuse_nonfinite(values: Tensor, where: str, window: int, *, tensor: str, remedy: str) -> None:
+    """Raise NumericPolicyError for the first of ``values`` (tokens, channels) that is NaN or infinite; there is one."""
     import torch
 
-    places = torch.nonzero(~torch.isfinite(inputs))
+    places = torch.nonzero(~torch.isfinite(values))
     token, channel = (int(index) for index in places[0])
     raise NumericPolicyError(
-        f"an activation is not finite: layer input {tap}, sample {window}, token {token}, channel {channel} "
+        f"an activation is not finite: {where}, sample {window}, token {token}, channel {channel} "
         f"({len(places)} such values in this sample)",
-        tensor=tap,
+        tensor=tensor,
         expected="finite activations",
-        found=float(inputs[token, channel]),
-        remedy="calibrate in float32 if this was bfloat16 or float16; check the checkpoint with `llm-quantize info`",
+        found=float(values[token, channel]),
+        remedy=remedy,
     )
 
 
