@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -97,7 +97,7 @@ class DirectoryStore:
         raise ValueError(f"{matrix.qtype} has a grid")
 
     def join(self, matrix: MatrixPlan, pieces: Sequence[Any]) -> Fields:
-        grid = stacked([grid for grid, _ in pieces])
+        grid = Grid.stack([grid for grid, _ in pieces])
         return FORMATS[self.scheme.format].pack(self.scheme, grid, torch.cat([codes for _, codes in pieces]))
 
     def typed(self, tensor: TensorPlan, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
@@ -108,16 +108,6 @@ class DirectoryStore:
         format = FORMATS[self.scheme.format]
         names = [field.suffix for field in format.fields(self.scheme, rows, columns)]
         return format.unpack(self.scheme, dict(zip(names, fields, strict=True)))
-
-
-def stacked(grids: Sequence[Grid]) -> Grid:
-    """One grid for the rows of all of them, in order."""
-
-    def joined(name: str) -> Any:
-        found = [getattr(grid, name) for grid in grids]
-        return None if found[0] is None else torch.cat(found)
-
-    return replace(grids[0], d=joined("d"), u=joined("u"), z=joined("z"), m=joined("m"), v=joined("v"))
 
 
 def store_of(artifact: ArtifactPlan) -> Store:

@@ -13,7 +13,7 @@ owner's own codes where those lose less. Dense twin: tests/oracles/dense_gptq.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -146,16 +146,10 @@ def _choose(first: Tensor, one: Grid, other: Grid) -> Grid:
 def _join(parts: list[Solution]) -> Solution:
     if len(parts) == 1:
         return parts[0]
-    grids = [part.grid for part in parts]
-    joined: dict[str, Tensor] = {}
-    for field in fields(Grid):
-        values = [getattr(grid, field.name) for grid in grids]
-        if field.name != "levels" and isinstance(values[0], Tensor):
-            joined[field.name] = torch.cat(values)
     codes = torch.cat([part.codes for part in parts])
     return Solution(
         codes=codes,
-        grid=replace(grids[0], **joined),  # type: ignore[arg-type]
+        grid=Grid.stack([part.grid for part in parts]),
         loss=torch.cat([part.loss for part in parts]),
         plain_loss=torch.cat([part.plain_loss for part in parts]),
         plain_rows=sum(part.plain_rows for part in parts),
