@@ -105,9 +105,9 @@ def positive_scales(active: bool) -> Iterator[None]:
 
 def make(model: Path, target: str, setting: Setting, folder: Path) -> tuple[Path, dict[str, Any]]:
     """The artifact, and what it took. ``target``: FORMAT:LEVEL."""
-    from llm_quantize.blockwise.options import MethodOptions
     from llm_quantize.calibration.options import CalibrationOptions
     from llm_quantize.methods.gptq_options import GptqOptions
+    from llm_quantize.options import MethodOptions
     from llm_quantize.pipeline import Options, quantize
 
     format, level = target.split(":")
@@ -135,7 +135,7 @@ def measure(model: Path, artifacts: Mapping[str, Path]) -> dict[str, dict[str, A
     from llm_quantize.calibration.tokens import TextTokenizer
     from llm_quantize.evaluation.quality import measure_quality
     from llm_quantize.evaluation.texts import evaluation_text
-    from llm_quantize.source import open_source
+    from llm_quantize.models.opening import open_source
 
     source = open_source(str(model))
     with source.checkpoint:

@@ -32,7 +32,7 @@ from llm_quantize.calibration.text import load_texts
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.calibration.windows import sample_windows
 from llm_quantize.data import demo_model
-from llm_quantize.source import open_source
+from llm_quantize.models.opening import open_source
 
 SHAPES = {
     "100m": {"hidden": 1024, "intermediate": 2816, "layers": 8, "heads": 16, "kv_heads": 4, "vocabulary": 2048},

@@ -32,9 +32,9 @@ from llm_quantize.calibration.text import load_texts
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.calibration.windows import sample_windows
 from llm_quantize.data import demo_model
-from llm_quantize.evaluation.divergence import Comparison, pair
 from llm_quantize.evaluation.texts import evaluation_text
-from llm_quantize.source import open_source
+from llm_quantize.measures.divergence import Comparison, pair
+from llm_quantize.models.opening import open_source
 
 AWQ_WINDOWS = 64
 """The first so many of them for the tools that search scales, which take ten minutes and more for all of them here."""

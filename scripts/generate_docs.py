@@ -15,7 +15,7 @@ from gguf import MODEL_ARCH_NAMES
 from llm_quantize import __version__
 from llm_quantize.architectures import ARCHITECTURES
 from llm_quantize.cli import COMMANDS, group
-from llm_quantize.recipes import LEVELS
+from llm_quantize.formats.gguf.levels import LEVELS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "reference"

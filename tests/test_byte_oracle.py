@@ -13,11 +13,12 @@ import gguf
 import numpy as np
 import pytest
 
-from llm_quantize import kernels, recipes
+from llm_quantize import kernels
 from llm_quantize.errors import MalformedInputError
+from llm_quantize.formats.gguf import levels as recipes
+from llm_quantize.formats.gguf.levels import LEVELS, Overrides, TensorShape
 from llm_quantize.io.imatrix_file import read_imatrix
 from llm_quantize.pipeline import Options, quantize
-from llm_quantize.recipes import LEVELS, Overrides, TensorShape
 
 from .oracles import ggml
 from .oracles.legacy_imatrix import random_entry, slow_means, write_gguf_imatrix, write_legacy

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_quantize.recipes import LEVELS
+from llm_quantize.formats.gguf.levels import LEVELS
 
 from .test_byte_oracle import NEED_IMPORTANCE, compare_pipeline, wide_model
 from .tiny_models import TINY, make_tiny

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from llm_quantize.errors import LlmQuantizeError
 from llm_quantize.pipeline import plan
-from tests.test_hostile_cli import CONFIG, copied
-from tests.test_hostile_cli import good as good
+from tests.cli.test_hostile_cli import CONFIG, copied
+from tests.cli.test_hostile_cli import good as good
 
 FUZZ = settings(
     max_examples=40,

@@ -10,20 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_quantize import importance
-from llm_quantize.blockwise.options import MethodOptions
+from llm_quantize.artifacts.decoded_directory import open_decoded
+from llm_quantize.artifacts.manifest import read_manifest
+from llm_quantize.artifacts.verify import verify
+from llm_quantize.calibration import choose
 from llm_quantize.errors import IntegrityError, MissingExtraError
-from llm_quantize.evaluation.decoded_directory import open_decoded
 from llm_quantize.evaluation.tensor_errors import tensor_errors
-from llm_quantize.formats.scheme import scheme_from_dict
+from llm_quantize.formats.base import scheme_from_dict
 from llm_quantize.formats.table import packed_format
 from llm_quantize.io.safetensors_file import read_header
-from llm_quantize.manifest import read_manifest
+from llm_quantize.models.opening import open_source
+from llm_quantize.options import MethodOptions
 from llm_quantize.pipeline import Options, plan, quantize
-from llm_quantize.source import open_source
-from llm_quantize.verify import verify
+from tests.artifacts.test_decoded_directory import fused
 
-from .evaluation.test_decoded_directory import fused
 from .tiny_models import make_tiny
 
 MADE = [
@@ -85,7 +85,7 @@ def test_memory_of_rounding_is_planned(llama: Path) -> None:
 
 
 def test_without_torch_nothing_is_begun(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "find_spec", lambda name: None)
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="--method rtn"):
         made(llama, tmp_path / "out", "gptq", "4bit")
     assert not (tmp_path / "out").exists()

@@ -15,15 +15,16 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.numpy import load_file, save_file
 
-from llm_quantize import checkpoint as checkpoint_module
-from llm_quantize import kernels, pipeline, work
-from llm_quantize.assemble import chunk_ranges, matrix_shape, to_float32
-from llm_quantize.checkpoint import open_checkpoint
+from llm_quantize import kernels, pipeline
+from llm_quantize.architectures.rows import chunk_ranges, matrix_shape, to_float32
+from llm_quantize.artifacts import rounding as work
 from llm_quantize.cli import run
 from llm_quantize.errors import NumericPolicyError, ResourceError, StoppedError, UnsupportedError, UsageError
+from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.io.gguf_file import read_gguf
+from llm_quantize.models import safetensors as checkpoint_module
+from llm_quantize.models.safetensors import open_checkpoint
 from llm_quantize.pipeline import Options
-from llm_quantize.recipes import Overrides
 
 
 def test_plan_predicts_every_byte(demo_model: Path, tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_too_small_a_disk_is_refused_before_work(
     demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = SimpleNamespace(f_bavail=3_458_000, f_frsize=1)
-    monkeypatch.setattr("llm_quantize.preflight.os.statvfs", lambda _path: facts)
+    monkeypatch.setattr("llm_quantize.memory.os.statvfs", lambda _path: facts)
     with pytest.raises(ResourceError, match="not enough disk space") as caught:
         pipeline.quantize(str(demo_model), levels=["Q4_0"], output_dir=tmp_path / "out")
     assert caught.value.found == "3458000 bytes free"

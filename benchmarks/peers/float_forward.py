@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_quantize.evaluation.divergence import Comparison, log_softmax_like, score
-from llm_quantize.evaluation.perplexity import log_softmax, scored
+from llm_quantize.measures.divergence import Comparison, log_softmax_like, score
+from llm_quantize.measures.perplexity import log_softmax, scored
 
 Weights = Mapping[str, npt.NDArray[np.float32]]
 EMBEDDING, TIED = "model.embed_tokens.weight", "lm_head.weight"

@@ -11,11 +11,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "open_checkpoint": "llm_quantize.checkpoint",
+    "open_checkpoint": "llm_quantize.models.safetensors",
     "LlmQuantizeError": "llm_quantize.errors",
     "plan": "llm_quantize.pipeline",
     "quantize": "llm_quantize.pipeline",
-    "verify": "llm_quantize.verify",
+    "verify": "llm_quantize.artifacts.verify",
 }
 
 __all__ = ["LlmQuantizeError", "__version__", "open_checkpoint", "plan", "quantize", "verify"]

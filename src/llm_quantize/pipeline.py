@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm_quantize import importance, preflight
-from llm_quantize.artifact import (
+from llm_quantize.artifacts import preflight
+from llm_quantize.artifacts.manifest import fallbacks, nonfinite_counts
+from llm_quantize.artifacts.output import (
     already_complete,
     finish_card,
     open_output,
@@ -20,16 +21,24 @@ from llm_quantize.artifact import (
     source_times,
     target_path,
 )
+from llm_quantize.artifacts.plan import ArtifactPlan
+from llm_quantize.artifacts.planning import Options, importance_rows, plan_source
+from llm_quantize.artifacts.result import ArtifactResult, complete_result
+from llm_quantize.artifacts.rounding import (
+    Importance,
+    Recheck,
+    Target,
+    Worker,
+    matrix_records,
+    missing_units,
+    unit_records,
+)
 from llm_quantize.blockwise.start import discard_hidden, solve_matrices
+from llm_quantize.calibration import choose
 from llm_quantize.calibration.windows import Windows
 from llm_quantize.engine import run, stop_on_signals
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.manifest import fallbacks, nonfinite_counts
-from llm_quantize.plan import ArtifactPlan
-from llm_quantize.planning import Options, importance_rows, plan_source
-from llm_quantize.result import ArtifactResult, complete_result
-from llm_quantize.source import Source, open_source
-from llm_quantize.work import Importance, Recheck, Target, Worker, matrix_records, missing_units, unit_records
+from llm_quantize.models.opening import Source, open_source
 
 __all__ = ["ArtifactResult", "Options", "Source", "open_source", "plan", "plan_source", "quantize"]
 
@@ -50,7 +59,7 @@ def plan(
     options = options or Options()
     source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
     with source.checkpoint:
-        imatrix = importance.foresee(source, format, levels, options)
+        imatrix = choose.foresee(source, format, levels, options)
         return plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
 
 
@@ -73,18 +82,18 @@ def quantize(
     options = options or Options()
     source = open_source(model, revision=revision, on_event=on_event)
     with source.checkpoint:
-        imatrix = importance.foresee(source, format, levels, options)
+        imatrix = choose.foresee(source, format, levels, options)
         plans = plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
         windows = None
         if any(artifact.matrices for artifact in plans):
-            importance.need_torch(f"--method {options.method.method_of(format)}", "torch")
-        if importance.is_foreseen(imatrix):
+            choose.need_torch(f"--method {options.method.method_of(format)}", "torch")
+        if choose.is_foreseen(imatrix):
             # What cannot succeed is refused before hours of calibration, not after.
             preflight.check(plans, Path(output_dir), threads=1, max_ram=options.max_ram, ignore_space=True)
             if options.method.calibrates(format):
-                imatrix, windows = importance.drawn(source, format, options, on_event)
+                imatrix, windows = choose.drawn(source, format, options, on_event)
             else:
-                imatrix = importance.calibrated(source, options, on_event)
+                imatrix = choose.calibrated(source, options, on_event)
             plans = plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
         for warning in (text for artifact in plans for text in artifact.warnings):
             on_event({"event": "warning", "text": warning})

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from llm_quantize.architectures import ARCHITECTURES, open_architecture
-from llm_quantize.checkpoint import open_checkpoint
 from llm_quantize.errors import UnsupportedError
-from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
+from llm_quantize.models.safetensors import open_checkpoint
 from llm_quantize.pipeline import Options, quantize
+from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
 from ..oracles.rounded_linear import rounding
 from ..tiny_models import TINY, VOCABULARY, WINDOW, make_tiny, reference_logits, reference_model, row_lengths_of_256

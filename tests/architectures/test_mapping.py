@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from llm_quantize.architectures import Architecture, TensorMap, open_architecture
 from llm_quantize.architectures.mapping import row_order
-from llm_quantize.assemble import read_output_rows, to_float32
-from llm_quantize.checkpoint import Checkpoint, open_checkpoint
+from llm_quantize.architectures.rows import read_output_rows, to_float32
 from llm_quantize.errors import MalformedInputError, UnsupportedError
+from llm_quantize.models.safetensors import Checkpoint, open_checkpoint
 
 from ..tiny_models import TINY, make_tiny, to_version_4
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.blockwise.stores import DirectoryStore
-from llm_quantize.evaluation.decoded_directory import open_decoded
 from llm_quantize.formats.table import scheme_of
+from llm_quantize.grids.grid import grid_type
 from llm_quantize.methods.gptq_options import GptqOptions
-from llm_quantize.methods.grid import grid_type
-from llm_quantize.source import open_source
+from llm_quantize.models.opening import open_source
 
 from ..oracles.dense_blocks import dense_run
 from ..tiny_models import make_tiny

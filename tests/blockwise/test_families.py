@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from llm_quantize.artifacts.decoded_directory import open_decoded
+from llm_quantize.artifacts.verify import verify
 from llm_quantize.errors import UnsupportedError
-from llm_quantize.evaluation.decoded_directory import open_decoded
-from llm_quantize.source import open_source
-from llm_quantize.verify import verify
+from llm_quantize.models.opening import open_source
+from tests.streams.networks import opened, streamed_logits
 
-from ..calibration.networks import opened, streamed_logits
 from ..tiny_models import TINY, make_tiny
 from .tiny import ids_of, matrices, options, run, write_noise
 

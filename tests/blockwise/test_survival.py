@@ -24,7 +24,7 @@ from .tiny import left_behind, write_text
 
 ON_DISK = {
     "constants": [
-        ["llm_quantize.calibration.memory", "HIDDEN_BYTES", 0],
+        ["llm_quantize.streams.fitting", "HIDDEN_BYTES", 0],
         ["llm_quantize.blockwise.memory", "KEPT_BYTES", 0],
     ]
 }

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_quantize.blockwise.solve import FALLBACKS, OUT_OF_RANGE, STARVED, UNREACHED
+from llm_quantize.artifacts.decoded_directory import open_decoded
+from llm_quantize.blockwise.solver import FALLBACKS, OUT_OF_RANGE, STARVED, UNREACHED
 from llm_quantize.cli import run as command_line
 from llm_quantize.errors import NumericPolicyError
-from llm_quantize.evaluation.decoded_directory import open_decoded
+from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.io.gguf_file import read_gguf
-from llm_quantize.recipes import Overrides
-from llm_quantize.source import open_source
+from llm_quantize.models.opening import open_source
 
 from ..faults.forking import hashes
 from ..tiny_models import make_tiny

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from llm_quantize import importance
+from llm_quantize.calibration import choose
 from llm_quantize.calibration.options import CalibrationOptions
+from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options
-from llm_quantize.source import open_source
 
 from ..faults.forking import QUIET_MACHINE
 from ..faults.tiny_llama import write_sparse_llama
@@ -65,8 +65,8 @@ def test_foreseen_names_and_shapes_are_those_of_every_family(variant: str, text:
     )
     source = open_source(str(make_tiny(variant, tmp_path / "model")))
     with source.checkpoint:
-        foreseen = importance.foresee(source, "gguf", ["Q4_K_M"], options)
-        real = importance.calibrated(source, options, lambda event: None)
+        foreseen = choose.foresee(source, "gguf", ["Q4_K_M"], options)
+        real = choose.calibrated(source, options, lambda event: None)
     assert foreseen is not None
     shapes = {name: rows.shape for name, rows in foreseen.values.items()}
     assert {name: rows.shape for name, rows in real.values.items()} == shapes

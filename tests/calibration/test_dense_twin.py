@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quantize.calibration.forward import open_network
-from llm_quantize.calibration.importance import coverage, importance, summary
+from llm_quantize.calibration.imatrix import coverage, importance, summary
 from llm_quantize.calibration.statistics import BlockSums
-from llm_quantize.calibration.weights import CheckpointWeights
+from llm_quantize.formats.gguf.levels import TensorShape, is_quantizable
 from llm_quantize.io.statistics_file import (
     KINDS,
     StatisticsFile,
@@ -22,8 +21,9 @@ from llm_quantize.io.statistics_file import (
     read_statistics,
 )
 from llm_quantize.io.whole_file import write_file
-from llm_quantize.recipes import TensorShape, is_quantizable
-from llm_quantize.source import Source, open_source
+from llm_quantize.models.opening import Source, open_source
+from llm_quantize.streams.network import open_network
+from llm_quantize.streams.weights import CheckpointWeights
 
 from ..oracles.dense_statistics import Dense, dense_statistics
 from ..tiny_models import VOCABULARY, make_tiny

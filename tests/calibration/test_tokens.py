@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.data import evaluation_text
 from llm_quantize.errors import LlmQuantizeError, MalformedInputError, UnsupportedError
-from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
-from llm_quantize.formats.gguf_vocabulary import read_vocabulary
-from llm_quantize.source import Source, open_source
+from llm_quantize.formats.gguf.vocabulary.reading import read_vocabulary
+from llm_quantize.models.opening import Source, open_source
+from llm_quantize.runtimes.llama_cpp import LlamaCpp
 from tests.tiny_tokenizers import (
     QWEN2,
     byte_level_json,

@@ -16,7 +16,7 @@ from llm_quantize.calibration.text_files import Document, Message
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.calibration.windows import Windows, coverage_advice, exchanges, sample_windows, split_text
 from llm_quantize.errors import UnsupportedError, UsageError
-from llm_quantize.source import open_source
+from llm_quantize.models.opening import open_source
 
 END = 1_000_000
 

@@ -22,9 +22,9 @@ from llm_quantize.evaluation.allocation import (
 )
 from llm_quantize.evaluation.profile import measure_profile, plan_profile
 from llm_quantize.evaluation.sensitivity import Profile, Sensitivity
+from llm_quantize.formats.gguf.levels import Overrides
+from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, plan
-from llm_quantize.recipes import Overrides
-from llm_quantize.source import open_source
 
 from ..tiny_models import make_tiny
 from .test_sensitivity import windows_of

@@ -26,8 +26,8 @@ from llm_quantize.evaluation.generation_check import (
     source_answers,
 )
 from llm_quantize.io.gguf_file import read_gguf
+from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize
-from llm_quantize.source import open_source
 
 
 @pytest.mark.parametrize(

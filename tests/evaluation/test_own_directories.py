@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.errors import UnsupportedError
-from llm_quantize.evaluation.decoded_directory import open_decoded
-from llm_quantize.evaluation.runtimes import transformers, vllm
-from llm_quantize.evaluation.runtimes.isolated import Request
-from llm_quantize.source import open_source
+from llm_quantize.models.opening import open_source
+from llm_quantize.runtimes import transformers, vllm
+from llm_quantize.runtimes.isolated import Request
 from tests.oracles.reference_directories import divergence, logprobs
 from tests.tiny_models import make_tiny
 

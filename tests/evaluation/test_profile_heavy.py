@@ -11,12 +11,12 @@ from llm_quantize.calibration.text import load_texts
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.calibration.windows import sample_windows
 from llm_quantize.evaluation.allocation import Target, choose
-from llm_quantize.evaluation.perplexity import cut_windows
 from llm_quantize.evaluation.profile import measure_profile, plan_profile
 from llm_quantize.evaluation.quality import measure_quality
+from llm_quantize.formats.gguf.levels import Overrides
+from llm_quantize.measures.perplexity import cut_windows
+from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize
-from llm_quantize.recipes import Overrides
-from llm_quantize.source import open_source
 
 TYPES = ("q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q3_k", "q2_k")
 TEXTS = Path("texts")

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_quantize import data
-from llm_quantize.calibration import memory
+from llm_quantize.artifacts.decoded import DecodedArtifact
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.errors import (
     IntegrityError,
@@ -27,16 +27,16 @@ from llm_quantize.errors import (
     UsageError,
 )
 from llm_quantize.evaluation import quality, streamed
-from llm_quantize.evaluation.decoded import DecodedArtifact
-from llm_quantize.evaluation.divergence import Comparison
-from llm_quantize.evaluation.perplexity import scored
 from llm_quantize.evaluation.quality import QualityResult, measure_quality
-from llm_quantize.evaluation.reordered import Reordered
-from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
 from llm_quantize.evaluation.texts import BUILT_IN, evaluation_text
 from llm_quantize.io.gguf_file import read_gguf
+from llm_quantize.measures.divergence import Comparison
+from llm_quantize.measures.perplexity import scored
+from llm_quantize.models.opening import Source, open_source
 from llm_quantize.pipeline import Options, quantize
-from llm_quantize.source import Source, open_source
+from llm_quantize.runtimes.llama_cpp import LlamaCpp
+from llm_quantize.streams import fitting
+from llm_quantize.streams.reordered import Reordered
 
 from ..oracles import divergence as oracle
 from ..oracles.rounded_linear import rounding
@@ -153,11 +153,11 @@ def test_threads_disk_and_groups_change_nothing(
     assert not expected.memory.on_disk
     progress = [event for event in heard if event["event"] == "measure"]
     assert progress[-1]["done"] == progress[-1]["total"]
-    monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
+    monkeypatch.setattr(fitting, "HIDDEN_BYTES", 0)
     monkeypatch.setattr(streamed, "SLICE_VALUES", 1 << 14)
-    fit, tried = memory.fit, []
+    fit, tried = fitting.fit, []
 
-    def one_head(**sizes: Any) -> memory.Fitted:
+    def one_head(**sizes: Any) -> fitting.Fitted:
         tried.append(sizes["fixed"])
         if len(tried) == 1:
             raise ResourceError("no room for three heads")
@@ -178,7 +178,7 @@ def test_threads_disk_and_groups_change_nothing(
 
 
 def test_no_place_for_hidden_states(demo: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
+    monkeypatch.setattr(fitting, "HIDDEN_BYTES", 0)
     with pytest.raises(LlmQuantizeError, match="no place for hidden states"):
         measure_quality(demo.source, [demo.q8], demo.windows, threads=1, scratch=tmp_path / "absent")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from llm_quantize.evaluation.quality import measure_quality
+from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize
-from llm_quantize.source import open_source
 
 from ..tiny_models import TINY, VOCABULARY, make_tiny
 

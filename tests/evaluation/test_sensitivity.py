@@ -22,10 +22,10 @@ from llm_quantize.evaluation.sensitivity import (
     refuse_other_model,
     write_profile,
 )
+from llm_quantize.formats.gguf.levels import Overrides, Recipe
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
+from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize
-from llm_quantize.recipes import Overrides, Recipe
-from llm_quantize.source import open_source
 
 from ..oracles.legacy_imatrix import random_entry, write_gguf_imatrix
 from ..tiny_models import VOCABULARY, make_tiny

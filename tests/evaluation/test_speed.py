@@ -12,9 +12,9 @@ import pytest
 
 from llm_quantize.errors import MalformedInputError, MissingExtraError, ResourceError, UsageError
 from llm_quantize.evaluation import speed
-from llm_quantize.evaluation.runtimes import llama_cpp_library
-from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
 from llm_quantize.pipeline import quantize
+from llm_quantize.runtimes import llama_cpp_library
+from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ import pytest
 from llm_quantize.cli import run
 from llm_quantize.errors import MissingExtraError, NetworkError, UnsupportedError, UsageError
 from llm_quantize.evaluation import tasks as module
-from llm_quantize.evaluation.perplexity import log_softmax
-from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
 from llm_quantize.evaluation.tasks import Answers, run_tasks, stop_texts
-from tests.evaluation.test_llama_cpp_runtime import make_gguf
+from llm_quantize.measures.perplexity import log_softmax
+from llm_quantize.runtimes.llama_cpp import LlamaCpp
+from tests.runtimes.test_llama_cpp import make_gguf
 
 BOS, EOS = 258, 259
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[reply]"

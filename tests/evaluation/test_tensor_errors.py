@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_quantize import assemble
+from llm_quantize.architectures import rows as assemble
+from llm_quantize.artifacts.decoded import DecodedArtifact
 from llm_quantize.errors import UsageError
-from llm_quantize.evaluation.decoded import DecodedArtifact
 from llm_quantize.evaluation.tensor_errors import place, tensor_errors, worst
 from llm_quantize.io.gguf_file import read_gguf
+from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize
-from llm_quantize.source import open_source
 
 from ..tiny_models import make_tiny, row_lengths_of_256
 

@@ -26,9 +26,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import tokenizers  # noqa: F401  warm before the fork
 
-import llm_quantize.cli.quantize
-import llm_quantize.pipeline
-import llm_quantize.report  # noqa: F401
 from llm_quantize.cli import run
 from tests.faults.injection import wrapped
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_quantize.formats.scheme import Scheme
-from llm_quantize.methods.grid import Grid
+from llm_quantize.formats.base import Scheme
+from llm_quantize.grids.grid import Grid
 
 _STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

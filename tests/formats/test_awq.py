@@ -7,7 +7,7 @@ import pytest
 
 from llm_quantize.errors import UsageError
 from llm_quantize.formats import awq
-from llm_quantize.formats.scheme import Coverage, SchemeOptions
+from llm_quantize.formats.base import Coverage, SchemeOptions
 from tests.formats.grids import make_grid, random_matrix
 
 

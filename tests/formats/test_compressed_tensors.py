@@ -12,7 +12,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 
 from llm_quantize.errors import UsageError
 from llm_quantize.formats import compressed_tensors as form
-from llm_quantize.formats.scheme import Coverage, Scheme, SchemeOptions
+from llm_quantize.formats.base import Coverage, Scheme, SchemeOptions
 from tests.formats.grids import make_grid, random_matrix
 
 SMALL = {"scale": "bfloat16", "group_size": 32}

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llm_quantize.architectures.base import Piece
+from llm_quantize.artifacts.plan import ArtifactPlan
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.directory import DirectoryOptions, plan_directory
 from llm_quantize.formats.table import packed_format, scheme_of
-from llm_quantize.plan import ArtifactPlan
-from llm_quantize.source import open_source
+from llm_quantize.models.opening import open_source
 from tests.formats.filled import fill
 from tests.safetensors_by_hand import entries, write_raw
 from tests.tiny_models import make_tiny, quiet, reference_logits, reference_model
@@ -388,7 +388,7 @@ def test_a_7b_model_is_planned_at_the_size_people_expect(llama: Path, tmp_path: 
 
 def test_a_plan_loads_neither_torch_nor_transformers(llama: Path) -> None:
     code = (
-        "import sys; from llm_quantize.source import open_source; "
+        "import sys; from llm_quantize.models.opening import open_source; "
         "from llm_quantize.formats.directory import plan_directory; "
         f"plan = plan_directory(open_source({str(llama)!r}), 'compressed-tensors', 'W4A16', name='x', "
         "options=__import__('llm_quantize.formats.directory').formats.directory.DirectoryOptions(group_size=32)); "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType
 
-from llm_quantize.formats.gguf import (
+from llm_quantize.formats.gguf.metadata import (
     card_metadata,
     general_metadata,
     importance_metadata,

@@ -13,10 +13,10 @@ from gguf.constants import Keys, TokenType
 from tokenizers import Tokenizer
 
 from llm_quantize.errors import MalformedInputError, UnsupportedError
-from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
-from llm_quantize.formats.gguf_vocab_pretokenizers import RULES, canonical_expression, find_rules
-from llm_quantize.formats.gguf_vocabulary import read_vocabulary
+from llm_quantize.formats.gguf.vocabulary.pretokenizers import RULES, canonical_expression, find_rules
+from llm_quantize.formats.gguf.vocabulary.reading import read_vocabulary
 from llm_quantize.io.gguf_file import MetaValue
+from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
 from ..tiny_tokenizers import (
     LLAMA3,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llm_quantize.errors import AccessError, LlmQuantizeError, MalformedInputError, UnsupportedError
-from llm_quantize.formats.gguf_vocabulary import read_vocabulary
+from llm_quantize.formats.gguf.vocabulary.reading import read_vocabulary
 
 from ..tiny_tokenizers import PRE_TOKENIZERS, byte_level_json, sentencepiece_model
 

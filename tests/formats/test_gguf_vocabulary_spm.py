@@ -15,9 +15,9 @@ from gguf.constants import Keys, TokenType
 from tokenizers import AddedToken, Tokenizer, models, normalizers, trainers
 
 from llm_quantize.errors import LlmQuantizeError, MalformedInputError, UnsupportedError
-from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
-from llm_quantize.formats.gguf_vocab_sentencepiece import read_sentencepiece
-from llm_quantize.formats.gguf_vocabulary import read_vocabulary, runtime_name
+from llm_quantize.formats.gguf.vocabulary.reading import read_vocabulary, runtime_name
+from llm_quantize.formats.gguf.vocabulary.sentencepiece import read_sentencepiece
+from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
 from ..tiny_tokenizers import (
     character_bpe_json,

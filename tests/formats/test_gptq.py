@@ -7,7 +7,7 @@ import pytest
 
 from llm_quantize.errors import MalformedInputError, NumericPolicyError, UnsupportedError, UsageError
 from llm_quantize.formats import gptq
-from llm_quantize.formats.scheme import Coverage, Scheme, SchemeOptions, scheme_from_dict
+from llm_quantize.formats.base import Coverage, Scheme, SchemeOptions, scheme_from_dict
 from llm_quantize.qtypes.integer import IntegerType
 from tests.formats.grids import make_grid, random_matrix
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from llm_quantize.formats.model_card import CardFacts, card, vllm_refusal
-from llm_quantize.formats.scheme import SchemeOptions
+from llm_quantize.formats.base import SchemeOptions
+from llm_quantize.formats.card import CardFacts, card, vllm_refusal
 from llm_quantize.formats.table import FORMATS
 
 FACTS = CardFacts(

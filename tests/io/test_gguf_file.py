@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from llm_quantize import pipeline
 from llm_quantize.errors import AccessError, LlmQuantizeError, MalformedInputError, UnsupportedError, UsageError
-from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
 from llm_quantize.io import gguf_file
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf, read_gguf, tensor_bytes
 from llm_quantize.pipeline import Options
+from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
 V = GGUFValueType
 T = GGMLQuantizationType

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_quantize.calibration.importance import TensorStatistics, importance, tensor_statistics
+from llm_quantize.calibration.imatrix import TensorStatistics, importance, tensor_statistics
 from llm_quantize.errors import MalformedInputError, NumericPolicyError, UsageError
 from llm_quantize.io.imatrix_file import read_imatrix
 from llm_quantize.io.imatrix_writer import write_imatrix_dat, write_imatrix_gguf
@@ -22,8 +22,8 @@ from llm_quantize.io.statistics_file import (
     read_statistics,
 )
 from llm_quantize.io.whole_file import write_file
+from llm_quantize.models.opening import Source, open_source
 from llm_quantize.pipeline import Options, quantize
-from llm_quantize.source import Source, open_source
 
 from ..oracles.legacy_imatrix import random_entry, slow_means, write_gguf_imatrix
 from ..oracles.llama_quantize import Job, data_of, run, save_importance

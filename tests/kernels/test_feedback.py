@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from llm_quantize import kernels
-from llm_quantize.kernels import _native, feedback, reference_feedback
+from llm_quantize.kernels import _native, feedback
+from llm_quantize.kernels.reference import feedback as reference_feedback
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 LEVELS = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llm_quantize import kernels
 from llm_quantize.errors import UsageError
-from llm_quantize.kernels import reference_floats
+from llm_quantize.kernels.reference import floats
 
 from .legacy_cases import (
     KINDS,
@@ -91,7 +91,7 @@ def test_decoding_is_that_of_gguf(qtype: str) -> None:
 
 
 def _as_stored(rows: np.ndarray, dtype: type) -> np.ndarray:
-    return reference_floats.bfloat16_bits(rows) if dtype is np.uint16 else rows.astype(dtype)
+    return floats.bfloat16_bits(rows) if dtype is np.uint16 else rows.astype(dtype)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
@@ -108,7 +108,7 @@ def test_scan_finds_what_numpy_finds(dtype: type, size: int, bad: list[tuple[int
     stored = _as_stored(rows, dtype)
     places = sorted({place for place, _ in bad if place < size})
     expected = (len(places), places[0] if places else -1)
-    assert reference_floats.scan_nonfinite(stored) == expected
+    assert floats.scan_nonfinite(stored) == expected
     for level in kernels.simd_levels():
         with at_level(level):
             assert kernels.scan_nonfinite(stored) == expected
@@ -118,7 +118,7 @@ def test_scan_finds_what_numpy_finds(dtype: type, size: int, bad: list[tuple[int
 def test_scan_of_every_16_bit_value(dtype: type) -> None:
     every = np.arange(1 << 16, dtype=np.uint16).view(dtype).reshape(256, 256)
     found = kernels.scan_nonfinite(every)
-    assert found == reference_floats.scan_nonfinite(every)
+    assert found == floats.scan_nonfinite(every)
     assert found == ((2048, 0x7C00) if dtype is np.float16 else (256, 0x7F80))
 
 

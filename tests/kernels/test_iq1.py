@@ -9,7 +9,8 @@ from hypothesis import given, settings
 
 from llm_quantize import kernels
 from llm_quantize.errors import UsageError
-from llm_quantize.kernels import iq_grids, reference, reference_iq1
+from llm_quantize.kernels import iq_grids, reference
+from llm_quantize.kernels.reference import iq1
 from llm_quantize.qtypes import QTYPES
 
 from ..oracles import ggml
@@ -83,7 +84,7 @@ def test_equal_weights_keep_their_order(qtype: str, monkeypatch: pytest.MonkeyPa
     def last_first(x: np.ndarray) -> np.ndarray:
         return x.shape[1] - 1 - x[:, ::-1].argsort(axis=1, kind="stable")
 
-    monkeypatch.setattr(reference_iq1, "_ascending", last_first)
+    monkeypatch.setattr(iq1, "_ascending", last_first)
     assert (reference.QUANTIZE[qtype](rows, importance) != expected).any()
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_quantize import kernels
-from llm_quantize.kernels import reference_iq4
+from llm_quantize.kernels.reference import iq4
 
 from .legacy_cases import (
     IMPORTANCE,
@@ -47,7 +47,7 @@ def test_every_kind_of_row(qtype: str, kind: str) -> None:
 
 def test_values_on_and_beside_the_middle_of_two_levels() -> None:
     """Both outer levels are in the block and no other weight counts: the scale is 1, and codes fall on the middles."""
-    levels = reference_iq4.LEVELS
+    levels = iq4.LEVELS
     middles = (levels[:-1] + levels[1:]) / 2
     near = np.concatenate([np.nextafter(middles, -np.inf), middles, np.nextafter(middles, np.inf), levels])
     rows = np.zeros((4, 32), np.float32)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from llm_quantize.errors import NumericPolicyError, UsageError
+from llm_quantize.grids.grid import grid_type
 from llm_quantize.methods import gptq
 from llm_quantize.methods.gptq import GptqOptions, factorize, solve
-from llm_quantize.methods.grid import grid_type
 from llm_quantize.methods.tile import Tile, padded_rows
+from tests.grids.small_grids import IQ4, SmallType, inputs, value_table, weights
 
 from ..oracles import dense_gptq
-from .small_grids import IQ4, SmallType, inputs, value_table, weights
 
 TYPES = {
     "symmetric": SmallType(),

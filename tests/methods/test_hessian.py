@@ -10,9 +10,9 @@ from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.methods import cholesky, hessian
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.hessian import factor_bytes, factorize, mix
+from tests.grids.small_grids import inputs, weights
 
 from ..oracles import dense_gptq
-from .small_grids import inputs, weights
 
 
 def moments(columns=150, tokens=600, seed=0):

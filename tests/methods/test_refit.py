@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from llm_quantize.grids.grid import Grid
 from llm_quantize.methods import refit
-from llm_quantize.methods.grid import Grid
 
 
 def test_a_row_that_rounding_would_make_worse_keeps_its_floats():

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm_quantize.methods.grid import Grid
+from llm_quantize.grids.grid import Grid
 
 from ..tiny_models import reference_model
 from . import dense_gptq

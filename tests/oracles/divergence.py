@@ -1,4 +1,4 @@
-"""The same definitions as llm_quantize.evaluation.divergence, token by token in plain Python floats."""
+"""The same definitions as llm_quantize.measures.divergence, token by token in plain Python floats."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Number grids the slow way: one weight, one group, one superblock at a time, in numpy float32.
 
-The same sums in the same order as ``llm_quantize.methods.grid_search`` and ``ggml_grid_super``, so that scales, zero
+The same sums in the same order as ``llm_quantize.grids.search`` and ``ggml_grid_super``, so that scales, zero
 points and sub-scales must be EQUAL, not near; ``nearest`` tries every code in float64.
 """
 
@@ -108,7 +108,7 @@ def better_scale(x, w, scale: F, levels, best: tuple[F, F]) -> tuple[F, F]:
 
 
 def symmetric_scale(x, w, levels, factors, *, signed, start=None, half=True) -> F:
-    """One group of :func:`llm_quantize.methods.grid_search.symmetric_scales`."""
+    """One group of :func:`llm_quantize.grids.search.symmetric_scales`."""
     extreme = np.abs(x).max()
     base = F(extreme / -levels[0])
     best, least = base, F(np.inf)
@@ -125,7 +125,7 @@ def symmetric_scale(x, w, levels, factors, *, signed, start=None, half=True) -> 
 
 
 def zero_point_scale(x, w, levels, factors, least_zero: int) -> tuple[F, F]:
-    """One group of :func:`llm_quantize.methods.grid_search.zero_point_scales`."""
+    """One group of :func:`llm_quantize.grids.search.zero_point_scales`."""
     most = levels[-1]
     low, high = min(x.min(), F(0)), max(x.max(), F(0))
     base = F((high - low) / most)
@@ -180,7 +180,7 @@ def affine_refitted(x, w, scale: F, offset: F, levels: Array) -> tuple[F, F, F]:
 
 
 def affine_scale(x, w, levels, start: tuple[F, F], trims) -> tuple[F, F]:
-    """One group of :func:`llm_quantize.methods.grid_search.affine_scales`."""
+    """One group of :func:`llm_quantize.grids.search.affine_scales`."""
     low, reach = x.min(), F(x.max() - x.min())
     best, least = start, F(np.inf)
     for below in trims:
@@ -278,7 +278,7 @@ def afresh(block: Superblock, factors) -> Superblock:
 
 
 def fit_superblock(block: Superblock, reaches, factors) -> Superblock:
-    """One superblock of :func:`llm_quantize.methods.ggml_grid_super.fit_superblocks`."""
+    """One superblock of :func:`llm_quantize.grids.ggml_super.fit_superblocks`."""
     best, least = block, block.error()
     for start in [block, afresh(block, factors)] if block.bounds[0] < 0 else [block]:
         refined, lowest = start, start.error()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from llm_quantize.evaluation.decoded import DecodedArtifact
+from llm_quantize.artifacts.decoded import DecodedArtifact
 
 from ..tiny_models import reference_model
 

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from llm_quantize.evaluation.divergence import Divergence
-from llm_quantize.evaluation.grades import GRADES, grade
 from llm_quantize.evaluation.speed import Speed
+from llm_quantize.measures.divergence import Divergence
+from llm_quantize.measures.grades import GRADES, grade
 from llm_quantize.reports.result import (
     ComparisonResult,
     MachineFacts,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llm_quantize.errors import AccessError, UsageError
-from llm_quantize.evaluation.grades import GRADES
+from llm_quantize.measures.grades import GRADES
 from llm_quantize.reports import labels as words
 from llm_quantize.reports.markdown import markdown
 from llm_quantize.reports.page import common_length, page, write_page

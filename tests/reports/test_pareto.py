@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_quantize.evaluation.grades import GRADES
+from llm_quantize.measures.grades import GRADES
 from llm_quantize.reports.pareto import ACCEPTABLE, advise, knee_of, pareto_front
 from tests.reports.examples import usual, variant
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from llm_quantize import kernels
-from llm_quantize.assemble import unit_ranges
-from llm_quantize.calibration.weights import CheckpointWeights
-from llm_quantize.plan import TensorPlan, unit_key
+from llm_quantize.architectures.rows import unit_ranges
+from llm_quantize.artifacts.plan import TensorPlan, unit_key
+from llm_quantize.artifacts.rounding import Target
+from llm_quantize.models.opening import Source
 from llm_quantize.qtypes import QTYPES
-from llm_quantize.source import Source
-from llm_quantize.work import Target
+from llm_quantize.streams.weights import CheckpointWeights
 
 _EMBEDDING = "token_embd.weight"
 _HEAD = "output.weight"

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.assemble import weights_of
-from llm_quantize.blockwise.options import MethodOptions
-from llm_quantize.calibration.memory import MARGIN_BYTES, workspace_bytes
-from llm_quantize.plan import ArtifactPlan
-from llm_quantize.source import Source
+from llm_quantize.architectures.rows import weights_of
+from llm_quantize.artifacts.plan import ArtifactPlan
+from llm_quantize.models.opening import Source
+from llm_quantize.options import MethodOptions
+from llm_quantize.streams.fitting import MARGIN_BYTES, workspace_bytes
 
 CHUNK_TOKENS = 8192
 """Tokens whose inputs are held together; a constant, as sums in another order would be other sums."""

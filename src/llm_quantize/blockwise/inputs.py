@@ -17,11 +17,11 @@ from torch import Tensor
 
 from llm_quantize.blockwise.estimate import CHUNK_TOKENS
 from llm_quantize.blockwise.gram import Gram
-from llm_quantize.calibration.activations import Activations
-from llm_quantize.calibration.forward import Block, Tap
 from llm_quantize.calibration.statistics import refuse_nonfinite
 from llm_quantize.engine import run
 from llm_quantize.errors import NumericPolicyError
+from llm_quantize.streams.hidden import Activations
+from llm_quantize.streams.network import Block, Tap
 
 Inputs = dict[tuple[str, int], Tensor]
 """(tap, matrix) -> what one window gave it, (tokens, columns) in the network's dtype."""

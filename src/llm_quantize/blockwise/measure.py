@@ -16,9 +16,9 @@ import torch
 
 from llm_quantize.blockwise.embedding import WrittenTable
 from llm_quantize.blockwise.inputs import Pool, Streams
-from llm_quantize.calibration.forward import Network
-from llm_quantize.evaluation.divergence import Comparison, Scores, log_softmax_like, score
-from llm_quantize.evaluation.perplexity import log_softmax, scored
+from llm_quantize.measures.divergence import Comparison, Scores, log_softmax_like, score
+from llm_quantize.measures.perplexity import log_softmax, scored
+from llm_quantize.streams.network import Network
 
 if TYPE_CHECKING:
     from llm_quantize.blockwise.run import Matrices

@@ -5,21 +5,21 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
-from llm_quantize.assemble import matrix_shape
+from llm_quantize.architectures.rows import matrix_shape
+from llm_quantize.artifacts.plan import ArtifactPlan
 from llm_quantize.blockwise.estimate import CHUNK_TOKENS
 from llm_quantize.blockwise.gram import gram_bytes
-from llm_quantize.blockwise.options import MethodOptions
-from llm_quantize.blockwise.places import routers
-from llm_quantize.blockwise.solve import stages
-from llm_quantize.calibration import memory
-from llm_quantize.calibration.forward import Network
-from llm_quantize.calibration.memory import Fitted
-from llm_quantize.calibration.network_taps import Tap
+from llm_quantize.blockwise.segments import routers
+from llm_quantize.blockwise.solver import stages
 from llm_quantize.errors import ResourceError
 from llm_quantize.methods.gptq import solve_bytes
 from llm_quantize.methods.hessian import factor_bytes
-from llm_quantize.plan import ArtifactPlan
-from llm_quantize.source import Source
+from llm_quantize.models.opening import Source
+from llm_quantize.options import MethodOptions
+from llm_quantize.streams import fitting
+from llm_quantize.streams.fitting import Fitted
+from llm_quantize.streams.network import Network
+from llm_quantize.streams.taps import Tap
 
 __all__ = ["KEPT_BYTES", "Plan", "fit"]
 
@@ -29,7 +29,7 @@ KEPT_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that fits: see calibration.memory.Fitted; and whether the source's inputs of a block stay in memory, and
+    """A run that fits: see streams.fitting.Fitted; and whether the source's inputs of a block stay in memory, and
     their bytes."""
 
     threads: int
@@ -79,13 +79,13 @@ def fit(
             widest = max(widest, *(tap.columns for tap in stage))
         seen = max(seen, sum(number * length * tap.columns * itemsize for tap in taps if tap.matrices == 1))
     values = max(matrix_shape(m.weight.shape)[0] * m.weight.shape[-1] for m in artifact.matrices)
-    each = memory.workspace_bytes(source.architecture.hyper, length, itemsize, eager=network.eager)
+    each = fitting.workspace_bytes(source.architecture.hyper, length, itemsize, eager=network.eager)
     ends = max(network.bytes("embedding"), 2 * network.bytes("head"))
     fixed = max(ends, block + most + factor_bytes(widest, paired) + 5 * values)
     seen = seen if paired else 0
 
     def fitted(kept: int) -> Fitted:
-        return memory.fit(
+        return fitting.fit(
             fixed=fixed + kept,
             each=max(each, solve_bytes(widest)),
             hidden=number * length * network.width * itemsize,

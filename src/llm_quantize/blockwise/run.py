@@ -21,26 +21,26 @@ import numpy.typing as npt
 import torch
 
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.assemble import matrix_shape, read_output_rows, to_float32, unit_ranges
+from llm_quantize.architectures.rows import matrix_shape, read_output_rows, to_float32, unit_ranges
+from llm_quantize.artifacts.plan import MatrixPlan, unit_key
+from llm_quantize.artifacts.rounding import Target, Worker, source_hash
 from llm_quantize.blockwise import scaling
 from llm_quantize.blockwise.embedding import WrittenTable
 from llm_quantize.blockwise.inputs import FullInputs, Pool, Streams, collect, propagate
 from llm_quantize.blockwise.measure import measure
 from llm_quantize.blockwise.memory import Plan
-from llm_quantize.blockwise.options import MethodOptions
-from llm_quantize.blockwise.places import Segment, Sources, routers, segments
-from llm_quantize.blockwise.solve import Job, Solver, stages
+from llm_quantize.blockwise.segments import Segment, Sources, routers, segments
+from llm_quantize.blockwise.solver import Job, Solver, stages
 from llm_quantize.blockwise.start import hidden_directory
 from llm_quantize.blockwise.stores import Fields, Store
-from llm_quantize.calibration.activations import Activations
-from llm_quantize.calibration.forward import Block, Network, Tap
-from llm_quantize.calibration.weights import CheckpointWeights, FiniteWeights, Weights
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.methods.gptq_options import GptqOptions
-from llm_quantize.plan import MatrixPlan, unit_key
-from llm_quantize.source import Source
-from llm_quantize.work import Target, Worker, source_hash
+from llm_quantize.models.opening import Source
+from llm_quantize.options import MethodOptions
+from llm_quantize.streams.hidden import Activations
+from llm_quantize.streams.network import Block, Network, Tap
+from llm_quantize.streams.weights import CheckpointWeights, FiniteWeights, Weights
 
 Floats = npt.NDArray[np.float32]
 

@@ -7,14 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_quantize.artifacts.plan import CARD_UNIT
 from llm_quantize.events import EventSink
-from llm_quantize.plan import CARD_UNIT
 
 if TYPE_CHECKING:
+    from llm_quantize.artifacts.planning import Options
+    from llm_quantize.artifacts.rounding import Target, Worker
     from llm_quantize.calibration.windows import Windows
-    from llm_quantize.planning import Options
-    from llm_quantize.source import Source
-    from llm_quantize.work import Target, Worker
+    from llm_quantize.models.opening import Source
 
 
 def solve_matrices(
@@ -34,9 +34,8 @@ def solve_matrices(
     before any work where memory or disk do not suffice, NumericPolicyError for values that are not finite,
     StoppedError after a signal: what is finished is kept.
     """
-    from llm_quantize.blockwise import memory
+    from llm_quantize.blockwise.from_statistics import solve_known
     from llm_quantize.blockwise.inputs import Pool
-    from llm_quantize.blockwise.known import solve_known
     from llm_quantize.blockwise.run import Blocks, Matrices, round_matrices
     from llm_quantize.blockwise.stores import store_of
 
@@ -56,10 +55,11 @@ def solve_matrices(
     import numpy as np
     import torch
 
+    from llm_quantize.blockwise import memory
     from llm_quantize.blockwise.estimate import HELD_OUT_WINDOWS
     from llm_quantize.calibration.collect import compute_dtype
-    from llm_quantize.calibration.forward import open_network
-    from llm_quantize.calibration.memory import check_disk
+    from llm_quantize.streams.fitting import check_disk
+    from llm_quantize.streams.network import open_network
 
     device = options.calibration.device
     on_event({"event": "stage", "text": "build the network"})

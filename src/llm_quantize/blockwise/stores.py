@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 
 from llm_quantize import kernels
+from llm_quantize.artifacts.plan import ArtifactPlan, MatrixPlan, TensorPlan
+from llm_quantize.artifacts.rounding import infinite_blocks
 from llm_quantize.errors import NumericPolicyError
-from llm_quantize.formats.scheme import NUMPY_TYPES, Scheme
+from llm_quantize.formats.base import NUMPY_TYPES, Scheme
 from llm_quantize.formats.table import FORMATS, scheme_of
-from llm_quantize.methods.grid import Grid, GridType, grid_type, has_grid, pack_ggml
-from llm_quantize.plan import ArtifactPlan, MatrixPlan, TensorPlan
+from llm_quantize.grids.grid import Grid, GridType, grid_type, has_grid, pack_ggml
 from llm_quantize.qtypes import QTYPES
-from llm_quantize.work import infinite_blocks
 
 Floats = npt.NDArray[np.float32]
 Fields = list[npt.NDArray[Any]]

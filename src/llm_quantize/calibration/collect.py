@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import llm_quantize
-from llm_quantize import preflight
-from llm_quantize.calibration import memory
+from llm_quantize import memory
+from llm_quantize.calibration.cache import is_kept, manifest_of, prepare_directory
 from llm_quantize.calibration.drawing import draw_windows
 from llm_quantize.calibration.identity import model_digest
-from llm_quantize.calibration.importance import coverage
-from llm_quantize.calibration.kept import is_kept, manifest_of, prepare_directory
+from llm_quantize.calibration.imatrix import coverage
 from llm_quantize.calibration.options import CalibrationOptions, cache_directory
 from llm_quantize.calibration.result import Calibration
 from llm_quantize.calibration.statistics import EARLY_BYTES, BlockSums, memory_of
@@ -48,15 +47,16 @@ from llm_quantize.io.statistics_layout import (
     layout_statistics,
 )
 from llm_quantize.io.whole_file import write_file
-from llm_quantize.source import Source
+from llm_quantize.models.opening import Source
+from llm_quantize.streams import fitting
 
 if TYPE_CHECKING:
     from threading import Event
 
     from torch import Tensor
 
-    from llm_quantize.calibration.activations import Activations
-    from llm_quantize.calibration.forward import Block, Network
+    from llm_quantize.streams.hidden import Activations
+    from llm_quantize.streams.network import Block, Network
 
 MAX_PARTS = 4
 """Parts of text drawn for experts that saw too little; each is as long as all before it: at most 8 times the text."""
@@ -138,7 +138,7 @@ def _result(state: _Run, path: Path, total: int, short: Mapping[str, tuple[int, 
         seconds=0.0 if reused else time.process_time() - state.began,
         computed_tokens=state.computed,
         memory_planned=state.planned,
-        memory_peak=0 if reused else preflight.peak_resident_bytes(),
+        memory_peak=0 if reused else memory.peak_resident_bytes(),
         advice=() if advice is None else (advice,),
     )
 
@@ -198,7 +198,7 @@ class _Pass:
     keys: Mapping[int, str]
     windows: int
     length: int
-    fitted: memory.Fitted
+    fitted: fitting.Fitted
     stop: Event
 
     @property
@@ -209,7 +209,7 @@ class _Pass:
         """Hidden states between two blocks: on disk in one of two files, so that a finished one outlives the next."""
         import torch
 
-        from llm_quantize.calibration.activations import Activations
+        from llm_quantize.streams.hidden import Activations
 
         file = None if self.fitted.in_memory else self.directory / str(slot)
         dtype = getattr(torch, self.state.dtype)
@@ -225,7 +225,7 @@ def _collect(state: _Run, start: int, count: int) -> Path:
         return target
     import torch
 
-    from llm_quantize.calibration.forward import open_network
+    from llm_quantize.streams.network import open_network
 
     options = state.options
     if state.network is None:
@@ -239,7 +239,7 @@ def _collect(state: _Run, start: int, count: int) -> Path:
     fitted = _fit(state, network, taps, ids)
     state.planned = max(state.planned, fitted.peak)
     prepare_directory(target.parent)
-    memory.check_disk(target.parent, layout.size + (0 if fitted.in_memory else 2 * fitted.hidden_bytes))
+    fitting.check_disk(target.parent, layout.size + (0 if fitted.in_memory else 2 * fitted.hidden_bytes))
     keys = {index: f"block {index}" for index, (_, nbytes) in enumerate(layout.spans) if nbytes}
     output = ResumableOutput(
         target,
@@ -260,15 +260,15 @@ def _collect(state: _Run, start: int, count: int) -> Path:
     return target
 
 
-def _fit(state: _Run, network: Network, taps: Sequence[Sequence[TapLike]], ids: Tensor) -> memory.Fitted:
+def _fit(state: _Run, network: Network, taps: Sequence[Sequence[TapLike]], ids: Tensor) -> fitting.Fitted:
     windows, length = ids.shape
     itemsize = 2 if state.dtype == "bfloat16" else 4
     needs = [memory_of(found, state.kinds) for found in taps]
     totals, partial = max(need.totals for need in needs), max(need.window for need in needs)
     block = max(network.bytes(index) for index in range(network.n_blocks))
-    return memory.fit(
+    return fitting.fit(
         fixed=max(network.bytes("embedding"), block + totals + min(EARLY_BYTES, windows * partial)),
-        each=partial + memory.workspace_bytes(state.source.architecture.hyper, length, itemsize, eager=network.eager),
+        each=partial + fitting.workspace_bytes(state.source.architecture.hyper, length, itemsize, eager=network.eager),
         hidden=windows * length * network.width * itemsize,
         threads=state.options.threads,
         max_ram=state.options.max_ram,
@@ -278,7 +278,7 @@ def _fit(state: _Run, network: Network, taps: Sequence[Sequence[TapLike]], ids: 
 
 def _run_blocks(job: _Pass, ids: Tensor) -> None:
     """Every block whose statistics are missing, after those before it."""
-    from llm_quantize.calibration.weights import CheckpointWeights
+    from llm_quantize.streams.weights import CheckpointWeights
 
     output, state = job.output, job.state
     missing = [index for index, key in job.keys.items() if key not in output.records or not output.check(key)]

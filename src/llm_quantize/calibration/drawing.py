@@ -9,7 +9,7 @@ from llm_quantize.calibration.text import load_texts
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.calibration.windows import Windows, sample_windows
 from llm_quantize.events import EventSink
-from llm_quantize.source import Source
+from llm_quantize.models.opening import Source
 
 
 def draw_windows(source: Source, options: CalibrationOptions, on_event: EventSink) -> tuple[Windows, dict[str, Any]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from llm_quantize.checkpoint import READABLE_DTYPES, Checkpoint
 from llm_quantize.io.journal import canonical_json
+from llm_quantize.models.safetensors import READABLE_DTYPES, Checkpoint
 
 SAMPLED_ROWS = 5
 

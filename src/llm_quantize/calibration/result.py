@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_quantize.calibration.importance import summary, tensor_statistics
+from llm_quantize.artifacts.preflight import refuse_unwritable
+from llm_quantize.calibration.imatrix import summary, tensor_statistics
 from llm_quantize.calibration.windows import Share
 from llm_quantize.errors import UsageError
 from llm_quantize.io.imatrix_writer import write_imatrix_dat, write_imatrix_gguf
 from llm_quantize.io.statistics_file import read_statistics
 from llm_quantize.io.whole_file import refuse_existing, refuse_input, write_file
-from llm_quantize.preflight import refuse_unwritable
-from llm_quantize.source import Source
+from llm_quantize.models.opening import Source
 
 
 @dataclass(frozen=True)

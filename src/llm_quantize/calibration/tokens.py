@@ -19,11 +19,11 @@ from gguf.constants import Keys, TokenType
 
 from llm_quantize.calibration.text_files import Message
 from llm_quantize.errors import MalformedInputError, UnsupportedError, printable
-from llm_quantize.evaluation.runtimes.chat_template import render
-from llm_quantize.formats.gguf_vocab_json import LIMIT_BYTES
+from llm_quantize.formats.gguf.vocabulary.json import LIMIT_BYTES
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.paths import inside, read_limited
-from llm_quantize.source import Source
+from llm_quantize.models.opening import Source
+from llm_quantize.runtimes.chat_template import render
 
 _TODAY = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 """The date in templates that write one: the same text must give the same ids tomorrow."""

@@ -80,7 +80,7 @@ def command(
     """  # fmt: skip
     from llm_quantize.calibration.collect import calibrate
     from llm_quantize.calibration.result import export, refuse_export
-    from llm_quantize.source import open_source
+    from llm_quantize.models.opening import open_source
 
     shown = mode(ctx, as_json)
     options = build_calibration(
@@ -106,7 +106,7 @@ def command(
 def _show(result: Calibration, model: str, target: Path, kind: str) -> None:
     from rich.console import Console
 
-    from llm_quantize.report import human_bytes, shown
+    from llm_quantize.reports.terminal import human_bytes, shown
 
     console = Console(highlight=False, soft_wrap=True)
     for text in result.sentences():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llm_quantize.evaluation.sensitivity import Profile
     from llm_quantize.events import EventSink
     from llm_quantize.io.imatrix_file import Imatrix
-    from llm_quantize.source import Source
+    from llm_quantize.models.opening import Source
 
 SHOWN = 20
 
@@ -76,9 +76,9 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, **ar
     Example: llm-quantize analyze profile ./Llama-3.2-1B --preset balanced
     """
     from llm_quantize.evaluation.allocation import choose
-    from llm_quantize.io.recipe_file import write_recipe
+    from llm_quantize.formats.gguf.recipe_file import write_recipe
     from llm_quantize.io.whole_file import refuse_existing
-    from llm_quantize.source import open_source
+    from llm_quantize.models.opening import open_source
 
     shown = mode(ctx, as_json, verbose)
     target = _target(arguments)
@@ -120,7 +120,7 @@ def _target(arguments: Mapping[str, Any]) -> Target:
 
 
 def _types(arguments: Mapping[str, Any]) -> tuple[str, ...]:
-    from llm_quantize.recipes import parse_qtype
+    from llm_quantize.formats.gguf.levels import parse_qtype
 
     return tuple(parse_qtype(name) for name in (arguments["types"] or "").split(",") if name.strip())
 
@@ -201,8 +201,8 @@ def _plan(source: Source, arguments: Mapping[str, Any], journal: Path, on_event:
 
 
 def _imatrix(source: Source, arguments: Mapping[str, Any]) -> Imatrix | None:
+    from llm_quantize.calibration.choose import from_statistics
     from llm_quantize.errors import UsageError
-    from llm_quantize.importance import from_statistics
     from llm_quantize.io.imatrix_file import read_imatrix
 
     if arguments["imatrix"] and arguments["statistics"]:
@@ -246,7 +246,7 @@ def _show(profile: Profile, choice: Choice, kept: Path, use: str, output: Path, 
     from rich.table import Table
 
     from llm_quantize.qtypes import QTYPES
-    from llm_quantize.report import human_bytes, shown
+    from llm_quantize.reports.terminal import human_bytes, shown
 
     console = Console(highlight=False, soft_wrap=True)
     figures = profile.by_tensor()

@@ -104,9 +104,9 @@ def command(
 
     Example: llm-quantize analyze quality m-Q4_K_M.gguf m-Q3_K_M.gguf --reference ./model --max-kld 0.05
     """
+    from llm_quantize.artifacts.preflight import refuse_unwritable
     from llm_quantize.evaluation.assessment import AssessOptions, assess
     from llm_quantize.io.whole_file import refuse_existing, refuse_input
-    from llm_quantize.preflight import refuse_unwritable
 
     if report is not None:
         refuse_existing(Path(report), replace=True)
@@ -153,7 +153,7 @@ def _show(found: Assessment, shown: Mode, report: str | None) -> None:
     from rich.console import Console
 
     from llm_quantize.evaluation.assessment import runtime_sentence
-    from llm_quantize.evaluation.grades import describe
+    from llm_quantize.measures.grades import describe
 
     console, quality = Console(highlight=False, soft_wrap=True), found.quality
     console.print(_table(found))

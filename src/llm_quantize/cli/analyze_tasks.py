@@ -76,7 +76,7 @@ def _show(report: TaskReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llm_quantize.report import shown
+    from llm_quantize.reports.terminal import shown
 
     table = Table(box=None, pad_edge=False)
     for name in ("task", "metric", "value", "± error", "questions"):

@@ -154,9 +154,9 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
     from pathlib import Path
 
     from llm_quantize.cli.method_options import build_method
-    from llm_quantize.io.recipe_file import read_recipe
+    from llm_quantize.formats.gguf.levels import Overrides, parse_qtype
+    from llm_quantize.formats.gguf.recipe_file import read_recipe
     from llm_quantize.pipeline import Options
-    from llm_quantize.recipes import Overrides, parse_qtype
 
     def typed(name: str | None) -> str | None:
         return None if name is None else parse_qtype(name)
@@ -260,7 +260,7 @@ def work_of(event: Mapping[str, Any], description: str) -> str:
 
 
 def _memory() -> str:
-    from llm_quantize.preflight import resident_bytes
+    from llm_quantize.memory import resident_bytes
 
     return f"{resident_bytes() / 1e6:.0f} MB"
 

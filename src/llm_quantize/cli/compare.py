@@ -89,7 +89,7 @@ def command(
 
     Example: llm-quantize compare ./Llama-3.2-1B --variants gguf:Q8_0,gguf:Q4_K_M,gguf:Q2_K
     """
-    from llm_quantize import comparison
+    from llm_quantize.compare import comparison
 
     shown = mode(ctx, as_json)
     variants = comparison.parse_variants(arguments["variants"]) if arguments["variants"] else ()
@@ -134,7 +134,7 @@ def _quantize_options(arguments: Mapping[str, Any]) -> Any:
 def _commands(ctx: click.Context, model: str, artifacts: tuple[str, ...], variants: Any) -> tuple[str, ...]:
     """What gives the same figures again: this version, and this command with every option that matters."""
     from llm_quantize import __version__
-    from llm_quantize.comparison import DEFAULT_VARIANTS
+    from llm_quantize.compare.comparison import DEFAULT_VARIANTS
 
     words = [["llm-quantize", "compare", model, *artifacts]]
     if not variants and not artifacts:
@@ -247,7 +247,7 @@ def _tables(result: ComparisonResult) -> Iterator[Table]:
 def _aligned(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
     from rich.table import Table
 
-    from llm_quantize.report import shown
+    from llm_quantize.reports.terminal import shown
 
     table = Table(box=None, pad_edge=False)
     for head in heads:

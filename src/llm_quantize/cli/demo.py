@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from llm_quantize.demo import Agreement, DemoResult
-    from llm_quantize.demo_methods import MethodsResult
+    from llm_quantize.compare.demo import Agreement, DemoResult
+    from llm_quantize.compare.demo_methods import MethodsResult
     from llm_quantize.events import EventSink
 
 
@@ -38,7 +38,7 @@ def command(ctx: click.Context, as_json: bool, output_dir: str | None, threads: 
     LLM_QUANTIZE_VLLM names. The model has 5.8 million weights and writes grammatical nonsense. Nothing is downloaded.
     A few minutes.
     """
-    from llm_quantize.demo import run_demo
+    from llm_quantize.compare.demo import run_demo
 
     shown = mode(ctx, as_json)
     with _progress(shown) as sink:

@@ -18,8 +18,8 @@ def command(ctx: click.Context, as_json: bool, model: str, revision: str | None,
 
     MODEL is a local directory, quantized or not, a hub id, or a .gguf file. Reads headers only.
     """
-    from llm_quantize import report
-    from llm_quantize.describe import describe
+    from llm_quantize.advice.describe import describe
+    from llm_quantize.reports import terminal
 
     shown = mode(ctx, as_json)
     with events(shown, "info") as sink:
@@ -27,5 +27,5 @@ def command(ctx: click.Context, as_json: bool, model: str, revision: str | None,
     if shown.json:
         emit_json(facts)
     else:
-        report.print_facts(facts, tensors=tensors)
+        terminal.print_facts(facts, tensors=tensors)
     return 0

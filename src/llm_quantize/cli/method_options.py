@@ -44,9 +44,9 @@ def method_options(function: Function) -> Function:
 
 def build_method(arguments: Mapping[str, Any]) -> Any:
     """blockwise.options.MethodOptions from the parsed command line. Raises UsageError for a contradiction."""
-    from llm_quantize.blockwise.options import MethodOptions
     from llm_quantize.errors import UsageError
     from llm_quantize.methods.gptq_options import GptqOptions
+    from llm_quantize.options import MethodOptions
 
     symmetric, zero_point = arguments["symmetric"], arguments["zero_point"]
     if symmetric is not None and symmetric is zero_point:

@@ -35,7 +35,9 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
 
     Example: llm-quantize plan ./Llama-3.2-1B gguf -q Q4_K_M
     """
-    from llm_quantize import pipeline, preflight, report
+    from llm_quantize import pipeline
+    from llm_quantize.artifacts import preflight
+    from llm_quantize.reports import terminal
 
     shown = mode(ctx, as_json, verbose)
     options = build_options(arguments)
@@ -44,7 +46,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
         plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
     threads = preflight.fit_threads(plans, threads=options.threads, max_ram=options.max_ram)
     if shown.json:
-        emit_json(report.plans_to_dict(plans, threads=threads))
+        emit_json(terminal.plans_to_dict(plans, threads=threads))
     else:
-        report.print_plans(plans, verbose=shown.verbose, threads=threads)
+        terminal.print_plans(plans, verbose=shown.verbose, threads=threads)
     return 0

@@ -23,7 +23,7 @@ from llm_quantize.cli.method_options import method_options
 from llm_quantize.errors import NumericPolicyError
 
 if TYPE_CHECKING:
-    from llm_quantize.result import ArtifactResult
+    from llm_quantize.artifacts.result import ArtifactResult
 
 DEGRADED = 20
 
@@ -56,7 +56,9 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
       llm-quantize quantize ./Llama-3.2-1B awq -q 4bit
       llm-quantize quantize ./Llama-3.2-1B compressed-tensors -q W4A16
     """
-    from llm_quantize import pipeline, preflight, report
+    from llm_quantize import pipeline
+    from llm_quantize.artifacts import preflight
+    from llm_quantize.reports import terminal
 
     shown = mode(ctx, as_json, verbose)
     options = build_options(arguments)
@@ -66,21 +68,21 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
             plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
         threads = preflight.fit_threads(plans, threads=options.threads, max_ram=options.max_ram)
         if shown.json:
-            emit_json(report.plans_to_dict(plans, threads))
+            emit_json(terminal.plans_to_dict(plans, threads))
         else:
-            report.print_plans(plans, verbose=shown.verbose, threads=threads)
+            terminal.print_plans(plans, verbose=shown.verbose, threads=threads)
         return 0
     with events(shown, "quantize") as sink:
         results = pipeline.quantize(
             model, format, output_dir=arguments["output_dir"], options=options, on_event=sink, **common
         )
     _warn_idle(ctx, shown, results)
-    error = report.strict_error(results) if arguments["strict"] else None
+    error = terminal.strict_error(results) if arguments["strict"] else None
     if shown.json:
         facts = error.to_dict() if error is not None else {}
-        emit_json({"artifacts": [report.result_to_dict(result) for result in results], **facts})
+        emit_json({"artifacts": [terminal.result_to_dict(result) for result in results], **facts})
         return _exit_code(results, strict=arguments["strict"])
-    report.print_results(results)
+    terminal.print_results(results)
     for result in results:
         for text in result.degradations():
             warn(shown, f"{result.path.name}: {text}")

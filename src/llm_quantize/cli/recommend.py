@@ -11,9 +11,9 @@ from llm_quantize.cli.common import Size, emit_json, events, json_option, line, 
 from llm_quantize.errors import ResourceError
 
 if TYPE_CHECKING:
-    from llm_quantize.experience import Experience
-    from llm_quantize.recommend import Advice, Choice
-    from llm_quantize.source import Source
+    from llm_quantize.advice.experience import Experience
+    from llm_quantize.advice.recommend import Advice, Choice
+    from llm_quantize.models.opening import Source
 
 _MARKS = {"published": "*", "estimated": "~", "measured": "", "exact": ""}
 
@@ -50,9 +50,9 @@ def command(
 
     Example: llm-quantize recommend Qwen/Qwen3-0.6B --ram 16G --vram 8G
     """
-    from llm_quantize.machine import detect
-    from llm_quantize.recommend import recommend
-    from llm_quantize.source import open_source
+    from llm_quantize.advice.machine import detect
+    from llm_quantize.advice.recommend import recommend
+    from llm_quantize.models.opening import open_source
 
     shown = mode(ctx, as_json)
     machine = detect(device, ram=ram, vram=vram)
@@ -87,8 +87,8 @@ def _nothing_fits(advice: Advice) -> ResourceError | None:
 
 
 def _experience(source: Source, model: str, measured: str | None) -> Experience:
-    from llm_quantize.experience import DEFAULT_REPORT, Experience, read_report
-    from llm_quantize.reports.facts import model_facts
+    from llm_quantize.advice.experience import DEFAULT_REPORT, Experience, read_report
+    from llm_quantize.reports.provenance import model_facts
 
     if measured is None and not DEFAULT_REPORT.is_file():
         return Experience()
@@ -99,7 +99,7 @@ def _experience(source: Source, model: str, measured: str | None) -> Experience:
 def _print(advice: Advice) -> None:
     from rich.console import Console
 
-    from llm_quantize.report import human_bytes
+    from llm_quantize.reports.terminal import human_bytes
 
     console = Console(highlight=False, soft_wrap=True)
 
@@ -129,7 +129,7 @@ def _print(advice: Advice) -> None:
 
 
 def _loss(choice: Choice) -> str:
-    from llm_quantize.evaluation.grades import grade
+    from llm_quantize.measures.grades import grade
 
     if choice.loss is None:
         return "loss not known"
@@ -146,7 +146,7 @@ def _print_table(console: Any, advice: Advice) -> None:
     """All levels from the largest to the smallest; lines with tabs where no terminal listens."""
     from rich.table import Table
 
-    from llm_quantize.report import human_bytes
+    from llm_quantize.reports.terminal import human_bytes
 
     rows = []
     for choice in advice.choices:

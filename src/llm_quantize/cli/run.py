@@ -34,7 +34,7 @@ def command(
 ) -> int:  # fmt: skip
     """Generate text: a .gguf file (or the directory of a split one) runs in llama.cpp, a Hugging Face directory
     in transformers or vLLM. Quantized directories may need `make transformers-runtime` or `make vllm` first."""
-    from llm_quantize.evaluation.runtimes import generate
+    from llm_quantize.runtimes import generate
 
     shown = mode(ctx, as_json)
     pieces = []

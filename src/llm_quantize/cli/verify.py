@@ -22,9 +22,9 @@ def command(
     ARTIFACT is a .gguf file, the directory of a split one, or a GPTQ, AWQ or compressed-tensors model. Exits with 8
     where something does not match.
     """
-    from llm_quantize import report
+    from llm_quantize.artifacts.verify import verify
     from llm_quantize.errors import IntegrityError
-    from llm_quantize.verify import verify
+    from llm_quantize.reports import terminal
 
     shown = mode(ctx, as_json, verbose)
     with events(shown, "verify") as sink:
@@ -32,6 +32,6 @@ def command(
     if shown.json:
         emit_json(outcome.to_dict())
         return 0 if outcome.ok else IntegrityError.exit_code
-    report.print_verification(outcome, verbose=shown.verbose)
+    terminal.print_verification(outcome, verbose=shown.verbose)
     outcome.raise_on_problems()
     return 0

@@ -23,13 +23,21 @@ from dataclasses import dataclass
 
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
-from llm_quantize.assemble import matrix_shape, weights_of
+from llm_quantize.architectures.rows import matrix_shape, weights_of
+from llm_quantize.artifacts.planning import Options, plan_source, tensor_shapes
 from llm_quantize.errors import ResourceError, UsageError
 from llm_quantize.evaluation.sensitivity import Profile, Sensitivity
-from llm_quantize.planning import Options, plan_source, tensor_shapes
+from llm_quantize.formats.gguf.levels import (
+    LEVELS,
+    Recipe,
+    TensorShape,
+    assign,
+    is_quantizable,
+    needs_importance,
+    parse_level,
+)
+from llm_quantize.models.opening import Source
 from llm_quantize.qtypes import QTYPES
-from llm_quantize.recipes import LEVELS, Recipe, TensorShape, assign, is_quantizable, needs_importance, parse_level
-from llm_quantize.source import Source
 
 FAST_TYPES = ("q8_0", "q6_k", "q5_k", "q4_k", "q4_0")
 

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from llm_quantize import preflight
-from llm_quantize.bench import measured_file
+from llm_quantize import memory
+from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.calibration.tokens import TextTokenizer
+from llm_quantize.compare.bench import measured_file
 from llm_quantize.errors import NumericPolicyError
-from llm_quantize.evaluation import grades
-from llm_quantize.evaluation.decoded_directory import open_decoded
 from llm_quantize.evaluation.generation_check import Answer, GenerationCheck, check_generation, source_answers
 from llm_quantize.evaluation.quality import ArtifactQuality, QualityResult, measure_quality
 from llm_quantize.evaluation.tensor_errors import TensorLoss, tensor_errors
 from llm_quantize.evaluation.texts import EvaluationText, evaluation_text
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.source import Source, open_source
+from llm_quantize.measures import grades
+from llm_quantize.models.opening import Source, open_source
 
 if TYPE_CHECKING:
     from llm_quantize.reports.result import ComparisonResult
@@ -127,7 +127,7 @@ def _importance(source: Source, file: Path | None) -> dict[str, npt.NDArray[Any]
     """{GGUF name: importance (matrices, columns)} of a file of either kind."""
     if file is None:
         return None
-    from llm_quantize.importance import from_statistics
+    from llm_quantize.calibration.choose import from_statistics
     from llm_quantize.io.imatrix_file import read_imatrix
 
     imatrix = from_statistics(file, source) if file.suffix == ".safetensors" else read_imatrix(file)
@@ -138,10 +138,10 @@ def _importance(source: Source, file: Path | None) -> dict[str, npt.NDArray[Any]
 def _generation(
     source: Source, artifacts: Sequence[str | Path], options: AssessOptions, on_event: EventSink
 ) -> tuple[GenerationCheck, ...]:
-    checkpoint, limit = source.checkpoint, preflight.memory_limit(options.max_ram)
+    checkpoint, limit = source.checkpoint, memory.memory_limit(options.max_ram)
     size = sum(header.file_size for header in checkpoint.headers)
     own: tuple[Answer, ...] = ()
-    if limit is not None and 2 * size > limit - preflight.resident_bytes():
+    if limit is not None and 2 * size > limit - memory.resident_bytes():
         text = "the source does not fit in memory whole: what the artifacts write is judged without it"
         on_event({"event": "warning", "text": text})
     else:
@@ -163,7 +163,7 @@ def _comparison(
     commands: Sequence[str],
     options: AssessOptions,
 ) -> ComparisonResult:
-    from llm_quantize.reports.facts import machine_facts, model_facts, program_versions
+    from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
     from llm_quantize.reports.result import ComparisonResult, Reference, TextFacts
 
     facts = model_facts(source, model)

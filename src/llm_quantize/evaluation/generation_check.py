@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.packed_config import is_packed_directory
+from llm_quantize.models.quantized_config import is_packed_directory
 
 PROMPTS = (
     "The old man looked at the sea and",
@@ -192,8 +192,8 @@ def check_generation(
     if is_packed_directory(Path(artifact)):
         written = _directory_answers(Path(artifact), prompts, max_tokens, threads)
         return check_answers(written, reference)
-    from llm_quantize.evaluation.runtimes import context_for, first_file
-    from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
+    from llm_quantize.runtimes import context_for, first_file
+    from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
     longest = max(context_for(prompt, max_tokens) for prompt in prompts)
     with LlamaCpp(first_file(artifact), context=longest, threads=threads) as model:
@@ -204,8 +204,8 @@ def check_generation(
 def _directory_answers(
     directory: Path, prompts: Sequence[str], max_tokens: int, threads: int | None
 ) -> tuple[Answer, ...]:
-    from llm_quantize.evaluation.runtimes.isolated import Request
-    from llm_quantize.evaluation.runtimes.transformers import run
+    from llm_quantize.runtimes.isolated import Request
+    from llm_quantize.runtimes.transformers import run
 
     reply = run(directory, Request(prompts=tuple(prompts), max_tokens=max_tokens, threads=threads))
     return tuple(
@@ -227,7 +227,7 @@ def source_answers(
 
     Raises MissingExtraError without torch and transformers.
     """
-    from llm_quantize.evaluation.runtimes import transformers
+    from llm_quantize.runtimes import transformers
 
     class Whole:
         def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:

@@ -16,24 +16,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_quantize import preflight
-from llm_quantize.calibration import memory
+from llm_quantize import memory
+from llm_quantize.artifacts.planning import importance_rows
 from llm_quantize.calibration.identity import model_digest
 from llm_quantize.engine import run, stop_on_signals
 from llm_quantize.errors import MissingExtraError, UsageError
-from llm_quantize.evaluation.perplexity import Tokens
 from llm_quantize.evaluation.sensitivity import Candidate, Cost, Profile, Sensitivity, candidates, windows_sha256
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.durable import fail_os, open_regular_output, read_at
 from llm_quantize.io.imatrix_file import Imatrix
 from llm_quantize.io.journal import parse_journal, record_line
 from llm_quantize.io.ownership import take_lock
-from llm_quantize.planning import importance_rows
-from llm_quantize.source import Source
+from llm_quantize.measures.perplexity import Tokens
+from llm_quantize.models.opening import Source
+from llm_quantize.streams import fitting
 
 if TYPE_CHECKING:
-    from llm_quantize.calibration.forward import Network
     from llm_quantize.evaluation.sensitivity_stream import Placed
+    from llm_quantize.streams.network import Network
 
 STREAM_BYTES = 2 << 30
 """Hidden states of variants held at once where there is no memory limit."""
@@ -77,8 +77,8 @@ def plan_profile(
     for module in ("torch", "transformers"):
         if find_spec(module) is None:
             raise MissingExtraError("Measuring sensitivity", "torch")
-    from llm_quantize.calibration.forward import open_network
     from llm_quantize.evaluation.sensitivity_stream import cost_of, place, plan_groups
+    from llm_quantize.streams.network import open_network
 
     if windows.ndim != 2 or not len(windows) or not 4 <= windows.shape[1] <= source.architecture.hyper.context_length:
         raise UsageError(
@@ -123,7 +123,7 @@ def _fit(
     threads: int | None,
     max_ram: int | None,
     device: str,
-) -> tuple[int, memory.Fitted]:
+) -> tuple[int, fitting.Fitted]:
     """How many variants fit at a time. Raises ResourceError where not one does."""
     from llm_quantize.evaluation.sensitivity_stream import POSITIONS
 
@@ -136,15 +136,15 @@ def _fit(
     fixed = max(block + 3 * largest, ends + 3 * largest)
     logits = POSITIONS * network.vocab_size * (4 + 6 * 8)
     each = (
-        max(memory.workspace_bytes(source.architecture.hyper, length, 4, eager=network.eager), logits)
+        max(fitting.workspace_bytes(source.architecture.hyper, length, 4, eager=network.eager), logits)
         + 4 * length * network.width * 4
     )
-    limit = preflight.memory_limit(max_ram)
+    limit = memory.memory_limit(max_ram)
     streams = max(1, min(len(placed), STREAM_BYTES // stream))
     if limit is not None:
-        room = limit - preflight.resident_bytes() - memory.MARGIN_BYTES - fixed - each
+        room = limit - memory.resident_bytes() - fitting.MARGIN_BYTES - fixed - each
         streams = max(1, min(streams, room // stream - 2))
-    fitted = memory.fit(
+    fitted = fitting.fit(
         fixed=fixed + (2 + streams) * stream, each=each, hidden=0, threads=threads, max_ram=max_ram, device=device
     )
     return streams, fitted

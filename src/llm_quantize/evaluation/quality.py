@@ -21,23 +21,23 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_quantize import preflight
-from llm_quantize.calibration import memory
+from llm_quantize import memory
+from llm_quantize.artifacts.decoded import Decoded
+from llm_quantize.artifacts.decoded_directory import DecodedDirectory, open_decoded
 from llm_quantize.errors import MissingExtraError, NumericPolicyError, UsageError
-from llm_quantize.evaluation import grades
-from llm_quantize.evaluation.decoded import Decoded
-from llm_quantize.evaluation.decoded_directory import DecodedDirectory, open_decoded
-from llm_quantize.evaluation.divergence import Comparison, Divergence, Paired, pair
-from llm_quantize.evaluation.perplexity import Tokens
 from llm_quantize.evaluation.quality_plan import QualityPlan
-from llm_quantize.evaluation.runtimes import first_file
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.durable import fail_os
-from llm_quantize.source import Source
+from llm_quantize.measures import grades
+from llm_quantize.measures.divergence import Comparison, Divergence, Paired, pair
+from llm_quantize.measures.perplexity import Tokens
+from llm_quantize.models.opening import Source
+from llm_quantize.runtimes import first_file
+from llm_quantize.streams import fitting
 
 if TYPE_CHECKING:
-    from llm_quantize.calibration.activations import Activations
     from llm_quantize.evaluation.streamed import Pass, RuntimeStream, Stream
+    from llm_quantize.streams.hidden import Activations
 
 NOISE_WINDOWS = 4
 """Windows that the source runs a second time, in another order of arithmetic."""
@@ -164,8 +164,8 @@ def measure_quality(
     NumericPolicyError (NaN or infinite values on the way), and what reading raises.
     """
     _check(source, artifacts, windows, runtime)
-    from llm_quantize.calibration.forward import open_network
     from llm_quantize.evaluation.streamed import Pass, one_torch_thread
+    from llm_quantize.streams.network import open_network
 
     began = time.process_time()
     decoded = [open_decoded(source, path) for path in artifacts]
@@ -198,7 +198,7 @@ def measure_quality(
         for i, (one, stream) in enumerate(zip(decoded, streams, strict=True))
     )
     _warn(found, on_event)
-    limit, peak = preflight.memory_limit(max_ram), preflight.peak_resident_bytes()
+    limit, peak = memory.memory_limit(max_ram), memory.peak_resident_bytes()
     return QualityResult(
         reference=str(source.checkpoint.directory),
         texts=tuple(texts),
@@ -220,7 +220,7 @@ def _scratch(stack: ExitStack, parent: Path | None, needed: int) -> Path:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-quantize-", dir=parent)))
     except OSError as error:
         fail_os(error, "there is no place for hidden states", parent or Path(tempfile.gettempdir()))
-    memory.check_disk(folder, needed)
+    fitting.check_disk(folder, needed)
     return folder
 
 
@@ -236,9 +236,9 @@ def _streams(
     """The source's stream, the artifacts', and the source's own again for the first ``again`` windows."""
     import torch
 
-    from llm_quantize.calibration.activations import Activations as States
-    from llm_quantize.calibration.weights import CheckpointWeights
     from llm_quantize.evaluation.streamed import Stream
+    from llm_quantize.streams.hidden import Activations as States
+    from llm_quantize.streams.weights import CheckpointWeights
 
     def states(count: int) -> States:
         shape = (count, windows.shape[1], width)
@@ -314,12 +314,12 @@ def _open_runtimes(
     stack: ExitStack, decoded: Sequence[Decoded], group: range, work: Pass, runtime: str
 ) -> dict[int, RuntimeStream]:
     """{place in the group: the artifact in its runtime}."""
-    from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
     from llm_quantize.evaluation.streamed import RuntimeStream, check_vocabulary
+    from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
     found: dict[int, RuntimeStream] = {}
     if runtime != "llama.cpp":
-        from llm_quantize.evaluation.runtimes.scored import ScoredDirectory
+        from llm_quantize.runtimes.scored import ScoredDirectory
 
         size, threads = work.network.vocab_size, work.threads
         for place, index in enumerate(group):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llm_quantize.calibration import memory
+from llm_quantize.artifacts.decoded import Decoded
 from llm_quantize.errors import ResourceError, UsageError
-from llm_quantize.evaluation.decoded import Decoded
-from llm_quantize.evaluation.perplexity import Tokens
-from llm_quantize.source import Source
+from llm_quantize.measures.perplexity import Tokens
+from llm_quantize.models.opening import Source
+from llm_quantize.streams import fitting
 
 if TYPE_CHECKING:
-    from llm_quantize.calibration.forward import Network
+    from llm_quantize.streams.network import Network
 
 _RUNTIME_BYTES = 16 << 20  # tokenizer, graph and threads of one model in llama.cpp
 
@@ -33,7 +33,7 @@ class QualityPlan:
         self._head = network.bytes("head")
         self._hidden = count * length * network.width * 4
         self._window = length * network.width * 4
-        self._step = memory.workspace_bytes(hyper, length, 4, eager=network.eager)
+        self._step = fitting.workspace_bytes(hyper, length, 4, eager=network.eager)
         # Logits of the source, of the artifacts and of the noise stream, one copy more while a model scales them.
         self._logits = streamed.POSITIONS * network.vocab_size * 4
         self._slice = 10 * 8 * max(streamed.SLICE_VALUES, network.vocab_size)
@@ -43,14 +43,14 @@ class QualityPlan:
         own = cache + 3 * length * network.vocab_size * 4 + self._step + _RUNTIME_BYTES
         self._runtime = [one.size + own for one in decoded] if runtime else [0]
 
-    def fit(self, again: int, *, threads: int | None, max_ram: int | None, device: str) -> tuple[memory.Fitted, int]:
+    def fit(self, again: int, *, threads: int | None, max_ram: int | None, device: str) -> tuple[fitting.Fitted, int]:
         """What fits, and the heads of how many artifacts stand together. Raises ResourceError where one does not."""
         for together in range(self._artifacts, 0, -1):
             heads = (1 + together) * self._head + sum(sorted(self._runtime)[-together:])
             loaded = self._scratch + max(self._block, self._embedding, heads)
             each = max(self._step, (3 + together) * self._logits + self._slice) + 2 * self._window
             try:
-                fitted = memory.fit(
+                fitted = fitting.fit(
                     fixed=loaded + again * self._window,
                     each=each,
                     hidden=self._hidden,

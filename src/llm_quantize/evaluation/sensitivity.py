@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.assemble import matrix_shape, weights_of
+from llm_quantize.architectures.rows import matrix_shape, weights_of
 from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError, UsageError, printable
+from llm_quantize.formats.gguf.levels import TensorShape, is_quantizable
+from llm_quantize.formats.gguf.mixes import FALLBACKS
 from llm_quantize.io.json_file import read_json
 from llm_quantize.io.whole_file import write_file
+from llm_quantize.models.opening import Source
 from llm_quantize.qtypes import QTYPES
-from llm_quantize.recipe_mixes import FALLBACKS
-from llm_quantize.recipes import TensorShape, is_quantizable
-from llm_quantize.source import Source
 
 FORMAT = "llm-quantize-profile"
 VERSION = 1

@@ -18,16 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from llm_quantize.calibration.activations import Activations
-from llm_quantize.calibration.forward import Block, Head, Network
-from llm_quantize.calibration.weights import CheckpointWeights, Weights
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
-from llm_quantize.evaluation.held import Map, ReplacedWeights, hold
-from llm_quantize.evaluation.perplexity import Tokens, mean_and_sem, scored
 from llm_quantize.evaluation.sensitivity import Candidate, Cost, Sensitivity
 from llm_quantize.evaluation.streamed import give_back_memory
 from llm_quantize.events import EventSink
-from llm_quantize.source import Source
+from llm_quantize.measures.perplexity import Tokens, mean_and_sem, scored
+from llm_quantize.models.opening import Source
+from llm_quantize.streams.hidden import Activations
+from llm_quantize.streams.network import Block, Head, Network
+from llm_quantize.streams.replaced import Map, ReplacedWeights, hold
+from llm_quantize.streams.weights import CheckpointWeights, Weights
 
 POSITIONS = 128
 """Predictions whose logits of one variant stand in memory at once, for each thread."""

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from llm_quantize.errors import LlmQuantizeError, MalformedInputError, ResourceError
-from llm_quantize.preflight import available_cpus, resident_bytes
+from llm_quantize.memory import available_cpus, resident_bytes
 
 PROMPT_TOKENS = 256
 NEW_TOKENS = 32
@@ -66,8 +66,8 @@ def measure_speed(artifact: str | Path, *, threads: int | None = None) -> Speed:
     there is no such artifact, MalformedInputError where llama.cpp refuses it or dies of it, and ResourceError where
     the system ends the child.
     """
-    from llm_quantize.evaluation.runtimes import first_file
-    from llm_quantize.evaluation.runtimes.llama_cpp_library import load_library
+    from llm_quantize.runtimes import first_file
+    from llm_quantize.runtimes.llama_cpp_library import load_library
 
     load_library()
     path = first_file(artifact)
@@ -95,7 +95,7 @@ def measure_speed(artifact: str | Path, *, threads: int | None = None) -> Speed:
 
 def time_here(path: Path, threads: int) -> Speed:
     """The measurement itself, in this process."""
-    from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
+    from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
     empty = resident_bytes()
     with LlamaCpp(path, context=PROMPT_TOKENS + NEW_TOKENS, threads=threads) as model:

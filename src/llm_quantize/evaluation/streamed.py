@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from llm_quantize.calibration.activations import Activations
-from llm_quantize.calibration.forward import Block, Head, Network
-from llm_quantize.calibration.weights import Weights
 from llm_quantize.errors import IntegrityError, NumericPolicyError
-from llm_quantize.evaluation.divergence import Comparison, Scores, log_softmax_like, score
-from llm_quantize.evaluation.perplexity import Logits, Tokens, log_softmax, scored
-from llm_quantize.evaluation.reordered import Reordered
 from llm_quantize.events import EventSink
+from llm_quantize.measures.divergence import Comparison, Scores, log_softmax_like, score
+from llm_quantize.measures.perplexity import Logits, Tokens, log_softmax, scored
+from llm_quantize.streams.hidden import Activations
+from llm_quantize.streams.network import Block, Head, Network
+from llm_quantize.streams.reordered import Reordered
+from llm_quantize.streams.weights import Weights
 
 if TYPE_CHECKING:
-    from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
+    from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
 POSITIONS = 64
 """Positions whose logits are computed together."""

@@ -26,11 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import MissingExtraError, NetworkError, UnsupportedError, UsageError, printable
-from llm_quantize.evaluation.perplexity import log_softmax
-from llm_quantize.evaluation.runtimes import first_file
-from llm_quantize.evaluation.runtimes.chat_template import render
-from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.measures.perplexity import log_softmax
+from llm_quantize.runtimes import first_file
+from llm_quantize.runtimes.chat_template import render
+from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
 _BOOTSTRAP = 1000
 _DEFAULT_ANSWER = 256  # tokens, where a task names no limit; as the harness's own models do

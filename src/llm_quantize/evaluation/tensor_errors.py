@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize import preflight
+from llm_quantize import memory
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.assemble import read_output_rows, to_float32, unit_ranges, weights_of
+from llm_quantize.architectures.rows import read_output_rows, to_float32, unit_ranges, weights_of
+from llm_quantize.artifacts.decoded import Decoded, Stored
 from llm_quantize.errors import UsageError
-from llm_quantize.evaluation.decoded import Decoded, Stored
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.source import Source
+from llm_quantize.models.opening import Source
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 
@@ -79,7 +79,7 @@ def tensor_errors(
     jobs = [(output, start, stop) for output in outputs for start, stop in unit_ranges(output.shape)]
     total, done = sum(weights_of(output.shape) for output in outputs), 0
     sums = {output.name: _Sums() for output in outputs}
-    with ThreadPoolExecutor(threads or preflight.available_cpus(), thread_name_prefix="llm-quantize") as pool:
+    with ThreadPoolExecutor(threads or memory.available_cpus(), thread_name_prefix="llm-quantize") as pool:
         work = partial(_compare, source, artifact, rows)
         for (output, start, stop), found in zip(jobs, pool.map(work, jobs), strict=True):
             sums[output.name].add(found)

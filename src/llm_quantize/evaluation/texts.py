@@ -14,8 +14,8 @@ from llm_quantize import data
 from llm_quantize.calibration.text import load_texts
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.errors import UsageError
-from llm_quantize.evaluation.perplexity import Tokens, cut_windows
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.measures.perplexity import Tokens, cut_windows
 
 BUILT_IN = "built-in English and Japanese prose"
 

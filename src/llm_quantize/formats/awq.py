@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.formats.bitpack import pack_bits, unpack_bits
-from llm_quantize.formats.scheme import (
+from llm_quantize.formats.base import (
     Array,
     Coverage,
     Field,
@@ -35,10 +34,11 @@ from llm_quantize.formats.scheme import (
     store_floats,
     to_numpy,
 )
+from llm_quantize.formats.bitpack import pack_bits, unpack_bits
 from llm_quantize.qtypes.integer import IntegerType
 
 if TYPE_CHECKING:
-    from llm_quantize.methods.grid import Grid
+    from llm_quantize.grids.grid import Grid
 
 LABEL = "AWQ-{level}"
 LEVELS: Sequence[str] = ("4bit",)

@@ -20,11 +20,12 @@ from typing import Any
 
 import llm_quantize
 from llm_quantize.architectures.base import OutputTensor, Piece
+from llm_quantize.artifacts.plan import ArtifactPlan, CardPlan, MatrixPlan, TensorPlan
 from llm_quantize.errors import UsageError
-from llm_quantize.formats.gguf import read_card
-from llm_quantize.formats.model_card import CardFacts, card, room, transformers_caution, vllm_refusal
+from llm_quantize.formats.base import SAFETENSORS_TYPES, Format, Scheme, SchemeOptions
+from llm_quantize.formats.card import CardFacts, card, room, transformers_caution, vllm_refusal
+from llm_quantize.formats.gguf.metadata import read_card
 from llm_quantize.formats.modules import Module, Selection, coverage, select
-from llm_quantize.formats.scheme import SAFETENSORS_TYPES, Format, Scheme, SchemeOptions
 from llm_quantize.formats.small_files import small_files
 from llm_quantize.formats.table import packed_format
 from llm_quantize.io.output import OutputFile
@@ -36,9 +37,8 @@ from llm_quantize.io.safetensors_writer import (
     shard_names,
     split_shards,
 )
-from llm_quantize.plan import ArtifactPlan, CardPlan, MatrixPlan, TensorPlan
+from llm_quantize.models.opening import Source
 from llm_quantize.qtypes.integer import WHOLE_ROW
-from llm_quantize.source import Source
 
 _KEPT = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f32", "F8_E4M3": "bf16"}
 _WORDS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}

@@ -29,8 +29,7 @@ import numpy.typing as npt
 
 import llm_quantize
 from llm_quantize.errors import MalformedInputError, UnsupportedError
-from llm_quantize.formats.bitpack import pack_bits, unpack_bits
-from llm_quantize.formats.scheme import (
+from llm_quantize.formats.base import (
     Array,
     Coverage,
     Field,
@@ -45,10 +44,11 @@ from llm_quantize.formats.scheme import (
     store_floats,
     to_numpy,
 )
+from llm_quantize.formats.bitpack import pack_bits, unpack_bits
 from llm_quantize.qtypes.integer import IntegerType
 
 if TYPE_CHECKING:
-    from llm_quantize.methods.grid import Grid
+    from llm_quantize.grids.grid import Grid
 
 LABEL = "GPTQ-{level}"
 _BITS = {"2bit": 2, "3bit": 3, "4bit": 4, "8bit": 8}

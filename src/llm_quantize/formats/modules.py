@@ -16,10 +16,10 @@ import gguf
 
 from llm_quantize.architectures.base import OutputTensor, Piece, Weight
 from llm_quantize.errors import UnsupportedError, UsageError
-from llm_quantize.formats.scheme import Coverage
+from llm_quantize.formats.base import Coverage
+from llm_quantize.formats.gguf.levels import TensorShape, is_quantizable
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.recipes import TensorShape, is_quantizable
-from llm_quantize.source import Source
+from llm_quantize.models.opening import Source
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.formats import awq, compressed_tensors, gptq
-from llm_quantize.formats.scheme import Format, Scheme, scheme_from_dict
+from llm_quantize.formats.base import Format, Scheme, scheme_from_dict
 
 if TYPE_CHECKING:
-    from llm_quantize.plan import ArtifactPlan
+    from llm_quantize.artifacts.plan import ArtifactPlan
 
 FORMATS: Mapping[str, Format] = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors}
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llm_quantize import kernels
-from llm_quantize.kernels import _native, reference_feedback
+from llm_quantize.kernels import _native
+from llm_quantize.kernels.reference import feedback as reference_feedback
 
 __all__ = ["BLOCK", "LANES", "TileGrid", "descend", "feedback"]
 

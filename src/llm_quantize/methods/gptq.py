@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from llm_quantize.errors import NumericPolicyError, UsageError
+from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.methods.gptq_options import GptqOptions
-from llm_quantize.methods.grid import Grid, GridType
 from llm_quantize.methods.hessian import Factor, factor_bytes, factorize, mix
 from llm_quantize.methods.refit import refit
 from llm_quantize.methods.tile import Tile, padded_rows, weighted_squares

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_quantize.grids.grid import Grid, to_storage
 from llm_quantize.kernels import feedback as loops
-from llm_quantize.methods.grid import Grid, to_storage
 from llm_quantize.methods.hessian import Factor
 from llm_quantize.methods.tile import Tile, padded_rows
 

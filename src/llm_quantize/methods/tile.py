@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llm_quantize.grids.grid import Grid
 from llm_quantize.kernels import feedback as loops
-from llm_quantize.kernels.reference_feedback import nearest
-from llm_quantize.methods.grid import Grid
+from llm_quantize.kernels.reference.feedback import nearest
 from llm_quantize.methods.hessian import Factor
 
 __all__ = ["Tile", "padded_rows", "weighted_squares"]

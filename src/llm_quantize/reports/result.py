@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from llm_quantize.errors import MalformedInputError
-from llm_quantize.evaluation.divergence import Divergence
 from llm_quantize.evaluation.speed import Speed
 from llm_quantize.io.json_file import read_json_object
+from llm_quantize.measures.divergence import Divergence
 
 KIND = "llm-quantize comparison"
 VERSION = 1

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from llm_quantize.errors import UsageError
+from llm_quantize.grids.grid import Grid, GridType, row_tiles
 from llm_quantize.methods.gptq_options import GptqOptions
-from llm_quantize.methods.grid import Grid, GridType, row_tiles
 from llm_quantize.methods.hessian import Factor, factorize
 
 _LARGEST = 256.0  # of a scale, and of its inverse: float16 activations and scales keep their range

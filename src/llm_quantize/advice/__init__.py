@@ -1,0 +1,1 @@
+"""What to take: the machine, what fits, what is known to be lost."""

@@ -1,0 +1,181 @@
+"""What a model, quantized or not, or a GGUF file is, from its headers: the facts behind ``llm-quantize info``."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import Keys
+
+from llm_quantize.architectures.rows import weights_of
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.artifact_files import artifact_files
+from llm_quantize.io.gguf_file import GgufFile, read_gguf
+from llm_quantize.models.opening import Source, open_source
+from llm_quantize.models.quantized import PackedDirectory
+from llm_quantize.models.quantized_config import is_packed_directory
+
+CONTEXT = 8192  # tokens of the cache whose memory is told, or all that the model was trained for, if fewer
+
+
+def describe(model: str, *, revision: str | None = None, on_event: EventSink = ignore) -> dict[str, Any]:
+    """JSON-ready facts of a checkpoint (directory or hub id), of a GPTQ, AWQ or compressed-tensors directory, or of a
+    GGUF artifact (a file, or every part of a split one, given by its directory or by any part). Sizes in bytes.
+
+    Raises the error tree for anything malformed or unsupported, UsageError for a directory of several artifacts.
+    """
+    path = Path(model)
+    split = path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf"))
+    if split or (path.name.endswith(".gguf") and path.is_file()):
+        return _describe_gguf([read_gguf(part) for part in artifact_files(path)])
+    if is_packed_directory(path):
+        with PackedDirectory(path) as packed:
+            return _describe_packed(packed)
+    source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
+    with source.checkpoint:
+        return _describe_source(source)
+
+
+def _describe_source(source: Source) -> dict[str, Any]:
+    checkpoint, hyper = source.checkpoint, source.architecture.hyper
+    weights = sum(weights_of(output.shape) for output in source.tensors.outputs if output.constant is None)
+    dtypes: dict[str, dict[str, int]] = {}
+    for info in checkpoint.tensors.values():
+        entry = dtypes.setdefault(info.dtype, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += info.nbytes
+    names = {output.name for output in source.tensors.outputs}
+    tokens = min(CONTEXT, hyper.context_length) if hyper.context_length else CONTEXT
+    return {
+        "name": checkpoint.name,
+        "directory": None if checkpoint.temporary is not None else str(checkpoint.directory),
+        "revision": checkpoint.revision,
+        "model_type": checkpoint.config.get("model_type"),
+        "architecture": source.architecture.gguf_name,
+        "parameters": weights,
+        "layers": hyper.n_layer,
+        "hidden_size": hyper.embedding_length,
+        "heads": hyper.n_head,
+        "kv_heads": hyper.n_head_kv,
+        "head_dim": hyper.head_dim,
+        "experts": hyper.n_expert,
+        "vocabulary": hyper.vocab_size,
+        "context_length": hyper.context_length,
+        "tied_embeddings": "output.weight" not in names,
+        "dtypes": dtypes,
+        "files": [{"name": fact.name, "size": fact.size} for fact in checkpoint.fingerprint()],
+        **_tokenizer(source.metadata),
+        "memory": {
+            "source_weights": sum(info.nbytes for info in checkpoint.tensors.values()),
+            "weights_16bit": 2 * weights,
+            "kv_cache_f16": {"tokens": tokens, "bytes": kv_cache_bytes(hyper, tokens)},
+        },
+        "left_out": source.left_out,
+        "tensors": [
+            {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes}
+            for info in checkpoint.tensors.values()
+        ],
+    }
+
+
+def kv_cache_bytes(hyper: Any, context: int) -> int:
+    """Bytes of a float16 key and value cache of ``context`` tokens with full attention in every layer."""
+    return int(2 * 2 * hyper.n_layer * hyper.n_head_kv * hyper.head_dim * context)
+
+
+def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    keys = Keys.Tokenizer
+
+    def value(key: str) -> Any:
+        found = metadata.get(key)
+        return None if found is None else found.value
+
+    words = value(keys.LIST)
+    return {
+        "tokenizer": {
+            "model": value(keys.MODEL),
+            "pre_tokenizer": value(keys.PRE),
+            "tokens": len(words) if isinstance(words, Sequence) else 0,
+            "chat_template": keys.CHAT_TEMPLATE in metadata,
+        }
+    }
+
+
+def _describe_packed(packed: PackedDirectory) -> dict[str, Any]:
+    matrices, config = packed.matrices.values(), packed.config
+    weights = sum(matrix.rows * matrix.columns for matrix in matrices)
+    weights += sum(info.elements for info in packed.plain.values())
+    dtypes: dict[str, dict[str, int]] = {}
+    stored = [(matrix.qtype, matrix.nbytes) for matrix in matrices]
+    for kind, nbytes in [*stored, *((info.dtype, info.nbytes) for info in packed.plain.values())]:
+        entry = dtypes.setdefault(kind, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += nbytes
+    left = [name for name, info in packed.plain.items() if len(info.shape) > 1]
+    return {
+        "name": packed.path.resolve().name,
+        "directory": str(packed.path),
+        "files": [{"name": header.path.name, "size": header.file_size} for header in packed.headers],
+        "size": packed.size,
+        "model_type": config.get("model_type"),
+        "parameters": weights,
+        "bits_per_weight": round(8 * packed.size / max(1, weights), 4),
+        "quantization": {
+            "format": packed.method,
+            "layout": packed.layout_name,
+            "bits": _one_or_all(matrix.bits for matrix in matrices),
+            "group_size": _one_or_all(-1 if matrix.group >= matrix.columns else matrix.group for matrix in matrices),
+            "symmetric": _one_or_all(matrix.symmetric for matrix in matrices),
+            "matrices": len(matrices),
+        },
+        "not_quantized": _counted(name.removesuffix(".weight") for name in left),
+        "dtypes": dtypes,
+        **({"notes": "; ".join(packed.notes)} if packed.notes else {}),
+        "tensors": [
+            {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes}
+            for info in packed.tensors.values()
+        ],
+    }
+
+
+def _one_or_all(values: Iterable[Any]) -> Any:
+    """The value that all have, else each that occurs."""
+    found = sorted(set(values))
+    return found[0] if len(found) == 1 else found
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    """{name with a star in the place of every number: how many there are}."""
+    return dict(Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
+
+
+def _describe_gguf(files: Sequence[GgufFile]) -> dict[str, Any]:
+    first, size = files[0], sum(file.file_size for file in files)
+    tensors = [tensor for file in files for tensor in file.tensors]
+    types: dict[str, dict[str, int]] = {}
+    for tensor in tensors:
+        entry = types.setdefault(tensor.type.name, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += tensor.nbytes
+    weights = sum(weights_of(tensor.shape) for tensor in tensors)
+    simple = {
+        key: value.value
+        for key, value in first.metadata.items()
+        if value.item is None and not isinstance(value.value, bytes) and len(str(value.value)) <= 200
+    }
+    return {
+        "name": simple.get(Keys.General.NAME, first.path.name),
+        "file": str(first.path),
+        "files": [{"name": file.path.name, "size": file.file_size} for file in files],
+        "size": size,
+        "architecture": simple.get(Keys.General.ARCHITECTURE),
+        "parameters": weights,
+        "bits_per_weight": round(8 * size / max(1, weights), 4),
+        "dtypes": types,
+        **_tokenizer(first.metadata),
+        "metadata": simple,
+        "tensors": [{"name": t.name, "dtype": t.type.name, "shape": list(t.shape), "bytes": t.nbytes} for t in tensors],
+    }

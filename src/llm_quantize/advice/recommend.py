@@ -1,0 +1,400 @@
+"""What to take: for one model and one machine, which level fits, what it costs in quality, and which one is best.
+
+    plans of every level → what each takes in memory and where it lies (``footprint``) → what it loses (``experience``)
+    → exclusions with reasons → one choice for the priority, the next better, the next smaller
+
+Sizes are exact, from headers alone; the memory of a running model is computed (``footprint`` says how); the loss is
+measured, estimated or published, and always labelled as such.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gguf.constants import Keys
+
+from llm_quantize.advice.experience import PUBLISHED_SOURCE, Experience, Loss, gains_from_importance
+from llm_quantize.advice.footprint import Footprint, Placement, Shape, footprint, place, weights_of
+from llm_quantize.advice.machine import Machine
+from llm_quantize.advice.other_formats import directories_note
+from llm_quantize.artifacts.plan import ArtifactPlan
+from llm_quantize.artifacts.planning import FLOAT_LEVELS, Options, plan_source, tensor_shapes
+from llm_quantize.calibration import choose
+from llm_quantize.errors import UsageError
+from llm_quantize.formats.gguf.levels import LEVELS, needs_importance
+from llm_quantize.measures.grades import GRADES, grade
+from llm_quantize.models.opening import Source
+from llm_quantize.reports.numbers import bytes_text
+
+CONTEXT = 8192
+PRIORITIES = ("quality", "speed", "size")
+_LIMITS = dict(GRADES)
+INDISTINGUISHABLE, GOOD, USABLE = _LIMITS["indistinguishable"], _LIMITS["good"], _LIMITS["noticeable loss"]
+
+# Only for an order where nothing was measured: memory of a GPU is about ten times as fast as a computer's, and the
+# codebooks of the I-quants cost a CPU about half as much again.
+CPU_COST, CPU_CODEBOOK_COST = 10.0, 1.5
+
+_FLOAT_LEVEL_OF = {"F64": "F32", "F32": "F32", "F16": "F16"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One level: its file (bytes), the memory it takes when it runs, where it lies (None: it does not fit), what it
+    loses (None: nobody measured it), generated tokens per second if they were measured. ``dominated``: a level that is
+    no larger and loses no more."""
+
+    level: str
+    file: str
+    size: int
+    bits_per_weight: float
+    need: Footprint
+    placement: Placement | None
+    loss: Loss | None
+    speed: float | None = None
+    calibrate: bool = False
+    dominated: str | None = None
+
+    @property
+    def kld(self) -> float:
+        """The mean KLD, infinite where it is not known."""
+        return float("inf") if self.loss is None else self.loss.kld
+
+    @property
+    def judged(self) -> float:
+        """The mean KLD that a limit is held against: an estimate counts twice."""
+        return self.kld * (2 if self.loss is not None and self.loss.basis == "estimated" else 1)
+
+    @property
+    def cost(self) -> float:
+        """Time for a token in arbitrary units, to order levels whose speed was not measured."""
+        if self.placement is None:
+            return float("inf")
+        gpu, cpu = self.placement.read
+        return gpu + CPU_COST * cpu * (CPU_CODEBOOK_COST if self.level.startswith(("IQ1", "IQ2", "IQ3")) else 1.0)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The answer. ``choices`` from the largest file to the smallest; ``excluded``: level and reason. ``take`` None:
+    nothing fits. ``better`` and ``smaller``: the neighbours worth having, whether they fit or not."""
+
+    model: str
+    revision: str | None
+    name: str
+    machine: Machine
+    context: int
+    priority: str
+    take: Choice | None
+    better: Choice | None
+    smaller: Choice | None
+    why: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    excluded: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+    def commands(self, choice: Choice) -> dict[str, str]:
+        """How to make the file, and how to run it in llama.cpp; lines for a shell."""
+        words = ["llm-quantize", "quantize", self.model, "gguf", "-q", choice.level]
+        words += ["--calibrate"] if choice.calibrate else []
+        words += ["--revision", self.revision] if self.revision else []
+        run = ["llama-server", "-m", f"out/{choice.file}", "-c", str(self.context)]
+        if choice.placement is not None and self.machine.vram:
+            run += ["-ngl", str(choice.placement.gpu_layers)]
+        return {"quantize": shlex.join([*words, "-o", "out"]), "run": shlex.join(run)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; sizes in bytes."""
+
+        def shown(choice: Choice | None) -> dict[str, Any] | None:
+            return None if choice is None else self._choice_to_dict(choice)
+
+        machine = {**dataclasses.asdict(self.machine), "usable_ram": self.machine.usable_ram}
+        return {
+            "model": self.name,
+            "machine": machine,
+            "context": self.context,
+            "priority": self.priority,
+            "take": shown(self.take),
+            "better": shown(self.better),
+            "smaller": shown(self.smaller),
+            "why": list(self.why),
+            "choices": [self._choice_to_dict(choice) for choice in self.choices],
+            "excluded": [{"level": level, "reason": reason} for level, reason in self.excluded],
+            "notes": list(self.notes),
+        }
+
+    def _choice_to_dict(self, choice: Choice) -> dict[str, Any]:
+        placement = choice.placement
+        return {
+            "format": "gguf",
+            "level": choice.level,
+            "file": choice.file,
+            "size": choice.size,
+            "bits_per_weight": round(choice.bits_per_weight, 4),
+            "memory": {**dataclasses.asdict(choice.need), "total": choice.need.total},
+            "placement": None
+            if placement is None
+            else {
+                "kind": placement.kind,
+                "gpu_layers": placement.gpu_layers,
+                "gpu": placement.gpu,
+                "ram": placement.ram,
+            },
+            "kld": None if choice.loss is None else choice.loss.kld,
+            "kld_basis": None if choice.loss is None else choice.loss.basis,
+            "grade": None if choice.loss is None else grade(choice.loss.kld),
+            "generation_tokens_per_second": choice.speed,
+            "dominated_by": choice.dominated,
+            "commands": self.commands(choice),
+        }
+
+
+def recommend(
+    source: Source,
+    machine: Machine,
+    *,
+    model: str,
+    revision: str | None = None,
+    context: int | None = None,
+    priority: str = "quality",
+    experience: Experience | None = None,
+) -> Advice:
+    """Which level of ``source`` to take for ``machine`` with a cache of ``context`` tokens (None: 8192, or what the
+    model was made for, if that is less). ``model``: as the user named it, for the commands. Reads headers only.
+
+    Raises UsageError for an unknown priority or no context."""
+    if priority not in PRIORITIES:
+        raise UsageError("unknown priority", expected=", ".join(PRIORITIES), found=priority)
+    if context is None:
+        context = min(CONTEXT, source.architecture.hyper.context_length or CONTEXT)
+    if context < 1:
+        raise UsageError("the context must be 1 token or more", found=context)
+    experience = experience or Experience()
+    shape = shape_of(source)
+    excluded = _cannot_be(source)
+    exact = _float_level(source)
+    found = []
+    for plan, calibrate in _plans(source, [level for level in LEVELS if level not in excluded]):
+        if plan.level == "MXFP4_MOE" and "mxfp4" not in plan.type_counts():
+            excluded[plan.level] = "is for models with experts, and this one has none"
+            continue
+        weights = weights_of({tensor.name: tensor.nbytes for tensor in plan.tensors}, shape.n_layer)
+        found.append(
+            Choice(
+                level=plan.level,
+                file=plan.files[0].name,
+                size=plan.size,
+                bits_per_weight=plan.bits_per_weight,
+                need=footprint(weights, shape, context),
+                placement=place(weights, shape, machine, context),
+                loss=experience.loss(plan.level, exact=plan.level == exact),
+                speed=experience.speed(plan.level),
+                calibrate=calibrate,
+            )
+        )
+    choices = with_dominated(sorted(found, key=lambda choice: (-choice.size, choice.kld)))
+    front = [choice for choice in choices if choice.loss is not None and choice.dominated is None]
+    take = _take([choice for choice in front if choice.placement is not None], machine, priority)
+    for choice in choices:
+        if choice.placement is None:
+            excluded[choice.level] = _too_large(choice, machine)
+    return Advice(
+        model=model,
+        revision=revision,
+        name=source.checkpoint.name,
+        machine=machine,
+        context=context,
+        priority=priority,
+        take=take,
+        better=_better(front, take),
+        smaller=_smaller(front, take),
+        why=() if take is None else tuple(_why(take, front, machine, priority)),
+        choices=tuple(choices),
+        excluded=tuple(excluded.items()),
+        notes=tuple(_notes(source, experience, choices, context, take)),
+    )
+
+
+def shape_of(source: Source) -> Shape:
+    """What memory depends on, of an opened model."""
+    architecture, hyper = source.architecture, source.architecture.hyper
+    value = source.metadata.get(Keys.Attention.SLIDING_WINDOW.format(arch=architecture.gguf_name))
+    window = value.value if value is not None and isinstance(value.value, int) else 0
+    dense = hyper.feed_forward_length if not hyper.n_expert else 0
+    experts = hyper.n_expert_used * hyper.expert_feed_forward_length + hyper.shared_feed_forward_length
+    return Shape(
+        n_layer=hyper.n_layer,
+        n_head_kv=hyper.n_head_kv,
+        head_dim=hyper.head_dim,
+        hidden=hyper.embedding_length,
+        feed_forward=max(dense, experts if hyper.n_expert else 0),
+        experts_used=hyper.n_expert_used if hyper.n_expert else 0,
+        vocab=hyper.vocab_size,
+        windows=tuple(window if slides else 0 for slides in architecture.sliding),
+    )
+
+
+def _float_level(source: Source) -> str:
+    """The level that stores the source's weights as they are."""
+    kept: dict[str, int] = {}
+    for info in source.checkpoint.tensors.values():
+        kept[info.dtype] = kept.get(info.dtype, 0) + info.nbytes
+    return _FLOAT_LEVEL_OF.get(max(kept, key=lambda name: kept[name]) if kept else "BF16", "BF16")
+
+
+def _cannot_be(source: Source) -> dict[str, str]:
+    """Levels that are no choice for this model whatever the machine, and why."""
+    own = _float_level(source)
+    found = {level: f"{own} is what the source stores: the same weights" for level in FLOAT_LEVELS if level != own}
+    ternary = "is for models trained with ternary weights; any other loses nearly everything"
+    return {**found, **{level: ternary for level in LEVELS if level.startswith("TQ")}}
+
+
+def _plans(source: Source, levels: Sequence[str]) -> list[tuple[ArtifactPlan, bool]]:
+    """The plan of each level, and whether to calibrate: it must be, or published figures say that it gains."""
+    hyper, arch = source.architecture.hyper, source.architecture.gguf_name
+    shapes = {level: tensor_shapes(source, level) for level in levels}
+    calibrate = {
+        level: gains_from_importance(level) or bool(needs_importance(level, shapes[level], hyper, arch=arch))
+        for level in levels
+    }
+    found = []
+    for wanted in (False, True):
+        chosen = [level for level in levels if calibrate[level] is wanted]
+        options = Options(calibrate=wanted)
+        imatrix = choose.foresee(source, "gguf", chosen, options)
+        plans = plan_source(source, "gguf", levels=chosen, name=None, options=options, imatrix=imatrix)
+        found += [(plan, wanted) for plan in plans]
+    return found
+
+
+def with_dominated(choices: Sequence[Choice]) -> list[Choice]:
+    """Each with the level that makes it pointless, if there is one: no larger (but for a thousandth) and better, or
+    smaller and no worse."""
+
+    def beats(other: Choice, one: Choice) -> bool:
+        if other.loss is None:
+            return False
+        return (other.size <= one.size * 1.001 and other.kld < one.kld) or (
+            other.size < one.size and other.kld <= one.kld
+        )
+
+    marked = []
+    for one in choices:
+        better = [other for other in choices if one.loss is not None and beats(other, one)]
+        best = min(better, key=lambda other: (other.kld, other.size), default=None)
+        marked.append(replace(one, dominated=None if best is None else best.level))
+    return marked
+
+
+def _take(fitting: Sequence[Choice], machine: Machine, priority: str) -> Choice | None:
+    """The choice for a priority, of levels that fit and that no other makes pointless."""
+    if not fitting:
+        return None
+    best = min(fitting, key=lambda choice: (choice.kld, choice.size))
+    if priority == "size":
+        return min((c for c in fitting if c.judged < USABLE), key=lambda choice: choice.size, default=best)
+    if priority == "speed":
+        pool = [choice for choice in fitting if choice.judged < GOOD] or [best]
+        timed = [choice for choice in pool if choice.speed is not None]
+        return max(timed, key=lambda c: c.speed or 0.0) if timed else min(pool, key=lambda choice: choice.cost)
+    # Quality: a good level that runs whole on the GPU is worth more than a better one that is split.
+    whole = [choice for choice in fitting if choice.placement and choice.placement.kind == "gpu"]
+    pool = whole if any(choice.judged < GOOD for choice in whole) else list(fitting)
+    clean = [choice for choice in pool if choice.judged < INDISTINGUISHABLE]
+    if clean:
+        return min(clean, key=lambda choice: choice.size)
+    return min(pool, key=lambda choice: (choice.kld, choice.size))
+
+
+def _better(front: Sequence[Choice], take: Choice | None) -> Choice | None:
+    """The next level that loses less; where nothing fits, none."""
+    above = [choice for choice in front if take is not None and choice.kld < take.kld]
+    return min(above, key=lambda choice: choice.size, default=None)
+
+
+def _smaller(front: Sequence[Choice], take: Choice | None) -> Choice | None:
+    """The next smaller level."""
+    below = [choice for choice in front if take is not None and choice.size < take.size]
+    return max(below, key=lambda choice: choice.size, default=None)
+
+
+def _too_large(choice: Choice, machine: Machine) -> str:
+    room = f"{bytes_text(machine.usable_ram)} of RAM"
+    if machine.device == "cuda":
+        room += f" and {bytes_text(machine.vram)} on the GPU"
+    return f"takes {bytes_text(choice.need.total)} when it runs; there is {room}"
+
+
+def _why(take: Choice, front: Sequence[Choice], machine: Machine, priority: str) -> list[str]:
+    """The reasons, in sentences."""
+    text, need, placement, loss = bytes_text, take.need, take.placement, take.loss
+    if placement is None or loss is None:
+        return []
+    parts = f"weights {text(need.weights)}, cache {text(need.cache)}, buffers {text(need.compute + need.runtime)}"
+    if placement.kind == "gpu":
+        rest = placement.gpu - placement.context - need.cache - need.compute
+        parts = f"weights {text(rest)}, cache {text(need.cache)}, buffers {text(need.compute)}"
+        parts += f", CUDA itself {text(placement.context)}" if placement.context else ""
+    where = {
+        "cpu": f"it runs in RAM: {text(placement.ram)} of {text(machine.usable_ram)} ({parts})",
+        "gpu": f"it runs whole on the GPU: {text(placement.gpu)} of {text(machine.vram)} ({parts})",
+        "split": f"{placement.gpu_layers} of {placement.layers} layers run on the GPU ({text(placement.gpu)} of "
+        f"{text(machine.vram)}), the rest in RAM ({text(placement.ram)} of {text(machine.usable_ram)})",
+    }[placement.kind]
+    known = {
+        "measured": "measured on this model",
+        "estimated": "estimated from levels measured on this model",
+        "published": "not measured on this model: published for Llama 3 8B",
+        "exact": "the source's own weights",
+    }[loss.basis]
+    found = [where, f"loss: {grade(loss.kld)}, mean KLD {loss.kld:.2g} ({known})"]
+    fitting = [choice for choice in front if choice.placement is not None]
+    if priority == "speed":
+        limit = f"of the levels that fit with a loss that is still good (mean KLD below {GOOD:g})"
+        how = f"{take.speed:.1f} tokens per second, measured" if take.speed else "fewest bytes to read; not measured"
+        found.append(
+            f"the fastest {limit}: {how}" if take.judged < GOOD else "no level that fits is good; it loses least"
+        )
+    elif priority == "size":
+        limit = f"whose loss stays below a mean KLD of {USABLE:g}"
+        found.append(
+            f"the smallest {limit}" if take.judged < USABLE else "no level that fits stays usable; it loses least"
+        )
+    elif take.judged < INDISTINGUISHABLE:
+        found.append("the smallest that is indistinguishable from the source: more bits would show in nothing")
+    elif any(choice.kld < take.kld for choice in fitting):
+        found.append("the best that runs whole on the GPU; better ones would be split between GPU and RAM, and slow")
+    else:
+        found.append("the best that fits")
+    if take.judged >= USABLE:
+        found.append("a smaller model at more bits may well be better: compare the two")
+    return found
+
+
+def _notes(
+    source: Source, experience: Experience, choices: Sequence[Choice], context: int, take: Choice | None
+) -> list[str]:
+    """What the reader must know beside."""
+    notes = []
+    bases = {choice.loss.basis for choice in choices if choice.loss is not None}
+    if "published" in bases:
+        notes.append(
+            f"losses marked * were not measured on this model; they are from {PUBLISHED_SOURCE}. "
+            "llm-quantize compare measures them, and this command then uses its report"
+        )
+    if "estimated" in bases:
+        notes.append(f"losses marked ~ are published ones ({PUBLISHED_SOURCE}), scaled by those measured on this model")
+    if experience.file is not None:
+        notes.append(f"measured figures are from {experience.file}")
+    trained = source.architecture.hyper.context_length
+    if trained and context > trained:
+        notes.append(f"the model was made for {trained} tokens; the cache is counted for {context}")
+    if take is not None and take.calibrate:
+        notes.append("--calibrate needs pip install 'llm-quantize[torch]'; without it take --imatrix FILE")
+    return [*notes, directories_note(source)]

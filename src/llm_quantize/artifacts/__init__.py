@@ -1,0 +1,1 @@
+"""What we make: its plan, its files, its manifest, and the checks of it."""

@@ -1,0 +1,368 @@
+"""A GGUF artifact under the names and shapes of its checkpoint: decoded, and put back through the inverse of the map.
+
+Every output tensor is built of ``Piece``s (architectures/base.py): rows of source tensors, reordered, transposed,
+stacked, offset. Here each piece is undone, so that what a quantized file holds can be computed with wherever the
+source's own weights can. Values are float32, as the reference decoders give them; nothing is rounded again. A
+constant that the map adds (Gemma's norms) is subtracted in float32: adding it again gives the stored value exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize import kernels
+from llm_quantize.architectures.base import OutputTensor, Piece
+from llm_quantize.architectures.rows import chunk_ranges, matrix_shape
+from llm_quantize.errors import IntegrityError, MalformedInputError, MissingExtraError, UnsupportedError, printable
+from llm_quantize.io.artifact_files import artifact_files
+from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
+from llm_quantize.io.paths import opened, pread_into
+from llm_quantize.models.opening import Source
+from llm_quantize.qtypes import QTYPES
+
+if TYPE_CHECKING:
+    import torch
+
+HEAD = "output.weight"
+EMBEDDING = "token_embd.weight"
+_TOKENS = "tokenizer.ggml.tokens"
+
+
+@dataclass(frozen=True)
+class Use:
+    """Rows [first, first + count) of ``output`` hold what ``piece`` says of a source tensor."""
+
+    output: OutputTensor
+    first: int
+    count: int
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the map as an artifact has it: ``name`` and ``qtype`` there, ``nbytes`` of all that it consists
+    of."""
+
+    name: str
+    qtype: str
+    nbytes: int
+
+
+class Decoded(ABC):
+    """The weights of an artifact as ``source`` names them, whatever the artifact is. Threads may share it.
+
+    ``names``: the checkpoint tensors that it holds. ``size``: bytes of its files of weights. ``weights``: how many it
+    has. ``notes``: what differs between its metadata and the source's, in words: the streamed evaluation follows the
+    source's configuration. ``scratch``: bytes in memory while a tensor is decoded, beside its values.
+
+    A subclass gives the rows of every tensor of the map (``stored_rows``); the map is undone here.
+    """
+
+    path: Path
+    size: int
+    weights: int
+    notes: tuple[str, ...]
+    scratch: int = 0
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._uses: dict[str, tuple[Use, ...]] = {}
+        self._head_uses: dict[str, tuple[Use, ...]] = {}
+
+    @abstractmethod
+    def stored(self, output: OutputTensor) -> Stored | None:
+        """What the artifact has for a tensor of the map; None: nothing."""
+
+    @abstractmethod
+    def stored_rows(self, name: str, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """(first row, float32 (n, columns)) of rows [start, stop) of the tensor that the map calls ``name``, in chunks
+        that stay in a core's cache, none of which crosses from one matrix to the next."""
+
+    @abstractmethod
+    def types(self) -> dict[str, str]:
+        """The qtype of each tensor of the artifact, under its name there."""
+
+    def close(self) -> None:
+        """Close what is open."""
+        return None
+
+    @property
+    def names(self) -> Collection[str]:
+        """The checkpoint tensors that it holds."""
+        return self._uses.keys()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The checkpoint tensor ``name``: float32, its checkpoint's shape. KeyError if it is not in ``names``.
+
+        Raises IntegrityError (the file became shorter), ResourceError (the disk failed), MissingExtraError.
+        """
+        return _tensor(self.decode(name))
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Fill ``out`` (the checkpoint's shape, any float type): without a tensor in between where it is float32."""
+        self._read_into(name, self._uses[name], out)
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows ``rows`` (int64) of a matrix, float32 (len(rows), columns); an embedding is not decoded whole."""
+        (use, *others) = self._uses[name]
+        if others or use.piece.transpose or use.piece.order is not None or use.piece.columns is not None:
+            return self.read(name)[rows]
+        wanted = [row + use.first - use.piece.start for row in rows.tolist()]
+        parts = [values for row in wanted for _, values in self.stored_rows(use.output.name, row, row + 1)]
+        columns = matrix_shape(self._source.checkpoint.tensors[name].shape)[1]
+        values = np.concatenate(parts) if parts else np.empty((0, columns), np.float32)
+        return _tensor(values - np.float32(use.piece.add) if use.piece.add else values)
+
+    def decode(self, name: str) -> npt.NDArray[np.float32]:
+        """``read`` as an array."""
+        return self._decode(name, self._uses[name])
+
+    def for_head(self) -> HeadWeights:
+        """The same weights for the head: where an embedding is tied and the artifact holds another matrix beside it,
+        the runtime multiplies with that one."""
+        return HeadWeights(self)
+
+    def _decode(self, name: str, uses: tuple[Use, ...]) -> npt.NDArray[np.float32]:
+        shape = self._source.checkpoint.tensors[name].shape
+        transposed = uses[0].piece.transpose
+        seen = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
+        values = np.empty(matrix_shape(seen), np.float32)
+        for use in uses:
+            self._fill(values, use)
+        whole = values.reshape(seen)
+        return np.ascontiguousarray(whole.swapaxes(-1, -2)) if transposed else whole
+
+    def _read_into(self, name: str, uses: tuple[Use, ...], out: torch.Tensor) -> None:
+        import torch
+
+        shape = self._source.checkpoint.tensors[name].shape
+        if tuple(out.shape) != tuple(shape):
+            raise ValueError(f"{name} has shape {tuple(shape)}, not {tuple(out.shape)}")
+        plain = out.dtype == torch.float32 and out.device.type == "cpu" and out.is_contiguous()
+        if not plain or uses[0].piece.transpose:
+            out.copy_(_tensor(self._decode(name, uses)))
+            return
+        values = out.detach().numpy().reshape(matrix_shape(shape))
+        for use in uses:
+            self._fill(values, use)
+
+    def _fill(self, values: npt.NDArray[np.float32], use: Use) -> None:
+        """Write what one piece says into the matrix (rows, columns) of its source."""
+        piece = use.piece
+        for start, rows in self.stored_rows(use.output.name, use.first, use.first + use.count):
+            first, last = start - use.first, start - use.first + len(rows)
+            if piece.add:
+                rows = rows - np.float32(piece.add)
+            if piece.order is None and piece.columns is None:
+                values[piece.start + first : piece.start + last] = rows
+                continue
+            target = np.arange(first, last) if piece.order is None else piece.order[first:last]
+            if piece.columns is None:
+                values[target + piece.start] = rows
+            else:
+                values[(target + piece.start)[:, None], piece.columns] = rows
+
+    def _another(self, found: str, expected: str, *, tensor: str | None = None) -> IntegrityError:
+        return IntegrityError(
+            "the artifact was not made from this reference model",
+            file=self.path,
+            tensor=tensor,
+            expected=f"{expected} (the reference: {self._source.checkpoint.directory})",
+            found=f"{found} (the artifact)",
+            remedy="give the model that the artifact was made from with --reference",
+        )
+
+    def _invert(self, outputs: Iterable[OutputTensor]) -> None:
+        """The uses that make up each checkpoint tensor; and those that the head prefers."""
+        for output in outputs:
+            for use in self._uses_of(output):
+                name = use.piece.source
+                if output.name == HEAD and name in self._uses:
+                    self._head_uses[name] = (use,)
+                else:
+                    self._uses[name] = (*self._uses.get(name, ()), use)
+
+    def _uses_of(self, output: OutputTensor) -> Iterator[Use]:
+        first = 0
+        for piece in output.pieces:
+            count = piece.count
+            if count is None:
+                rows = self._source.checkpoint.matrix(piece.source, transpose=piece.transpose)[0]
+                count = rows - piece.start
+            yield Use(output, first, count, piece)
+            first += count
+
+
+class DecodedArtifact(Decoded):
+    """The weights of the artifact at ``path`` (a GGUF file, any part of a split one, or its directory).
+
+    Raises UsageError (no such artifact), MalformedInputError (a damaged or truncated file), IntegrityError (made from
+    another model: architecture, tensor names or shapes differ), UnsupportedError (a type without a decoder).
+    """
+
+    def __init__(self, source: Source, path: str | Path) -> None:
+        super().__init__(source)
+        self.path = Path(path)
+        files = [read_gguf(file) for file in artifact_files(self.path)]
+        self.size = sum(file.file_size for file in files)
+        self._entries = _collect(files)
+        self.weights = sum(math.prod(entry.shape) for _, entry in self._entries.values())
+        self._check_model(files[0])
+        self._invert(self._agreeing())
+        self.notes = tuple(_differences(files[0], source))
+
+    def types(self) -> dict[str, str]:
+        """The qtype of each tensor of the artifact, in lower case."""
+        return {name: entry.type.name.lower() for name, (_, entry) in self._entries.items()}
+
+    def stored(self, output: OutputTensor) -> Stored | None:
+        """As ``Decoded.stored``: under the name in the file."""
+        found = self._entries.get(output.name)
+        return None if found is None else Stored(output.name, found[1].type.name.lower(), found[1].nbytes)
+
+    def stored_rows(self, name: str, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """As ``Decoded.stored_rows``. Raises UnsupportedError (no decoder for the type), IntegrityError (the file
+        became shorter), ResourceError."""
+        file, entry = self._entries[name]
+        with opened(file.path) as descriptor:
+            row_bytes = entry.nbytes // matrix_shape(entry.shape)[0]
+            for _, first, last in chunk_ranges(entry.shape, start, stop):
+                data = bytearray((last - first) * row_bytes)
+                pread_into(descriptor, memoryview(data), entry.offset + first * row_bytes, file.path)
+                packed = np.frombuffer(data, np.uint8).reshape(last - first, row_bytes)
+                yield first, _dequantize(file, entry, packed, matrix_shape(entry.shape)[1])
+
+    def _check_model(self, first: GgufFile) -> None:
+        key = gguf.Keys.General.ARCHITECTURE
+        found = getattr(first.metadata.get(key), "value", None)
+        wanted = self._source.architecture.gguf_name
+        if found is not None and found != wanted:
+            raise self._another(f"it says {key} = {printable(str(found))}", f"{key} = {wanted}")
+        source_tokens, tokens = (
+            getattr(metadata.get(_TOKENS), "value", None) for metadata in (self._source.metadata, first.metadata)
+        )
+        if tokens is not None and source_tokens is not None and len(tokens) != len(source_tokens):
+            raise self._another(f"{len(tokens)} tokens in its vocabulary", f"{len(source_tokens)} tokens")
+
+    def _agreeing(self) -> Iterable[OutputTensor]:
+        """The tensors of the map, if the file has all of them in their shapes, and nothing else."""
+        outputs = {output.name: output for output in self._source.tensors.outputs}
+        self._allow_for_ties(outputs)
+        for name in sorted(outputs.keys() | self._entries.keys()):
+            if name not in self._entries:
+                raise self._another("no such tensor", f"{list(outputs[name].shape)}", tensor=name)
+            if name not in outputs:
+                raise self._another(f"{list(self._entries[name][1].shape)}", "no such tensor", tensor=name)
+            found, wanted = self._entries[name][1].shape, outputs[name].shape
+            if _squeezed(found) != _squeezed(wanted):
+                raise self._another(f"shape {list(found)}", f"shape {list(wanted)}", tensor=name)
+        return outputs.values()
+
+    def _allow_for_ties(self, outputs: dict[str, OutputTensor]) -> None:
+        """Of a tied table, other writers may keep one copy where this project keeps two, or two for one."""
+        table = outputs.get(EMBEDDING)
+        if table is None or len(table.pieces) != 1:
+            return
+        own = outputs.get(HEAD)
+        tied = own is not None and [piece.source for piece in own.pieces] == [table.pieces[0].source]
+        if tied and HEAD not in self._entries:
+            del outputs[HEAD]
+        elif own is None and HEAD in self._entries:
+            outputs[HEAD] = OutputTensor(HEAD, table.shape, table.pieces)
+
+
+class HeadWeights:
+    """``Decoded`` as the head sees it (see ``Decoded.for_head``)."""
+
+    def __init__(self, artifact: Decoded) -> None:
+        self._artifact = artifact
+        self.names = artifact.names
+
+    def read(self, name: str) -> torch.Tensor:
+        """As ``Decoded.read``, from the head's own matrix where that stands for this tensor."""
+        uses = self._artifact._head_uses.get(name)
+        return self._artifact.read(name) if uses is None else _tensor(self._artifact._decode(name, uses))
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """As ``Decoded.read_into``."""
+        artifact = self._artifact
+        artifact._read_into(name, artifact._head_uses.get(name, artifact._uses[name]), out)
+
+
+def _dequantize(
+    file: GgufFile, entry: TensorEntry, packed: npt.NDArray[np.uint8], columns: int
+) -> npt.NDArray[np.float32]:
+    name = entry.type.name.lower()
+    with np.errstate(invalid="ignore", over="ignore"):
+        if name in QTYPES:
+            return kernels.dequantize(name, packed, columns)
+        try:
+            values: npt.NDArray[np.float32] = gguf.quants.dequantize(packed, entry.type)
+        except NotImplementedError as error:
+            raise UnsupportedError(
+                f"tensors of type {name} cannot be decoded", file=file.path, tensor=entry.name, found=name
+            ) from error
+    return values.astype(np.float32, copy=False).reshape(len(packed), columns)
+
+
+def _tensor(values: npt.NDArray[np.float32]) -> torch.Tensor:
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingExtraError("Computing with an artifact's weights", "torch") from error
+    return torch.from_numpy(values)
+
+
+def _collect(files: list[GgufFile]) -> dict[str, tuple[GgufFile, TensorEntry]]:
+    found: dict[str, tuple[GgufFile, TensorEntry]] = {}
+    for file in files:
+        for entry in file.tensors:
+            if entry.name in found:
+                raise MalformedInputError(
+                    "two parts of this split artifact hold the same tensor",
+                    file=file.path,
+                    tensor=entry.name,
+                    found=found[entry.name][0].path,
+                    remedy="put the parts of one artifact together",
+                )
+            found[entry.name] = (file, entry)
+    return found
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """GGUF does not keep leading dimensions of 1."""
+    return tuple(size for size in shape if size != 1)
+
+
+def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    """Values of an artifact's metadata, ``found``, that are not the source's, ``wanted``, in words."""
+    for key, value in wanted.items():
+        other = found.get(key)
+        if other is None:
+            continue
+        if isinstance(value, float) and isinstance(other, float):
+            same = math.isclose(value, other, rel_tol=1e-6)
+        else:
+            same = value == other
+        if not same:
+            yield f"{key} is {printable(str(other), 80)} in the artifact, {printable(str(value), 80)} in the reference"
+
+
+def _differences(file: GgufFile, source: Source) -> Iterator[str]:
+    """Hyper-parameters and tokens in which the artifact's metadata differs from what the source would give."""
+    prefix = source.architecture.gguf_name + "."
+    wanted = {key: value for key, (_, value, _) in source.metadata.items() if key.startswith(prefix)}
+    yield from differences(wanted, {key: getattr(file.metadata.get(key), "value", None) for key in wanted})
+    tokens = [getattr(metadata.get(_TOKENS), "value", None) for metadata in (source.metadata, file.metadata)]
+    if None not in tokens and tokens[0] != tokens[1]:
+        other = sum(one != two for one, two in zip(*tokens, strict=True))
+        yield f"{other} tokens of the artifact's vocabulary are spelled otherwise than the reference's"

@@ -1,0 +1,256 @@
+"""A GPTQ, AWQ or compressed-tensors directory under the names and shapes of its source's checkpoint.
+
+Its tensors go through the source's own map (architectures/): where a matrix stands under another name, alone where the
+source has experts stacked, or stacked where the source has them alone, the map of each leads to the same tensor, and
+the map of the source is undone as for a GGUF file (decoded.py). What stands under its own name is taken as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.architectures import open_architecture
+from llm_quantize.architectures.base import OutputTensor, Piece
+from llm_quantize.architectures.rows import chunk_rows, matrix_shape, read_output_rows, to_float32, weights_of
+from llm_quantize.artifacts.decoded import EMBEDDING, HEAD, Decoded, DecodedArtifact, Stored, differences
+from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError
+from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.models.opening import Source
+from llm_quantize.models.quantized import ALIGNED, PackedDirectory
+from llm_quantize.models.quantized_config import is_packed_directory
+
+_HEADS = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight")
+_READABLE = ("F16", "BF16", "F32", "F64")
+
+
+def open_decoded(source: Source, path: str | Path) -> Decoded:
+    """The artifact at ``path``: a quantized model directory, or a GGUF file or the directory of a split one.
+
+    Raises what ``DecodedDirectory`` and ``DecodedArtifact`` raise.
+    """
+    path = Path(path)
+    if is_packed_directory(path) or ((path / "config.json").is_file() and not any(path.glob("*.gguf"))):
+        return DecodedDirectory(source, path)
+    return DecodedArtifact(source, path)
+
+
+class DecodedDirectory(Decoded):
+    """The weights of the quantized model in the directory ``path``, which was made from ``source``: its matrices
+    decoded, every other tensor as it stands there (AWQ changes norms), all in float32.
+
+    Raises UsageError (no such directory, or no quantized model), MalformedInputError (damaged files), UnsupportedError
+    (a way of quantizing that is not decoded), IntegrityError (fields that do not fit each other; a tensor that the
+    source has and this has not, or the reverse, or one of another shape; another architecture).
+    """
+
+    def __init__(self, source: Source, path: str | Path) -> None:
+        super().__init__(source)
+        self.path = Path(path)
+        self.packed = PackedDirectory(self.path)
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close its files."""
+        self.packed.close()
+
+    def _open(self) -> None:
+        packed, source = self.packed, self._source
+        self.size = packed.size
+        self._transposed = {
+            piece.source for output in source.tensors.outputs for piece in output.pieces if piece.transpose
+        }
+        self._infos = self._logical()
+        self._rows = _Rows(packed, self._infos, self._transposed)
+        notes = [*packed.notes, *self._config_notes(), *self._drop_zero_biases()]
+        own_head = self._own_head()
+        self.scratch = packed.scratch
+        self.weights = sum(weights_of(info.shape) for info in self._infos.values())
+        mapped = {name: info for name, info in self._infos.items() if name != own_head}
+        self._outputs = {output.name: output for output in self._mapped(mapped)}
+        self._invert_all(own_head)
+        if own_head is not None and not self._head_uses:
+            notes.append(f"{own_head} is in the artifact, but its configuration ties the head to the embedding")
+        self.notes = tuple(notes)
+
+    def types(self) -> dict[str, str]:
+        """As ``Decoded.types``: int4_g128 and the like, and the element types of what is not quantized."""
+        return {name: info.dtype for name, info in self._infos.items()}
+
+    def stored(self, output: OutputTensor) -> Stored | None:
+        """As ``Decoded.stored``: several tensors of the artifact that are one of the map have one name, with stars."""
+        found = self._outputs.get(output.name)
+        if found is None or not found.pieces:
+            return None
+        names = list(dict.fromkeys(piece.source for piece in found.pieces))
+        qtypes = dict.fromkeys(self._infos[name].dtype for name in names)
+        weights = sum(weights_of(self._infos[name].shape) for name in names)
+        nbytes = sum(self._infos[name].nbytes for name in names)
+        return Stored(_starred(names), "+".join(qtypes), round(nbytes * weights_of(output.shape) / max(1, weights)))
+
+    def parts(self, name: str) -> Iterator[tuple[str, int, int]]:
+        """(the artifact's tensor, first row, rows) of all that the tensor which the map calls ``name`` consists of."""
+        first = 0
+        found = self._outputs.get(name)
+        for piece in () if found is None else found.pieces:
+            count = piece.count
+            if count is None:
+                count = self._rows.matrix(piece.source, transpose=piece.transpose)[0] - piece.start
+            yield piece.source, first, count
+            first += count
+
+    def stored_rows(self, name: str, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """As ``Decoded.stored_rows``. Raises what ``PackedDirectory.rows`` raises."""
+        output = self._outputs[name]
+        per_matrix = output.shape[-2] if len(output.shape) > 1 else 1
+        step = max(ALIGNED, chunk_rows(output.shape[-1] if output.shape else 1) // ALIGNED * ALIGNED)
+        first = start
+        while first < stop:
+            base = first // per_matrix * per_matrix
+            last = min(stop, base + per_matrix, base + ((first - base) // step + 1) * step)
+            yield first, to_float32(read_output_rows(self._rows, output, first, last))
+            first = last
+
+    def _logical(self) -> dict[str, TensorInfo]:
+        """What an unquantized checkpoint of the same weights would list; element types are names of grids."""
+        found = dict(self.packed.plain)
+        for name, info in found.items():
+            found[name] = replace(info, dtype=info.dtype.lower())
+        for name, matrix in self.packed.matrices.items():
+            shape = (matrix.rows, matrix.columns)
+            first = next(iter(matrix.fields.values()))
+            if name in found:
+                raise self._misfit("a matrix is there twice, quantized and not", name, "one of them", "both")
+            shape = shape[::-1] if name in self._transposed else shape
+            found[name] = TensorInfo(name, matrix.qtype, shape, first.file, first.offset, matrix.nbytes)
+        return found
+
+    def _mapped(self, infos: Mapping[str, TensorInfo]) -> Iterator[OutputTensor]:
+        """The source's map, of the artifact's tensors. Raises IntegrityError where they are not the source's."""
+        try:
+            outputs = self._source.architecture.map_tensors(infos).outputs
+        except (MalformedInputError, UnsupportedError) as error:
+            raise self._misfit(error.what, error.tensor, error.expected, error.found) from error
+        for output in outputs:
+            for piece in output.pieces:
+                info = infos[piece.source]
+                if piece.source in self.packed.plain and info.dtype.upper() not in _READABLE:
+                    raise UnsupportedError(
+                        "a tensor that is not quantized has an element type that is no weight's",
+                        file=info.file,
+                        tensor=info.name,
+                        offset=info.offset,
+                        expected=", ".join(_READABLE),
+                        found=info.dtype.upper(),
+                    )
+            yield output
+
+    def _misfit(self, what: str, tensor: str | None, expected: object, found: object) -> IntegrityError:
+        return IntegrityError(
+            f"the artifact was not made from this reference model: {what}",
+            file=self.path,
+            tensor=tensor,
+            expected=f"{expected} (the reference: {self._source.checkpoint.directory})",
+            found=f"{found} (the artifact)",
+            remedy="give the model that the artifact was made from with --reference",
+        )
+
+    def _config_notes(self) -> Iterator[str]:
+        """Where its configuration is not the source's; IntegrityError where it is another architecture's."""
+        wanted = self._source.architecture
+        found = open_architecture(self.packed.config, file=self.packed.file)
+        if found.gguf_name != wanted.gguf_name:
+            raise self._another(f"an architecture of {found.gguf_name}", wanted.gguf_name)
+        yield from differences(
+            {key: value.value for key, value in wanted.metadata(None).items()},
+            {key: value.value for key, value in found.metadata(None).items()},
+        )
+
+    def _drop_zero_biases(self) -> Iterator[str]:
+        """Some tools give every matrix a bias, of zeros where the model has none: those are left out."""
+        known, zero = self._source.checkpoint.tensors, 0
+        for name in [one for one in self._infos if one.endswith(".bias") and one not in known]:
+            weight = name.removesuffix(".bias") + ".weight"
+            if weight not in self.packed.matrices or len(self._infos[name].shape) != 1:
+                continue
+            if self._infos[name].dtype.upper() in _READABLE and not self.packed.rows(name, 0, 1).any():
+                del self._infos[name]
+                zero += 1
+        if zero:
+            yield f"{zero} biases that the reference has not are in the artifact, all zeros"
+
+    def _own_head(self) -> str | None:
+        """A head of its own where the source has its embedding for one."""
+        if not self._source.architecture.hyper.tied:
+            return None
+        known = self._source.checkpoint.tensors
+        return next((name for name in self._infos if _HEADS.search(name) and name not in known), None)
+
+    def _invert_all(self, own_head: str | None) -> None:
+        source = self._source
+        used = {piece.source: piece for output in source.tensors.outputs for piece in output.pieces}
+        for name, piece in used.items():
+            info = self._infos.get(name)
+            if info is not None and info.shape == source.checkpoint.tensors[name].shape:
+                output = self._plain_output(name, name, piece.transpose)
+                self._uses[name] = tuple(self._uses_of(output))
+        straight = set(self._uses)
+        for output in source.tensors.outputs:
+            for use in self._uses_of(output):
+                if use.piece.source not in straight and output.name != HEAD:
+                    self._uses[use.piece.source] = (*self._uses.get(use.piece.source, ()), use)
+        table = next((o.pieces[0].source for o in source.tensors.outputs if o.name == EMBEDDING), None)
+        untied = self.packed.config.get("tie_word_embeddings") is False
+        if own_head is not None and untied and table is not None:
+            output = self._plain_output(own_head, table, False)
+            self._head_uses[table] = tuple(self._uses_of(output))
+
+    def _plain_output(self, name: str, target: str, transpose: bool) -> OutputTensor:
+        """Registers the artifact's tensor ``name`` as it stands; gives it as a tensor made of ``target``."""
+        shape = self._infos[name].shape
+        shape = (*shape[:-2], shape[-1], shape[-2]) if transpose else shape
+        key = f"={name}"
+        self._outputs[key] = OutputTensor(key, shape, (Piece(name, transpose=transpose),))
+        return OutputTensor(key, shape, (Piece(target, transpose=transpose),))
+
+
+class _Rows:
+    """The artifact's tensors as a source of rows (``assemble.RowSource``): float32, whatever they are stored as."""
+
+    def __init__(self, packed: PackedDirectory, infos: Mapping[str, TensorInfo], transposed: Collection[str]) -> None:
+        self._packed, self._infos, self._transposed = packed, infos, transposed
+
+    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
+        """As ``Checkpoint.matrix``."""
+        shape = self._infos[name].shape
+        return matrix_shape((*shape[:-2], shape[-1], shape[-2]) if transpose else shape)
+
+    def read_rows(
+        self, name: str, start: int, stop: int, *, transpose: bool = False, buffer: Any = None, digest: Any = None
+    ) -> npt.NDArray[np.float32]:
+        """As ``Checkpoint.read_rows``; ``buffer`` and ``digest`` are for stored bytes, which these are not."""
+        del buffer, digest
+        if name not in self._packed.matrices:
+            return self._packed.rows(name, start, stop, transpose=transpose)
+        if transpose == (name in self._transposed):
+            return self._packed.rows(name, start, stop)
+        whole = self._packed.rows(name, 0, self._packed.matrices[name].rows)
+        return np.ascontiguousarray(whole.T[start:stop])
+
+
+def _starred(names: list[str]) -> str:
+    """One name for several: parts in which they differ are stars."""
+    parts = [name.split(".") for name in names]
+    if len({len(part) for part in parts}) > 1:
+        return f"{names[0]} and {len(names) - 1} more"
+    return ".".join(words[0] if len(set(words)) == 1 else "*" for words in zip(*parts, strict=True))

@@ -1,0 +1,155 @@
+"""Artifacts on disk: their names, their unfinished forms, their manifests, and whether one is finished already."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_quantize.artifacts.manifest import manifest_bytes, nonfinite_counts, read_manifest
+from llm_quantize.artifacts.plan import CARD_UNIT, ArtifactPlan
+from llm_quantize.artifacts.planning import Options
+from llm_quantize.artifacts.rounding import Target, matrix_records, refuse_other_source, unit_records
+from llm_quantize.errors import IntegrityError, MalformedInputError, UsageError
+from llm_quantize.events import EventSink
+from llm_quantize.formats.card import fill_card
+from llm_quantize.io.artifact_paths import discard_partial, journal_path, manifest_path, partial_path
+from llm_quantize.io.output import ResumableOutput
+from llm_quantize.models.opening import Source
+from llm_quantize.models.safetensors import Checkpoint
+
+
+def refuse_changed(checkpoint: Checkpoint, before: Sequence[Sequence[Any]]) -> None:
+    """Raise IntegrityError if a weight file was written or replaced since ``before`` (``source_times`` of then)."""
+    now = source_times(checkpoint)
+    for header, then, facts in zip(checkpoint.headers, before, now, strict=True):
+        if list(then) != facts or (facts[4], facts[1]) != (header.file_size, header.mtime_ns):
+            raise IntegrityError(
+                "the source changed while it was read",
+                file=header.path,
+                expected=_told(then),
+                found=_told(facts),
+                remedy="run the same command again when the source is at rest: what was read is compared with it then",
+            )
+
+
+def _told(facts: Sequence[Any]) -> str:
+    _, modified, changed, inode, size = facts
+    return f"{size:,} bytes, inode {inode}, modified at {modified} ns, changed at {changed} ns"
+
+
+def source_times(checkpoint: Checkpoint) -> list[list[Any]]:
+    """Name, time of the last write, time of the last change, inode and size of every weight file.
+
+    Writing or replacing a file changes some of them; a tool may set the first time back, not the second.
+    Raises IntegrityError if a file is gone.
+    """
+    times = []
+    for header in checkpoint.headers:
+        try:
+            fact = header.path.stat()
+        except OSError as error:
+            raise IntegrityError(
+                "a file of the source was taken away while it was needed",
+                file=header.path,
+                found=error.strerror,
+                remedy="put it back and run the same command again",
+            ) from error
+        times.append([header.path.name, fact.st_mtime_ns, fact.st_ctime_ns, fact.st_ino, fact.st_size])
+    return times
+
+
+def target_path(directory: Path, artifact: ArtifactPlan) -> Path:
+    return directory / (artifact.name if len(artifact.files) > 1 else artifact.files[0].name)
+
+
+def _journal_path(path: Path, options: Options) -> Path | None:
+    if not options.checkpoints:
+        return None
+    return journal_path(path, options.checkpoint_dir)
+
+
+def open_output(artifact: ArtifactPlan, path: Path, options: Options, on_event: EventSink) -> ResumableOutput:
+    return ResumableOutput(
+        path,
+        artifact.files,
+        identity=artifact.identity,
+        spans=artifact.units(),
+        journal_path=_journal_path(path, options),
+        on_warning=lambda text: on_event({"event": "warning", "text": text}),
+        replace=options.overwrite,
+    )
+
+
+def partial_bytes(path: Path) -> int:
+    """Bytes that an unfinished run has already allocated on disk."""
+    partial = partial_path(path)
+    files = list(partial.iterdir()) if partial.is_dir() else [partial]
+    return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
+
+
+def already_complete(source: Source, artifact: ArtifactPlan, path: Path, options: Options, on_event: EventSink) -> bool:
+    """Whether ``path`` is this very artifact, finished. Anything else under that name is refused.
+
+    A source that was written or replaced after the artifact is read once more: its hashes stand in the manifest.
+    """
+    if not path.exists() or options.overwrite:
+        return False
+    manifest = manifest_path(path)
+    files = [path / file.name for file in artifact.files] if path.is_dir() else [path]
+    sizes = [file.stat().st_size if file.is_file() else -1 for file in files]
+    if manifest.is_file() and sizes == [file.size for file in artifact.files]:
+        try:
+            known = read_manifest(manifest) or {}
+        except (MalformedInputError, IntegrityError):
+            known = {}
+        if known.get("plan_sha256") == artifact.digest:
+            made = manifest.stat().st_mtime_ns
+            if any(max(times[1], times[2]) >= made for times in source_times(source.checkpoint)):
+                refuse_other_source(source.checkpoint, artifact, known, on_event)
+            discard_partial(path, _journal_path(path, options))
+            return True
+    raise UsageError(
+        "the output exists and was not made by this command from this source",
+        file=path,
+        remedy="choose another name with -n or directory with -o, or replace it with --overwrite",
+    )
+
+
+def finish_card(target: Target) -> None:
+    """Put what was measured into the model card, if the artifact has one with room for it."""
+    card = target.plan.card
+    if card is None or CARD_UNIT in target.output.records:
+        return
+    data = fill_card(card.text, target.output.notes.get("measured"))
+    target.output.write(target.output.spans[CARD_UNIT], 0, data)
+    target.output.record(CARD_UNIT, {"sha256": hashlib.sha256(data).hexdigest()})
+
+
+def sealed_manifest(source: Source, target: Target) -> bytes:
+    """The manifest: deterministic, without times or machine names, so that it is as reproducible as the artifact."""
+    artifact = target.plan
+    tensors = unit_records(target)
+    matrices = matrix_records(target)
+    measured = target.output.notes.get("measured")
+    card = target.output.records.get(CARD_UNIT)
+    content = {
+        "format": artifact.format,
+        "level": artifact.level,
+        "plan_sha256": artifact.digest,
+        "identity": dict(artifact.identity),
+        "weights": artifact.weights,
+        "files": [
+            {"name": file.name, "size": file.size, "front_sha256": hashlib.sha256(file.header).hexdigest()}
+            for file in artifact.files
+        ],
+        "left_out": source.left_out,
+        "folded": dict(source.checkpoint.folded),
+        **nonfinite_counts(tensors),
+        "tensors": tensors,
+        **({"matrices": matrices} if matrices else {}),
+        **({"measured": measured} if measured else {}),
+        **({"card_sha256": card["sha256"]} if card else {}),
+    }
+    return manifest_bytes(content)

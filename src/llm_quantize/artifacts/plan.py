@@ -1,0 +1,256 @@
+"""The plan: a pure function of headers, architecture, recipe and format that fixes every byte before any work.
+
+Size, ``--dry-run``, preflight, resume, verify and report all read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.architectures.rows import chunk_rows, matrix_shape, unit_ranges, weights_of
+from llm_quantize.errors import UsageError
+from llm_quantize.formats.gguf import metadata as gguf_format
+from llm_quantize.io.gguf_file import MetaValue, layout_gguf
+from llm_quantize.io.journal import canonical_json
+from llm_quantize.io.output import OutputFile, Span
+from llm_quantize.qtypes import QTYPES
+
+FIXED_WORK = 6 << 20  # journal, jobs, the pool
+PER_THREAD = 1 << 20  # stack, kernel scratch
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of an artifact: where it comes from, its qtype, and its place (absolute offset in file number).
+
+    A field of a packed matrix (codes, scales, ...) has no pieces, and the safetensors dtype in the place of a qtype.
+    """
+
+    output: OutputTensor
+    qtype: str
+    file: int
+    offset: int
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        return self.output.name
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // max(1, matrix_shape(self.output.shape)[0])
+
+    def span(self, start: int, stop: int) -> Span:
+        """The place of rows [start, stop)."""
+        return Span(self.file, self.offset + start * self.row_bytes, (stop - start) * self.row_bytes)
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """A weight that is quantized as a whole, by a method that sees all of its rows and columns together.
+
+    ``name``: the module's (or, in GGUF, the tensor's). ``weight``: where its rows come from, in the order stored;
+    stacked experts are one weight. ``qtype``: its number grid. ``fields``: the tensors of the artifact that hold the
+    result, as indices, in the order in which the format packs them.
+    """
+
+    name: str
+    weight: OutputTensor
+    qtype: str
+    fields: tuple[int, ...]
+
+
+CARD_UNIT = "model card"
+
+
+@dataclass(frozen=True)
+class CardPlan:
+    """A model card whose figures are known only at the end: file number, and its text with room for them."""
+
+    file: int
+    text: bytes
+
+
+@dataclass(frozen=True)
+class ArtifactPlan:
+    """Everything about one artifact, fixed. ``matrices``: what a method other than plain rounding quantizes; empty
+    where every tensor is rounded by itself. ``held``: further tensors that such a run writes, as a transform changes
+    them (indices). ``method_bytes``: memory that the method takes when everything else is done, by estimate."""
+
+    level: str
+    name: str
+    files: tuple[OutputFile, ...]
+    tensors: tuple[TensorPlan, ...]
+    weights: int
+    identity: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+    source_itemsize: int = 2
+    format: str = "gguf"
+    matrices: tuple[MatrixPlan, ...] = ()
+    held: frozenset[int] = frozenset()
+    method_bytes: int = 0
+    card: CardPlan | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All stored bits, headers included, per source weight."""
+        return 8 * self.size / self.weights if self.weights else 0.0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the identity: the same artifact from the same source by the same version."""
+        return hashlib.sha256(canonical_json(dict(self.identity))).hexdigest()
+
+    def units(self) -> dict[str, Span]:
+        """Every unit of work and the place of its bytes, in order."""
+        units = {
+            unit_key(tensor.name, start, stop): tensor.span(start, stop)
+            for tensor in self.tensors
+            for start, stop in unit_ranges(tensor.output.shape)
+        }
+        if self.card is not None:
+            units[CARD_UNIT] = Span(self.card.file, 0, len(self.card.text))
+        return units
+
+    @cached_property
+    def _weights(self) -> dict[str, OutputTensor]:
+        """The weight of each field that has no rows of the source of its own."""
+        return {
+            self.tensors[index].name: matrix.weight
+            for matrix in self.matrices
+            for index in matrix.fields
+            if not self.tensors[index].output.pieces
+        }
+
+    def origin(self, tensor: TensorPlan, start: int, stop: int) -> tuple[OutputTensor, int, int]:
+        """What rows [start, stop) of a stored tensor are made of: the same rows of the source, or a whole matrix."""
+        weight = self._weights.get(tensor.name)
+        if weight is None:
+            return tensor.output, start, stop
+        return weight, 0, matrix_shape(weight.shape)[0]
+
+    def rounded(self) -> list[int]:
+        """The tensors (indices) that are rounded by themselves, a few rows at a time."""
+        taken = self.held.union(*(matrix.fields for matrix in self.matrices))
+        return [index for index in range(len(self.tensors)) if index not in taken]
+
+    def type_counts(self) -> dict[str, int]:
+        """How many tensors have each qtype."""
+        counts: dict[str, int] = {}
+        for tensor in self.tensors:
+            counts[tensor.qtype] = counts.get(tensor.qtype, 0) + 1
+        return counts
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: one entry per tensor and file."""
+        return {
+            "level": self.level,
+            "name": self.name,
+            "size": self.size,
+            "weights": self.weights,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "files": [{"name": file.name, "size": file.size} for file in self.files],
+            "types": self.type_counts(),
+            "warnings": list(self.warnings),
+            "tensors": [
+                {
+                    "name": tensor.name,
+                    "shape": list(tensor.output.shape),
+                    "type": tensor.qtype,
+                    "bytes": tensor.nbytes,
+                    "file": tensor.file,
+                    "offset": tensor.offset,
+                    "sources": [piece.source for piece in tensor.output.pieces],
+                }
+                for tensor in self.tensors
+            ],
+        }
+
+
+def unit_key(name: str, start: int, stop: int) -> str:
+    """The name of a unit: a tensor and its rows."""
+    return f"{name}[{start}:{stop}]"
+
+
+def plan_artifact(
+    *,
+    level: str,
+    name: str,
+    outputs: Sequence[OutputTensor],
+    qtypes: Sequence[str],
+    metadata: Mapping[str, MetaValue],
+    source_identity: Mapping[str, Any],
+    options: Mapping[str, Any],
+    split_max_bytes: int | None,
+    source_itemsize: int,
+    warnings: Sequence[str] = (),
+) -> ArtifactPlan:
+    """Lay out one GGUF artifact. ``qtypes`` goes with ``outputs``; ``name`` is the file name without ``.gguf``;
+    ``source_itemsize`` is the most bytes that the source stores a weight in."""
+    triples = [
+        (output.name, output.shape or (1,), QTYPES[qtype].ggml_type)
+        for output, qtype in zip(outputs, qtypes, strict=True)
+    ]
+    groups = gguf_format.split_tensors(triples, split_max_bytes)
+    if len(groups) > 65_535:
+        raise UsageError("--split-max-size makes more than 65535 files", found=len(groups), remedy="give a larger size")
+    files: list[OutputFile] = []
+    tensors: list[TensorPlan] = []
+    for number, indices in enumerate(groups):
+        keys = dict(metadata) if number == 0 else {}
+        file_name = f"{name}.gguf"
+        if len(groups) > 1:
+            keys |= gguf_format.split_metadata(number, len(groups), len(outputs))
+            file_name = f"{name}-{number + 1:05d}-of-{len(groups):05d}.gguf"
+        layout = layout_gguf(keys, [triples[index] for index in indices])
+        files.append(OutputFile(file_name, layout.size, layout.header))
+        for index, entry in zip(indices, layout.tensors, strict=True):
+            tensors.append(TensorPlan(outputs[index], qtypes[index], number, entry.offset, entry.nbytes))
+    headers = hashlib.sha256()
+    for file in files:
+        headers.update(file.header)
+    weights = sum(weights_of(output.shape) for output in outputs if output.constant is None)
+    return ArtifactPlan(
+        level=level,
+        name=name,
+        files=tuple(files),
+        tensors=tuple(tensors),
+        weights=weights,
+        identity={**source_identity, "level": level, **options, "layout_sha256": headers.hexdigest()},
+        warnings=tuple(warnings),
+        source_itemsize=source_itemsize,
+    )
+
+
+def work_bytes(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
+    """Bytes that a run takes on top of the opened model: by the chunk and the widest row, not by the model's size."""
+    bookkeeping = sum(len(file.header) for artifact in artifacts for file in artifact.files)
+    bookkeeping += sum(4096 * len(artifact.tensors) for artifact in artifacts)
+    rounding = bookkeeping + FIXED_WORK + threads * (PER_THREAD + _chunk_bytes(artifacts))
+    return max(rounding, *(artifact.method_bytes for artifact in artifacts), 0)
+
+
+def _chunk_bytes(artifacts: Sequence[ArtifactPlan]) -> int:
+    """The most that one thread holds of one chunk: as read, gathered, converted, and packed for each qtype."""
+    most = 0
+    alike = all(artifact.format == "gguf" for artifact in artifacts)
+    groups = [artifacts] if alike else [[artifact] for artifact in artifacts]
+    for together in chain.from_iterable(zip(*(a.tensors for a in group), strict=True) for group in groups):
+        rows, columns = matrix_shape(together[0].output.shape)
+        count = min(rows, chunk_rows(columns))
+        stored = artifacts[0].source_itemsize
+        converted = 4 if stored not in (2, 4) or any(piece.add for piece in together[0].output.pieces) else 0
+        packed = {tensor.qtype: tensor.row_bytes for tensor in together}
+        most = max(most, count * (columns * (3 * stored + 2 * converted) + sum(packed.values())))
+    return most

@@ -1,0 +1,73 @@
+"""Error feedback from Hessians that were collected before: no text is read and no model is run.
+
+What was collected are the inputs of the source model, so nothing makes up for the errors of earlier layers; in return
+one collection serves every format and level.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llm_quantize.blockwise.gram import Gram
+from llm_quantize.blockwise.inputs import Pool
+from llm_quantize.blockwise.run import Matrices, matrix_rows
+from llm_quantize.blockwise.segments import routers, segments
+from llm_quantize.blockwise.solver import Job, Solver
+from llm_quantize.errors import UnsupportedError
+from llm_quantize.events import EventSink
+from llm_quantize.io.statistics_file import StatisticsFile, StoredTap, read_statistics
+from llm_quantize.methods.gptq_options import GptqOptions
+from llm_quantize.streams.taps import Tap
+
+
+def solve_known(
+    matrices: Matrices, path: Path, pool: Pool, options: GptqOptions, device: str, on_event: EventSink
+) -> None:
+    """Quantize every matrix that is not done with the Hessians in the statistics file ``path``.
+
+    Raises UsageError where it holds none, UnsupportedError for a matrix that it says nothing of, and what reading does.
+    """
+    chosen = routers(matrices.source.tensors.outputs)
+    solver = Solver(matrices.store, matrices.rows, options, pool, device, chosen)
+    todo = [matrix for matrix in matrices.target.plan.matrices if not matrices.done(matrix)]
+    total = sum(matrix_rows(matrix) * matrix.weight.shape[-1] for matrix in todo)
+    done = 0
+    with read_statistics(path) as statistics:
+        blocks = [[_tap(tap) for tap in taps] for taps in statistics.blocks()]
+        homes = {name: index for index, taps in enumerate(blocks) for tap in taps for name in tap.tensors}
+        for index, taps in enumerate(blocks):
+            jobs = []
+            for matrix in [m for m in todo if homes.get(m.weight.pieces[0].source, 0) == index]:
+                seen = segments(matrices.source.checkpoint, matrix.weight, taps)
+                if seen is None:
+                    raise UnsupportedError(
+                        "the statistics say nothing of the inputs of this matrix",
+                        file=path,
+                        tensor=matrix.name,
+                        remedy="collect them again with this version, or leave --statistics out",
+                    )
+                jobs.append(Job(matrix, seen))
+            grams = {
+                (tap.name, matrix): _gram(statistics, tap, matrix, device)
+                for tap in (taps if jobs else [])
+                for matrix in range(tap.matrices)
+                if statistics.counts(tap.name)[matrix]
+            }
+            solver.stage(jobs, grams, taps)
+            for job in jobs:
+                matrices.write(job.matrix, solver.join(job), job.summary())
+                done += matrix_rows(job.matrix) * job.matrix.weight.shape[-1]
+                on_event({"event": "progress", "done": done, "total": total})
+
+
+def _tap(stored: StoredTap) -> Tap:
+    return Tap(stored.name, stored.columns, stored.matrices, stored.tensors)
+
+
+def _gram(statistics: StatisticsFile, tap: Tap, matrix: int, device: str) -> Gram:
+    gram = Gram(tap.columns, cross=False, device=device)
+    gram.hessian = torch.from_numpy(statistics.hessian(tap.name, matrix)).to(device)
+    gram.tokens = int(statistics.counts(tap.name)[matrix])
+    return gram

@@ -1,0 +1,309 @@
+"""The matrices that one stage of a block quantizes: factored, solved rows side by side, joined.
+
+Rows do not depend on one another once their inputs are known, so a matrix is cut into pieces of ROWS rows; how many
+threads take them changes nothing. Experts are many and small: each is factored and solved by one thread, and its
+factor is dropped before the next.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llm_quantize.artifacts.plan import MatrixPlan
+from llm_quantize.blockwise.gram import Gram
+from llm_quantize.blockwise.inputs import Pool
+from llm_quantize.blockwise.segments import Segment
+from llm_quantize.blockwise.stores import Fields, Store
+from llm_quantize.grids.grid import Grid, GridType
+from llm_quantize.methods.gptq import solve
+from llm_quantize.methods.gptq_options import GptqOptions
+from llm_quantize.methods.hessian import Factor, factorize
+from llm_quantize.streams.taps import Tap
+
+ROWS = 256
+_SAMPLED = 64
+_LOST = 1e-3
+_ON_GRID = {2: 0.02, 3: 0.015, 4: 0.01, 5: 0.008, 6: 0.004}
+
+UNSEEN = "no input was ever seen: every channel weighs the same"
+UNREACHED = "no token reached an expert: it is quantized for the inputs of its whole layer"
+OUT_OF_RANGE = "weights too large or too small for the scales that the format stores: rows of it are lost"
+STARVED = "an expert saw few tokens: its inputs are drawn towards those of its layer"
+FALLBACKS = {
+    "diagonal": "the inputs could not be factored, only their mean squares are used: no error feedback",
+    "block-diagonal": "the inputs could not be factored as a whole: error feedback goes over 1024 columns at a time",
+    "correction": "the errors of earlier layers are not made up for: the least squares problem could not be solved",
+}
+
+Floats = npt.NDArray[np.float32]
+ReadRows = Callable[[MatrixPlan, int, int], Floats]
+
+
+@dataclass
+class Job:
+    """A matrix to be quantized in this stage and what its rows see; ``facts`` and ``pieces`` fill up.
+
+    ``facts``: loss and plain_loss (sums over rows of the weighted square error, of ours and of plain rounding),
+    plain_rows (rows for which plain rounding was better and kept), tokens (seen by the matrix, or by each of a stack),
+    notes and fallbacks (text: count), what was out of the ordinary, and of that what was not done as asked.
+    """
+
+    matrix: MatrixPlan
+    segments: Sequence[Segment]
+    on_grid: str = ""
+    pieces: dict[int, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def note(self, loss: float, plain_loss: float, plain_rows: int) -> None:
+        """Add the figures of some rows, in any order (the sums are made when they are read); NaN was not asked for."""
+        with self.lock:
+            for name, value in (("loss", loss), ("plain_loss", plain_loss)):
+                if math.isfinite(value):
+                    self.facts.setdefault(name, []).append(value)
+            self.facts["plain_rows"] = self.facts.get("plain_rows", 0) + plain_rows
+
+    def tell(
+        self, number: int, tokens: int, factor: Factor | None, *, corrects: bool = False, few: bool = False
+    ) -> None:
+        """What is known of matrix ``number``: ``tokens`` it saw, and what was out of the ordinary about them.
+        ``corrects``: the errors of earlier layers were to be made up for; ``few``: an expert, starved."""
+        fallbacks = []
+        if factor is None or factor.dead == len(factor.order):
+            fallbacks.append(UNSEEN)
+        elif factor.mode != "full":
+            fallbacks.append(FALLBACKS[factor.mode])
+        elif few and not tokens:
+            fallbacks.append(UNREACHED)
+        elif corrects and factor.correction is None:
+            fallbacks.append(FALLBACKS["correction"])
+        if self.on_grid:
+            fallbacks.clear()
+        notes = [*(factor.notes if factor else ()), *([STARVED] if few and tokens else [])]
+        with self.lock:
+            self.tokens[number] = tokens
+            for kind, texts in (("fallbacks", fallbacks), ("notes", notes)):
+                for text in texts:
+                    table = self.facts.setdefault(kind, {})
+                    table[text] = table.get(text, 0) + 1
+
+    def summary(self) -> dict[str, Any]:
+        """The facts, sums in a fixed order."""
+        sums: dict[str, Any] = {
+            name: float(np.sum(sorted(self.facts[name]))) for name in ("loss", "plain_loss") if name in self.facts
+        }
+        rest = {name: value for name, value in self.facts.items() if name not in sums}
+        tokens = [self.tokens[number] for number in sorted(self.tokens)]
+        seen = {"tokens": tokens if len(tokens) > 1 else tokens[0]} if tokens else {}
+        return {**sums, **rest, **seen, **({"on_grid": True} if self.on_grid else {})}
+
+
+@dataclass(frozen=True)
+class Solver:
+    """``read``: float32 rows of a matrix. ``routers``: the source's tensors that choose experts."""
+
+    store: Store
+    read: ReadRows
+    options: GptqOptions
+    pool: Pool
+    device: str
+    routers: frozenset[str] = frozenset()
+
+    def stage(self, jobs: Sequence[Job], grams: Mapping[tuple[str, int], Gram], taps: Sequence[Tap]) -> None:
+        """Quantize all rows of ``jobs``; ``grams`` are what their taps saw, and are used up. None seen: rounding."""
+        for job in jobs:
+            job.on_grid = self._trained_on_grid(job.matrix)
+        stacks = {tap.name for tap in taps if tap.matrices > 1}
+        parents = {name: parent_tap(name, taps, self.routers) for name in stacks}
+        factors: dict[str, Factor] = {}
+        for tap in taps:
+            needed = tap.name in parents.values() or any(s.tap == tap.name for job in jobs for s in job.segments)
+            if tap.matrices == 1 and needed:
+                factors |= dict(self.pool.each(lambda name: (name, self._factor(grams[name, 0])), [tap.name]))
+        work = [
+            _Rows(job, start, min(start + ROWS, segment.stop), factors.get(segment.tap))
+            for job in jobs
+            for segment in job.segments
+            if segment.tap not in stacks
+            for start in range(segment.start, segment.stop, ROWS)
+        ]
+        for job in jobs:
+            for name in dict.fromkeys(segment.tap for segment in job.segments if segment.tap not in stacks):
+                job.tell(0, grams[name, 0].tokens, factors[name], corrects=grams[name, 0].cross is not None)
+        for _ in self.pool.each(self._rows, work):
+            pass
+        experts = [key for key in sorted({(s.tap, s.matrix) for job in jobs for s in job.segments}) if key[0] in stacks]
+        layer = {name: _together(name, grams, parents[name]) for name in stacks}
+
+        def expert(key: tuple[str, int]) -> None:
+            self._expert(jobs, key, grams.get(key), layer[key[0]], factors.get(parents[key[0]] or ""))
+
+        for _ in self.pool.each(expert, experts):
+            pass
+
+    def round(self, jobs: Sequence[Job]) -> None:
+        """Quantize all rows of ``jobs`` without knowing any inputs."""
+        work = [
+            _Rows(job, start, min(start + ROWS, segment.stop), None)
+            for job in jobs
+            for segment in job.segments
+            for start in range(segment.start, segment.stop, ROWS)
+        ]
+        for _ in self.pool.each(self._rows, work):
+            pass
+
+    def join(self, job: Job) -> Fields:
+        """The fields of a job whose rows are all there."""
+        pieces = [job.pieces.pop(start) for start in sorted(job.pieces)]
+        return self.store.join(job.matrix, pieces)
+
+    def _factor(self, gram: Gram) -> Factor:
+        return factorize(gram.hessian, gram.tokens, self.options, cross=gram.cross)
+
+    def _rows(self, work: _Rows) -> None:
+        matrix = work.job.matrix
+        rows = self.read(matrix, work.start, work.stop)
+        kind = self.store.grid_type(matrix.qtype)
+        factor = work.factor
+        if kind is None:
+            importance = None if factor is None else factor.importance.cpu().numpy()
+            work.job.pieces[work.start] = self.store.plain(matrix, rows, importance)
+            return
+        weight = torch.from_numpy(rows).to(self.device)
+        if work.job.on_grid or factor is None:
+            grid, codes = _rounded(kind, weight, work.job.on_grid or "fit")
+        else:
+            found = solve(weight, kind, factor, self.options)
+            grid, codes = found.grid, found.codes
+            work.job.note(float(found.loss.sum()), float(found.plain_loss.sum()), found.plain_rows)
+        if _out_of_range(grid, codes, weight):
+            with work.job.lock:
+                work.job.facts.setdefault("fallbacks", {})[OUT_OF_RANGE] = 1
+        work.job.pieces[work.start] = self.store.piece(matrix, grid, codes)
+
+    def _expert(
+        self,
+        jobs: Sequence[Job],
+        key: tuple[str, int],
+        gram: Gram | None,
+        layer: tuple[torch.Tensor, int] | None,
+        parent: Factor | None,
+    ) -> None:
+        """One expert: its own inputs, drawn towards its layer's where they are few."""
+        concerned = [(job, segment) for job in jobs for segment in job.segments if (segment.tap, segment.matrix) == key]
+        tokens = 0 if gram is None else gram.tokens
+        factor = None
+        if layer is not None:
+            own = torch.zeros_like(layer[0]) if gram is None else gram.hessian
+            factor = factorize(own, tokens, self.options, prior=layer[0], prior_tokens=layer[1])
+            if parent is not None:
+                factor = replace(factor, correction=parent.correction)
+        for job, segment in concerned:
+            few = tokens < job.matrix.weight.shape[-1] // 4
+            job.tell(key[1], tokens, factor, corrects=parent is not None and self.options.correction > 0, few=few)
+            for start in range(segment.start, segment.stop, ROWS):
+                self._rows(_Rows(job, start, min(start + ROWS, segment.stop), factor))
+
+    def _trained_on_grid(self, matrix: MatrixPlan) -> str:
+        """How plain rounding changes next to nothing, "" where it does: the weights were trained (or rounded) onto
+        this very grid, and feedback would take them off it. "plain": as the format's owner rounds; "fit": with the
+        best scales, as owners differ in what they divide the largest weight by."""
+        kind = self.store.grid_type(matrix.qtype)
+        if kind is None:
+            return ""
+        rows = int(np.prod(matrix.weight.shape[:-1]))
+        sampled = [self.read(matrix, row, row + 1) for row in sorted({i * rows // _SAMPLED for i in range(_SAMPLED)})]
+        weight = torch.from_numpy(np.concatenate(sampled)).to(self.device)
+        norm = weight.double().norm()
+        for way in ("plain", "fit") if norm > 0 else ():
+            grid, codes = _rounded(kind, weight, way)
+            bound = _ON_GRID.get((len(grid.levels) - 1).bit_length(), 0.0)
+            if (grid.decode(codes) - weight).double().norm() < bound * norm:
+                return way
+        return ""
+
+
+def _rounded(kind: GridType, weight: torch.Tensor, way: str) -> tuple[Grid, torch.Tensor]:
+    """``weight`` on a grid that knows no inputs: the format owner's ("plain"), or the one that fits best ("fit")."""
+    if way == "plain":
+        return kind.plain(weight, None)
+    grid = kind.fit(weight, None)
+    return grid, grid.nearest(weight)
+
+
+def _out_of_range(grid: Grid, codes: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether groups whose stored scale is the least or the largest that is stored lost most of themselves,
+    and together more than the share _LOST of the square norm of ``weight``. Groups of zeros are no loss."""
+    limits = torch.finfo(grid.storage)
+    edge = (grid.d.abs() <= limits.tiny) | (grid.d.abs() >= limits.max)
+    rows = torch.nonzero(edge.any(dim=1)).flatten()
+    if not rows.numel():
+        return False
+    exact = weight[rows].double()
+    error = (grid.decode(codes)[rows].double() - exact).square().reshape(len(rows), -1, grid.span).sum(dim=2)
+    lost = edge[rows] & (2 * error > exact.square().reshape(error.shape[0], -1, grid.span).sum(dim=2))
+    return bool((error * lost).sum() > _LOST * weight.double().square().sum())
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows [start, stop) of a job, with the factor of what they see (None: nothing known)."""
+
+    job: Job
+    start: int
+    stop: int
+    factor: Factor | None
+
+
+def parent_tap(name: str, taps: Sequence[Tap], routers: Collection[str]) -> str | None:
+    """The tap that sees what all experts of the stack ``name`` together see: their router's, for the first stack of a
+    block. The inputs of a later one are made by the experts themselves: None, though they may be as wide."""
+    stacks = [tap for tap in taps if tap.matrices > 1]
+    if stacks[0].name != name:
+        return None
+    found = (tap for tap in taps if tap.matrices == 1 and not tap.tensors.keys().isdisjoint(routers))
+    return next((tap.name for tap in found if tap.columns == stacks[0].columns), None)
+
+
+def _together(name: str, grams: Mapping[tuple[str, int], Gram], parent: str | None) -> tuple[torch.Tensor, int] | None:
+    """What the experts of a layer see together: (hessian, tokens)."""
+    if parent is not None and (parent, 0) in grams:
+        return grams[parent, 0].hessian, grams[parent, 0].tokens
+    own = [gram for (tap, _), gram in sorted(grams.items()) if tap == name]
+    if not own:
+        return None
+    total = torch.zeros_like(own[0].hessian)
+    for gram in own:
+        total += gram.hessian
+    return total, sum(gram.tokens for gram in own)
+
+
+def stages(taps: Sequence[Tap], wanted: set[str], routers: Collection[str], *, sequential: bool) -> Iterator[list[Tap]]:
+    """The taps whose inputs are collected together: all at once, or one after the other; then the first stack of
+    experts comes with what its router sees, which may have had a stage of its own before."""
+    if not sequential:
+        if any(tap.name in wanted for tap in taps):
+            yield list(taps)
+        return
+    known = {tap.name: tap for tap in taps}
+    for index, tap in enumerate(taps):
+        group = [tap]
+        if (parent := _parent_of(tap, taps, routers)) is not None:
+            group = [known[parent], tap]
+        elif index + 1 < len(taps) and tap.name == _parent_of(taps[index + 1], taps, routers):
+            continue  # it comes with the stack
+        if any(one.name in wanted for one in group):
+            yield group
+
+
+def _parent_of(tap: Tap, taps: Sequence[Tap], routers: Collection[str]) -> str | None:
+    return parent_tap(tap.name, taps, routers) if tap.matrices > 1 else None

@@ -1,0 +1,1 @@
+"""Variants side by side: what each costs and loses."""

@@ -1,0 +1,391 @@
+"""``compare``: variants of one model, made or taken, each measured, and one report of them all.
+
+    model → quantize (one source read) → divergence of all variants in one streamed pass → errors of tensors → speed
+    and generated text in the runtime → index.html, comparison.md, comparison.json
+
+Everything that takes long is kept in the output directory as soon as it is known (``artifacts/`` and
+``measured.json``), so that the same call after an interruption continues.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from llm_quantize.artifacts.decoded_directory import open_decoded
+from llm_quantize.artifacts.planning import Options
+from llm_quantize.artifacts.preflight import refuse_unwritable
+from llm_quantize.calibration.tokens import TextTokenizer
+from llm_quantize.compare.bench import Bench, MeasuredFile, measured_file, samples_of
+from llm_quantize.compare.measurements import Measurements, key_of
+from llm_quantize.errors import MissingExtraError, UsageError
+from llm_quantize.evaluation.texts import BUILT_IN, EvaluationText, evaluation_text
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.artifact_paths import manifest_path, remove_artifact
+from llm_quantize.io.durable import fail_os, make_directory
+from llm_quantize.io.whole_file import refuse_existing
+from llm_quantize.measures import grades
+from llm_quantize.measures.divergence import Divergence
+from llm_quantize.measures.perplexity import Tokens
+from llm_quantize.models.opening import Source, open_source
+from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
+from llm_quantize.reports.result import (
+    ComparisonResult,
+    ModelFacts,
+    Reference,
+    Sample,
+    TextFacts,
+    Variant,
+    divergence_from_dict,
+    divergence_to_dict,
+)
+
+DEFAULT_VARIANTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+CONTEXT = 512
+REPORTS = {"json": "comparison.json", "html": "index.html", "markdown": "comparison.md"}
+_NO_SPEED = "speed is measured in llama.cpp only, and none of these is a GGUF file"
+PROMPTS = ("The old man looked at the sea and", "むかしむかし、あるところに")
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What a user may set. ``texts``: files or names of built-in sets, as ``calibration.text.load_texts`` reads them;
+    none: the built-in evaluation text. ``windows``: at even distances, None: all. ``speed``: run each variant in its
+    runtime for speed, memory and generated text. ``quantize``: threads and memory of all of it, calibration, and what
+    else ``pipeline.quantize`` takes. ``commands``: the lines that the report shows to make it again."""
+
+    texts: tuple[str, ...] = ()
+    context: int | None = None
+    windows: int | None = None
+    prompts: tuple[str, ...] = PROMPTS
+    speed: bool = True
+    revision: str | None = None
+    quantize: Options = field(default_factory=Options)
+    commands: tuple[str, ...] = ()
+
+
+def parse_variants(text: str) -> list[tuple[str, str]]:
+    """(format, level) of each part of ``gguf:Q8_0,gguf:Q4_K_M``; a part without a colon is a GGUF level.
+
+    Raises UsageError for an empty part.
+    """
+    found = []
+    for part in text.split(","):
+        format, colon, level = part.strip().rpartition(":")
+        if not level.strip() or (colon and not format.strip()):
+            raise UsageError(
+                "a variant has no name", expected="FORMAT:LEVEL,..., for example gguf:Q8_0,gguf:Q4_K_M", found=text
+            )
+        found.append((format.strip().lower() or "gguf", level.strip()))
+    return list(dict.fromkeys(found))
+
+
+def compare(
+    model: str,
+    output_dir: str | Path,
+    *,
+    variants: Sequence[tuple[str, str]] = (),
+    artifacts: Sequence[str | Path] = (),
+    options: CompareOptions | None = None,
+    on_event: EventSink = ignore,
+) -> ComparisonResult:
+    """Make ``variants`` of ``model`` in ``output_dir``/artifacts, take ``artifacts`` that exist, measure them all.
+
+    Neither given: DEFAULT_VARIANTS. Speed and samples are left out, and the result says why, where the runtime is not
+    installed. ``on_event`` hears the events of ``pipeline.quantize`` and of ``measure_quality``, and stages.
+
+    Raises UsageError (an artifact twice, text shorter than a window), MissingExtraError without torch, and what
+    ``pipeline.quantize``, ``measure_quality`` and ``measure_speed`` raise.
+    """
+    options = options or CompareOptions()
+    folder = Path(output_dir)
+    _refuse_folder(folder)
+    kept = Measurements(folder / "measured.json")
+    if not variants and not artifacts:
+        variants = [("gguf", level) for level in DEFAULT_VARIANTS]
+    for module in ("torch", "transformers"):
+        if find_spec(module) is None:
+            raise MissingExtraError("Measuring quality", "torch")
+    # What cannot be measured is refused before hours of quantizing, not after.
+    taken = [measured_file(Path(path)) for path in artifacts]
+    source = open_source(model, revision=options.revision, on_event=on_event)
+    with source.checkpoint:
+        for artifact in taken:
+            open_decoded(source, artifact.path).close()
+        tokenizer = TextTokenizer(source)
+        _refuse_unmeasurable(source, tokenizer, options)
+        text = evaluation_text(
+            tokenizer,
+            options.texts,
+            context=options.context or min(CONTEXT, source.architecture.hyper.context_length),
+            limit=options.windows,
+            on_event=on_event,
+        )
+        found = _make(model, folder / "artifacts", variants, options, kept, on_event) + taken
+        _refuse_twice(found)
+        found = _with_labels(found)
+        quality = _quality(source, found, text, options, kept, folder, on_event)
+        bench = Bench(
+            source,
+            kept,
+            prompts=options.prompts,
+            speed=options.speed,
+            threads=options.quantize.threads,
+            max_ram=options.quantize.max_ram,
+            on_event=on_event,
+        )
+        rows, own = _on_the_bench(bench, found, quality, kept)
+        facts = model_facts(source, model)
+    notes = (*quality.notes, *_importance_notes(found), *_speed_notes(rows), *bench.notes)
+    return _result(facts, text, replace(quality, notes=notes), rows, own, bench.absent, options)
+
+
+def _importance_notes(found: Sequence[MeasuredFile]) -> Iterator[str]:
+    """Which files were made with an importance matrix: the same level without it is another one."""
+    for texts in sorted({one.importance for one in found if one.importance is not None}):
+        names = [one.path.name for one in found if one.importance == texts]
+        which = "every file" if len(names) == len(found) else ", ".join(names)
+        yield f"quantized with an importance matrix{f' ({texts})' if texts else ''}: {which}"
+
+
+def _speed_notes(rows: Sequence[Variant]) -> Iterator[str]:
+    """Which speeds were taken while other work ran: they say little of the file."""
+    names = [row.level for row in rows if row.speed is not None and row.speed.disturbed]
+    if names:
+        yield f"the machine was busy while the speed of these was measured, which says little: {', '.join(names)}"
+
+
+def _on_the_bench(
+    bench: Bench, found: Sequence[MeasuredFile], quality: _Quality, kept: Measurements
+) -> tuple[tuple[Variant, ...], tuple[Sample, ...]]:
+    """Every variant with all its figures, and what the source writes."""
+    errors = [bench.tensor_errors(artifact) for artifact in found]
+    speeds = [bench.speed(artifact) for artifact in found]
+    own = bench.source_answers()
+    rows = tuple(
+        Variant(
+            format=artifact.format,
+            level=artifact.level,
+            file=artifact.path.name,
+            size=artifact.size,
+            bits_per_weight=artifact.bits_per_weight,
+            quantize_cpu_seconds=kept.get(key_of("cpu", artifact=artifact.identity)),
+            divergence=divergence,
+            grade=grades.grade(divergence.kld),
+            speed=speed,
+            tensor_errors=tuple(tensors),
+            samples=samples_of(bench.answers(artifact), own),
+        )
+        for artifact, divergence, speed, tensors in zip(found, quality.divergences, speeds, errors, strict=True)
+    )
+    return rows, samples_of(own)
+
+
+def _result(
+    model: ModelFacts,
+    text: EvaluationText,
+    quality: _Quality,
+    rows: tuple[Variant, ...],
+    own: tuple[Sample, ...],
+    absent: str,
+    options: CompareOptions,
+) -> ComparisonResult:
+    measured = next((row.speed.runtime for row in rows if row.speed is not None), absent or _NO_SPEED)
+    first = quality.divergences[0]
+    return ComparisonResult(
+        model=model,
+        text=TextFacts(
+            names=tuple(name if name == BUILT_IN else Path(name).name for name in text.names),
+            sha256=_sha256(text.windows),
+            context=int(text.windows.shape[1]),
+            windows=len(text.windows),
+            tokens=first.tokens,
+        ),
+        machine=machine_facts(measured, options.quantize.threads),
+        reference=Reference(
+            perplexity=first.reference_perplexity,
+            perplexity_sem=first.reference_perplexity_sem,
+            bits_per_weight=8 * model.size / max(1, model.parameters),
+            noise_floor=quality.noise_floor,
+            samples=own,
+        ),
+        variants=rows,
+        grades=grades.GRADES,
+        versions=program_versions(),
+        commands=options.commands,
+        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        notes=quality.notes,
+    )
+
+
+def _refuse_unmeasurable(source: Source, tokenizer: TextTokenizer, options: CompareOptions) -> None:
+    from llm_quantize.streams.network import require_device
+
+    require_device(options.quantize.calibration.device)
+    longest = source.architecture.hyper.context_length
+    if options.context is not None and options.context > longest:
+        raise UsageError(
+            "the windows are longer than the model's context",
+            expected=f"at most {longest} tokens",
+            found=options.context,
+            remedy="give a smaller --context",
+        )
+    for prompt in options.prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise UsageError("a prompt is not UTF-8", found=repr(prompt), remedy="give --prompt as UTF-8")
+        if not tokenizer.encode(prompt):
+            raise UsageError("a prompt has no tokens", found=repr(prompt), remedy="give --prompt some text")
+
+
+def _refuse_folder(folder: Path) -> None:
+    """Raise AccessError where the reports could not be written after all the work, UsageError where they would take
+    the place of pages that are not a comparison's."""
+    refuse_unwritable(folder / "artifacts")
+    stand = [name for name in REPORTS.values() if refuse_existing(folder / name, replace=True)]
+    if stand and REPORTS["json"] not in stand:
+        raise UsageError(
+            "the output directory holds a file that is not of a comparison",
+            file=folder / stand[0],
+            remedy="choose another directory with -o, or move the file away",
+        )
+
+
+def write_reports(result: ComparisonResult, folder: Path, lang: str = "en") -> dict[str, Path]:
+    """Write index.html, comparison.md and comparison.json into ``folder``; gives {"html", "markdown", "json"}.
+
+    Raises UsageError for an unknown language, AccessError or ResourceError where a file cannot be written.
+    """
+    from llm_quantize.reports.markdown import markdown
+    from llm_quantize.reports.page import page, write_text
+
+    facts = json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    texts = {"json": facts, "html": page(result, lang), "markdown": markdown(result, lang)}
+    return {kind: write_text(folder / REPORTS[kind], text) for kind, text in texts.items()}
+
+
+def remove_made(folder: Path, result: ComparisonResult, taken: Sequence[str | Path] = ()) -> None:
+    """Remove what ``compare`` made of ``result`` besides the reports: its artifacts with their manifests, and what was
+    kept to continue. ``taken`` artifacts and all other files stay. Raises AccessError or ResourceError."""
+    Measurements(folder / "measured.json").remove()
+    places, kept = folder / "artifacts", {Path(path).resolve() for path in taken}
+    try:
+        for path in [places / variant.file for variant in result.variants]:
+            if path.resolve() in kept or path.is_symlink():
+                continue
+            if path.is_dir():
+                remove_artifact(path)
+            elif path.is_file():
+                manifest_path(path).unlink(missing_ok=True)
+                path.unlink()
+        if places.is_dir() and not places.is_symlink() and not any(places.iterdir()):
+            places.rmdir()
+    except OSError as error:
+        fail_os(error, "an artifact cannot be removed", places)
+
+
+def _sha256(windows: Tokens) -> str:
+    return hashlib.sha256(np.ascontiguousarray(windows).astype("<i4").tobytes()).hexdigest()
+
+
+def _make(
+    model: str,
+    folder: Path,
+    variants: Sequence[tuple[str, str]],
+    options: CompareOptions,
+    kept: Measurements,
+    on_event: EventSink,
+) -> list[MeasuredFile]:
+    """Quantize to every level of each format in one read of the source; what is there already is reused."""
+    from llm_quantize.pipeline import quantize
+
+    found: list[MeasuredFile] = []
+    for format in dict.fromkeys(format for format, _ in variants):
+        results = quantize(
+            model,
+            format,
+            levels=[level for other, level in variants if other == format],
+            output_dir=folder,
+            revision=options.revision,
+            options=options.quantize,
+            on_event=on_event,
+        )
+        for result in results:
+            artifact = measured_file(result.path)
+            if result.status == "written" and not result.resumed_units:
+                kept.put(key_of("cpu", artifact=artifact.identity), result.seconds)
+            found.append(artifact)
+    return found
+
+
+def _refuse_twice(found: Sequence[MeasuredFile]) -> None:
+    for path, count in Counter(artifact.path.resolve() for artifact in found).items():
+        if count > 1:
+            raise UsageError("an artifact is given twice", file=path, remedy="name it once")
+
+
+def _with_labels(found: Sequence[MeasuredFile]) -> list[MeasuredFile]:
+    """Levels as labels, file names where a level stands twice."""
+    counts = Counter(artifact.level for artifact in found)
+    return [
+        replace(artifact, level=artifact.path.name.removesuffix(".gguf")) if counts[artifact.level] > 1 else artifact
+        for artifact in found
+    ]
+
+
+@dataclass(frozen=True)
+class _Quality:
+    """``divergences`` in the order of the artifacts; ``notes``: where their metadata differ from the source's."""
+
+    divergences: tuple[Divergence, ...]
+    noise_floor: float
+    notes: tuple[str, ...]
+
+
+def _quality(
+    source: Source,
+    found: Sequence[MeasuredFile],
+    text: EvaluationText,
+    options: CompareOptions,
+    kept: Measurements,
+    folder: Path,
+    on_event: EventSink,
+) -> _Quality:
+    """Divergences of all artifacts, those that are not known yet in one streamed pass."""
+    from llm_quantize.evaluation.quality import measure_quality
+
+    about = {"model": model_facts(source, "").fingerprint, "text": _sha256(text.windows)}
+    keys = [key_of("quality", artifact=artifact.identity, **about) for artifact in found]
+    floor = key_of("noise", **about)
+    missing = [index for index, key in enumerate(keys) if kept.get(key) is None or kept.get(floor) is None]
+    if missing:
+        on_event({"event": "stage", "text": "measure"})
+        make_directory(folder)
+        measured = measure_quality(
+            source,
+            [found[index].path for index in missing],
+            text.windows,
+            threads=options.quantize.threads,
+            max_ram=options.quantize.max_ram,
+            device=options.quantize.calibration.device,
+            texts=text.names,
+            scratch=folder,
+            on_event=on_event,
+        )
+        kept.put(floor, measured.noise.kld)
+        for index, one in zip(missing, measured.artifacts, strict=True):
+            notes = [f"{Path(one.path).name}: {note}" for note in one.notes]
+            kept.put(keys[index], {"divergence": divergence_to_dict(one.divergence), "notes": notes})
+    facts = [kept.get(key) for key in keys]
+    return _Quality(
+        divergences=tuple(divergence_from_dict(fact["divergence"]) for fact in facts),
+        noise_floor=kept.get(floor),
+        notes=tuple(note for fact in facts for note in fact["notes"]),
+    )

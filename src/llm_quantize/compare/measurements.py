@@ -1,0 +1,96 @@
+"""What an unfinished comparison has measured already: small facts by key in one JSON file, replaced whole each time.
+
+A key names what was measured, on which bytes, with which settings, so that a fact is never taken for another's. A
+file that is damaged or of another version is begun anew: every fact in it can be measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import llm_quantize
+from llm_quantize.errors import MalformedInputError
+from llm_quantize.io.artifact_files import artifact_files
+from llm_quantize.io.durable import fail_os, sync_directory, write_whole
+from llm_quantize.io.gguf_file import read_gguf
+from llm_quantize.io.journal import canonical_json
+from llm_quantize.io.json_file import read_json_object
+from llm_quantize.io.paths import opened, pread_into
+from llm_quantize.io.whole_file import refuse_existing
+from llm_quantize.models.files import read_headers
+from llm_quantize.models.quantized_config import is_packed_directory
+
+MAX_BYTES = 256 << 20
+SEAL = "facts_sha256"
+
+
+class Measurements:
+    """The facts in ``path``. Raises AccessError, ResourceError where the file cannot be read or written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._facts: dict[str, Any] = {}
+        refuse_existing(path, replace=True)
+        if path.is_file():
+            try:
+                found = read_json_object(path, limit_bytes=MAX_BYTES)
+            except MalformedInputError:
+                found = {}
+            facts = found.get("facts")
+            known = found.get("version") == llm_quantize.__version__ and found.get(SEAL) == _sealed(facts)
+            if known and isinstance(facts, dict):
+                self._facts = facts
+
+    def get(self, key: str) -> Any:
+        """The fact, or None."""
+        return self._facts.get(key)
+
+    def put(self, key: str, fact: Any) -> None:
+        """Keep a JSON-ready fact, durably."""
+        self._facts[key] = fact
+        staged = self.path.with_name(self.path.name + ".partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            sealed = {"version": llm_quantize.__version__, "facts": self._facts, SEAL: _sealed(self._facts)}
+            write_whole(staged, canonical_json(sealed))
+            staged.replace(self.path)
+            sync_directory(self.path.parent)
+        except OSError as error:
+            fail_os(error, "the measurements cannot be kept", self.path)
+
+    def remove(self) -> None:
+        """Forget everything."""
+        self._facts = {}
+        self.path.unlink(missing_ok=True)
+
+
+def _sealed(facts: Any) -> str:
+    return hashlib.sha256(canonical_json(facts)).hexdigest()
+
+
+def key_of(kind: str, **facts: Any) -> str:
+    """A key for what ``facts`` (JSON-ready) say was measured."""
+    return f"{kind}-{hashlib.sha256(canonical_json(facts)).hexdigest()}"
+
+
+def artifact_identity(path: Path) -> str:
+    """SHA-256 of what tells an artifact from another without reading its tensors: headers, sizes, times of writing.
+
+    Raises what reading raises.
+    """
+    digest = hashlib.sha256()
+    if is_packed_directory(path):
+        digest.update((path / "config.json").read_bytes())
+        for packed in read_headers(path, str(path), packed=True)[0]:
+            digest.update(f"{packed.path.name} {packed.sha256} {packed.file_size} {packed.mtime_ns}".encode())
+        return digest.hexdigest()
+    for file in artifact_files(path):
+        header = read_gguf(file)
+        data = bytearray(header.data_start)
+        with opened(file) as descriptor:
+            pread_into(descriptor, memoryview(data), 0, file)
+        digest.update(data)
+        digest.update(f"{header.file_size} {file.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()

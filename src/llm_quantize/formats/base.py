@@ -1,0 +1,236 @@
+"""What the packed integer formats share: the choice of a grid, the tensors that hold a matrix, the numbers stored.
+
+A matrix W (N = out = rows, K = in = columns) has codes q (N, K), and per row and group of columns a scale s and a zero
+point z: w = s * (q - z), with q and z counted from 0 whatever the grid's levels are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.errors import NumericPolicyError, UsageError
+from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType, integer_type
+
+if TYPE_CHECKING:
+    from llm_quantize.grids.grid import Grid
+
+Array = npt.NDArray[Any]
+
+NUMPY_TYPES: Mapping[str, type[np.generic]] = {
+    "int32": np.int32,
+    "int64": np.int64,
+    "float16": np.float16,
+    "bfloat16": np.uint16,
+    "float32": np.float32,
+}
+"""Numpy's type of each field dtype; bfloat16 is kept as its bits."""
+
+SAFETENSORS_TYPES: Mapping[str, str] = {
+    "int32": "I32",
+    "int64": "I64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+}
+
+
+@dataclass(frozen=True)
+class SchemeOptions:
+    """What a user may choose beside the level; None leaves it to the level. ``scale``: how the checkpoint stores its
+    weights ("bfloat16" or "float16"), for formats whose scales follow it."""
+
+    group_size: int | None = None
+    symmetric: bool | None = None
+    scale: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the matrices of one artifact are stored. ``variant``: GPTQ's checkpoint_format ("gptq", "gptq_v2")."""
+
+    format: str
+    level: str
+    qtype: IntegerType
+    variant: str = ""
+
+    @property
+    def least_zero(self) -> int:
+        """The smallest zero point that can be stored."""
+        return 1 if self.variant == "gptq" and not self.qtype.symmetric else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; :func:`scheme_from_dict` reads it back."""
+        facts = {"format": self.format, "level": self.level, "qtype": self.qtype.name, "scale": self.qtype.scale}
+        return facts | ({"variant": self.variant} if self.variant else {})
+
+
+def scheme_from_dict(facts: Mapping[str, Any]) -> Scheme:
+    """The scheme that ``Scheme.to_dict`` described."""
+    grid = integer_type(facts["qtype"], facts["scale"])
+    return Scheme(facts["format"], facts["level"], grid, facts.get("variant", ""))
+
+
+@dataclass(frozen=True)
+class Field:
+    """One of the tensors that hold a matrix: MODULE.suffix, of a dtype of NUMPY_TYPES."""
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        size = np.dtype(NUMPY_TYPES[self.dtype]).itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which modules of the model hold packed matrices, and which linear ones do not.
+
+    ``quantized``: in the order of the checkpoint. ``kept``: linear modules of blocks that stay as they are: routers,
+    and what the user ignored. ``outside``: linear modules outside of the decoder's blocks (vision towers, heads that
+    predict several tokens). ``head``: the output matrix, whether stored or tied.
+    """
+
+    quantized: Sequence[str]
+    kept: Sequence[str] = ()
+    outside: Sequence[str] = ()
+    head: str = "lm_head"
+
+
+class Format(Protocol):
+    """A packed format: one module of this package for each."""
+
+    LEVELS: Sequence[str]
+    LABEL: str
+
+    def scheme(self, level: str, options: SchemeOptions) -> Scheme: ...
+    def fields(self, scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]: ...
+    def pack(self, scheme: Scheme, grid: Grid, codes: Any) -> list[Array]: ...
+    def unpack(self, scheme: Scheme, arrays: Mapping[str, Array]) -> npt.NDArray[np.float32]: ...
+    def config(self, scheme: Scheme, coverage: Coverage) -> dict[str, Any]: ...
+
+
+_EXPERT = re.compile(r"(\.experts)\.\d+\..*$")
+
+
+def mixture_of(name: str) -> str:
+    """The mixture that the expert module ``name`` belongs to, which is one module in vLLM; other names as they are."""
+    return _EXPERT.sub(r"\1", name)
+
+
+def parse_bits(level: str, form: str, choices: Mapping[str, int]) -> int:
+    """Bits of a level of ``choices``, in any case. Raises UsageError."""
+    named = {name.lower(): bits for name, bits in choices.items()}
+    if level.lower() not in named:
+        raise UsageError(f"there is no {form} level {level[:40]!r}", expected=", ".join(choices), found=level[:40])
+    return named[level.lower()]
+
+
+def check_group(scheme: Scheme, columns: int, name: str | None) -> int:
+    """Groups of a row of ``columns``. Raises UsageError naming the module."""
+    size = scheme.qtype.group_size
+    if size != WHOLE_ROW and columns % size:
+        raise UsageError(
+            f"rows of {columns} weights are not whole groups of {size}",
+            tensor=name,
+            expected=f"a multiple of {size}",
+            found=columns,
+            remedy=f"--group-size {_dividing(columns, size)}, or --ignore with an expression that finds this module",
+        )
+    return scheme.qtype.groups(columns)
+
+
+def _dividing(columns: int, size: int) -> int:
+    return next((smaller for smaller in (64, 32) if smaller < size and columns % smaller == 0), WHOLE_ROW)
+
+
+def check_words(what: str, count: int, bits: int, name: str | None) -> None:
+    """Raise UsageError unless ``count`` values of ``bits`` bits fill whole words of 32 bits."""
+    if count * bits % 32:
+        step = next(n for n in range(1, 33) if n * bits % 32 == 0)
+        raise UsageError(
+            f"{count} {what} of {bits} bits do not fill whole words of 32 bits",
+            tensor=name,
+            expected=f"a multiple of {step}",
+            found=count,
+            remedy="--ignore with an expression that finds this module leaves it as it is; compressed-tensors pads",
+        )
+
+
+def to_numpy(values: Any) -> Array:
+    """A numpy array of a torch tensor (on any device) or of an array."""
+    return np.asarray(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
+
+
+def grid_numbers(scheme: Scheme, grid: Grid, least: int, most: int) -> tuple[npt.NDArray[np.float32], Array]:
+    """(scales float32 (rows, groups), zero points uint16 (rows, groups), counted from the lowest code).
+
+    Raises NumericPolicyError for scales that are not finite, and ValueError for a grid that the scheme cannot store:
+    levels that are not consecutive, offsets, other groups, zero points outside of ``least`` .. ``most``.
+    """
+    wanted = scheme.qtype
+    columns = grid.shape[1]
+    if not grid.uniform or grid.m is not None or int(grid.levels.shape[0]) != 1 << wanted.bits:
+        raise ValueError(f"a grid of this kind cannot be stored as {wanted.name}")
+    if grid.group != wanted.group(columns):
+        raise ValueError(f"a grid with groups of {grid.group} cannot be stored as {wanted.name}")
+    scales = to_numpy(grid.scale()).astype(np.float32, copy=False)
+    if not np.isfinite(scales).all():
+        row, group = (int(index) for index in np.argwhere(~np.isfinite(scales))[0])
+        raise NumericPolicyError(
+            "a scale is NaN or infinite",
+            expected="finite scales",
+            found=f"{scales[row, group]} at row {row}, group {group}",
+            remedy="check the weights and the calibration of this matrix; --ignore leaves it as it is",
+        )
+    lowest = float(grid.levels[0])
+    zeros = np.zeros(scales.shape, np.float32) if grid.z is None else to_numpy(grid.z)
+    zeros = zeros - lowest
+    if (zeros != np.rint(zeros)).any() or (zeros < least).any() or (zeros > most).any():
+        raise ValueError(
+            f"zero points from {zeros.min()} to {zeros.max()}; whole numbers from {least} to {most} can be"
+        )
+    if wanted.symmetric and (zeros != 1 << (wanted.bits - 1)).any():
+        raise ValueError(f"{wanted.name} has one zero point only, {1 << (wanted.bits - 1)}")
+    return scales, zeros.astype(np.uint16)
+
+
+def store_floats(values: npt.NDArray[np.float32], dtype: str) -> Array:
+    """``values``, already rounded to ``dtype``, as stored there (bfloat16 as bits). ValueError if they are not."""
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        stored: Array = (bits >> np.uint32(16)).astype(np.uint16)
+    else:
+        stored = values.astype(NUMPY_TYPES[dtype])
+    if not np.array_equal(load_floats(stored), values):
+        raise ValueError(f"the scales are not rounded to {dtype}")
+    return stored
+
+
+def load_floats(values: Array) -> npt.NDArray[np.float32]:
+    """Float32 values of stored floats; uint16 means bfloat16 bits."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def dequantize(
+    codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], zeros: Array, group: int
+) -> npt.NDArray[np.float32]:
+    """s * (q - z), float32 (N, K): the difference of the integers first, then one product, as the runtimes do.
+
+    ``codes`` (N, K); ``scales``, ``zeros`` (N, groups). A runtime that works in 16 bit rounds this once more.
+    """
+    rows, columns = codes.shape
+    steps = codes.reshape(rows, -1, group).astype(np.float32) - zeros.astype(np.float32)[:, :, None]
+    return (scales[:, :, None] * steps).reshape(rows, columns)

@@ -1,0 +1,1 @@
+"""llama.cpp's format: metadata, levels and mixes, vocabulary."""

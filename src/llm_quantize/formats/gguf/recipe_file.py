@@ -1,0 +1,125 @@
+"""A recipe as a file: which tensor gets which qtype, for ``quantize --recipe``. JSON, written by us or by hand.
+
+{"format": "llm-quantize-recipe", "format_version": 1,
+ "name": "Q4_K_M-profiled",                          the artifact is called MODEL-NAME
+ "level": "Q4_K_M",                                  what tensors get that are not named
+ "model": {"sha256": "...", "name": "..."},          optional: it is refused for any other model
+ "tensors": {"blk.0.attn_v.weight": "q6_k", ...},    GGUF names
+ "made": {...}}                                      optional: how it came about; not read
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError, printable
+from llm_quantize.formats.gguf.levels import Recipe, parse_level, parse_qtype
+from llm_quantize.io.json_file import parse_json
+from llm_quantize.io.paths import open_argument, pread_into
+from llm_quantize.io.whole_file import write_file
+
+FORMAT = "llm-quantize-recipe"
+VERSION = 1
+MAX_BYTES = 64 << 20
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}", re.ASCII)
+_REQUIRED = {"format", "format_version", "name", "level", "tensors"}
+_OPTIONAL = {"model", "made"}
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a recipe; whether it fits a model is for ``Recipe.check``.
+
+    Raises UsageError (no such file, no such level or qtype, naming the tensor), MalformedInputError (not a recipe),
+    UnsupportedError (a later version), AccessError.
+    """
+    path = Path(path)
+    data = _bytes(path)
+    fields = parse_json(data, file=path)
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise _refuse(path, "this file is not a recipe", f'an object with "format": "{FORMAT}"', type(fields).__name__)
+    if fields.get("format_version") != VERSION:
+        raise UnsupportedError(
+            "this recipe is of another version of the format",
+            file=path,
+            expected=VERSION,
+            found=printable(repr(fields.get("format_version")), 80),
+            remedy="make it again with this version",
+        )
+    odd = sorted((_REQUIRED - fields.keys()) | (fields.keys() - _REQUIRED - _OPTIONAL))
+    if odd:
+        raise _refuse(path, "the recipe has fields missing or too many", ", ".join(sorted(_REQUIRED)), ", ".join(odd))
+    name, level, tensors = fields["name"], fields["level"], fields["tensors"]
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise _refuse(path, "the recipe's name cannot be part of a file's name", "letters, digits, _ + . -", name)
+    if not isinstance(level, str):
+        raise _refuse(path, "the recipe's level is not a word", "for example Q4_K_M", level)
+    model = fields.get("model")
+    if model is not None and (not isinstance(model, dict) or not isinstance(model.get("sha256"), str)):
+        raise _refuse(path, "the recipe's model has no sha256", '{"sha256": "..."}', model)
+    if not isinstance(tensors, dict) or not all(isinstance(qtype, str) for qtype in tensors.values()):
+        raise _refuse(path, "the recipe's tensors are not an object of words", '{"name": "q4_k"}', tensors)
+    return Recipe(
+        name=name,
+        level=parse_level(level).name,
+        tensors={tensor: _qtype(path, tensor, qtype) for tensor, qtype in tensors.items()},
+        model=None if model is None else model["sha256"],
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def _bytes(path: Path) -> bytes:
+    descriptor, size = open_argument(path, "recipe")
+    try:
+        if size > MAX_BYTES:
+            raise _refuse(path, "the file is larger than any recipe", f"at most {MAX_BYTES:,} bytes", f"{size:,} bytes")
+        data = bytearray(size)
+        pread_into(descriptor, memoryview(data), 0, path)
+    finally:
+        os.close(descriptor)
+    return bytes(data)
+
+
+def _refuse(path: Path, what: str, expected: str, found: object) -> MalformedInputError:
+    return MalformedInputError(
+        what,
+        file=path,
+        expected=expected,
+        found=printable(str(found), 120),
+        remedy="correct the file by hand, or make it with `llm-quantize analyze profile`",
+    )
+
+
+def _qtype(path: Path, tensor: str, text: str) -> str:
+    try:
+        return parse_qtype(text)
+    except UsageError as error:
+        raise UsageError(
+            error.what, file=path, tensor=printable(tensor, 120), expected=error.expected, found=error.found
+        ) from error
+
+
+def write_recipe(
+    path: str | Path,
+    recipe: Recipe,
+    *,
+    model_name: str = "",
+    made: Mapping[str, Any] | None = None,
+    replace: bool = False,
+) -> Recipe:
+    """Write ``recipe`` (its own sha256 is not looked at) and return it as ``read_recipe`` will. Raises as
+    ``write_file``."""
+    fields: dict[str, Any] = {"format": FORMAT, "format_version": VERSION, "name": recipe.name, "level": recipe.level}
+    if recipe.model is not None:
+        fields["model"] = {"sha256": recipe.model, "name": model_name}
+    fields["tensors"] = dict(recipe.tensors)
+    if made:
+        fields["made"] = dict(made)
+    data = json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    write_file(path, [data], replace=replace)
+    return Recipe(recipe.name, recipe.level, recipe.tensors, recipe.model, hashlib.sha256(data).hexdigest())

@@ -1,0 +1,1 @@
+"""From tokenizer files to the vocabulary that llama.cpp reads."""

@@ -1,0 +1,1 @@
+"""Number grids of one matrix: fitted, searched, decoded."""

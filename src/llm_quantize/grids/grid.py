@@ -1,0 +1,281 @@
+"""The frozen number grid of a matrix, in one form for every format, and the types that can make one.
+
+A method (rounding, error feedback, coordinate descent) chooses codes; a grid says what each code is worth. With
+r a row, j a column, g = j // group and s = j // span:
+
+    value(r, j) = d[r, s] * u[r, g] * (levels[code] - z[r, g]) - m[r, s] * v[r, g]
+
+d, m   float32 (rows, columns / span)   the free floats, already as the format stores them
+u, v   float32 (rows, columns / group)  integers of the format (sub-scales, sub-minima), or ones
+z      float32 (rows, columns / group)  integer zero points
+ggml's superblocks (span 256, group 16 or 32), its blocks of 32 and integer groups are all of this form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from llm_quantize.errors import UsageError
+from llm_quantize.qtypes.integer import integer_type, is_integer
+
+__all__ = ["Grid", "GridType", "grid_type", "has_grid", "pack_ggml", "row_tiles", "to_storage", "unpack_ggml"]
+
+TILE = 1 << 19  # weights worked on at once: some ten float32 or float64 arrays of this size stay below 64 MiB
+
+
+def row_tiles(rows: int, columns: int, tile: int = TILE) -> Iterator[tuple[int, int]]:
+    """(start, stop) of pieces of ``rows`` rows with about ``tile`` weights each, at least one row."""
+    step = max(1, tile // max(1, columns))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def to_storage(values: Tensor, storage: torch.dtype) -> Tensor:
+    """``values`` rounded to ``storage``, as float32; what is too large becomes the largest finite number."""
+    most = torch.finfo(storage).max
+    return values.clamp(-most, most).to(storage).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What every code of a matrix stands for (see the top of this file for the formula).
+
+    ``levels`` float32 (n,), ascending, at most 256. ``group`` and ``span``: weights that share u, v, z and d, m; span
+    is a multiple of group. ``z``, ``m``, ``v`` may be None (no zero points, no offsets; m and v together).
+    ``storage``: the dtype that d and m were rounded to. Raises UsageError where shapes contradict each other.
+    """
+
+    levels: Tensor
+    group: int
+    span: int
+    d: Tensor
+    u: Tensor
+    z: Tensor | None = None
+    m: Tensor | None = None
+    v: Tensor | None = None
+    storage: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        groups = (rows, columns // self.group)
+        right = self.span % self.group == 0 and self.d.shape == (rows, columns // self.span)
+        right = right and all(part is None or part.shape == groups for part in (self.u, self.z, self.v))
+        right = right and (self.m is None) == (self.v is None) and (self.m is None or self.m.shape == self.d.shape)
+        if not right or not 1 <= self.levels.numel() <= 256:
+            found = {name: None if part is None else tuple(part.shape) for name, part in self._parts().items()}
+            raise UsageError(
+                "The parts of a number grid do not fit together",
+                expected=f"d, m (rows, columns / {self.span}), u, v, z (rows, columns / {self.group}), m with v",
+                found=found,
+            )
+
+    def _parts(self) -> dict[str, Tensor | None]:
+        return {"d": self.d, "u": self.u, "z": self.z, "m": self.m, "v": self.v}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the matrix."""
+        return self.u.shape[0], self.u.shape[1] * self.group
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether the levels are consecutive integers."""
+        steps = torch.arange(self.levels.numel(), dtype=torch.float32, device=self.levels.device)
+        return bool(torch.equal(self.levels, self.levels[0] + steps))
+
+    def scale(self) -> Tensor:
+        """d * u for each group, float32 (rows, groups): value = scale * level - offset."""
+        return _per_group(self.d, self.span // self.group) * self.u
+
+    def offset(self) -> Tensor:
+        """scale * z + m * v for each group, float32 (rows, groups)."""
+        offset = torch.zeros_like(self.u) if self.m is None or self.v is None else self._minimum(self.m, self.v)
+        return offset if self.z is None else self.scale() * self.z + offset
+
+    def _minimum(self, m: Tensor, v: Tensor) -> Tensor:
+        return _per_group(m, self.span // self.group) * v
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values float32 (rows, columns) of ``codes`` uint8 (rows, columns), bit for bit as the decoder computes them.
+
+        Raises UsageError for another shape.
+        """
+        self._check(codes)
+        values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        for start, stop in row_tiles(*self.shape):
+            part = self.rows(start, stop)
+            values[start:stop] = part._values(codes[start:stop].reshape(stop - start, -1, self.group)).flatten(1)
+        return values
+
+    def _values(self, codes: Tensor) -> Tensor:
+        """Values (rows, groups, group) of codes of that shape: scale first, then the level, then the offset."""
+        if self.uniform:
+            level = codes.to(torch.float32) + self.levels[0]
+        else:
+            level = self.levels.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
+        if self.z is not None:
+            level = level - self.z[:, :, None]
+        values = self.scale()[:, :, None] * level
+        if self.m is None or self.v is None:
+            return values
+        return values - self._minimum(self.m, self.v)[:, :, None]
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Codes uint8 (rows, columns) whose values lie nearest to ``weight`` float32 (rows, columns).
+
+        Of two equally near the lower code; where a scale is zero and all values are one, the code next to zero.
+        Raises UsageError for another shape.
+        """
+        self._check(weight)
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        for start, stop in row_tiles(*self.shape):
+            part = self.rows(start, stop)
+            codes[start:stop] = part._nearest(weight[start:stop].reshape(stop - start, -1, self.group)).flatten(1)
+        return codes
+
+    def _nearest(self, weight: Tensor) -> Tensor:
+        """Codes of weights (rows, groups, group): a guess in float64, then the neighbour towards the weight."""
+        scale = self.scale()[:, :, None]
+        wide = weight.to(torch.float64)
+        last = self.levels.numel() - 1
+        guess = self._guess(wide, scale)
+        value = self._values(guess).to(torch.float64)
+        upwards = (wide > value) != (scale < 0)
+        other = torch.where(upwards, guess + 1, guess - 1).clamp_(0, last)
+        distance = (wide - value).abs_()
+        rival = (wide - self._values(other).to(torch.float64)).abs_()
+        better = (rival < distance) | ((rival == distance) & (other < guess) & (scale != 0))
+        return torch.where(better, other, guess).to(torch.uint8)
+
+    def _guess(self, wide: Tensor, scale: Tensor) -> Tensor:
+        """int16 codes, right but for the rounding of the decoder."""
+        target = wide if self.m is None or self.v is None else wide + self._minimum(self.m, self.v)[:, :, None]
+        target = target / torch.where(scale == 0, torch.ones_like(scale), scale).to(torch.float64)
+        target = torch.where(scale == 0, torch.zeros_like(target), target)
+        if self.z is not None:
+            target = target + self.z[:, :, None]
+        if self.uniform:
+            return (target - self.levels[0]).round_().clamp_(0, self.levels.numel() - 1).to(torch.int16)
+        wide_levels = self.levels.to(torch.float64)
+        return torch.bucketize(target, (wide_levels[:-1] + wide_levels[1:]) / 2).to(torch.int16)
+
+    def with_floats(self, d: Tensor, m: Tensor | None = None) -> Grid:
+        """The same grid with other free floats, rounded to ``storage`` (finite); ``m`` None keeps the old offsets."""
+        other = self.m if m is None else to_storage(m, self.storage)
+        return replace(self, d=to_storage(d, self.storage), m=other)
+
+    def rows(self, start: int, stop: int) -> Grid:
+        """The grid of rows ``start`` to ``stop`` (views of the same numbers)."""
+        return self._mapped(lambda part: part[start:stop], levels=self.levels)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor], levels: Tensor) -> Grid:
+        return replace(
+            self,
+            levels=levels,
+            d=change(self.d),
+            u=change(self.u),
+            z=None if self.z is None else change(self.z),
+            m=None if self.m is None else change(self.m),
+            v=None if self.v is None else change(self.v),
+        )
+
+    def to(self, device: torch.device | str) -> Grid:
+        """The same grid on ``device``."""
+        return self._mapped(lambda part: part.to(device), levels=self.levels.to(device))
+
+    @staticmethod
+    def stack(grids: Sequence[Grid]) -> Grid:
+        """The grids of successive rows of one matrix as one. UsageError for none."""
+        if not grids:
+            raise UsageError("No number grid of a matrix without rows")
+        parts = {
+            name: None if part is None else torch.cat([other._parts()[name] for other in grids])  # type: ignore[misc]
+            for name, part in grids[0]._parts().items()
+        }
+        return replace(grids[0], **parts)  # type: ignore[arg-type]
+
+    def _check(self, values: Tensor) -> None:
+        if values.shape != self.shape:
+            raise UsageError("A matrix does not fit its number grid", expected=self.shape, found=tuple(values.shape))
+
+
+def _per_group(values: Tensor, repeat: int) -> Tensor:
+    """(rows, spans) as (rows, groups)."""
+    return values if repeat == 1 else values.repeat_interleave(repeat, dim=1)
+
+
+class GridType(Protocol):
+    """A format's way to choose the grid of a matrix. ``block``: columns must be a multiple of it."""
+
+    @property
+    def name(self) -> str:
+        """The qtype's name."""
+
+    @property
+    def block(self) -> int:
+        """Columns must be a multiple of it."""
+
+    def plain(self, weight: Tensor, importance: Tensor | None) -> tuple[Grid, Tensor]:
+        """Grid and codes uint8 (rows, columns) that the owner of the format would write.
+
+        ``weight`` float32 (rows, columns); ``importance`` float32 (columns,), mean square of each input channel.
+        """
+
+    def fit(self, weight: Tensor, importance: Tensor | None, *, refine: bool = True) -> Grid:
+        """The best grid for the importance-weighted error of nearest codes, its floats as the format stores them."""
+
+
+GGML_GRIDS = frozenset(
+    ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
+)
+
+
+def has_grid(qtype: str) -> bool:
+    """Whether ``qtype`` is a number grid of this form; the others (codebooks, ternary, floats) are rounded plainly."""
+    return qtype in GGML_GRIDS or is_integer(qtype)
+
+
+def grid_type(
+    qtype: str, *, scale: str = "float16", signed: bool = False, least_zero: int = 0, spread: float = 0.0
+) -> GridType:
+    """The grid maker for ``qtype``: a ggml name, or an integer type (int4_g128, int8_asym ...).
+
+    The rest is for integer types: ``scale`` how scales are stored; ``signed`` lets a symmetric scale be negative,
+    which moves the extra level to the other side (not every runtime reads that); ``least_zero`` the smallest zero
+    point (1 for GPTQ files of format 1, where zero 0 spills into its neighbour); ``spread`` k weighs errors with
+    importance * sqrt(k * mean x^2 + x^2) instead of the importance alone (0: not). UsageError for another name.
+    """
+    if qtype in GGML_GRIDS:
+        from llm_quantize.grids import ggml
+
+        return ggml.GgmlGridType(qtype)
+    if not is_integer(qtype):
+        raise UsageError(
+            "This type has no number grid", expected=f"{', '.join(sorted(GGML_GRIDS))}, intB_gN", found=qtype
+        )
+    from llm_quantize.grids import integer
+
+    chosen = integer_type(qtype, scale)
+    return integer.IntegerGridType(chosen, signed=signed, least_zero=least_zero, spread=spread)
+
+
+def pack_ggml(qtype: str, grid: Grid, codes: Tensor) -> npt.NDArray[np.uint8]:
+    """The bytes of ``codes`` uint8 (rows, columns) on ``grid``: uint8 (rows, row_bytes) as ggml lays them out."""
+    from llm_quantize.grids import ggml_pack
+
+    return ggml_pack.pack(qtype, grid, codes)
+
+
+def unpack_ggml(qtype: str, packed: npt.NDArray[np.uint8], columns: int) -> tuple[Grid, Tensor]:
+    """Grid and codes uint8 (rows, ``columns``) that ``packed`` uint8 (rows, row_bytes) holds; undoes pack_ggml."""
+    from llm_quantize.grids import ggml_pack
+
+    return ggml_pack.unpack(qtype, packed, columns)

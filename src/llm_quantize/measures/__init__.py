@@ -1,0 +1,1 @@
+"""Mathematics of quality: divergence, perplexity, grades. Knows no runtime."""

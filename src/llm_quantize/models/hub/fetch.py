@@ -1,0 +1,363 @@
+"""Models from the Hugging Face hub: the commit is pinned first, then only data files of that commit are fetched.
+
+Files lie in huggingface_hub's own cache (``HF_HOME``); ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` mean what
+they mean there. Every file fetched is compared with the hash that the hub gives for it. Pickled weights and code are
+never fetched. Messages are our own words: a server's text, a URL or a token never gets into them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import importlib
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_quantize.errors import (
+    IntegrityError,
+    MalformedInputError,
+    NetworkError,
+    ResourceError,
+    UnsupportedError,
+    printable,
+)
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.paths import inside
+from llm_quantize.models.files import INDEX, SINGLE, conversion_command, weight_map
+from llm_quantize.models.hub.errors import UNREACHABLE, translated
+from llm_quantize.models.hub.headers import WeightFile, headers_directory
+
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "README.md", "LICENSE*")
+"""Top-level files fetched besides the weights (an adapter's and a trainer's are left out by name)."""
+
+_NOT_WANTED = ("adapter_*", "trainer_state.json", "consolidated*", "*.index.json")
+_WORKERS = 4
+_POLL_SECONDS = 0.5
+_HASH_BLOCK = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSnapshot:
+    """One commit of a repository on this machine. ``temporary``: the directory holds no weights, only headers with
+    holes behind them, and lasts until this is cleaned up."""
+
+    directory: Path
+    commit: str
+    temporary: tempfile.TemporaryDirectory[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """What the hub says of a file. ``sha256`` for large files, ``git_sha1`` (of "blob SIZE\\0" + bytes) for others."""
+
+    name: str
+    size: int | None
+    sha256: str | None
+    git_sha1: str | None
+
+
+def resolve(
+    model_id: str, revision: str | None, *, on_event: EventSink | None = None, headers_only: bool = False
+) -> LocalSnapshot:
+    """The snapshot of ``model_id`` at ``revision`` (branch, tag, commit; default branch if None), fetched as needed.
+
+    With ``headers_only``, weight files that are not in the cache are not fetched: see ``LocalSnapshot.temporary``.
+    Raises UsageError (not an id), NetworkError (unreachable, refused, gated, absent, offline and not cached),
+    IntegrityError (bytes are not those the hub announced), UnsupportedError (no safetensors there), ResourceError.
+    """
+    tell = on_event or ignore
+    hub = importlib.import_module("huggingface_hub")
+    cached = _cached(hub, model_id, revision)
+    if _offline(hub):
+        if cached is None:
+            raise NetworkError(
+                "offline mode is on and this model is not in the cache",
+                file=model_id,
+                expected=f"commit {revision or 'main'} in {hub.constants.HF_HUB_CACHE}",
+                remedy="unset HF_HUB_OFFLINE, or give the directory of a copy of the model",
+            )
+        return _whole(cached, model_id)
+    if cached is not None and revision == cached.commit and _missing(cached) is None:
+        return cached  # a commit never changes: nothing to ask
+    try:
+        commit, files = _listing(hub, model_id, revision)
+    except NetworkError as error:
+        if cached is None or error.found != UNREACHABLE or _missing(cached) is not None:
+            raise
+        tell({"event": "warning", "text": f"the hub cannot be reached; using the cached commit {cached.commit}"})
+        return cached
+    snapshot = _fetch(hub, model_id, commit, files, tell, headers_only)
+    _remember(hub, model_id, revision or "main", commit)
+    return snapshot
+
+
+def _offline(hub: Any) -> bool:
+    return bool(hub.constants.HF_HUB_OFFLINE)
+
+
+def _cached(hub: Any, model_id: str, revision: str | None) -> LocalSnapshot | None:
+    with translated(model_id, "config.json"):
+        found = hub.try_to_load_from_cache(model_id, "config.json", revision=revision)
+    if not isinstance(found, str):
+        return None
+    return LocalSnapshot(Path(found).parent, Path(found).parent.name)
+
+
+def _missing(snapshot: LocalSnapshot) -> str | None:
+    """The first weight file that the cached snapshot lacks, None if it has all."""
+    if (snapshot.directory / SINGLE).exists():
+        return None
+    index = snapshot.directory / INDEX
+    if not index.exists():
+        return SINGLE
+    names = sorted(set(weight_map(index).values()))
+    return next((name for name in names if not inside(snapshot.directory, name, declared_in=index).exists()), None)
+
+
+def _whole(snapshot: LocalSnapshot, model_id: str) -> LocalSnapshot:
+    missing = _missing(snapshot)
+    if missing is not None:
+        raise NetworkError(
+            f"offline mode is on and the cache holds only part of {printable(model_id, 120)}",
+            file=missing,
+            expected=f"all weight files of commit {snapshot.commit}",
+            found="this file is missing",
+            remedy="unset HF_HUB_OFFLINE and run the same command again: what is there is kept",
+        )
+    return snapshot
+
+
+def _remember(hub: Any, model_id: str, revision: str, commit: str) -> None:
+    """Note in the cache which commit a branch or tag was, as huggingface_hub does, so that offline runs find it."""
+    if revision == commit or not re.fullmatch(
+        r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", revision
+    ):
+        return
+    ref = Path(hub.constants.HF_HUB_CACHE) / ("models--" + model_id.replace("/", "--")) / "refs" / revision
+    with translated(model_id, None):
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit, encoding="ascii")
+
+
+def _listing(hub: Any, model_id: str, revision: str | None) -> tuple[str, dict[str, RemoteFile]]:
+    """(commit, {name: file}) of the repository; names that could lead anywhere else are left out."""
+    with translated(model_id, None, revision):
+        info = hub.HfApi().model_info(model_id, revision=revision, files_metadata=True, timeout=30.0)
+    if not isinstance(info.sha, str) or not re.fullmatch("[0-9a-f]{40}", info.sha):
+        raise NetworkError(
+            "the hub's answer names no commit", file=model_id, found=info.sha, remedy="check HF_ENDPOINT, or try later"
+        )
+    files = {}
+    for sibling in info.siblings or ():
+        lfs = sibling.lfs
+        sha256 = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
+        files[sibling.rfilename] = RemoteFile(sibling.rfilename, sibling.size, sha256, sibling.blob_id)
+    return info.sha, files
+
+
+def _fetch(
+    hub: Any, model_id: str, commit: str, files: Mapping[str, RemoteFile], tell: EventSink, headers_only: bool
+) -> LocalSnapshot:
+    _refuse_without_safetensors(model_id, files)
+    small = [
+        name
+        for name in files
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in SMALL_FILES)
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in _NOT_WANTED)
+        and re.fullmatch(r"[A-Za-z0-9._-]+", name)
+    ]
+    fetcher = _Fetcher(hub, model_id, commit, tell)
+    if SINGLE in files:
+        weights = [SINGLE]
+        fetcher.fetch([files[name] for name in small])
+    else:
+        fetcher.fetch([files[name] for name in [*small, INDEX]])
+        index = fetcher.path(INDEX)
+        weights = sorted(set(weight_map(index).values()))
+        for name in weights:
+            inside(index.parent, name, declared_in=index)
+        absent = next((name for name in weights if name not in files), None)
+        if absent is not None:
+            raise MalformedInputError(
+                f"the index names a shard that {printable(model_id, 120)} does not hold",
+                file=absent,
+                expected=f"{len(weights)} shards",
+                found="no such file in the repository",
+                remedy="tell the model's authors, or choose another --revision",
+            )
+    if headers_only:
+        found = [WeightFile(name, files[name].size, fetcher.cached(files[name])) for name in weights]
+        if any(file.cached is None for file in found):
+            temporary, directory = headers_directory(hub, model_id, commit, fetcher.paths(), found)
+            return LocalSnapshot(directory, commit, temporary)
+    fetcher.check_space([files[name] for name in weights])
+    fetcher.fetch([files[name] for name in weights])
+    return LocalSnapshot(fetcher.path(weights[0], weights[0].count("/")), commit)
+
+
+def _refuse_without_safetensors(model_id: str, files: Mapping[str, RemoteFile]) -> None:
+    if SINGLE in files or INDEX in files:
+        return
+    if "adapter_config.json" in files:
+        raise UnsupportedError(
+            "this is an adapter (LoRA), not a model: it only holds changes to another model's weights",
+            file=f"{model_id}/adapter_config.json",
+            remedy="merge it into its base model first (peft's merge_and_unload), then give the result's directory",
+        )
+    pickled = next((name for name in files if name.endswith((".bin", ".pt", ".pth"))), None)
+    if pickled is not None:
+        raise UnsupportedError(
+            "the weights are pickled, which can run code when loaded; only safetensors are read",
+            file=f"{model_id}/{pickled}",
+            expected=SINGLE,
+            remedy=conversion_command(model_id),
+        )
+    raise UnsupportedError(
+        "this repository holds no safetensors weights of a whole model",
+        file=model_id,
+        expected=f"{SINGLE} or {INDEX}",
+        found=", ".join(sorted(files)[:6]) or "no files",
+        remedy="choose the repository of the model in transformers' format",
+    )
+
+
+class _Fetcher:
+    """Fetches files of one commit into the cache, a few at a time, and proves each by its hash."""
+
+    def __init__(self, hub: Any, model_id: str, commit: str, tell: EventSink) -> None:
+        self._hub, self._model_id, self._commit, self._tell = hub, model_id, commit, tell
+        self._paths: dict[str, Path] = {}
+        self._lock = threading.Lock()
+
+    def path(self, name: str, parents: int | None = None) -> Path:
+        """Where file ``name`` lies; with ``parents``, the snapshot's directory, that many levels above its folder."""
+        path = self._paths[name]
+        return path if parents is None else path.parents[parents]
+
+    def paths(self) -> dict[str, Path]:
+        """{name: where it lies} of everything fetched so far."""
+        return dict(self._paths)
+
+    def check_space(self, files: list[RemoteFile]) -> None:
+        """Raise ResourceError before the first byte if the cache's disk cannot hold what is missing."""
+        needed = sum(file.size or 0 for file in files if self._in_cache(file) is None)
+        place = Path(self._hub.constants.HF_HUB_CACHE)
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise ResourceError(
+                f"not enough disk space to fetch {printable(self._model_id, 120)}",
+                file=self._hub.constants.HF_HUB_CACHE,
+                expected=f"{needed:,} bytes free",
+                found=f"{free:,} bytes",
+                remedy="free some space, or set HF_HOME to a larger disk",
+            )
+
+    def fetch(self, files: list[RemoteFile]) -> None:
+        """Fetch and check ``files``; events tell the progress. The first failure is raised, the rest cancelled."""
+        waiting = [file for file in files if not self._take_cached(file)]
+        if not waiting:
+            return
+        total = sum(file.size or 0 for file in waiting)
+        with ThreadPoolExecutor(_WORKERS) as pool, _quiet(self._hub):
+            jobs: dict[Future[Path], RemoteFile] = {pool.submit(self._fetch_one, file): file for file in waiting}
+            try:
+                pending = set(jobs)
+                while pending:
+                    finished, pending = wait(pending, timeout=_POLL_SECONDS)
+                    for job in finished:
+                        self._paths[jobs[job].name] = job.result()
+                    done = sum(jobs[job].size or 0 for job in jobs if job not in pending) + self._partial_bytes()
+                    name = next((jobs[job].name for job in jobs if job in pending), files[-1].name)
+                    self._tell({"event": "download", "file": name, "done": min(done, total), "total": total})
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _in_cache(self, file: RemoteFile) -> Path | None:
+        found = self._hub.try_to_load_from_cache(self._model_id, file.name, revision=self._commit)
+        return Path(found) if isinstance(found, str) else None
+
+    def cached(self, file: RemoteFile) -> Path | None:
+        """Where the cache holds ``file`` in its announced size, None if it does not."""
+        path = self._in_cache(file)
+        if path is None or (file.size is not None and path.stat().st_size != file.size):
+            return None
+        return path
+
+    def _take_cached(self, file: RemoteFile) -> bool:
+        path = self.cached(file)
+        if path is None:
+            return False
+        self._paths[file.name] = path
+        return True
+
+    def _fetch_one(self, file: RemoteFile) -> Path:
+        stale = self._in_cache(file)
+        with translated(self._model_id, file.name, self._commit):
+            path = Path(
+                self._hub.hf_hub_download(
+                    self._model_id, file.name, revision=self._commit, force_download=stale is not None
+                )
+            )
+        _check_bytes(path, file, self._model_id)
+        return path
+
+    def _partial_bytes(self) -> int:
+        folder = "models--" + self._model_id.replace("/", "--")
+        blobs = Path(self._hub.constants.HF_HUB_CACHE) / folder / "blobs"
+        total = 0
+        for entry in blobs.glob("*.incomplete"):
+            try:
+                total += entry.stat().st_size
+            except FileNotFoundError:  # finished between the two calls
+                continue
+        return total
+
+
+def _check_bytes(path: Path, file: RemoteFile, model_id: str) -> None:
+    """Compare a fetched file with what the hub announced; a wrong one is removed so that it is fetched again."""
+    size = path.stat().st_size
+    expected, found = f"{file.size} bytes", f"{size} bytes"
+    right = file.size is None or size == file.size
+    if right and (file.sha256 or file.git_sha1):
+        digest = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        with path.open("rb") as stream:
+            while block := stream.read(_HASH_BLOCK):
+                digest.update(block)
+        expected, found = str(file.sha256 or file.git_sha1), digest.hexdigest()
+        right = expected == found
+    if right:
+        return
+    Path(os.path.realpath(path)).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    raise IntegrityError(
+        f"a file fetched from {printable(model_id, 120)} is not the one that the hub announced",
+        file=file.name,
+        expected=expected,
+        found=found,
+        remedy="run the same command again: the wrong file was removed; if it comes again, check proxy and HF_ENDPOINT",
+    )
+
+
+@contextmanager
+def _quiet(hub: Any) -> Iterator[None]:
+    """Without huggingface_hub's own progress bars: we tell the progress by events."""
+    was_off = hub.utils.are_progress_bars_disabled()
+    if not was_off:
+        hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_off:
+            hub.utils.enable_progress_bars()

@@ -1,0 +1,347 @@
+"""A source model: every header read and cross-checked first, then rows of one tensor at a time.
+
+``open_checkpoint`` takes a directory as transformers' ``save_pretrained`` writes it, or a hub id. Nothing from the
+repository is executed or unpickled, and nothing outside its directory is opened.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError
+from llm_quantize.events import EventSink
+from llm_quantize.io.safetensors_file import Header, TensorInfo
+from llm_quantize.io.tensor_reader import TensorReader
+from llm_quantize.models import float8
+from llm_quantize.models.files import read_configuration, read_headers
+from llm_quantize.models.hub.locate import Place, locate
+
+READABLE_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3")
+"""Element types whose values can be read; others may lie in a checkpoint as long as nobody needs them."""
+
+_STORED: dict[str, type[np.generic]] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "F8_E4M3": np.uint8,
+}
+_SCALES_KEPT = 16
+
+Rows = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
+
+
+class Digest(Protocol):
+    """What ``hashlib`` objects can do."""
+
+    def update(self, data: Any, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileFact:
+    """What tells one source file from another of the same name, without reading its tensors."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    header_sha256: str
+
+
+@dataclass
+class Checkpoint:
+    """An opened model. ``tensors`` in file order (FP8 scales are not among them: see ``folded``).
+
+    ``folded``: {scale tensor: the weight that is decoded with it}. ``left_out``: {tensor: why it is not in
+    ``tensors``}. ``revision``: the hub commit, None for a directory. ``files``: the weight files. Threads may share
+    one checkpoint. Close it, or use it as a context manager.
+
+    ``headers_only``: reading rows is refused. ``temporary``: ``directory`` is a copy without weights, gone at close.
+    """
+
+    directory: Path
+    name: str
+    config: dict[str, Any]
+    generation_config: dict[str, Any] | None
+    revision: str | None
+    headers: tuple[Header, ...]
+    tensors: dict[str, TensorInfo]
+    folded: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    _layouts: Mapping[str, float8.ScaleLayout] = field(default_factory=dict)
+    _scale_tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    headers_only: bool = False
+    temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    def __post_init__(self) -> None:
+        self._reader = _NoWeights(self.headers) if self.headers_only else TensorReader(self.headers)
+        self._scales: OrderedDict[str, npt.NDArray[np.float32]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, in the order of ``tensors``."""
+        return tuple(header.path for header in self.headers)
+
+    def fingerprint(self) -> list[FileFact]:
+        """One fact per weight file, sorted by name: enough for resume and manifest to tell that a source changed."""
+        facts = [
+            FileFact(h.path.relative_to(self.directory).as_posix(), h.file_size, h.mtime_ns, h.sha256)
+            for h in self.headers
+        ]
+        return sorted(facts, key=lambda fact: fact.name)
+
+    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
+        """(rows, columns) of the tensor as ``read_rows`` sees it: leading dimensions flattened, 1-D is one row,
+        a scalar is (1, 1). With ``transpose`` the last two dimensions are exchanged first."""
+        tensor = self.tensors[name]
+        shape = tensor.shape
+        if transpose:
+            if len(shape) < 2:
+                raise ValueError(f"{name} has {len(shape)} dimensions; only two or more can be transposed")
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        columns = shape[-1] if shape else 1
+        rows = 1
+        for size in shape[:-1]:
+            rows *= size
+        return rows, columns
+
+    def check_readable(self, name: str) -> None:
+        """Raise UnsupportedError unless the tensor's element type can be read as weights."""
+        tensor = self.tensors[name]
+        if tensor.dtype not in READABLE_DTYPES:
+            raise UnsupportedError(
+                f"weights of type {tensor.dtype} cannot be quantized",
+                file=tensor.file,
+                tensor=name,
+                offset=tensor.offset,
+                expected=", ".join(READABLE_DTYPES),
+                found=tensor.dtype,
+                remedy="use the BF16, F16 or F32 form of this model",
+            )
+
+    def stored_dtype(self, name: str) -> np.dtype[Any]:
+        """The numpy element type that ``read_rows`` returns for this tensor (bfloat16 as uint16 bits)."""
+        self.check_readable(name)
+        kept = ("F16", "BF16")
+        dtype = self.tensors[name].dtype
+        return np.dtype(_STORED[dtype] if dtype in kept else np.float32)
+
+    def raw_rows(self, name: str, start: int, stop: int, *, buffer: Any = None) -> memoryview:
+        """The stored bytes of rows [start, stop), as they lie in the file (FP8 without its scales)."""
+        self.check_readable(name)
+        rows, columns = self.matrix(name)
+        _check_range(name, start, stop, rows)
+        row_bytes = columns * np.dtype(_STORED[self.tensors[name].dtype]).itemsize
+        view = _memory(buffer, (stop - start) * row_bytes)
+        self._reader.read(self.tensors[name], start * row_bytes, view)
+        return view
+
+    def read_rows(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        *,
+        transpose: bool = False,
+        buffer: Any = None,
+        digest: Digest | None = None,
+    ) -> Rows:
+        """Rows [start, stop) of the tensor seen as ``matrix`` says: (stop - start, columns), C-contiguous.
+
+        F32, F16 and BF16 (as uint16 bits) unconverted; F64 rounded to float32; FP8 decoded with its scale to
+        float32. ``buffer`` (writable bytes, large enough) is reused where nothing is converted: the result then
+        lies in it. ``digest`` is updated with the stored bytes in the order of the result, for FP8 followed by the
+        tensor's whole scale as float32. Raises UnsupportedError (integers), IntegrityError
+        (file changed or truncated meanwhile), ResourceError (device failed), NumericPolicyError (an F64 value
+        beyond float32).
+        """
+        stored: npt.NDArray[Any]
+        if transpose:
+            stored = self._columns(name, start, stop)
+        else:
+            raw = self.raw_rows(name, start, stop, buffer=buffer)
+            dtype = np.dtype(_STORED[self.tensors[name].dtype]).newbyteorder("<")
+            stored = np.frombuffer(raw, dtype).reshape(stop - start, self.matrix(name)[1])
+        if digest is not None:
+            digest.update(stored.reshape(-1).view(np.uint8).data)
+            if (layout := self._layouts.get(name)) is not None:
+                digest.update(self._scale(layout).data)
+        return self._converted(name, start, stored)
+
+    def _columns(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [start, stop) of the transposed tensor, in its stored type; bounded extra memory."""
+        self.check_readable(name)
+        tensor = self.tensors[name]
+        if tensor.dtype == "F8_E4M3":
+            raise UnsupportedError(
+                "FP8 weights stored (in, out) are not supported",
+                file=tensor.file,
+                tensor=name,
+                remedy="use the BF16 form of this model",
+            )
+        total, inputs = self.matrix(name, transpose=True)
+        _check_range(name, start, stop, total)
+        outputs = tensor.shape[-1]
+        dtype = np.dtype(_STORED[tensor.dtype])
+        result = np.empty((stop - start, inputs), dtype)
+        row_bytes = outputs * dtype.itemsize
+        at = start
+        while at < stop:
+            which, first = divmod(at, outputs)
+            count = min(stop - at, outputs - first)
+            block = np.empty((inputs, count * dtype.itemsize), np.uint8)
+            self._reader.read_columns(
+                tensor, which * inputs * row_bytes, inputs, row_bytes, first * dtype.itemsize, block
+            )
+            result[at - start : at - start + count] = block.view(dtype).T
+            at += count
+        return result
+
+    def _converted(self, name: str, start: int, stored: npt.NDArray[Any]) -> Rows:
+        dtype = self.tensors[name].dtype
+        if dtype == "F64":
+            return self._narrowed(name, stored)
+        if dtype != "F8_E4M3":
+            return stored
+        layout = self._layouts.get(name)
+        if layout is None:
+            plain: npt.NDArray[np.float32] = float8.E4M3[stored]
+            return plain
+        shape = self.tensors[name].shape
+        matrix_rows = shape[-2] if len(shape) >= 2 else 1
+        return layout.decode(stored, start, max(1, matrix_rows), self._scale(layout))
+
+    def _narrowed(self, name: str, stored: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+        with np.errstate(over="ignore", invalid="ignore"):
+            narrow = stored.astype(np.float32)
+        lost = np.isinf(narrow) & np.isfinite(stored)
+        if lost.any():
+            row, column = np.argwhere(lost)[0]
+            raise NumericPolicyError(
+                f"{int(lost.sum())} float64 weights are beyond float32",
+                file=self.tensors[name].file,
+                tensor=name,
+                offset=self.tensors[name].offset,
+                expected="magnitudes up to 3.4e38",
+                found=stored[row, column],
+                remedy="save the model in float32 or bfloat16",
+            )
+        return narrow
+
+    def _scale(self, layout: float8.ScaleLayout) -> npt.NDArray[np.float32]:
+        """The scale tensor as float32 (all its rows, layout.columns); the last few are kept."""
+        with self._lock:
+            scale = self._scales.pop(layout.name, None)
+        if scale is None:
+            tensor = self._scale_tensors[layout.name]
+            raw = memoryview(bytearray(tensor.nbytes))
+            self._reader.read(tensor, 0, raw)
+            stored = np.frombuffer(raw, _STORED[tensor.dtype])
+            if tensor.dtype == "BF16":
+                stored = (stored.astype(np.uint32) << 16).view(np.float32)
+            scale = stored.astype(np.float32).reshape(-1, layout.columns)
+        with self._lock:
+            self._scales[layout.name] = scale
+            while len(self._scales) > _SCALES_KEPT:
+                self._scales.popitem(last=False)
+        return scale
+
+    def close(self) -> None:
+        """Close all file handles; remove the temporary directory if there is one."""
+        self._reader.close()
+        if self.temporary is not None:
+            self.temporary.cleanup()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _NoWeights(TensorReader):
+    """Reads nothing: behind the headers there may be holes, whose zeros must never be taken for weights."""
+
+    def read(self, tensor: TensorInfo, start: int, view: memoryview) -> NoReturn:
+        raise UsageError(
+            "this model was opened for its headers only; its weights are not here",
+            file=tensor.file,
+            tensor=tensor.name,
+            offset=tensor.offset + start,
+            remedy="open it without headers_only to read weights",
+        )
+
+
+def open_checkpoint(
+    model: str, *, revision: str | None = None, on_event: EventSink | None = None, headers_only: bool = False
+) -> Checkpoint:
+    """Open the model in directory ``model``, or the hub's ``model`` at ``revision`` (branch, tag or commit).
+
+    Reads config.json, generation_config.json, the index and every header; no tensor data. Raises UsageError (no
+    such model), MalformedInputError, UnsupportedError (pickled weights, an adapter, an already quantized model),
+    AccessError (names that lead outside), NetworkError, ResourceError.
+
+    With ``headers_only``, weights that are not here are not fetched from the hub, and ``read_rows`` refuses
+    (UsageError) wherever the model came from.
+    """
+    place = locate(model, revision, on_event, headers_only=headers_only)
+    try:
+        return _opened(place, str(model), headers_only)
+    except BaseException:
+        if place.temporary is not None:
+            place.temporary.cleanup()
+        raise
+
+
+def _opened(place: Place, model: str, headers_only: bool) -> Checkpoint:
+    config, generation, quantization = read_configuration(place.directory, model)
+    headers, tensors = read_headers(place.directory, model)
+    layouts: dict[str, float8.ScaleLayout] = {}
+    folded: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    if quantization is not None:
+        blocks = float8.block_size(quantization, place.directory / "config.json")
+        layouts, folded, left_out = float8.pair_scales(tensors, blocks)
+    kept = {name: info for name, info in tensors.items() if name not in folded and name not in left_out}
+    scales = {name: tensors[name] for name in folded}
+    return Checkpoint(
+        place.directory,
+        place.name,
+        config,
+        generation,
+        place.revision,
+        headers,
+        kept,
+        folded,
+        left_out,
+        layouts,
+        scales,
+        headers_only,
+        place.temporary,
+    )
+
+
+def _check_range(name: str, start: int, stop: int, rows: int) -> None:
+    if not 0 <= start <= stop <= rows:
+        raise ValueError(f"rows {start}..{stop} are not inside {name}, which has {rows}")
+
+
+def _memory(buffer: Any, nbytes: int) -> memoryview:
+    if buffer is None:
+        return np.empty(nbytes, np.uint8).data
+    view = memoryview(buffer).cast("B")
+    if view.readonly or len(view) < nbytes:
+        raise ValueError(f"the buffer must be writable and hold {nbytes} bytes")
+    return view[:nbytes]

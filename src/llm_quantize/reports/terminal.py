@@ -1,0 +1,226 @@
+"""Results for people and machines. With ``cli``, the only module that prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llm_quantize import memory
+from llm_quantize.artifacts import preflight
+from llm_quantize.artifacts.manifest import NONFINITE_FACTS
+from llm_quantize.artifacts.plan import ArtifactPlan
+from llm_quantize.artifacts.result import ArtifactResult
+from llm_quantize.artifacts.verify import Verification
+from llm_quantize.errors import NumericPolicyError, printable
+
+
+def shown(value: Any, style: str = "") -> Text:
+    """What came from input, for a cell or a line: whole, no markup, no control characters."""
+    return Text(printable(str(value), 1 << 20), style=style)
+
+
+def human_bytes(count: float) -> str:
+    """1.23 GB, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def human_count(count: float) -> str:
+    """7.24 B parameters, 5.77 M."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= limit:
+            return f"{count / limit:.2f} {unit}"
+    return str(int(count))
+
+
+def plans_to_dict(plans: Sequence[ArtifactPlan], threads: int | None = None) -> dict[str, Any]:
+    """JSON-ready plans, with the disk and memory that all of them together need."""
+    count = threads or memory.available_cpus()
+    return {
+        "disk_needed": sum(plan.size for plan in plans),
+        "memory_needed": preflight.memory_needed(plans, count),
+        "threads": count,
+        "artifacts": [plan.to_dict() for plan in plans],
+    }
+
+
+def print_plans(plans: Sequence[ArtifactPlan], *, verbose: int = 0, threads: int | None = None) -> None:
+    """The plan: each tensor (``verbose``), the warnings, and the totals."""
+    console = Console(highlight=False, soft_wrap=True)
+    for plan in plans:
+        if verbose:
+            _print_tensors(console, plan)
+        for warning in plan.warnings:
+            console.print(shown(f"warning: {warning}", "yellow"))
+        types = ", ".join(f"{count} {name}" for name, count in plan.type_counts().items())
+        files = f"{len(plan.files)} files" if len(plan.files) > 1 else plan.files[0].name
+        console.print(shown(f"{plan.level}: {files}, {plan.size:,} bytes ({human_bytes(plan.size)})"))
+        console.print(shown(f"  {plan.bits_per_weight:.3f} bits per weight; {types}"))
+    facts = plans_to_dict(plans, threads)
+    console.print(
+        f"needs {human_bytes(facts['disk_needed'])} of disk and about {human_bytes(facts['memory_needed'])} of memory "
+        f"with {facts['threads']} {'thread' if facts['threads'] == 1 else 'threads'}"
+    )
+
+
+def _print_tensors(console: Console, plan: ArtifactPlan) -> None:
+    """A table on a terminal; elsewhere whole lines with tabs, for other programs."""
+    rows = [
+        (tensor.name, " x ".join(map(str, tensor.output.shape)), tensor.qtype, f"{tensor.nbytes:,}")
+        for tensor in plan.tensors
+    ]
+    if not console.is_terminal:
+        for row in rows:
+            console.file.write("\t".join(shown(cell).plain for cell in row) + "\n")
+        return
+    table = Table(title=shown(f"{plan.level}: {plan.files[0].name}"), box=None, title_justify="left")
+    for label in ("tensor", "shape", "type"):
+        table.add_column(label, overflow="fold")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(shown, row))
+    console.print(table)
+
+
+def result_to_dict(result: ArtifactResult) -> dict[str, Any]:
+    """JSON-ready result of one artifact."""
+    return {
+        "level": result.level,
+        "path": str(result.path),
+        "size": result.size,
+        "bits_per_weight": round(result.bits_per_weight, 4),
+        "status": result.status,
+        "cpu_seconds": round(result.seconds, 3),
+        "resumed_units": result.resumed_units,
+        **{fact: dict(result.nonfinite.get(fact, {})) for fact in NONFINITE_FACTS},
+        **({"fallbacks": {text: list(names) for text, names in result.fallbacks.items()}} if result.fallbacks else {}),
+        "degraded": result.degradations(),
+        **({} if result.measured is None else {"measured": dict(result.measured)}),
+    }
+
+
+def strict_error(results: Sequence[ArtifactResult]) -> NumericPolicyError | None:
+    """The error that --strict makes of a degraded result, if there is one."""
+    found = [(result, text) for result in results for text in result.degradations()]
+    if not found:
+        return None
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return NumericPolicyError(
+        "the result is degraded, and --strict does not accept that",
+        file=found[0][0].path,
+        expected="every finite weight quantized, none replaced or lost, by the method that was asked for",
+        found=found[0][1] + more,
+        remedy="mend the source; keep the tensor in BF16 with --tensor-type; give a method that fell back more text "
+        "with --calibration-samples; or leave out --strict",
+    )
+
+
+def print_results(results: Sequence[ArtifactResult]) -> None:
+    """One line per artifact."""
+    console = Console(highlight=False, soft_wrap=True)
+    for result in results:
+        note = "" if result.status == "written" else f" ({result.status})"
+        console.print(
+            f"{shown(result.path)}: {human_bytes(result.size)}, {result.bits_per_weight:.3f} bits per weight, "
+            f"{result.seconds:.1f} CPU-s{' in this run' if result.resumed_units else ''}{note}",
+            markup=False,
+        )
+        if result.measured is not None:
+            console.print(f"  {_measured(result.measured)}", markup=False)
+
+
+def _measured(facts: Mapping[str, Any]) -> str:
+    """What a calibrated run lost, in a line."""
+    return (
+        f"KL divergence {facts['kld']:.5f} ± {facts['kld_sem']:.5f} nats, same likeliest token "
+        f"{100 * facts['same_top']:.1f} %, on {facts['tokens']:,} tokens that were not calibrated on ({facts['dtype']})"
+    )
+
+
+def print_facts(facts: Mapping[str, Any], *, tensors: bool = False) -> None:
+    """The facts of ``describe``: a table on a terminal; elsewhere a line ``key: value`` for each, whole."""
+    console = Console(highlight=False, soft_wrap=True)
+    rows = [(_label(key), _fact(key, value)) for key, value in facts.items() if key not in ("tensors", "metadata")]
+    if console.is_terminal:
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, text in rows:
+            table.add_row(shown(label), shown(text))
+        console.print(table, soft_wrap=False)
+    else:
+        for label, text in rows:
+            console.print(shown(f"{label}: {text}"))
+    for key, value in facts.get("metadata", {}).items():
+        console.print(shown(f"{key} = {value}"))
+    for tensor in facts["tensors"] if tensors else ():
+        console.print(shown(f"{tensor['name']}  {tensor['dtype']}  {tensor['shape']}  {tensor['bytes']:,}"))
+
+
+def _label(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _fact(key: str, value: Any) -> str:
+    if key == "parameters":
+        return f"{human_count(value)} ({value:,})"
+    if key == "size":
+        return human_bytes(value)
+    if key == "dtypes":
+        return ", ".join(
+            f"{name}: {entry['tensors']} tensors, {human_bytes(entry['bytes'])}" for name, entry in value.items()
+        )
+    if key == "memory":
+        cache = value["kv_cache_f16"]
+        return (
+            f"source weights {human_bytes(value['source_weights'])}, 16-bit weights "
+            f"{human_bytes(value['weights_16bit'])}, kv cache, f16, {cache['tokens']:,} tokens "
+            f"{human_bytes(cache['bytes'])}"
+        )
+    if key == "files":
+        return f"{len(value)} ({human_bytes(sum(entry['size'] for entry in value))})"
+    if key == "left_out":
+        return "nothing" if not value else "; ".join(f"{name}: {why}" for name, why in value.items())
+    if isinstance(value, dict):
+        return ", ".join(f"{_label(name)} {_plain(item)}" for name, item in value.items())
+    return _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+def print_verification(outcome: Verification, *, verbose: int = 0) -> None:
+    """A summary, the worst tensors by error, and every problem."""
+    console = Console(highlight=False, soft_wrap=True)
+    hashed = sum(check.hash == "ok" for check in outcome.tensors)
+    manifest = f"{hashed} match the manifest's hashes" if outcome.has_manifest else "no manifest"
+    console.print(shown(f"{outcome.path}: {len(outcome.tensors)} tensors, {manifest}"))
+    if outcome.compared:
+        ranked = sorted(outcome.tensors, key=lambda check: -(check.relative_error or 0.0))
+        table = Table(title="relative error against the source, worst first", box=None, title_justify="left")
+        for label in ("tensor", "type", "error"):
+            table.add_column(label)
+        for check in ranked if verbose else ranked[:10]:
+            error = "-" if check.relative_error is None else f"{check.relative_error:.5f}"
+            table.add_row(shown(check.name), shown(check.type), error)
+        console.print(table)
+    for check in outcome.tensors:
+        for fact in ("replaced", "kept", "lost"):
+            if count := getattr(check, f"nonfinite_{fact}"):
+                by = " by zero" if fact == "replaced" else ""
+                console.print(shown(f"{check.name}: {count} NaN or infinite weights were {fact}{by}"))
+    console.print("ok" if outcome.ok else "NOT OK", style="green" if outcome.ok else "red")
+    for problem in outcome.all_problems()[:50]:
+        console.print(shown(f"  {problem}"))

@@ -1,0 +1,211 @@
+"""A model in a real runtime of another process: one model for each, often under another interpreter.
+
+A runtime that fails to load a model may leave its process unable to load the next one, and some must live beside other
+versions of torch than ours; so a script of ``workers/`` runs alone, and speaks by files in a folder:
+
+    request.json, windows.npy     what is asked; token ids int32 (windows, length)
+    reply.json, logprobs.npy      what came of it; float32 (windows, length, vocabulary)
+    error.json                    the runtime's own exception, word for word
+
+Nothing reaches the network: the hub is told to be offline, and its cache is the folder, gone with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.errors import MissingExtraError, NumericPolicyError, ResourceError, UnsupportedError, UsageError
+from llm_quantize.memory import available_cpus
+
+__all__ = ["Reply", "Request", "Runtime", "interpreter", "run"]
+
+_QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Compiling takes minutes, and saves them only for what runs long.
+    "TORCHDYNAMO_DISABLE": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+_CACHES = ("HF_HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a runtime is asked. ``windows``: token ids int32 (windows, length), each scored by itself. ``prompts``:
+    texts to continue by up to ``max_tokens``, greedily where ``temperature`` is 0; ``chat``: in the model's own
+    template. ``dtype``: of the computation, as torch calls it, or "auto". ``threads`` None: all CPUs. ``timeout``:
+    seconds, loading included."""
+
+    windows: npt.NDArray[np.int32] | None = None
+    prompts: tuple[str, ...] = ()
+    max_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    chat: bool = False
+    dtype: str = "auto"
+    threads: int | None = None
+    timeout: float = 1800.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a runtime answered. ``logprobs``: natural log-probabilities of the token after each position, float32
+    (windows, length, vocabulary). ``texts`` and ``tokens``: the continuations. ``versions`` of its packages,
+    ``kernels``: classes that compute the linears, ``seconds``: of load, score and generate."""
+
+    logprobs: npt.NDArray[np.float32] | None
+    texts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    versions: Mapping[str, str]
+    kernels: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """``name`` as people know it, its ``script`` in workers/, the ``variable`` of the environment that names its
+    interpreter, the ``packages`` without which it cannot be, and how to get them (``remedy``)."""
+
+    name: str
+    script: str
+    variable: str
+    packages: tuple[str, ...]
+    remedy: str
+
+    def missing(self, found: str | None = None) -> MissingExtraError:
+        """The error that tells how to install this runtime; ``found``: what it said itself."""
+        error = MissingExtraError(f"Running a model in {self.name}", "torch", remedy=self.remedy)
+        error.found = found
+        return error
+
+
+def interpreter(runtime: Runtime) -> str:
+    """The Python that has ``runtime``: the one its variable names, or this one.
+
+    Raises MissingExtraError where neither has it, UsageError where the variable names no file.
+    """
+    named = os.environ.get(runtime.variable)
+    if named:
+        if not Path(named).is_file():
+            remedy = f"let {runtime.variable} name a Python with {runtime.name}, or nothing"
+            raise UsageError(f"{runtime.variable} names a file that does not exist", file=named, remedy=remedy)
+        return named
+    if any(find_spec(package) is None for package in runtime.packages):
+        raise runtime.missing()
+    return sys.executable
+
+
+def run(
+    runtime: Runtime, directory: Path, request: Request, *, settings: Mapping[str, str], options: Mapping[str, Any]
+) -> Reply:
+    """``request`` answered by ``runtime`` for the model in ``directory``. ``settings``: variables of the environment;
+    ``options``: what else the script reads.
+
+    Raises MissingExtraError (not installed), UnsupportedError (the runtime fails; its words are in ``found``),
+    ResourceError (it takes longer than ``request.timeout``), NumericPolicyError (its logits are not numbers).
+    """
+    python = interpreter(runtime)
+    threads = request.threads or available_cpus()
+    asked = {
+        "directory": str(directory.resolve()),
+        "prompts": list(request.prompts),
+        "max_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "seed": request.seed,
+        "chat": request.chat,
+        "dtype": request.dtype,
+        "threads": threads,
+        **options,
+    }
+    windows = np.zeros((0, 1), np.int32) if request.windows is None else np.asarray(request.windows, np.int32)
+    with tempfile.TemporaryDirectory(prefix="llm-quantize-") as name:
+        folder = Path(name)
+        (folder / "request.json").write_text(json.dumps(asked), encoding="utf-8")
+        np.save(folder / "windows.npy", windows)
+        own = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONWARNINGS")}
+        caches = dict.fromkeys(_CACHES, name)
+        environment = {**own, **_QUIET, **caches, "OMP_NUM_THREADS": str(threads), **settings}
+        script = Path(__file__).parent / "workers" / runtime.script
+        _wait([python, str(script), name], environment, folder, runtime, directory, request.timeout)
+        return _read(folder, runtime, directory, bool(len(windows)))
+
+
+def _wait(
+    command: list[str], environment: dict[str, str], folder: Path, runtime: Runtime, directory: Path, timeout: float
+) -> None:
+    """Run ``command`` to its end; it and its children are gone when this returns or raises."""
+    with (folder / "log").open("wb") as log:
+        child = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            child.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise ResourceError(
+                f"{runtime.name} took longer than {timeout:g} s",
+                file=directory,
+                found=_tail(folder),
+                remedy="give it more time, or fewer tokens",
+            ) from error
+        finally:
+            with suppress(ProcessLookupError):  # all of them have ended by themselves
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    if (folder / "reply.json").is_file():
+        return
+    if not (folder / "error.json").is_file():
+        raise UnsupportedError(
+            f"{runtime.name} ended without an answer (exit status {child.returncode})",
+            file=directory,
+            found=_tail(folder),
+        )
+    error_said = json.loads((folder / "error.json").read_text(encoding="utf-8"))
+    said = f"{error_said['type']}: {error_said['text']}"
+    if error_said["missing"]:
+        raise runtime.missing(said)
+    raise UnsupportedError(f"{runtime.name} does not run this model", file=directory, found=said)
+
+
+def _tail(folder: Path) -> str:
+    """The last lines that the runtime printed."""
+    lines = (folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([line for line in lines if line.strip()][-5:])
+
+
+def _read(folder: Path, runtime: Runtime, directory: Path, scored: bool) -> Reply:
+    reply = json.loads((folder / "reply.json").read_text(encoding="utf-8"))
+    logprobs = None
+    if scored:
+        logprobs = np.load(folder / "logprobs.npy", allow_pickle=False)
+        if np.isnan(logprobs).any():
+            raise NumericPolicyError(
+                f"logits of {runtime.name} are not numbers",
+                file=directory,
+                found=f"{int(np.isnan(logprobs).any(-1).sum())} of {logprobs[..., 0].size} positions",
+                remedy="try another dtype: float16 overflows where bfloat16 does not",
+            )
+    return Reply(
+        logprobs,
+        tuple(reply["texts"]),
+        tuple(tuple(tokens) for tokens in reply["tokens"]),
+        reply["versions"],
+        tuple(reply["kernels"]),
+        reply["seconds"],
+    )

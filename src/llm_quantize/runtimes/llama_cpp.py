@@ -1,0 +1,353 @@
+"""A GGUF file in the real llama.cpp, on the CPU: tokenization, logits at every position, generated text.
+
+Attention is computed without flash attention and with an F32 cache, so that what is measured is the file and not
+the runtime's shortcuts; results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.errors import (
+    LlmQuantizeError,
+    MalformedInputError,
+    MissingExtraError,
+    ResourceError,
+    UnsupportedError,
+    UsageError,
+)
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.memory import available_cpus
+from llm_quantize.runtimes import warn_beyond
+from llm_quantize.runtimes.chat_template import render
+from llm_quantize.runtimes.llama_cpp_library import Batch, ChatMessage, Library, load_library
+
+_MAX_BATCH = 512
+_NOT_ITS_OWN = (
+    "jinja2 is not installed: the chat is set in llama.cpp's built-in template of this family, which may differ from "
+    "the model's own; pip install 'llm-quantize[llamacpp]'"
+)
+_DECODE_PROBLEMS = {1: "no free place in the cache", 2: "aborted"}
+
+
+class LlamaCpp:
+    """One model and one context in llama.cpp. Use it as a context manager, or call ``close``.
+
+    ``path``: a GGUF file (the first one, if it is split). ``context``: the most tokens of one sequence.
+    ``threads``: None means every CPU this process may use.
+
+    Raises: MissingExtraError, UnsupportedError (another interface, or an architecture llama.cpp does not know),
+    MalformedInputError (llama.cpp refuses the file; its own words are in the message), UsageError (no such file,
+    bad numbers), ResourceError (no memory for the context).
+    """
+
+    def __init__(self, path: str | Path, *, context: int = 512, threads: int | None = None) -> None:
+        self._model: int | None = None
+        self._context: int | None = None
+        self._batch: Batch | None = None
+        self.path = Path(path)
+        if context < 1 or (threads is not None and threads < 1):
+            raise UsageError("context and threads must be 1 or more", found=f"{context}, {threads}")
+        if not self.path.is_file():
+            raise UsageError("there is no such file", file=self.path)
+        self._library: Library = load_library()
+        try:
+            self._open(context, threads or available_cpus())
+        except LlmQuantizeError:
+            self.close()
+            raise
+
+    def _open(self, context: int, threads: int) -> None:
+        call, library = self._library.call, self._library
+        library.lines.clear()
+        parameters, keep = library.model_parameters()
+        self._model = call.llama_model_load_from_file(os.fsencode(self.path), parameters)
+        del keep
+        if not self._model:
+            words = library.errors()
+            kind = UnsupportedError if "unknown model architecture" in words else MalformedInputError
+            raise kind("llama.cpp does not load this file", file=self.path, found=words or "no message")
+        self._vocab = call.llama_model_get_vocab(self._model)
+        self.vocab_size = int(call.llama_vocab_n_tokens(self._vocab))
+        self.context = context
+        size = min(context, _MAX_BATCH)
+        self._context = call.llama_init_from_model(self._model, library.context_parameters(context, size))
+        if not self._context:
+            raise ResourceError(
+                f"llama.cpp cannot make a context of {context} tokens",
+                file=self.path,
+                found=library.errors() or "no message",
+                remedy="ask for a smaller context, or free memory",
+            )
+        library.check_context(self._context, context, size)
+        call.llama_set_n_threads(self._context, threads, threads)
+        if call.llama_n_threads(self._context) != threads:
+            raise library.changed("the number of threads is not the one that was set")
+        self._batch = library.new_batch(size)
+        self._batch_size = size
+
+    def close(self) -> None:
+        """Give all memory back. May be called again; the object is of no use afterwards."""
+        if self._batch is not None:
+            self._library.call.llama_batch_free(self._batch)
+            self._batch = None
+        if self._context:
+            self._library.call.llama_free(self._context)
+            self._context = None
+        if self._model:
+            self._library.call.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _alive(self) -> int:
+        if self._context is None:
+            raise UsageError("this model has been closed", file=self.path)
+        return self._context
+
+    def metadata(self, key: str) -> str | None:
+        """One scalar metadata value of the file as llama.cpp spells it, or None."""
+        self._alive()
+        call, name = self._library.call, key.encode()
+        length = call.llama_model_meta_val_str(self._model, name, None, 0)
+        if length < 0:
+            return None
+        buffer = ctypes.create_string_buffer(length + 1)
+        call.llama_model_meta_val_str(self._model, name, buffer, length + 1)
+        return buffer.value.decode("utf-8", "replace")
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of ``text``. ``add_special``: begin/end tokens as the model wants them. ``parse_special``:
+        special tokens spelled inside ``text`` become those tokens.
+
+        Raises: UnsupportedError (the file has no tokenizer).
+        """
+        self._alive()
+        call, raw = self._library.call, text.encode("utf-8", "surrogatepass")
+        if call.llama_vocab_type(self._vocab) == 0:
+            raise UnsupportedError("this GGUF file has no tokenizer", file=self.path)
+        room = len(raw) + 16
+        while True:
+            ids = (ctypes.c_int32 * room)()
+            count = call.llama_tokenize(self._vocab, raw, len(raw), ids, room, add_special, parse_special)
+            if count >= 0:
+                return list(ids[:count])
+            if -count <= room:
+                raise UnsupportedError("llama.cpp cannot tokenize this text", file=self.path, found=len(raw))
+            room = -count
+
+    def detokenize(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of ``ids``; bytes that are no UTF-8 become U+FFFD. ``special``: spell special tokens too."""
+        self._alive()
+        self._check_ids(ids)
+        call, room = self._library.call, 8 * len(ids) + 16
+        given = (ctypes.c_int32 * max(1, len(ids)))(*ids)
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            count = call.llama_detokenize(self._vocab, given, len(ids), buffer, room, False, special)
+            if count >= 0:
+                return buffer.raw[:count].decode("utf-8", "replace")
+            room = -count
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        for index, token in enumerate(ids):
+            if not 0 <= token < self.vocab_size:
+                raise UsageError(
+                    f"token {index} is not in the vocabulary",
+                    file=self.path,
+                    expected=f"0 to {self.vocab_size - 1}",
+                    found=token,
+                )
+
+    def logits(self, ids: Sequence[int], first: int = 0) -> npt.NDArray[np.float32]:
+        """Logits after each token of ``ids``, read as one sequence from an empty cache: float32 (n, vocabulary).
+        With ``first``, only those after token ``first`` and its followers: (n - first, vocabulary).
+
+        Raises: UsageError (none or more tokens than the context, or an id outside the vocabulary).
+        """
+        self._reset()
+        out = np.empty((len(ids) - first, self.vocab_size), np.float32)
+        for start in range(0, len(ids), self._batch_size) if self._fits(ids, 0) else ():
+            part = ids[start : start + self._batch_size]
+            wanted = start + len(part) > first
+            rows = self._decode(part, start, every=wanted)
+            if wanted:
+                kept = rows[max(0, first - start) :]
+                end = start + len(part) - first
+                out[end - len(kept) : end] = kept
+        return out
+
+    def advance(self, ids: Sequence[int], position: int = 0) -> npt.NDArray[np.float32]:
+        """Read ``ids`` behind the ``position`` tokens read before (0: into an emptied cache); logits (vocabulary,)
+        after the last one. What generating does between two tokens, for those who time it.
+
+        Raises: UsageError (no tokens, more than the context holds, or an id outside the vocabulary).
+        """
+        if not ids:
+            raise UsageError("there are no tokens to read", file=self.path)
+        if position == 0:
+            self._reset()
+        self._fits(ids, position)
+        last: npt.NDArray[np.float32] = np.empty(0, np.float32)
+        for start in range(0, len(ids), self._batch_size):
+            last = self._decode(ids[start : start + self._batch_size], position + start, every=False)[0]
+        return last
+
+    def _reset(self) -> None:
+        call = self._library.call
+        call.llama_memory_clear(call.llama_get_memory(self._alive()), True)
+
+    def _fits(self, ids: Sequence[int], used: int) -> bool:
+        if not 0 < used + len(ids) <= self.context:
+            raise UsageError(
+                "the tokens do not fit the context",
+                expected=f"1 to {self.context}",
+                found=used + len(ids),
+                remedy="open the model with a larger context",
+            )
+        self._check_ids(ids)
+        return True
+
+    def _decode(self, ids: Sequence[int], position: int, *, every: bool) -> npt.NDArray[np.float32]:
+        """Logits (n, vocabulary) of a batch at ``position``; only the last row if not ``every``."""
+        handle, batch, call = self._alive(), self._batch, self._library.call
+        if batch is None:
+            raise UsageError("this model has been closed", file=self.path)
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i] = token, position + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = 1 if every or i == len(ids) - 1 else 0
+        self._library.lines.clear()
+        status = call.llama_decode(handle, batch)
+        if status != 0:
+            reason = _DECODE_PROBLEMS.get(status, f"status {status}")
+            words = self._library.errors()
+            raise ResourceError("llama.cpp stopped while computing", file=self.path, found=f"{reason} {words}")
+        rows = len(ids) if every else 1
+        return np.ctypeslib.as_array(call.llama_get_logits(handle), (rows, self.vocab_size)).copy()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        chat: bool = False,
+        seed: int = 0,
+        on_event: EventSink = ignore,
+    ) -> Iterator[str]:
+        """Pieces of text that continue ``prompt`` (a text, or token ids as they are), ending at an end-of-generation
+        token, ``max_tokens`` or a full context. ``temperature`` 0 takes the likeliest token; else one is drawn (PCG64
+        of ``seed``).
+        ``chat``: the prompt is a user's message, set in the model's own chat template. ``on_event`` hears a warning
+        where prompt and answer may pass the context the model was trained for, and where the template is not its own.
+
+        Raises: UsageError (the prompt is empty, or does not fit the context), UnsupportedError (no template).
+        """
+        if temperature < 0 or not np.isfinite(temperature):
+            raise UsageError("the temperature must be 0 or more", found=temperature)
+        if isinstance(prompt, str):
+            ids = self._chat_tokens(prompt, on_event) if chat else self.tokenize(prompt, parse_special=False)
+        else:
+            ids = list(prompt)
+        if not ids:
+            raise UsageError("the prompt is empty", remedy="give the text to continue")
+        self._fits(ids, 0)
+        warn_beyond(len(ids), max_tokens, int(self._library.call.llama_model_n_ctx_train(self._model)), on_event)
+        random = np.random.Generator(np.random.PCG64(seed))
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._reset()
+        position = 0
+        for start in range(0, len(ids), self._batch_size):
+            last = self._decode(ids[start : start + self._batch_size], start, every=False)[0]
+        position = len(ids)
+        for step in range(max_tokens):
+            token = _choose(last, temperature, random)
+            if self._library.call.llama_vocab_is_eog(self._vocab, token):
+                break
+            if text := decoder.decode(self._piece(token)):
+                yield text
+            if position >= self.context or step + 1 == max_tokens:
+                break
+            last = self._decode([token], position, every=False)[0]
+            position += 1
+        if text := decoder.decode(b"", final=True):
+            yield text
+
+    def _piece(self, token: int) -> bytes:
+        call, room = self._library.call, 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            count = call.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+            if count >= 0:
+                return buffer.raw[:count]
+            room = -count
+
+    def _token_text(self, token: int) -> str:
+        raw = self._library.call.llama_vocab_get_text(self._vocab, token) if token >= 0 else None
+        return raw.decode("utf-8", "replace") if raw else ""
+
+    def _chat_tokens(self, prompt: str, on_event: EventSink = ignore) -> list[int]:
+        """The prompt as a user's message in the file's own template, rendered as transformers does.
+
+        llama.cpp itself only recognises families of templates and leaves out what it does not expect (a default
+        system message), so that it serves where Jinja is not installed, and a warning says so.
+        """
+        call = self._library.call
+        raw = call.llama_model_chat_template(self._model, None)
+        if raw is None:
+            raise UnsupportedError("this model has no chat template", file=self.path, remedy="run without --chat")
+        messages: list[Mapping[str, str]] = [{"role": "user", "content": prompt}]
+        bos = self._token_text(call.llama_vocab_bos(self._vocab))
+        eos = self._token_text(call.llama_vocab_eos(self._vocab))
+        try:
+            text = render(raw.decode("utf-8", "replace"), messages, bos=bos, eos=eos, file=self.path)
+        except MissingExtraError:
+            known = self._known_template(raw, messages)
+            if known is None:
+                raise
+            text = known
+            on_event({"event": "warning", "text": _NOT_ITS_OWN})
+        # A template usually writes the begin token itself.
+        return self.tokenize(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
+
+    def _known_template(self, template: bytes, messages: Sequence[Mapping[str, str]]) -> str | None:
+        """The rendered chat where llama.cpp recognises ``template``, else None."""
+        pairs = [ChatMessage(m["role"].encode(), m["content"].encode("utf-8", "surrogatepass")) for m in messages]
+        array, room = (ChatMessage * len(pairs))(*pairs), 1024
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            count = self._library.call.llama_chat_apply_template(template, array, len(pairs), True, buffer, room)
+            if count < 0:
+                return None
+            if count <= room:
+                return buffer.raw[:count].decode("utf-8", "replace")
+            room = count
+
+
+def _choose(logits: npt.NDArray[np.float32], temperature: float, random: np.random.Generator) -> int:
+    """One token: the likeliest (the first of equals), or a draw from softmax(logits / temperature)."""
+    if temperature == 0:
+        return int(np.argmax(logits))
+    scaled = logits.astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    total = np.cumsum(weights)
+    return int(np.searchsorted(total, random.random() * total[-1], side="right"))

@@ -1,0 +1,110 @@
+"""Hugging Face directories in transformers, on the CPU. No code of the model repository is run.
+
+Quantized ones run in a process of their own, under the interpreter that LLM_QUANTIZE_TRANSFORMERS names, or this one:
+GPTQ and AWQ need packages that ask for another torch than the rest (``make transformers-runtime``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from llm_quantize.errors import MissingExtraError, UnsupportedError, printable
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.runtimes import isolated, warn_beyond
+from llm_quantize.runtimes.isolated import Reply, Request, Runtime
+
+__all__ = ["TRANSFORMERS", "generate", "is_quantized", "run"]
+
+TRANSFORMERS = Runtime(
+    name="transformers",
+    script="in_transformers.py",
+    variable="LLM_QUANTIZE_TRANSFORMERS",
+    packages=("torch", "transformers"),
+    remedy="compressed-tensors: pip install compressed-tensors==0.20.0; GPTQ and AWQ: make transformers-runtime in a "
+    "checkout, elsewhere: pip install accelerate pypcre logbar threadpoolctl device-smi tokenicer defuser pillow "
+    "requests && pip install --no-deps --no-build-isolation optimum==2.3.0 gptqmodel==7.7.0",
+)
+
+
+def is_quantized(directory: Path) -> bool:
+    """True where config.json has a quantization_config."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("quantization_config"))
+
+
+def run(directory: Path, request: Request, *, backend: str | None = None) -> Reply:
+    """``request`` answered by transformers for the model in ``directory``. ``backend``: None (kernels in plain torch),
+    the name of a kernel of GPTQModel, or "dequantize" (compressed-tensors: floats from the start).
+
+    Raises as ``isolated.run``.
+    """
+    settings = {"GPTQMODEL_CPU_WORKERS": "2"}  # at least two: the loader waits for a second one
+    return isolated.run(TRANSFORMERS, directory, request, settings=settings, options={"backend": backend})
+
+
+def generate(
+    directory: Path,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    chat: bool,
+    threads: int | None,
+    on_event: EventSink = ignore,
+) -> Iterator[str]:
+    """The text that transformers generates from the model in ``directory``, in one piece.
+
+    Raises MissingExtraError without torch and transformers, UnsupportedError for a chat without template.
+    """
+    if is_quantized(directory):
+        request = Request(
+            prompts=(prompt,), max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads
+        )
+        yield run(directory, request).texts[0]
+        return
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        raise MissingExtraError("Running a Hugging Face directory", "torch")
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), **local)
+        model: Any = AutoModelForCausalLM.from_pretrained(str(directory), use_safetensors=True, **local)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UnsupportedError(
+            "transformers cannot load this model",
+            file=directory,
+            found=printable(f"{type(error).__name__}: {error}", 300),
+            remedy="see llm-quantize info for what its files are",
+        ) from error
+    if chat:
+        if tokenizer.chat_template is None:
+            raise UnsupportedError("this model has no chat template", file=directory, remedy="run without --chat")
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    trained = getattr(model.config, "max_position_embeddings", None) or 0
+    warn_beyond(inputs["input_ids"].shape[1], max_tokens, int(trained), on_event)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=max_tokens, **sampling)
+    yield tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

