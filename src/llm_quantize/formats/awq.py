@@ -40,7 +40,15 @@ from llm_quantize.qtypes.integer import IntegerType
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
+NAME = "awq"
+TITLE = "AWQ"
 LABEL = "AWQ-{level}"
+EXAMPLE = "4bit"
+TRANSFORM = "awq"
+SYMMETRIC = False
+NEEDS = "gptqmodel"
+KERNEL = 'AwqConfig(bits={bits}, backend="torch_awq")'
+EXPERTS_IN_TRANSFORMERS = False
 LEVELS: Sequence[str] = ("4bit",)
 BITS = 4
 _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
@@ -48,9 +56,9 @@ _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """With zero points and groups of 128 unless the options say otherwise. Raises UsageError."""
-    parse_bits(level, "awq", {"4bit": BITS})
+    parse_bits(level, NAME, {"4bit": BITS})
     group = 128 if options.group_size is None else options.group_size
-    return Scheme("awq", "4bit", IntegerType(BITS, group, options.symmetric is True, "float16"))
+    return Scheme(NAME, "4bit", IntegerType(BITS, group, options.symmetric is True, "float16"))
 
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
@@ -115,3 +123,8 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
         "version": "gemm",
         "modules_to_not_convert": [*left, coverage.head] if left else None,
     }
+
+
+def vllm_refusal(_scheme: Scheme) -> str | None:
+    """Nothing: vLLM (0.32) has kernels for every scheme of this form."""
+    return None

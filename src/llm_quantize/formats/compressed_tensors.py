@@ -39,7 +39,15 @@ from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
+NAME = "compressed-tensors"
+TITLE = "compressed-tensors (pack-quantized)"
 LABEL = "{level}"
+EXAMPLE = "W4A16"
+TRANSFORM = "none"
+SYMMETRIC = None
+NEEDS = "compressed-tensors"
+KERNEL = ""
+EXPERTS_IN_TRANSFORMERS = True
 PACKAGE_VERSION = "0.20.0"
 FORM = "pack-quantized"
 _BITS = {f"W{bits}A16{end}": bits for end in ("", "_ASYM") for bits in range(2, 9)}
@@ -48,12 +56,12 @@ LEVELS: Sequence[str] = tuple(_BITS)
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """The package's preset of that name (groups of 128), changed as the options say. Raises UsageError."""
-    bits = parse_bits(level, "compressed-tensors", _BITS)
+    bits = parse_bits(level, NAME, _BITS)
     asked = not level.upper().endswith("_ASYM")
     symmetric = asked if options.symmetric is None else options.symmetric
     group = 128 if options.group_size is None else options.group_size
     name = f"W{bits}A16{'' if symmetric else '_ASYM'}"
-    return Scheme("compressed-tensors", name, IntegerType(bits, group, symmetric, options.scale))
+    return Scheme(NAME, name, IntegerType(bits, group, symmetric, options.scale))
 
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
@@ -132,3 +140,8 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
             }
         },
     }
+
+
+def vllm_refusal(scheme: Scheme) -> str | None:
+    """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
+    return None if scheme.qtype.bits in (4, 8) else "of packed integers it takes 4 and 8 bits only"

@@ -50,7 +50,15 @@ from llm_quantize.qtypes.integer import IntegerType
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
+NAME = "gptq"
+TITLE = "GPTQ"
 LABEL = "GPTQ-{level}"
+EXAMPLE = "4bit"
+TRANSFORM = "none"
+SYMMETRIC = True
+NEEDS = "optimum gptqmodel"
+KERNEL = 'GPTQConfig(bits={bits}, backend="gptq_torch")'
+EXPERTS_IN_TRANSFORMERS = False
 _BITS = {"2bit": 2, "3bit": 3, "4bit": 4, "8bit": 8}
 LEVELS: Sequence[str] = tuple(_BITS)
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -58,11 +66,11 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """Symmetric with groups of 128 unless the options say otherwise. Raises UsageError."""
-    bits = parse_bits(level, "gptq", _BITS)
+    bits = parse_bits(level, NAME, _BITS)
     group = 128 if options.group_size is None else options.group_size
     symmetric = options.symmetric is not False
     grid = IntegerType(bits, group, symmetric, "float16")
-    return Scheme("gptq", f"{bits}bit", grid, "gptq" if symmetric else "gptq_v2")
+    return Scheme(NAME, f"{bits}bit", grid, "gptq" if symmetric else "gptq_v2")
 
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
@@ -157,6 +165,13 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
     if coverage.kept and alike:
         found["modules_in_block_to_quantize"] = [alike]
     return found
+
+
+def vllm_refusal(scheme: Scheme) -> str | None:
+    """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
+    if not scheme.qtype.symmetric:
+        return "of GPTQ it takes symmetric grids only"
+    return None if scheme.qtype.bits in (4, 8) else "of GPTQ it takes 4 and 8 bits only"
 
 
 def _negative_rule(name: str) -> str:

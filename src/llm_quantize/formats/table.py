@@ -1,27 +1,23 @@
-"""The packed formats by the names that users give, and the scheme that a plan was made with."""
+"""The formats by the names that users give. A format is a row here and a file (or a folder) beside this one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.formats import awq, compressed_tensors, gptq
-from llm_quantize.formats.base import Format, Scheme, scheme_from_dict
+from llm_quantize.formats.base import Format, Packed
+from llm_quantize.formats.directory import Directory
+from llm_quantize.formats.gguf.plan import Gguf
 
-if TYPE_CHECKING:
-    from llm_quantize.artifacts.plan import ArtifactPlan
+PACKED: Mapping[str, Packed] = {form.NAME: form for form in (gptq, awq, compressed_tensors)}
+"""The packed integer formats; each is a directory format too."""
 
-FORMATS: Mapping[str, Format] = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors}
-
-
-def packed_format(name: str) -> Format:
-    """The format of that name. Raises UnsupportedError."""
-    if name not in FORMATS:
-        raise UnsupportedError("there is no such packed format", expected=", ".join(FORMATS), found=name[:40])
-    return FORMATS[name]
+FORMATS: Mapping[str, Format] = {Gguf.name: Gguf(), **{name: Directory(form) for name, form in PACKED.items()}}
 
 
-def scheme_of(plan: ArtifactPlan) -> Scheme:
-    """The scheme of a plan that ``directory.plan_directory`` made."""
-    return scheme_from_dict(plan.identity["scheme"])
+def packed_format(name: str) -> Packed:
+    """The packed format of that name. Raises UnsupportedError."""
+    if name not in PACKED:
+        raise UnsupportedError("there is no such packed format", expected=", ".join(PACKED), found=name[:40])
+    return PACKED[name]
