@@ -17,7 +17,7 @@ from llm_quantize.calibration import choose
 from llm_quantize.errors import IntegrityError, MissingExtraError
 from llm_quantize.evaluation.tensor_errors import tensor_errors
 from llm_quantize.formats.base import scheme_from_dict
-from llm_quantize.formats.table import packed_format
+from llm_quantize.formats.table import PACKED
 from llm_quantize.io.safetensors_file import read_header
 from llm_quantize.models.opening import open_source
 from llm_quantize.options import MethodOptions
@@ -69,7 +69,7 @@ def test_sound_and_read_alike(format: str, level: str, method: Any, llama: Path,
                 suffix: value.view(torch.uint16).numpy() if value.dtype == torch.bfloat16 else value.numpy()
                 for suffix, value in fields.items()
             }
-            expected = packed_format(format).unpack(scheme, arrays)
+            expected = PACKED[format].unpack(scheme, arrays)
             found = artifact.read(f"{matrix['name']}.weight").numpy()
             assert np.array_equal(found, expected), matrix["name"]
             kind = artifact.types()[f"{matrix['name']}.weight"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llm_quantize.errors import UnsupportedError
 from llm_quantize.formats import awq, compressed_tensors, gptq
 from llm_quantize.formats.base import Format, Packed
 from llm_quantize.formats.directory import Directory
@@ -14,10 +13,3 @@ PACKED: Mapping[str, Packed] = {form.NAME: form for form in (gptq, awq, compress
 """The packed integer formats; each is a directory format too."""
 
 FORMATS: Mapping[str, Format] = {Gguf.name: Gguf(), **{name: Directory(form) for name, form in PACKED.items()}}
-
-
-def packed_format(name: str) -> Packed:
-    """The packed format of that name. Raises UnsupportedError."""
-    if name not in PACKED:
-        raise UnsupportedError("there is no such packed format", expected=", ".join(PACKED), found=name[:40])
-    return PACKED[name]
