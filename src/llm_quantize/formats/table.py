@@ -8,8 +8,13 @@ from llm_quantize.formats import awq, compressed_tensors, gptq
 from llm_quantize.formats.base import Format, Packed
 from llm_quantize.formats.gguf.plan import Gguf
 from llm_quantize.formats.packed import PackedFormat
+from llm_quantize.formats.safetensors import Safetensors
 
 PACKED: Mapping[str, Packed] = {form.NAME: form for form in (gptq, awq, compressed_tensors)}
 """The packed integer formats; each is a directory format too."""
 
-FORMATS: Mapping[str, Format] = {Gguf.name: Gguf(), **{name: PackedFormat(form) for name, form in PACKED.items()}}
+FORMATS: Mapping[str, Format] = {
+    Gguf.name: Gguf(),
+    **{name: PackedFormat(form) for name, form in PACKED.items()},
+    Safetensors.name: Safetensors(),
+}
