@@ -21,10 +21,10 @@ from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import chunk_rows, matrix_shape, placed, read_output_rows, to_float32, weights_of
 from llm_quantize.artifacts.decoded import EMBEDDING, HEAD, Decoded, DecodedArtifact, Stored, differences
 from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError
+from llm_quantize.formats.packed import ALIGNED
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.opening import Source
-from llm_quantize.models.quantized import ALIGNED, PackedDirectory
-from llm_quantize.models.quantized_config import is_packed_directory
+from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
 
 _HEADS = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight")
 _READABLE = ("F16", "BF16", "F32", "F64")

@@ -11,10 +11,12 @@ import numpy.typing as npt
 import torch
 
 from llm_quantize import kernels
+from llm_quantize.architectures.rows import chunk_rows
 from llm_quantize.artifacts.plan import ArtifactPlan, MatrixPlan, TensorPlan
 from llm_quantize.artifacts.rounding import infinite_blocks
 from llm_quantize.errors import NumericPolicyError
 from llm_quantize.formats.base import NUMPY_TYPES, Scheme
+from llm_quantize.formats.packed import ALIGNED
 from llm_quantize.formats.table import FORMATS, scheme_of
 from llm_quantize.grids.grid import Grid, GridType, grid_type, has_grid, pack_ggml
 from llm_quantize.qtypes import QTYPES
@@ -107,7 +109,13 @@ class DirectoryStore:
         rows, columns = matrix.weight.shape
         format = FORMATS[self.scheme.format]
         names = [field.suffix for field in format.fields(self.scheme, rows, columns)]
-        return format.unpack(self.scheme, dict(zip(names, fields, strict=True)))
+        named = dict(zip(names, fields, strict=True))
+        packed, values = format.packed(self.scheme, rows, columns), np.empty((rows, columns), np.float32)
+        step = max(ALIGNED, chunk_rows(columns) // ALIGNED * ALIGNED)
+        for first in range(0, rows, step):
+            last = min(rows, first + step)
+            values[first:last] = format.unpack(packed, named, first, last)
+        return values
 
 
 def store_of(artifact: ArtifactPlan) -> Store:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from llm_quantize.errors import UnsupportedError
+from llm_quantize.errors import UnsupportedError, printable
 from llm_quantize.formats import awq, compressed_tensors, gptq
 from llm_quantize.formats.base import Format, Scheme, scheme_from_dict
+from llm_quantize.formats.packed import Settings
 
 if TYPE_CHECKING:
     from llm_quantize.artifacts.plan import ArtifactPlan
@@ -20,6 +21,25 @@ def packed_format(name: str) -> Format:
     if name not in FORMATS:
         raise UnsupportedError("there is no such packed format", expected=", ".join(FORMATS), found=name[:40])
     return FORMATS[name]
+
+
+def format_of(settings: Settings) -> str:
+    """The name of the format of a quantized model, by its configuration's quant_method.
+
+    Raises UnsupportedError for a method, or a form of it, that is not decoded; MalformedInputError.
+    """
+    method = settings.values.get("quant_method")
+    form, known = "", False
+    if isinstance(method, str) and method in FORMATS:
+        form, known = FORMATS[method].form_of(settings)
+    if not known:
+        raise UnsupportedError(
+            "this way of quantizing is not decoded by this version",
+            file=settings.file,
+            expected=", ".join(f"{name} ({', '.join(format.FORMS)})" for name, format in FORMATS.items()),
+            found=printable(f"quant_method {method!r}{f', layout {form}' if form else ''}", 200),
+        )
+    return str(method)
 
 
 def scheme_of(plan: ArtifactPlan) -> Scheme:
