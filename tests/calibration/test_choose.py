@@ -11,12 +11,12 @@ import pytest
 from llm_quantize import pipeline
 from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.calibration import choose, collect
-from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.calibration.result import export
 from llm_quantize.errors import IntegrityError, UsageError
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.models.opening import open_source
+from llm_quantize.options import CalibrationOptions
 from llm_quantize.pipeline import Options
 from tests.tiny_models import make_tiny, row_lengths_of_256
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from llm_quantize.calibration import choose
-from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.models.opening import open_source
+from llm_quantize.options import CalibrationOptions
 from llm_quantize.pipeline import Options
 
 from ..faults.forking import QUIET_MACHINE

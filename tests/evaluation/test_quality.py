@@ -163,7 +163,7 @@ def test_threads_disk_and_groups_change_nothing(
             raise ResourceError("no room for three heads")
         return fit(**sizes)
 
-    monkeypatch.setattr(quality.memory, "fit", one_head)
+    monkeypatch.setattr(quality.fitting, "fit", one_head)
     heard.clear()
     found = measure_quality(demo.source, files, demo.windows, threads=3, scratch=tmp_path, on_event=heard.append)
     assert found.memory.on_disk

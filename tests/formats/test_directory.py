@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llm_quantize.architectures.base import Piece
-from llm_quantize.artifacts.plan import ArtifactPlan
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.directory import DirectoryOptions, plan_directory
 from llm_quantize.formats.table import packed_format, scheme_of
 from llm_quantize.models.opening import open_source
+from llm_quantize.plan import ArtifactPlan
 from tests.formats.filled import fill
 from tests.formats.grids import unpacked
 from tests.safetensors_by_hand import entries, write_raw

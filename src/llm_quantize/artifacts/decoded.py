@@ -23,6 +23,7 @@ from llm_quantize import kernels
 from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import chunk_ranges, matrix_shape, placed, scatter
 from llm_quantize.errors import IntegrityError, MalformedInputError, MissingExtraError, UnsupportedError, printable
+from llm_quantize.formats.gguf.describe import describe
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
 from llm_quantize.io.paths import opened, pread_into
@@ -225,7 +226,7 @@ class DecodedArtifact(Decoded):
         if found is not None and found != wanted:
             raise self._another(f"it says {key} = {printable(str(found))}", f"{key} = {wanted}")
         source_tokens, tokens = (
-            getattr(metadata.get(_TOKENS), "value", None) for metadata in (self._source.metadata, first.metadata)
+            getattr(metadata.get(_TOKENS), "value", None) for metadata in (describe(self._source), first.metadata)
         )
         if tokens is not None and source_tokens is not None and len(tokens) != len(source_tokens):
             raise self._another(f"{len(tokens)} tokens in its vocabulary", f"{len(source_tokens)} tokens")
@@ -337,9 +338,9 @@ def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator
 def _differences(file: GgufFile, source: Source) -> Iterator[str]:
     """Hyper-parameters and tokens in which the artifact's metadata differs from what the source would give."""
     prefix = source.architecture.gguf_name + "."
-    wanted = {key: value for key, (_, value, _) in source.metadata.items() if key.startswith(prefix)}
+    wanted = {key: value for key, (_, value, _) in describe(source).items() if key.startswith(prefix)}
     yield from differences(wanted, {key: getattr(file.metadata.get(key), "value", None) for key in wanted})
-    tokens = [getattr(metadata.get(_TOKENS), "value", None) for metadata in (source.metadata, file.metadata)]
+    tokens = [getattr(metadata.get(_TOKENS), "value", None) for metadata in (describe(source), file.metadata)]
     if None not in tokens and tokens[0] != tokens[1]:
         other = sum(one != two for one, two in zip(*tokens, strict=True))
         yield f"{other} tokens of the artifact's vocabulary are spelled otherwise than the reference's"

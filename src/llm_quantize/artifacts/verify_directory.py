@@ -32,7 +32,7 @@ from llm_quantize.artifacts.verification import (
 )
 from llm_quantize.errors import IntegrityError, LlmQuantizeError
 from llm_quantize.events import EventSink
-from llm_quantize.formats.packed import ALIGNED, Packed, group_index
+from llm_quantize.formats.packed import ALIGNED, PackedMatrix, group_index
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.opening import Source
 from llm_quantize.models.quantized import PackedDirectory
@@ -142,7 +142,7 @@ def _checked(packed: PackedDirectory, name: str, info: TensorInfo, known: Mappin
     return check
 
 
-def _check_numbers(packed: PackedDirectory, matrix: Packed, checks: Mapping[str, TensorCheck]) -> None:
+def _check_numbers(packed: PackedDirectory, matrix: PackedMatrix, checks: Mapping[str, TensorCheck]) -> None:
     """Scales, zero points and the order of columns of one matrix."""
     named = {suffix: checks[info.name] for suffix, info in matrix.fields.items()}
     main, scale = checks[matrix.main.name], named[matrix.layout.scales]

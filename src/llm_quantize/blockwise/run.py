@@ -22,7 +22,6 @@ import torch
 
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import Arrays, matrix_shape, read_output_rows, to_float32, unit_ranges
-from llm_quantize.artifacts.plan import MatrixPlan, unit_key
 from llm_quantize.artifacts.rounding import Target, Worker, source_hash
 from llm_quantize.blockwise import scaling
 from llm_quantize.blockwise.embedding import WrittenTable
@@ -30,14 +29,15 @@ from llm_quantize.blockwise.inputs import FullInputs, Pool, Streams, collect, pr
 from llm_quantize.blockwise.measure import measure
 from llm_quantize.blockwise.memory import Plan
 from llm_quantize.blockwise.segments import Segment, Sources, routers, segments
-from llm_quantize.blockwise.solver import Job, Solver, stages
+from llm_quantize.blockwise.solver import Fields, Job, Solver, stages
 from llm_quantize.blockwise.start import hidden_directory
-from llm_quantize.blockwise.stores import Fields, Store
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.events import EventSink
+from llm_quantize.formats.base import Store
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
+from llm_quantize.plan import MatrixPlan, unit_key
 from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Network, Tap
 from llm_quantize.streams.weights import CheckpointWeights, FiniteWeights, Weights
@@ -230,7 +230,7 @@ class Blocks:
         return list(stages(self.taps[index], wanted, self.routers, sequential=self.sequential))
 
     def _passes(self, index: int) -> int:
-        return len(self._stages(index)) + (self.transform == "awq") + 1 + self.paired
+        return len(self._stages(index)) + (self.transform.passes) + 1 + self.paired
 
     def _advance(self, windows: int) -> None:
         self._steps += windows
@@ -305,7 +305,7 @@ class Blocks:
             scales: dict[str, torch.Tensor] = {}
             if all(self._done(matrix) for matrix, _ in self.members[index]) and self._held_done(index):
                 scaling.restore(self.matrices, self.held[index], block)
-            elif self.transform == "awq":
+            elif self.transform.passes:
                 scales = scaling.rescale(
                     self.matrices,
                     index,

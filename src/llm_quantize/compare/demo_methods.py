@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm_quantize import data
-from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.errors import MissingExtraError, ResourceError, UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.measures.divergence import Comparison, Divergence, Paired
 from llm_quantize.measures.perplexity import Logits, Tokens, scored
 from llm_quantize.models.opening import Source, open_source
-from llm_quantize.options import MethodOptions
+from llm_quantize.options import CalibrationOptions, MethodOptions
 from llm_quantize.pipeline import ArtifactResult, Options, quantize
 
 if TYPE_CHECKING:

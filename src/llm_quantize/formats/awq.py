@@ -40,7 +40,7 @@ from llm_quantize.formats.packed import (
     Fields,
     Layout,
     Numbers,
-    Packed,
+    PackedMatrix,
     Settings,
     check_fields,
     check_matrix,
@@ -60,10 +60,18 @@ from llm_quantize.qtypes.integer import IntegerType
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
+NAME = "awq"
+TITLE = "AWQ"
 LABEL = "AWQ-{level}"
 FORMS: Sequence[str] = ("gemm",)
 RESCALES = True
 LAYOUT = Layout("awq", ("qweight", "qzeros", "scales"), (), "qweight", "scales")
+EXAMPLE = "4bit"
+TRANSFORM = "awq"
+SYMMETRIC = False
+NEEDS = "gptqmodel"
+KERNEL = 'AwqConfig(bits={bits}, backend="torch_awq")'
+EXPERTS_IN_TRANSFORMERS = False
 LEVELS: Sequence[str] = ("4bit",)
 BITS = 4
 _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
@@ -71,9 +79,9 @@ _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """With zero points and groups of 128 unless the options say otherwise. Raises UsageError."""
-    parse_bits(level, "awq", {"4bit": BITS})
+    parse_bits(level, NAME, {"4bit": BITS})
     group = 128 if options.group_size is None else options.group_size
-    return Scheme("awq", "4bit", IntegerType(BITS, group, options.symmetric is True, "float16"))
+    return Scheme(NAME, "4bit", IntegerType(BITS, group, options.symmetric is True, "float16"))
 
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
@@ -116,10 +124,10 @@ def _unpack(words: npt.NDArray[np.int32]) -> npt.NDArray[np.int16]:
     return values.reshape(count, rows).T.astype(np.int16)
 
 
-def packed(scheme: Scheme, rows: int, columns: int) -> Packed:
+def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
     """The description of a matrix (rows, columns) that ``pack`` made."""
     grid = scheme.qtype
-    return Packed("", LAYOUT, rows, columns, BITS, grid.group(columns), grid.symmetric)
+    return PackedMatrix("", LAYOUT, rows, columns, BITS, grid.group(columns), grid.symmetric)
 
 
 def form_of(settings: Settings) -> tuple[str, bool]:
@@ -133,7 +141,7 @@ def notes(settings: Settings) -> Iterator[str]:
     yield from ()
 
 
-def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[Packed]:
+def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
     """As ``StoredFormat.read``."""
     del numbers
     for name, found in modules(tensors, LAYOUT):
@@ -141,7 +149,7 @@ def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
         rows, columns = _sizes(found)
         declared, asymmetric, varies = flat_settings(settings, BITS, "zero_point")
         group = columns_of_group(declared, columns, groups_by_row(found["scales"]), varies=varies)
-        matrix = Packed(name, LAYOUT, rows, columns, BITS, group, not asymmetric, False, found)
+        matrix = PackedMatrix(name, LAYOUT, rows, columns, BITS, group, not asymmetric, False, found)
         words = packed_words(rows, BITS)
         yield check_fields(
             matrix,
@@ -172,36 +180,36 @@ def _sizes(found: Mapping[str, TensorInfo]) -> tuple[int, int]:
     return rows, main.shape[0]
 
 
-def codes(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
+def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
     """As ``StoredFormat.codes``, from 0."""
     del packed
     return _unpack(fields["qweight"][:, first // 8 : -(-last // 8)])
 
 
-def zeros(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
+def zeros(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
     """As ``StoredFormat.zeros``."""
     del packed
     return _unpack(fields["qzeros"][:, first // 8 : -(-last // 8)])
 
 
-def scales(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.scales``."""
     del packed
     return load_floats(fields["scales"][:, first:last].T)
 
 
-def unpack(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.unpack``."""
     rows = (packed, fields, first, last)
     return values_of(codes(*rows), zeros(*rows), scales(*rows), group_index(packed, fields))
 
 
-def check(packed: Packed, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:
+def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:
     """As ``StoredFormat.check``: nothing, as every value of every field is one that readers understand."""
     yield from ()
 
 
-def check_settings(settings: Settings, matrices: Mapping[str, Packed]) -> Iterator[str]:
+def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> Iterator[str]:
     """As ``StoredFormat.check_settings``: modules that are not to be converted."""
     left = settings.values.get("modules_to_not_convert")
     for matrix in matrices.values():
@@ -210,13 +218,13 @@ def check_settings(settings: Settings, matrices: Mapping[str, Packed]) -> Iterat
                 yield f"{matrix.name} is quantized, but the configuration's modules_to_not_convert has {rule}"
 
 
-def layout_name(matrices: Collection[Packed]) -> str:
+def layout_name(matrices: Collection[PackedMatrix]) -> str:
     """gemm."""
     del matrices
     return FORMS[0]
 
 
-def level_of(matrices: Collection[Packed]) -> str:
+def level_of(matrices: Collection[PackedMatrix]) -> str:
     """4bit."""
     return f"{widths(matrices)}bit"
 
@@ -236,3 +244,8 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
         "version": "gemm",
         "modules_to_not_convert": [*left, coverage.head] if left else None,
     }
+
+
+def vllm_refusal(_scheme: Scheme) -> str | None:
+    """Nothing: vLLM (0.32) has kernels for every scheme of this form."""
+    return None

@@ -12,16 +12,10 @@ from typing import Any
 
 import yaml
 
-from llm_quantize.formats.base import Scheme
+from llm_quantize.formats.base import Packed, Scheme
 from llm_quantize.qtypes.integer import WHOLE_ROW
 
 _COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-_NAMES = {"gptq": "GPTQ", "awq": "AWQ", "compressed-tensors": "compressed-tensors (pack-quantized)"}
-_KERNELS = {
-    "gptq": 'GPTQConfig(bits={bits}, backend="gptq_torch")',
-    "awq": 'AwqConfig(bits={bits}, backend="torch_awq")',
-}
-_NEEDS = {"gptq": "optimum gptqmodel", "awq": "gptqmodel", "compressed-tensors": "compressed-tensors"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +28,7 @@ class CardFacts:
     source: str
     revision: str | None
     card: Mapping[str, Any]
+    form: Packed
     scheme: Scheme
     matrices: int
     packed: int
@@ -117,7 +112,7 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     grid = facts.scheme.qtype
     group = "one for each row" if grid.group_size == WHOLE_ROW else f"one for {grid.group_size} weights"
     found: dict[str, Any] = {
-        "Format": _NAMES[facts.scheme.format],
+        "Format": facts.form.TITLE,
         "Level": facts.scheme.level,
         "Codes": f"{grid.bits} bit, {'symmetric' if grid.symmetric else 'with zero points'}",
         "Scales": f"{grid.scale}, {group}",
@@ -151,43 +146,31 @@ def _cell(value: Any) -> str:
 
 
 def _loading(facts: CardFacts) -> str:
-    refusal = vllm_refusal(facts.scheme)
+    refusal = facts.form.vllm_refusal(facts.scheme)
     if refusal is None:
         vllm = f"```sh\nvllm serve {facts.name}\n```\nTensor parallel over up to {facts.tensor_parallel} devices."
     else:
         vllm = f"vLLM does not load it: {refusal}."
     transformers = (
-        f"Transformers (`pip install transformers accelerate {_NEEDS[facts.scheme.format]}`):\n\n```python\n"
+        f"Transformers (`pip install transformers accelerate {facts.form.NEEDS}`):\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{facts.name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{facts.name}")\n```'
     )
-    kernel = _KERNELS.get(facts.scheme.format)
-    if kernel is not None:
+    if facts.form.KERNEL:
         transformers += (
             "\n\nOn a CPU name the kernel, as otherwise one is compiled for minutes: "
-            f"`quantization_config={kernel.format(bits=facts.scheme.qtype.bits)}`."
+            f"`quantization_config={facts.form.KERNEL.format(bits=facts.scheme.qtype.bits)}`."
         )
-    caution = transformers_caution(facts.scheme) if facts.experts else None
+    caution = transformers_caution(facts.form) if facts.experts else None
     return f"## Loading\n\n{vllm}\n\n{transformers}\n" + (f"\n{caution}.\n" if caution else "")
 
 
-def transformers_caution(scheme: Scheme) -> str | None:
-    """What Transformers (5.23) does to experts of this scheme, if it is not what it should."""
-    if scheme.format == "compressed-tensors":
+def transformers_caution(form: Packed) -> str | None:
+    """What Transformers (5.23) does to experts stored in this form, if it is not what it should."""
+    if form.EXPERTS_IN_TRANSFORMERS:
         return None
     return (
-        f"Transformers 5.23 does not load experts stored as {_NAMES[scheme.format]}: it leaves them at random values "
+        f"Transformers 5.23 does not load experts stored as {form.TITLE}: it leaves them at random values "
         "with no more than a warning; compressed-tensors has no such trouble"
     )
-
-
-def vllm_refusal(scheme: Scheme) -> str | None:
-    """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
-    if scheme.format == "gptq" and not scheme.qtype.symmetric:
-        return "of GPTQ it takes symmetric grids only"
-    if scheme.format == "gptq" and scheme.qtype.bits not in (4, 8):
-        return "of GPTQ it takes 4 and 8 bits only"
-    if scheme.format == "compressed-tensors" and scheme.qtype.bits not in (4, 8):
-        return "of packed integers it takes 4 and 8 bits only"
-    return None

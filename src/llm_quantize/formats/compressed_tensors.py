@@ -45,7 +45,7 @@ from llm_quantize.formats.packed import (
     Fields,
     Layout,
     Numbers,
-    Packed,
+    PackedMatrix,
     Settings,
     check_fields,
     check_matrix,
@@ -69,7 +69,15 @@ from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
+NAME = "compressed-tensors"
+TITLE = "compressed-tensors (pack-quantized)"
 LABEL = "{level}"
+EXAMPLE = "W4A16"
+TRANSFORM = "none"
+SYMMETRIC = None
+NEEDS = "compressed-tensors"
+KERNEL = ""
+EXPERTS_IN_TRANSFORMERS = True
 PACKAGE_VERSION = "0.20.0"
 FORM = "pack-quantized"
 FORMS: Sequence[str] = (FORM, "int-quantized")
@@ -91,12 +99,12 @@ LEVELS: Sequence[str] = tuple(_BITS)
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """The package's preset of that name (groups of 128), changed as the options say. Raises UsageError."""
-    bits = parse_bits(level, "compressed-tensors", _BITS)
+    bits = parse_bits(level, NAME, _BITS)
     asked = not level.upper().endswith("_ASYM")
     symmetric = asked if options.symmetric is None else options.symmetric
     group = 128 if options.group_size is None else options.group_size
     name = f"W{bits}A16{'' if symmetric else '_ASYM'}"
-    return Scheme("compressed-tensors", name, IntegerType(bits, group, symmetric, options.scale))
+    return Scheme(NAME, name, IntegerType(bits, group, symmetric, options.scale))
 
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
@@ -128,10 +136,10 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
     return found if scheme.qtype.symmetric else [*found, pack_bits(zeros.astype(np.uint8), bits, 0)]
 
 
-def packed(scheme: Scheme, rows: int, columns: int) -> Packed:
+def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
     """The description of a matrix (rows, columns) that ``pack`` made."""
     grid = scheme.qtype
-    return Packed("", PACKED, rows, columns, grid.bits, grid.group(columns), grid.symmetric)
+    return PackedMatrix("", PACKED, rows, columns, grid.bits, grid.group(columns), grid.symmetric)
 
 
 def form_of(settings: Settings) -> tuple[str, bool]:
@@ -151,7 +159,7 @@ def notes(settings: Settings) -> Iterator[str]:
         yield "a runtime rounds activations too, as its configuration says; only its weights are measured here"
 
 
-def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[Packed]:
+def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
     """As ``StoredFormat.read``."""
     claimed: set[str] = set()
     for layout in (PACKED, PLAIN):
@@ -162,13 +170,15 @@ def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
                 yield _matrix(name, layout, found, settings, numbers)
 
 
-def _matrix(name: str, layout: Layout, found: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Packed:
+def _matrix(
+    name: str, layout: Layout, found: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
+) -> PackedMatrix:
     n, k, bits = _sizes(layout, found, settings, numbers)
     declared, varies = _weight_settings(settings, bits)
     scale = found["weight_scale"]
     each = scale.shape[-1] if len(scale.shape) == 2 else 1
     group = columns_of_group(declared, k, each, varies=varies)
-    matrix = Packed(name, layout, n, k, bits, group, "weight_zero_point" not in found, False, found)
+    matrix = PackedMatrix(name, layout, n, k, bits, group, "weight_zero_point" not in found, False, found)
     g = matrix.groups
     by_row = {"weight_zero_point": (("I8",), ((n, g), (n,), (1,), (1, 1)))}
     packed_zeros = {"weight_zero_point": (("I32",), ((packed_words(n, bits), g),))}
@@ -228,7 +238,7 @@ def _weight_settings(settings: Settings, bits: int) -> tuple[int, bool]:
     return group_size(size, settings.file), len(candidates) > 1
 
 
-def codes(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
+def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
     """As ``StoredFormat.codes``, signed."""
     if packed.layout is PLAIN:
         return fields["weight"][first:last].astype(np.int16)
@@ -236,7 +246,7 @@ def codes(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[
     return found.astype(np.int16) - _half(packed)
 
 
-def zeros(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16] | None:
+def zeros(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16] | None:
     """As ``StoredFormat.zeros``, signed."""
     stored = fields.get("weight_zero_point")
     if stored is None:
@@ -248,29 +258,29 @@ def zeros(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[
     return unpack_bits(words, bits, last - first, 0).astype(np.int16) - _half(packed)
 
 
-def scales(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.scales``."""
     return load_floats(_by_row(packed, fields["weight_scale"])[first:last])
 
 
-def _by_row(packed: Packed, stored: Array) -> Array:
+def _by_row(packed: PackedMatrix, stored: Array) -> Array:
     """(rows, groups) of numbers that may be stored once for a row, or for all."""
     whole = stored.reshape(-1, packed.groups) if stored.size > 1 else stored.reshape(1, 1)
     return np.broadcast_to(whole, (packed.rows, packed.groups))
 
 
-def _half(packed: Packed) -> np.int16:
+def _half(packed: PackedMatrix) -> np.int16:
     """What is added to signed numbers before they are packed."""
     return np.int16(1 << (packed.bits - 1))
 
 
-def unpack(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.unpack``."""
     rows = (packed, fields, first, last)
     return values_of(codes(*rows), zeros(*rows), scales(*rows), group_index(packed, fields))
 
 
-def check(packed: Packed, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:
+def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:
     """As ``StoredFormat.check``: codes of few bits in whole bytes."""
     if packed.layout is PLAIN and packed.bits < 8:
         found, half = codes(packed, fields, first, last), _half(packed)
@@ -278,7 +288,7 @@ def check(packed: Packed, settings: Settings, fields: Fields, first: int, last: 
             yield "weight", f"codes of rows {first} to {last} are not in {packed.bits} bits"
 
 
-def check_settings(settings: Settings, matrices: Mapping[str, Packed]) -> Iterator[str]:
+def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> Iterator[str]:
     """As ``StoredFormat.check_settings``: the ignore list."""
     ignored = settings.values.get("ignore")
     for matrix in matrices.values():
@@ -287,12 +297,12 @@ def check_settings(settings: Settings, matrices: Mapping[str, Packed]) -> Iterat
                 yield f"{matrix.name} is quantized, but the configuration's ignore list has {rule}"
 
 
-def layout_name(matrices: Collection[Packed]) -> str:
+def layout_name(matrices: Collection[PackedMatrix]) -> str:
     """pack-quantized, int-quantized."""
     return "+".join(sorted({matrix.layout.name for matrix in matrices}))
 
 
-def level_of(matrices: Collection[Packed]) -> str:
+def level_of(matrices: Collection[PackedMatrix]) -> str:
     """W4A16, W4A16_ASYM."""
     asymmetric = any(not matrix.symmetric for matrix in matrices)
     return f"W{widths(matrices)}A16{'_ASYM' if asymmetric else ''}"
@@ -333,3 +343,8 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
             }
         },
     }
+
+
+def vllm_refusal(scheme: Scheme) -> str | None:
+    """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
+    return None if scheme.qtype.bits in (4, 8) else "of packed integers it takes 4 and 8 bits only"

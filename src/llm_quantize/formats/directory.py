@@ -15,19 +15,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import llm_quantize
 from llm_quantize.architectures.base import OutputTensor, Piece
-from llm_quantize.artifacts.plan import ArtifactPlan, CardPlan, MatrixPlan, TensorPlan
 from llm_quantize.errors import UsageError
-from llm_quantize.formats.base import SAFETENSORS_TYPES, Format, Scheme, SchemeOptions
-from llm_quantize.formats.card import CardFacts, card, room, transformers_caution, vllm_refusal
+from llm_quantize.formats.base import (
+    SAFETENSORS_TYPES,
+    Importance,
+    Packed,
+    Scheme,
+    SchemeOptions,
+    Store,
+    scheme_of,
+)
+from llm_quantize.formats.card import CardFacts, card, room, transformers_caution
 from llm_quantize.formats.gguf.metadata import read_card
 from llm_quantize.formats.modules import Module, Selection, coverage, select
 from llm_quantize.formats.small_files import small_files
-from llm_quantize.formats.table import packed_format
 from llm_quantize.io.output import OutputFile
 from llm_quantize.io.safetensors_file import DTYPE_BITS, TensorInfo
 from llm_quantize.io.safetensors_writer import (
@@ -37,33 +43,18 @@ from llm_quantize.io.safetensors_writer import (
     shard_names,
     split_shards,
 )
-from llm_quantize.models.opening import Source
+from llm_quantize.plan import ArtifactPlan, CardPlan, MatrixPlan, TensorPlan
 from llm_quantize.qtypes.integer import WHOLE_ROW
+
+if TYPE_CHECKING:
+    from llm_quantize.models.opening import Source
+    from llm_quantize.options import Options
 
 _KEPT = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f32", "F8_E4M3": "bf16"}
 _WORDS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 _METADATA = {"format": "pt"}
 _DEFAULT_GROUP = 128
 _SPLIT_BY_COLUMNS = ("o_proj", "down_proj", "w2", "dense", "fc2", "c_proj", "out_proj", "dense_4h_to_h")
-
-
-@dataclass(frozen=True)
-class DirectoryOptions:
-    """What a user may choose beside format and level; None leaves it to them.
-
-    ``ignore``: regular expressions of modules that stay as they are. ``shard_size``: bytes of data of a file.
-    ``desc_act`` changes no byte (see gptq.py). ``identity``: whatever else decides the codes, JSON-ready; ``method``:
-    the same as words for the model card. ``measured``: whether the run will tell what was lost, for the card.
-    """
-
-    group_size: int | None = None
-    symmetric: bool | None = None
-    desc_act: bool = False
-    ignore: tuple[str, ...] = ()
-    shard_size: int = 5_000_000_000
-    identity: Mapping[str, Any] = field(default_factory=dict)
-    method: Mapping[str, Any] = field(default_factory=dict)
-    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,18 +82,107 @@ class _Group:
         return sum(tensor.spec.nbytes for tensor in self.tensors)
 
 
+@dataclass(frozen=True)
+class DirectoryOptions:
+    """What a user may choose beside format and level; None leaves it to them.
+
+    ``ignore``: regular expressions of modules that stay as they are. ``shard_size``: bytes of data of a file.
+    ``desc_act`` changes no byte (see gptq.py). ``identity``: whatever else decides the codes, JSON-ready; ``method``:
+    the same as words for the model card. ``measured``: whether the run will tell what was lost, for the card.
+    """
+
+    group_size: int | None = None
+    symmetric: bool | None = None
+    desc_act: bool = False
+    ignore: tuple[str, ...] = ()
+    shard_size: int = 5_000_000_000
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    method: Mapping[str, Any] = field(default_factory=dict)
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A directory format as a row of the table: ``form`` says what its packed matrices look like."""
+
+    form: Packed
+    method: str = "gptq"
+    weighs: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.form.NAME
+
+    @property
+    def levels(self) -> Sequence[str]:
+        return self.form.LEVELS
+
+    @property
+    def example(self) -> str:
+        return self.form.EXAMPLE
+
+    @property
+    def transform(self) -> str:
+        return self.form.TRANSFORM
+
+    def plan(
+        self, source: Source, levels: Sequence[str], stem: str, importance: Importance | None, options: Options
+    ) -> list[ArtifactPlan]:
+        """See ``Format``. Raises UsageError (no such level, sizes that the grid or the words do not divide, nothing
+        left to pack, a bad --ignore, options of GGUF), UnsupportedError (matrices stored (in, out); experts without
+        names of their own)."""
+        if options.overrides.given or options.split_max_size is not None:
+            raise UsageError(
+                f"types of single tensors, recipes and --split-max-size belong to gguf, not to {self.name}",
+                remedy="use --group-size, --sym or --asym, --ignore and --output-shard-size",
+            )
+        found = [self._plan(source, level, stem, importance, options) for level in levels]
+        return list({plan.name: plan for plan in found}.values())
+
+    def needs_importance(self, source: Source, level: str, options: Options) -> bool:
+        """See ``Format``: a directory is rounded without any."""
+        return False
+
+    def store(self, plan: ArtifactPlan) -> Store:
+        """See ``Format``."""
+        from llm_quantize.formats.directory_store import DirectoryStore
+
+        return DirectoryStore(self.form, scheme_of(plan))
+
+    def _plan(
+        self, source: Source, level: str, stem: str, importance: Importance | None, options: Options
+    ) -> ArtifactPlan:
+        method = options.method
+        identity = {**method.identity(self.name), "nonfinite": options.nonfinite}
+        if importance is not None:
+            identity["text"] = importance.sha256
+        chosen = DirectoryOptions(
+            group_size=method.group_size,
+            symmetric=method.symmetric,
+            desc_act=method.desc_act,
+            ignore=method.ignore,
+            shard_size=method.shard_size,
+            identity=identity,
+            method=method.words(self.name, () if importance is None else importance.datasets),
+            measured=options.statistics is None and method.stages(self.name).correction > 0,
+        )
+        plan = plan_directory(source, self.form, level, name=stem, options=chosen)
+        floats = method.transform_of(self.name).changes(source)
+        held = frozenset(index for index, tensor in enumerate(plan.tensors) if tensor.name in floats)
+        return replace(plan, held=held)
+
+
 def plan_directory(
-    source: Source, format: str, level: str, *, name: str, options: DirectoryOptions | None = None
+    source: Source, form: Packed, level: str, *, name: str, options: DirectoryOptions | None = None
 ) -> ArtifactPlan:
     """The artifact NAME-LABEL (LABEL: GPTQ-4bit, AWQ-4bit, W4A16, ...) of ``source``. Reads no weights.
 
     Raises UsageError (no such level, sizes that the grid or the words do not divide, nothing left to pack, a bad
-    --ignore), UnsupportedError (no such format; matrices stored (in, out); experts without names of their own).
+    --ignore), UnsupportedError (matrices stored (in, out); experts without names of their own).
     """
     options = options or DirectoryOptions()
     if options.shard_size < 1:
         raise UsageError("--output-shard-size must be positive", found=options.shard_size)
-    form = packed_format(format)
     found = select(source, options.ignore)
     if not found.packed:
         raise UsageError(
@@ -114,8 +194,8 @@ def plan_directory(
     groups = _groups(source, found, form, scheme)
     shards = split_shards([group.nbytes for group in groups], options.shard_size)
     files, tensors, matrices = _lay_out(groups, shards, scheme)
-    warnings = [*found.warnings, *_warnings(scheme, found, options)]
-    caution = transformers_caution(scheme) if source.architecture.hyper.n_expert else None
+    warnings = [*found.warnings, *_warnings(form, scheme, found, options)]
+    caution = transformers_caution(form) if source.architecture.hyper.n_expert else None
     warnings += [caution] if caution else []
     files += _other_files(source, found, form, scheme, f"{name}-{label}", groups, options, warnings)
     room_left = None
@@ -132,7 +212,7 @@ def plan_directory(
         identity=identity,
         warnings=tuple(warnings),
         source_itemsize=max(DTYPE_BITS[info.dtype] // 8 for info in source.checkpoint.tensors.values()),
-        format=format,
+        format=form.NAME,
         matrices=tuple(matrices),
         card=room_left,
     )
@@ -144,18 +224,18 @@ def _scale_type(source: Source, found: Selection) -> str:
     return "bfloat16" if stored.count("BF16") + stored.count("F8_E4M3") > len(stored) / 2 else "float16"
 
 
-def _label(form: Format, scheme: Scheme) -> str:
+def _label(form: Packed, scheme: Scheme) -> str:
     """The end of the artifact's name: the level, and what differs from its default."""
     group = scheme.qtype.group_size
     label = form.LABEL.format(level=scheme.level)
     if group != _DEFAULT_GROUP:
         label += "-channel" if group == WHOLE_ROW else f"-g{group}"
-    if (scheme.format, scheme.qtype.symmetric) in (("gptq", False), ("awq", True)):
+    if form.SYMMETRIC is not None and scheme.qtype.symmetric != form.SYMMETRIC:
         label += "-sym" if scheme.qtype.symmetric else "-asym"
     return label
 
 
-def _groups(source: Source, found: Selection, form: Format, scheme: Scheme) -> list[_Group]:
+def _groups(source: Source, found: Selection, form: Packed, scheme: Scheme) -> list[_Group]:
     """What stands in the files, in the order of the checkpoint."""
     kept = {info.name for info in found.kept}
     groups = []
@@ -206,7 +286,7 @@ def _small(name: str, data: bytes) -> OutputFile:
 def _other_files(
     source: Source,
     found: Selection,
-    form: Format,
+    form: Packed,
     scheme: Scheme,
     name: str,
     groups: Sequence[_Group],
@@ -221,7 +301,8 @@ def _other_files(
         name=name,
         source=checkpoint.name,
         revision=checkpoint.revision,
-        card=read_card(checkpoint.directory, lambda text: None),  # opening the source has warned already
+        card=read_card(checkpoint.directory, warnings.append),
+        form=form,
         scheme=scheme,
         matrices=len(found.modules),
         packed=sum(group.nbytes for group in groups if group.module is not None),
@@ -297,7 +378,7 @@ def _splits(scheme: Scheme, module: Module, devices: int) -> bool:
     return rows % (devices * 32) == 0
 
 
-def _warnings(scheme: Scheme, found: Selection, options: DirectoryOptions) -> list[str]:
+def _warnings(form: Packed, scheme: Scheme, found: Selection, options: DirectoryOptions) -> list[str]:
     """What is legal but may surprise."""
     warnings = [f"{name} is left out: {reason}" for name, reason in found.dropped.items()]
     if options.desc_act:
@@ -305,7 +386,7 @@ def _warnings(scheme: Scheme, found: Selection, options: DirectoryOptions) -> li
             "--desc-act changes nothing: columns are visited in the order of their activations in any case, on grids "
             "fixed before, so the file needs no permutation and says desc_act false"
         )
-    refusal = vllm_refusal(scheme)
+    refusal = form.vllm_refusal(scheme)
     if refusal is not None:
         return [*warnings, f"vLLM will not load this artifact: {refusal}"]
     modules = found.modules

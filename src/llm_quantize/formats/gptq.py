@@ -52,7 +52,7 @@ from llm_quantize.formats.packed import (
     Fields,
     Layout,
     Numbers,
-    Packed,
+    PackedMatrix,
     Settings,
     check_fields,
     check_matrix,
@@ -74,10 +74,18 @@ from llm_quantize.qtypes.integer import IntegerType
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
+NAME = "gptq"
+TITLE = "GPTQ"
 LABEL = "GPTQ-{level}"
 FORMS: Sequence[str] = ("gptq", "gptq_v2")
 RESCALES = False
 LAYOUT = Layout("gptq", ("qweight", "qzeros", "scales"), ("g_idx",), "qweight", "scales", "g_idx")
+EXAMPLE = "4bit"
+TRANSFORM = "none"
+SYMMETRIC = True
+NEEDS = "optimum gptqmodel"
+KERNEL = 'GPTQConfig(bits={bits}, backend="gptq_torch")'
+EXPERTS_IN_TRANSFORMERS = False
 _BITS = {"2bit": 2, "3bit": 3, "4bit": 4, "8bit": 8}
 LEVELS: Sequence[str] = tuple(_BITS)
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -85,11 +93,11 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """Symmetric with groups of 128 unless the options say otherwise. Raises UsageError."""
-    bits = parse_bits(level, "gptq", _BITS)
+    bits = parse_bits(level, NAME, _BITS)
     group = 128 if options.group_size is None else options.group_size
     symmetric = options.symmetric is not False
     grid = IntegerType(bits, group, symmetric, "float16")
-    return Scheme("gptq", f"{bits}bit", grid, "gptq" if symmetric else "gptq_v2")
+    return Scheme(NAME, f"{bits}bit", grid, "gptq" if symmetric else "gptq_v2")
 
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
@@ -137,10 +145,10 @@ def _first(scheme: Scheme) -> int:
     return 0 if scheme.variant == "gptq_v2" else 1
 
 
-def packed(scheme: Scheme, rows: int, columns: int) -> Packed:
+def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
     """The description of a matrix (rows, columns) that ``pack`` made."""
     grid, minus_one = scheme.qtype, _first(scheme) == 1
-    return Packed("", LAYOUT, rows, columns, grid.bits, grid.group(columns), grid.symmetric, minus_one)
+    return PackedMatrix("", LAYOUT, rows, columns, grid.bits, grid.group(columns), grid.symmetric, minus_one)
 
 
 def form_of(settings: Settings) -> tuple[str, bool]:
@@ -155,7 +163,7 @@ def notes(settings: Settings) -> Iterator[str]:
     yield from ()
 
 
-def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[Packed]:
+def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
     """As ``StoredFormat.read``."""
     del numbers
     form, _ = form_of(settings)
@@ -164,7 +172,7 @@ def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
         rows, columns, bits = _sizes(found, settings)
         declared, symmetric, varies = flat_settings(settings, bits, "sym")
         group = columns_of_group(declared, columns, groups_by_row(found["scales"]), varies=varies)
-        matrix = Packed(name, LAYOUT, rows, columns, bits, group, symmetric, form == "gptq", found)
+        matrix = PackedMatrix(name, LAYOUT, rows, columns, bits, group, symmetric, form == "gptq", found)
         n, k, g, across = matrix.rows, matrix.columns, matrix.groups, packed_words(rows, bits)
         yield check_fields(
             matrix,
@@ -191,12 +199,12 @@ def _sizes(found: Mapping[str, TensorInfo], settings: Settings) -> tuple[int, in
     return rows, columns, bits
 
 
-def codes(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
+def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
     """As ``StoredFormat.codes``, from 0."""
     return unpack_bits(fields["qweight"][:, first:last], packed.bits, packed.columns, 0).T.astype(np.int16)
 
 
-def zeros(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
+def zeros(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
     """As ``StoredFormat.zeros``. All ones in format 1 are 2^b, although readers that add 1 to whole words carry it
     into the neighbour; ``check`` tells."""
     bits, n = packed.bits, last - first
@@ -205,19 +213,19 @@ def zeros(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[
     return found + np.int16(1) if packed.minus_one else found
 
 
-def scales(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.scales``."""
     del packed
     return load_floats(fields["scales"][:, first:last].T)
 
 
-def unpack(packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.unpack``; g_idx may name groups in any order."""
     index, rows = group_index(packed, fields), (packed, fields, first, last)
     return values_of(codes(*rows), zeros(*rows), scales(*rows), index)
 
 
-def check(packed: Packed, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:
+def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:
     """As ``StoredFormat.check``: the order of columns, and zero points."""
     plain = np.arange(packed.columns) // packed.group
     ordered = first > 0 or "g_idx" not in fields or np.array_equal(group_index(packed, fields), plain)
@@ -240,7 +248,7 @@ def check(packed: Packed, settings: Settings, fields: Fields, first: int, last: 
         )
 
 
-def check_settings(settings: Settings, matrices: Mapping[str, Packed]) -> Iterator[str]:
+def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> Iterator[str]:
     """As ``StoredFormat.check_settings``: the dynamic rules, and lm_head."""
     dynamic = settings.values.get("dynamic")
     for rule in dynamic if isinstance(dynamic, dict) else ():
@@ -251,12 +259,12 @@ def check_settings(settings: Settings, matrices: Mapping[str, Packed]) -> Iterat
         yield "lm_head is quantized, but the configuration says lm_head false"
 
 
-def layout_name(matrices: Collection[Packed]) -> str:
+def layout_name(matrices: Collection[PackedMatrix]) -> str:
     """gptq, gptq_v2."""
     return "gptq" if all(matrix.minus_one for matrix in matrices) else "gptq_v2"
 
 
-def level_of(matrices: Collection[Packed]) -> str:
+def level_of(matrices: Collection[PackedMatrix]) -> str:
     """4bit."""
     return f"{widths(matrices)}bit"
 
@@ -287,6 +295,13 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
     if coverage.kept and alike:
         found["modules_in_block_to_quantize"] = [alike]
     return found
+
+
+def vllm_refusal(scheme: Scheme) -> str | None:
+    """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
+    if not scheme.qtype.symmetric:
+        return "of GPTQ it takes symmetric grids only"
+    return None if scheme.qtype.bits in (4, 8) else "of GPTQ it takes 4 and 8 bits only"
 
 
 def _negative_rule(name: str) -> str:

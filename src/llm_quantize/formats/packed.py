@@ -54,7 +54,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedMatrix:
     """One quantized matrix (rows, columns) of the module ``name``. ``group``: columns that share a scale (the last
     group may be shorter). ``minus_one``: stored zero points are one too small (GPTQ's first format). ``fields``:
     {suffix: stored tensor}; none of a matrix that is not in a file yet."""
@@ -104,40 +104,40 @@ class StoredFormat(Protocol):
     def notes(self, settings: Settings) -> Iterator[str]:
         """What a reader of figures should know."""
 
-    def read(self, tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[Packed]:
+    def read(self, tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
         """The quantized matrices that ``tensors`` hold, proved to fit each other from headers; ``numbers`` reads a
         field. Raises IntegrityError, MalformedInputError, UnsupportedError."""
 
-    def codes(self, packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
+    def codes(self, packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
         """q of rows [first, last), int16 (n, K); ``first`` is a multiple of 32."""
 
-    def zeros(self, packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16] | None:
+    def zeros(self, packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16] | None:
         """z of rows [first, last), int16 (n, G), on the count of ``codes``; ``first`` as there. None: all zero."""
 
-    def scales(self, packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+    def scales(self, packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
         """s of rows [first, last), float32 (n, G)."""
 
-    def unpack(self, packed: Packed, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+    def unpack(self, packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
         """Values of rows [first, last), float32 (n, K); ``first`` is a multiple of 32, ``last`` too, or the last row.
         ``fields``: {suffix: array}, floats as they are stored (bfloat16 as bits) or in float32."""
 
     def check(
-        self, packed: Packed, settings: Settings, fields: Fields, first: int, last: int
+        self, packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int
     ) -> Iterator[tuple[str, str]]:
         """(suffix of a field, what is wrong with it) of rows [first, last): what only this format can get wrong."""
 
-    def check_settings(self, settings: Settings, matrices: Mapping[str, Packed]) -> Iterator[str]:
+    def check_settings(self, settings: Settings, matrices: Mapping[str, PackedMatrix]) -> Iterator[str]:
         """What readers take from the configuration and not from the tensors, where it contradicts the tensors.
         ``matrices``: by the names of their weights."""
 
-    def layout_name(self, matrices: Collection[Packed]) -> str:
+    def layout_name(self, matrices: Collection[PackedMatrix]) -> str:
         """The form that the matrices have, in the format's own words."""
 
-    def level_of(self, matrices: Collection[Packed]) -> str:
+    def level_of(self, matrices: Collection[PackedMatrix]) -> str:
         """The level that people would call this, for the format's LABEL."""
 
 
-def widths(matrices: Collection[Packed]) -> str:
+def widths(matrices: Collection[PackedMatrix]) -> str:
     """The bits of matrices in one word: 4, 4+8."""
     return "+".join(map(str, sorted({matrix.bits for matrix in matrices}))) or "none"
 
@@ -188,7 +188,7 @@ def groups_by_row(scales: TensorInfo) -> int:
     return scales.shape[0] if len(scales.shape) == 2 else 1
 
 
-def check_fields(packed: Packed, shapes: Shapes) -> Packed:
+def check_fields(packed: PackedMatrix, shapes: Shapes) -> PackedMatrix:
     """``packed``, whose fields have the shapes and types of ``shapes``: {suffix: (types, shapes)}. IntegrityError."""
     for suffix, info in packed.fields.items():
         dtypes, fitting = shapes[suffix]
@@ -197,7 +197,7 @@ def check_fields(packed: Packed, shapes: Shapes) -> Packed:
     return packed
 
 
-def check_index(packed: Packed, fields: Fields) -> None:
+def check_index(packed: PackedMatrix, fields: Fields) -> None:
     """Raise IntegrityError where a column belongs to a group that there is not."""
     index = fields.get(packed.layout.index)
     if index is None or not index.size:
@@ -217,7 +217,7 @@ def check_index(packed: Packed, fields: Fields) -> None:
         )
 
 
-def group_index(packed: Packed, fields: Fields) -> npt.NDArray[np.int64]:
+def group_index(packed: PackedMatrix, fields: Fields) -> npt.NDArray[np.int64]:
     """int64 (K,): the group of each column."""
     stored = fields.get(packed.layout.index)
     if stored is None or not stored.size:

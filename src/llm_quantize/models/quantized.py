@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import UsageError
-from llm_quantize.formats.packed import ALIGNED, Packed, Settings, check_index, wrong_form
-from llm_quantize.formats.table import FORMATS, format_of
+from llm_quantize.formats.packed import ALIGNED, PackedMatrix, Settings, check_index, wrong_form
+from llm_quantize.formats.packed_formats import format_of
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
 from llm_quantize.io.safetensors_file import Header, TensorInfo
@@ -65,7 +65,7 @@ def _places(config: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
 class PackedDirectory:
     """The quantized model in ``path``. Threads may share it; each keeps the packed bytes of one matrix.
 
-    ``method``: gptq, awq or compressed-tensors. ``matrices``: {the weight's name in an unquantized model: Packed}.
+    ``method``: gptq, awq or compressed-tensors. ``matrices``: {the weight's name in an unquantized model: matrix}.
     ``plain``: every other tensor, as it is stored. ``tensors``: all that are stored. ``notes``: what a reader should
     know. Close it, or use it as a context manager.
 
@@ -81,8 +81,8 @@ class PackedDirectory:
         self.file = self.path / "config.json"
         self.config = read_json_object(inside(self.path, "config.json"), limit_bytes=CONFIG_LIMIT)
         self.settings = quantization_of(self.config, self.file)
-        self.method = format_of(self.settings)
-        self.format = FORMATS[self.method]
+        self.format = format_of(self.settings)
+        self.method = self.format.NAME
         self.headers: tuple[Header, ...]
         self.headers, self.tensors = read_headers(self.path, str(path), packed=True)
         self._reader = TensorReader(self.headers)
@@ -131,7 +131,7 @@ class PackedDirectory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def field(self, matrix: Packed, suffix: str) -> npt.NDArray[Any]:
+    def field(self, matrix: PackedMatrix, suffix: str) -> npt.NDArray[Any]:
         """One field whole, in its shape; bfloat16 and float16 as float32."""
         info = matrix.fields[suffix]
         stored = self._stored(info)
@@ -144,9 +144,9 @@ class PackedDirectory:
         self._reader.read(info, 0, stored.reshape(-1).view(np.uint8).data)
         return stored
 
-    def fields(self, matrix: Packed) -> dict[str, npt.NDArray[Any]]:
+    def fields(self, matrix: PackedMatrix) -> dict[str, npt.NDArray[Any]]:
         """All fields of a matrix, as this thread keeps them until it asks for another's."""
-        kept: tuple[Packed, dict[str, npt.NDArray[Any]]] | None = getattr(self._local, "fields", None)
+        kept: tuple[PackedMatrix, dict[str, npt.NDArray[Any]]] | None = getattr(self._local, "fields", None)
         if kept is None or kept[0] is not matrix:
             self._local.fields = None
             kept = matrix, {suffix: self.field(matrix, suffix) for suffix in matrix.fields}
