@@ -17,7 +17,7 @@ from llm_quantize.calibration import choose
 from llm_quantize.errors import IntegrityError, MissingExtraError
 from llm_quantize.evaluation.tensor_errors import tensor_errors
 from llm_quantize.formats.base import scheme_from_dict
-from llm_quantize.formats.table import packed_format
+from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.io.safetensors_file import read_header
 from llm_quantize.models.opening import open_source
 from llm_quantize.options import MethodOptions
@@ -71,7 +71,7 @@ def test_sound_and_read_alike(format: str, level: str, method: Any, llama: Path,
                 for suffix, value in fields.items()
             }
             found = artifact.read(f"{matrix['name']}.weight").numpy()
-            expected = unpacked(packed_format(format), scheme, arrays, *found.shape)
+            expected = unpacked(PACKED[format], scheme, arrays, *found.shape)
             assert np.array_equal(found, expected), matrix["name"]
             kind = artifact.types()[f"{matrix['name']}.weight"]
             assert kind.removesuffix("_asym") == scheme.qtype.name.removesuffix("_asym")

@@ -105,10 +105,7 @@ def test_foreseen_importance_has_the_names_and_shapes_of_the_real_one(model: Pat
     source = open_source(str(model))
     with source.checkpoint:
         foreseen = choose.foresee(source, "gguf", ["Q4_K_M"], options)
-        real = choose.calibrated(source, options, lambda event: None)
-    assert foreseen is not None
-    assert choose.is_foreseen(foreseen)
-    assert not choose.is_foreseen(real)
-    assert {name: rows.shape for name, rows in foreseen.values.items()} == {
-        name: rows.shape for name, rows in real.values.items()
-    }
+        real = choose.collected(source, "gguf", options, lambda event: None)
+        rows = choose.rows_of(source, real)
+    assert isinstance(foreseen, choose.Foreseen)
+    assert foreseen.names == set(real.names) == rows.keys()

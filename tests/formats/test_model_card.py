@@ -7,16 +7,17 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from llm_quantize.formats import awq, gptq
 from llm_quantize.formats.base import SchemeOptions
-from llm_quantize.formats.card import CardFacts, card, vllm_refusal
-from llm_quantize.formats.table import FORMATS
+from llm_quantize.formats.card import CardFacts, card
 
 FACTS = CardFacts(
     name="demo-AWQ-4bit",
     source="acme/demo",
     revision="0123abc",
     card={"license": "apache-2.0", "language": ["en", "ja"], "tags": ["x"], "pipeline_tag": 3, "model-index": {"a": 1}},
-    scheme=FORMATS["awq"].scheme("4bit", SchemeOptions()),
+    form=awq,
+    scheme=awq.scheme("4bit", SchemeOptions()),
     matrices=224,
     packed=3_400_000_000,
     kept=500_000_000,
@@ -65,8 +66,8 @@ def test_recipe_sizes_and_loss() -> None:
     [("4bit", True, False), ("8bit", True, False), ("3bit", True, True), ("4bit", False, True)],
 )
 def test_runtimes(level: str, symmetric: bool, refused: bool) -> None:
-    scheme = FORMATS["gptq"].scheme(level, SchemeOptions(symmetric=symmetric))
-    assert (vllm_refusal(scheme) is not None) is refused
-    text = card(replace(FACTS, scheme=scheme))
+    scheme = gptq.scheme(level, SchemeOptions(symmetric=symmetric))
+    assert (gptq.vllm_refusal(scheme) is not None) is refused
+    text = card(replace(FACTS, form=gptq, scheme=scheme))
     assert ("vllm serve" in text) is not refused
     assert "optimum gptqmodel" in text

@@ -45,7 +45,7 @@ class Architecture:
         self.sliding = self._layer_types()
         self._check_scores()
         self._check_rotated_layers()
-        self._constants = rope_constants(self.rope, self.config, self.hyper)
+        self._constants = {} if self.limits else rope_constants(self.rope, self.config, self.hyper)
         self.notes = tuple(
             text.format(value=self.config.get(name)) for name, text in family.notes if self.config.get(name)
         )

@@ -74,7 +74,9 @@ def read_rope(config: ConfigReader, family: Family, limits: list[UnsupportedErro
         default=config.number("partial_rotary_factor", default=family.partial_default),
         positive=True,
     )
-    if share > 1 or (share != 1 and not family.partial):
+    if share > 1:
+        raise config.wrong("partial_rotary_factor", "at most 1", share)
+    if share != 1 and not family.partial:
         what = f"llama.cpp rotates whole heads for {family.model_type}"
         limits.append(UnsupportedError(what, file=config.file, expected="partial_rotary_factor 1", found=share))
     return Rope(theta, local_theta, kind, share, parameters)
