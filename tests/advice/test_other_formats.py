@@ -8,7 +8,7 @@ import pytest
 
 from llm_quantize import data
 from llm_quantize.advice.other_formats import directories_note
-from llm_quantize.formats.table import PACKED
+from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.pipeline import open_source, plan
 from llm_quantize.reports.numbers import bytes_text
 from tests.tiny_models import make_tiny

@@ -20,10 +20,11 @@ from llm_quantize.architectures.base import Piece
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.base import scheme_of
 from llm_quantize.formats.packed_directory import DirectoryOptions, plan_directory
-from llm_quantize.formats.table import PACKED
+from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.models.opening import open_source
 from llm_quantize.plan import ArtifactPlan
 from tests.formats.filled import fill
+from tests.formats.grids import unpacked
 from tests.safetensors_by_hand import entries, write_raw
 from tests.tiny_models import make_tiny, quiet, reference_logits, reference_model
 
@@ -101,7 +102,7 @@ def test_every_format_filled_and_read_again(llama: Path, tmp_path: Path, format:
     scheme = scheme_of(plan)
     assert len(plan.matrices) == 14
     for matrix in plan.matrices:
-        decoded = PACKED[format].unpack(scheme, arrays_of(plan, found, matrix.fields))
+        decoded = unpacked(PACKED[format], scheme, arrays_of(plan, found, matrix.fields), *matrix.weight.shape)
         assert torch.equal(torch.from_numpy(decoded), values[matrix.name])
         weight = source.pop(f"{matrix.name}.weight").float()
         assert (values[matrix.name] - weight).norm() < 0.3 * weight.norm()

@@ -18,8 +18,7 @@ from llm_quantize.formats.gguf.vocabulary.reading import has_tokenizer
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
 from llm_quantize.models.opening import Source, open_source
-from llm_quantize.models.quantized import PackedDirectory
-from llm_quantize.models.quantized_config import is_packed_directory
+from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
 
 CONTEXT = 8192  # tokens of the cache whose memory is told, or all that the model was trained for, if fewer
 

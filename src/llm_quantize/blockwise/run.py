@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.architectures.rows import matrix_shape, read_output_rows, to_float32, unit_ranges
+from llm_quantize.architectures.rows import Arrays, matrix_shape, read_output_rows, to_float32, unit_ranges
 from llm_quantize.artifacts.rounding import Target, Worker, source_hash
 from llm_quantize.blockwise import scaling
 from llm_quantize.blockwise.embedding import WrittenTable
@@ -60,7 +60,7 @@ class Matrices:
         """float32 rows [start, stop) of the weight. Raises NumericPolicyError for values that are not finite."""
         weight = matrix.weight
         if any(piece.source in self.changed for piece in weight.pieces):
-            return self._changed_rows(weight)[start:stop]
+            return to_float32(read_output_rows(Arrays(self.present), weight, start, stop))
         rows, count = self.worker.finite(weight, read_output_rows(self.source.checkpoint, weight, start, stop), start)
         if count and self.worker.nonfinite == "keep":
             raise NumericPolicyError(
@@ -71,14 +71,6 @@ class Matrices:
                 remedy="--nonfinite=zero --overwrite replaces them by zero",
             )
         return np.array(to_float32(rows), np.float32)
-
-    def _changed_rows(self, weight: OutputTensor) -> Floats:
-        parts = []
-        for piece in weight.pieces:
-            values = self.present(piece.source)
-            values = values.reshape(-1, values.shape[-1])
-            parts.append(values[piece.start : None if piece.count is None else piece.start + piece.count])
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def present(self, name: str) -> Floats:
         """A tensor of the source as it is now, float32, its shape."""

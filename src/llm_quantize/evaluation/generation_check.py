@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.models.quantized_config import is_packed_directory
+from llm_quantize.models.quantized import is_packed_directory
 
 PROMPTS = (
     "The old man looked at the sea and",

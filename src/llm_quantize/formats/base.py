@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UsageError
+from llm_quantize.formats.packed import PackedMatrix, StoredFormat
 from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType, integer_type
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class Store(Protocol):
         """float32 (rows, columns): what a runtime will compute with."""
 
 
-class Packed(Protocol):
+class Packed(StoredFormat, Protocol):
     """A format of packed integers in a model directory: one module of this package for each.
 
     ``SYMMETRIC``: whether its grids are symmetric unless asked otherwise; None: the level says so. ``TITLE``: its name
@@ -216,7 +217,7 @@ class Packed(Protocol):
     def scheme(self, level: str, options: SchemeOptions) -> Scheme: ...
     def fields(self, scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]: ...
     def pack(self, scheme: Scheme, grid: Grid, codes: Any) -> list[Array]: ...
-    def unpack(self, scheme: Scheme, arrays: Mapping[str, Array]) -> npt.NDArray[np.float32]: ...
+    def described(self, scheme: Scheme, rows: int, columns: int) -> PackedMatrix: ...
     def config(self, scheme: Scheme, coverage: Coverage) -> dict[str, Any]: ...
     def vllm_refusal(self, scheme: Scheme) -> str | None: ...
 
@@ -323,15 +324,3 @@ def load_floats(values: Array) -> npt.NDArray[np.float32]:
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32, copy=False)
-
-
-def dequantize(
-    codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], zeros: Array, group: int
-) -> npt.NDArray[np.float32]:
-    """s * (q - z), float32 (N, K): the difference of the integers first, then one product, as the runtimes do.
-
-    ``codes`` (N, K); ``scales``, ``zeros`` (N, groups). A runtime that works in 16 bit rounds this once more.
-    """
-    rows, columns = codes.shape
-    steps = codes.reshape(rows, -1, group).astype(np.float32) - zeros.astype(np.float32)[:, :, None]
-    return (scales[:, :, None] * steps).reshape(rows, columns)

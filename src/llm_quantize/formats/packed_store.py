@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from llm_quantize.architectures.rows import chunk_rows
 from llm_quantize.formats.base import NUMPY_TYPES, Packed, Scheme
+from llm_quantize.formats.packed import ALIGNED
 from llm_quantize.grids.grid import Grid, GridType, grid_type
 from llm_quantize.plan import MatrixPlan, TensorPlan
 
@@ -46,4 +48,10 @@ class DirectoryStore:
     def decode(self, matrix: MatrixPlan, fields: Fields) -> Floats:
         rows, columns = matrix.weight.shape
         names = [field.suffix for field in self.form.fields(self.scheme, rows, columns)]
-        return self.form.unpack(self.scheme, dict(zip(names, fields, strict=True)))
+        named = dict(zip(names, fields, strict=True))
+        packed, values = self.form.described(self.scheme, rows, columns), np.empty((rows, columns), np.float32)
+        step = max(ALIGNED, chunk_rows(columns) // ALIGNED * ALIGNED)
+        for first in range(0, rows, step):
+            last = min(rows, first + step)
+            values[first:last] = self.form.unpack(packed, named, first, last)
+        return values
