@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from llm_quantize import memory
 from llm_quantize.artifacts.decoded import Decoded
 from llm_quantize.artifacts.decoded_directory import DecodedDirectory, open_decoded
+from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError, NumericPolicyError, UsageError
 from llm_quantize.evaluation.quality_plan import QualityPlan
 from llm_quantize.events import EventSink, ignore
@@ -36,7 +37,7 @@ from llm_quantize.runtimes import first_file
 from llm_quantize.streams import fitting
 
 if TYPE_CHECKING:
-    from llm_quantize.evaluation.streamed import Pass, RuntimeStream, Stream
+    from llm_quantize.evaluation.streamed import Evaluation, RuntimeStream, Stream
     from llm_quantize.streams.hidden import Activations
 
 NOISE_WINDOWS = 4
@@ -161,11 +162,12 @@ def measure_quality(
 
     Raises: MissingExtraError (torch), UsageError (no artifact, no window, windows longer than the context),
     ResourceError before any work where one block or two heads do not fit, IntegrityError (another model's artifact),
-    NumericPolicyError (NaN or infinite values on the way), and what reading raises.
+    NumericPolicyError (NaN or infinite values on the way), StoppedError after a signal, and what reading raises.
     """
     _check(source, artifacts, windows, runtime)
-    from llm_quantize.evaluation.streamed import Pass, one_torch_thread
+    from llm_quantize.evaluation.streamed import Evaluation
     from llm_quantize.streams.network import open_network
+    from llm_quantize.streams.pool import Pool
 
     began = time.process_time()
     decoded = [open_decoded(source, path) for path in artifacts]
@@ -182,11 +184,10 @@ def measure_quality(
     with ExitStack() as stack:
         for one in decoded:
             stack.callback(one.close)
-        stack.enter_context(one_torch_thread(device))
+        pool = Pool(fitted.threads, stack.enter_context(stop_on_signals()), resumable=None)
         directory = None if fitted.in_memory else _scratch(stack, scratch, fitted.hidden_bytes)
         origin, streams, noise = _streams(stack, source, decoded, windows, network.width, again, directory)
-        work = Pass(network, windows, fitted.threads, passes * len(windows), on_event)
-        stack.callback(work.close)
+        work = Evaluation(network, windows, pool, passes * len(windows), on_event)
         for stream in (origin, *streams):
             work.embed(stream)
         for index in range(again):
@@ -251,7 +252,7 @@ def _streams(
 
 
 def _through_heads(
-    work: Pass,
+    work: Evaluation,
     origin: Stream,
     streams: Sequence[Stream],
     noise: tuple[Activations, Comparison],
@@ -311,7 +312,7 @@ def _check_runtime(decoded: Sequence[Decoded], runtime: str | None) -> None:
 
 
 def _open_runtimes(
-    stack: ExitStack, decoded: Sequence[Decoded], group: range, work: Pass, runtime: str
+    stack: ExitStack, decoded: Sequence[Decoded], group: range, work: Evaluation, runtime: str
 ) -> dict[int, RuntimeStream]:
     """{place in the group: the artifact in its runtime}."""
     from llm_quantize.evaluation.streamed import RuntimeStream, check_vocabulary
@@ -321,7 +322,7 @@ def _open_runtimes(
     if runtime != "llama.cpp":
         from llm_quantize.runtimes.scored import ScoredDirectory
 
-        size, threads = work.network.vocab_size, work.threads
+        size, threads = work.network.vocab_size, work.pool.threads
         for place, index in enumerate(group):
             path = decoded[index].path
             scored = ScoredDirectory(path, runtime, work.windows, vocab_size=size, threads=threads)
@@ -329,7 +330,7 @@ def _open_runtimes(
         return found
     for place, index in enumerate(group):
         path = first_file(decoded[index].path)
-        model = stack.enter_context(LlamaCpp(path, context=work.windows.shape[1], threads=work.threads))
+        model = stack.enter_context(LlamaCpp(path, context=work.windows.shape[1], threads=work.pool.threads))
         check_vocabulary(model, work.network)
         found[place] = RuntimeStream(model)
     return found
