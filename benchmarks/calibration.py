@@ -47,7 +47,7 @@ print(json.dumps({
 PEER = """
 import json, sys, time
 path, threads, windows, length = sys.argv[1], *map(int, sys.argv[2:5])
-from llm_quantize.evaluation.runtimes.llama_cpp import LlamaCpp
+from llm_quantize.runtimes.llama_cpp import LlamaCpp
 from llm_quantize.preflight import peak_resident_bytes
 import numpy as np
 with LlamaCpp(path, context=length, threads=threads) as model:
