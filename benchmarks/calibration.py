@@ -31,7 +31,7 @@ import os
 os.environ["LLM_QUANTIZE_CACHE"] = cache
 from llm_quantize.calibration.collect import calibrate
 from llm_quantize.calibration.options import CalibrationOptions
-from llm_quantize.source import open_source
+from llm_quantize.models.opening import open_source
 source = open_source(model)
 options = CalibrationOptions(samples=windows, length=length, threads=threads, collect=tuple(kinds.split(",")))
 import torch, transformers
@@ -48,7 +48,7 @@ PEER = """
 import json, sys, time
 path, threads, windows, length = sys.argv[1], *map(int, sys.argv[2:5])
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
-from llm_quantize.preflight import peak_resident_bytes
+from llm_quantize.memory import peak_resident_bytes
 import numpy as np
 with LlamaCpp(path, context=length, threads=threads) as model:
     ids = np.random.default_rng(0).integers(0, 250, (windows + 1, length))

@@ -18,7 +18,8 @@ FORBIDDEN = {
     "methods": {"io", "formats", "engine", "calibration", "cli", "pipeline", "blockwise"},
     "transforms": {"io", "formats", "engine", "calibration", "cli", "pipeline", "blockwise"},
 }
-LIGHT = ("plan", "recipes", "checkpoint", "architectures", "describe", "pipeline", "formats", "io")
+LAZY = {"decoded.py"}  # torch comes with the first tensor that is asked for
+LIGHT = ("artifacts", "models", "architectures", "advice", "pipeline", "options", "memory", "formats", "io")
 
 
 def modules(part: str) -> list[Path]:
@@ -52,7 +53,8 @@ def test_mathematics_does_not_know_files(part: str) -> None:
 @pytest.mark.parametrize("part", LIGHT)
 def test_light_parts_do_not_import_torch(part: str) -> None:
     for path in modules(part):
-        assert not {name.split(".")[0] for name in imports(path)} & {"torch", "transformers"}, path
+        if path.name not in LAZY:
+            assert not {name.split(".")[0] for name in imports(path)} & {"torch", "transformers"}, path
 
 
 def test_only_cli_and_report_print() -> None:

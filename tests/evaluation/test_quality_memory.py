@@ -25,8 +25,8 @@ import json, sys
 import numpy as np
 from llm_quantize.evaluation.quality import measure_quality
 from llm_quantize.pipeline import Options, quantize
-from llm_quantize.source import open_source
-import llm_quantize.calibration.forward, transformers.models.llama.modeling_llama
+from llm_quantize.models.opening import open_source
+import llm_quantize.streams.network, transformers.models.llama.modeling_llama
 model, folder, limit, context = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 windows = np.random.Generator(np.random.PCG64(0)).integers(0, 320, (4, context)).astype(np.int32)
 source = open_source(model)
@@ -79,7 +79,7 @@ def test_seventy_billion_weights_fit_sixteen_gigabytes(monkeypatch: pytest.Monke
     )
     artifacts: Any = [SimpleNamespace(size=42_000_000_000, scratch=0)] * 2
     windows = np.zeros((64, 512), np.int32)
-    monkeypatch.setattr(quality.preflight, "memory_limit", lambda limit: limit)
+    monkeypatch.setattr(quality.memory, "memory_limit", lambda limit: limit)
     plan = QualityPlan(source, network, artifacts, windows, runtime=False)
     fitted, together = plan.fit(4, threads=8, max_ram=16_000_000_000, device="cpu")
     assert 3 * head < fitted.peak <= 16_000_000_000

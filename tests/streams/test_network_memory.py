@@ -19,9 +19,9 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from llm_quantize.calibration.forward import open_network
-from llm_quantize.calibration.weights import CheckpointWeights
-from llm_quantize.source import open_source
+from llm_quantize.streams.network import open_network
+from llm_quantize.streams.weights import CheckpointWeights
+from llm_quantize.models.opening import open_source
 
 def memory():
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
