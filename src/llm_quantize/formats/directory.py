@@ -35,7 +35,7 @@ from llm_quantize.formats.gguf.metadata import read_card
 from llm_quantize.formats.modules import Module, Selection, coverage, select
 from llm_quantize.formats.small_files import small_files
 from llm_quantize.io.output import OutputFile
-from llm_quantize.io.safetensors_file import DTYPE_BITS, TensorInfo
+from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.io.safetensors_writer import (
     TensorSpec,
     index_bytes,
@@ -43,6 +43,7 @@ from llm_quantize.io.safetensors_writer import (
     shard_names,
     split_shards,
 )
+from llm_quantize.models.base import itemsize
 from llm_quantize.plan import ArtifactPlan, CardPlan, MatrixPlan, TensorPlan
 from llm_quantize.qtypes.integer import WHOLE_ROW
 
@@ -211,7 +212,7 @@ def plan_directory(
         weights=_weights(source, found),
         identity=identity,
         warnings=tuple(warnings),
-        source_itemsize=max(DTYPE_BITS[info.dtype] // 8 for info in source.checkpoint.tensors.values()),
+        source_itemsize=max(itemsize(info.dtype) for info in source.checkpoint.tensors.values()),
         format=form.NAME,
         matrices=tuple(matrices),
         card=room_left,
@@ -247,7 +248,7 @@ def _groups(source: Source, found: Selection, form: Packed, scheme: Scheme) -> l
             groups.append(_Group(tuple(stored), module))
         if name in kept:
             whole = OutputTensor(name, info.shape, (Piece(name),))
-            groups.append(_Group((_Stored(whole, _KEPT[info.dtype]),), None))
+            groups.append(_Group((_Stored(whole, _KEPT.get(info.dtype, "f32")),), None))
     return groups
 
 
@@ -350,6 +351,7 @@ def _identity(
         "source": source.checkpoint.name,
         "source_revision": source.checkpoint.revision,
         "source_files": [[fact.name, fact.size, fact.header_sha256] for fact in source.checkpoint.fingerprint()],
+        **({"source_kind": source.checkpoint.kind} if source.checkpoint.kind else {}),
         "format": scheme.format,
         "level": label,
         "version": llm_quantize.__version__,
