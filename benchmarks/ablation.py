@@ -92,7 +92,7 @@ def models() -> dict[str, Path]:
 @contextmanager
 def positive_scales(active: bool) -> Iterator[None]:
     """While ``active``, directories are made as if a symmetric scale could not be negative."""
-    from llm_quantize.formats.directory_store import DirectoryStore
+    from llm_quantize.formats.packed_store import DirectoryStore
 
     signed = DirectoryStore.grid_type
 

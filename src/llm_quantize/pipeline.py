@@ -31,10 +31,11 @@ from llm_quantize.artifacts.rounding import (
     missing_units,
     unit_records,
 )
-from llm_quantize.blockwise.start import discard_hidden, solve_matrices
+from llm_quantize.blockwise.start import solve_matrices
 from llm_quantize.calibration import choose
 from llm_quantize.engine import run, stop_on_signals
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.artifact_paths import discard_hidden
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.options import Options
 from llm_quantize.plan import ArtifactPlan

@@ -12,8 +12,9 @@ import pytest
 
 from llm_quantize.cli import run
 from llm_quantize.errors import UsageError
+from llm_quantize.io.artifact_files import first_file
 from llm_quantize.memory import available_cpus
-from llm_quantize.runtimes import first_file, generate
+from llm_quantize.runtimes import generate
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from llm_quantize.architectures.base import Piece
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.base import scheme_of
-from llm_quantize.formats.directory import DirectoryOptions, plan_directory
+from llm_quantize.formats.packed_directory import DirectoryOptions, plan_directory
 from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.models.opening import open_source
 from llm_quantize.plan import ArtifactPlan
@@ -383,7 +383,7 @@ def test_a_7b_model_is_planned_at_the_size_people_expect(llama: Path, tmp_path: 
 def test_a_plan_loads_neither_torch_nor_transformers(llama: Path) -> None:
     code = (
         "import sys; from llm_quantize.models.opening import open_source; "
-        "from llm_quantize.formats.directory import DirectoryOptions, plan_directory; "
+        "from llm_quantize.formats.packed_directory import DirectoryOptions, plan_directory; "
         "from llm_quantize.formats import compressed_tensors; "
         f"plan = plan_directory(open_source({str(llama)!r}), compressed_tensors, 'W4A16', name='x', "
         "options=DirectoryOptions(group_size=32)); "

@@ -30,10 +30,10 @@ from llm_quantize.blockwise.measure import measure
 from llm_quantize.blockwise.memory import Plan
 from llm_quantize.blockwise.segments import Segment, Sources, routers, segments
 from llm_quantize.blockwise.solver import Fields, Job, Solver, stages
-from llm_quantize.blockwise.start import hidden_directory
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.formats.base import Store
+from llm_quantize.io.artifact_paths import hidden_directory
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_quantize.events import EventSink
+from llm_quantize.io.artifact_paths import hidden_directory
 from llm_quantize.plan import CARD_UNIT
 
 if TYPE_CHECKING:
@@ -84,20 +83,3 @@ def solve_matrices(
         hidden_directory(target.output.target).mkdir(parents=True, exist_ok=True)
     pool = Pool(fitted.threads, stop, resumable=options.checkpoints)
     Blocks(matrices, network, ids, len(windows.ids), method, fitted, pool, on_event).run()
-
-
-def hidden_directory(target: Path) -> Path:
-    """Where the hidden states of an unfinished artifact lie."""
-    return target.with_name(target.name + ".hidden")
-
-
-def discard_hidden(target: Path) -> None:
-    """Remove the hidden states of a finished artifact, also those of a process that was killed before it could take
-    their name away."""
-    directory = hidden_directory(target)
-    if directory.is_dir() and not directory.is_symlink():
-        with suppress(OSError):  # something of another's lies there: it may stay
-            left = [path for path in directory.glob("llm-quantize-*.activations") if not path.is_symlink()]
-            for path in [*(directory / str(slot) for slot in range(4)), *left]:
-                path.unlink(missing_ok=True)
-            directory.rmdir()

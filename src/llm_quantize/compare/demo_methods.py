@@ -271,7 +271,7 @@ def _in_llama_cpp(path: Path, windows: Tokens, prompt: str) -> _Answer:
 
 def _in_process(path: Path, runtime: str, windows: Tokens, prompt: str, threads: int | None) -> _Answer:
     from llm_quantize.runtimes import transformers, vllm
-    from llm_quantize.runtimes.isolated import Request
+    from llm_quantize.runtimes.base import Request
 
     ids = np.asarray(windows, np.int32)
     request = Request(windows=ids, prompts=(prompt,), max_tokens=NEW_TOKENS, threads=threads)

@@ -8,7 +8,7 @@ where torch multiplies in another order (by 1e-9).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_quantize import memory
 from llm_quantize.calibration.choose import rows_of
-from llm_quantize.engine import run, stop_on_signals
+from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError, UsageError
 from llm_quantize.evaluation.sensitivity import Candidate, Cost, Profile, Sensitivity, candidates, windows_sha256
 from llm_quantize.events import EventSink, ignore
@@ -158,16 +158,13 @@ def measure_profile(plan: ProfilePlan, *, journal: Path | None = None, on_event:
     reading weights raises.
     """
     from llm_quantize.evaluation.sensitivity_stream import Measurement
-    from llm_quantize.evaluation.streamed import one_torch_thread
+    from llm_quantize.streams.pool import Pool
 
     found = dict(plan.known)
-    with stop_on_signals() as stop, one_torch_thread(plan.identity["device"]), _journal(plan, journal) as record:
-
-        def mapped(work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-            return run(work, jobs, threads=plan.threads, stop=stop, resumable=journal is not None)
-
+    with stop_on_signals() as stop, _journal(plan, journal) as record:
+        pool = Pool(plan.threads, stop, resumable=None if journal is None else True)
         rows = Measurement(
-            plan.source, plan.network, plan.windows, rows_of(plan.source, plan.imatrix), mapped, on_event
+            plan.source, plan.network, plan.windows, rows_of(plan.source, plan.imatrix), pool, on_event
         ).measure(plan.groups, record)
     found |= {(row.tensor, row.qtype): row for row in rows}
     length = plan.windows.shape[1]

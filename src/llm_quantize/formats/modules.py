@@ -19,7 +19,6 @@ from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.base import Coverage
 from llm_quantize.formats.gguf.levels import TensorShape, is_quantizable
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.models.base import readable
 from llm_quantize.models.opening import Source
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -84,7 +83,7 @@ def select(source: Source, ignore: Sequence[str] = ()) -> Selection:
     for name, info in source.checkpoint.tensors.items():
         if name in found.packed:
             continue
-        if not readable(source.checkpoint, name):
+        if not source.checkpoint.is_readable(name):
             found.dropped[name] = f"a buffer of {info.dtype}, which runtimes make by themselves"
         else:
             found.kept.append(info)

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.errors import UnsupportedError
 from llm_quantize.io.safetensors_file import DTYPE_BITS, Header, TensorInfo
 from llm_quantize.models.hub.locate import Place
 
@@ -50,6 +49,9 @@ class Rows(Protocol):
 
     def check_readable(self, name: str) -> None:
         """Raise UnsupportedError unless the tensor can be read as weights."""
+
+    def is_readable(self, name: str) -> bool:
+        """Whether the tensor can be read as weights."""
 
     def stored_dtype(self, name: str) -> np.dtype[Any]:
         """The numpy element type that ``read_rows`` returns for this tensor (bfloat16 as uint16 bits)."""
@@ -139,12 +141,3 @@ def fingerprint(directory: Path, headers: Sequence[Header]) -> list[FileFact]:
 def itemsize(dtype: str) -> int:
     """Bytes of a weight of a stored type; of a grid's, of the float32 that it is decoded to."""
     return DTYPE_BITS.get(dtype, 32) // 8
-
-
-def readable(model: Rows, name: str) -> bool:
-    """Whether a tensor can be read as weights."""
-    try:
-        model.check_readable(name)
-    except UnsupportedError:
-        return False
-    return True

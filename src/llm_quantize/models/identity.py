@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from llm_quantize.io.journal import canonical_json
-from llm_quantize.models.base import Model, readable
+from llm_quantize.models.base import Model
 
 SAMPLED_ROWS = 5
 
@@ -21,7 +21,7 @@ def model_digest(checkpoint: Model) -> str:
     for fact in checkpoint.fingerprint():
         digest.update(canonical_json([fact.name, fact.size, fact.header_sha256]))
     for name in checkpoint.tensors:
-        rows = checkpoint.matrix(name)[0] if readable(checkpoint, name) else 0
+        rows = checkpoint.matrix(name)[0] if checkpoint.is_readable(name) else 0
         sampled = {index * (rows - 1) // (SAMPLED_ROWS - 1) for index in range(SAMPLED_ROWS)} if rows else set()
         digest.update(name.encode())
         for row in sorted(sampled):

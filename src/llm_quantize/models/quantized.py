@@ -223,6 +223,10 @@ class PackedRows:
         if name not in self.packed.matrices:
             self.packed.floats.check_readable(name)
 
+    def is_readable(self, name: str) -> bool:
+        """As ``Rows.is_readable``."""
+        return name in self.packed.matrices or self.packed.floats.is_readable(name)
+
     def stored_dtype(self, name: str) -> np.dtype[Any]:
         """As ``Rows.stored_dtype``: float32 for what is quantized."""
         return np.dtype(np.float32) if name in self.packed.matrices else self.packed.floats.stored_dtype(name)

@@ -71,6 +71,18 @@ def has_tokenizer(directory: Path) -> bool:
     return any((Path(directory) / name).exists() for name in ("tokenizer.json", "tokenizer.model", *_OTHER_FORMATS))
 
 
+def no_tokenizer(directory: Path) -> MalformedInputError:
+    """The error where there is none and one is needed."""
+    return MalformedInputError(
+        "the model directory has no tokenizer",
+        file=Path(directory) / "tokenizer.json",
+        expected="tokenizer.json or tokenizer.model",
+        found="neither",
+        remedy="fetch the tokenizer files of the model too; a directory format can be made without them where nothing "
+        "is calibrated: --method rtn, or --statistics of this model",
+    )
+
+
 @dataclass(frozen=True)
 class Conventions:
     """How text begins and ends, and the chat template. ``special``: under GGUF's keys, as ``read_vocabulary`` has them.
@@ -152,13 +164,7 @@ def _load(directory: Path) -> tuple[Vocabulary, dict[str, int]]:
                 found=name,
                 remedy="AutoTokenizer.from_pretrained(M).save_pretrained(M) of transformers writes tokenizer.json",
             )
-    raise MalformedInputError(
-        "the model directory has no tokenizer",
-        file=path,
-        expected="tokenizer.json or tokenizer.model",
-        found="neither",
-        remedy="fetch the tokenizer files of the model too",
-    )
+    raise no_tokenizer(directory)
 
 
 def _added_beside(directory: Path, settings: Mapping[str, Any]) -> tuple[AddedToken, ...]:
