@@ -19,13 +19,13 @@ import torch
 
 from llm_quantize.artifacts.plan import MatrixPlan
 from llm_quantize.blockwise.gram import Gram
-from llm_quantize.blockwise.inputs import Pool
 from llm_quantize.blockwise.segments import Segment
 from llm_quantize.blockwise.stores import Fields, Store
 from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.methods.gptq import solve
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.hessian import Factor, factorize
+from llm_quantize.streams.pool import Pool
 from llm_quantize.streams.taps import Tap
 
 ROWS = 256
