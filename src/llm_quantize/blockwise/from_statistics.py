@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from llm_quantize.blockwise.gram import Gram
-from llm_quantize.blockwise.inputs import Pool
 from llm_quantize.blockwise.run import Matrices, matrix_rows
 from llm_quantize.blockwise.segments import routers, segments
 from llm_quantize.blockwise.solver import Job, Solver
@@ -19,6 +18,7 @@ from llm_quantize.errors import UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.io.statistics_file import StatisticsFile, StoredTap, read_statistics
 from llm_quantize.methods.gptq_options import GptqOptions
+from llm_quantize.streams.pool import Pool
 from llm_quantize.streams.taps import Tap
 
 

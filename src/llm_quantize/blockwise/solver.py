@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 
 from llm_quantize.blockwise.gram import Gram
-from llm_quantize.blockwise.inputs import Pool
 from llm_quantize.blockwise.segments import Segment
 from llm_quantize.formats.base import Store
 from llm_quantize.grids.grid import Grid, GridType
@@ -26,6 +25,7 @@ from llm_quantize.methods.gptq import solve
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.hessian import Factor, factorize
 from llm_quantize.plan import MatrixPlan
+from llm_quantize.streams.pool import Pool
 from llm_quantize.streams.taps import Tap
 
 ROWS = 256

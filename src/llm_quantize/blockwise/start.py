@@ -34,10 +34,10 @@ def solve_matrices(
     StoppedError after a signal: what is finished is kept.
     """
     from llm_quantize.blockwise.from_statistics import solve_known
-    from llm_quantize.blockwise.inputs import Pool
     from llm_quantize.blockwise.run import Blocks, Matrices, round_matrices
     from llm_quantize.calibration.choose import Text
     from llm_quantize.formats.table import FORMATS
+    from llm_quantize.streams.pool import Pool
 
     plan, method = target.plan, options.method
     chosen = method.stages(plan.format)
