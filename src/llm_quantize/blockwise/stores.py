@@ -16,7 +16,8 @@ from llm_quantize.artifacts.rounding import infinite_blocks
 from llm_quantize.errors import NumericPolicyError
 from llm_quantize.formats.base import NUMPY_TYPES, Scheme
 from llm_quantize.formats.table import FORMATS, scheme_of
-from llm_quantize.grids.grid import Grid, GridType, grid_type, has_grid, pack_ggml
+from llm_quantize.grids import grid_type, has_grid, pack_ggml
+from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.qtypes import QTYPES
 
 Floats = npt.NDArray[np.float32]
