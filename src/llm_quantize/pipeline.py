@@ -21,11 +21,9 @@ from llm_quantize.artifacts.output import (
     source_times,
     target_path,
 )
-from llm_quantize.artifacts.plan import ArtifactPlan
-from llm_quantize.artifacts.planning import Options, importance_rows, plan_source
+from llm_quantize.artifacts.planning import plan_source
 from llm_quantize.artifacts.result import ArtifactResult, complete_result
 from llm_quantize.artifacts.rounding import (
-    Importance,
     Recheck,
     Target,
     Worker,
@@ -35,11 +33,12 @@ from llm_quantize.artifacts.rounding import (
 )
 from llm_quantize.blockwise.start import solve_matrices
 from llm_quantize.calibration import choose
-from llm_quantize.calibration.windows import Windows
 from llm_quantize.engine import run, stop_on_signals
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_paths import discard_hidden
 from llm_quantize.models.opening import Source, open_source
+from llm_quantize.options import Options
+from llm_quantize.plan import ArtifactPlan
 
 __all__ = ["ArtifactResult", "Options", "Source", "open_source", "plan", "plan_source", "quantize"]
 
@@ -60,8 +59,8 @@ def plan(
     options = options or Options()
     source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
     with source.checkpoint:
-        imatrix = choose.foresee(source, format, levels, options)
-        return plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
+        importance = choose.foresee(source, format, levels, options)
+        return plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
 
 
 def quantize(
@@ -83,19 +82,15 @@ def quantize(
     options = options or Options()
     source = open_source(model, revision=revision, on_event=on_event)
     with source.checkpoint:
-        imatrix = choose.foresee(source, format, levels, options)
-        plans = plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
-        windows = None
+        importance: choose.Chosen | None = choose.foresee(source, format, levels, options)
+        plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
         if any(artifact.matrices for artifact in plans):
-            choose.need_torch(f"--method {options.method.method_of(format)}", "torch")
-        if choose.is_foreseen(imatrix):
+            choose.need_torch(f"--method {options.method.method_of(format).name}", "torch")
+        if isinstance(importance, choose.Foreseen):
             # What cannot succeed is refused before hours of calibration, not after.
             preflight.check(plans, Path(output_dir), threads=1, max_ram=options.max_ram, ignore_space=True)
-            if options.method.calibrates(format):
-                imatrix, windows = choose.drawn(source, format, options, on_event)
-            else:
-                imatrix = choose.calibrated(source, options, on_event)
-            plans = plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
+            importance = choose.collected(source, format, options, on_event)
+            plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
         for warning in (text for artifact in plans for text in artifact.warnings):
             on_event({"event": "warning", "text": warning})
         paths = [target_path(Path(output_dir), artifact) for artifact in plans]
@@ -112,8 +107,7 @@ def quantize(
             already_allocated=sum(partial_bytes(path) for _, path in todo),
             ignore_space=options.ignore_space,
         )
-        rows = {} if windows is not None else importance_rows(source, imatrix)
-        written = _write_all(source, todo, rows, windows, options, fitted, on_event) if todo else {}
+        written = _write_all(source, todo, importance, options, fitted, on_event) if todo else {}
     results = []
     for artifact, path in zip(plans, paths, strict=True):
         discard_hidden(path)
@@ -145,8 +139,7 @@ def _recheck(recheck: Recheck, targets: Sequence[Target], pool: Pool, on_event: 
 def _write_all(
     source: Source,
     todo: Sequence[tuple[ArtifactPlan, Path]],
-    rows: Importance,
-    windows: Windows | None,
+    importance: choose.Chosen | None,
     options: Options,
     fitted: preflight.Preflight,
     on_event: EventSink,
@@ -154,6 +147,7 @@ def _write_all(
     """Quantize what is missing into every open output, then put each in place."""
     threads = fitted.threads
     times = source_times(source.checkpoint)
+    rows = choose.rows_of(source, importance)
     worker = Worker(source.checkpoint, rows, options.nonfinite, source.files)
     with ExitStack() as stack, stop_on_signals() as stop:
         targets = [
@@ -166,7 +160,7 @@ def _write_all(
         resumed = {path: len(target.output.records) for target, (_, path) in zip(targets, todo, strict=True)}
         for target in targets:
             target.output.note({"source_times": times})
-        alike = [targets] if all(target.plan.format == "gguf" for target in targets) else [[t] for t in targets]
+        alike = [targets] if all(target.plan.alike for target in targets) else [[t] for t in targets]
         units = [unit for group in alike for unit in missing_units(group)]
         total = sum(unit.weight for unit in units)
         facts = {"total": total, "threads": threads, "memory_needed": fitted.memory_needed}
@@ -178,7 +172,7 @@ def _write_all(
         for target in targets:
             if target.plan.matrices:
                 began = time.process_time()
-                solve_matrices(source, target, worker, windows, options, fitted.threads, stop, on_event)
+                solve_matrices(source, target, worker, importance, options, fitted.threads, stop, on_event)
                 target.seconds += time.process_time() - began
             finish_card(target)
         refuse_changed(source.checkpoint, times)

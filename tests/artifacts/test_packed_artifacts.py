@@ -25,7 +25,7 @@ from llm_quantize.io.artifact_paths import is_artifact_directory, remove_artifac
 from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize
 from llm_quantize.runtimes import scored, transformers, vllm
-from llm_quantize.runtimes.isolated import Reply, Request
+from llm_quantize.runtimes.base import Reply, Request
 from tests.oracles import divergence as oracle
 from tests.oracles.packed_formats import Form, write_packed
 from tests.oracles.whole_model import whole_logits

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from llm_quantize import pipeline
-from llm_quantize.artifacts.plan import PER_THREAD, work_bytes
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.pipeline import Options
+from llm_quantize.plan import PER_THREAD, work_bytes
 from tests.oracles.legacy_imatrix import write_gguf_imatrix
 
 

@@ -18,9 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_quantize.calibration import collect
 from llm_quantize.calibration.collect import calibrate
-from llm_quantize.calibration.identity import model_digest
 from llm_quantize.calibration.imatrix import importance
-from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.calibration.result import Calibration, export, refuse_export
 from llm_quantize.cli import run as command
 from llm_quantize.errors import AccessError, BusyError, NumericPolicyError, ResourceError, UsageError
@@ -28,7 +26,9 @@ from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.imatrix_file import read_imatrix
 from llm_quantize.io.journal import parse_journal, record_line
 from llm_quantize.io.statistics_file import read_statistics
+from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import Source, open_source
+from llm_quantize.options import CalibrationOptions
 from llm_quantize.streams import fitting
 
 from ..faults.forking import CommandLine, hashes

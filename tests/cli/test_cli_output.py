@@ -12,8 +12,9 @@ import pytest
 
 from llm_quantize.cli import run
 from llm_quantize.errors import UsageError
+from llm_quantize.io.artifact_files import first_file
 from llm_quantize.memory import available_cpus
-from llm_quantize.runtimes import first_file, generate
+from llm_quantize.runtimes import generate
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
@@ -26,9 +27,9 @@ def call(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, s
 def artifacts(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with one Q8_0 file, one Q4_K_M file, and a Q8_0 artifact of several parts in ``parts``."""
     place = tmp_path_factory.mktemp("artifacts")
-    assert run(["-q", "quantize", str(demo_model), "-q", "Q8_0", "-q", "Q4_K_M", "-o", str(place)]) == 0
+    assert run(["-s", "quantize", str(demo_model), "-q", "Q8_0", "-q", "Q4_K_M", "-o", str(place)]) == 0
     words = ["-q", "Q8_0", "-n", "parts", "--split-max-size", "2M", "-o", str(place)]
-    assert run(["-q", "quantize", str(demo_model), *words]) == 0
+    assert run(["-s", "quantize", str(demo_model), *words]) == 0
     return place
 
 
@@ -105,7 +106,7 @@ def test_verify_lists_all_with_v_after_its_name(
 
 def test_quiet_prints_results_and_no_progress(demo_model: Path, tmp_path: Path) -> None:
     words = ["quantize", str(demo_model), "-q", "Q8_0", "-o", str(tmp_path), "--overwrite"]
-    for options in (["-q"], ["-q", "--json"]):
+    for options in (["-s"], ["-s", "--json"]):
         command = [sys.executable, "-m", "llm_quantize", *options, *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stderr == ""

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from llm_quantize import data
 from llm_quantize.cli.demo import command
 from llm_quantize.compare import demo, demo_methods
-from llm_quantize.errors import MissingExtraError, UsageError
-from llm_quantize.measures.divergence import Divergence, Paired, measure
-from llm_quantize.runtimes import isolated, transformers, vllm
+from llm_quantize.errors import MissingExtraError
+from llm_quantize.measures.divergence import Divergence, Paired
+from llm_quantize.runtimes import base, transformers, vllm
 
 
 def test_built_in_data() -> None:
@@ -106,27 +106,6 @@ def test_missing_runtime_is_named_before_any_work(tmp_path: Path, monkeypatch: p
     with pytest.raises(MissingExtraError, match=r"pip install 'llm-quantize\[llamacpp\]'"):
         demo.run_demo(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_file_against_itself(files: tuple[Path, ...]) -> None:
-    seen: list[tuple[int, int]] = []
-    same, other = measure(
-        files[0], files, data.evaluation_text(), context=64, max_windows=3, threads=1,
-        on_window=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert same.tokens == 3 * 31
-    assert same.kld == 0
-    assert same.same_top == 1
-    assert same.ln_ratio == 0
-    assert other.kld > 0
-    again = measure(files[0], files[1:], data.evaluation_text(), context=64, max_windows=3, threads=3)
-    assert again == [other]
-
-
-def test_nothing_to_compare_is_refused(files: tuple[Path, ...]) -> None:
-    with pytest.raises(UsageError):
-        measure(files[0], [], "text")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
@@ -224,12 +203,12 @@ def test_vllm_where_it_is_named(variable: str, name: str, tmp_path: Path, monkey
     (result,) = quantize(str(data.demo_model()), "gptq", levels=["4bit"], output_dir=tmp_path, options=options)
     windows = np.arange(128, dtype=np.int32).reshape(2, 64) + 5
     source = open_source(str(data.demo_model()))
-    asked: list[tuple[Path, isolated.Request]] = []
+    asked: list[tuple[Path, base.Request]] = []
 
-    def answer(path: Path, request: isolated.Request) -> isolated.Reply:
+    def answer(path: Path, request: base.Request) -> base.Reply:
         asked.append((path, request))
         logprobs = np.stack([log_softmax(row) for row in ours]).astype(np.float32)
-        return isolated.Reply(logprobs, (" and so",), ((1, 2),), {"gptqmodel": "7"}, ("TorchLinear",), {})
+        return base.Reply(logprobs, (" and so",), ((1, 2),), {"gptqmodel": "7"}, ("TorchLinear",), {})
 
     monkeypatch.setattr({"vLLM": vllm, "transformers": transformers}[name], "run", answer)
     with source.checkpoint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from llm_quantize.evaluation.generation_check import (
 from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize
+from llm_quantize.runtimes.base import retokenized
 
 
 @pytest.mark.parametrize(
@@ -56,24 +56,13 @@ def test_repetition() -> None:
     assert repetition([1] * 20) == pytest.approx(16 / 17)
 
 
-class Scripted:
-    """A model that says what it is told, in tokens of one letter."""
-
-    def __init__(self, *texts: str) -> None:
-        self.texts = list(texts)
-
-    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        return [ord(letter) for letter in text]
-
-    def generate(self, prompt: str, *, max_tokens: int = 0) -> Iterator[str]:
-        yield from self.texts.pop(0)[:max_tokens]
-
-
 GOOD = "the quick brown fox jumps over a lazy dog"
 
 
 def told(*texts: str) -> tuple[Answer, ...]:
-    return answers(Scripted(*texts), [str(index) for index in range(len(texts))], max_tokens=64)
+    """A model that says ``texts``, in tokens of one letter."""
+    written = [retokenized(text[:64], lambda one: [ord(letter) for letter in one], 64) for text in texts]
+    return answers(written, [str(index) for index in range(len(texts))])
 
 
 def test_findings() -> None:

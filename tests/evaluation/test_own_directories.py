@@ -18,7 +18,7 @@ from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.models.opening import open_source
 from llm_quantize.runtimes import transformers, vllm
-from llm_quantize.runtimes.isolated import Request
+from llm_quantize.runtimes.base import Request
 from tests.oracles.reference_directories import divergence, logprobs
 from tests.tiny_models import make_tiny
 

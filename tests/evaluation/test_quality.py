@@ -26,7 +26,7 @@ from llm_quantize.errors import (
     ResourceError,
     UsageError,
 )
-from llm_quantize.evaluation import quality, streamed
+from llm_quantize.evaluation import streamed
 from llm_quantize.evaluation.quality import QualityResult, measure_quality
 from llm_quantize.evaluation.texts import BUILT_IN, evaluation_text
 from llm_quantize.io.gguf_file import read_gguf
@@ -34,6 +34,7 @@ from llm_quantize.measures.divergence import Comparison
 from llm_quantize.measures.perplexity import scored
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.pipeline import Options, quantize
+from llm_quantize.runtimes import RUNTIMES
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
 from llm_quantize.streams import fitting
 from llm_quantize.streams.reordered import Reordered
@@ -163,7 +164,7 @@ def test_threads_disk_and_groups_change_nothing(
             raise ResourceError("no room for three heads")
         return fit(**sizes)
 
-    monkeypatch.setattr(quality.fitting, "fit", one_head)
+    monkeypatch.setattr(fitting, "fit", one_head)
     heard.clear()
     found = measure_quality(demo.source, files, demo.windows, threads=3, scratch=tmp_path, on_event=heard.append)
     assert found.memory.on_disk
@@ -303,10 +304,11 @@ def test_refusals(demo: SimpleNamespace) -> None:
 
 
 def test_a_runtime_with_another_vocabulary(demo: SimpleNamespace) -> None:
-    model: Any = SimpleNamespace(vocab_size=7, path=demo.q8)
-    network: Any = SimpleNamespace(vocab_size=8)
-    with pytest.raises(IntegrityError, match="vocabulary"):
-        streamed.check_vocabulary(model, network)
+    with (
+        pytest.raises(IntegrityError, match="vocabulary"),
+        RUNTIMES["llama.cpp"].predictions(demo.q8, demo.windows, vocab_size=8, threads=1),
+    ):
+        pass
 
 
 def test_the_gate(demo: SimpleNamespace) -> None:

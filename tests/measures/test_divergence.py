@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llm_quantize.errors import NumericPolicyError, UsageError
-from llm_quantize.measures.divergence import Comparison, begin_token, compare, pair
+from llm_quantize.measures.divergence import Comparison, compare, pair
 from llm_quantize.measures.perplexity import cut_windows, log_softmax, perplexity, scored
 from tests.oracles import divergence as oracle
 
@@ -142,22 +142,6 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
 
 def test_log_softmax_of_huge_logits() -> None:
     assert np.exp(log_softmax(np.float32([[3e4, 3e4, 0]]))).tolist() == [[0.5, 0.5, 0.0]]
-
-
-class Vocabulary:
-    def __init__(self, before: list[int], after: list[int]) -> None:
-        self.before, self.after = before, after
-
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        return [*self.before, 7, *self.after] if add_special else [7]
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "expected"),
-    [([], [], None), ([1], [], 1), ([1], [2], 1), ([], [2], None), ([0], [0], 0), ([], [0], None)],
-)
-def test_begin_token(before: list[int], after: list[int], expected: int | None) -> None:
-    assert begin_token(Vocabulary(before, after)) == expected
 
 
 def scored_pair(first: np.ndarray, second: np.ndarray, base: np.ndarray, windows: np.ndarray) -> list[Comparison]:

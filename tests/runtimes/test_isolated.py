@@ -12,7 +12,8 @@ import pytest
 
 from llm_quantize.errors import MissingExtraError, NumericPolicyError, ResourceError, UnsupportedError, UsageError
 from llm_quantize.runtimes import generate, isolated, transformers, vllm
-from llm_quantize.runtimes.isolated import Reply, Request, Runtime
+from llm_quantize.runtimes.base import Reply, Request
+from llm_quantize.runtimes.isolated import Worker
 
 WORKERS = Path(isolated.__file__).parent / "workers"
 HEAD = f"""
@@ -31,7 +32,7 @@ def ask(tmp_path: Path, body: str, request: Request | None = None, **settings: s
     lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
     script = tmp_path / "script.py"
     script.write_text(f"{HEAD}\ndef main(folder, request):\n{lines}\nstart(main)\n")
-    fake = Runtime("Fake", str(script), "LLM_QUANTIZE_FAKE", ("numpy",), "pip install fake")
+    fake = Worker("Fake", str(script), "LLM_QUANTIZE_FAKE", ("numpy",), "pip install fake")
     return isolated.run(fake, tmp_path, request or Request(), settings=settings, options={"own": 7})
 
 
@@ -126,7 +127,7 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 
 
 def test_interpreters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake = Runtime("Fake", "x.py", "LLM_QUANTIZE_FAKE", ("no_such_module_at_all",), "pip install fake")
+    fake = Worker("Fake", "x.py", "LLM_QUANTIZE_FAKE", ("no_such_module_at_all",), "pip install fake")
     with pytest.raises(MissingExtraError, match="pip install fake"):
         isolated.interpreter(fake)
     monkeypatch.setenv("LLM_QUANTIZE_FAKE", str(tmp_path / "python"))
@@ -137,7 +138,7 @@ def test_interpreters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("runtime", [vllm.VLLM, transformers.TRANSFORMERS])
-def test_scripts_are_there_and_import_nothing_of_ours(runtime: Runtime) -> None:
+def test_scripts_are_there_and_import_nothing_of_ours(runtime: Worker) -> None:
     text = (WORKERS / runtime.script).read_text()
     assert not re.search(r"^\s*(from|import) llm_quantize", text, re.MULTILINE)
     assert "pip install" in runtime.remedy

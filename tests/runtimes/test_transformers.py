@@ -10,7 +10,7 @@ import pytest
 
 from llm_quantize.errors import AccessError, UnsupportedError
 from llm_quantize.runtimes import generate, transformers
-from llm_quantize.runtimes.isolated import Reply, Request
+from llm_quantize.runtimes.base import Reply, Request
 from tests.oracles.reference_directories import Layout, divergence, logprobs, write_directory
 from tests.tiny_models import make_tiny
 

@@ -11,7 +11,7 @@ import pytest
 
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.runtimes import vllm
-from llm_quantize.runtimes.isolated import Request
+from llm_quantize.runtimes.base import Request
 from tests.oracles.reference_directories import Layout, divergence, logprobs, write_directory
 from tests.tiny_models import make_tiny
 

@@ -18,13 +18,13 @@ import numpy.typing as npt
 
 from llm_quantize.architectures import open_architecture
 from llm_quantize.architectures.base import OutputTensor, Piece
-from llm_quantize.architectures.rows import chunk_rows, matrix_shape, read_output_rows, to_float32, weights_of
+from llm_quantize.architectures.rows import chunk_rows, matrix_shape, placed, read_output_rows, to_float32, weights_of
 from llm_quantize.artifacts.decoded import EMBEDDING, HEAD, Decoded, DecodedArtifact, Stored, differences
 from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError
+from llm_quantize.formats.packed import ALIGNED
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.opening import Source
-from llm_quantize.models.quantized import ALIGNED, PackedDirectory
-from llm_quantize.models.quantized_config import is_packed_directory
+from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
 
 _HEADS = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight")
 _READABLE = ("F16", "BF16", "F32", "F64")
@@ -100,14 +100,9 @@ class DecodedDirectory(Decoded):
 
     def parts(self, name: str) -> Iterator[tuple[str, int, int]]:
         """(the artifact's tensor, first row, rows) of all that the tensor which the map calls ``name`` consists of."""
-        first = 0
         found = self._outputs.get(name)
-        for piece in () if found is None else found.pieces:
-            count = piece.count
-            if count is None:
-                count = self._rows.matrix(piece.source, transpose=piece.transpose)[0] - piece.start
+        for first, count, piece in () if found is None else placed(self._rows, found):
             yield piece.source, first, count
-            first += count
 
     def stored_rows(self, name: str, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """As ``Decoded.stored_rows``. Raises what ``PackedDirectory.rows`` raises."""

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from llm_quantize.artifacts.manifest import manifest_bytes, nonfinite_counts, read_manifest
-from llm_quantize.artifacts.plan import CARD_UNIT, ArtifactPlan
-from llm_quantize.artifacts.planning import Options
 from llm_quantize.artifacts.rounding import Target, matrix_records, refuse_other_source, unit_records
 from llm_quantize.errors import IntegrityError, MalformedInputError, UsageError
 from llm_quantize.events import EventSink
@@ -18,6 +16,8 @@ from llm_quantize.io.artifact_paths import discard_partial, journal_path, manife
 from llm_quantize.io.output import ResumableOutput
 from llm_quantize.models.opening import Source
 from llm_quantize.models.safetensors import Checkpoint
+from llm_quantize.options import Options
+from llm_quantize.plan import CARD_UNIT, ArtifactPlan
 
 
 def refuse_changed(checkpoint: Checkpoint, before: Sequence[Sequence[Any]]) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_quantize import memory
-from llm_quantize.artifacts.plan import ArtifactPlan, work_bytes
 from llm_quantize.errors import AccessError, ResourceError
+from llm_quantize.plan import ArtifactPlan, work_bytes
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import weights_of
-from llm_quantize.artifacts.plan import ArtifactPlan
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
+from llm_quantize.plan import ArtifactPlan
 from llm_quantize.streams.fitting import MARGIN_BYTES, workspace_bytes
 
 CHUNK_TOKENS = 8192

@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from llm_quantize.architectures.rows import matrix_shape
-from llm_quantize.artifacts.plan import ArtifactPlan
 from llm_quantize.blockwise.estimate import CHUNK_TOKENS
 from llm_quantize.blockwise.gram import gram_bytes
 from llm_quantize.blockwise.segments import routers
@@ -16,6 +15,7 @@ from llm_quantize.methods.gptq import solve_bytes
 from llm_quantize.methods.hessian import factor_bytes
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
+from llm_quantize.plan import ArtifactPlan
 from llm_quantize.streams import fitting
 from llm_quantize.streams.fitting import Fitted
 from llm_quantize.streams.network import Network
@@ -71,7 +71,7 @@ def fit(
     most, widest, seen = 0, 0, 0
     for index in range(network.n_blocks):
         taps = network.taps(index)
-        alone = options.inputs == "sequential" and options.transform_of(artifact.format) == "none"
+        alone = options.inputs == "sequential" and not options.transform_of(artifact.format).passes
         wanted = {tap.name for tap in taps}
         for stage in stages(taps, wanted, routers(source.tensors.outputs), sequential=alone):
             captured = sum(tokens * tap.columns * itemsize * (1 + paired) for tap in stage)

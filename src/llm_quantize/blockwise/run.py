@@ -20,8 +20,7 @@ import numpy.typing as npt
 import torch
 
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.architectures.rows import matrix_shape, read_output_rows, to_float32, unit_ranges
-from llm_quantize.artifacts.plan import MatrixPlan, unit_key
+from llm_quantize.architectures.rows import Arrays, matrix_shape, read_output_rows, to_float32, unit_ranges
 from llm_quantize.artifacts.rounding import Target, Worker, source_hash
 from llm_quantize.blockwise import scaling
 from llm_quantize.blockwise.embedding import WrittenTable
@@ -29,14 +28,15 @@ from llm_quantize.blockwise.inputs import FullInputs, Streams, collect, propagat
 from llm_quantize.blockwise.measure import measure
 from llm_quantize.blockwise.memory import Plan
 from llm_quantize.blockwise.segments import Segment, Sources, routers, segments
-from llm_quantize.blockwise.solver import Job, Solver, stages
-from llm_quantize.blockwise.stores import Fields, Store
+from llm_quantize.blockwise.solver import Fields, Job, Solver, stages
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.events import EventSink
+from llm_quantize.formats.base import Store
 from llm_quantize.io.artifact_paths import hidden_directory
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
+from llm_quantize.plan import MatrixPlan, unit_key
 from llm_quantize.streams.hidden import Activations, Kept, close
 from llm_quantize.streams.network import Block, Network, Tap
 from llm_quantize.streams.passes import Pass
@@ -63,7 +63,7 @@ class Matrices:
         """float32 rows [start, stop) of the weight. Raises NumericPolicyError for values that are not finite."""
         weight = matrix.weight
         if any(piece.source in self.changed for piece in weight.pieces):
-            return self._changed_rows(weight)[start:stop]
+            return to_float32(read_output_rows(Arrays(self.present), weight, start, stop))
         rows, count = self.worker.finite(weight, read_output_rows(self.source.checkpoint, weight, start, stop), start)
         if count and self.worker.nonfinite == "keep":
             raise NumericPolicyError(
@@ -74,14 +74,6 @@ class Matrices:
                 remedy="--nonfinite=zero --overwrite replaces them by zero",
             )
         return np.array(to_float32(rows), np.float32)
-
-    def _changed_rows(self, weight: OutputTensor) -> Floats:
-        parts = []
-        for piece in weight.pieces:
-            values = self.present(piece.source)
-            values = values.reshape(-1, values.shape[-1])
-            parts.append(values[piece.start : None if piece.count is None else piece.start + piece.count])
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def present(self, name: str) -> Floats:
         """A tensor of the source as it is now, float32, its shape."""
@@ -247,7 +239,7 @@ class Blocks:
         return list(stages(self.taps[index], wanted, self.routers, sequential=self.sequential))
 
     def _passes(self, index: int) -> int:
-        return len(self._stages(index)) + (self.transform == "awq") + 1 + self.paired
+        return len(self._stages(index)) + (self.transform.passes) + 1 + self.paired
 
     def _advance(self) -> None:
         self._steps += 1
@@ -291,7 +283,7 @@ class Blocks:
             scales: dict[str, torch.Tensor] = {}
             if all(self._done(matrix) for matrix, _ in self.members[index]) and self._held_done(index):
                 scaling.restore(self.matrices, self.held[index], block)
-            elif self.transform == "awq":
+            elif self.transform.passes:
                 scales = scaling.rescale(
                     self.matrices,
                     index,

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from llm_quantize.architectures.rows import unit_ranges
 from llm_quantize.architectures.scaling import ScaleGroup, scale_groups
-from llm_quantize.artifacts.plan import TensorPlan, unit_key
 from llm_quantize.artifacts.rounding import source_hash
 from llm_quantize.blockwise.inputs import collect
+from llm_quantize.plan import TensorPlan, unit_key
 from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Tap
 from llm_quantize.streams.passes import Pass

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.architectures.base import OutputTensor, Piece
+from llm_quantize.architectures.rows import placed, scatter
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.models.safetensors import Checkpoint
 from llm_quantize.streams.taps import Tap
@@ -66,17 +67,6 @@ def routers(outputs: Iterable[OutputTensor]) -> frozenset[str]:
     return frozenset(piece.source for output in chosen for piece in output.pieces)
 
 
-def placed(checkpoint: Checkpoint, weight: OutputTensor) -> Iterator[tuple[int, int, Piece]]:
-    """(first row, rows, piece) for every piece of ``weight``."""
-    first = 0
-    for piece in weight.pieces:
-        count = piece.count
-        if count is None:
-            count = checkpoint.matrix(piece.source, transpose=piece.transpose)[0] - piece.start
-        yield first, count, piece
-        first += count
-
-
 class Sources:
     """Tensors of the source being given new values by the matrices that hold their rows.
 
@@ -85,21 +75,15 @@ class Sources:
 
     def __init__(self, checkpoint: Checkpoint, read: Callable[[str], Floats]) -> None:
         self._checkpoint, self._read = checkpoint, read
-        self._values: dict[tuple[str, bool], Floats] = {}
+        self._values: dict[str, Floats] = {}
 
     def put(self, weight: OutputTensor, values: Floats) -> None:
         """Put the rows of ``weight`` (all of them) where they came from."""
-        for first, count, piece in placed(self._checkpoint, weight):
-            key = (piece.source, piece.transpose)
-            if key not in self._values:
-                whole = self._read(piece.source)
-                whole = np.array(whole.swapaxes(-1, -2) if piece.transpose else whole, np.float32, order="C")
-                self._values[key] = whole
-            matrix = self._values[key].reshape(-1, self._values[key].shape[-1])
-            rows = np.arange(count) if piece.order is None else piece.order[:count]
-            matrix[rows + piece.start] = values[first : first + count]
+        for piece in weight.pieces:
+            if piece.source not in self._values:
+                self._values[piece.source] = np.array(self._read(piece.source), np.float32, order="C")
+        scatter(self._checkpoint, weight, 0, values, self._values)
 
     def finished(self) -> Iterator[tuple[str, Floats]]:
         """(name, values in the source's shape) of every tensor touched."""
-        for (name, transposed), whole in self._values.items():
-            yield name, np.ascontiguousarray(whole.swapaxes(-1, -2)) if transposed else whole
+        return iter(self._values.items())

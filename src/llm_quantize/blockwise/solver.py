@@ -17,14 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from llm_quantize.artifacts.plan import MatrixPlan
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.blockwise.segments import Segment
-from llm_quantize.blockwise.stores import Fields, Store
+from llm_quantize.formats.base import Store
 from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.methods.gptq import solve
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.hessian import Factor, factorize
+from llm_quantize.plan import MatrixPlan
 from llm_quantize.streams.pool import Pool
 from llm_quantize.streams.taps import Tap
 
@@ -43,6 +43,7 @@ FALLBACKS = {
     "correction": "the errors of earlier layers are not made up for: the least squares problem could not be solved",
 }
 
+Fields = list[npt.NDArray[Any]]
 Floats = npt.NDArray[np.float32]
 ReadRows = Callable[[MatrixPlan, int, int], Floats]
 

@@ -5,29 +5,29 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from llm_quantize.artifacts.plan import CARD_UNIT
 from llm_quantize.events import EventSink
 from llm_quantize.io.artifact_paths import hidden_directory
+from llm_quantize.plan import CARD_UNIT
 
 if TYPE_CHECKING:
-    from llm_quantize.artifacts.planning import Options
     from llm_quantize.artifacts.rounding import Target, Worker
-    from llm_quantize.calibration.windows import Windows
+    from llm_quantize.calibration.choose import Chosen
     from llm_quantize.models.opening import Source
+    from llm_quantize.options import Options
 
 
 def solve_matrices(
     source: Source,
     target: Target,
     worker: Worker,
-    windows: Windows | None,
+    importance: Chosen | None,
     options: Options,
     threads: int,
     stop: threading.Event,
     on_event: EventSink,
 ) -> None:
-    """Quantize every matrix of ``target`` that is not done, with the text of ``windows``; None: with the Hessians of
-    the statistics that ``options`` name, or by rounding alone.
+    """Quantize every matrix of ``target`` that is not done, with the text that is its importance; with none: with the
+    Hessians of the statistics that ``options`` name, or by rounding alone.
 
     Everything else of the artifact must be written already. Raises MissingExtraError without torch, ResourceError
     before any work where memory or disk do not suffice, NumericPolicyError for values that are not finite,
@@ -35,19 +35,21 @@ def solve_matrices(
     """
     from llm_quantize.blockwise.from_statistics import solve_known
     from llm_quantize.blockwise.run import Blocks, Matrices, round_matrices
-    from llm_quantize.blockwise.stores import store_of
+    from llm_quantize.calibration.choose import Text
+    from llm_quantize.formats.table import FORMATS
     from llm_quantize.streams.pool import Pool
 
     plan, method = target.plan, options.method
     chosen = method.stages(plan.format)
-    matrices = Matrices(source, target, store_of(plan), worker)
-    if windows is None:
+    matrices = Matrices(source, target, FORMATS[plan.format].store(plan), worker)
+    if not isinstance(importance, Text):
         pool = Pool(threads, stop, resumable=options.checkpoints)
         if options.statistics is not None and method.calibrates(plan.format):
             solve_known(matrices, options.statistics, pool, chosen, options.calibration.device, on_event)
         else:
             round_matrices(matrices, pool, chosen, on_event)
         return
+    windows = importance.windows
     written = {CARD_UNIT, *target.output.records}
     if "measured" in target.output.notes and written.issuperset(plan.units()):
         return

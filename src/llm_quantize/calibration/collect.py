@@ -24,11 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import llm_quantize
 from llm_quantize import memory
-from llm_quantize.calibration.cache import is_kept, manifest_of, prepare_directory
+from llm_quantize.calibration.cache import cache_directory, is_kept, manifest_of, prepare_directory
 from llm_quantize.calibration.drawing import draw_windows
-from llm_quantize.calibration.identity import model_digest
 from llm_quantize.calibration.imatrix import coverage
-from llm_quantize.calibration.options import CalibrationOptions, cache_directory
 from llm_quantize.calibration.result import Calibration
 from llm_quantize.calibration.statistics import EARLY_BYTES, BlockSums, memory_of
 from llm_quantize.calibration.windows import Windows, coverage_advice
@@ -53,7 +51,9 @@ from llm_quantize.io.statistics_layout import (
     layout_statistics,
 )
 from llm_quantize.io.whole_file import write_file
+from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import Source
+from llm_quantize.options import CalibrationOptions
 from llm_quantize.streams import fitting
 
 if TYPE_CHECKING:

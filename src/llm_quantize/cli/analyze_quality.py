@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_quantize.cli.common import Mode, Size, emit_json, events, json_option, line, mode, verbose_option
+from llm_quantize.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,7 +57,7 @@ def _number(_ctx: click.Context, _param: click.Parameter, value: float | None) -
 )
 @click.option(
     "--runtime",
-    type=click.Choice(["llama.cpp", "transformers", "vllm"]),
+    type=click.Choice(list(RUNTIMES)),
     help="Measure in the real runtime too, and compare.",
 )
 @click.option("--generate", is_flag=True, help="Let source and artifacts write, and look for loops and silence.")

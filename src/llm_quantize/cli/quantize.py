@@ -44,7 +44,7 @@ DEGRADED = 20
 @json_option
 @click.pass_context
 def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, format: str, **arguments: Any) -> int:
-    """Quantize MODEL to FORMAT (gguf, gptq, awq, compressed-tensors) at one or more levels.
+    """Quantize MODEL to FORMAT (gguf, gptq, awq, compressed-tensors, safetensors) at one or more levels.
 
     The same command after an interruption continues, and ends in the same bytes.
 
@@ -55,6 +55,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
       llm-quantize quantize ./Llama-3.2-1B gptq -q 4bit
       llm-quantize quantize ./Llama-3.2-1B awq -q 4bit
       llm-quantize quantize ./Llama-3.2-1B compressed-tensors -q W4A16
+      llm-quantize quantize ./Llama-3.2-1B safetensors -q F16 --output-shard-size 4G
     """
     from llm_quantize import pipeline
     from llm_quantize.artifacts import preflight

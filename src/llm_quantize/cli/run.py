@@ -9,6 +9,7 @@ import click
 
 from llm_quantize.cli.common import emit_json, events, json_option, line, mode
 from llm_quantize.cli.streams import reader_gone
+from llm_quantize.runtimes import RUNTIMES, generate
 
 
 @click.command("run")
@@ -22,7 +23,7 @@ from llm_quantize.cli.streams import reader_gone
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's own chat template.")
 @click.option(
     "--runtime",
-    type=click.Choice(["llama.cpp", "transformers", "vllm"]),
+    type=click.Choice(list(RUNTIMES)),
     help="[default: llama.cpp for .gguf, transformers for a directory]",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: all CPUs]")
@@ -34,8 +35,6 @@ def command(
 ) -> int:  # fmt: skip
     """Generate text: a .gguf file (or the directory of a split one) runs in llama.cpp, a Hugging Face directory
     in transformers or vLLM. Quantized directories may need `make transformers-runtime` or `make vllm` first."""
-    from llm_quantize.runtimes import generate
-
     shown = mode(ctx, as_json)
     pieces = []
     with events(shown, "run", live=False) as sink:

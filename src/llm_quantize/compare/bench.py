@@ -21,10 +21,10 @@ from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
 from llm_quantize.memory import memory_limit
 from llm_quantize.models.opening import Source
-from llm_quantize.models.quantized import PackedDirectory
-from llm_quantize.models.quantized_config import is_packed_directory
+from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
 from llm_quantize.reports.provenance import model_facts
 from llm_quantize.reports.result import Sample, TensorError
+from llm_quantize.runtimes import artifact_at, runtime_for
 
 NEW_TOKENS = 64
 
@@ -82,6 +82,12 @@ def _level(file: GgufFile, path: Path) -> str:
     return known.get(kind.value, path.stem) if kind is not None and isinstance(kind.value, int) else path.stem
 
 
+def _asked_alone(artifact: MeasuredFile) -> bool:
+    """Whether its runtime is a process of its own for each request: not to be timed, and what it refuses is said of
+    this artifact."""
+    return runtime_for(artifact_at(artifact.path)).open_model is None
+
+
 class Bench:
     """Measures one artifact after another. ``absent``: why none ran in its runtime, empty where they did. ``notes``:
     which of those that are no GGUF files were not run, and why.
@@ -134,7 +140,7 @@ class Bench:
         def measure() -> Mapping[str, Any]:
             return asdict(measure_speed(artifact.path, threads=threads))
 
-        if self.absent or artifact.format != "gguf":
+        if self.absent or _asked_alone(artifact):
             return None
         try:
             key = key_of("speed", artifact=artifact.identity, threads=threads)
@@ -156,7 +162,7 @@ class Bench:
         try:
             return tuple(Answer(**fact) for fact in self._known(key, f"{artifact.level}: write", measure))
         except UnsupportedError as error:
-            if artifact.format != "gguf":
+            if _asked_alone(artifact):
                 self.notes.append(f"{artifact.level} was not run: {error.what}; {error.remedy or error.found or ''}")
             elif isinstance(error, MissingExtraError):
                 self._without_runtime(error)

@@ -16,9 +16,10 @@ import numpy as np
 
 from llm_quantize import data
 from llm_quantize.compare.demo_methods import MethodsResult, run_methods
+from llm_quantize.evaluation.in_runtime import measure_in_runtime
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.measures.divergence import Comparison, Divergence, begin_token, measure
-from llm_quantize.measures.perplexity import Tokens, cut_windows, scored
+from llm_quantize.measures.divergence import Comparison, Divergence
+from llm_quantize.measures.perplexity import Tokens, scored
 
 REFERENCE = "F32"
 LEVELS = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
@@ -103,12 +104,10 @@ def run_demo(
             on_event=on_event,
         )
         paths = [result.path for result in results]
-        divergences = measure(
+        divergences = measure_in_runtime(
             paths[0],
             paths[1:],
-            data.evaluation_text(),
-            context=CONTEXT,
-            max_windows=WINDOWS,
+            _windows(WINDOWS),
             threads=threads,
             on_window=lambda done, total: on_event({"event": "measure", "done": done, "total": total}),
         )
@@ -135,6 +134,16 @@ def run_demo(
     return DemoResult(rows, divergences[0].tokens, CONTEXT, PROMPT, agreement, methods, seconds, kept)
 
 
+def _windows(limit: int) -> Tokens:
+    from llm_quantize.calibration.tokens import TextTokenizer
+    from llm_quantize.evaluation.texts import evaluation_text
+    from llm_quantize.models.opening import open_source
+
+    source = open_source(str(data.demo_model()))
+    with source.checkpoint:
+        return evaluation_text(TextTokenizer(source), context=CONTEXT, limit=limit).windows
+
+
 def _continue(path: Path) -> str:
     from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
@@ -152,9 +161,8 @@ def compare_with_transformers(model: Path, gguf: Path, *, windows: int = 4, thre
         return Agreement(checked=False, problem=f"{' and '.join(missing)} not installed")
     from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
+    rows = _windows(windows)
     with LlamaCpp(gguf, context=CONTEXT, threads=1) as runtime:
-        ids = runtime.tokenize(data.evaluation_text(), add_special=True, parse_special=False)
-        rows = cut_windows(ids, CONTEXT, bos=begin_token(runtime), limit=windows)
         ours = [runtime.logits(row.tolist()) for row in rows]
     theirs = _transformers_logits(model, rows)
     comparison = Comparison()

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm_quantize import data
-from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.errors import MissingExtraError, ResourceError, UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.measures.divergence import Comparison, Divergence, Paired
 from llm_quantize.measures.perplexity import Logits, Tokens, scored
 from llm_quantize.models.opening import Source, open_source
-from llm_quantize.options import MethodOptions
+from llm_quantize.options import CalibrationOptions, MethodOptions
 from llm_quantize.pipeline import ArtifactResult, Options, quantize
 
 if TYPE_CHECKING:
@@ -272,7 +271,7 @@ def _in_llama_cpp(path: Path, windows: Tokens, prompt: str) -> _Answer:
 
 def _in_process(path: Path, runtime: str, windows: Tokens, prompt: str, threads: int | None) -> _Answer:
     from llm_quantize.runtimes import transformers, vllm
-    from llm_quantize.runtimes.isolated import Request
+    from llm_quantize.runtimes.base import Request
 
     ids = np.asarray(windows, np.int32)
     request = Request(windows=ids, prompts=(prompt,), max_tokens=NEW_TOKENS, threads=threads)

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.models.quantized_config import is_packed_directory
+from llm_quantize.runtimes.base import Request, Written, retokenized
 
 PROMPTS = (
     "The old man looked at the sea and",
@@ -49,14 +49,6 @@ TOO_MANY = 3
 both are equally good, three of three fall on one side once in eight times."""
 
 _LEAST_TIMES = 3
-
-
-class Model(Protocol):
-    """What this needs of a runtime (``evaluation.runtimes.llama_cpp.LlamaCpp`` is one)."""
-
-    def tokenize(self, text: str, *, add_special: bool = ..., parse_special: bool = ...) -> list[int]: ...
-
-    def generate(self, prompt: str, *, max_tokens: int = ...) -> Iterator[str]: ...
 
 
 @dataclass(frozen=True)
@@ -127,17 +119,12 @@ def repetition(ids: Sequence[int], n: int = NGRAM) -> float:
     return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
 
 
-def answers(model: Model, prompts: Sequence[str] = PROMPTS, *, max_tokens: int = NEW_TOKENS) -> tuple[Answer, ...]:
-    """What ``model`` writes after each prompt, the likeliest token each time."""
-    return tuple(_answer(model, prompt, max_tokens) for prompt in prompts)
-
-
-def _answer(model: Model, prompt: str, max_tokens: int) -> Answer:
-    text = "".join(model.generate(prompt, max_tokens=max_tokens))
-    ids = model.tokenize(text, add_special=False, parse_special=False) if text else []
-    # A text is tokenized again in fewer tokens than it was written in, if not in the same: near the limit is at it.
-    ended = len(ids) < max_tokens * 7 // 8
-    return Answer(prompt, text, len(ids), ended, loop_share(ids), repetition(ids))
+def answers(written: Sequence[Written], prompts: Sequence[str] = PROMPTS) -> tuple[Answer, ...]:
+    """What was ``written`` after each of ``prompts``, with its loops and repetitions."""
+    return tuple(
+        Answer(prompt, one.text, len(one.ids), one.ended, loop_share(one.ids), repetition(one.ids))
+        for prompt, one in zip(prompts, written, strict=True)
+    )
 
 
 def judge(found: Sequence[Answer], reference: Sequence[Answer] = ()) -> tuple[Finding, ...]:
@@ -183,35 +170,17 @@ def check_generation(
     threads: int | None = None,
     on_event: EventSink = ignore,
 ) -> GenerationCheck:
-    """Run ``artifact`` (a GGUF file in llama.cpp, a quantized directory in transformers) over ``prompts`` and judge it
-    against ``reference``, what its source wrote (``answers`` of its F32 or BF16 file, or ``source_answers``).
+    """Run ``artifact`` in its usual runtime over ``prompts`` and judge it against ``reference``, what its source wrote
+    (``answers`` of its F32 or BF16 file, or ``source_answers``).
 
-    Raises MissingExtraError where the runtime is not installed, and what ``LlamaCpp`` and ``transformers.run`` raise.
+    Raises MissingExtraError where the runtime is not installed, and what the runtime raises.
     """
+    from llm_quantize.runtimes import artifact_at, runtime_for
+
     on_event({"event": "stage", "text": f"text that {Path(artifact).name} writes"})
-    if is_packed_directory(Path(artifact)):
-        written = _directory_answers(Path(artifact), prompts, max_tokens, threads)
-        return check_answers(written, reference)
-    from llm_quantize.runtimes import context_for, first_file
-    from llm_quantize.runtimes.llama_cpp import LlamaCpp
-
-    longest = max(context_for(prompt, max_tokens) for prompt in prompts)
-    with LlamaCpp(first_file(artifact), context=longest, threads=threads) as model:
-        found = answers(model, prompts, max_tokens=max_tokens)
-    return check_answers(found, reference)
-
-
-def _directory_answers(
-    directory: Path, prompts: Sequence[str], max_tokens: int, threads: int | None
-) -> tuple[Answer, ...]:
-    from llm_quantize.runtimes.isolated import Request
-    from llm_quantize.runtimes.transformers import run
-
-    reply = run(directory, Request(prompts=tuple(prompts), max_tokens=max_tokens, threads=threads))
-    return tuple(
-        Answer(prompt, text, len(ids), len(ids) < max_tokens, loop_share(ids), repetition(ids))
-        for prompt, text, ids in zip(prompts, reply.texts, reply.tokens, strict=True)
-    )
+    path = artifact_at(Path(artifact))
+    request = Request(prompts=tuple(prompts), max_tokens=max_tokens, threads=threads)
+    return check_answers(answers(runtime_for(path).write(path, request), prompts), reference)
 
 
 def source_answers(
@@ -223,26 +192,15 @@ def source_answers(
     threads: int | None = None,
     on_event: EventSink = ignore,
 ) -> tuple[Answer, ...]:
-    """What the source itself writes, whole in memory in transformers. ``tokenizer``: ids of a plain text.
+    """What the source itself writes, whole in memory in its usual runtime. ``tokenizer``: ids of a plain text.
 
-    Raises MissingExtraError without torch and transformers.
+    Raises MissingExtraError where that is not installed.
     """
-    from llm_quantize.runtimes import transformers
+    from llm_quantize.runtimes import runtime_for
 
-    class Whole:
-        def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
-            return tokenizer(text)
-
-        def generate(self, prompt: str, *, max_tokens: int = max_tokens) -> Iterator[str]:
-            return transformers.generate(
-                directory,
-                prompt,
-                max_tokens=max_tokens,
-                temperature=0.0,
-                seed=0,
-                chat=False,
-                threads=threads,
-                on_event=on_event,
-            )
-
-    return answers(Whole(), prompts, max_tokens=max_tokens)
+    runtime, written = runtime_for(directory), []
+    for prompt in prompts:
+        request = Request(prompts=(prompt,), max_tokens=max_tokens, threads=threads)
+        text = "".join(runtime.generate(directory, request, on_event))
+        written.append(retokenized(text, tokenizer, max_tokens))
+    return answers(written, prompts)

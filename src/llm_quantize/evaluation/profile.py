@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize import memory
-from llm_quantize.artifacts.planning import importance_rows
-from llm_quantize.calibration.identity import model_digest
+from llm_quantize.calibration.choose import rows_of
 from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError, UsageError
 from llm_quantize.evaluation.sensitivity import Candidate, Cost, Profile, Sensitivity, candidates, windows_sha256
@@ -28,6 +27,7 @@ from llm_quantize.io.imatrix_file import Imatrix
 from llm_quantize.io.journal import parse_journal, record_line
 from llm_quantize.io.ownership import take_lock
 from llm_quantize.measures.perplexity import Tokens
+from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import Source
 from llm_quantize.streams import fitting
 
@@ -164,7 +164,7 @@ def measure_profile(plan: ProfilePlan, *, journal: Path | None = None, on_event:
     with stop_on_signals() as stop, _journal(plan, journal) as record:
         pool = Pool(plan.threads, stop, resumable=None if journal is None else True)
         rows = Measurement(
-            plan.source, plan.network, plan.windows, importance_rows(plan.source, plan.imatrix), pool, on_event
+            plan.source, plan.network, plan.windows, rows_of(plan.source, plan.imatrix), pool, on_event
         ).measure(plan.groups, record)
     found |= {(row.tensor, row.qtype): row for row in rows}
     length = plan.windows.shape[1]

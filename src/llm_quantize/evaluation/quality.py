@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_quantize import memory
 from llm_quantize.artifacts.decoded import Decoded
-from llm_quantize.artifacts.decoded_directory import DecodedDirectory, open_decoded
+from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError, NumericPolicyError, UsageError
 from llm_quantize.evaluation.quality_plan import QualityPlan
@@ -33,7 +33,7 @@ from llm_quantize.measures import grades
 from llm_quantize.measures.divergence import Comparison, Divergence, Paired, pair
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.models.opening import Source
-from llm_quantize.runtimes import first_file
+from llm_quantize.runtimes import RUNTIMES, artifact_at, what_opens_what
 from llm_quantize.streams import fitting
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ NOISE_WINDOWS = 4
 ROUNDING_LIMIT = 0.01
 """Mean KLD between an artifact streamed and the same one in llama.cpp up to which the rounding of activations to 8
 bits explains it: 1e-5 to 2e-3 is what it costs, by the model; a wrong tensor or position costs more than 0.1."""
-
-RUNTIMES = ("llama.cpp", "transformers", "vllm")
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def measure_quality(
 
     ``threads``: None means all CPUs, fewer where memory asks for it. ``max_ram``: bytes of resident memory; hidden
     states go to a file in ``scratch`` (None: the system's temporary directory) where they are many. ``runtime``:
-    "llama.cpp" (GGUF files; mapped whole), "transformers" or "vllm" (directories) also runs each artifact there.
+    a name of RUNTIMES ("llama.cpp" maps files whole) also runs each artifact there.
     ``texts``: names for the report.
 
     Raises: MissingExtraError (torch), UsageError (no artifact, no window, windows longer than the context),
@@ -302,11 +300,11 @@ def _check(source: Source, artifacts: Sequence[str | Path], windows: Tokens, run
 
 def _check_runtime(decoded: Sequence[Decoded], runtime: str | None) -> None:
     for one in decoded:
-        if runtime is not None and isinstance(one, DecodedDirectory) == (runtime == "llama.cpp"):
+        if runtime is not None and not RUNTIMES[runtime].opens(artifact_at(one.path)):
             raise UsageError(
                 f"{runtime} does not run this artifact",
                 file=one.path,
-                expected="GGUF files with llama.cpp, model directories with transformers or vllm",
+                expected=what_opens_what(),
                 remedy="leave out --runtime, or measure this one by itself",
             )
 
@@ -315,24 +313,14 @@ def _open_runtimes(
     stack: ExitStack, decoded: Sequence[Decoded], group: range, work: Evaluation, runtime: str
 ) -> dict[int, RuntimeStream]:
     """{place in the group: the artifact in its runtime}."""
-    from llm_quantize.evaluation.streamed import RuntimeStream, check_vocabulary
-    from llm_quantize.runtimes.llama_cpp import LlamaCpp
+    from llm_quantize.evaluation.streamed import RuntimeStream
 
+    size, threads = work.network.vocab_size, work.pool.threads
     found: dict[int, RuntimeStream] = {}
-    if runtime != "llama.cpp":
-        from llm_quantize.runtimes.scored import ScoredDirectory
-
-        size, threads = work.network.vocab_size, work.pool.threads
-        for place, index in enumerate(group):
-            path = decoded[index].path
-            scored = ScoredDirectory(path, runtime, work.windows, vocab_size=size, threads=threads)
-            found[place] = RuntimeStream(scored)
-        return found
     for place, index in enumerate(group):
-        path = first_file(decoded[index].path)
-        model = stack.enter_context(LlamaCpp(path, context=work.windows.shape[1], threads=work.pool.threads))
-        check_vocabulary(model, work.network)
-        found[place] = RuntimeStream(model)
+        path = artifact_at(decoded[index].path)
+        model = RUNTIMES[runtime].predictions(path, work.windows, vocab_size=size, threads=threads)
+        found[place] = RuntimeStream(stack.enter_context(model))
     return found
 
 

@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from llm_quantize.errors import LlmQuantizeError, MalformedInputError, ResourceError
@@ -66,11 +65,10 @@ def measure_speed(artifact: str | Path, *, threads: int | None = None) -> Speed:
     there is no such artifact, MalformedInputError where llama.cpp refuses it or dies of it, and ResourceError where
     the system ends the child.
     """
-    from llm_quantize.runtimes import first_file
-    from llm_quantize.runtimes.llama_cpp_library import load_library
+    from llm_quantize.runtimes import artifact_at, runtime_for
 
-    load_library()
-    path = first_file(artifact)
+    path = artifact_at(Path(artifact))
+    runtime_for(path).require()
     command = [sys.executable, "-m", "llm_quantize.evaluation.speed", str(path), str(threads or available_cpus())]
     parts = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, parts))}
@@ -95,10 +93,10 @@ def measure_speed(artifact: str | Path, *, threads: int | None = None) -> Speed:
 
 def time_here(path: Path, threads: int) -> Speed:
     """The measurement itself, in this process."""
-    from llm_quantize.runtimes.llama_cpp import LlamaCpp
+    from llm_quantize.runtimes import open_model
 
     empty = resident_bytes()
-    with LlamaCpp(path, context=PROMPT_TOKENS + NEW_TOKENS, threads=threads) as model:
+    with open_model(path, context=PROMPT_TOKENS + NEW_TOKENS, threads=threads) as model:
         step = max(1, model.vocab_size // (PROMPT_TOKENS + 1))
         prompt = [(index * step) % model.vocab_size for index in range(1, PROMPT_TOKENS + 1)]
         model.advance(prompt)
@@ -114,6 +112,7 @@ def time_here(path: Path, threads: int) -> Speed:
         wrote = _median(generate, before=lambda: model.advance(prompt[:_LEAD]))
         cpu = time.process_time() - cpu
         wall = time.perf_counter() - wall
+        release = model.release
     return Speed(
         prompt_tokens_per_second=PROMPT_TOKENS / read,
         generation_tokens_per_second=NEW_TOKENS / wrote,
@@ -123,14 +122,9 @@ def time_here(path: Path, threads: int) -> Speed:
         new_tokens=NEW_TOKENS,
         repeats=REPEATS,
         threads=threads,
-        runtime=runtime_name(),
+        runtime=release,
         cpu_share=cpu / (wall * min(threads, available_cpus())),
     )
-
-
-def runtime_name() -> str:
-    """The runtime and its release. Raises importlib's PackageNotFoundError where it is not installed."""
-    return f"llama.cpp (xllamacpp {version('xllamacpp')})"
 
 
 def _median(work: Callable[[], object], before: Callable[[], object] | None = None) -> float:

@@ -14,24 +14,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
-from llm_quantize.errors import IntegrityError, NumericPolicyError
+from llm_quantize.errors import NumericPolicyError
 from llm_quantize.events import EventSink
 from llm_quantize.measures.divergence import Comparison, Scores, log_softmax_like, score
 from llm_quantize.measures.perplexity import Logits, Tokens, log_softmax, scored
+from llm_quantize.runtimes.base import Predictions
 from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Head, Network
 from llm_quantize.streams.passes import Finite, Move, Pass, give_back_memory
 from llm_quantize.streams.pool import Pool
 from llm_quantize.streams.reordered import Reordered
 from llm_quantize.streams.weights import Weights
-
-if TYPE_CHECKING:
-    from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
 POSITIONS = 64
 """Positions whose logits are computed together."""
@@ -51,17 +48,11 @@ class Stream:
     comparison: Comparison = field(default_factory=Comparison)
 
 
-class PredictsWindows(Protocol):
-    """A model in its runtime: logits, or log-probabilities, float32 (length, vocabulary) of a window's tokens."""
-
-    def logits(self, ids: list[int], /) -> Logits: ...
-
-
 @dataclass
 class RuntimeStream:
     """An artifact in its runtime: against the source, and against the same artifact streamed."""
 
-    model: PredictsWindows
+    model: Predictions
     comparison: Comparison = field(default_factory=Comparison)
     rounding: Comparison = field(default_factory=Comparison)
 
@@ -201,15 +192,3 @@ def blamed(path: Path) -> Iterator[None]:
             found=error.found,
             remedy="llm-quantize verify names the tensors with NaN or infinite weights",
         ) from error
-
-
-def check_vocabulary(model: LlamaCpp, network: Network) -> None:
-    """Raise IntegrityError unless the runtime predicts as many tokens as the reference."""
-    if model.vocab_size != network.vocab_size:
-        raise IntegrityError(
-            "the runtime's vocabulary is not the reference model's",
-            file=model.path,
-            expected=f"{network.vocab_size} tokens",
-            found=f"{model.vocab_size} tokens",
-            remedy="give the model that the artifact was made from with --reference",
-        )

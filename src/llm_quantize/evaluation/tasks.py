@@ -28,9 +28,9 @@ import numpy.typing as npt
 from llm_quantize.errors import MissingExtraError, NetworkError, UnsupportedError, UsageError, printable
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.measures.perplexity import log_softmax
-from llm_quantize.runtimes import first_file
+from llm_quantize.runtimes import open_model
+from llm_quantize.runtimes.base import OpenModel
 from llm_quantize.runtimes.chat_template import render
-from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
 _BOOTSTRAP = 1000
 _DEFAULT_ANSWER = 256  # tokens, where a task names no limit; as the harness's own models do
@@ -71,7 +71,7 @@ class TaskReport:
 class Answers:
     """What a harness asks of a model, from ``model``'s logits. Log-probabilities are natural, summed in float64."""
 
-    def __init__(self, model: LlamaCpp, *, chat: bool = False) -> None:
+    def __init__(self, model: OpenModel, *, chat: bool = False) -> None:
         self._model, self._chat = model, chat
         self._kept: tuple[tuple[int, ...], int, npt.NDArray[np.float64]] | None = None
         self.truncated = 0
@@ -168,7 +168,7 @@ def run_tasks(
     that they name is run.
 
     Raises MissingExtraError (no lm_eval, or no xllamacpp), UsageError (no such task or artifact), NetworkError (the
-    data of a task cannot be fetched), and what LlamaCpp raises.
+    data of a task cannot be fetched), and what ``open_model`` raises.
     """
     if find_spec("lm_eval") is None:
         raise MissingExtraError("running benchmark tasks", "tasks")
@@ -181,7 +181,7 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _task_manager(tasks, include)
     started = time.monotonic()
-    with LlamaCpp(first_file(artifact), context=context, threads=threads) as model:
+    with open_model(artifact, context=context, threads=threads) as model:
         answers = Answers(model, chat=chat)
         if chat:
             answers.render([{"role": "user", "content": "?"}])  # refuse before any work

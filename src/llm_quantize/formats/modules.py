@@ -83,7 +83,7 @@ def select(source: Source, ignore: Sequence[str] = ()) -> Selection:
     for name, info in source.checkpoint.tensors.items():
         if name in found.packed:
             continue
-        if not _readable(source, name):
+        if not source.checkpoint.is_readable(name):
             found.dropped[name] = f"a buffer of {info.dtype}, which runtimes make by themselves"
         else:
             found.kept.append(info)
@@ -99,14 +99,6 @@ def _compile(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise UsageError(f"{text!r} is not a regular expression: {error}", remedy="see --ignore") from error
-
-
-def _readable(source: Source, name: str) -> bool:
-    try:
-        source.checkpoint.check_readable(name)
-    except UnsupportedError:
-        return False
-    return True
 
 
 def _packable(source: Source, ignore: Sequence[re.Pattern[str]]) -> dict[str, list[Module]]:

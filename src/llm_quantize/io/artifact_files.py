@@ -10,6 +10,14 @@ from llm_quantize.errors import UsageError
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
+def first_file(artifact: str | Path) -> Path:
+    """The GGUF file to open: the artifact itself, or the first part of a split one (its directory or any part).
+
+    Raises UsageError where there is no such artifact, or a directory holds several.
+    """
+    return artifact_files(Path(artifact))[0]
+
+
 def artifact_files(path: Path) -> list[Path]:
     """The GGUF files of the artifact at ``path``, in order: a file; all parts of a split one, given any of them; or
     what its directory holds.

@@ -15,19 +15,15 @@ Position selection and windows: evaluation/perplexity.py. Dense twin: tests/orac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UsageError
-from llm_quantize.measures.perplexity import Logits, Tokens, cut_windows, exponential, log_softmax, mean_and_sem, scored
-from llm_quantize.memory import available_cpus
+from llm_quantize.measures.perplexity import Logits, Tokens, exponential, log_softmax, mean_and_sem, scored
 
 Scores = npt.NDArray[np.float64]
 
@@ -232,58 +228,3 @@ def compare(reference: Iterable[Logits], candidate: Iterable[Logits], windows: T
         where, targets = scored(window)
         comparison.add(base[where], other[where], targets)
     return comparison.result()
-
-
-def measure(
-    reference: str | Path,
-    candidates: Sequence[str | Path],
-    text: str,
-    *,
-    context: int = 512,
-    max_windows: int | None = None,
-    threads: int | None = None,
-    on_window: Callable[[int, int], None] | None = None,
-) -> list[Divergence]:
-    """Run GGUF files through llama.cpp over ``text`` and compare each candidate to ``reference``.
-
-    All files are open together, their weights mapped, and the reference runs once; the models share ``threads``
-    (None: every CPU) by running side by side. The reference's vocabulary tokenizes. ``max_windows`` keeps windows
-    at even distances; None scores all, as llama.cpp's tool does. ``on_window(done, total)`` is called after each
-    window. Raises MissingExtraError without xllamacpp, UsageError without a candidate, and what ``LlamaCpp`` raises.
-    """
-    from llm_quantize.runtimes.llama_cpp import LlamaCpp
-
-    if not candidates:
-        raise UsageError("no file to compare with the reference")
-    total = threads or available_cpus()
-    # One thread in each model does the most work per CPU: llama.cpp's threads wait for one another many times a layer.
-    each = max(1, total // (1 + len(candidates)))
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(total))
-        source, *models = (
-            stack.enter_context(LlamaCpp(path, context=context, threads=each)) for path in (reference, *candidates)
-        )
-        windows = cut_windows(
-            source.tokenize(text, add_special=True, parse_special=False),
-            context,
-            bos=begin_token(source),
-            limit=max_windows,
-        )
-        comparisons = [Comparison() for _ in models]
-        for done, window in enumerate(windows, start=1):
-            ids = window.tolist()
-            where, targets = scored(window)
-            first, *others = pool.map(lambda model, ids=ids: model.logits(ids), (source, *models))
-            base = log_softmax(first[where])
-            for comparison, logits in zip(comparisons, others, strict=True):
-                comparison.add_log_probabilities(base, logits[where], targets)
-            if on_window is not None:
-                on_window(done, len(windows))
-        return [comparison.result() for comparison in comparisons]
-
-
-def begin_token(model: Any) -> int | None:
-    """The token that this vocabulary puts before every text, or None if it adds none."""
-    plain = model.tokenize("a", add_special=False, parse_special=False)
-    whole = model.tokenize("a", add_special=True, parse_special=False)
-    return whole[0] if len(whole) > len(plain) and whole[1 : 1 + len(plain)] == plain else None

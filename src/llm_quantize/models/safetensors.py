@@ -129,6 +129,10 @@ class Checkpoint:
                 remedy="use the BF16, F16 or F32 form of this model",
             )
 
+    def is_readable(self, name: str) -> bool:
+        """Whether the tensor's element type is a weight's."""
+        return self.tensors[name].dtype in READABLE_DTYPES
+
     def stored_dtype(self, name: str) -> np.dtype[Any]:
         """The numpy element type that ``read_rows`` returns for this tensor (bfloat16 as uint16 bits)."""
         self.check_readable(name)

@@ -12,10 +12,10 @@ from rich.text import Text
 from llm_quantize import memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.manifest import NONFINITE_FACTS
-from llm_quantize.artifacts.plan import ArtifactPlan
 from llm_quantize.artifacts.result import ArtifactResult
 from llm_quantize.artifacts.verify import Verification
 from llm_quantize.errors import NumericPolicyError, printable
+from llm_quantize.plan import ArtifactPlan
 
 
 def shown(value: Any, style: str = "") -> Text:

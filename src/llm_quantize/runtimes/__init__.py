@@ -1,26 +1,61 @@
-"""Artifacts in their real runtimes, one file each; imported only when used."""
+"""Artifacts in their real runtimes: RUNTIMES, one row and one module for each.
+
+Without a name, the first row that opens a path runs it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.io.artifact_files import artifact_files
-from llm_quantize.io.json_file import read_json_object
-from llm_quantize.io.paths import inside
-from llm_quantize.models.files import CONFIG_LIMIT
+from llm_quantize.io.artifact_files import first_file
+from llm_quantize.models.quantized import is_packed_directory
+from llm_quantize.runtimes import llama_cpp, transformers, vllm
+from llm_quantize.runtimes.base import OpenModel, Request, Runtime
 
-__all__ = ["first_file", "generate", "warn_beyond"]
+__all__ = ["RUNTIMES", "artifact_at", "generate", "open_model", "runtime_for", "what_opens_what"]
+
+RUNTIMES: Mapping[str, Runtime] = {"llama.cpp": llama_cpp, "transformers": transformers, "vllm": vllm}
 
 
-def first_file(artifact: str | Path) -> Path:
-    """The GGUF file to open: the artifact itself, or the first part of a split one (its directory or any part).
+def runtime_for(path: Path, name: str | None = None) -> Runtime:
+    """The runtime ``name``, or the usual one, for what lies at ``path``.
 
-    Raises UsageError where there is no such artifact, or a directory holds several.
+    Raises UsageError where ``name`` is not for it, and what reading the configuration at ``path`` raises.
     """
-    return artifact_files(Path(artifact))[0]
+    possible = [key for key, one in RUNTIMES.items() if one.opens(path)]
+    if name is not None and name not in possible:
+        raise UsageError("this runtime does not open it", file=path, expected=" or ".join(possible), found=name)
+    return RUNTIMES[name or possible[0]]
+
+
+def what_opens_what() -> str:
+    """What each runtime opens, as one phrase for messages."""
+    kinds: dict[str, list[str]] = {}
+    for name, one in RUNTIMES.items():
+        kinds.setdefault(one.OPENS, []).append(name)
+    return ", ".join(f"{kind} with {' or '.join(names)}" for kind, names in kinds.items())
+
+
+def artifact_at(path: Path) -> Path:
+    """What of ``path`` is measured: a quantized model directory as it is; else its GGUF file, the first of a split one.
+
+    Raises UsageError where there is no artifact or there are several, and what reading the configuration raises.
+    """
+    return path if is_packed_directory(path) else first_file(path)
+
+
+def open_model(artifact: str | Path, *, context: int, threads: int | None) -> OpenModel:
+    """The artifact, held open in this process by the first runtime that can do so with it.
+
+    Raises what that runtime raises; where there is none, the first one's refusal.
+    """
+    path = Path(artifact)
+    able = [(one.opens, one.open_model) for one in RUNTIMES.values() if one.open_model is not None]
+    chosen = next((opener for opens, opener in able if opens(path)), able[0][1])
+    return chosen(path, context=context, threads=threads)
 
 
 def generate(
@@ -35,8 +70,7 @@ def generate(
     runtime: str | None = None,
     on_event: EventSink = ignore,
 ) -> Iterator[str]:
-    """Pieces of text that continue ``prompt``: a GGUF file in llama.cpp, a Hugging Face directory in transformers or,
-    where ``runtime`` is "vllm", in vLLM.
+    """Pieces of text that continue ``prompt``, from ``runtime`` (a name of RUNTIMES) or the usual one for ``artifact``.
 
     ``on_event`` hears a warning where the text may pass the context that the model was trained for, and where a chat
     is not set in the model's own template.
@@ -49,55 +83,7 @@ def generate(
         raise UsageError("the prompt is empty", remedy="give the text to continue")
     if not path.exists():
         raise UsageError("no such artifact", file=path, remedy="check the path")
-    directory = path.is_dir() and (path / "config.json").is_file()
-    if directory:
-        # Runtimes follow any link and break off in their own ways: what our readers refuse is not shown to them.
-        for name in sorted(entry.name for entry in path.iterdir() if entry.is_symlink()):
-            inside(path, name)
-        read_json_object(inside(path, "config.json"), limit_bytes=CONFIG_LIMIT)
-    possible = ("transformers", "vllm") if directory else ("llama.cpp",)
-    if runtime is not None and runtime not in possible:
-        raise UsageError("this runtime does not open it", file=path, expected=" or ".join(possible), found=runtime)
-    if runtime == "vllm":
-        from llm_quantize.runtimes import vllm
-        from llm_quantize.runtimes.isolated import Request
-
-        asked = Request(
-            prompts=(prompt,), max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads
-        )
-        yield vllm.run(path, asked).texts[0]
-        return
-    if directory:
-        from llm_quantize.runtimes import transformers
-
-        yield from transformers.generate(
-            path,
-            prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            chat=chat,
-            threads=threads,
-            on_event=on_event,
-        )
-        return
-    from llm_quantize.runtimes.llama_cpp import LlamaCpp
-
-    with LlamaCpp(first_file(path), context=context_for(prompt, max_tokens), threads=threads) as model:
-        yield from model.generate(
-            prompt, max_tokens=max_tokens, temperature=temperature, chat=chat, seed=seed, on_event=on_event
-        )
-
-
-def warn_beyond(prompt: int, answer: int, trained: int, on_event: EventSink) -> None:
-    """Warn where ``prompt`` and ``answer`` (tokens) may pass the ``trained`` context length; 0: it is not known."""
-    if 0 < trained < prompt + answer:
-        text = (
-            f"{prompt} tokens of prompt and up to {answer} of answer pass the {trained} that the model was trained for"
-        )
-        on_event({"event": "warning", "text": text})
-
-
-def context_for(prompt: str, max_tokens: int) -> int:
-    """A context length that surely holds the prompt (no more tokens than bytes, plus a template) and the answer."""
-    return min(32_768, len(prompt.encode("utf-8", "surrogatepass")) + 512 + max_tokens)
+    request = Request(
+        prompts=(prompt,), max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads
+    )
+    yield from runtime_for(path, runtime).generate(path, request, on_event)

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from llm_quantize.errors import MissingExtraError, NumericPolicyError, ResourceError, UnsupportedError, UsageError
 from llm_quantize.memory import available_cpus
+from llm_quantize.runtimes.base import Reply, Request, Written
 
-__all__ = ["Reply", "Request", "Runtime", "interpreter", "run"]
+__all__ = ["Worker", "continued", "interpreter", "run"]
 
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -47,41 +47,10 @@ _CACHES = ("HF_HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a runtime is asked. ``windows``: token ids int32 (windows, length), each scored by itself. ``prompts``:
-    texts to continue by up to ``max_tokens``, greedily where ``temperature`` is 0; ``chat``: in the model's own
-    template. ``dtype``: of the computation, as torch calls it, or "auto". ``threads`` None: all CPUs. ``timeout``:
-    seconds, loading included."""
-
-    windows: npt.NDArray[np.int32] | None = None
-    prompts: tuple[str, ...] = ()
-    max_tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 0
-    chat: bool = False
-    dtype: str = "auto"
-    threads: int | None = None
-    timeout: float = 1800.0
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a runtime answered. ``logprobs``: natural log-probabilities of the token after each position, float32
-    (windows, length, vocabulary). ``texts`` and ``tokens``: the continuations. ``versions`` of its packages,
-    ``kernels``: classes that compute the linears, ``seconds``: of load, score and generate."""
-
-    logprobs: npt.NDArray[np.float32] | None
-    texts: tuple[str, ...]
-    tokens: tuple[tuple[int, ...], ...]
-    versions: Mapping[str, str]
-    kernels: tuple[str, ...]
-    seconds: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """``name`` as people know it, its ``script`` in workers/, the ``variable`` of the environment that names its
-    interpreter, the ``packages`` without which it cannot be, and how to get them (``remedy``)."""
+class Worker:
+    """A runtime in a process of its own: its ``name`` as people know it, its ``script`` in workers/, the ``variable``
+    of the environment that names its interpreter, the ``packages`` without which it cannot be, and how to get them
+    (``remedy``)."""
 
     name: str
     script: str
@@ -96,7 +65,7 @@ class Runtime:
         return error
 
 
-def interpreter(runtime: Runtime) -> str:
+def interpreter(runtime: Worker) -> str:
     """The Python that has ``runtime``: the one its variable names, or this one.
 
     Raises MissingExtraError where neither has it, UsageError where the variable names no file.
@@ -113,7 +82,7 @@ def interpreter(runtime: Runtime) -> str:
 
 
 def run(
-    runtime: Runtime, directory: Path, request: Request, *, settings: Mapping[str, str], options: Mapping[str, Any]
+    runtime: Worker, directory: Path, request: Request, *, settings: Mapping[str, str], options: Mapping[str, Any]
 ) -> Reply:
     """``request`` answered by ``runtime`` for the model in ``directory``. ``settings``: variables of the environment;
     ``options``: what else the script reads.
@@ -148,7 +117,7 @@ def run(
 
 
 def _wait(
-    command: list[str], environment: dict[str, str], folder: Path, runtime: Runtime, directory: Path, timeout: float
+    command: list[str], environment: dict[str, str], folder: Path, runtime: Worker, directory: Path, timeout: float
 ) -> None:
     """Run ``command`` to its end; it and its children are gone when this returns or raises."""
     with (folder / "log").open("wb") as log:
@@ -189,7 +158,7 @@ def _tail(folder: Path) -> str:
     return "\n".join([line for line in lines if line.strip()][-5:])
 
 
-def _read(folder: Path, runtime: Runtime, directory: Path, scored: bool) -> Reply:
+def _read(folder: Path, runtime: Worker, directory: Path, scored: bool) -> Reply:
     reply = json.loads((folder / "reply.json").read_text(encoding="utf-8"))
     logprobs = None
     if scored:
@@ -209,3 +178,8 @@ def _read(folder: Path, runtime: Runtime, directory: Path, scored: bool) -> Repl
         tuple(reply["kernels"]),
         reply["seconds"],
     )
+
+
+def continued(reply: Reply, limit: int) -> list[Written]:
+    """The continuations of ``reply``, which was asked for at most ``limit`` tokens each."""
+    return [Written(text, ids, len(ids) < limit) for text, ids in zip(reply.texts, reply.tokens, strict=True)]

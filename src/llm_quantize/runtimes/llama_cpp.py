@@ -10,6 +10,8 @@ import codecs
 import ctypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 
@@ -17,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import (
+    IntegrityError,
     LlmQuantizeError,
     MalformedInputError,
     MissingExtraError,
@@ -25,10 +28,14 @@ from llm_quantize.errors import (
     UsageError,
 )
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.artifact_files import first_file
 from llm_quantize.memory import available_cpus
-from llm_quantize.runtimes import warn_beyond
+from llm_quantize.runtimes.base import Request, Written, is_model_directory, retokenized, warn_beyond
 from llm_quantize.runtimes.chat_template import render
 from llm_quantize.runtimes.llama_cpp_library import Batch, ChatMessage, Library, load_library
+
+LABEL = "llama.cpp"
+OPENS = "GGUF files"
 
 _MAX_BATCH = 512
 _NOT_ITS_OWN = (
@@ -121,6 +128,11 @@ class LlamaCpp:
         if self._context is None:
             raise UsageError("this model has been closed", file=self.path)
         return self._context
+
+    @property
+    def release(self) -> str:
+        """The runtime and its version. Raises importlib's PackageNotFoundError where it is not installed."""
+        return f"llama.cpp (xllamacpp {version('xllamacpp')})"
 
     def metadata(self, key: str) -> str | None:
         """One scalar metadata value of the file as llama.cpp spells it, or None."""
@@ -351,3 +363,67 @@ def _choose(logits: npt.NDArray[np.float32], temperature: float, random: np.rand
     weights = np.exp(scaled - scaled.max())
     total = np.cumsum(weights)
     return int(np.searchsorted(total, random.random() * total[-1], side="right"))
+
+
+def opens(path: Path) -> bool:
+    """Whether ``path`` is no model directory: a file, or the directory of a split one."""
+    return not is_model_directory(path)
+
+
+def require() -> None:
+    """Raises MissingExtraError without xllamacpp, UnsupportedError where its interface is not the one we know."""
+    load_library()
+
+
+def open_model(path: Path, *, context: int, threads: int | None) -> LlamaCpp:
+    """The GGUF file at ``path``, or the first of a split one. Raises UsageError, and as ``LlamaCpp``."""
+    return LlamaCpp(first_file(path), context=context, threads=threads)
+
+
+def generate(path: Path, request: Request, on_event: EventSink) -> Iterator[str]:
+    """Pieces of text that continue the first prompt, as they are made. Raises as ``LlamaCpp`` and its ``generate``."""
+    prompt = request.prompts[0]
+    with open_model(path, context=context_for(prompt, request.max_tokens), threads=request.threads) as model:
+        yield from model.generate(
+            prompt,
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            chat=request.chat,
+            seed=request.seed,
+            on_event=on_event,
+        )
+
+
+def write(path: Path, request: Request) -> list[Written]:
+    """What the model writes after each prompt, greedily. Raises as ``generate``."""
+    limit = request.max_tokens
+    longest = max(context_for(prompt, limit) for prompt in request.prompts)
+    with open_model(path, context=longest, threads=request.threads) as model:
+
+        def plain(text: str) -> list[int]:
+            return model.tokenize(text, add_special=False, parse_special=False)
+
+        texts = ["".join(model.generate(prompt, max_tokens=limit)) for prompt in request.prompts]
+        return [retokenized(text, plain, limit) for text in texts]
+
+
+@contextmanager
+def predictions(
+    path: Path, windows: npt.NDArray[np.integer], *, vocab_size: int, threads: int | None
+) -> Iterator[LlamaCpp]:
+    """Logits of windows as long as ``windows``. Raises IntegrityError where the file has another vocabulary."""
+    with open_model(path, context=windows.shape[1], threads=threads) as model:
+        if model.vocab_size != vocab_size:
+            raise IntegrityError(
+                "the runtime's vocabulary is not the reference model's",
+                file=model.path,
+                expected=f"{vocab_size} tokens",
+                found=f"{model.vocab_size} tokens",
+                remedy="give the model that the artifact was made from with --reference",
+            )
+        yield model
+
+
+def context_for(prompt: str, max_tokens: int) -> int:
+    """A context length that surely holds the prompt (no more tokens than bytes, plus a template) and the answer."""
+    return min(32_768, len(prompt.encode("utf-8", "surrogatepass")) + 512 + max_tokens)

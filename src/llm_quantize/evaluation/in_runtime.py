@@ -1,0 +1,55 @@
+"""Artifacts against one of them, all in their runtime: what can be measured without torch.
+
+The figures hold the runtime's own arithmetic on both sides; ``measure_quality`` leaves it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+from llm_quantize.errors import UsageError
+from llm_quantize.measures.divergence import Comparison, Divergence
+from llm_quantize.measures.perplexity import Tokens, log_softmax, scored
+from llm_quantize.memory import available_cpus
+from llm_quantize.runtimes import open_model
+
+
+def measure_in_runtime(
+    reference: str | Path,
+    candidates: Sequence[str | Path],
+    windows: Tokens,
+    *,
+    threads: int | None = None,
+    on_window: Callable[[int, int], None] | None = None,
+) -> list[Divergence]:
+    """Run artifacts over ``windows`` (n, length) of token ids and compare each candidate to ``reference``.
+
+    All are open together, their weights mapped, and the reference runs once; the models share ``threads`` (None: every
+    CPU) by running side by side. ``on_window(done, total)`` is called after each window. Raises UsageError without a
+    candidate, and what ``open_model`` raises.
+    """
+    if not candidates:
+        raise UsageError("no file to compare with the reference")
+    total = threads or available_cpus()
+    # One thread in each model does the most work per CPU: a runtime's threads wait for one another many times a layer.
+    each = max(1, total // (1 + len(candidates)))
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(total))
+        models = [
+            stack.enter_context(open_model(path, context=windows.shape[1], threads=each))
+            for path in (reference, *candidates)
+        ]
+        comparisons = [Comparison() for _ in candidates]
+        for done, window in enumerate(windows, start=1):
+            ids = window.tolist()
+            where, targets = scored(window)
+            first, *others = pool.map(lambda model, ids=ids: model.logits(ids), models)
+            base = log_softmax(first[where])
+            for comparison, logits in zip(comparisons, others, strict=True):
+                comparison.add_log_probabilities(base, logits[where], targets)
+            if on_window is not None:
+                on_window(done, len(windows))
+        return [comparison.result() for comparison in comparisons]

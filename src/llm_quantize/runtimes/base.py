@@ -1,0 +1,166 @@
+"""What a runtime is to the rest of this package: the Protocol that every module of the table in __init__.py satisfies,
+and what it is asked and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.events import EventSink
+from llm_quantize.io.json_file import read_json_object
+from llm_quantize.io.paths import inside
+from llm_quantize.models.files import CONFIG_LIMIT
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a runtime is asked. ``windows``: token ids int32 (windows, length), each scored by itself. ``prompts``:
+    texts to continue by up to ``max_tokens``, greedily where ``temperature`` is 0; ``chat``: in the model's own
+    template. ``dtype``: of the computation, as torch calls it, or "auto". ``threads`` None: all CPUs. ``timeout``:
+    seconds, loading included."""
+
+    windows: npt.NDArray[np.int32] | None = None
+    prompts: tuple[str, ...] = ()
+    max_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    chat: bool = False
+    dtype: str = "auto"
+    threads: int | None = None
+    timeout: float = 1800.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a runtime answered. ``logprobs``: natural log-probabilities of the token after each position, float32
+    (windows, length, vocabulary). ``texts`` and ``tokens``: the continuations. ``versions`` of its packages,
+    ``kernels``: classes that compute the linears, ``seconds``: of load, score and generate."""
+
+    logprobs: npt.NDArray[np.float32] | None
+    texts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    versions: Mapping[str, str]
+    kernels: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Written:
+    """One continuation: its ``text``, its token ``ids``, and whether it ``ended`` before the limit."""
+
+    text: str
+    ids: tuple[int, ...]
+    ended: bool
+
+
+class Predictions(Protocol):
+    """A model in its runtime: logits, or log-probabilities, float32 (length, vocabulary) of a window's tokens."""
+
+    def logits(self, ids: list[int], /) -> npt.NDArray[np.float32]: ...
+
+
+class OpenModel(Protocol):
+    """A model that this process holds open and asks token by token, as timing and tasks need it.
+
+    ``context``: the most tokens of one sequence; ``release``: the runtime and its version, for people. ``metadata``:
+    one scalar of the artifact under the key that GGUF has for it, or None.
+    """
+
+    path: Path
+    vocab_size: int
+    context: int
+
+    @property
+    def release(self) -> str: ...
+    def metadata(self, key: str) -> str | None: ...
+    def tokenize(self, text: str, *, add_special: bool = ..., parse_special: bool = ...) -> list[int]: ...
+    def detokenize(self, ids: Sequence[int], *, special: bool = ...) -> str: ...
+    def logits(self, ids: Sequence[int], first: int = ...) -> npt.NDArray[np.float32]: ...
+    def advance(self, ids: Sequence[int], position: int = ...) -> npt.NDArray[np.float32]: ...
+    def generate(
+        self, prompt: str | Sequence[int], *, max_tokens: int = ..., temperature: float = ...
+    ) -> Iterator[str]: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+
+
+class Opener(Protocol):
+    def __call__(self, path: Path, *, context: int, threads: int | None) -> OpenModel: ...
+
+
+class Runtime(Protocol):
+    """A runtime: one module of this package.
+
+    ``LABEL``: its name for people. ``OPENS``: what it runs, in a few words. ``open_model``: holds a model open in this
+    process; None: each request is a process of its own, so that what it refuses is said of that artifact alone.
+    """
+
+    LABEL: str
+    OPENS: str
+
+    @property
+    def open_model(self) -> Opener | None: ...
+
+    def opens(self, path: Path) -> bool:
+        """Whether this runtime is for what lies at ``path``. Raises what reading its configuration raises."""
+        ...
+
+    def require(self) -> None:
+        """Raises MissingExtraError, with what to install, where the runtime is not there."""
+        ...
+
+    def generate(self, path: Path, request: Request, on_event: EventSink) -> Iterator[str]:
+        """Pieces of text that continue the first prompt of ``request``."""
+        ...
+
+    def write(self, path: Path, request: Request) -> list[Written]:
+        """What the model writes after each prompt of ``request``, greedily."""
+        ...
+
+    def predictions(
+        self, path: Path, windows: npt.NDArray[np.integer], *, vocab_size: int, threads: int | None
+    ) -> AbstractContextManager[Predictions]:
+        """The model, to be asked for ``windows`` (n, length) of token ids in their order, each once.
+
+        Raises IntegrityError where it does not predict ``vocab_size`` tokens.
+        """
+        ...
+
+
+def is_model_directory(path: Path) -> bool:
+    """Whether ``path`` is a Hugging Face model directory.
+
+    Runtimes follow any link and break off in their own ways: what our readers refuse is not shown to them. Raises
+    AccessError (a link that leaves the directory) and MalformedInputError (config.json).
+    """
+    if not (path.is_dir() and (path / "config.json").is_file()):
+        return False
+    for name in sorted(entry.name for entry in path.iterdir() if entry.is_symlink()):
+        inside(path, name)
+    read_json_object(inside(path, "config.json"), limit_bytes=CONFIG_LIMIT)
+    return True
+
+
+def retokenized(text: str, tokenize: Callable[[str], list[int]], limit: int) -> Written:
+    """A continuation of at most ``limit`` tokens, whose ids are those of its text."""
+    ids = tuple(tokenize(text)) if text else ()
+    # A text is tokenized again in fewer tokens than it was written in, if not in the same: near the limit is at it.
+    return Written(text, ids, len(ids) < limit * 7 // 8)
+
+
+def warn_beyond(prompt: int, answer: int, trained: int, on_event: EventSink) -> None:
+    """Warn where ``prompt`` and ``answer`` (tokens) may pass the ``trained`` context length; 0: it is not known."""
+    if 0 < trained < prompt + answer:
+        text = (
+            f"{prompt} tokens of prompt and up to {answer} of answer pass the {trained} that the model was trained for"
+        )
+        on_event({"event": "warning", "text": text})

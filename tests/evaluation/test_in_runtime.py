@@ -1,0 +1,53 @@
+"""Artifacts in their runtime against one of them: a file that is the reference has lost nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_quantize import data
+from llm_quantize.calibration.tokens import TextTokenizer
+from llm_quantize.errors import UsageError
+from llm_quantize.evaluation.in_runtime import measure_in_runtime
+from llm_quantize.evaluation.texts import evaluation_text
+from llm_quantize.measures.perplexity import Tokens
+from llm_quantize.models.opening import open_source
+from llm_quantize.pipeline import quantize
+
+pytest.importorskip("xllamacpp")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    """The built-in model as F32 and Q4_K_M."""
+    folder = tmp_path_factory.mktemp("in-runtime")
+    results = quantize(str(data.demo_model()), "gguf", levels=["F32", "Q4_K_M"], output_dir=folder)
+    return tuple(result.path for result in results)
+
+
+@pytest.fixture(scope="module")
+def windows() -> Tokens:
+    source = open_source(str(data.demo_model()))
+    with source.checkpoint:
+        return evaluation_text(TextTokenizer(source), context=64, limit=3).windows
+
+
+def test_a_file_against_itself(files: tuple[Path, ...], windows: Tokens) -> None:
+    seen: list[tuple[int, int]] = []
+    same, other = measure_in_runtime(
+        files[0], files, windows, threads=1, on_window=lambda done, total: seen.append((done, total))
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert same.tokens == 3 * 31
+    assert same.kld == 0
+    assert same.same_top == 1
+    assert same.ln_ratio == 0
+    assert other.kld > 0
+    assert measure_in_runtime(files[0], files[1:], windows, threads=3) == [other]
+
+
+def test_nothing_to_compare_is_refused(files: tuple[Path, ...]) -> None:
+    with pytest.raises(UsageError):
+        measure_in_runtime(files[0], [], np.zeros((1, 8), np.int32))

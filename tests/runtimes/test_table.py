@@ -1,0 +1,80 @@
+"""The table of runtimes: who opens what, who is asked where nobody is named, and how a row is added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llm_quantize.errors import MissingExtraError, UsageError
+from llm_quantize.events import EventSink
+from llm_quantize.runtimes import (
+    RUNTIMES,
+    artifact_at,
+    generate,
+    isolated,
+    llama_cpp_library,
+    open_model,
+    runtime_for,
+    what_opens_what,
+)
+from llm_quantize.runtimes.base import Request
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> SimpleNamespace:
+    """A GGUF file, a float model's directory, and a quantized one's."""
+    file, plain, packed = tmp_path / "a.gguf", tmp_path / "plain", tmp_path / "packed"
+    file.write_bytes(b"")
+    for folder, config in ((plain, "{}"), (packed, '{"quantization_config": {"quant_method": "gptq"}}')):
+        folder.mkdir()
+        (folder / "config.json").write_text(config)
+    return SimpleNamespace(file=file, plain=plain, packed=packed)
+
+
+def test_who_opens_what(paths: SimpleNamespace) -> None:
+    opened = {name: [one.opens(path) for path in vars(paths).values()] for name, one in RUNTIMES.items()}
+    directories = [False, True, True]
+    assert opened == {"llama.cpp": [True, False, False], "transformers": directories, "vllm": directories}
+    usual = [runtime_for(path) for path in vars(paths).values()]
+    assert usual == [RUNTIMES["llama.cpp"], RUNTIMES["transformers"], RUNTIMES["transformers"]]
+    assert runtime_for(paths.packed, "vllm") is RUNTIMES["vllm"]
+    with pytest.raises(UsageError, match=r"expected: llama\.cpp"):
+        runtime_for(paths.file, "vllm")
+    assert what_opens_what() == "GGUF files with llama.cpp, model directories with transformers or vllm"
+
+
+def test_what_is_measured_at_a_path(paths: SimpleNamespace) -> None:
+    assert artifact_at(paths.packed) == paths.packed
+    assert artifact_at(paths.file.parent) == paths.file
+    with pytest.raises(UsageError, match="no GGUF file"):
+        artifact_at(paths.plain)
+    with pytest.raises(UsageError, match="no GGUF file"):
+        open_model(paths.packed, context=8, threads=1)
+
+
+def test_a_runtime_that_is_absent_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_name: str) -> None:
+        return None
+
+    llama_cpp_library.load_library.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", absent)
+    monkeypatch.setattr(isolated, "find_spec", absent)
+    for variable in ("LLM_QUANTIZE_VLLM", "LLM_QUANTIZE_TRANSFORMERS"):
+        monkeypatch.delenv(variable, raising=False)
+    for one in RUNTIMES.values():
+        with pytest.raises(MissingExtraError, match="pip install"):
+            one.require()
+
+
+def test_another_runtime_is_one_row(paths: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(path: Path, request: Request, on_event: EventSink) -> Iterator[str]:
+        yield f"{path.name}: {request.prompts[0]}"
+
+    fifth: Any = SimpleNamespace(OPENS="b", opens=lambda path: path == paths.plain, generate=write)
+    monkeypatch.setattr("llm_quantize.runtimes.RUNTIMES", {"fifth": fifth, **RUNTIMES})
+    assert list(generate(paths.plain, "Once")) == ["plain: Once"]
+    assert runtime_for(paths.packed) is RUNTIMES["transformers"]
