@@ -15,10 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gguf.constants import Keys
-
 from llm_quantize.advice.experience import PUBLISHED_SOURCE, Experience, Loss, gains_from_importance
-from llm_quantize.advice.footprint import Footprint, Placement, Shape, footprint, place, weights_of
+from llm_quantize.advice.footprint import Footprint, Placement, footprint, place, shape_of, weights_of
 from llm_quantize.advice.machine import Machine
 from llm_quantize.advice.other_formats import directories_note
 from llm_quantize.artifacts.plan import ArtifactPlan
@@ -217,25 +215,6 @@ def recommend(
         choices=tuple(choices),
         excluded=tuple(excluded.items()),
         notes=tuple(_notes(source, experience, choices, context, take)),
-    )
-
-
-def shape_of(source: Source) -> Shape:
-    """What memory depends on, of an opened model."""
-    architecture, hyper = source.architecture, source.architecture.hyper
-    value = source.metadata.get(Keys.Attention.SLIDING_WINDOW.format(arch=architecture.gguf_name))
-    window = value.value if value is not None and isinstance(value.value, int) else 0
-    dense = hyper.feed_forward_length if not hyper.n_expert else 0
-    experts = hyper.n_expert_used * hyper.expert_feed_forward_length + hyper.shared_feed_forward_length
-    return Shape(
-        n_layer=hyper.n_layer,
-        n_head_kv=hyper.n_head_kv,
-        head_dim=hyper.head_dim,
-        hidden=hyper.embedding_length,
-        feed_forward=max(dense, experts if hyper.n_expert else 0),
-        experts_used=hyper.n_expert_used if hyper.n_expert else 0,
-        vocab=hyper.vocab_size,
-        windows=tuple(window if slides else 0 for slides in architecture.sliding),
     )
 
 
