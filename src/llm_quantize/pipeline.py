@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llm_quantize import memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.manifest import fallbacks, nonfinite_counts
 from llm_quantize.artifacts.output import (
@@ -81,6 +82,7 @@ def quantize(
     """
     options = options or Options()
     source = open_source(model, revision=revision, on_event=on_event)
+    before = memory.before_libraries()
     with source.checkpoint:
         imatrix = choose.foresee(source, format, levels, options)
         plans = plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
@@ -89,11 +91,13 @@ def quantize(
             choose.need_torch(f"--method {options.method.method_of(format)}", "torch")
         if choose.is_foreseen(imatrix):
             # What cannot succeed is refused before hours of calibration, not after.
-            preflight.check(plans, Path(output_dir), threads=1, max_ram=options.max_ram, ignore_space=True)
+            preflight.check(
+                plans, Path(output_dir), threads=1, max_ram=options.max_ram, before=before, ignore_space=True
+            )
             if options.method.calibrates(format):
                 imatrix, windows = choose.drawn(source, format, options, on_event)
             else:
-                imatrix = choose.calibrated(source, options, on_event)
+                imatrix = choose.calibrated(source, options, on_event, before=before)
             plans = plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
         for warning in (text for artifact in plans for text in artifact.warnings):
             on_event({"event": "warning", "text": warning})
@@ -108,6 +112,7 @@ def quantize(
             Path(output_dir),
             threads=options.threads,
             max_ram=options.max_ram,
+            before=before,
             already_allocated=sum(partial_bytes(path) for _, path in todo),
             ignore_space=options.ignore_space,
         )
@@ -177,7 +182,7 @@ def _write_all(
         for target in targets:
             if target.plan.matrices:
                 began = time.process_time()
-                solve_matrices(source, target, worker, windows, options, fitted.threads, stop, on_event)
+                solve_matrices(source, target, worker, windows, options, fitted, stop, on_event)
                 target.seconds += time.process_time() - began
             finish_card(target)
         refuse_changed(source.checkpoint, times)

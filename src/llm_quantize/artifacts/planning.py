@@ -9,14 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import llm_quantize
+from llm_quantize import memory
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import matrix_shape
 from llm_quantize.architectures.scaling import changed_floats
 from llm_quantize.artifacts.plan import ArtifactPlan, MatrixPlan, plan_artifact
 from llm_quantize.artifacts.rounding import NONFINITE_POLICIES, Importance
-from llm_quantize.blockwise.estimate import estimate, rounding_bytes
+from llm_quantize.blockwise.estimate import estimate, rounding_sizes
 from llm_quantize.calibration.identity import model_digest
 from llm_quantize.calibration.options import CalibrationOptions
+from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.errors import IntegrityError, UnsupportedError, UsageError
 from llm_quantize.formats.gguf import metadata as gguf_format
 from llm_quantize.formats.gguf.levels import Overrides, Recipe, TensorShape, assign, parse_level
@@ -26,6 +28,7 @@ from llm_quantize.io.safetensors_file import DTYPE_BITS
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.streams.sizes import from_headers
 
 _EXAMPLES = {"gguf": "Q4_K_M", "gptq": "4bit", "awq": "4bit", "compressed-tensors": "W4A16"}
 FORMATS = tuple(_EXAMPLES)
@@ -161,17 +164,18 @@ def _text_advice(imatrix: Imatrix | None, options: Options) -> list[str]:
 def _estimated(source: Source, plan: ArtifactPlan, imatrix: Imatrix | None, options: Options) -> ArtifactPlan:
     """``plan`` with what a method that runs text through the model will take, in memory and in time."""
     if imatrix is None or not options.method.calibrates(plan.format):
-        return replace(plan, method_bytes=rounding_bytes(plan))
-    need = estimate(source, plan, options.method, imatrix.chunks, options.calibration.length)
+        return replace(plan, phases=rounding_sizes(plan))
+    need = estimate(source, plan, options, imatrix.chunks)
+    height = memory.foreseen(need.sizes, threads=options.threads, max_ram=options.max_ram)
     minutes = need.operations / 100e9 / 60
     length = min(options.calibration.length, source.architecture.hyper.context_length)
     told = (
         f"{imatrix.chunks} windows of {length} tokens run through the model, one block in memory at a time: about "
         f"{need.operations / 1e12:,.1f} TFLOP, {max(1, round(minutes)):,} minutes at 100 GFLOP/s, and "
-        f"{need.memory / 1e9:.1f} GB of memory (this needs the extra [torch])"
+        f"{height / 1e9:.1f} GB of memory (this needs the extra [torch])"
     )
     warnings = plan.warnings if imatrix.sha256 else (*plan.warnings, told)
-    return replace(plan, warnings=warnings, method_bytes=need.memory)
+    return replace(plan, warnings=warnings, phases=(need.sizes,))
 
 
 def _check_recipe(source: Source, levels: Sequence[str], recipe: Recipe | None) -> None:
@@ -255,7 +259,19 @@ def _plan_level(source: Source, name: str, stem: str, imatrix: Imatrix | None, o
         source_itemsize=max((_itemsize(info.dtype) for info in source.checkpoint.tensors.values()), default=2),
         warnings=[*assigned.warnings, *_advice(source, name, assigned.qtypes, imatrix, options)],
     )
-    return _estimated(source, replace(plan, matrices=_matrices(plan)), imatrix, options) if solved else plan
+    if solved:
+        return _estimated(source, replace(plan, matrices=_matrices(plan)), imatrix, options)
+    return replace(plan, phases=_collecting(source, imatrix, options))
+
+
+def _collecting(source: Source, imatrix: Imatrix | None, options: Options) -> tuple[memory.Sizes, ...]:
+    """What a calibration that is still to be run will hold, if there is one."""
+    if imatrix is None or imatrix.sha256:
+        return ()
+    chosen = options.calibration
+    length = min(chosen.length, source.architecture.hyper.context_length)
+    network = from_headers(source, chosen.device)
+    return (collecting_sizes(network, chosen.collect, (imatrix.chunks, length), device=chosen.device),)
 
 
 def _matrices(plan: ArtifactPlan) -> tuple[MatrixPlan, ...]:

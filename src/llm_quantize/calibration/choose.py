@@ -123,14 +123,14 @@ def is_foreseen(imatrix: Imatrix | None) -> bool:
     return imatrix is not None and not imatrix.sha256
 
 
-def calibrated(source: Source, options: Options, on_event: EventSink) -> Imatrix:
+def calibrated(source: Source, options: Options, on_event: EventSink, *, before: int | None = None) -> Imatrix:
     """The importance from a calibration, which is kept and reused by every later run of the same model and text.
 
     Raises MissingExtraError without torch, and what ``calibration.collect.calibrate`` raises.
     """
     from llm_quantize.calibration.collect import calibrate
 
-    return from_statistics(calibrate(source, options.calibration, on_event=on_event).path, source)
+    return from_statistics(calibrate(source, options.calibration, before=before, on_event=on_event).path, source)
 
 
 def from_statistics(path: Path, source: Source) -> Imatrix:
