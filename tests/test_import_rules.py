@@ -41,7 +41,6 @@ ones; what is imported for types alone does not count, what a function imports d
 
 ALLOWED: Mapping[tuple[str, str], str] = {
     ("calibration.choose", "blockwise.estimate"): "memory is summed once, in memory.py",
-    ("artifacts.planning", "blockwise.estimate"): "memory is summed once, in memory.py",
 }
 """{(file, what it imports from a higher layer): the step after which it does not}. It is to become empty."""
 

@@ -10,7 +10,8 @@ Elsewhere the weights may differ, so compared are: exit codes, warnings, names a
 the headers of the others, manifests without what depends on weights; figures of quality with a tolerance.
 
 **Memory** is told in memory.json only: such a figure may change on purpose, and then shows in a small difference.
-Plans start from what the process holds, which differs from run to run; /proc says RESIDENT here, whoever asks.
+Plans start from what the process holds, which differs from run to run; /proc says RESIDENT here, whoever asks, and
+that torch is not among it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from unittest import mock
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import llm_quantize
+from llm_quantize import memory
 from llm_quantize.cli import run
 from tests.golden.cases import Case, Command
 
@@ -103,6 +105,7 @@ def call(models: Path, cache: Path, words: Sequence[str], version: str) -> Call:
         mock.patch.dict(os.environ, environment),
         mock.patch.object(llm_quantize, "__version__", version),
         mock.patch.object(Path, "read_text", _read_text),
+        mock.patch.object(memory, "torch_is_loaded", return_value=False),
         contextlib.chdir(models),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

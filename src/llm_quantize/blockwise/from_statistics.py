@@ -12,8 +12,9 @@ import torch
 
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.blockwise.run import Matrices, matrix_rows
-from llm_quantize.blockwise.segments import routers, segments
+from llm_quantize.blockwise.segments import segments
 from llm_quantize.blockwise.solver import Job, Solver
+from llm_quantize.blockwise.stages import routers
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.io.statistics_file import StatisticsFile, StoredTap, read_statistics

@@ -26,13 +26,14 @@ from llm_quantize.blockwise import scaling
 from llm_quantize.blockwise.embedding import WrittenTable
 from llm_quantize.blockwise.inputs import FullInputs, Streams, collect, propagate
 from llm_quantize.blockwise.measure import measure
-from llm_quantize.blockwise.memory import Plan
-from llm_quantize.blockwise.segments import Segment, Sources, routers, segments
-from llm_quantize.blockwise.solver import Fields, Job, Solver, stages
+from llm_quantize.blockwise.segments import Segment, Sources, segments
+from llm_quantize.blockwise.solver import Fields, Job, Solver
+from llm_quantize.blockwise.stages import routers, stages
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.formats.base import Store
 from llm_quantize.io.artifact_paths import hidden_directory
+from llm_quantize.memory import Fitted
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
@@ -161,7 +162,7 @@ class Blocks:
         ids: torch.Tensor,
         calibrated: int,
         options: MethodOptions,
-        fitted: Plan,
+        fitted: Fitted,
         pool: Pool,
         on_event: EventSink,
     ) -> None:
