@@ -99,6 +99,11 @@ class DecodedDirectory(Decoded):
         nbytes = sum(self._infos[name].nbytes for name in names)
         return Stored(_starred(names), "+".join(qtypes), round(nbytes * weights_of(output.shape) / max(1, weights)))
 
+    @property
+    def reference(self) -> Mapping[str, TensorInfo]:
+        """The source's tensors."""
+        return self._source.checkpoint.tensors
+
     def parts(self, name: str) -> Iterator[tuple[str, int, int]]:
         """(the artifact's tensor, first row, rows) of all that the tensor which the map calls ``name`` consists of."""
         found = self._outputs.get(name)
