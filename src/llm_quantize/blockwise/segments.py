@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,12 +59,6 @@ def _stacked(checkpoint: Model, first: int, count: int, piece: Piece, tap: Tap) 
         last = min(end, (at // each + 1) * each)
         yield Segment(first + at - piece.start, first + last - piece.start, tap.name, at // each)
         at = last
-
-
-def routers(outputs: Iterable[OutputTensor]) -> frozenset[str]:
-    """The source's tensors that choose experts, which see what all experts of their layer together see."""
-    chosen = (output for output in outputs if output.name.endswith(".ffn_gate_inp.weight"))
-    return frozenset(piece.source for output in chosen for piece in output.pieces)
 
 
 class Sources:

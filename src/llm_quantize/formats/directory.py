@@ -32,7 +32,6 @@ from llm_quantize.io.safetensors_writer import (
     shard_names,
     split_shards,
 )
-from llm_quantize.models.base import itemsize
 from llm_quantize.plan import ArtifactPlan, CardPlan, MatrixPlan, TensorPlan
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def plan_files(source: Source, contents: Contents) -> ArtifactPlan:
         weights=contents.weights,
         identity=_identity(source, contents, files),
         warnings=tuple(warnings),
-        source_itemsize=max(itemsize(info.dtype) for info in source.checkpoint.tensors.values()),
+        source_itemsize=source.itemsize,
         format=contents.format,
         matrices=tuple(matrices),
         card=room_left,

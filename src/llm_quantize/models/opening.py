@@ -10,8 +10,9 @@ from llm_quantize.architectures.base import TensorMap
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.models import quantized, safetensors
-from llm_quantize.models.base import Model, Reader
+from llm_quantize.models.base import Model, Reader, itemsize
 from llm_quantize.models.hub.locate import locate
+from llm_quantize.models.identity import model_digest
 
 READERS: tuple[Reader, ...] = (quantized, safetensors)
 """Ways in which models are stored; the first that knows a directory opens it."""
@@ -34,6 +35,16 @@ class Source:
     def files(self) -> dict[str, Path]:
         """Where each source tensor lies."""
         return {name: info.file for name, info in self.checkpoint.tensors.items()}
+
+    @property
+    def digest(self) -> str:
+        """Which model this is (models/identity.py)."""
+        return model_digest(self.checkpoint)
+
+    @property
+    def itemsize(self) -> int:
+        """The most bytes in which rows of a tensor are read."""
+        return max((itemsize(info.dtype) for info in self.checkpoint.tensors.values()), default=2)
 
     @property
     def limits(self) -> tuple[UnsupportedError, ...]:
