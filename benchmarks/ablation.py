@@ -92,7 +92,7 @@ def models() -> dict[str, Path]:
 @contextmanager
 def positive_scales(active: bool) -> Iterator[None]:
     """While ``active``, directories are made as if a symmetric scale could not be negative."""
-    from llm_quantize.blockwise.stores import DirectoryStore
+    from llm_quantize.formats.packed_store import DirectoryStore
 
     signed = DirectoryStore.grid_type
 
@@ -105,9 +105,8 @@ def positive_scales(active: bool) -> Iterator[None]:
 
 def make(model: Path, target: str, setting: Setting, folder: Path) -> tuple[Path, dict[str, Any]]:
     """The artifact, and what it took. ``target``: FORMAT:LEVEL."""
-    from llm_quantize.calibration.options import CalibrationOptions
     from llm_quantize.methods.gptq_options import GptqOptions
-    from llm_quantize.options import MethodOptions
+    from llm_quantize.options import CalibrationOptions, MethodOptions
     from llm_quantize.pipeline import Options, quantize
 
     format, level = target.split(":")

@@ -30,7 +30,7 @@ model, cache, threads, windows, length, kinds = sys.argv[1], sys.argv[2], *map(i
 import os
 os.environ["LLM_QUANTIZE_CACHE"] = cache
 from llm_quantize.calibration.collect import calibrate
-from llm_quantize.calibration.options import CalibrationOptions
+from llm_quantize.options import CalibrationOptions
 from llm_quantize.models.opening import open_source
 source = open_source(model)
 options = CalibrationOptions(samples=windows, length=length, threads=threads, collect=tuple(kinds.split(",")))

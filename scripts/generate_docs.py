@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
 import sys
@@ -247,6 +248,44 @@ def _cost_rows(found: dict[str, Any]) -> list[str]:
     return parts
 
 
+WIDTH = 120
+TREE = (
+    "<!-- tree: written by scripts/generate_docs.py from the first words of each file -->",
+    "<!-- end of the tree -->",
+)
+
+
+def tree() -> str:
+    """The package as a tree: a line for each folder and each file, with the first sentence that it says of itself."""
+    package = ROOT / "src" / "llm_quantize"
+    lines = ["```"]
+    folders = sorted({file.parent for file in package.rglob("*.py")}, key=lambda path: (path != package, str(path)))
+    for folder in folders:
+        depth = len(folder.relative_to(package).parts)
+        lines.append(_tree_line(4 * max(0, depth - 1), f"{folder.name}/", folder / "__init__.py"))
+        files = (file for file in sorted(folder.glob("*.py")) if not file.name.startswith("__"))
+        lines += [_tree_line(4 * depth, file.name, file) for file in files]
+    return "\n".join([*lines, "```"])
+
+
+def _tree_line(indent: int, name: str, file: Path) -> str:
+    said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    first = re.split(r"(?<=[A-Za-z0-9)`])[.:;](?:\s|$)", " ".join((said or "").split()), maxsplit=1)[0]
+    line = f"{' ' * indent}{name:<{max(24 - indent, len(name) + 1)}}{first}".rstrip()
+    if not first or len(line) > WIDTH:
+        raise SystemExit(f"{file}: its first sentence must be there and short ({len(line)} of {WIDTH} characters)")
+    return line
+
+
+def with_tree(text: str) -> str:
+    """AGENTS.md with the tree of today between its marks."""
+    before, mark, rest = text.partition(TREE[0])
+    _, end, after = rest.partition(TREE[1])
+    if not mark or not end:
+        raise SystemExit(f"AGENTS.md has no {TREE[0]} and {TREE[1]}")
+    return f"{before}{mark}\n{tree()}\n{end}{after}"
+
+
 def main() -> None:
     """Write or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -260,9 +299,12 @@ def main() -> None:
     }
     if (RESULTS / "quality.json").is_file():
         pages["quality.md"] = quality_page()
+    agents = ROOT / "AGENTS.md"
+    written = {DOCS / name: text for name, text in pages.items()}
+    written[agents] = with_tree(agents.read_text(encoding="utf-8"))
     stale = []
-    for name, text in pages.items():
-        path = DOCS / name
+    for path, text in written.items():
+        name = path.name
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue
         stale.append(name)
@@ -270,7 +312,7 @@ def main() -> None:
             DOCS.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     if check and stale:
-        sys.exit(f"docs/reference: {', '.join(stale)} not up to date; run: python scripts/generate_docs.py")
+        sys.exit(f"generated docs: {', '.join(stale)} not up to date; run: python scripts/generate_docs.py")
     print("generated docs: " + ("written: " + ", ".join(stale) if stale else "up to date"))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_quantize import memory
 from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.artifacts.verify import verify
@@ -17,12 +18,13 @@ from llm_quantize.calibration import choose
 from llm_quantize.errors import IntegrityError, MissingExtraError
 from llm_quantize.evaluation.tensor_errors import tensor_errors
 from llm_quantize.formats.base import scheme_from_dict
-from llm_quantize.formats.table import packed_format
+from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.io.safetensors_file import read_header
 from llm_quantize.models.opening import open_source
 from llm_quantize.options import MethodOptions
 from llm_quantize.pipeline import Options, plan, quantize
 from tests.artifacts.test_decoded_directory import fused
+from tests.formats.grids import unpacked
 
 from .tiny_models import make_tiny
 
@@ -69,8 +71,8 @@ def test_sound_and_read_alike(format: str, level: str, method: Any, llama: Path,
                 suffix: value.view(torch.uint16).numpy() if value.dtype == torch.bfloat16 else value.numpy()
                 for suffix, value in fields.items()
             }
-            expected = packed_format(format).unpack(scheme, arrays)
             found = artifact.read(f"{matrix['name']}.weight").numpy()
+            expected = unpacked(PACKED[format], scheme, arrays, *found.shape)
             assert np.array_equal(found, expected), matrix["name"]
             kind = artifact.types()[f"{matrix['name']}.weight"]
             assert kind.removesuffix("_asym") == scheme.qtype.name.removesuffix("_asym")
@@ -80,8 +82,9 @@ def test_sound_and_read_alike(format: str, level: str, method: Any, llama: Path,
 def test_memory_of_rounding_is_planned(llama: Path) -> None:
     options = Options(method=MethodOptions(method="rtn", group_size=32))
     (planned,) = plan(str(llama), "gptq", levels=["4bit"], options=options)
-    assert 200 << 20 < planned.method_bytes < 300 << 20
-    assert not plan(str(llama), "gguf", levels=["Q4_0"], options=Options())[0].method_bytes
+    (phase,) = planned.phases
+    assert 200 << 20 < memory.of_run(phase, 1) < 300 << 20
+    assert not plan(str(llama), "gguf", levels=["Q4_0"], options=Options())[0].phases
 
 
 def test_without_torch_nothing_is_begun(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

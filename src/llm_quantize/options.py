@@ -1,16 +1,60 @@
-"""What a user may set about a method, a transform and the grid of a directory format. Nothing here needs torch."""
+"""Everything that a user may set, in one tree that is handed on whole. Nothing here needs torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 from llm_quantize.errors import UsageError
+from llm_quantize.formats.gguf.levels import Overrides
+from llm_quantize.formats.table import FORMATS
+from llm_quantize.io.statistics_layout import check_kinds
 from llm_quantize.methods.gptq_options import GptqOptions
+from llm_quantize.methods.table import METHODS, Method
+from llm_quantize.transforms.table import TRANSFORMS, Transform
 
-METHODS = ("rtn", "gptq")
-TRANSFORMS = ("none", "awq")
-INPUTS = ("sequential", "block", "source")
+DEFAULT_SAMPLES = 256
+DEVICES = ("cpu", "cuda", "mps")
+INPUTS: Mapping[str, str] = {
+    "sequential": "of the model as quantized up to each matrix",
+    "block": "of the model as quantized up to each block",
+    "source": "of the source model",
+}
+NONFINITE_POLICIES = ("refuse", "zero", "keep")
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Text: ``data`` (files and names of built-in sets; none: the built-in mix), at most ``samples`` windows (None:
+    DEFAULT_SAMPLES, or as many as a method needs) of ``length`` tokens (no longer than the model's context), drawn with
+    ``seed``; ``chat`` sets plain text as a conversation in the model's template. ``collect``: which statistics, of the
+    kinds in io/statistics_layout.py. ``expert_minimum``: tokens that each expert should see; more text is drawn until
+    it does or the text ends (0: never). ``threads`` and ``max_ram`` (bytes) bound the run and do not change a byte of
+    its result.
+    """
+
+    data: tuple[str, ...] = ()
+    samples: int | None = None
+    length: int = 2048
+    chat: bool = False
+    seed: int = 0
+    collect: tuple[str, ...] = ("imatrix",)
+    expert_minimum: int = 16
+    device: str = "cpu"
+    threads: int | None = None
+    max_ram: int | None = None
+
+    def settled(self, samples: int = DEFAULT_SAMPLES) -> CalibrationOptions:
+        """The same with a number of windows: ``samples`` where the user gave none."""
+        return self if self.samples is not None else replace(self, samples=samples)
+
+    def __post_init__(self) -> None:
+        check_kinds(self.collect)
+        if self.device not in DEVICES:
+            raise UsageError("there is no such device", expected=", ".join(DEVICES), found=self.device)
+        if (self.samples is not None and self.samples < 1) or self.length < 2:
+            raise UsageError("calibration needs at least 1 window of 2 tokens", found=f"{self.samples} x {self.length}")
 
 
 @dataclass(frozen=True)
@@ -37,54 +81,73 @@ class MethodOptions:
 
     def __post_init__(self) -> None:
         for name, found, allowed in (
-            ("--method", self.method, METHODS),
-            ("--transform", self.transform, TRANSFORMS),
-            ("--inputs", self.inputs, INPUTS),
+            ("--method", self.method, tuple(METHODS)),
+            ("--transform", self.transform, tuple(TRANSFORMS)),
+            ("--inputs", self.inputs, tuple(INPUTS)),
         ):
             if found is not None and found not in allowed:
                 raise UsageError(f"unknown {name}", expected=", ".join(allowed), found=found)
 
-    def method_of(self, format: str) -> str:
-        """The method for ``format``: GGUF is rounded unless asked otherwise, directories are not."""
-        return self.method or ("rtn" if format == "gguf" else "gptq")
+    def method_of(self, format: str) -> Method:
+        """The method for ``format``: the one asked for, or the format's own."""
+        return METHODS[self.method or FORMATS[format].method]
 
-    def transform_of(self, format: str) -> str:
-        """The transform for ``format``: AWQ's own belongs to its format, unless the method is plain rounding."""
+    def transform_of(self, format: str) -> Transform:
+        """The transform for ``format``: the one asked for, or the format's own where its method reads text."""
         if self.transform is not None:
-            return self.transform
-        return "awq" if format == "awq" and self.method_of(format) != "rtn" else "none"
+            return TRANSFORMS[self.transform]
+        return TRANSFORMS[FORMATS[format].transform if self.method_of(format).reads_text else "none"]
 
     def calibrates(self, format: str) -> bool:
         """Whether ``format`` made so needs text."""
-        return self.method_of(format) == "gptq" or self.transform_of(format) != "none"
+        return self.method_of(format).reads_text or self.transform_of(format).passes > 0
 
     def words(self, format: str, texts: Sequence[str]) -> dict[str, str]:
         """What a model card says of how the codes were chosen. ``texts``: names of the calibration texts."""
-        method, transform = self.method_of(format), self.transform_of(format)
-        scaled = ", channels rescaled as AWQ does" if transform == "awq" else ""
-        if method == "rtn":
-            words = {"Method": f"rounding to nearest on fitted grids{scaled}"}
-        else:
-            words = {
-                "Method": f"error feedback (GPTQ) on importance-weighted grids fixed first{scaled}",
-                "Inputs": {
-                    "sequential": "of the model as quantized up to each matrix",
-                    "block": "of the model as quantized up to each block",
-                    "source": "of the source model",
-                }[self.inputs],
-            }
+        method = self.method_of(format)
+        words = {"Method": f"{method.words}{self.transform_of(format).words}"}
+        if method.reads_text:
+            words["Inputs"] = INPUTS[self.inputs]
         return words | ({"Calibrated on": ", ".join(texts)} if texts else {})
 
     def identity(self, format: str) -> dict[str, object]:
         """What of these decides the bytes: for the artifact's identity."""
-        method, transform = self.method_of(format), self.transform_of(format)
-        facts: dict[str, object] = {"method": method, "transform": transform}
+        facts: dict[str, object] = {
+            "method": self.method_of(format).name,
+            "transform": self.transform_of(format).name,
+        }
         if self.calibrates(format):
             facts |= {"inputs": self.inputs, **asdict(self.stages(format))}
         return facts
 
     def stages(self, format: str) -> GptqOptions:
-        """The optimiser's options: rtn has no stage at all, and nothing is to be made up for on the source's inputs."""
-        if self.method_of(format) == "rtn":
-            return replace(self.gptq, feedback=False, sweeps=0, refit=False, correction=0.0)
-        return replace(self.gptq, correction=0.0) if self.inputs == "source" else self.gptq
+        """The optimiser's stages that the method leaves; on the source's own inputs there is nothing to make up for."""
+        stages = self.method_of(format).stages(self.gptq)
+        return replace(stages, correction=0.0) if self.inputs == "source" else stages
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may set beside model and levels. Sizes in bytes.
+
+    ``calibrate``: True calibrates, False never does, None does where a level needs importance and no file gives it.
+    """
+
+    threads: int | None = None
+    max_ram: int | None = None
+    overrides: Overrides = field(default_factory=Overrides)
+    split_max_size: int | None = None
+    imatrix: Path | None = None
+    statistics: Path | None = None
+    calibrate: bool | None = None
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
+    nonfinite: str = "refuse"
+    checkpoints: bool = True
+    checkpoint_dir: Path | None = None
+    overwrite: bool = False
+    ignore_space: bool = False
+
+    def __post_init__(self) -> None:
+        if self.nonfinite not in NONFINITE_POLICIES:
+            raise UsageError("unknown --nonfinite policy", expected=NONFINITE_POLICIES, found=self.nonfinite)

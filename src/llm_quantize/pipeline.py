@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llm_quantize import memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.manifest import fallbacks, nonfinite_counts
 from llm_quantize.artifacts.output import (
@@ -21,11 +24,8 @@ from llm_quantize.artifacts.output import (
     source_times,
     target_path,
 )
-from llm_quantize.artifacts.plan import ArtifactPlan
-from llm_quantize.artifacts.planning import Options, importance_rows, plan_source
 from llm_quantize.artifacts.result import ArtifactResult, complete_result
 from llm_quantize.artifacts.rounding import (
-    Importance,
     Recheck,
     Target,
     Worker,
@@ -33,12 +33,20 @@ from llm_quantize.artifacts.rounding import (
     missing_units,
     unit_records,
 )
-from llm_quantize.blockwise.start import discard_hidden, solve_matrices
+from llm_quantize.blockwise.estimate import estimate, rounding_sizes
+from llm_quantize.blockwise.start import solve_matrices
 from llm_quantize.calibration import choose
-from llm_quantize.calibration.windows import Windows
+from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.engine import run, stop_on_signals
+from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.formats.base import Importance
+from llm_quantize.formats.table import FORMATS
+from llm_quantize.io.artifact_paths import discard_hidden
 from llm_quantize.models.opening import Source, open_source
+from llm_quantize.options import Options
+from llm_quantize.plan import ArtifactPlan
+from llm_quantize.streams.sizes import from_headers
 
 __all__ = ["ArtifactResult", "Options", "Source", "open_source", "plan", "plan_source", "quantize"]
 
@@ -59,8 +67,8 @@ def plan(
     options = options or Options()
     source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
     with source.checkpoint:
-        imatrix = choose.foresee(source, format, levels, options)
-        return plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
+        importance = choose.foresee(source, format, levels, options)
+        return plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
 
 
 def quantize(
@@ -81,20 +89,19 @@ def quantize(
     """
     options = options or Options()
     source = open_source(model, revision=revision, on_event=on_event)
+    before = memory.before_libraries()
     with source.checkpoint:
-        imatrix = choose.foresee(source, format, levels, options)
-        plans = plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
-        windows = None
+        importance: choose.Chosen | None = choose.foresee(source, format, levels, options)
+        plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
         if any(artifact.matrices for artifact in plans):
-            choose.need_torch(f"--method {options.method.method_of(format)}", "torch")
-        if choose.is_foreseen(imatrix):
+            choose.need_torch(f"--method {options.method.method_of(format).name}", "torch")
+        if isinstance(importance, choose.Foreseen):
             # What cannot succeed is refused before hours of calibration, not after.
-            preflight.check(plans, Path(output_dir), threads=1, max_ram=options.max_ram, ignore_space=True)
-            if options.method.calibrates(format):
-                imatrix, windows = choose.drawn(source, format, options, on_event)
-            else:
-                imatrix = choose.calibrated(source, options, on_event)
-            plans = plan_source(source, format, levels=levels, name=name, options=options, imatrix=imatrix)
+            preflight.check(
+                plans, Path(output_dir), threads=1, max_ram=options.max_ram, before=before, ignore_space=True
+            )
+            importance = choose.collected(source, format, options, on_event, before=before)
+            plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
         for warning in (text for artifact in plans for text in artifact.warnings):
             on_event({"event": "warning", "text": warning})
         paths = [target_path(Path(output_dir), artifact) for artifact in plans]
@@ -108,11 +115,11 @@ def quantize(
             Path(output_dir),
             threads=options.threads,
             max_ram=options.max_ram,
+            before=before,
             already_allocated=sum(partial_bytes(path) for _, path in todo),
             ignore_space=options.ignore_space,
         )
-        rows = {} if windows is not None else importance_rows(source, imatrix)
-        written = _write_all(source, todo, rows, windows, options, fitted, on_event) if todo else {}
+        written = _write_all(source, todo, importance, options, fitted, on_event) if todo else {}
     results = []
     for artifact, path in zip(plans, paths, strict=True):
         discard_hidden(path)
@@ -121,6 +128,73 @@ def quantize(
         on_event({"event": "artifact", **facts})
         results.append(result)
     return results
+
+
+def plan_source(
+    source: Source,
+    format: str,
+    *,
+    levels: Sequence[str],
+    name: str | None,
+    options: Options,
+    importance: Importance | None,
+) -> list[ArtifactPlan]:
+    """``plan`` for an opened source and the importance that it will be quantized with."""
+    if format not in FORMATS:
+        known = FORMATS.get(format.lower()) or next(iter(FORMATS.values()))
+        raise UnsupportedError(
+            f"this version does not write the format {format[:40]!r}",
+            expected=", ".join(FORMATS),
+            found=format[:40],
+            remedy=f"write {known.name}, for example: llm-quantize quantize MODEL {known.name} -q {known.example}",
+        )
+    form = FORMATS[format]
+    if not levels:
+        raise UsageError("no level given", remedy=f"name one or more with -q, for example -q {form.example}")
+    stem = _file_stem(name or source.checkpoint.name)
+    plans = form.plan(source, levels, stem, importance, options)
+    return _named([_estimated(source, plan, importance, options) for plan in plans], stem, name)
+
+
+def _named(plans: list[ArtifactPlan], stem: str, name: str | None) -> list[ArtifactPlan]:
+    """``plans``, with a warning where the user's name could not be kept."""
+    if name is not None and stem != name:
+        plans[0] = replace(plans[0], warnings=(f"the output is called {stem}, not {name[:80]!r}", *plans[0].warnings))
+    return plans
+
+
+def _estimated(source: Source, plan: ArtifactPlan, importance: Importance | None, options: Options) -> ArtifactPlan:
+    """``plan`` with what a method that runs text through the model will take, in memory and in time."""
+    if importance is None or not options.method.calibrates(plan.format):
+        return replace(plan, phases=(*rounding_sizes(plan), *_collecting(source, importance, options)))
+    need = estimate(source, plan, options, importance.chunks)
+    height = memory.foreseen(need.sizes, threads=options.threads, max_ram=options.max_ram)
+    minutes = need.operations / 100e9 / 60
+    length = min(options.calibration.length, source.architecture.hyper.context_length)
+    told = (
+        f"{importance.chunks} windows of {length} tokens run through the model, one block in memory at a time: about "
+        f"{need.operations / 1e12:,.1f} TFLOP, {max(1, round(minutes)):,} minutes at 100 GFLOP/s, and "
+        f"{height / 1e9:.1f} GB of memory (this needs the extra [torch])"
+    )
+    warnings = plan.warnings if importance.sha256 else (*plan.warnings, told)
+    return replace(plan, warnings=warnings, phases=(need.sizes,))
+
+
+def _collecting(source: Source, importance: Importance | None, options: Options) -> tuple[memory.Sizes, ...]:
+    """What a calibration that is still to be run will hold, if there is one."""
+    if importance is None or importance.sha256:
+        return ()
+    chosen = options.calibration
+    length = min(chosen.length, source.architecture.hyper.context_length)
+    network = from_headers(source, chosen.device)
+    return (collecting_sizes(network, chosen.collect, (importance.chunks, length), device=chosen.device),)
+
+
+def _file_stem(name: str) -> str:
+    stem = re.sub(r"[^\w.+-]+", "-", name.rsplit("/", 1)[-1]).strip("-.") or "model"
+    if len(stem.encode()) > 180:
+        raise UsageError("the output name is too long", found=len(stem.encode()), expected="at most 180 bytes")
+    return stem
 
 
 def _recheck(recheck: Recheck, targets: Sequence[Target], pool: Pool, on_event: EventSink) -> None:
@@ -144,8 +218,7 @@ def _recheck(recheck: Recheck, targets: Sequence[Target], pool: Pool, on_event: 
 def _write_all(
     source: Source,
     todo: Sequence[tuple[ArtifactPlan, Path]],
-    rows: Importance,
-    windows: Windows | None,
+    importance: choose.Chosen | None,
     options: Options,
     fitted: preflight.Preflight,
     on_event: EventSink,
@@ -153,6 +226,7 @@ def _write_all(
     """Quantize what is missing into every open output, then put each in place."""
     threads = fitted.threads
     times = source_times(source.checkpoint)
+    rows = choose.rows_of(source, importance)
     worker = Worker(source.checkpoint, rows, options.nonfinite, source.files)
     with ExitStack() as stack, stop_on_signals() as stop:
         targets = [
@@ -165,7 +239,7 @@ def _write_all(
         resumed = {path: len(target.output.records) for target, (_, path) in zip(targets, todo, strict=True)}
         for target in targets:
             target.output.note({"source_times": times})
-        alike = [targets] if all(target.plan.format == "gguf" for target in targets) else [[t] for t in targets]
+        alike = [targets] if all(target.plan.alike for target in targets) else [[t] for t in targets]
         units = [unit for group in alike for unit in missing_units(group)]
         total = sum(unit.weight for unit in units)
         facts = {"total": total, "threads": threads, "memory_needed": fitted.memory_needed}
@@ -177,7 +251,7 @@ def _write_all(
         for target in targets:
             if target.plan.matrices:
                 began = time.process_time()
-                solve_matrices(source, target, worker, windows, options, fitted.threads, stop, on_event)
+                solve_matrices(source, target, worker, importance, options, fitted, stop, on_event)
                 target.seconds += time.process_time() - began
             finish_card(target)
         refuse_changed(source.checkpoint, times)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from llm_quantize import data
-from llm_quantize.advice.other_formats import DIRECTORIES, directories_note
+from llm_quantize.advice.other_formats import directories_note
+from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.pipeline import open_source, plan
 from llm_quantize.reports.numbers import bytes_text
 from tests.tiny_models import make_tiny
@@ -18,8 +19,8 @@ def test_sizes_are_those_of_the_plans() -> None:
     source = open_source(model)
     with source.checkpoint:
         note = directories_note(source)
-    assert len(DIRECTORIES) == 3
-    for format, level in DIRECTORIES:
+    assert len(PACKED) == 3
+    for format, level in ((form.NAME, form.EXAMPLE) for form in PACKED.values()):
         (planned,) = plan(model, format, levels=[level])
         assert f"{format} -q {level}: {bytes_text(planned.size)}" in note
 

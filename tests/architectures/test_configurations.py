@@ -159,11 +159,17 @@ UNSUPPORTED = [
 
 
 @pytest.mark.parametrize(("model_type", "changes"), UNSUPPORTED)
-def test_a_variant_the_runtime_cannot_compute_is_refused(model_type: str, changes: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedError) as caught:
-        open_architecture(plain(model_type, **changes), file=FILE)
-    assert caught.value.exit_code == 4
-    assert caught.value.found is not None
+def test_a_variant_that_llama_cpp_cannot_compute_has_a_limit(model_type: str, changes: dict[str, Any]) -> None:
+    limits = open_architecture(plain(model_type, **changes), file=FILE).limits
+    assert limits
+    assert limits[0].exit_code == 4
+    assert limits[0].found is not None
+    assert "llama.cpp" in str(limits[0])
+
+
+def test_plain_configurations_have_no_limits() -> None:
+    for model_type in {model_type for model_type, _ in UNSUPPORTED}:
+        assert not open_architecture(plain(model_type), file=FILE).limits
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_quantize.architectures import open_architecture
 from llm_quantize.architectures import rows as assemble
 from llm_quantize.architectures.base import OutputTensor, Piece
-from llm_quantize.architectures.rows import chunk_ranges, matrix_shape, read_output_rows, to_float32, unit_ranges
+from llm_quantize.architectures.rows import (
+    Arrays,
+    chunk_ranges,
+    matrix_shape,
+    placed,
+    read_output_rows,
+    scatter,
+    to_float32,
+    unit_ranges,
+)
+from llm_quantize.models.safetensors import open_checkpoint
+from tests.tiny_models import TINY, make_tiny
 
 
 class Memory:
@@ -129,3 +143,72 @@ def test_mixed_dtypes_become_float32() -> None:
 def test_constants_are_rows_too() -> None:
     tensor = OutputTensor("rope_freqs.weight", (3,), constant=np.array([1, 2, 3], np.float32))
     np.testing.assert_array_equal(read_output_rows(Memory(), tensor, 0, 1), [[1, 2, 3]])
+
+
+def some_values(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+@pytest.mark.parametrize("variant", TINY)
+def test_scatter_undoes_the_map_of_every_family(variant: str, tmp_path: Path) -> None:
+    with open_checkpoint(str(make_tiny(variant, tmp_path / "model"))) as checkpoint:
+        outputs = open_architecture(checkpoint.config).map_tensors(checkpoint.tensors).outputs
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    values = {name: some_values(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    source = Arrays(values.__getitem__)
+    mapped = [output for output in outputs if output.pieces]
+    found = {piece.source: np.full_like(values[piece.source], np.nan) for o in mapped for piece in o.pieces}
+    for output in mapped:
+        rows, columns = matrix_shape(output.shape)
+        whole = np.asarray(read_output_rows(source, output, 0, rows), np.float32)
+        assert whole.shape == (rows, columns)
+        ends = sorted({0, rows, *(int(cut) for cut in np.random.default_rng(rows).integers(0, rows + 1, 3))})
+        for start, stop in itertools.pairwise(ends):
+            scatter(source, output, start, whole[start:stop], found)
+    offset = {piece.source for output in mapped for piece in output.pieces if piece.add}
+    for name, back in found.items():
+        if name not in offset:
+            np.testing.assert_array_equal(back, values[name], err_msg=name)
+    again = Arrays(found.__getitem__)
+    for output in mapped:
+        rows = matrix_shape(output.shape)[0]
+        expected = read_output_rows(source, output, 0, rows)
+        np.testing.assert_array_equal(read_output_rows(again, output, 0, rows), expected, err_msg=output.name)
+
+
+@given(data=st.data())
+def test_scatter_undoes_any_piece(data: st.DataObject) -> None:
+    matrices, rows, columns = (data.draw(st.integers(1, 6)) for _ in range(3))
+    stacked, transpose = data.draw(st.booleans()), data.draw(st.booleans())
+    shape = (matrices, rows, columns) if stacked else (matrices * rows, columns)
+    seen = (matrices, columns, rows) if transpose and stacked else shape[::-1] if transpose else shape
+    height, width = matrix_shape(seen)
+    edges = sorted({0, height, *data.draw(st.lists(st.integers(0, height), max_size=3))})
+    pieces = []
+    for start, stop in itertools.pairwise(edges):
+        order = data.draw(st.none() | st.permutations(range(stop - start)).map(np.array))
+        swapped = data.draw(st.none() | st.permutations(range(width)).map(np.array))
+        count = None if stop == height and data.draw(st.booleans()) else stop - start
+        pieces.append(Piece("w", start, count, order, transpose, swapped, data.draw(st.sampled_from([0.0, 1.0]))))
+    output = OutputTensor("x.weight", (height, width), tuple(pieces))
+    values = 1 + np.arange(matrices * rows * columns, dtype=np.float32).reshape(shape)
+    source, found = Arrays({"w": values}.__getitem__), {"w": np.zeros_like(values)}
+    gathered = to_float32(read_output_rows(source, output, 0, height))
+    middle = data.draw(st.integers(0, height))
+    scatter(source, output, 0, gathered[:middle], found)
+    scatter(source, output, middle, gathered[middle:], found)
+    np.testing.assert_array_equal(found["w"], values)
+
+
+def test_pieces_follow_one_another() -> None:
+    source = Arrays({"a": some_values((5, 3), 0), "b": some_values((3, 4), 1)}.__getitem__)
+    pieces = (Piece("a", 1), Piece("b", 1, 2, transpose=True))
+    found = list(placed(source, OutputTensor("x.weight", (6, 3), pieces)))
+    assert found == [(0, 4, pieces[0]), (4, 2, pieces[1])]
+
+
+def test_values_in_pieces_are_refused() -> None:
+    values = np.zeros((4, 4), np.float32).T[:2]
+    output = OutputTensor("x.weight", (2, 4), (Piece("w"),))
+    with pytest.raises(ValueError, match="one block"):
+        scatter(Arrays(lambda _: values), output, 0, np.ones((2, 4), np.float32), {"w": values})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_quantize.architectures.rows import matrix_shape, read_output_rows, to_float32
+from llm_quantize.architectures.rows import Arrays, matrix_shape, read_output_rows, to_float32
 from llm_quantize.artifacts.decoded import DecodedArtifact
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, MalformedInputError, UsageError
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.pipeline import Options, quantize
 from tests.tiny_models import TINY, make_tiny, row_lengths_of_256
-
-
-class Arrays:
-    """Decoded tensors as a row source, to be mapped forward again."""
-
-    def __init__(self, values: Mapping[str, np.ndarray]) -> None:
-        self.values = values
-
-    def _view(self, name: str, transpose: bool) -> np.ndarray:
-        array = self.values[name]
-        array = array.swapaxes(-1, -2) if transpose else array
-        return array.reshape(matrix_shape(array.shape))
-
-    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
-        return self._view(name, transpose).shape
-
-    def read_rows(self, name: str, start: int, stop: int, *, transpose: bool = False, **_: Any) -> np.ndarray:
-        return self._view(name, transpose)[start:stop]
 
 
 def artifacts(model: Path, *levels: str, **options: Any) -> list[Path]:
@@ -111,8 +93,8 @@ def test_quantized_values_are_those_of_the_format_owner(variant: str, tmp_path: 
     (path,) = artifacts(model, "Q4_K_M")
     artifact = DecodedArtifact(source, path)
     assert any(name.endswith("_k") for name in artifact.types().values())
-    again = Arrays({name: artifact.decode(name) for name in artifact.names})
-    head = Arrays({**again.values, **{name: artifact.for_head().read(name).numpy() for name in artifact.names}})
+    again = Arrays({name: artifact.decode(name) for name in artifact.names}.__getitem__)
+    head = Arrays({name: artifact.for_head().read(name).numpy() for name in artifact.names}.__getitem__)
     owners = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for output in source.tensors.outputs:
         if output.constant is not None:

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from llm_quantize.artifacts.decoded_directory import open_decoded
-from llm_quantize.blockwise.stores import DirectoryStore
-from llm_quantize.formats.table import scheme_of
+from llm_quantize.formats.table import FORMATS
 from llm_quantize.grids import grid_type
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.models.opening import open_source
@@ -52,7 +51,7 @@ def test_a_run_gives_the_codes_of_its_dense_twin(
     source = open_source(str(model))
     with source.checkpoint:
         ids = ids_of(source, chosen)
-        kind = grid_type(level.lower()) if format == "gguf" else DirectoryStore(scheme_of(result.plan)).grid_type("")
+        kind = FORMATS[format].store(result.plan).grid_type(level.lower())
         artifact = open_decoded(source, result.path)
         decoded = {name: artifact.read(name).float().numpy() for name in artifact.names}
         artifact.close()

@@ -11,11 +11,10 @@ import torch
 from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.artifacts.result import ArtifactResult
 from llm_quantize.calibration.drawing import draw_windows
-from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.models.opening import Source
-from llm_quantize.options import MethodOptions
+from llm_quantize.options import CalibrationOptions, MethodOptions
 from llm_quantize.pipeline import Options, quantize
 
 WORDS = "the cat sat on a mat by the river, and the dog ran 12 miles; then the wind began to sing in the thin trees. "

@@ -11,12 +11,12 @@ import pytest
 from llm_quantize import pipeline
 from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.calibration import choose, collect
-from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.calibration.result import export
 from llm_quantize.errors import IntegrityError, UsageError
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.models.opening import open_source
+from llm_quantize.options import CalibrationOptions
 from llm_quantize.pipeline import Options
 from tests.tiny_models import make_tiny, row_lengths_of_256
 
@@ -105,10 +105,7 @@ def test_foreseen_importance_has_the_names_and_shapes_of_the_real_one(model: Pat
     source = open_source(str(model))
     with source.checkpoint:
         foreseen = choose.foresee(source, "gguf", ["Q4_K_M"], options)
-        real = choose.calibrated(source, options, lambda event: None)
-    assert foreseen is not None
-    assert choose.is_foreseen(foreseen)
-    assert not choose.is_foreseen(real)
-    assert {name: rows.shape for name, rows in foreseen.values.items()} == {
-        name: rows.shape for name, rows in real.values.items()
-    }
+        real = choose.collected(source, "gguf", options, lambda event: None)
+        rows = choose.rows_of(source, real)
+    assert isinstance(foreseen, choose.Foreseen)
+    assert foreseen.names == set(real.names) == rows.keys()

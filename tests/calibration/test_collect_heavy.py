@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from llm_quantize.calibration import choose
-from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.models.opening import open_source
+from llm_quantize.options import CalibrationOptions
 from llm_quantize.pipeline import Options
 
 from ..faults.forking import QUIET_MACHINE
@@ -59,14 +59,14 @@ def test_a_checkpoint_four_times_larger_than_the_limit(tmp_path: Path, text: Pat
 
 
 @pytest.mark.parametrize("variant", sorted(TINY))
-def test_foreseen_names_and_shapes_are_those_of_every_family(variant: str, text: Path, tmp_path: Path) -> None:
+def test_foreseen_names_are_those_of_every_family(variant: str, text: Path, tmp_path: Path) -> None:
     options = Options(
         calibration=CalibrationOptions(data=(str(text),), samples=2, length=64, expert_minimum=0), calibrate=True
     )
     source = open_source(str(make_tiny(variant, tmp_path / "model")))
     with source.checkpoint:
         foreseen = choose.foresee(source, "gguf", ["Q4_K_M"], options)
-        real = choose.calibrated(source, options, lambda event: None)
-    assert foreseen is not None
-    shapes = {name: rows.shape for name, rows in foreseen.values.items()}
-    assert {name: rows.shape for name, rows in real.values.items()} == shapes
+        real = choose.collected(source, "gguf", options, lambda event: None)
+        rows = choose.rows_of(source, real)
+    assert isinstance(foreseen, choose.Foreseen)
+    assert foreseen.names == set(real.names) == rows.keys()

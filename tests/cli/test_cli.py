@@ -163,7 +163,7 @@ def test_progress_is_json_lines_with_json(demo_model: Path, tmp_path: Path) -> N
 
 
 def test_run_generates(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(capsys, "-q", "quantize", str(demo_model), "-q", "Q8_0", "-o", str(tmp_path))[0] == 0
+    assert call(capsys, "-s", "quantize", str(demo_model), "-q", "Q8_0", "-o", str(tmp_path))[0] == 0
     artifact = str(tmp_path / "demo-llama-Q8_0.gguf")
     code, result = call_json(capsys, "run", artifact, "It is a truth", "-n", "12", "--json")
     assert code == 0

@@ -27,9 +27,9 @@ def call(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, s
 def artifacts(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with one Q8_0 file, one Q4_K_M file, and a Q8_0 artifact of several parts in ``parts``."""
     place = tmp_path_factory.mktemp("artifacts")
-    assert run(["-q", "quantize", str(demo_model), "-q", "Q8_0", "-q", "Q4_K_M", "-o", str(place)]) == 0
+    assert run(["-s", "quantize", str(demo_model), "-q", "Q8_0", "-q", "Q4_K_M", "-o", str(place)]) == 0
     words = ["-q", "Q8_0", "-n", "parts", "--split-max-size", "2M", "-o", str(place)]
-    assert run(["-q", "quantize", str(demo_model), *words]) == 0
+    assert run(["-s", "quantize", str(demo_model), *words]) == 0
     return place
 
 
@@ -106,7 +106,7 @@ def test_verify_lists_all_with_v_after_its_name(
 
 def test_quiet_prints_results_and_no_progress(demo_model: Path, tmp_path: Path) -> None:
     words = ["quantize", str(demo_model), "-q", "Q8_0", "-o", str(tmp_path), "--overwrite"]
-    for options in (["-q"], ["-q", "--json"]):
+    for options in (["-s"], ["-s", "--json"]):
         command = [sys.executable, "-m", "llm_quantize", *options, *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stderr == ""
@@ -125,7 +125,7 @@ def test_options_of_a_calibration_that_is_none_are_named(
 def test_quiet_keeps_warnings(
     demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], artifacts: Path
 ) -> None:
-    code, _, err = call(capsys, "-q", "run", artifacts / "demo-llama-Q8_0.gguf", "a b " * 600, "-n", "1")
+    code, _, err = call(capsys, "-s", "run", artifacts / "demo-llama-Q8_0.gguf", "a b " * 600, "-n", "1")
     assert code == 0
     assert err.startswith("warning: ")
     assert "1024" in err

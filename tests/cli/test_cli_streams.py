@@ -47,7 +47,7 @@ def test_head(demo_model: Path) -> None:
 
 
 def test_a_verdict_survives_its_reader(demo_model: Path, tmp_path: Path) -> None:
-    assert run(["-q", "quantize", str(demo_model), "-q", "Q8_0", "-o", str(tmp_path)]) == 0
+    assert run(["-s", "quantize", str(demo_model), "-q", "Q8_0", "-o", str(tmp_path)]) == 0
     path = tmp_path / "demo-llama-Q8_0.gguf"
     raw = bytearray(path.read_bytes())
     raw[-100] ^= 1

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from llm_quantize.artifacts.planning import Options
-from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.cli import run
 from llm_quantize.compare import comparison, measurements
 from llm_quantize.compare.bench import MeasuredFile, measured_file
@@ -31,6 +29,7 @@ from llm_quantize.evaluation import quality, speed
 from llm_quantize.formats.gguf.metadata import importance_metadata
 from llm_quantize.formats.gguf.metadata import text as gguf_text
 from llm_quantize.io.gguf_file import layout_gguf
+from llm_quantize.options import CalibrationOptions, Options
 from llm_quantize.reports.result import ComparisonResult, read_comparison
 from llm_quantize.runtimes import llama_cpp_library
 from tests.reports.examples import comparison as comparison_of

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llm_quantize.engine import run, stop_on_signals
+from llm_quantize.engine import in_order, run, stop_on_signals
 from llm_quantize.errors import IntegrityError, ResourceError, StoppedError
 
 
@@ -96,6 +96,43 @@ def test_first_signal_sets_the_event_and_handlers_come_back(number: int) -> None
         os.kill(os.getpid(), number)
         assert stop.wait(5)
     assert signal.getsignal(number) is before
+
+
+def test_one_inside_another_is_the_same() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_signals() as outer:
+        with stop_on_signals() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert inner.wait(5)
+        assert outer.is_set()
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+    with stop_on_signals() as later:
+        assert not later.is_set()
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_results_in_order(threads: int) -> None:
+    def work(job: int) -> int:
+        time.sleep(0.01 * (3 - job % 4))
+        return 10 * job
+
+    assert list(in_order(work, range(12), threads=threads)) == list(range(0, 120, 10))
+
+
+def test_in_order_stops_without_a_gap() -> None:
+    stop = threading.Event()
+    results: list[int] = []
+
+    def work(job: int) -> int:
+        if job == 5:
+            stop.set()
+        return job
+
+    with pytest.raises(StoppedError, match="what this measurement has found so far is not kept"):
+        results.extend(in_order(work, range(1000), threads=3, stop=stop, resumable=None))
+    assert results == list(range(len(results)))
+    assert 5 < len(results) < 20
 
 
 def test_second_signal_ends_the_process_at_once() -> None:

@@ -9,17 +9,18 @@ import torch
 
 from llm_quantize import kernels
 from llm_quantize.architectures.rows import matrix_shape, read_output_rows, to_float32
-from llm_quantize.artifacts.plan import ArtifactPlan, TensorPlan
-from llm_quantize.formats.table import packed_format, scheme_of
+from llm_quantize.formats.base import scheme_of
+from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.grids import grid_type
 from llm_quantize.grids.grid import Grid
 from llm_quantize.models.opening import Source
+from llm_quantize.plan import ArtifactPlan, TensorPlan
 
 
 def fill(source: Source, plan: ArtifactPlan, directory: Path) -> dict[str, tuple[Grid, torch.Tensor]]:
     """Write the files of ``plan``, and return {module: (grid, codes)} of what stands in them."""
     scheme = scheme_of(plan)
-    form = packed_format(plan.format)
+    form = PACKED[plan.format]
     contents = [bytearray(file.header + bytes(file.size - len(file.header))) for file in plan.files]
 
     def put(tensor: TensorPlan, data: bytes) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from llm_quantize.formats.base import Scheme
+from llm_quantize.formats.base import Packed, Scheme
 from llm_quantize.grids.grid import Grid
 
 _STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -33,3 +34,12 @@ def random_matrix(scheme: Scheme, rows: int, columns: int, seed: int = 0, least:
     zeros = None if scheme.qtype.symmetric else generator.integers(least, most + 1, (rows, groups))
     codes = generator.integers(0, 1 << scheme.qtype.bits, (rows, columns)).astype(np.uint8)
     return make_grid(scheme, scales, zeros), torch.as_tensor(codes)
+
+
+def unpacked(format: Packed, scheme: Scheme, arrays: Mapping[str, np.ndarray], rows: int, columns: int) -> np.ndarray:
+    """float32 (rows, columns): what ``format`` decodes of the arrays of a matrix, whole and in parts the same."""
+    packed = format.described(scheme, rows, columns)
+    whole = format.unpack(packed, arrays, 0, rows)
+    parts = [format.unpack(packed, arrays, at, min(rows, at + 32)) for at in range(0, rows, 32)]
+    assert np.array_equal(np.concatenate(parts), whole)
+    return whole

@@ -8,7 +8,7 @@ import pytest
 from llm_quantize.errors import UsageError
 from llm_quantize.formats import awq
 from llm_quantize.formats.base import Coverage, SchemeOptions
-from tests.formats.grids import make_grid, random_matrix
+from tests.formats.grids import make_grid, random_matrix, unpacked
 
 
 def test_bytes_by_hand() -> None:
@@ -35,7 +35,7 @@ def test_comes_back(symmetric: bool | None) -> None:
     for field, array in zip(awq.fields(scheme, 40, 96), packed, strict=True):
         assert (array.dtype.name, array.shape, array.nbytes) == (field.dtype, field.shape, field.nbytes)
         found[field.suffix] = array
-    assert np.array_equal(awq.unpack(scheme, found), grid.decode(codes).numpy())
+    assert np.array_equal(unpacked(awq, scheme, found, 40, 96), grid.decode(codes).numpy())
     if symmetric:
         assert (found["qzeros"].view(np.uint32) == 0x88888888).all()
 

@@ -13,7 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from llm_quantize.errors import UsageError
 from llm_quantize.formats import compressed_tensors as form
 from llm_quantize.formats.base import Coverage, Scheme, SchemeOptions
-from tests.formats.grids import make_grid, random_matrix
+from tests.formats.grids import make_grid, random_matrix, unpacked
 
 SMALL = {"scale": "bfloat16", "group_size": 32}
 
@@ -62,7 +62,7 @@ def test_the_package_decompresses_every_level(level: str, scale: str) -> None:
     assert scheme.level == level
     grid, codes = random_matrix(scheme, 21, 96)
     found = named(scheme, form.pack(scheme, grid, codes), 21, 96)
-    ours = form.unpack(scheme, found)
+    ours = unpacked(form, scheme, found, 21, 96)
     assert np.array_equal(ours, grid.decode(codes).numpy())
     tensors = as_torch(found)
     rounded = decompress(scheme, tensors)

@@ -17,12 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llm_quantize.architectures.base import Piece
-from llm_quantize.artifacts.plan import ArtifactPlan
 from llm_quantize.errors import UnsupportedError, UsageError
-from llm_quantize.formats.directory import DirectoryOptions, plan_directory
-from llm_quantize.formats.table import packed_format, scheme_of
+from llm_quantize.formats.base import scheme_of
+from llm_quantize.formats.packed_directory import DirectoryOptions, plan_directory
+from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.models.opening import open_source
+from llm_quantize.plan import ArtifactPlan
 from tests.formats.filled import fill
+from tests.formats.grids import unpacked
 from tests.safetensors_by_hand import entries, write_raw
 from tests.tiny_models import make_tiny, quiet, reference_logits, reference_model
 
@@ -36,7 +38,7 @@ def planned(model: Path, format: str = "gptq", level: str = "4bit", **options: A
     source = open_source(str(model))
     with closing(source.checkpoint):
         choice = DirectoryOptions(**{"group_size": 32} | options)
-        return plan_directory(source, format, level, name="tiny", options=choice)
+        return plan_directory(source, PACKED[format], level, name="tiny", options=choice)
 
 
 def filled(
@@ -46,7 +48,7 @@ def filled(
     source = open_source(str(model))
     with closing(source.checkpoint):
         choice = DirectoryOptions(**{"group_size": 32} | options)
-        plan = plan_directory(source, format, level, name="tiny", options=choice)
+        plan = plan_directory(source, PACKED[format], level, name="tiny", options=choice)
         found = fill(source, plan, directory)
     return plan, {name: grid.decode(codes) for name, (grid, codes) in found.items()}
 
@@ -100,7 +102,7 @@ def test_every_format_filled_and_read_again(llama: Path, tmp_path: Path, format:
     scheme = scheme_of(plan)
     assert len(plan.matrices) == 14
     for matrix in plan.matrices:
-        decoded = packed_format(format).unpack(scheme, arrays_of(plan, found, matrix.fields))
+        decoded = unpacked(PACKED[format], scheme, arrays_of(plan, found, matrix.fields), *matrix.weight.shape)
         assert torch.equal(torch.from_numpy(decoded), values[matrix.name])
         weight = source.pop(f"{matrix.name}.weight").float()
         assert (values[matrix.name] - weight).norm() < 0.3 * weight.norm()
@@ -298,14 +300,6 @@ def test_families_that_cannot_be_packed_are_refused(tmp_path: Path) -> None:
     assert {matrix.name.split(".")[3] for matrix in plan.matrices} == {"self_attn"}
 
 
-def test_an_already_quantized_source_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
-    filled(llama, tmp_path / "out", "awq", "4bit")
-    with pytest.raises(UnsupportedError, match=r"already quantized[\s\S]*awq"):
-        open_source(str(tmp_path / "out"))
-    with pytest.raises(UnsupportedError, match="no such packed format"):
-        planned(llama, "exl2")
-
-
 def test_sizes_that_do_not_divide_name_the_module(llama: Path) -> None:
     with pytest.raises(UsageError, match=r"96 weights are not whole groups of 64[\s\S]*mlp\.down_proj"):
         planned(llama, group_size=64)
@@ -389,9 +383,10 @@ def test_a_7b_model_is_planned_at_the_size_people_expect(llama: Path, tmp_path: 
 def test_a_plan_loads_neither_torch_nor_transformers(llama: Path) -> None:
     code = (
         "import sys; from llm_quantize.models.opening import open_source; "
-        "from llm_quantize.formats.directory import plan_directory; "
-        f"plan = plan_directory(open_source({str(llama)!r}), 'compressed-tensors', 'W4A16', name='x', "
-        "options=__import__('llm_quantize.formats.directory').formats.directory.DirectoryOptions(group_size=32)); "
+        "from llm_quantize.formats.packed_directory import DirectoryOptions, plan_directory; "
+        "from llm_quantize.formats import compressed_tensors; "
+        f"plan = plan_directory(open_source({str(llama)!r}), compressed_tensors, 'W4A16', name='x', "
+        "options=DirectoryOptions(group_size=32)); "
         "print(len(plan.matrices), 'torch' in sys.modules, 'transformers' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from llm_quantize.calibration.identity import model_digest
 from llm_quantize.cli import run
 from llm_quantize.errors import (
     AccessError,
@@ -20,6 +19,7 @@ from llm_quantize.errors import (
 )
 from llm_quantize.formats.gguf.levels import Overrides, Recipe
 from llm_quantize.formats.gguf.recipe_file import read_recipe, write_recipe
+from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, plan, quantize
 from tests.oracles.llama_quantize import types_of

@@ -12,7 +12,6 @@ import huggingface_hub
 import pytest
 
 from llm_quantize.advice.describe import describe
-from llm_quantize.artifacts.plan import ArtifactPlan
 from llm_quantize.errors import (
     IntegrityError,
     LlmQuantizeError,
@@ -25,6 +24,7 @@ from llm_quantize.models.hub import headers as hub_headers
 from llm_quantize.models.hub.fetch import resolve
 from llm_quantize.models.safetensors import open_checkpoint
 from llm_quantize.pipeline import plan
+from llm_quantize.plan import ArtifactPlan
 from tests.fake_hub import COMMIT, FakeHub
 from tests.models.test_hub import cache, files_of, point_to, refused, sharded, single
 

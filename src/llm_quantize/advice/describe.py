@@ -10,13 +10,16 @@ from typing import Any
 
 from gguf.constants import Keys
 
+from llm_quantize.advice.footprint import shape_of
 from llm_quantize.architectures.rows import weights_of
+from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.formats.gguf.describe import describe as gguf_metadata
+from llm_quantize.formats.gguf.vocabulary.reading import has_tokenizer
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
 from llm_quantize.models.opening import Source, open_source
-from llm_quantize.models.quantized import PackedDirectory
-from llm_quantize.models.quantized_config import is_packed_directory
+from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
 
 CONTEXT = 8192  # tokens of the cache whose memory is told, or all that the model was trained for, if fewer
 
@@ -67,11 +70,11 @@ def _describe_source(source: Source) -> dict[str, Any]:
         "tied_embeddings": "output.weight" not in names,
         "dtypes": dtypes,
         "files": [{"name": fact.name, "size": fact.size} for fact in checkpoint.fingerprint()],
-        **_tokenizer(source.metadata),
+        **_source_tokenizer(source),
         "memory": {
             "source_weights": sum(info.nbytes for info in checkpoint.tensors.values()),
             "weights_16bit": 2 * weights,
-            "kv_cache_f16": {"tokens": tokens, "bytes": kv_cache_bytes(hyper, tokens)},
+            "kv_cache_f16": {"tokens": tokens, "bytes": shape_of(source).cache(tokens)},
         },
         "left_out": source.left_out,
         "tensors": [
@@ -81,9 +84,16 @@ def _describe_source(source: Source) -> dict[str, Any]:
     }
 
 
-def kv_cache_bytes(hyper: Any, context: int) -> int:
-    """Bytes of a float16 key and value cache of ``context`` tokens with full attention in every layer."""
-    return int(2 * 2 * hyper.n_layer * hyper.n_head_kv * hyper.head_dim * context)
+def _source_tokenizer(source: Source) -> dict[str, Any]:
+    """What GGUF would say of the tokenizer; where llama.cpp cannot run this model, why."""
+    try:
+        return _tokenizer(gguf_metadata(source))
+    except UnsupportedError as error:
+        return {**_tokenizer({}), "gguf": f"cannot be made: {error.what}"}
+    except MalformedInputError as error:
+        if has_tokenizer(source.checkpoint.directory):
+            raise
+        return {**_tokenizer({}), "gguf": f"cannot be made: {error.what}"}
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:

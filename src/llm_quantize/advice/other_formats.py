@@ -5,27 +5,28 @@ They are not ranked: what fits depends on the memory of vLLM or Transformers, wh
 
 from __future__ import annotations
 
-from llm_quantize.artifacts.planning import Options, plan_source
 from llm_quantize.calibration import choose
 from llm_quantize.errors import UnsupportedError, UsageError
+from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.models.opening import Source
+from llm_quantize.options import Options
+from llm_quantize.pipeline import plan_source
 from llm_quantize.reports.numbers import bytes_text
-
-DIRECTORIES = (("gptq", "4bit"), ("awq", "4bit"), ("compressed-tensors", "W4A16"))
 
 
 def directories_note(source: Source) -> str:
     """Formats, levels and planned sizes of the files, in one sentence; what a format cannot hold, with the reason."""
     told = []
-    for format, level in DIRECTORIES:
+    for name, form in PACKED.items():
+        level = form.EXAMPLE
         options = Options()
         try:
-            imatrix = choose.foresee(source, format, [level], options)
-            (plan,) = plan_source(source, format, levels=[level], name=None, options=options, imatrix=imatrix)
+            foreseen = choose.foresee(source, name, [level], options)
+            (plan,) = plan_source(source, name, levels=[level], name=None, options=options, importance=foreseen)
         except (UnsupportedError, UsageError) as error:
-            told.append(f"{format} -q {level} cannot be made of this model ({error.what})")
+            told.append(f"{name} -q {level} cannot be made of this model ({error.what})")
         else:
-            told.append(f"{format} -q {level}: {bytes_text(plan.size)}")
+            told.append(f"{name} -q {level}: {bytes_text(plan.size)}")
     return (
         "for vLLM and Transformers, quantize also writes directories; they are not ranked here, as the memory they "
         f"take there was not measured: {'; '.join(told)}"

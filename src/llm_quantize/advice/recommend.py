@@ -15,19 +15,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gguf.constants import Keys
-
 from llm_quantize.advice.experience import PUBLISHED_SOURCE, Experience, Loss, gains_from_importance
-from llm_quantize.advice.footprint import Footprint, Placement, Shape, footprint, place, weights_of
+from llm_quantize.advice.footprint import Footprint, Placement, footprint, place, shape_of, weights_of
 from llm_quantize.advice.machine import Machine
 from llm_quantize.advice.other_formats import directories_note
-from llm_quantize.artifacts.plan import ArtifactPlan
-from llm_quantize.artifacts.planning import FLOAT_LEVELS, Options, plan_source, tensor_shapes
 from llm_quantize.calibration import choose
 from llm_quantize.errors import UsageError
-from llm_quantize.formats.gguf.levels import LEVELS, needs_importance
+from llm_quantize.formats.gguf.levels import LEVELS
+from llm_quantize.formats.gguf.plan import FLOAT_LEVELS
+from llm_quantize.formats.gguf.plan import NAME as RANKED
+from llm_quantize.formats.table import FORMATS
 from llm_quantize.measures.grades import GRADES, grade
 from llm_quantize.models.opening import Source
+from llm_quantize.options import Options
+from llm_quantize.pipeline import plan_source
+from llm_quantize.plan import ArtifactPlan
 from llm_quantize.reports.numbers import bytes_text
 
 CONTEXT = 8192
@@ -220,25 +222,6 @@ def recommend(
     )
 
 
-def shape_of(source: Source) -> Shape:
-    """What memory depends on, of an opened model."""
-    architecture, hyper = source.architecture, source.architecture.hyper
-    value = source.metadata.get(Keys.Attention.SLIDING_WINDOW.format(arch=architecture.gguf_name))
-    window = value.value if value is not None and isinstance(value.value, int) else 0
-    dense = hyper.feed_forward_length if not hyper.n_expert else 0
-    experts = hyper.n_expert_used * hyper.expert_feed_forward_length + hyper.shared_feed_forward_length
-    return Shape(
-        n_layer=hyper.n_layer,
-        n_head_kv=hyper.n_head_kv,
-        head_dim=hyper.head_dim,
-        hidden=hyper.embedding_length,
-        feed_forward=max(dense, experts if hyper.n_expert else 0),
-        experts_used=hyper.n_expert_used if hyper.n_expert else 0,
-        vocab=hyper.vocab_size,
-        windows=tuple(window if slides else 0 for slides in architecture.sliding),
-    )
-
-
 def _float_level(source: Source) -> str:
     """The level that stores the source's weights as they are."""
     kept: dict[str, int] = {}
@@ -257,18 +240,16 @@ def _cannot_be(source: Source) -> dict[str, str]:
 
 def _plans(source: Source, levels: Sequence[str]) -> list[tuple[ArtifactPlan, bool]]:
     """The plan of each level, and whether to calibrate: it must be, or published figures say that it gains."""
-    hyper, arch = source.architecture.hyper, source.architecture.gguf_name
-    shapes = {level: tensor_shapes(source, level) for level in levels}
+    form = FORMATS[RANKED]
     calibrate = {
-        level: gains_from_importance(level) or bool(needs_importance(level, shapes[level], hyper, arch=arch))
-        for level in levels
+        level: gains_from_importance(level) or form.needs_importance(source, level, Options()) for level in levels
     }
     found = []
     for wanted in (False, True):
         chosen = [level for level in levels if calibrate[level] is wanted]
         options = Options(calibrate=wanted)
-        imatrix = choose.foresee(source, "gguf", chosen, options)
-        plans = plan_source(source, "gguf", levels=chosen, name=None, options=options, imatrix=imatrix)
+        foreseen = choose.foresee(source, RANKED, chosen, options)
+        plans = plan_source(source, RANKED, levels=chosen, name=None, options=options, importance=foreseen)
         found += [(plan, wanted) for plan in plans]
     return found
 

@@ -22,10 +22,10 @@ _MOST_LAYERS, _MOST_EXPERTS, _LARGEST_HEAD = 4096, 4096, 1 << 16
 class Architecture:
     """One model of one family. ``gguf_name``: the architecture's name in GGUF. ``hyper``: its sizes.
     ``sliding``: for each layer, whether its attention has a window. ``notes``: what the user must know that is not
-    an error.
+    an error. ``limits``: why llama.cpp's graph of this family cannot compute this variant, in the order found; the
+    GGUF format refuses the first of them, every other format does not care.
 
-    Raises: MalformedInputError (a value absent, of a wrong type or impossible), UnsupportedError (a variant that the
-    runtime's graph of this family cannot compute).
+    Raises: MalformedInputError (a value absent, of a wrong type or impossible).
     """
 
     def __init__(self, family: Family, config: Mapping[str, object], file: Path | None) -> None:
@@ -38,35 +38,46 @@ class Architecture:
             values["two_norms"] = new and values.get("num_ln_in_parallel_attn") in (2, None)
         self.config = ConfigReader(values, file, family.defaults)
         self.gguf_name: str = gguf.MODEL_ARCH_NAMES[family.arch]
+        self.limits: list[UnsupportedError] = []
         self._check_limits()
-        self.rope: Rope | None = read_rope(self.config, family)
-        self.hyper = read_hyper(self.config, family, self.rope)
+        self.rope: Rope | None = read_rope(self.config, family, self.limits)
+        self.hyper = read_hyper(self.config, family, self.rope, self.limits)
         self.sliding = self._layer_types()
         self._check_scores()
         self._check_rotated_layers()
-        self._constants = rope_constants(self.rope, self.config, self.hyper)
+        self._constants = {} if self.limits else rope_constants(self.rope, self.config, self.hyper)
         self.notes = tuple(
             text.format(value=self.config.get(name)) for name, text in family.notes if self.config.get(name)
         )
 
-    def _refuse(self, name: str, expected: object, found: object) -> UnsupportedError:
-        return UnsupportedError(
-            f"llama.cpp cannot compute {self.family.model_type} with this {name}",
-            file=self.config.file,
-            expected=expected,
-            found=repr(found)[:200],
-            remedy="this variant cannot be run there; check config.json, or choose another model of the family",
+    @property
+    def window(self) -> int:
+        """Tokens that a sliding layer attends to; 0: all of them."""
+        named = next((v.name for v in self.family.values if v.key == gguf.Keys.Attention.SLIDING_WINDOW), None)
+        if named is None or self.config.get(named) is None:
+            return 0
+        return self.config.integer(named, low=0)
+
+    def _limit(self, name: str, expected: object, found: object) -> None:
+        self.limits.append(
+            UnsupportedError(
+                f"llama.cpp cannot compute {self.family.model_type} with this {name}",
+                file=self.config.file,
+                expected=expected,
+                found=repr(found)[:200],
+                remedy="this variant cannot be run there; check config.json, or choose another model of the family",
+            )
         )
 
     def _check_limits(self) -> None:
         act = self.config.text("hidden_act")
         if act is not None and act not in self.family.activations:
-            raise self._refuse("activation", " or ".join(self.family.activations), act)
+            self._limit("activation", " or ".join(self.family.activations), act)
         for limit in self.family.limits:
             value = self.config.get(limit.name)
             value = limit.default if value is None else value
             if not any(type(value) is type(one) and value == one for one in limit.allowed):
-                raise self._refuse(limit.name, " or ".join(map(repr, limit.allowed)), value)
+                self._limit(limit.name, " or ".join(map(repr, limit.allowed)), value)
 
     def _layer_types(self) -> list[bool]:
         """Which layers have a sliding window: as configured, and, unless the runtime reads it, as it has built in."""
@@ -76,12 +87,14 @@ class Architecture:
         if types is None:
             every = self.config.integer("sliding_window_pattern", low=0, default=period) if period else 0
             if every != period:
-                raise self._refuse("sliding_window_pattern", period, every)
+                self._limit("sliding_window_pattern", period, every)
             return usual
         found = [kind == "sliding_attention" for kind in types]
         known = all(kind in ("sliding_attention", "full_attention") for kind in types)
-        if not known or len(found) != n_layer or (found != usual and not self.family.sliding_pattern):
-            raise self._refuse("order of layer_types", f"full_attention every {period or 1} layers", types)
+        if len(found) != n_layer:
+            raise self.config.wrong("layer_types", f"one type for each of {n_layer} layers", types)
+        if not known or (found != usual and not self.family.sliding_pattern):
+            self._limit("order of layer_types", f"full_attention every {period or 1} layers", types)
         return found
 
     def _check_rotated_layers(self) -> None:
@@ -89,7 +102,7 @@ class Architecture:
         period = self.family.rope_period
         rotated = self.config.sequence("no_rope_layers") if period else None
         if rotated is not None and list(rotated) != [int((i + 1) % period != 0) for i in range(self.hyper.n_layer)]:
-            raise self._refuse("no_rope_layers", f"0 every {period} layers, else 1", rotated)
+            self._limit("no_rope_layers", f"0 every {period} layers, else 1", rotated)
 
     def _check_scores(self) -> None:
         """The divisor of attention scores, where the runtime derives it instead of reading it."""
@@ -100,7 +113,7 @@ class Architecture:
         if hyper.n_layer == self.family.score_layers:
             expected = hyper.embedding_length // hyper.n_head
         if scalar != expected:
-            raise self._refuse("query_pre_attn_scalar", expected, scalar)
+            self._limit("query_pre_attn_scalar", expected, scalar)
 
     def map_tensors(self, tensors: Mapping[str, TensorInfo]) -> TensorMap:
         """Every tensor of the checkpoint mapped, or left out with the reason (see mapping.map_tensors)."""
@@ -169,11 +182,11 @@ def _meta(value: int | float | bool | str) -> MetaValue:
     return MetaValue(GGUFValueType.STRING, value)
 
 
-def read_hyper(config: ConfigReader, family: Family, rope: Rope | None) -> Hyper:
-    """The sizes of the model, checked against each other.
+def read_hyper(config: ConfigReader, family: Family, rope: Rope | None, limits: list[UnsupportedError]) -> Hyper:
+    """The sizes of the model, checked against each other; those that llama.cpp derives otherwise are added to
+    ``limits``.
 
-    Raises: MalformedInputError (absent, wrong, contradictory), UnsupportedError (a size the runtime derives
-    otherwise).
+    Raises: MalformedInputError (absent, wrong, contradictory).
     """
     heads = config.integer("num_attention_heads", high=1 << 16)
     kv = config.integer("num_key_value_heads", high=1 << 16, default=heads)
@@ -182,14 +195,10 @@ def read_hyper(config: ConfigReader, family: Family, rope: Rope | None) -> Hyper
     if heads % kv:
         raise config.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})", kv)
     if family.equal_heads and kv != heads:
-        raise UnsupportedError(
-            f"llama.cpp wants as many key heads as query heads for {family.model_type}",
-            file=config.file,
-            expected=heads,
-            found=kv,
-        )
+        what = f"llama.cpp wants as many key heads as query heads for {family.model_type}"
+        limits.append(UnsupportedError(what, file=config.file, expected=heads, found=kv))
     embedding = config.integer("hidden_size")
-    head_dim = _head_dim(config, family, embedding, heads)
+    head_dim = _head_dim(config, family, embedding, heads, limits)
     rotary = 0 if rope is None else int(head_dim * rope.share)
     if rotary % 2:
         raise config.wrong("number of rotated dimensions", "an even number", rotary)
@@ -216,18 +225,14 @@ def read_hyper(config: ConfigReader, family: Family, rope: Rope | None) -> Hyper
     )
 
 
-def _head_dim(config: ConfigReader, family: Family, embedding: int, heads: int) -> int:
+def _head_dim(config: ConfigReader, family: Family, embedding: int, heads: int, limits: list[UnsupportedError]) -> int:
     own = config.get("head_dim")
     if own is not None:
         head = config.integer("head_dim", high=_LARGEST_HEAD)
-        if family.own_head_dim or head * heads == embedding:
-            return head
-        raise UnsupportedError(
-            f"llama.cpp derives the head size of {family.model_type} from hidden_size and num_attention_heads",
-            file=config.file,
-            expected=embedding // heads,
-            found=head,
-        )
+        if not family.own_head_dim and head * heads != embedding:
+            what = f"llama.cpp derives the head size of {family.model_type} from hidden_size and num_attention_heads"
+            limits.append(UnsupportedError(what, file=config.file, expected=embedding // heads, found=head))
+        return head
     if embedding % heads:
         raise config.wrong("hidden_size", f"a multiple of num_attention_heads ({heads})", embedding)
     return embedding // heads

@@ -14,6 +14,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import UnsupportedError
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -57,10 +59,12 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """Every source tensor accounted for: used by ``outputs``, or in ``left_out`` with the reason."""
+    """Every source tensor accounted for: used by ``outputs``, or in ``left_out`` with the reason. ``limits``: what
+    llama.cpp has no place for."""
 
     outputs: tuple[OutputTensor, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    limits: tuple[UnsupportedError, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -186,10 +186,11 @@ def map_tensors(
     constants: Mapping[gguf.MODEL_TENSOR, npt.NDArray[np.float32]],
     same: Callable[[TensorInfo, TensorInfo], bool] | None = None,
 ) -> TensorMap:
-    """Every tensor of the checkpoint accounted for. Order: as the network runs, whatever the order of the source.
+    """Every tensor of the checkpoint accounted for. Order: as the network runs, whatever the order of the source. An
+    output matrix of its own where llama.cpp can have none is among its limits.
 
     Raises: MalformedInputError (a weight absent, of another shape, or unexplained; layers that do not fit the
-    configuration), UnsupportedError (an output matrix of its own where the runtime can have none).
+    configuration).
     """
     mapper = Mapper(family, config, hyper, tensors)
     whole = [w for w in family.weights if "{}" not in w.forms[0].name and mapper.wanted(w)]
@@ -203,38 +204,42 @@ def map_tensors(
         outputs += [mapper.output(weight, layer) for weight in layered]
     head = [w for w in whole if w.tensor == gguf.MODEL_TENSOR.OUTPUT]
     outputs += [mapper.output(weight, None) for weight in whole if weight not in first and weight not in head]
+    limits: list[UnsupportedError] = []
     for weight in head:
-        outputs += _head(mapper, weight, first[0], same or same_bytes)
-    return TensorMap(tuple(outputs), mapper.finish())
+        outputs += _head(mapper, weight, first[0], same or same_bytes, limits)
+    return TensorMap(tuple(outputs), mapper.finish(), tuple(limits))
 
 
 def _head(
-    mapper: Mapper, weight: Weight, embedding: Weight, same: Callable[[TensorInfo, TensorInfo], bool]
+    mapper: Mapper,
+    weight: Weight,
+    embedding: Weight,
+    same: Callable[[TensorInfo, TensorInfo], bool],
+    limits: list[UnsupportedError],
 ) -> list[OutputTensor]:
     """output.weight (and its bias): the checkpoint's own, or the embedding where it is tied and the runtime asks."""
     family, short = mapper.family, weight.forms[0].name
     if not mapper.hyper.tied or weight.forms[0].name.endswith(".bias"):
-        if family.output:
-            return [mapper.output(weight, None)]
-        info = mapper.tensors.get(short)
-        raise UnsupportedError(
-            f"llama.cpp ties the output of {family.model_type} to its embedding; this checkpoint does not",
-            file=info.file if info else mapper.config.file,
-            tensor=info.name if info else "lm_head.weight",
-            expected="tie_word_embeddings true",
-            found="tie_word_embeddings false",
-        )
+        if not family.output:
+            info = mapper.tensors.get(short)
+            limits.append(
+                UnsupportedError(
+                    f"llama.cpp ties the output of {family.model_type} to its embedding; this checkpoint does not",
+                    file=info.file if info else mapper.config.file,
+                    tensor=info.name if info else "lm_head.weight",
+                    expected="tie_word_embeddings true",
+                    found="tie_word_embeddings false",
+                )
+            )
+        return [mapper.output(weight, None)]
     table = mapper.tensors[embedding.forms[0].name]
     if mapper.has(short):
         own = mapper.output(weight, None)
         info = mapper.tensors[short]
         if not same(info, table):
             if not family.output:
-                raise UnsupportedError(
-                    f"llama.cpp ties the output of {family.model_type} to its embedding; this checkpoint has another",
-                    file=info.file,
-                    tensor=info.name,
-                )
+                what = f"llama.cpp ties the output of {family.model_type} to its embedding; this checkpoint has another"
+                limits.append(UnsupportedError(what, file=info.file, tensor=info.name))
             return [own]
         mapper.left_out[info.name] = f"the same values as {table.name}, to which the configuration ties it"
     if not family.needs_output:

@@ -32,10 +32,11 @@ class Rope:
     scaling: Mapping[str, object] = field(default_factory=dict)
 
 
-def read_rope(config: ConfigReader, family: Family) -> Rope | None:
-    """The rotary positions that ``config`` describes, or None where the family has none.
+def read_rope(config: ConfigReader, family: Family, limits: list[UnsupportedError]) -> Rope | None:
+    """The rotary positions that ``config`` describes, or None where the family has none; what of them llama.cpp cannot
+    compute is added to ``limits``.
 
-    Raises: MalformedInputError (a value of the wrong kind), UnsupportedError (a scaling the runtime cannot compute).
+    Raises: MalformedInputError (a value of the wrong kind).
     """
     if family.rope_default is None:
         return None
@@ -49,12 +50,14 @@ def read_rope(config: ConfigReader, family: Family) -> Rope | None:
     if kind == "su" or (kind == "yarn" and "longrope" in family.rope):
         kind = "longrope"
     if kind != "default" and kind not in family.rope:
-        raise UnsupportedError(
-            f"the rotary scaling {kind!r} cannot be computed by llama.cpp for {family.model_type}",
-            file=config.file,
-            expected=", ".join(["default", *sorted(family.rope)]),
-            found=kind,
-            remedy="use a checkpoint without this scaling",
+        limits.append(
+            UnsupportedError(
+                f"the rotary scaling {kind!r} cannot be computed by llama.cpp for {family.model_type}",
+                file=config.file,
+                expected=", ".join(["default", *sorted(family.rope)]),
+                found=kind,
+                remedy="use a checkpoint without this scaling",
+            )
         )
     theta = reader.number("rope_theta", default=config.number("rope_theta", default=family.rope_default))
     if theta <= 0:
@@ -64,24 +67,18 @@ def read_rope(config: ConfigReader, family: Family) -> Rope | None:
         local_theta = config.number("rope_local_base_freq", default=local_theta, positive=True)
         local_theta = ConfigReader(local, config.file).number("rope_theta", default=local_theta, positive=True)
     elif (other := ConfigReader(local, config.file).number("rope_theta", default=theta)) != theta:
-        raise UnsupportedError(
-            f"llama.cpp has one rotary base for all layers of {family.model_type}",
-            file=config.file,
-            expected=theta,
-            found=other,
-        )
+        what = f"llama.cpp has one rotary base for all layers of {family.model_type}"
+        limits.append(UnsupportedError(what, file=config.file, expected=theta, found=other))
     share = reader.number(
         "partial_rotary_factor",
         default=config.number("partial_rotary_factor", default=family.partial_default),
         positive=True,
     )
-    if share > 1 or (share != 1 and not family.partial):
-        raise UnsupportedError(
-            f"llama.cpp rotates whole heads for {family.model_type}",
-            file=config.file,
-            expected="partial_rotary_factor 1",
-            found=share,
-        )
+    if share > 1:
+        raise config.wrong("partial_rotary_factor", "at most 1", share)
+    if share != 1 and not family.partial:
+        what = f"llama.cpp rotates whole heads for {family.model_type}"
+        limits.append(UnsupportedError(what, file=config.file, expected="partial_rotary_factor 1", found=share))
     return Rope(theta, local_theta, kind, share, parameters)
 
 

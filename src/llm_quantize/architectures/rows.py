@@ -1,9 +1,13 @@
-"""Rows of an output tensor, produced from row ranges of the source: gathered, transposed, offset, never whole."""
+"""The map between the tensors of a source and those of an artifact, applied to rows, both ways.
+
+``read_output_rows`` makes rows of an output tensor from rows of its source's: gathered, transposed, offset, never
+whole. ``scatter`` is its inverse: rows of an output tensor go back to where they come from.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,16 +21,41 @@ CHUNK_WEIGHTS = 1 << 19
 UNIT_WEIGHTS = 1 << 24
 
 Rows = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
 
 
-class RowSource(Protocol):
-    """What this module needs of a checkpoint (``checkpoint.Checkpoint`` is one)."""
+class Shapes(Protocol):
+    """Tensors known by their shapes."""
+
+    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
+        """(rows, columns) of a tensor seen as a matrix, its last two dimensions exchanged first with ``transpose``."""
+
+
+class RowSource(Shapes, Protocol):
+    """What this module needs of a checkpoint (``safetensors.Checkpoint`` is one)."""
 
     def read_rows(
         self, name: str, start: int, stop: int, *, transpose: bool = False, buffer: Any = None, digest: Any = None
     ) -> Rows: ...
 
-    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]: ...
+
+class Arrays:
+    """A row source over arrays in memory. ``read``: a tensor's values, float32, in its shape."""
+
+    def __init__(self, read: Callable[[str], Floats]) -> None:
+        self._read = read
+
+    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
+        """As ``Checkpoint.matrix``."""
+        return matrix_shape(_turned(self._read(name), transpose).shape)
+
+    def read_rows(
+        self, name: str, start: int, stop: int, *, transpose: bool = False, buffer: Any = None, digest: Any = None
+    ) -> Floats:
+        """As ``Checkpoint.read_rows``; ``buffer`` and ``digest`` are for stored bytes, which these are not."""
+        del buffer, digest
+        seen = _turned(self._read(name), transpose)
+        return np.ascontiguousarray(seen.reshape(matrix_shape(seen.shape))[start:stop])
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -79,6 +108,17 @@ def chunk_ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tupl
         start = end
 
 
+def placed(source: Shapes, tensor: OutputTensor) -> Iterator[tuple[int, int, Piece]]:
+    """(first row, rows, piece) for every piece of ``tensor``."""
+    first = 0
+    for piece in tensor.pieces:
+        count = piece.count
+        if count is None:
+            count = source.matrix(piece.source, transpose=piece.transpose)[0] - piece.start
+        yield first, count, piece
+        first += count
+
+
 def read_output_rows(
     source: RowSource, tensor: OutputTensor, start: int, stop: int, *, buffer: Any = None, digest: Any = None
 ) -> Rows:
@@ -91,21 +131,56 @@ def read_output_rows(
         rows, columns = matrix_shape(tensor.shape)
         return np.ascontiguousarray(tensor.constant, dtype=np.float32).reshape(rows, columns)[start:stop]
     parts: list[Rows] = []
-    base = 0
-    for piece in tensor.pieces:
-        count = piece.count
-        if count is None:
-            count = source.matrix(piece.source, transpose=piece.transpose)[0] - piece.start
+    for base, count, piece in placed(source, tensor):
         first, last = max(start, base) - base, min(stop, base + count) - base
         if first < last:
             alone = first == start - base and last == stop - base
             parts.append(_read_piece(source, piece, first, last, buffer if alone else None, digest))
-        base += count
     if len(parts) == 1:
         return parts[0]
     if len({part.dtype for part in parts}) > 1:
         parts = [to_float32(part) for part in parts]
     return np.concatenate(parts)
+
+
+def scatter(source: Shapes, tensor: OutputTensor, start: int, rows: Floats, into: Mapping[str, Floats]) -> None:
+    """Put rows [start, start + len(rows)) of ``tensor``, float32, where its pieces say that they come from.
+
+    ``into``: {source tensor: float32, its shape, contiguous}, of all that these rows come from; written in place. What
+    a piece adds is taken off again in float32: adding it once more gives the same value exactly. Calls for different
+    rows may run at the same time.
+    """
+    for base, count, piece in placed(source, tensor):
+        first, last = max(start, base), min(start + len(rows), base + count)
+        if first < last:
+            _put(into[piece.source], piece, first - base, rows[first - start : last - start])
+
+
+def _put(whole: Floats, piece: Piece, first: int, values: Floats) -> None:
+    """Write rows [first, first + len(values)) of a piece into its source's tensor."""
+    if not whole.flags.c_contiguous:
+        raise ValueError(f"the values of {piece.source} do not lie in one block")
+    if piece.add:
+        values = values - np.float32(piece.add)
+    if piece.transpose:
+        seen = whole.reshape(-1, *whole.shape[-2:]).swapaxes(1, 2)
+    else:
+        seen = whole.reshape(1, *matrix_shape(whole.shape))
+    last = first + len(values)
+    if piece.order is None and len(seen) == 1:
+        matrix, rows = seen[0], slice(piece.start + first, piece.start + last)
+        matrix[rows, slice(None) if piece.columns is None else piece.columns] = values
+        return
+    target = np.arange(first, last) if piece.order is None else piece.order[first:last]
+    which, row = np.divmod(target + piece.start, seen.shape[1])
+    if piece.columns is None:
+        seen[which, row] = values
+    else:
+        seen[which[:, None], row[:, None], piece.columns] = values
+
+
+def _turned(values: Floats, transpose: bool) -> Floats:
+    return values.swapaxes(-1, -2) if transpose else values
 
 
 def to_float32(rows: Rows) -> npt.NDArray[np.float32]:

@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from llm_quantize import kernels
 from llm_quantize.architectures.base import OutputTensor, Piece
-from llm_quantize.architectures.rows import chunk_ranges, matrix_shape
+from llm_quantize.architectures.rows import chunk_ranges, matrix_shape, placed, scatter
 from llm_quantize.errors import IntegrityError, MalformedInputError, MissingExtraError, UnsupportedError, printable
+from llm_quantize.formats.gguf.describe import describe
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
 from llm_quantize.io.paths import opened, pread_into
@@ -132,14 +133,9 @@ class Decoded(ABC):
         return HeadWeights(self)
 
     def _decode(self, name: str, uses: tuple[Use, ...]) -> npt.NDArray[np.float32]:
-        shape = self._source.checkpoint.tensors[name].shape
-        transposed = uses[0].piece.transpose
-        seen = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
-        values = np.empty(matrix_shape(seen), np.float32)
-        for use in uses:
-            self._fill(values, use)
-        whole = values.reshape(seen)
-        return np.ascontiguousarray(whole.swapaxes(-1, -2)) if transposed else whole
+        values = np.empty(self._source.checkpoint.tensors[name].shape, np.float32)
+        self._fill(name, uses, values)
+        return values
 
     def _read_into(self, name: str, uses: tuple[Use, ...], out: torch.Tensor) -> None:
         import torch
@@ -148,28 +144,16 @@ class Decoded(ABC):
         if tuple(out.shape) != tuple(shape):
             raise ValueError(f"{name} has shape {tuple(shape)}, not {tuple(out.shape)}")
         plain = out.dtype == torch.float32 and out.device.type == "cpu" and out.is_contiguous()
-        if not plain or uses[0].piece.transpose:
+        if plain:
+            self._fill(name, uses, out.detach().numpy())
+        else:
             out.copy_(_tensor(self._decode(name, uses)))
-            return
-        values = out.detach().numpy().reshape(matrix_shape(shape))
-        for use in uses:
-            self._fill(values, use)
 
-    def _fill(self, values: npt.NDArray[np.float32], use: Use) -> None:
-        """Write what one piece says into the matrix (rows, columns) of its source."""
-        piece = use.piece
-        for start, rows in self.stored_rows(use.output.name, use.first, use.first + use.count):
-            first, last = start - use.first, start - use.first + len(rows)
-            if piece.add:
-                rows = rows - np.float32(piece.add)
-            if piece.order is None and piece.columns is None:
-                values[piece.start + first : piece.start + last] = rows
-                continue
-            target = np.arange(first, last) if piece.order is None else piece.order[first:last]
-            if piece.columns is None:
-                values[target + piece.start] = rows
-            else:
-                values[(target + piece.start)[:, None], piece.columns] = rows
+    def _fill(self, name: str, uses: tuple[Use, ...], values: npt.NDArray[np.float32]) -> None:
+        """Write what the artifact holds of the checkpoint tensor ``name`` into ``values``, which has its shape."""
+        for use in uses:
+            for start, rows in self.stored_rows(use.output.name, use.first, use.first + use.count):
+                scatter(self._source.checkpoint, use.output, start, rows, {name: values})
 
     def _another(self, found: str, expected: str, *, tensor: str | None = None) -> IntegrityError:
         return IntegrityError(
@@ -192,14 +176,8 @@ class Decoded(ABC):
                     self._uses[name] = (*self._uses.get(name, ()), use)
 
     def _uses_of(self, output: OutputTensor) -> Iterator[Use]:
-        first = 0
-        for piece in output.pieces:
-            count = piece.count
-            if count is None:
-                rows = self._source.checkpoint.matrix(piece.source, transpose=piece.transpose)[0]
-                count = rows - piece.start
+        for first, count, piece in placed(self._source.checkpoint, output):
             yield Use(output, first, count, piece)
-            first += count
 
 
 class DecodedArtifact(Decoded):
@@ -248,7 +226,7 @@ class DecodedArtifact(Decoded):
         if found is not None and found != wanted:
             raise self._another(f"it says {key} = {printable(str(found))}", f"{key} = {wanted}")
         source_tokens, tokens = (
-            getattr(metadata.get(_TOKENS), "value", None) for metadata in (self._source.metadata, first.metadata)
+            getattr(metadata.get(_TOKENS), "value", None) for metadata in (describe(self._source), first.metadata)
         )
         if tokens is not None and source_tokens is not None and len(tokens) != len(source_tokens):
             raise self._another(f"{len(tokens)} tokens in its vocabulary", f"{len(source_tokens)} tokens")
@@ -360,9 +338,9 @@ def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator
 def _differences(file: GgufFile, source: Source) -> Iterator[str]:
     """Hyper-parameters and tokens in which the artifact's metadata differs from what the source would give."""
     prefix = source.architecture.gguf_name + "."
-    wanted = {key: value for key, (_, value, _) in source.metadata.items() if key.startswith(prefix)}
+    wanted = {key: value for key, (_, value, _) in describe(source).items() if key.startswith(prefix)}
     yield from differences(wanted, {key: getattr(file.metadata.get(key), "value", None) for key in wanted})
-    tokens = [getattr(metadata.get(_TOKENS), "value", None) for metadata in (source.metadata, file.metadata)]
+    tokens = [getattr(metadata.get(_TOKENS), "value", None) for metadata in (describe(source), file.metadata)]
     if None not in tokens and tokens[0] != tokens[1]:
         other = sum(one != two for one, two in zip(*tokens, strict=True))
         yield f"{other} tokens of the artifact's vocabulary are spelled otherwise than the reference's"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_quantize.artifacts.manifest import fallbacks, nonfinite_counts, read_manifest
-from llm_quantize.artifacts.plan import ArtifactPlan
 from llm_quantize.io.artifact_paths import manifest_path
+from llm_quantize.plan import ArtifactPlan
 
 _DEGRADED = {
     "nonfinite_replaced": "{count} NaN or infinite weights were replaced by zero",

@@ -26,17 +26,16 @@ from llm_quantize.architectures.rows import (
     unit_ranges,
 )
 from llm_quantize.artifacts.manifest import NONFINITE_FACTS
-from llm_quantize.artifacts.plan import CARD_UNIT, ArtifactPlan, TensorPlan, unit_key
 from llm_quantize.errors import IntegrityError, NumericPolicyError
 from llm_quantize.events import EventSink
 from llm_quantize.io.output import ResumableOutput
-from llm_quantize.qtypes import QTYPES, QType
+from llm_quantize.plan import CARD_UNIT, ArtifactPlan, TensorPlan, unit_key
+from llm_quantize.qtypes import QTYPES
 
 Importance = Mapping[str, npt.NDArray[np.float32]]
 
 _UNIT_FACTS = ("sha256", "source_sha256", *NONFINITE_FACTS)
 _HOLDS_NONFINITE = ("f32", "f16", "bf16")
-NONFINITE_POLICIES = ("refuse", "zero", "keep")
 
 
 @dataclass
@@ -106,16 +105,6 @@ class _Clock:
         self._last = now
 
 
-def infinite_blocks(qtype: QType, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
-    """Blocks in which a float16 scale (or value) is infinite or NaN: it poisons the whole block in silence."""
-    blocks = packed.reshape(-1, qtype.block_bytes)
-    found = [
-        np.flatnonzero(np.logical_and.reduce([(blocks[:, byte] & mask) == mask for byte, mask in exponent]))
-        for exponent in qtype.half_exponents
-    ]
-    return np.unique(np.concatenate(found)) if any(part.size for part in found) else np.empty(0, np.intp)
-
-
 @dataclass(frozen=True)
 class Worker:
     """Quantizes units. ``importance``: float32 (matrices, columns) per output tensor; ``files``: where each source
@@ -179,7 +168,7 @@ class Worker:
         vectors = self.importance.get(tensor.name) if qtype.uses_importance else None
         importance = None if vectors is None else np.ascontiguousarray(vectors[matrix])
         packed = kernels.quantize(tensor.qtype, rows, importance)
-        bad = infinite_blocks(qtype, packed)
+        bad = qtype.infinite_blocks(packed)
         if not bad.size:
             return packed, 0
         if self.nonfinite == "keep":

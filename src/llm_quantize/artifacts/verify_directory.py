@@ -32,15 +32,14 @@ from llm_quantize.artifacts.verification import (
 )
 from llm_quantize.errors import IntegrityError, LlmQuantizeError
 from llm_quantize.events import EventSink
-from llm_quantize.formats import unpacking
+from llm_quantize.formats.packed import ALIGNED, PackedMatrix, group_index
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.opening import Source
-from llm_quantize.models.quantized import ALIGNED, Packed, PackedDirectory
+from llm_quantize.models.quantized import PackedDirectory
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _NAMES = {"I8": "int8", "I32": "int32", "I64": "int64"}
 _SCALES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-_MAIN = ("qweight", "weight_packed", "weight")
 _COPIED = re.compile(r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model|"
                      r"chat_template\..*|generation_config\.json")  # fmt: skip
 
@@ -59,7 +58,7 @@ def verify_directory(
         known = {entry["name"]: entry for entry in (manifest or {}).get("tensors", [])}
         if manifest is not None:
             problems += _compare_tensors(packed, known, manifest)
-        problems += _compare_settings(packed)
+        problems += packed.format.check_settings(packed.settings, packed.matrices)
         checks = {name: _checked(packed, name, info, known.get(name)) for name, info in packed.tensors.items()}
         total, done = sum(info.nbytes for info in packed.tensors.values()), 0
         for matrix in packed.matrices.values():
@@ -131,37 +130,6 @@ def _compare_tensors(
             yield f"tensor {name} is in {info.file.name}, not where the manifest says"
 
 
-def _compare_settings(packed: PackedDirectory) -> Iterator[str]:
-    """What readers take from the configuration and not from the tensors, held against the tensors."""
-    settings = packed.quantization
-    ignored = settings.get("ignore") if packed.method == "compressed-tensors" else None
-    left = settings.get("modules_to_not_convert") if packed.method == "awq" else None
-    for matrix in packed.matrices.values():
-        for rule in ignored if isinstance(ignored, list) else ():
-            if isinstance(rule, str) and _ignores(rule, matrix.name):
-                yield f"{matrix.name} is quantized, but the configuration's ignore list has {rule}"
-        for rule in left if isinstance(left, list) else ():
-            if isinstance(rule, str) and rule in matrix.name:
-                yield f"{matrix.name} is quantized, but the configuration's modules_to_not_convert has {rule}"
-    dynamic = settings.get("dynamic") if packed.method == "gptq" else None
-    for rule in dynamic if isinstance(dynamic, dict) else ():
-        named = [name for name in packed.matrices if rule.startswith("-:") and _ignores(f"re:{rule[2:]}", name)]
-        if named:
-            yield f"{named[0]} is quantized, but the configuration's dynamic rules have {rule}"
-    head = packed.matrices.get("lm_head.weight")
-    if packed.method == "gptq" and head is not None and settings.get("lm_head") is False:
-        yield "lm_head is quantized, but the configuration says lm_head false"
-
-
-def _ignores(rule: str, name: str) -> bool:
-    if not rule.startswith("re:"):
-        return rule == name
-    try:
-        return re.match(rule[3:], name) is not None
-    except re.error:
-        return False
-
-
 def _checked(packed: PackedDirectory, name: str, info: TensorInfo, known: Mapping[str, Any] | None) -> TensorCheck:
     """The check of one stored tensor, with its hashes."""
     kind = _NAMES.get(info.dtype) or (info.dtype.lower() if name in packed.plain else _SCALES[info.dtype])
@@ -174,63 +142,30 @@ def _checked(packed: PackedDirectory, name: str, info: TensorInfo, known: Mappin
     return check
 
 
-def _check_numbers(packed: PackedDirectory, matrix: Packed, checks: Mapping[str, TensorCheck]) -> None:
+def _check_numbers(packed: PackedDirectory, matrix: PackedMatrix, checks: Mapping[str, TensorCheck]) -> None:
     """Scales, zero points and the order of columns of one matrix."""
     named = {suffix: checks[info.name] for suffix, info in matrix.fields.items()}
-    main = next(named[suffix] for suffix in _MAIN if suffix in named)
+    main, scale = checks[matrix.main.name], named[matrix.layout.scales]
     main.type = matrix.qtype
     try:
         fields = packed.fields(matrix)
     except IntegrityError as error:
         main.problems.append(f"{error.what}: {error.tensor} at offset {error.offset} has {error.found}")
         return
-    index = unpacking.group_index(matrix, fields)
-    order = "g_idx" if "g_idx" in named else "weight_g_idx"
-    plain = np.arange(matrix.columns) // matrix.group
-    if order in named and packed.quantization.get("desc_act") is False and not np.array_equal(index, plain):
-        text = "columns are not in the order of their groups, but the configuration says desc_act false"
-        named[order].problems.append(text)
-    scale = named["weight_scale" if "weight_scale" in named else "scales"]
+    format, index = packed.format, group_index(matrix, fields)
     lost = 0
     for first in range(0, matrix.rows, _step(matrix.columns)):
-        last = min(matrix.rows, first + _step(matrix.columns))
-        scales = unpacking.scales_of(matrix, fields, first, last)
+        rows = (matrix, fields, first, min(matrix.rows, first + _step(matrix.columns)))
+        scales = format.scales(*rows)
         scale.nonfinite += int(scales.size - np.count_nonzero(np.isfinite(scales)))
-        _check_zeros(matrix, fields, first, last, named)
-        codes = unpacking.codes_of(matrix, fields, first, last)
-        if matrix.layout == "int-quantized" and matrix.bits < 8:
-            half = 1 << (matrix.bits - 1)
-            if (codes < -half).any() or (codes >= half).any():
-                main.problems.append(f"codes of rows {first} to {last} are not in {matrix.bits} bits")
+        for suffix, text in format.check(matrix, packed.settings, *rows[1:]):
+            named[suffix].problems.append(text)
         if (scales == 0).any():
-            zeros = unpacking.zeros_of(matrix, fields, first, last)
+            codes, zeros = format.codes(*rows), format.zeros(*rows)
             away = codes if zeros is None else codes - zeros[:, index]
             lost += int(np.count_nonzero((away != 0) & (scales == 0)[:, index]))
     if lost:
         scale.problems.append(f"{lost} codes that are not zero stand under a scale of zero")
-
-
-def _check_zeros(
-    matrix: Packed, fields: unpacking.Fields, first: int, last: int, named: Mapping[str, TensorCheck]
-) -> None:
-    if matrix.layout != "gptq":
-        return
-    zeros = unpacking.zeros_of(matrix, fields, first, last)
-    if zeros is None:
-        return
-    check, top = named["qzeros"], 1 << matrix.bits
-    if matrix.minus_one and (zeros == top).any():
-        row, group = (int(place) for place in np.argwhere(zeros == top)[0])
-        check.problems.append(
-            f"a zero point is stored as all ones (row {first + row}, group {group}): readers that add 1 to whole words "
-            "carry it into the next row's"
-        )
-    if matrix.symmetric and (zeros != top // 2).any():
-        row, group = (int(place) for place in np.argwhere(zeros != top // 2)[0])
-        check.problems.append(
-            f"the zero point of row {first + row}, group {group} is {zeros[row, group]}, but the configuration says "
-            f"sym, which is {top // 2}"
-        )
 
 
 def _check_plain(packed: PackedDirectory, name: str, info: TensorInfo, check: TensorCheck) -> None:
@@ -295,13 +230,13 @@ def _compare_values(
     decoded: DecodedDirectory, manifest: Mapping[str, Any] | None, source: Source, checks: Mapping[str, TensorCheck]
 ) -> None:
     packed = decoded.packed
-    made = Made(True, packed.method != "gptq") if manifest is None else made_how(manifest)
+    made = Made(True, packed.format.RESCALES) if manifest is None else made_how(manifest)
     free = made.rescaled
     stored = source.checkpoint.tensors
     for output in source.tensors.outputs:
         for name, first, count in decoded.parts(output.name):
             matrix = packed.matrices.get(name)
-            main = next(matrix.fields[s] for s in _MAIN if s in matrix.fields) if matrix else packed.plain[name]
+            main = packed.plain[name] if matrix is None else matrix.main
             check = checks[main.name]
             found = Deviation(rescaled=free and matrix_shape(output.shape)[0] > 1)
             nonfinite = 0

@@ -9,9 +9,9 @@ import torch
 
 from llm_quantize import kernels
 from llm_quantize.architectures.rows import unit_ranges
-from llm_quantize.artifacts.plan import TensorPlan, unit_key
 from llm_quantize.artifacts.rounding import Target
 from llm_quantize.models.opening import Source
+from llm_quantize.plan import TensorPlan, unit_key
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.streams.weights import CheckpointWeights
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.architectures.base import OutputTensor, Piece
+from llm_quantize.architectures.rows import placed, scatter
 from llm_quantize.errors import UnsupportedError
-from llm_quantize.models.safetensors import Checkpoint
+from llm_quantize.models.base import Model
 from llm_quantize.streams.taps import Tap
 
 Floats = npt.NDArray[np.float32]
@@ -26,7 +27,7 @@ class Segment:
     matrix: int
 
 
-def segments(checkpoint: Checkpoint, weight: OutputTensor, taps: Sequence[Tap]) -> list[Segment] | None:
+def segments(checkpoint: Model, weight: OutputTensor, taps: Sequence[Tap]) -> list[Segment] | None:
     """The rows of ``weight`` by the inputs they see, in order; None where no tap knows its sources.
 
     Raises UnsupportedError where a source's columns are stored in another order than the inputs have.
@@ -50,7 +51,7 @@ def segments(checkpoint: Checkpoint, weight: OutputTensor, taps: Sequence[Tap]) 
     return found
 
 
-def _stacked(checkpoint: Checkpoint, first: int, count: int, piece: Piece, tap: Tap) -> Iterator[Segment]:
+def _stacked(checkpoint: Model, first: int, count: int, piece: Piece, tap: Tap) -> Iterator[Segment]:
     """The matrices of a stack that a piece takes rows of."""
     each = checkpoint.matrix(piece.source, transpose=piece.transpose)[0] // tap.matrices
     at, end = piece.start, piece.start + count
@@ -60,46 +61,23 @@ def _stacked(checkpoint: Checkpoint, first: int, count: int, piece: Piece, tap: 
         at = last
 
 
-def routers(outputs: Iterable[OutputTensor]) -> frozenset[str]:
-    """The source's tensors that choose experts, which see what all experts of their layer together see."""
-    chosen = (output for output in outputs if output.name.endswith(".ffn_gate_inp.weight"))
-    return frozenset(piece.source for output in chosen for piece in output.pieces)
-
-
-def placed(checkpoint: Checkpoint, weight: OutputTensor) -> Iterator[tuple[int, int, Piece]]:
-    """(first row, rows, piece) for every piece of ``weight``."""
-    first = 0
-    for piece in weight.pieces:
-        count = piece.count
-        if count is None:
-            count = checkpoint.matrix(piece.source, transpose=piece.transpose)[0] - piece.start
-        yield first, count, piece
-        first += count
-
-
 class Sources:
     """Tensors of the source being given new values by the matrices that hold their rows.
 
     ``read``: a tensor's present values in the source's shape, float32: rows that no matrix holds keep them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, read: Callable[[str], Floats]) -> None:
+    def __init__(self, checkpoint: Model, read: Callable[[str], Floats]) -> None:
         self._checkpoint, self._read = checkpoint, read
-        self._values: dict[tuple[str, bool], Floats] = {}
+        self._values: dict[str, Floats] = {}
 
     def put(self, weight: OutputTensor, values: Floats) -> None:
         """Put the rows of ``weight`` (all of them) where they came from."""
-        for first, count, piece in placed(self._checkpoint, weight):
-            key = (piece.source, piece.transpose)
-            if key not in self._values:
-                whole = self._read(piece.source)
-                whole = np.array(whole.swapaxes(-1, -2) if piece.transpose else whole, np.float32, order="C")
-                self._values[key] = whole
-            matrix = self._values[key].reshape(-1, self._values[key].shape[-1])
-            rows = np.arange(count) if piece.order is None else piece.order[:count]
-            matrix[rows + piece.start] = values[first : first + count]
+        for piece in weight.pieces:
+            if piece.source not in self._values:
+                self._values[piece.source] = np.array(self._read(piece.source), np.float32, order="C")
+        scatter(self._checkpoint, weight, 0, values, self._values)
 
     def finished(self) -> Iterator[tuple[str, Floats]]:
         """(name, values in the source's shape) of every tensor touched."""
-        for (name, transposed), whole in self._values.items():
-            yield name, np.ascontiguousarray(whole.swapaxes(-1, -2)) if transposed else whole
+        return iter(self._values.items())

@@ -3,99 +3,85 @@
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_quantize.artifacts.plan import CARD_UNIT
 from llm_quantize.events import EventSink
+from llm_quantize.io.artifact_paths import hidden_directory
+from llm_quantize.plan import CARD_UNIT
 
 if TYPE_CHECKING:
-    from llm_quantize.artifacts.planning import Options
+    from llm_quantize.artifacts.preflight import Preflight
     from llm_quantize.artifacts.rounding import Target, Worker
-    from llm_quantize.calibration.windows import Windows
+    from llm_quantize.calibration.choose import Chosen
     from llm_quantize.models.opening import Source
+    from llm_quantize.options import Options
 
 
 def solve_matrices(
     source: Source,
     target: Target,
     worker: Worker,
-    windows: Windows | None,
+    importance: Chosen | None,
     options: Options,
-    threads: int,
+    fitted: Preflight,
     stop: threading.Event,
     on_event: EventSink,
 ) -> None:
-    """Quantize every matrix of ``target`` that is not done, with the text of ``windows``; None: with the Hessians of
-    the statistics that ``options`` name, or by rounding alone.
+    """Quantize every matrix of ``target`` that is not done, with the text that is its importance; with none: with the
+    Hessians of the statistics that ``options`` name, or by rounding alone.
 
     Everything else of the artifact must be written already. Raises MissingExtraError without torch, ResourceError
     before any work where memory or disk do not suffice, NumericPolicyError for values that are not finite,
     StoppedError after a signal: what is finished is kept.
     """
     from llm_quantize.blockwise.from_statistics import solve_known
-    from llm_quantize.blockwise.inputs import Pool
     from llm_quantize.blockwise.run import Blocks, Matrices, round_matrices
-    from llm_quantize.blockwise.stores import store_of
+    from llm_quantize.calibration.choose import Text
+    from llm_quantize.formats.table import FORMATS
+    from llm_quantize.streams.pool import Pool
 
     plan, method = target.plan, options.method
     chosen = method.stages(plan.format)
-    matrices = Matrices(source, target, store_of(plan), worker)
-    if windows is None:
-        pool = Pool(threads, stop, resumable=options.checkpoints)
+    matrices = Matrices(source, target, FORMATS[plan.format].store(plan), worker)
+    if not isinstance(importance, Text):
+        pool = Pool(fitted.threads, stop, resumable=options.checkpoints)
         if options.statistics is not None and method.calibrates(plan.format):
             solve_known(matrices, options.statistics, pool, chosen, options.calibration.device, on_event)
         else:
             round_matrices(matrices, pool, chosen, on_event)
         return
+    windows = importance.windows
     written = {CARD_UNIT, *target.output.records}
     if "measured" in target.output.notes and written.issuperset(plan.units()):
         return
     import numpy as np
     import torch
 
-    from llm_quantize.blockwise import memory
-    from llm_quantize.blockwise.estimate import HELD_OUT_WINDOWS
+    from llm_quantize import memory
+    from llm_quantize.artifacts.preflight import check_disk
+    from llm_quantize.blockwise.estimate import HELD_OUT_WINDOWS, feedback_sizes
+    from llm_quantize.blockwise.stages import routers
     from llm_quantize.calibration.collect import compute_dtype
-    from llm_quantize.streams.fitting import check_disk
     from llm_quantize.streams.network import open_network
+    from llm_quantize.streams.sizes import from_network
 
     device = options.calibration.device
     on_event({"event": "stage", "text": "build the network"})
     network = open_network(source, dtype=compute_dtype(source, device), device=device)
     further = windows.draw(windows.samples, HELD_OUT_WINDOWS)
     ids = torch.from_numpy(np.concatenate([windows.ids, further]) if len(further) else windows.ids)
-    fitted = memory.fit(
-        source,
+    need = feedback_sizes(
+        from_network(source, network, [network.taps(index) for index in range(network.n_blocks)]),
         plan,
-        network,
-        (ids.shape[0], ids.shape[1]),
         method,
+        (ids.shape[0], ids.shape[1]),
+        routers(source.tensors.outputs),
         paired=chosen.correction > 0,
-        threads=threads,
-        max_ram=options.max_ram,
         device=device,
     )
-    if fitted.disk_bytes:
-        check_disk(target.output.target.parent, fitted.disk_bytes)
+    found = memory.fit(need, threads=fitted.threads, max_ram=options.max_ram, before=fitted.before)
+    if found.disk_bytes:
+        check_disk(target.output.target.parent, found.disk_bytes)
         hidden_directory(target.output.target).mkdir(parents=True, exist_ok=True)
-    pool = Pool(fitted.threads, stop, resumable=options.checkpoints)
-    Blocks(matrices, network, ids, len(windows.ids), method, fitted, pool, on_event).run()
-
-
-def hidden_directory(target: Path) -> Path:
-    """Where the hidden states of an unfinished artifact lie."""
-    return target.with_name(target.name + ".hidden")
-
-
-def discard_hidden(target: Path) -> None:
-    """Remove the hidden states of a finished artifact, also those of a process that was killed before it could take
-    their name away."""
-    directory = hidden_directory(target)
-    if directory.is_dir() and not directory.is_symlink():
-        with suppress(OSError):  # something of another's lies there: it may stay
-            left = [path for path in directory.glob("llm-quantize-*.activations") if not path.is_symlink()]
-            for path in [*(directory / str(slot) for slot in range(4)), *left]:
-                path.unlink(missing_ok=True)
-            directory.rmdir()
+    pool = Pool(found.threads, stop, resumable=options.checkpoints)
+    Blocks(matrices, network, ids, len(windows.ids), method, found, pool, on_event).run()

@@ -3,37 +3,79 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.artifacts.planning import Options, is_block_matrix, tensor_shapes
 from llm_quantize.blockwise.estimate import enough_windows
-from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.calibration.text import load_texts
 from llm_quantize.calibration.windows import Windows
 from llm_quantize.errors import MissingExtraError, UsageError
 from llm_quantize.events import EventSink
-from llm_quantize.formats.gguf.levels import needs_importance
+from llm_quantize.formats.base import Format
+from llm_quantize.formats.gguf.plan import is_block_matrix
+from llm_quantize.formats.gguf.vocabulary.reading import has_tokenizer, no_tokenizer
+from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.statistics_file import read_statistics, refuse_other_model
 from llm_quantize.models.opening import Source
+from llm_quantize.options import CalibrationOptions, Options
 
 CALIBRATED_NAME = "calibration-{}.safetensors"
 
 
-def foresee(source: Source, format: str, levels: Sequence[str], options: Options) -> Imatrix | None:
-    """The importance of this run: read from the user's file, or of the right names and shapes where it must be
-    calibrated first (``is_foreseen``), or None.
+@dataclass(frozen=True)
+class Foreseen:
+    """Importance that this run has still to collect: its tensors and its text are known, its values are not."""
 
-    A plan made with foreseen values has the exact size; its identity is still open. Raises UsageError where options
-    contradict each other, IntegrityError for statistics of another model, and what reading raises.
+    names: frozenset[str]
+    datasets: tuple[str, ...]
+    chunks: int
+    file: str = CALIBRATED_NAME.format("0" * 16)
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text that a method runs through the model itself, in the place of an importance matrix. ``sha256``: of its tokens
+    and of what else decides their inputs."""
+
+    names: frozenset[str]
+    datasets: tuple[str, ...]
+    windows: Windows
+    sha256: str
+
+    @property
+    def file(self) -> str:
+        """See ``formats.base.Importance``."""
+        return CALIBRATED_NAME.format(self.sha256[:16])
+
+    @property
+    def chunks(self) -> int:
+        """Windows."""
+        return self.windows.samples
+
+
+Chosen = Imatrix | Foreseen | Text
+"""The importance of a run: values, from a file or a calibration; what is still to be collected; or text alone."""
+
+
+def foresee(source: Source, format: str, levels: Sequence[str], options: Options) -> Imatrix | Foreseen | None:
+    """The importance of this run: read from the user's file, foreseen where it must be calibrated first, or None.
+
+    A plan made with foreseen importance has the exact size; its identity is still open. Raises UsageError where options
+    contradict each other, IntegrityError for statistics of another model, UnsupportedError for a format that there is
+    not, and what reading raises.
     """
+    form = FORMATS.get(format)
+    if form is None:
+        return None  # the plan refuses it
+    method = options.method.method_of(format)
     if options.method.calibrates(format):
         if options.statistics is not None:
             return _hessians(source, format, options)
@@ -42,32 +84,53 @@ def foresee(source: Source, format: str, levels: Sequence[str], options: Options
                 f"--no-calibration cannot be used here: {format} made so runs text through the model",
                 remedy="leave it out, or round to nearest: --method rtn --transform none",
             )
-        _refuse_idle(options, f"--method {options.method.method_of(format)} runs the text through the model itself")
-    elif format != "gguf":
-        _refuse_idle(options, f"{format} with --method rtn needs no text")
+        _refuse_idle(options, f"--method {method.name} runs the text through the model itself")
+    elif not form.weighs:
+        _refuse_idle(options, f"{format} with --method {method.name} needs no text")
         return None
-    elif not _calibrates(source, levels, options):
+    elif not _calibrates(source, form, levels, options):
         return _given(source, options)
+    if not has_tokenizer(source.checkpoint.directory):
+        raise no_tokenizer(source.checkpoint.directory)
     names = tuple(dataset.name for dataset in load_texts(options.calibration.data).datasets)
-    path = Path(CALIBRATED_NAME.format("0" * 16))
-    return Imatrix(path, _ones(source), names, calibration_of(source, format, options).settled().samples or 0, "")
+    return Foreseen(_matrices(source), names, calibration_of(source, format, options).settled().samples or 0)
 
 
-def _ones(source: Source) -> dict[str, npt.NDArray[np.float32]]:
-    """Importance of the right names and shapes: every matrix of the blocks."""
-    return {
-        output.name: np.broadcast_to(np.float32(1), (math.prod(output.shape[:-2]), output.shape[-1]))
-        for output in source.tensors.outputs
-        if is_block_matrix(output)
-    }
+def collected(
+    source: Source, format: str, options: Options, on_event: EventSink, *, before: int | None = None
+) -> Imatrix | Text:
+    """What was only foreseen: the values of a calibration, kept and reused by every later run of the same model and
+    text; or the text itself, where the method runs it through the model.
+
+    Raises MissingExtraError without torch, and what reading the text and calibrating raises.
+    """
+    if options.method.calibrates(format):
+        return _drawn(source, format, options, on_event)
+    from llm_quantize.calibration.collect import calibrate
+
+    need_torch("calibration", "torch", "transformers")
+    return from_statistics(calibrate(source, options.calibration, before=before, on_event=on_event).path, source)
+
+
+def rows_of(source: Source, importance: Chosen | None) -> dict[str, npt.NDArray[np.float32]]:
+    """float32 (matrices, columns) for each tensor of the map that has values; a wrong shape is refused."""
+    if not isinstance(importance, Imatrix):
+        return {}
+    found = {output.name: importance.rows(output.name, output.shape) for output in source.tensors.outputs}
+    return {name: rows for name, rows in found.items() if rows is not None}
+
+
+def _matrices(source: Source) -> frozenset[str]:
+    """Every matrix of the blocks."""
+    return frozenset(output.name for output in source.tensors.outputs if is_block_matrix(output))
 
 
 def _hessians(source: Source, format: str, options: Options) -> Imatrix:
     """What statistics with Hessians stand for in plans. Raises UsageError where they cannot serve."""
-    if options.method.inputs != "source" or options.method.transform_of(format) != "none":
+    if options.method.inputs != "source" or options.method.transform_of(format).passes:
         raise UsageError(
             "statistics tell the inputs of the source model, not of the model as it is quantized",
-            found=f"--inputs {options.method.inputs}, --transform {options.method.transform_of(format)}",
+            found=f"--inputs {options.method.inputs}, --transform {options.method.transform_of(format).name}",
             expected="--inputs source and --transform none",
             remedy="give those two, or leave --statistics out",
         )
@@ -95,9 +158,8 @@ def calibration_of(source: Source, format: str, options: Options) -> Calibration
     return options.calibration.settled(enough_windows(source, options.calibration.length))
 
 
-def drawn(source: Source, format: str, options: Options, on_event: EventSink) -> tuple[Imatrix, Windows]:
-    """The text that a method will run through the model itself, and the importance matrix that stands for it in plans:
-    its names and shapes are right, its hash is that of the tokens, its values are nobody's.
+def _drawn(source: Source, format: str, options: Options, on_event: EventSink) -> Text:
+    """The text that a method will run through the model itself.
 
     Raises MissingExtraError without torch, and what reading the text raises.
     """
@@ -108,29 +170,13 @@ def drawn(source: Source, format: str, options: Options, on_event: EventSink) ->
     require_device(options.calibration.device)
     windows, facts = draw_windows(source, calibration_of(source, format, options), on_event)
     digest = hashlib.sha256(canonical_json([facts, windows.sha256, options.calibration.device])).hexdigest()
-    path = Path(CALIBRATED_NAME.format(digest[:16]))
-    return Imatrix(path, _ones(source), tuple(facts["datasets"]), windows.samples, digest), windows
+    return Text(_matrices(source), tuple(facts["datasets"]), windows, digest)
 
 
 def need_torch(feature: str, *packages: str) -> None:
     """Raise MissingExtraError where one of ``packages``, which ``feature`` works with, is not installed."""
     if any(find_spec(name) is None for name in packages):
         raise MissingExtraError(feature, "torch")
-
-
-def is_foreseen(imatrix: Imatrix | None) -> bool:
-    """Whether these values are only foreseen: the run must calibrate."""
-    return imatrix is not None and not imatrix.sha256
-
-
-def calibrated(source: Source, options: Options, on_event: EventSink) -> Imatrix:
-    """The importance from a calibration, which is kept and reused by every later run of the same model and text.
-
-    Raises MissingExtraError without torch, and what ``calibration.collect.calibrate`` raises.
-    """
-    from llm_quantize.calibration.collect import calibrate
-
-    return from_statistics(calibrate(source, options.calibration, on_event=on_event).path, source)
 
 
 def from_statistics(path: Path, source: Source) -> Imatrix:
@@ -140,8 +186,8 @@ def from_statistics(path: Path, source: Source) -> Imatrix:
     Raises IntegrityError for statistics of another model (a source opened for its headers cannot tell), and what
     reading raises.
     """
-    from llm_quantize.calibration.identity import model_digest
     from llm_quantize.calibration.imatrix import importance
+    from llm_quantize.models.identity import model_digest
 
     with read_statistics(path) as statistics:
         if not source.checkpoint.headers_only:
@@ -162,14 +208,16 @@ def _digest(values: Mapping[str, npt.NDArray[np.float32]]) -> str:
 
 
 def _given(source: Source, options: Options) -> Imatrix | None:
+    found = None
     if options.imatrix is not None:
-        return read_imatrix(options.imatrix)
-    if options.statistics is not None:
-        return from_statistics(options.statistics, source)
-    return None
+        found = read_imatrix(options.imatrix)
+    elif options.statistics is not None:
+        found = from_statistics(options.statistics, source)
+    rows_of(source, found)
+    return found
 
 
-def _calibrates(source: Source, levels: Sequence[str], options: Options) -> bool:
+def _calibrates(source: Source, form: Format, levels: Sequence[str], options: Options) -> bool:
     """Whether this run has to calibrate. Raises UsageError for options that contradict each other."""
     given = [
         option
@@ -187,8 +235,4 @@ def _calibrates(source: Source, levels: Sequence[str], options: Options) -> bool
         return False
     if options.calibrate is True:
         return True
-    hyper, arch = source.architecture.hyper, source.architecture.gguf_name
-    return any(
-        needs_importance(level, tensor_shapes(source, level), hyper, arch=arch, overrides=options.overrides)
-        for level in levels
-    )
+    return any(form.needs_importance(source, level, options) for level in levels)

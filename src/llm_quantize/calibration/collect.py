@@ -16,26 +16,31 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import llm_quantize
 from llm_quantize import memory
-from llm_quantize.calibration.cache import is_kept, manifest_of, prepare_directory
+from llm_quantize.artifacts import preflight
+from llm_quantize.calibration.cache import cache_directory, is_kept, manifest_of, prepare_directory
 from llm_quantize.calibration.drawing import draw_windows
-from llm_quantize.calibration.identity import model_digest
 from llm_quantize.calibration.imatrix import coverage
-from llm_quantize.calibration.options import CalibrationOptions, cache_directory
 from llm_quantize.calibration.result import Calibration
-from llm_quantize.calibration.statistics import EARLY_BYTES, BlockSums, memory_of
+from llm_quantize.calibration.statistics import BlockSums, collecting_sizes
 from llm_quantize.calibration.windows import Windows, coverage_advice
-from llm_quantize.engine import run, stop_on_signals
+from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.io.artifact_paths import discard_partial, journal_path, manifest_path
+from llm_quantize.io.artifact_paths import (
+    discard_hidden,
+    discard_partial,
+    hidden_directory,
+    journal_path,
+    manifest_path,
+)
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.output import OutputFile, ResumableOutput, Span
 from llm_quantize.io.statistics_file import merge_statistics, read_statistics
@@ -47,15 +52,17 @@ from llm_quantize.io.statistics_layout import (
     layout_statistics,
 )
 from llm_quantize.io.whole_file import write_file
+from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import Source
-from llm_quantize.streams import fitting
+from llm_quantize.options import CalibrationOptions
+from llm_quantize.streams.sizes import from_network
 
 if TYPE_CHECKING:
     from threading import Event
 
     from torch import Tensor
 
-    from llm_quantize.streams.hidden import Activations
+    from llm_quantize.streams.hidden import Kept
     from llm_quantize.streams.network import Block, Network
 
 MAX_PARTS = 4
@@ -74,6 +81,7 @@ class _Run:
     kinds: tuple[str, ...]
     dtype: Literal["float32", "bfloat16"]
     on_event: EventSink
+    before: int | None = None
     network: Network | None = None
     computed: int = 0
     planned: int = 0
@@ -88,8 +96,11 @@ class _Run:
         return StatisticsIdentity(self.model, {**self.text, **facts})
 
 
-def calibrate(source: Source, options: CalibrationOptions, *, on_event: EventSink = ignore) -> Calibration:
+def calibrate(
+    source: Source, options: CalibrationOptions, *, before: int | None = None, on_event: EventSink = ignore
+) -> Calibration:
     """Statistics of ``source`` over the text of ``options``; kept in ``cache_directory`` under the hashes of both.
+    ``before``: bytes that were resident when the run began (``memory.peak``).
 
     The same call finds them again, and continues what was interrupted, ending in the same bytes. Raises
     MissingExtraError without torch; ResourceError before any work where memory or disk do not suffice;
@@ -99,7 +110,7 @@ def calibrate(source: Source, options: CalibrationOptions, *, on_event: EventSin
     for name in ("torch", "transformers"):
         if find_spec(name) is None:
             raise MissingExtraError("calibration", "torch")
-    state = _open_run(source, options, on_event)
+    state = _open_run(source, options, before, on_event)
     path = _part_path(state, 0, state.windows.samples)
     reused = path.is_file()
     paths, total = [_collect(state, 0, state.windows.samples)], state.windows.samples
@@ -143,11 +154,12 @@ def _result(state: _Run, path: Path, total: int, short: Mapping[str, tuple[int, 
     )
 
 
-def _open_run(source: Source, options: CalibrationOptions, on_event: EventSink) -> _Run:
+def _open_run(source: Source, options: CalibrationOptions, before: int | None, on_event: EventSink) -> _Run:
     windows, facts = draw_windows(source, options, on_event)
     model = {"name": source.checkpoint.name, "sha256": model_digest(source.checkpoint)}
     kinds = check_kinds(options.collect)
-    return _Run(source, options, model, facts, windows, kinds, compute_dtype(source, options.device), on_event)
+    dtype = compute_dtype(source, options.device)
+    return _Run(source, options, model, facts, windows, kinds, dtype, on_event, before=before)
 
 
 def compute_dtype(source: Source, device: str) -> Literal["float32", "bfloat16"]:
@@ -187,7 +199,7 @@ def _merge(paths: Sequence[Path], on_event: EventSink) -> Path:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _Part:
     """One part's windows on their way through the blocks. ``keys``: the unit of each block that has statistics."""
 
     state: _Run
@@ -198,22 +210,22 @@ class _Pass:
     keys: Mapping[int, str]
     windows: int
     length: int
-    fitted: fitting.Fitted
+    fitted: memory.Fitted
     stop: Event
 
     @property
-    def directory(self) -> Path:
-        return _hidden_directory(self.output.target)
+    def tokens(self) -> int:
+        return self.windows * self.length
 
-    def hidden(self, slot: int) -> Activations:
-        """Hidden states between two blocks: on disk in one of two files, so that a finished one outlives the next."""
+    def kept(self) -> Kept:
+        """Where the hidden states stand between two blocks."""
         import torch
 
-        from llm_quantize.streams.hidden import Activations
+        from llm_quantize.streams.hidden import Kept
 
-        file = None if self.fitted.in_memory else self.directory / str(slot)
-        dtype = getattr(torch, self.state.dtype)
-        return Activations(self.windows, self.length, self.network.width, dtype, file=file)
+        shape = (self.windows, self.length, self.network.width)
+        directory = None if self.fitted.in_memory else hidden_directory(self.output.target)
+        return Kept(self.output, shape, getattr(torch, self.state.dtype), directory)
 
 
 def _collect(state: _Run, start: int, count: int) -> Path:
@@ -221,7 +233,7 @@ def _collect(state: _Run, start: int, count: int) -> Path:
     target = _part_path(state, start, count)
     if is_kept(target, state.on_event):
         discard_partial(target, journal_path(target))
-        _discard(_hidden_directory(target))
+        discard_hidden(target)
         return target
     import torch
 
@@ -239,7 +251,7 @@ def _collect(state: _Run, start: int, count: int) -> Path:
     fitted = _fit(state, network, taps, ids)
     state.planned = max(state.planned, fitted.peak)
     prepare_directory(target.parent)
-    fitting.check_disk(target.parent, layout.size + (0 if fitted.in_memory else 2 * fitted.hidden_bytes))
+    preflight.check_disk(target.parent, layout.size + (0 if fitted.in_memory else 2 * fitted.hidden_bytes))
     keys = {index: f"block {index}" for index, (_, nbytes) in enumerate(layout.spans) if nbytes}
     output = ResumableOutput(
         target,
@@ -250,131 +262,93 @@ def _collect(state: _Run, start: int, count: int) -> Path:
         on_warning=lambda text: state.on_event({"event": "warning", "text": text}),
     )
     with output, stop_on_signals() as stop:
-        job = _Pass(state, network, layout, taps, output, keys, ids.shape[0], ids.shape[1], fitted, stop)
+        job = _Part(state, network, layout, taps, output, keys, ids.shape[0], ids.shape[1], fitted, stop)
         _run_blocks(job, ids)
         blocks = {key: record["sha256"] for key, record in sorted(output.records.items())}
         facts = {"identity": {"model": dict(identity.model), "text": dict(identity.text)}, "blocks": blocks}
         output.sync()  # says so where the cache was taken away meanwhile
         output.finish(manifest_of(output.partial, target.name, facts))
-        _discard(job.directory)
+        discard_hidden(target)
     return target
 
 
-def _fit(state: _Run, network: Network, taps: Sequence[Sequence[TapLike]], ids: Tensor) -> fitting.Fitted:
-    windows, length = ids.shape
-    itemsize = 2 if state.dtype == "bfloat16" else 4
-    needs = [memory_of(found, state.kinds) for found in taps]
-    totals, partial = max(need.totals for need in needs), max(need.window for need in needs)
-    block = max(network.bytes(index) for index in range(network.n_blocks))
-    return fitting.fit(
-        fixed=max(network.bytes("embedding"), block + totals + min(EARLY_BYTES, windows * partial)),
-        each=partial + fitting.workspace_bytes(state.source.architecture.hyper, length, itemsize, eager=network.eager),
-        hidden=windows * length * network.width * itemsize,
-        threads=state.options.threads,
-        max_ram=state.options.max_ram,
-        device=state.options.device,
-    )
+def _fit(state: _Run, network: Network, taps: Sequence[Sequence[TapLike]], ids: Tensor) -> memory.Fitted:
+    options, sizes = state.options, from_network(state.source, network, taps)
+    need = collecting_sizes(sizes, state.kinds, (ids.shape[0], ids.shape[1]), device=options.device)
+    return memory.fit(need, threads=options.threads, max_ram=options.max_ram, before=state.before)
 
 
-def _run_blocks(job: _Pass, ids: Tensor) -> None:
+def _run_blocks(job: _Part, ids: Tensor) -> None:
     """Every block whose statistics are missing, after those before it."""
+    from llm_quantize.streams.hidden import close
+    from llm_quantize.streams.passes import Move, Pass
+    from llm_quantize.streams.pool import Pool
     from llm_quantize.streams.weights import CheckpointWeights
 
     output, state = job.output, job.state
     missing = [index for index, key in job.keys.items() if key not in output.records or not output.check(key)]
     if not missing:
         return
-    weights = CheckpointWeights(state.source.checkpoint)
-    hidden, first = _resumed(job, missing[0])
-    total = (missing[-1] + 1 - first) * job.windows
-    facts = {"total": job.windows * job.length, "threads": job.fitted.threads, "memory_needed": job.fitted.peak}
+    weights, kept, last = CheckpointWeights(state.source.checkpoint), job.kept(), missing[-1]
+    found = kept.resume(
+        missing[0], [0], lambda text: state.on_event({"event": "warning", "text": f"{text}, without summing"})
+    )
+    states, first = ([], 0) if found is None else found
+    tell = _Progress(job.tokens, (last + 1 - first) * job.windows, state.on_event)
+    facts = {"total": job.tokens, "threads": job.fitted.threads, "memory_needed": job.fitted.peak}
     state.on_event({"event": "start", **facts, "resumed_units": len(output.records)})
+    way = Pass(job.network, ids, Pool(job.fitted.threads, job.stop, resumable=True), tell)
+
+    def on_block(block: Block, _: int) -> None:
+        index, before = block.index, states[0]
+        sums = BlockSums(job.taps[index], state.kinds) if index in missing else None
+        states.append(kept.leaving(index, before))
+        # Every matrix's inputs are looked at while they are summed, so what leaves the block need not be.
+        way.through(block, [Move(before, states[1], None, partial(_summed, sums))])
+        if states.pop(0) is not states[0]:
+            before.close()
+        if sums is not None:
+            _write(job, index, sums)
+        kept.remember(index, states)
+
     try:
-        if hidden is None:
-            hidden = job.hidden(0)
-            for window, values in enumerate(job.network.embed(weights, ids)):
-                hidden.write(window, values)
-        done = 0
-        for index in range(first, missing[-1] + 1):
-            sums = BlockSums(job.taps[index], state.kinds) if index in missing else None
-            following = hidden if job.fitted.in_memory else job.hidden((index + 1) % 2)
-            with job.network.block(index, weights) as block:
-                for _ in run(
-                    _Window(block, sums, hidden, following), range(job.windows),
-                    threads=job.fitted.threads, stop=job.stop,
-                ):  # fmt: skip
-                    done += 1
-                    share = facts["total"] * done // total
-                    state.on_event({"event": "progress", "done": share, "total": facts["total"], "unit": "tokens"})
-            if following is not hidden:
-                hidden.close()
-                hidden = following
-            _keep(job, index, sums, hidden)
-        state.computed += facts["total"] * (missing[-1] + 1 - first) // job.network.n_blocks
+        if not states:
+            states.append(kept.entering(0))
+            way.embed(weights, states[0])
+        way.run(range(first, last + 1), [weights], on_block)
+        state.computed += job.tokens * (last + 1 - first) // job.network.n_blocks
     finally:
-        if hidden is not None:
-            hidden.close()
+        close(states)
 
 
-@dataclass(frozen=True)
-class _Window:
-    """The work of a thread: one window through one block."""
+@dataclass
+class _Progress:
+    """Tells how many of the part's tokens are through, as if all ``windows`` through blocks were one pass of them."""
 
-    block: Block
-    sums: BlockSums | None
-    before: Activations
-    after: Activations
+    tokens: int
+    windows: int
+    on_event: EventSink
+    done: int = 0
 
-    def __call__(self, window: int) -> None:
-        import torch
-
-        torch.set_num_threads(1)  # of this thread: the order of sums inside a product must not depend on the machine
-        values = self.before.read(window)
-        if self.sums is None:
-            values = self.block(values)
-        else:
-            with self.sums.window(window) as sink, self.block.observe(sink):
-                values = self.block(values)
-        self.after.write(window, values)
+    def __call__(self) -> None:
+        self.done += 1
+        share = self.tokens * self.done // self.windows
+        self.on_event({"event": "progress", "done": share, "total": self.tokens, "unit": "tokens"})
 
 
-def _keep(job: _Pass, index: int, sums: BlockSums | None, hidden: Activations) -> None:
-    """Write and record a block's statistics, then remember the hidden states that left it."""
-    output = job.output
-    if sums is not None:
-        span, digest = output.spans[job.keys[index]], hashlib.sha256()
-        for position, piece in job.layout.block_pieces(index, sums.arrays()):
-            digest.update(piece.data)
-            output.write(span, position, piece.data)
-        output.record(job.keys[index], {"sha256": digest.hexdigest()})
-    if not job.fitted.in_memory:
-        output.note({"hidden": {"after": index, "sha256": hidden.digest()}})
+def _summed(sums: BlockSums | None, block: Block, hidden: Tensor, window: int) -> Tensor:
+    """A window through a block whose inputs are added to ``sums``."""
+    if sums is None:
+        return block(hidden)
+    with sums.window(window) as sink, block.observe(sink):
+        return block(hidden)
 
 
-def _resumed(job: _Pass, wanted: int) -> tuple[Activations | None, int]:
-    """The hidden states that an earlier run left, and the block they enter; (None, 0) where there are none to trust."""
-    note = job.output.notes.get("hidden")
-    after, digest = (note.get("after"), note.get("sha256")) if isinstance(note, dict) else (None, None)
-    if job.fitted.in_memory or type(after) is not int or not 0 <= after < wanted:
-        return None, 0
-    index = after + 1
-    hidden = job.hidden(index % 2)
-    if hidden.digest() == digest:
-        return hidden, index
-    hidden.close()
-    text = "the hidden states are damaged; finished blocks are run again, without summing"
-    job.state.on_event({"event": "warning", "text": f"{job.directory}: {text}"})
-    return None, 0
-
-
-def _hidden_directory(target: Path) -> Path:
-    return target.with_name(target.name + ".hidden")
-
-
-def _discard(directory: Path) -> None:
-    """Remove the hidden states of a finished part."""
-    if directory.is_dir() and not directory.is_symlink():
-        with suppress(OSError):  # another process was quicker, or something of another's lies there: it may stay
-            for slot in ("0", "1"):
-                (directory / slot).unlink(missing_ok=True)
-            directory.rmdir()
+def _write(job: _Part, index: int, sums: BlockSums) -> None:
+    """Write and record a block's statistics."""
+    output, digest = job.output, hashlib.sha256()
+    span = output.spans[job.keys[index]]
+    for position, piece in job.layout.block_pieces(index, sums.arrays()):
+        digest.update(piece.data)
+        output.write(span, position, piece.data)
+    output.record(job.keys[index], {"sha256": digest.hexdigest()})

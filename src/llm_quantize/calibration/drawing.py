@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_quantize.calibration.options import DEFAULT_SAMPLES, CalibrationOptions
 from llm_quantize.calibration.text import load_texts
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.calibration.windows import Windows, sample_windows
 from llm_quantize.events import EventSink
 from llm_quantize.models.opening import Source
+from llm_quantize.options import DEFAULT_SAMPLES, CalibrationOptions
 
 
 def draw_windows(source: Source, options: CalibrationOptions, on_event: EventSink) -> tuple[Windows, dict[str, Any]]:

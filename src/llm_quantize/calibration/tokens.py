@@ -2,7 +2,7 @@
 
 tokenizer.json goes through ``tokenizers``, tokenizer.model through ``sentencepiece``: the two libraries that own these
 formats, and not transformers' tokenizer classes, which run per-model code around them. What begins a text, what ends
-it, and the chat template are taken from the artifact's metadata, so that text is read here as the runtime will read it.
+it, and the chat template are read as llama.cpp will be told them, also where it lacks the tokenizer itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gguf.constants import Keys, TokenType
 from llm_quantize.calibration.text_files import Message
 from llm_quantize.errors import MalformedInputError, UnsupportedError, printable
 from llm_quantize.formats.gguf.vocabulary.json import LIMIT_BYTES
+from llm_quantize.formats.gguf.vocabulary.reading import Conventions, read_conventions
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.paths import inside, read_limited
 from llm_quantize.models.chat_template import render
@@ -47,9 +48,9 @@ class TextTokenizer:
     """
 
     def __init__(self, source: Source) -> None:
-        self._metadata = source.metadata
         self.directory: Path = source.checkpoint.directory
-        tokens = self._value(Keys.Tokenizer.LIST) or []
+        conventions = read_conventions(self.directory, source.checkpoint.config)
+        self._special, tokens = conventions.special, conventions.texts
         embedding = next((o for o in source.tensors.outputs if o.name == "token_embd.weight"), None)
         self.rows = embedding.shape[0] if embedding is not None else len(tokens)
         self.file = inside(self.directory, "tokenizer.json")
@@ -58,7 +59,7 @@ class TextTokenizer:
             self._encode = _TokenizerJson(self.file)
         else:
             self.file = inside(self.directory, "tokenizer.model")
-            self._encode = _SentencePiece(self.file, tokens, self._value(Keys.Tokenizer.TOKEN_TYPE) or [])
+            self._encode = _SentencePiece(self.file, conventions)
         begins = self._value(Keys.Tokenizer.BOS_ID)
         self.bos: int | None = begins if self._value(Keys.Tokenizer.ADD_BOS) else None
         self.eos: int | None = self._value(Keys.Tokenizer.EOS_ID)
@@ -68,7 +69,7 @@ class TextTokenizer:
         self.has_template = self._template is not None
 
     def _value(self, key: str) -> Any:
-        found: MetaValue | None = self._metadata.get(key)
+        found: MetaValue | None = self._special.get(key)
         return None if found is None else found.value
 
     def encode(self, text: str) -> list[int]:
@@ -161,7 +162,7 @@ class _TokenizerJson:
 class _SentencePiece:
     """tokenizer.model in ``sentencepiece``; added tokens, which it does not know, are found in the text first."""
 
-    def __init__(self, path: Path, tokens: Sequence[str], types: Sequence[int]) -> None:
+    def __init__(self, path: Path, conventions: Conventions) -> None:
         import sentencepiece
 
         self._processor = sentencepiece.SentencePieceProcessor()
@@ -170,14 +171,9 @@ class _SentencePiece:
         except RuntimeError as error:
             _refused(path, "sentencepiece", error)
         size = self._processor.GetPieceSize()
-        control = {
-            text: i for i, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind == TokenType.CONTROL
-        }
-        added = {
-            text: i
-            for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind == TokenType.USER_DEFINED and i >= size
-        }
+        kinds, texts = conventions.types, conventions.texts
+        control = {text: i for i, text in texts.items() if kinds.get(i) == TokenType.CONTROL}
+        added = {text: i for i, text in texts.items() if kinds.get(i) == TokenType.USER_DEFINED and i >= size}
         self._plain, self._special = added, {**control, **added}
 
     def __call__(self, text: str, *, special: bool) -> list[int]:

@@ -60,7 +60,7 @@ class LazyGroup(click.Group):
 )
 @click.option("--json", "as_json", is_flag=True, help="Print results as JSON, progress as JSON lines on stderr.")
 @click.option("-v", "--verbose", count=True, help="Say more: every tensor of a plan or a verification.")
-@click.option("-q", "--quiet", is_flag=True, help="Print results and warnings only: no progress, no notes.")
+@click.option("-s", "--quiet", is_flag=True, help="Print results and warnings only: no progress, no notes.")
 @click.version_option(__version__, prog_name="llm-quantize")
 @click.pass_context
 def group(ctx: click.Context, as_json: bool, verbose: int, quiet: bool) -> None:

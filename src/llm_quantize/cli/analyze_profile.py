@@ -130,9 +130,9 @@ def _profile(
     source: Source, kept: Path, arguments: Mapping[str, Any], shown: Mode, on_event: EventSink
 ) -> Profile | None:
     """The figures: those that are kept, or measured now. None after --dry-run."""
-    from llm_quantize.calibration.identity import model_digest
     from llm_quantize.evaluation.profile import measure_profile
     from llm_quantize.evaluation.sensitivity import read_profile, refuse_other_model, write_profile
+    from llm_quantize.models.identity import model_digest
 
     if kept.is_file() and not arguments["overwrite"] and not arguments["dry_run"]:
         profile = read_profile(kept)

@@ -118,8 +118,8 @@ def calibration_options(function: Function) -> Function:
 
 
 def build_calibration(arguments: Mapping[str, Any], collect: tuple[str, ...] = ("imatrix",), **more: Any) -> Any:
-    """calibration.options.CalibrationOptions from the parsed command line."""
-    from llm_quantize.calibration.options import CalibrationOptions
+    """options.CalibrationOptions from the parsed command line."""
+    from llm_quantize.options import CalibrationOptions
 
     return CalibrationOptions(
         data=arguments["calibration_data"],

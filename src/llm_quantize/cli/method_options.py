@@ -43,7 +43,7 @@ def method_options(function: Function) -> Function:
 
 
 def build_method(arguments: Mapping[str, Any]) -> Any:
-    """blockwise.options.MethodOptions from the parsed command line. Raises UsageError for a contradiction."""
+    """options.MethodOptions from the parsed command line. Raises UsageError for a contradiction."""
     from llm_quantize.errors import UsageError
     from llm_quantize.methods.gptq_options import GptqOptions
     from llm_quantize.options import MethodOptions

@@ -44,7 +44,7 @@ DEGRADED = 20
 @json_option
 @click.pass_context
 def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, format: str, **arguments: Any) -> int:
-    """Quantize MODEL to FORMAT (gguf, gptq, awq, compressed-tensors) at one or more levels.
+    """Quantize MODEL to FORMAT (gguf, gptq, awq, compressed-tensors, safetensors) at one or more levels.
 
     The same command after an interruption continues, and ends in the same bytes.
 
@@ -55,6 +55,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
       llm-quantize quantize ./Llama-3.2-1B gptq -q 4bit
       llm-quantize quantize ./Llama-3.2-1B awq -q 4bit
       llm-quantize quantize ./Llama-3.2-1B compressed-tensors -q W4A16
+      llm-quantize quantize ./Llama-3.2-1B safetensors -q F16 --output-shard-size 4G
     """
     from llm_quantize import pipeline
     from llm_quantize.artifacts import preflight
@@ -66,11 +67,11 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     if arguments["dry_run"]:
         with events(shown, "plan") as sink:
             plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
-        threads = preflight.fit_threads(plans, threads=options.threads, max_ram=options.max_ram)
+        threads, needed = preflight.fit(plans, threads=options.threads, max_ram=options.max_ram)
         if shown.json:
-            emit_json(terminal.plans_to_dict(plans, threads))
+            emit_json(terminal.plans_to_dict(plans, threads=threads, memory_needed=needed))
         else:
-            terminal.print_plans(plans, verbose=shown.verbose, threads=threads)
+            terminal.print_plans(plans, threads=threads, memory_needed=needed, verbose=shown.verbose)
         return 0
     with events(shown, "quantize") as sink:
         results = pipeline.quantize(

@@ -21,8 +21,7 @@ from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
 from llm_quantize.memory import memory_limit
 from llm_quantize.models.opening import Source
-from llm_quantize.models.quantized import PackedDirectory
-from llm_quantize.models.quantized_config import is_packed_directory
+from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
 from llm_quantize.reports.provenance import model_facts
 from llm_quantize.reports.result import Sample, TensorError
 from llm_quantize.runtimes import artifact_at, runtime_for

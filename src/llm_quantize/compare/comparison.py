@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 
 from llm_quantize.artifacts.decoded_directory import open_decoded
-from llm_quantize.artifacts.planning import Options
 from llm_quantize.artifacts.preflight import refuse_unwritable
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.compare.bench import Bench, MeasuredFile, measured_file, samples_of
@@ -36,6 +35,7 @@ from llm_quantize.measures import grades
 from llm_quantize.measures.divergence import Divergence
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.models.opening import Source, open_source
+from llm_quantize.options import Options
 from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
 from llm_quantize.reports.result import (
     ComparisonResult,

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from llm_quantize import data
-from llm_quantize.calibration.options import CalibrationOptions
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.errors import MissingExtraError, ResourceError, UnsupportedError
 from llm_quantize.evaluation.in_runtime import measure_in_runtime
@@ -24,7 +23,7 @@ from llm_quantize.events import EventSink, ignore
 from llm_quantize.measures.divergence import Divergence, Paired
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.models.opening import Source, open_source
-from llm_quantize.options import MethodOptions
+from llm_quantize.options import CalibrationOptions, MethodOptions
 from llm_quantize.pipeline import ArtifactResult, Options, quantize
 from llm_quantize.runtimes import RUNTIMES, runtime_for
 from llm_quantize.runtimes.base import Request

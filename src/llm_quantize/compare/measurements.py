@@ -20,7 +20,7 @@ from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import opened, pread_into
 from llm_quantize.io.whole_file import refuse_existing
 from llm_quantize.models.files import read_headers
-from llm_quantize.models.quantized_config import is_packed_directory
+from llm_quantize.models.quantized import is_packed_directory
 
 MAX_BYTES = 256 << 20
 SEAL = "facts_sha256"

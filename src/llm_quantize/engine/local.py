@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -23,13 +24,13 @@ def run(
     *,
     threads: int,
     stop: threading.Event | None = None,
-    resumable: bool = True,
+    resumable: bool | None = True,
 ) -> Iterator[Result]:
     """Results of ``work`` over ``jobs`` in order of completion; at most ``2 * threads`` jobs are in the pool.
 
     The first exception ends the run: jobs in flight are finished, their results dropped, and it is raised.
     When ``stop`` is set, jobs in flight are finished and yielded, then StoppedError is raised; ``resumable`` says
-    whether what they did is kept for the next run.
+    whether what they did is kept for the next run (None: a measurement, which never keeps a part).
     """
     pending: set[Future[Result]] = set()
     source = iter(jobs)
@@ -56,11 +57,43 @@ def run(
                 future.cancel()
 
 
-def _stopped(resumable: bool) -> StoppedError:
+def in_order(
+    work: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    *,
+    threads: int,
+    stop: threading.Event | None = None,
+    resumable: bool | None = True,
+) -> Iterator[Result]:
+    """What ``run`` gives, in the order of ``jobs``: a result that comes early waits for those before it.
+
+    After a signal, results that no gap separates from the earlier ones are yielded before StoppedError.
+    """
+    early: dict[int, Result] = {}
+    wanted = 0
+    for number, result in run(
+        partial(_numbered, work), enumerate(jobs), threads=threads, stop=stop, resumable=resumable
+    ):
+        early[number] = result
+        while wanted in early:
+            yield early.pop(wanted)
+            wanted += 1
+
+
+def _numbered(work: Callable[[Job], Result], job: tuple[int, Job]) -> tuple[int, Result]:
+    return job[0], work(job[1])
+
+
+def _stopped(resumable: bool | None) -> StoppedError:
     if resumable:
         return StoppedError(
             "stopped by a signal; finished parts are kept",
             remedy="run the same command again: it continues where it stopped",
+        )
+    if resumable is None:
+        return StoppedError(
+            "stopped by a signal; what this measurement has found so far is not kept",
+            remedy="run the same command again: it measures anew",
         )
     return StoppedError(
         "stopped by a signal; nothing is kept, as --no-checkpoints asks",
@@ -79,25 +112,36 @@ def _submit(pool: ThreadPoolExecutor, work: Callable[[Job], Result], job: Job) -
         ) from error
 
 
+class _Handler:
+    """What the first signal does (it sets ``event``), and the second (it ends the process)."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        if self.event.is_set():
+            os._exit(StoppedError.exit_code)
+        self.event.set()
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
     """An event set by the first SIGINT or SIGTERM; the second ends the process at once with exit code 75.
 
-    Outside of the main thread no handler is installed and the event is never set by a signal.
+    Opened inside another one it is the other one's event, so that a signal stops both. Outside of the main thread no
+    handler is installed and the event is never set by a signal.
     """
-    event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield event
+        yield threading.Event()
         return
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        if event.is_set():
-            os._exit(StoppedError.exit_code)
-        event.set()
-
+    outer = signal.getsignal(signal.SIGINT)
+    if isinstance(outer, _Handler):
+        yield outer.event
+        return
+    handle = _Handler()
     previous: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield event
+        yield handle.event
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

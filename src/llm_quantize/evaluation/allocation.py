@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from llm_quantize.architectures.rows import matrix_shape, weights_of
-from llm_quantize.artifacts.planning import Options, plan_source, tensor_shapes
 from llm_quantize.errors import ResourceError, UsageError
 from llm_quantize.evaluation.sensitivity import Profile, Sensitivity
 from llm_quantize.formats.gguf.levels import (
@@ -36,7 +35,10 @@ from llm_quantize.formats.gguf.levels import (
     needs_importance,
     parse_level,
 )
+from llm_quantize.formats.gguf.plan import tensor_shapes
 from llm_quantize.models.opening import Source
+from llm_quantize.options import Options
+from llm_quantize.pipeline import plan_source
 from llm_quantize.qtypes import QTYPES
 
 FAST_TYPES = ("q8_0", "q6_k", "q5_k", "q4_k", "q4_0")
@@ -261,7 +263,7 @@ def choose(source: Source, profile: Profile, target: Target, *, name: str | None
 
 def _rest_of_file(source: Source) -> int:
     """Bytes of the file that no recipe changes: header, norms, routers."""
-    (plan,) = plan_source(source, "gguf", levels=["Q8_0"], name=None, options=Options(), imatrix=None)
+    (plan,) = plan_source(source, "gguf", levels=["Q8_0"], name=None, options=Options(), importance=None)
     return plan.size - bytes_of(source, level_types(source, "Q8_0"))
 
 

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize import memory
+from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.decoded import Decoded
 from llm_quantize.artifacts.decoded_directory import open_decoded
+from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError, NumericPolicyError, UsageError
 from llm_quantize.evaluation.quality_plan import QualityPlan
 from llm_quantize.events import EventSink, ignore
@@ -33,10 +35,9 @@ from llm_quantize.measures.divergence import Comparison, Divergence, Paired, pai
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.models.opening import Source
 from llm_quantize.runtimes import RUNTIMES, artifact_at, what_opens_what
-from llm_quantize.streams import fitting
 
 if TYPE_CHECKING:
-    from llm_quantize.evaluation.streamed import Pass, RuntimeStream, Stream
+    from llm_quantize.evaluation.streamed import Evaluation, RuntimeStream, Stream
     from llm_quantize.streams.hidden import Activations
 
 NOISE_WINDOWS = 4
@@ -159,11 +160,12 @@ def measure_quality(
 
     Raises: MissingExtraError (torch), UsageError (no artifact, no window, windows longer than the context),
     ResourceError before any work where one block or two heads do not fit, IntegrityError (another model's artifact),
-    NumericPolicyError (NaN or infinite values on the way), and what reading raises.
+    NumericPolicyError (NaN or infinite values on the way), StoppedError after a signal, and what reading raises.
     """
     _check(source, artifacts, windows, runtime)
-    from llm_quantize.evaluation.streamed import Pass, one_torch_thread
+    from llm_quantize.evaluation.streamed import Evaluation
     from llm_quantize.streams.network import open_network
+    from llm_quantize.streams.pool import Pool
 
     began = time.process_time()
     decoded = [open_decoded(source, path) for path in artifacts]
@@ -180,11 +182,10 @@ def measure_quality(
     with ExitStack() as stack:
         for one in decoded:
             stack.callback(one.close)
-        stack.enter_context(one_torch_thread(device))
+        pool = Pool(fitted.threads, stack.enter_context(stop_on_signals()), resumable=None)
         directory = None if fitted.in_memory else _scratch(stack, scratch, fitted.hidden_bytes)
         origin, streams, noise = _streams(stack, source, decoded, windows, network.width, again, directory)
-        work = Pass(network, windows, fitted.threads, passes * len(windows), on_event)
-        stack.callback(work.close)
+        work = Evaluation(network, windows, pool, passes * len(windows), on_event)
         for stream in (origin, *streams):
             work.embed(stream)
         for index in range(again):
@@ -218,7 +219,7 @@ def _scratch(stack: ExitStack, parent: Path | None, needed: int) -> Path:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-quantize-", dir=parent)))
     except OSError as error:
         fail_os(error, "there is no place for hidden states", parent or Path(tempfile.gettempdir()))
-    fitting.check_disk(folder, needed)
+    preflight.check_disk(folder, needed)
     return folder
 
 
@@ -249,7 +250,7 @@ def _streams(
 
 
 def _through_heads(
-    work: Pass,
+    work: Evaluation,
     origin: Stream,
     streams: Sequence[Stream],
     noise: tuple[Activations, Comparison],
@@ -309,12 +310,12 @@ def _check_runtime(decoded: Sequence[Decoded], runtime: str | None) -> None:
 
 
 def _open_runtimes(
-    stack: ExitStack, decoded: Sequence[Decoded], group: range, work: Pass, runtime: str
+    stack: ExitStack, decoded: Sequence[Decoded], group: range, work: Evaluation, runtime: str
 ) -> dict[int, RuntimeStream]:
     """{place in the group: the artifact in its runtime}."""
     from llm_quantize.evaluation.streamed import RuntimeStream
 
-    size, threads = work.network.vocab_size, work.threads
+    size, threads = work.network.vocab_size, work.pool.threads
     found: dict[int, RuntimeStream] = {}
     for place, index in enumerate(group):
         path = artifact_at(decoded[index].path)

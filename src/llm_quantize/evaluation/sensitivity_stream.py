@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +19,14 @@ import torch
 
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.evaluation.sensitivity import Candidate, Cost, Sensitivity
-from llm_quantize.evaluation.streamed import give_back_memory
 from llm_quantize.events import EventSink
 from llm_quantize.measures.perplexity import Tokens, mean_and_sem, scored
 from llm_quantize.models.opening import Source
 from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Head, Network
-from llm_quantize.streams.replaced import Map, ReplacedWeights, hold
+from llm_quantize.streams.passes import Finite, Move, Pass, give_back_memory
+from llm_quantize.streams.pool import Pool
+from llm_quantize.streams.replaced import ReplacedWeights, hold
 from llm_quantize.streams.weights import CheckpointWeights, Weights
 
 POSITIONS = 128
@@ -100,20 +100,21 @@ class _Stream:
 
 @dataclass
 class Measurement:
-    """One run over groups. ``run`` maps over jobs on threads; ``importance``: GGUF name -> (matrices, columns)."""
+    """One run over groups. ``importance``: GGUF name -> (matrices, columns)."""
 
     source: Source
     network: Network
     windows: Tokens
     importance: Mapping[str, npt.NDArray[np.float32]]
-    run: Map
+    pool: Pool
     on_event: EventSink
     total: int = 0
     done: int = 0
 
     def __post_init__(self) -> None:
         self.weights = CheckpointWeights(self.source.checkpoint)
-        self.ids = torch.from_numpy(self.windows.astype(np.int64))
+        ids = torch.from_numpy(self.windows.astype(np.int64))
+        self.way = Pass(self.network, ids, self.pool, self._tell)
 
     def measure(
         self, groups: Sequence[Sequence[Placed]], record: Callable[[Sequence[Sensitivity]], None]
@@ -127,11 +128,9 @@ class Measurement:
         self.total = len(self.windows) * (source + sum(map(self._steps, groups)))
         found: list[Sensitivity] = []
         with self._states() as origin, self._states() as final:
-            self._embed(self.weights, final)
-            for index in range(self.network.n_blocks):
-                with self.network.block(index, self.weights) as block:
-                    self._through(block, [final])
-            self._embed(self.weights, origin)
+            self.way.embed(self.weights, final)
+            self._lead(final, range(self.network.n_blocks))
+            self.way.embed(self.weights, origin)
             reached = 0
             for group in groups:
                 if group[0].start < self.network.n_blocks:
@@ -151,15 +150,13 @@ class Measurement:
         with Activations(count, length, self.network.width, torch.float32) as states:
             yield states
 
-    def _embed(self, weights: Weights, states: Activations) -> None:
-        for index, hidden in enumerate(self.network.embed(weights, self.ids)):
-            states.write(index, hidden)
+    def _lead(self, states: Activations, indices: range) -> None:
+        """The source's own stream through blocks ``indices``."""
+        self.way.run(indices, [self.weights], lambda block, _: self.way.through(block, [_in_place(states)]))
 
     def _advance(self, origin: Activations, reached: int, wanted: int) -> int:
         """The source's stream from where it stands to the input of block ``wanted``."""
-        for index in range(reached, min(wanted, self.network.n_blocks)):
-            with self.network.block(index, self.weights) as block:
-                self._through(block, [origin])
+        self._lead(origin, range(reached, min(wanted, self.network.n_blocks)))
         return max(reached, wanted)
 
     def _group(self, group: Sequence[Placed], origin: Activations, final: Activations) -> list[Sensitivity]:
@@ -170,13 +167,17 @@ class Measurement:
             for one in group:
                 if one.start == EMBEDDING or one.start == self.network.n_blocks:
                     streams.append(self._outer(one, final, stack))
-            for index in range(max(group[0].start, 0), self.network.n_blocks):
-                with self.network.block(index, self.weights) as block:
-                    self._through(block, [stream.states for stream in streams if stream.states is not final])
-                    streams += [self._begin(block, one, origin, stack) for one in group if one.start == index]
-                    if index < last:
-                        self._through(block, [origin])
-                give_back_memory()
+
+            def on_block(block: Block, _: int) -> None:
+                moving = [stream.states for stream in streams if stream.states is not final]
+                self.way.through(block, [_in_place(states) for states in moving])
+                for one in group:
+                    if one.start == block.index:
+                        streams.append(self._begin(block, one, origin, stack))
+                if block.index < last:
+                    self.way.through(block, [_in_place(origin)])
+
+            self.way.run(range(max(group[0].start, 0), self.network.n_blocks), [self.weights], on_block)
             self._heads(streams, final)
             by_key = {stream.placed.candidate.key: stream for stream in streams}
             return [_figure(by_key[one.candidate.key], len(self.windows)) for one in group]
@@ -184,7 +185,7 @@ class Measurement:
     def _hold(self, one: Placed) -> dict[str, torch.Tensor]:
         candidate = one.candidate
         rows = self.importance.get(candidate.output.name)
-        return hold(self.source.checkpoint, self.weights, candidate.output, candidate.qtype, rows, self.run)
+        return hold(self.source.checkpoint, self.weights, candidate.output, candidate.qtype, rows, self.pool.each)
 
     def _outer(self, one: Placed, final: Activations, stack: ExitStack) -> _Stream:
         """A variant of the embedding, with a stream of its own, or of the head, which looks at the source's."""
@@ -192,7 +193,7 @@ class Measurement:
         if one.start == self.network.n_blocks:
             return _Stream(one, final, self.weights, replaced)
         states = stack.enter_context(self._states())
-        self._embed(replaced, states)
+        self.way.embed(replaced, states)
         return _Stream(one, states, self.weights, replaced if one.head else None)
 
     def _begin(self, block: Block, one: Placed, origin: Activations, stack: ExitStack) -> _Stream:
@@ -202,20 +203,11 @@ class Measurement:
         for name, value in held.items():
             block.replace(name, value)
         try:
-            step = partial(_step, block, origin, states, one.candidate.output.name)
-            for _ in self.run(step, range(len(self.windows))):
-                self._tell()
+            self.way.through(block, [Move(origin, states, Finite(tensor=one.candidate.output.name))])
         finally:
             for name in held:
                 block.replace(name, self.weights.read(name))
         return _Stream(one, states, self.weights, None)
-
-    def _through(self, block: Block, streams: Sequence[Activations]) -> None:
-        def step(job: tuple[Activations, int]) -> None:
-            _step(block, job[0], job[0], "", job[1])
-
-        for _ in self.run(step, ((states, window) for states in streams for window in range(len(self.windows)))):
-            self._tell()
 
     def _tell(self) -> None:
         self.done += 1
@@ -253,20 +245,13 @@ class Measurement:
             for row, (_, stream) in zip(klds, streams, strict=True):
                 stream.klds[index] = row
 
-        for _ in self.run(window, range(len(self.windows))):
+        for _ in self.pool.each(window, range(len(self.windows))):
             for _ in streams:
                 self._tell()
 
 
-def _step(block: Block, source: Activations, target: Activations, tensor: str, window: int) -> None:
-    found = block(source.read(window))
-    if not bool(torch.isfinite(found).all()):
-        raise NumericPolicyError(
-            f"the hidden states of window {window} are not finite after block {block.index}",
-            tensor=tensor or None,
-            remedy="llm-quantize verify names the tensors with NaN or infinite weights",
-        )
-    target.write(window, found)
+def _in_place(states: Activations) -> Move:
+    return Move(states, states, Finite())
 
 
 def _divergence(

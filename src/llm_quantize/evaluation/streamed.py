@@ -9,15 +9,11 @@ the figures do not depend on the number of threads. All arithmetic is float32, s
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +25,8 @@ from llm_quantize.measures.perplexity import Logits, Tokens, log_softmax, scored
 from llm_quantize.runtimes.base import Predictions
 from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Head, Network
+from llm_quantize.streams.passes import Finite, Move, Pass, give_back_memory
+from llm_quantize.streams.pool import Pool
 from llm_quantize.streams.reordered import Reordered
 from llm_quantize.streams.weights import Weights
 
@@ -37,9 +35,6 @@ POSITIONS = 64
 
 SLICE_VALUES = 1 << 18
 """Log-probabilities that are compared together: their float64 temporaries stay in a core's cache."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -62,46 +57,37 @@ class RuntimeStream:
     rounding: Comparison = field(default_factory=Comparison)
 
 
-class Pass:
-    """The windows (n, length) of one evaluation on their way, in ``threads`` threads."""
+class Evaluation:
+    """The windows (n, length) of one evaluation on their way; ``total``: how many steps that is, in windows through
+    blocks and heads."""
 
-    def __init__(self, network: Network, windows: Tokens, threads: int, total: int, on_event: EventSink) -> None:
-        self.network, self.windows, self.threads = network, windows, threads
+    def __init__(self, network: Network, windows: Tokens, pool: Pool, total: int, on_event: EventSink) -> None:
+        self.network, self.windows, self.pool = network, windows, pool
+        self._pass = Pass(network, torch.from_numpy(windows.astype(np.int64)), pool)
         self._done, self._total, self._on_event = 0, total, on_event
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="llm-quantize")
 
-    def close(self) -> None:
-        """Wait for the threads."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Results in order; the first exception ends the work."""
-        return self._pool.map(work, items)
-
-    def advance(self, windows: int) -> None:
-        """Tell how far the work is, in windows through blocks."""
+    def _advance(self, windows: int) -> None:
         self._done += windows
         self._on_event({"event": "measure", "done": self._done, "total": self._total})
 
     def embed(self, stream: Stream) -> None:
         """Put the hidden states that enter block 0 into the stream."""
-        ids = torch.from_numpy(self.windows.astype(np.int64))
-        for index, hidden in enumerate(self.network.embed(stream.weights, ids)):
-            stream.states.write(index, hidden)
+        self._pass.embed(stream.weights, stream.states)
 
-    def through_blocks(self, source: Stream, artifacts: Sequence[Stream], noise: Activations | None) -> None:
+    def through_blocks(self, source: Stream, artifacts: Sequence[Stream], noise: Activations) -> None:
         """Every stream through every block. ``noise``: hidden states of the source's first windows, in another order
-        of arithmetic."""
-        for index in range(self.network.n_blocks):
-            for stream in (source, *artifacts):
-                with self.network.block(index, stream.weights) as block:
-                    count = len(self.windows)
-                    list(self.map(partial(_step, block, stream.path, stream.states, False), range(count)))
-                    if stream is source and noise is not None:
-                        list(self.map(partial(_step, block, stream.path, noise, True), range(noise.shape[0])))
-                del block
-                give_back_memory()
-                self.advance(len(self.windows))
+        of arithmetic. Raises NumericPolicyError for hidden states that are not finite, StoppedError after a signal."""
+        streams = (source, *artifacts)
+
+        def on_block(block: Block, number: int) -> None:
+            stream = streams[number]
+            moves = [Move(stream.states, stream.states, Finite(stream.path))]
+            if number == 0:
+                moves.append(Move(noise, noise, Finite(stream.path), _reordered))
+            self._pass.through(block, moves)
+            self._advance(len(self.windows))
+
+        self._pass.run(range(self.network.n_blocks), [stream.weights for stream in streams], on_block)
 
     def through_head(
         self,
@@ -121,9 +107,9 @@ class Pass:
                 other = noise[0].read(index)[where] if noise is not None and index < noise[0].shape[0] else None
                 told = {which: one.model.logits(window.tolist())[where] for which, one in models.items()}
                 part = partial(_compare_part, heads, (source, *artifacts), states, other, told, targets)
-                for found in self.map(part, range(0, len(targets), POSITIONS)):
+                for found in self.pool.in_order(part, range(0, len(targets), POSITIONS)):
                     _collect(found, artifacts, noise, models)
-                self.advance(1 + len(artifacts))
+                self._advance(1 + len(artifacts))
         give_back_memory()
 
 
@@ -154,18 +140,9 @@ def _collect(
             runtimes[which].rounding.add_scores(rounded)
 
 
-def _step(block: Block, path: Path, states: Activations, reordered: bool, window: int) -> None:
-    """One window through one block."""
-    with Reordered() if reordered else nullcontext():
-        found = block(states.read(window))
-    if not bool(torch.isfinite(found).all()):
-        raise NumericPolicyError(
-            f"the hidden states of window {window} are not finite after block {block.index}",
-            file=path,
-            found=f"{int((~torch.isfinite(found)).sum())} of {found.numel()} values",
-            remedy="llm-quantize verify names the tensors with NaN or infinite weights",
-        )
-    states.write(window, found)
+def _reordered(block: Block, hidden: torch.Tensor, _window: int) -> torch.Tensor:
+    with Reordered():
+        return block(hidden)
 
 
 def _compare_part(
@@ -215,23 +192,3 @@ def blamed(path: Path) -> Iterator[None]:
             found=error.found,
             remedy="llm-quantize verify names the tensors with NaN or infinite weights",
         ) from error
-
-
-@contextmanager
-def one_torch_thread(device: str) -> Iterator[None]:
-    """torch's own threads off while windows run side by side, on a CPU; as they were afterwards."""
-    before = torch.get_num_threads()
-    if device == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def give_back_memory() -> None:
-    """Let the C library return freed weights to the system, where it would keep them (glibc)."""
-    if sys.platform == "linux":
-        trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from llm_quantize import memory
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import read_output_rows, to_float32, unit_ranges, weights_of
 from llm_quantize.artifacts.decoded import Decoded, Stored
+from llm_quantize.engine import in_order, stop_on_signals
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.models.opening import Source
@@ -70,7 +70,8 @@ def tensor_errors(
     that can have it do, else by ``relative``.
 
     ``importance``: {GGUF name: float32 (matrices, columns)}, as ``Statistics.importance`` gives it. ``threads``: None
-    means all CPUs; each holds some MB. Raises UsageError (importance of another shape), and what reading raises.
+    means all CPUs; each holds some MB. Raises UsageError (importance of another shape), StoppedError after a signal,
+    and what reading raises.
     """
     known = {o.name: artifact.stored(o) for o in source.tensors.outputs if o.constant is None}
     held = {name: stored for name, stored in known.items() if stored is not None}
@@ -79,9 +80,10 @@ def tensor_errors(
     jobs = [(output, start, stop) for output in outputs for start, stop in unit_ranges(output.shape)]
     total, done = sum(weights_of(output.shape) for output in outputs), 0
     sums = {output.name: _Sums() for output in outputs}
-    with ThreadPoolExecutor(threads or memory.available_cpus(), thread_name_prefix="llm-quantize") as pool:
+    with stop_on_signals() as asked:
         work = partial(_compare, source, artifact, rows)
-        for (output, start, stop), found in zip(jobs, pool.map(work, jobs), strict=True):
+        results = in_order(work, jobs, threads=threads or memory.available_cpus(), stop=asked, resumable=None)
+        for (output, start, stop), found in zip(jobs, results, strict=True):
             sums[output.name].add(found)
             done += (stop - start) * (output.shape[-1] if output.shape else 1)
             on_event({"event": "measure", "done": done, "total": total})

@@ -12,12 +12,13 @@ Every reader of this layout takes its zero points from qzeros, so a symmetric gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llm_quantize.errors import UnsupportedError
 from llm_quantize.formats.base import (
     Array,
     Coverage,
@@ -26,7 +27,6 @@ from llm_quantize.formats.base import (
     SchemeOptions,
     check_group,
     check_words,
-    dequantize,
     grid_numbers,
     load_floats,
     mixture_of,
@@ -34,13 +34,44 @@ from llm_quantize.formats.base import (
     store_floats,
     to_numpy,
 )
-from llm_quantize.formats.bitpack import pack_bits, unpack_bits
+from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
+from llm_quantize.formats.packed import (
+    FLOATS,
+    Fields,
+    Layout,
+    Numbers,
+    PackedMatrix,
+    Settings,
+    check_fields,
+    check_matrix,
+    check_present,
+    columns_of_group,
+    flat_settings,
+    group_index,
+    groups_by_row,
+    misfit,
+    modules,
+    values_of,
+    widths,
+)
+from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.integer import IntegerType
 
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
+NAME = "awq"
+TITLE = "AWQ"
 LABEL = "AWQ-{level}"
+FORMS: Sequence[str] = ("gemm",)
+RESCALES = True
+LAYOUT = Layout("awq", ("qweight", "qzeros", "scales"), (), "qweight", "scales")
+EXAMPLE = "4bit"
+TRANSFORM = "awq"
+SYMMETRIC = False
+NEEDS = "gptqmodel"
+KERNEL = 'AwqConfig(bits={bits}, backend="torch_awq")'
+EXPERTS_IN_TRANSFORMERS = False
 LEVELS: Sequence[str] = ("4bit",)
 BITS = 4
 _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
@@ -48,9 +79,9 @@ _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """With zero points and groups of 128 unless the options say otherwise. Raises UsageError."""
-    parse_bits(level, "awq", {"4bit": BITS})
+    parse_bits(level, NAME, {"4bit": BITS})
     group = 128 if options.group_size is None else options.group_size
-    return Scheme("awq", "4bit", IntegerType(BITS, group, options.symmetric is True, "float16"))
+    return Scheme(NAME, "4bit", IntegerType(BITS, group, options.symmetric is True, "float16"))
 
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
@@ -84,20 +115,118 @@ def _pack(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
     return pack_bits(np.ascontiguousarray(turned.reshape(count, rows)), BITS, 1)
 
 
-def _unpack(words: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
+def _unpack(words: npt.NDArray[np.int32]) -> npt.NDArray[np.int16]:
     """(n, rows / 8) words as (rows, n)."""
     count, rows = words.shape[0], words.shape[1] * 8
     turned = unpack_bits(words, BITS, rows, 1).reshape(count, -1, 8)
     values = np.empty_like(turned)
     values[:, :, _ORDER] = turned
-    return np.ascontiguousarray(values.reshape(count, rows).T)
+    return values.reshape(count, rows).T.astype(np.int16)
 
 
-def unpack(scheme: Scheme, arrays: Mapping[str, Array]) -> npt.NDArray[np.float32]:
-    """float32 (rows, columns) of qweight, qzeros, scales."""
-    codes = _unpack(arrays["qweight"])
-    scales = np.ascontiguousarray(load_floats(arrays["scales"]).T)
-    return dequantize(codes, scales, _unpack(arrays["qzeros"]), codes.shape[1] // scales.shape[1])
+def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
+    """The description of a matrix (rows, columns) that ``pack`` made."""
+    grid = scheme.qtype
+    return PackedMatrix("", LAYOUT, rows, columns, BITS, grid.group(columns), grid.symmetric)
+
+
+def form_of(settings: Settings) -> tuple[str, bool]:
+    """As ``StoredFormat.form_of``."""
+    form = str(settings.values.get("version") or settings.values.get("format") or "gemm").lower()
+    return form, form in FORMS
+
+
+def notes(settings: Settings) -> Iterator[str]:
+    """None."""
+    yield from ()
+
+
+def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
+    """As ``StoredFormat.read``."""
+    del numbers
+    for name, found in modules(tensors, LAYOUT):
+        check_present(name, LAYOUT, found)
+        rows, columns = _sizes(found)
+        declared, asymmetric, varies = flat_settings(settings, BITS, "zero_point")
+        group = columns_of_group(declared, columns, groups_by_row(found["scales"]), varies=varies)
+        matrix = PackedMatrix(name, LAYOUT, rows, columns, BITS, group, not asymmetric, False, found)
+        words = packed_words(rows, BITS)
+        yield check_fields(
+            matrix,
+            {
+                "qweight": (("I32",), ((columns, words),)),
+                "qzeros": (("I32",), ((matrix.groups, words),)),
+                "scales": (FLOATS, ((matrix.groups, rows),)),
+            },
+        )
+
+
+def _sizes(found: Mapping[str, TensorInfo]) -> tuple[int, int]:
+    """(rows, columns), as the shapes of the fields say."""
+    main, scales = found["qweight"], found["scales"]
+    check_matrix(main)
+    rows = scales.shape[-1] if len(scales.shape) == 2 else 0
+    bits, rest = divmod(32 * main.shape[1], max(1, rows))
+    if not rest and 2 <= bits <= 8 and bits != BITS:
+        raise UnsupportedError(
+            "AWQ is decoded in 4 bits only",
+            file=main.file,
+            tensor=main.name,
+            expected="4 bits",
+            found=f"{bits} bits",
+        )
+    if rest or bits != BITS or not rows:
+        raise misfit(main, f"codes of {rows} rows and {main.shape[0]} columns in 2 to 8 bits", main.shape)
+    return rows, main.shape[0]
+
+
+def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
+    """As ``StoredFormat.codes``, from 0."""
+    del packed
+    return _unpack(fields["qweight"][:, first // 8 : -(-last // 8)])
+
+
+def zeros(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
+    """As ``StoredFormat.zeros``."""
+    del packed
+    return _unpack(fields["qzeros"][:, first // 8 : -(-last // 8)])
+
+
+def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+    """As ``StoredFormat.scales``."""
+    del packed
+    return load_floats(fields["scales"][:, first:last].T)
+
+
+def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+    """As ``StoredFormat.unpack``."""
+    rows = (packed, fields, first, last)
+    return values_of(codes(*rows), zeros(*rows), scales(*rows), group_index(packed, fields))
+
+
+def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:
+    """As ``StoredFormat.check``: nothing, as every value of every field is one that readers understand."""
+    yield from ()
+
+
+def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> Iterator[str]:
+    """As ``StoredFormat.check_settings``: modules that are not to be converted."""
+    left = settings.values.get("modules_to_not_convert")
+    for matrix in matrices.values():
+        for rule in left if isinstance(left, list) else ():
+            if isinstance(rule, str) and rule in matrix.name:
+                yield f"{matrix.name} is quantized, but the configuration's modules_to_not_convert has {rule}"
+
+
+def layout_name(matrices: Collection[PackedMatrix]) -> str:
+    """gemm."""
+    del matrices
+    return FORMS[0]
+
+
+def level_of(matrices: Collection[PackedMatrix]) -> str:
+    """4bit."""
+    return f"{widths(matrices)}bit"
 
 
 def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
@@ -115,3 +244,8 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
         "version": "gemm",
         "modules_to_not_convert": [*left, coverage.head] if left else None,
     }
+
+
+def vllm_refusal(_scheme: Scheme) -> str | None:
+    """Nothing: vLLM (0.32) has kernels for every scheme of this form."""
+    return None

@@ -1,4 +1,4 @@
-"""What the packed integer formats share: the choice of a grid, the tensors that hold a matrix, the numbers stored.
+"""What a format is, and what the packed integer formats share: grids, the tensors that hold a matrix, the numbers.
 
 A matrix W (N = out = rows, K = in = columns) has codes q (N, K), and per row and group of columns a scale s and a zero
 point z: w = s * (q - z), with q and z counted from 0 whatever the grid's levels are.
@@ -7,7 +7,7 @@ point z: w = s * (q - z), with q and z counted from 0 whatever the grid's levels
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,10 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UsageError
+from llm_quantize.formats.packed import PackedMatrix, StoredFormat
 from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType, integer_type
 
 if TYPE_CHECKING:
-    from llm_quantize.grids.grid import Grid
+    import torch
+
+    from llm_quantize.grids.grid import Grid, GridType
+    from llm_quantize.models.opening import Source
+    from llm_quantize.options import Options
+    from llm_quantize.plan import ArtifactPlan, MatrixPlan, TensorPlan
 
 Array = npt.NDArray[Any]
 
@@ -76,6 +82,11 @@ def scheme_from_dict(facts: Mapping[str, Any]) -> Scheme:
     return Scheme(facts["format"], facts["level"], grid, facts.get("variant", ""))
 
 
+def scheme_of(plan: ArtifactPlan) -> Scheme:
+    """The scheme of a plan that ``directory.plan_directory`` made."""
+    return scheme_from_dict(plan.identity["scheme"])
+
+
 @dataclass(frozen=True)
 class Field:
     """One of the tensors that hold a matrix: MODULE.suffix, of a dtype of NUMPY_TYPES."""
@@ -107,17 +118,108 @@ class Coverage:
     head: str = "lm_head"
 
 
-class Format(Protocol):
-    """A packed format: one module of this package for each."""
+class Importance(Protocol):
+    """What a plan needs to know of the importance that a run has, or will have.
 
-    LEVELS: Sequence[str]
+    ``file``: the name under which an artifact records it. ``names``: tensors of the map that it covers. ``datasets``
+    and ``chunks``: of its text. ``sha256``: what decides its values, "" where they are still to be collected.
+    """
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def names(self) -> Collection[str]: ...
+    @property
+    def datasets(self) -> Sequence[str]: ...
+    @property
+    def chunks(self) -> int: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+class Format(Protocol):
+    """A format: a row of FORMATS (table.py).
+
+    ``levels``: what may follow -q; ``example``: one of them. ``method``, ``transform``: its own, where the user asks
+    for none; the transform goes only with a method that reads text. ``weighs``: rounding uses importance where there
+    is any.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def levels(self) -> Sequence[str]: ...
+    @property
+    def example(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def transform(self) -> str: ...
+    @property
+    def weighs(self) -> bool: ...
+
+    def plan(
+        self, source: Source, levels: Sequence[str], stem: str, importance: Importance | None, options: Options
+    ) -> list[ArtifactPlan]:
+        """Every byte of each level's artifact, called STEM-LEVEL, from headers alone. What this format cannot hold is
+        refused here (UnsupportedError, UsageError), and nothing else is."""
+
+    def needs_importance(self, source: Source, level: str, options: Options) -> bool:
+        """Whether the level cannot be made without importance."""
+
+    def store(self, plan: ArtifactPlan) -> Store:
+        """How one of its artifacts keeps a matrix. Needs torch."""
+
+
+class Store(Protocol):
+    """A format, seen from a method: from codes on a grid to the bytes of its fields, and back to values. Threads may
+    share it."""
+
+    def grid_type(self, qtype: str) -> GridType | None:
+        """The grids of ``qtype``; None where it has none of that form and can only be rounded plainly."""
+
+    def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> Any:
+        """Some rows of ``matrix``, in whatever form ``join`` takes."""
+
+    def plain(
+        self, matrix: MatrixPlan, rows: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None
+    ) -> Any:
+        """Some rows rounded plainly, for a qtype without a grid."""
+
+    def join(self, matrix: MatrixPlan, pieces: Sequence[Any]) -> list[Array]:
+        """The fields of ``matrix`` of the pieces of all its rows, in order."""
+
+    def typed(self, tensor: TensorPlan, data: npt.NDArray[np.uint8]) -> Array:
+        """The bytes of a stored field as ``join`` gives it."""
+
+    def decode(self, matrix: MatrixPlan, fields: list[Array]) -> npt.NDArray[np.float32]:
+        """float32 (rows, columns): what a runtime will compute with."""
+
+
+class Packed(StoredFormat, Protocol):
+    """A format of packed integers in a model directory: one module of this package for each.
+
+    ``SYMMETRIC``: whether its grids are symmetric unless asked otherwise; None: the level says so. ``TITLE``: its name
+    for people. ``NEEDS``: what Transformers needs installed; ``KERNEL``: what to name on a CPU, "" for nothing.
+    """
+
+    NAME: str
+    TITLE: str
     LABEL: str
+    LEVELS: Sequence[str]
+    EXAMPLE: str
+    TRANSFORM: str
+    SYMMETRIC: bool | None
+    NEEDS: str
+    KERNEL: str
+    EXPERTS_IN_TRANSFORMERS: bool
 
     def scheme(self, level: str, options: SchemeOptions) -> Scheme: ...
     def fields(self, scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]: ...
     def pack(self, scheme: Scheme, grid: Grid, codes: Any) -> list[Array]: ...
-    def unpack(self, scheme: Scheme, arrays: Mapping[str, Array]) -> npt.NDArray[np.float32]: ...
+    def described(self, scheme: Scheme, rows: int, columns: int) -> PackedMatrix: ...
     def config(self, scheme: Scheme, coverage: Coverage) -> dict[str, Any]: ...
+    def vllm_refusal(self, scheme: Scheme) -> str | None: ...
 
 
 _EXPERT = re.compile(r"(\.experts)\.\d+\..*$")
@@ -222,15 +324,3 @@ def load_floats(values: Array) -> npt.NDArray[np.float32]:
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32, copy=False)
-
-
-def dequantize(
-    codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], zeros: Array, group: int
-) -> npt.NDArray[np.float32]:
-    """s * (q - z), float32 (N, K): the difference of the integers first, then one product, as the runtimes do.
-
-    ``codes`` (N, K); ``scales``, ``zeros`` (N, groups). A runtime that works in 16 bit rounds this once more.
-    """
-    rows, columns = codes.shape
-    steps = codes.reshape(rows, -1, group).astype(np.float32) - zeros.astype(np.float32)[:, :, None]
-    return (scales[:, :, None] * steps).reshape(rows, columns)

@@ -6,40 +6,41 @@ and, where it is known beforehand, in the card.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from llm_quantize.formats.base import Scheme
+import llm_quantize
+from llm_quantize.formats.base import Packed, Scheme
 from llm_quantize.qtypes.integer import WHOLE_ROW
 
 _COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-_NAMES = {"gptq": "GPTQ", "awq": "AWQ", "compressed-tensors": "compressed-tensors (pack-quantized)"}
-_KERNELS = {
-    "gptq": 'GPTQConfig(bits={bits}, backend="gptq_torch")',
-    "awq": 'AwqConfig(bits={bits}, backend="torch_awq")',
-}
-_NEEDS = {"gptq": "optimum gptqmodel", "awq": "gptqmodel", "compressed-tensors": "compressed-tensors"}
 
 
 @dataclass(frozen=True)
-class CardFacts:
-    """What the card tells. ``name``: of the artifact. ``source``: the model's name, ``revision`` its commit where it
-    comes from the hub. ``card``: the source's own metadata. ``packed`` and ``kept``: bytes of data. ``method``: how the
-    codes were chosen, {what: value}. ``experts``: whether the model is a mixture."""
+class About:
+    """What a format tells of an artifact: the tags of the card, its tables, and how it is loaded (Markdown)."""
 
-    name: str
-    source: str
-    revision: str | None
-    card: Mapping[str, Any]
+    tags: Sequence[str]
+    recipe: Mapping[str, Any]
+    sizes: Mapping[str, str]
+    loading: str
+
+
+@dataclass(frozen=True)
+class PackedFacts:
+    """A directory of packed integers. ``packed`` and ``kept``: bytes of data. ``method``: how the codes were chosen,
+    {what: value}. ``experts``: whether the model is a mixture."""
+
+    form: Packed
     scheme: Scheme
+    name: str
     matrices: int
     packed: int
     kept: int
     weights: int
-    version: str
     method: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     tensor_parallel: int = 8
@@ -77,15 +78,26 @@ def fill_card(text: bytes, measured: Mapping[str, Any] | None) -> bytes:
     return text
 
 
-def card(facts: CardFacts, measured: Mapping[str, Any] | None = None) -> str:
-    """The whole text. ``measured``: {what: value} of the loss against the source, where it is (or will be) known."""
+def card(
+    about: About,
+    *,
+    name: str,
+    source: str,
+    revision: str | None,
+    front: Mapping[str, Any],
+    measured: Mapping[str, Any] | None = None,
+) -> str:
+    """The whole text. ``name``: of the artifact. ``source``: the model's name, ``revision`` its commit where it comes
+    from the hub; ``front``: its own metadata. ``measured``: {what: value} of the loss against the source, where it is
+    (or will be) known."""
+    metadata = _metadata(about, source, revision, front)
     parts = [
-        f"---\n{yaml.safe_dump(_metadata(facts), sort_keys=False, allow_unicode=True)}---\n",
-        f"# {facts.name}\n",
-        f"{_origin(facts)}, quantized by llm-quantize {facts.version}.\n",
-        _table("Recipe", _recipe(facts)),
-        _table("Size", _sizes(facts)),
-        _loading(facts),
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n",
+        f"# {name}\n",
+        f"{_origin(source, revision)}, quantized by llm-quantize {llm_quantize.__version__}.\n",
+        _table("Recipe", about.recipe),
+        _table("Size", about.sizes),
+        about.loading,
     ]
     if measured:
         parts.append(_table("Loss", measured))
@@ -94,30 +106,36 @@ def card(facts: CardFacts, measured: Mapping[str, Any] | None = None) -> str:
     return "\n".join(parts)
 
 
-def _metadata(facts: CardFacts) -> dict[str, Any]:
+def _metadata(about: About, source: str, revision: str | None, front: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if facts.revision is not None:
-        found |= {"base_model": facts.source, "base_model_relation": "quantized"}
+    if revision is not None:
+        found |= {"base_model": source, "base_model_relation": "quantized"}
     for name in _COPIED:
-        value = facts.card.get(name)
+        value = front.get(name)
         if isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             found[name] = value
     found["library_name"] = "transformers"
-    found["tags"] = ["llm-quantize", "quantized", facts.scheme.format, f"{facts.scheme.qtype.bits}-bit"]
+    found["tags"] = ["llm-quantize", *about.tags]
     return found
 
 
-def _origin(facts: CardFacts) -> str:
-    if facts.revision is None:
-        return f"`{facts.source}`"
-    return f"[{facts.source}](https://huggingface.co/{facts.source}) at commit `{facts.revision}`"
+def _origin(source: str, revision: str | None) -> str:
+    if revision is None:
+        return f"`{source}`"
+    return f"[{source}](https://huggingface.co/{source}) at commit `{revision}`"
 
 
-def _recipe(facts: CardFacts) -> dict[str, Any]:
+def about_packed(facts: PackedFacts) -> About:
+    """The card of a directory of packed integers."""
+    tags = ("quantized", facts.scheme.format, f"{facts.scheme.qtype.bits}-bit")
+    return About(tags, _recipe(facts), _sizes(facts), _loading(facts))
+
+
+def _recipe(facts: PackedFacts) -> dict[str, Any]:
     grid = facts.scheme.qtype
     group = "one for each row" if grid.group_size == WHOLE_ROW else f"one for {grid.group_size} weights"
     found: dict[str, Any] = {
-        "Format": _NAMES[facts.scheme.format],
+        "Format": facts.form.TITLE,
         "Level": facts.scheme.level,
         "Codes": f"{grid.bits} bit, {'symmetric' if grid.symmetric else 'with zero points'}",
         "Scales": f"{grid.scale}, {group}",
@@ -128,16 +146,16 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     return found | {str(name): value for name, value in facts.method.items()}
 
 
-def _sizes(facts: CardFacts) -> dict[str, str]:
+def _sizes(facts: PackedFacts) -> dict[str, str]:
     total = facts.packed + facts.kept
     return {
-        "Packed matrices": _bytes(facts.packed),
-        "Everything else": _bytes(facts.kept),
-        "Together": f"{_bytes(total)}, {8 * total / max(1, facts.weights):.2f} bits per weight",
+        "Packed matrices": bytes_words(facts.packed),
+        "Everything else": bytes_words(facts.kept),
+        "Together": f"{bytes_words(total)}, {8 * total / max(1, facts.weights):.2f} bits per weight",
     }
 
 
-def _bytes(count: int) -> str:
+def bytes_words(count: int) -> str:
     return f"{count:,} bytes ({count / 1e9:.2f} GB)"
 
 
@@ -150,44 +168,32 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
-def _loading(facts: CardFacts) -> str:
-    refusal = vllm_refusal(facts.scheme)
+def _loading(facts: PackedFacts) -> str:
+    refusal = facts.form.vllm_refusal(facts.scheme)
     if refusal is None:
         vllm = f"```sh\nvllm serve {facts.name}\n```\nTensor parallel over up to {facts.tensor_parallel} devices."
     else:
         vllm = f"vLLM does not load it: {refusal}."
     transformers = (
-        f"Transformers (`pip install transformers accelerate {_NEEDS[facts.scheme.format]}`):\n\n```python\n"
+        f"Transformers (`pip install transformers accelerate {facts.form.NEEDS}`):\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{facts.name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{facts.name}")\n```'
     )
-    kernel = _KERNELS.get(facts.scheme.format)
-    if kernel is not None:
+    if facts.form.KERNEL:
         transformers += (
             "\n\nOn a CPU name the kernel, as otherwise one is compiled for minutes: "
-            f"`quantization_config={kernel.format(bits=facts.scheme.qtype.bits)}`."
+            f"`quantization_config={facts.form.KERNEL.format(bits=facts.scheme.qtype.bits)}`."
         )
-    caution = transformers_caution(facts.scheme) if facts.experts else None
+    caution = transformers_caution(facts.form) if facts.experts else None
     return f"## Loading\n\n{vllm}\n\n{transformers}\n" + (f"\n{caution}.\n" if caution else "")
 
 
-def transformers_caution(scheme: Scheme) -> str | None:
-    """What Transformers (5.23) does to experts of this scheme, if it is not what it should."""
-    if scheme.format == "compressed-tensors":
+def transformers_caution(form: Packed) -> str | None:
+    """What Transformers (5.23) does to experts stored in this form, if it is not what it should."""
+    if form.EXPERTS_IN_TRANSFORMERS:
         return None
     return (
-        f"Transformers 5.23 does not load experts stored as {_NAMES[scheme.format]}: it leaves them at random values "
+        f"Transformers 5.23 does not load experts stored as {form.TITLE}: it leaves them at random values "
         "with no more than a warning; compressed-tensors has no such trouble"
     )
-
-
-def vllm_refusal(scheme: Scheme) -> str | None:
-    """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
-    if scheme.format == "gptq" and not scheme.qtype.symmetric:
-        return "of GPTQ it takes symmetric grids only"
-    if scheme.format == "gptq" and scheme.qtype.bits not in (4, 8):
-        return "of GPTQ it takes 4 and 8 bits only"
-    if scheme.format == "compressed-tensors" and scheme.qtype.bits not in (4, 8):
-        return "of packed integers it takes 4 and 8 bits only"
-    return None

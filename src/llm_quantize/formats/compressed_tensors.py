@@ -1,4 +1,5 @@
-"""compressed-tensors' ``pack-quantized`` form, as the package of that name (0.20) writes and checks it.
+"""compressed-tensors: its ``pack-quantized`` form, as the package of that name (0.20) writes and checks it, and its
+``int-quantized`` form, which is read only.
 
 N = out, K = in, G = groups, b = bits, codes q and zero points z from 0; w = weight_scale * (q - z):
 
@@ -6,6 +7,10 @@ N = out, K = in, G = groups, b = bits, codes q and zero points z from 0; w = wei
     weight_scale       bf16 or f16 (N, G)           in the type of the checkpoint's weights
     weight_shape       int64  (2,)                  N, K
     weight_zero_point  int32  (ceil(N b / 32), G)   zero points packed along N; only where the grid is asymmetric
+    weight_g_idx       int32  (K,)                  the group of each column; others write it, we do not
+
+    weight             int8   (N, K)                int-quantized: signed codes, with weight_scale as above (or one
+                                                    for a row or all) and perhaps weight_zero_point int8 (N, G)
 
 The package counts codes from -2^(b-1) and adds 2^(b-1) before packing, to zero points too: the same bits.
 """
@@ -13,12 +18,13 @@ The package counts codes from -2^(b-1) and adds 2^(b-1) before packing, to zero 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llm_quantize.errors import UnsupportedError, printable
 from llm_quantize.formats.base import (
     Array,
     Coverage,
@@ -26,7 +32,6 @@ from llm_quantize.formats.base import (
     Scheme,
     SchemeOptions,
     check_group,
-    dequantize,
     grid_numbers,
     load_floats,
     parse_bits,
@@ -34,26 +39,72 @@ from llm_quantize.formats.base import (
     to_numpy,
 )
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
+from llm_quantize.formats.packed import (
+    FLOATS,
+    WORD,
+    Fields,
+    Layout,
+    Numbers,
+    PackedMatrix,
+    Settings,
+    check_fields,
+    check_matrix,
+    check_present,
+    columns_of_group,
+    contradicts,
+    declared_bits,
+    finds,
+    group_index,
+    group_size,
+    misfit,
+    modules,
+    values_of,
+    weights_of_groups,
+    widths,
+    wrong_form,
+)
+from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType
 
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
+NAME = "compressed-tensors"
+TITLE = "compressed-tensors (pack-quantized)"
 LABEL = "{level}"
+EXAMPLE = "W4A16"
+TRANSFORM = "none"
+SYMMETRIC = None
+NEEDS = "compressed-tensors"
+KERNEL = ""
+EXPERTS_IN_TRANSFORMERS = True
 PACKAGE_VERSION = "0.20.0"
 FORM = "pack-quantized"
+FORMS: Sequence[str] = (FORM, "int-quantized")
+RESCALES = True
+PACKED = Layout(
+    FORM,
+    ("weight_packed", "weight_scale", "weight_shape"),
+    ("weight_zero_point", "weight_g_idx"),
+    telling="weight_packed",
+    scales="weight_scale",
+    index="weight_g_idx",
+)
+PLAIN = Layout(
+    "int-quantized", ("weight", "weight_scale"), ("weight_zero_point",), telling="weight_scale", scales="weight_scale"
+)
 _BITS = {f"W{bits}A16{end}": bits for end in ("", "_ASYM") for bits in range(2, 9)}
 LEVELS: Sequence[str] = tuple(_BITS)
 
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """The package's preset of that name (groups of 128), changed as the options say. Raises UsageError."""
-    bits = parse_bits(level, "compressed-tensors", _BITS)
+    bits = parse_bits(level, NAME, _BITS)
     asked = not level.upper().endswith("_ASYM")
     symmetric = asked if options.symmetric is None else options.symmetric
     group = 128 if options.group_size is None else options.group_size
     name = f"W{bits}A16{'' if symmetric else '_ASYM'}"
-    return Scheme("compressed-tensors", name, IntegerType(bits, group, symmetric, options.scale))
+    return Scheme(NAME, name, IntegerType(bits, group, symmetric, options.scale))
 
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
@@ -85,16 +136,176 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
     return found if scheme.qtype.symmetric else [*found, pack_bits(zeros.astype(np.uint8), bits, 0)]
 
 
-def unpack(scheme: Scheme, arrays: Mapping[str, Array]) -> npt.NDArray[np.float32]:
-    """float32 (rows, columns) of the fields' arrays."""
-    bits = scheme.qtype.bits
-    rows, columns = (int(size) for size in arrays["weight_shape"])
-    codes = unpack_bits(arrays["weight_packed"], bits, columns, 1)
-    scales = load_floats(arrays["weight_scale"])
-    zeros: Array = np.full(scales.shape, 1 << (bits - 1), np.uint8)
-    if not scheme.qtype.symmetric:
-        zeros = unpack_bits(arrays["weight_zero_point"], bits, rows, 0)
-    return dequantize(codes, scales, zeros, columns // scales.shape[1])
+def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
+    """The description of a matrix (rows, columns) that ``pack`` made."""
+    grid = scheme.qtype
+    return PackedMatrix("", PACKED, rows, columns, grid.bits, grid.group(columns), grid.symmetric)
+
+
+def form_of(settings: Settings) -> tuple[str, bool]:
+    """As ``StoredFormat.form_of``."""
+    groups = settings.values.get("config_groups", {})
+    if not isinstance(groups, dict):
+        raise wrong_form(settings.file, "config_groups", "an object", groups)
+    inner = [one.get("format") for one in groups.values() if isinstance(one, dict)]
+    kinds = {str(one) for one in (settings.values.get("format"), *inner) if one not in (None, "mixed-precision")}
+    return ", ".join(sorted(kinds)), bool(kinds) and kinds <= {*FORMS, "naive-quantized"}
+
+
+def notes(settings: Settings) -> Iterator[str]:
+    """As ``StoredFormat.notes``."""
+    groups = settings.values.get("config_groups")
+    if isinstance(groups, dict) and any(isinstance(g, dict) and g.get("input_activations") for g in groups.values()):
+        yield "a runtime rounds activations too, as its configuration says; only its weights are measured here"
+
+
+def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
+    """As ``StoredFormat.read``."""
+    claimed: set[str] = set()
+    for layout in (PACKED, PLAIN):
+        for name, found in modules(tensors, layout):
+            if name not in claimed:
+                claimed.add(name)
+                check_present(name, layout, found)
+                yield _matrix(name, layout, found, settings, numbers)
+
+
+def _matrix(
+    name: str, layout: Layout, found: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
+) -> PackedMatrix:
+    n, k, bits = _sizes(layout, found, settings, numbers)
+    declared, varies = _weight_settings(settings, bits)
+    scale = found["weight_scale"]
+    each = scale.shape[-1] if len(scale.shape) == 2 else 1
+    group = columns_of_group(declared, k, each, varies=varies)
+    matrix = PackedMatrix(name, layout, n, k, bits, group, "weight_zero_point" not in found, False, found)
+    g = matrix.groups
+    by_row = {"weight_zero_point": (("I8",), ((n, g), (n,), (1,), (1, 1)))}
+    packed_zeros = {"weight_zero_point": (("I32",), ((packed_words(n, bits), g),))}
+    return check_fields(
+        matrix,
+        {
+            **(by_row if layout is PLAIN else packed_zeros),
+            "weight_packed": (("I32",), ((n, packed_words(k, bits)),)),
+            "weight": (("I8",), ((n, k),)),
+            "weight_scale": (FLOATS, ((n, g), *(((n,), (1,), (1, 1), ()) if g == 1 else ()))),
+            "weight_shape": (("I64", "I32"), ((2,),)),
+            "weight_g_idx": (("I32",), ((k,),)),
+        },
+    )
+
+
+def _sizes(
+    layout: Layout, found: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
+) -> tuple[int, int, int]:
+    """(rows, columns, bits), as the shapes of the fields say."""
+    main, declared = found[layout.required[0]], declared_bits(settings)
+    check_matrix(main)
+    if layout is PLAIN:
+        return main.shape[0], main.shape[1], 8 if 8 in declared or not declared else declared[0]
+    info = found["weight_shape"]
+    if (info.dtype, info.shape) not in (("I64", (2,)), ("I32", (2,))):
+        raise misfit(info, "two whole numbers, int64", info.shape)
+    rows, columns = map(int, numbers(info))
+    if not (0 < rows < 1 << 40 and 0 < columns < 1 << 40):
+        raise misfit(info, "two positive sizes", (rows, columns))
+    fitting = [bits for bits in range(1, 9) if main.shape == (rows, packed_words(columns, bits))]
+    if not fitting:
+        raise misfit(main, f"codes of {rows} rows and {columns} columns", main.shape)
+    likely = [bits for bits in fitting if bits in declared]
+    return rows, columns, (likely or fitting)[0]
+
+
+def _weight_settings(settings: Settings, bits: int) -> tuple[int, bool]:
+    """(group size, whether modules may differ) of what the configuration says of matrices of ``bits`` bits.
+
+    Raises MalformedInputError for values of no sense, IntegrityError for another width, UnsupportedError.
+    """
+    candidates = [weights for weights in weights_of_groups(settings.values) if weights.get("num_bits") == bits]
+    if not candidates:
+        declared = ", ".join(map(str, declared_bits(settings))) or "no"
+        raise contradicts(settings.file, f"{declared} bits", f"{bits} bits")
+    found = candidates[0]
+    if found.get("type", "int") != "int" or found.get("strategy") not in ("group", "channel", "tensor"):
+        words = f"weights of type {found.get('type')!r}, strategy {found.get('strategy')!r}"
+        raise UnsupportedError(
+            "this way of quantizing is not decoded by this version",
+            file=settings.file,
+            expected="integer weights with a scale for each group, channel or tensor",
+            found=printable(words, 200),
+        )
+    size = found.get("group_size") if found["strategy"] == "group" else -1
+    return group_size(size, settings.file), len(candidates) > 1
+
+
+def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
+    """As ``StoredFormat.codes``, signed."""
+    if packed.layout is PLAIN:
+        return fields["weight"][first:last].astype(np.int16)
+    found = unpack_bits(fields["weight_packed"][first:last], packed.bits, packed.columns, 1)
+    return found.astype(np.int16) - _half(packed)
+
+
+def zeros(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16] | None:
+    """As ``StoredFormat.zeros``, signed."""
+    stored = fields.get("weight_zero_point")
+    if stored is None:
+        return None
+    if packed.layout is PLAIN:
+        return _by_row(packed, stored)[first:last].astype(np.int16)
+    bits = packed.bits
+    words = stored[first * bits // WORD : packed_words(last, bits)]
+    return unpack_bits(words, bits, last - first, 0).astype(np.int16) - _half(packed)
+
+
+def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+    """As ``StoredFormat.scales``."""
+    return load_floats(_by_row(packed, fields["weight_scale"])[first:last])
+
+
+def _by_row(packed: PackedMatrix, stored: Array) -> Array:
+    """(rows, groups) of numbers that may be stored once for a row, or for all."""
+    whole = stored.reshape(-1, packed.groups) if stored.size > 1 else stored.reshape(1, 1)
+    return np.broadcast_to(whole, (packed.rows, packed.groups))
+
+
+def _half(packed: PackedMatrix) -> np.int16:
+    """What is added to signed numbers before they are packed."""
+    return np.int16(1 << (packed.bits - 1))
+
+
+def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+    """As ``StoredFormat.unpack``."""
+    rows = (packed, fields, first, last)
+    return values_of(codes(*rows), zeros(*rows), scales(*rows), group_index(packed, fields))
+
+
+def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:
+    """As ``StoredFormat.check``: codes of few bits in whole bytes."""
+    if packed.layout is PLAIN and packed.bits < 8:
+        found, half = codes(packed, fields, first, last), _half(packed)
+        if (found < -half).any() or (found >= half).any():
+            yield "weight", f"codes of rows {first} to {last} are not in {packed.bits} bits"
+
+
+def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> Iterator[str]:
+    """As ``StoredFormat.check_settings``: the ignore list."""
+    ignored = settings.values.get("ignore")
+    for matrix in matrices.values():
+        for rule in ignored if isinstance(ignored, list) else ():
+            if isinstance(rule, str) and finds(rule, matrix.name):
+                yield f"{matrix.name} is quantized, but the configuration's ignore list has {rule}"
+
+
+def layout_name(matrices: Collection[PackedMatrix]) -> str:
+    """pack-quantized, int-quantized."""
+    return "+".join(sorted({matrix.layout.name for matrix in matrices}))
+
+
+def level_of(matrices: Collection[PackedMatrix]) -> str:
+    """W4A16, W4A16_ASYM."""
+    asymmetric = any(not matrix.symmetric for matrix in matrices)
+    return f"W{widths(matrices)}A16{'_ASYM' if asymmetric else ''}"
 
 
 def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
@@ -132,3 +343,8 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
             }
         },
     }
+
+
+def vllm_refusal(scheme: Scheme) -> str | None:
+    """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
+    return None if scheme.qtype.bits in (4, 8) else "of packed integers it takes 4 and 8 bits only"

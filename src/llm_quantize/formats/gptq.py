@@ -5,7 +5,8 @@ K = in, N = out, G = groups, b = bits, codes q and zero points z from 0; w = sca
     qweight  int32    (K b / 32, N)   codes, packed along K, least significant bits first; 3 bits cross words
     qzeros   int32    (G, N b / 32)   zero points packed along N: z - 1 in format "gptq" (1), z in "gptq_v2"
     scales   float16  (G, N)
-    g_idx    int32    (K,)            the group of each input channel, here always k // group
+    g_idx    int32    (K,)            the group of each input channel, here always k // group; others leave it out, or
+                                      give groups in any order, and scales of another float type
 
 *Zero points.* Symmetric grids have z = 2^(b-1) and are written in format 1, which everything reads. In format 1 a zero
 point of 0 is stored as -1, all ones, and readers that add 1 to whole words carry it into the neighbour; and GPTQModel
@@ -21,14 +22,14 @@ that said true with this g_idx would mean the same, but vLLM refuses it, and oth
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 import llm_quantize
-from llm_quantize.errors import MalformedInputError, UnsupportedError
+from llm_quantize.errors import UnsupportedError
 from llm_quantize.formats.base import (
     Array,
     Coverage,
@@ -44,13 +45,47 @@ from llm_quantize.formats.base import (
     store_floats,
     to_numpy,
 )
-from llm_quantize.formats.bitpack import pack_bits, unpack_bits
+from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
+from llm_quantize.formats.packed import (
+    FLOATS,
+    WORD,
+    Fields,
+    Layout,
+    Numbers,
+    PackedMatrix,
+    Settings,
+    check_fields,
+    check_matrix,
+    check_present,
+    columns_of_group,
+    declared_bits,
+    finds,
+    flat_settings,
+    group_index,
+    groups_by_row,
+    misfit,
+    modules,
+    values_of,
+    widths,
+)
+from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.integer import IntegerType
 
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
+NAME = "gptq"
+TITLE = "GPTQ"
 LABEL = "GPTQ-{level}"
+FORMS: Sequence[str] = ("gptq", "gptq_v2")
+RESCALES = False
+LAYOUT = Layout("gptq", ("qweight", "qzeros", "scales"), ("g_idx",), "qweight", "scales", "g_idx")
+EXAMPLE = "4bit"
+TRANSFORM = "none"
+SYMMETRIC = True
+NEEDS = "optimum gptqmodel"
+KERNEL = 'GPTQConfig(bits={bits}, backend="gptq_torch")'
+EXPERTS_IN_TRANSFORMERS = False
 _BITS = {"2bit": 2, "3bit": 3, "4bit": 4, "8bit": 8}
 LEVELS: Sequence[str] = tuple(_BITS)
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -58,11 +93,11 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """Symmetric with groups of 128 unless the options say otherwise. Raises UsageError."""
-    bits = parse_bits(level, "gptq", _BITS)
+    bits = parse_bits(level, NAME, _BITS)
     group = 128 if options.group_size is None else options.group_size
     symmetric = options.symmetric is not False
     grid = IntegerType(bits, group, symmetric, "float16")
-    return Scheme("gptq", f"{bits}bit", grid, "gptq" if symmetric else "gptq_v2")
+    return Scheme(NAME, f"{bits}bit", grid, "gptq" if symmetric else "gptq_v2")
 
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
@@ -110,25 +145,128 @@ def _first(scheme: Scheme) -> int:
     return 0 if scheme.variant == "gptq_v2" else 1
 
 
-def unpack(scheme: Scheme, arrays: Mapping[str, Array]) -> npt.NDArray[np.float32]:
-    """float32 (rows, columns) of qweight, qzeros, scales and, where there is one, g_idx (any order of groups).
+def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
+    """The description of a matrix (rows, columns) that ``pack`` made."""
+    grid, minus_one = scheme.qtype, _first(scheme) == 1
+    return PackedMatrix("", LAYOUT, rows, columns, grid.bits, grid.group(columns), grid.symmetric, minus_one)
 
-    Raises MalformedInputError where g_idx names groups that there are not.
-    """
-    bits = scheme.qtype.bits
-    scales = load_floats(arrays["scales"])
-    groups, rows = scales.shape
-    columns = arrays["qweight"].shape[0] * 32 // bits
-    codes = unpack_bits(arrays["qweight"], bits, columns, 0)
-    zeros = unpack_bits(arrays["qzeros"], bits, rows, 1).astype(np.float32) + np.float32(_first(scheme))
-    index = arrays.get("g_idx", np.arange(columns) // max(1, columns // groups))
-    if index.shape != (columns,) or (columns and (index.min() < 0 or index.max() >= groups)):
-        raise MalformedInputError(
-            "g_idx does not give a group for each input channel",
-            expected=f"{columns} indices from 0 to {groups - 1}",
-            found=f"{index.shape[0]} indices from {index.min()} to {index.max()}",
+
+def form_of(settings: Settings) -> tuple[str, bool]:
+    """As ``StoredFormat.form_of``."""
+    values = settings.values
+    form = str(values.get("checkpoint_format") or values.get("format") or "gptq")
+    return form, form in FORMS and values.get("pack_dtype", "int32") in ("int32", None)
+
+
+def notes(settings: Settings) -> Iterator[str]:
+    """None."""
+    yield from ()
+
+
+def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
+    """As ``StoredFormat.read``."""
+    del numbers
+    form, _ = form_of(settings)
+    for name, found in modules(tensors, LAYOUT):
+        check_present(name, LAYOUT, found)
+        rows, columns, bits = _sizes(found, settings)
+        declared, symmetric, varies = flat_settings(settings, bits, "sym")
+        group = columns_of_group(declared, columns, groups_by_row(found["scales"]), varies=varies)
+        matrix = PackedMatrix(name, LAYOUT, rows, columns, bits, group, symmetric, form == "gptq", found)
+        n, k, g, across = matrix.rows, matrix.columns, matrix.groups, packed_words(rows, bits)
+        yield check_fields(
+            matrix,
+            {
+                "qweight": (("I32",), ((packed_words(k, bits), n),)),
+                "qzeros": (("I32",), ((g, across),)),
+                "scales": (FLOATS, ((g, n),)),
+                "g_idx": (("I32",), ((k,), (0,))),
+            },
         )
-    return np.ascontiguousarray((scales[index] * (codes.astype(np.float32) - zeros[index])).T)
+
+
+def _sizes(found: Mapping[str, TensorInfo], settings: Settings) -> tuple[int, int, int]:
+    """(rows, columns, bits), as the shapes of the fields say."""
+    main, scales, index = found["qweight"], found["scales"], found.get("g_idx")
+    check_matrix(main)
+    rows = scales.shape[-1] if len(scales.shape) == 2 else 0
+    declared = declared_bits(settings)
+    columns = index.shape[0] if index is not None and len(index.shape) == 1 else 0
+    columns = columns or 32 * main.shape[0] // max(1, declared[0] if declared else 4)
+    bits, rest = divmod(32 * main.shape[0], max(1, columns))
+    if rest or not 2 <= bits <= 8 or not rows:
+        raise misfit(main, f"codes of {rows} rows and {columns} columns in 2 to 8 bits", main.shape)
+    return rows, columns, bits
+
+
+def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
+    """As ``StoredFormat.codes``, from 0."""
+    return unpack_bits(fields["qweight"][:, first:last], packed.bits, packed.columns, 0).T.astype(np.int16)
+
+
+def zeros(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
+    """As ``StoredFormat.zeros``. All ones in format 1 are 2^b, although readers that add 1 to whole words carry it
+    into the neighbour; ``check`` tells."""
+    bits, n = packed.bits, last - first
+    words = fields["qzeros"][:, first * bits // WORD : packed_words(last, bits)]
+    found = unpack_bits(words, bits, n, 1).T.astype(np.int16)
+    return found + np.int16(1) if packed.minus_one else found
+
+
+def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+    """As ``StoredFormat.scales``."""
+    del packed
+    return load_floats(fields["scales"][:, first:last].T)
+
+
+def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+    """As ``StoredFormat.unpack``; g_idx may name groups in any order."""
+    index, rows = group_index(packed, fields), (packed, fields, first, last)
+    return values_of(codes(*rows), zeros(*rows), scales(*rows), index)
+
+
+def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:
+    """As ``StoredFormat.check``: the order of columns, and zero points."""
+    plain = np.arange(packed.columns) // packed.group
+    ordered = first > 0 or "g_idx" not in fields or np.array_equal(group_index(packed, fields), plain)
+    if not ordered and settings.values.get("desc_act") is False:
+        yield "g_idx", "columns are not in the order of their groups, but the configuration says desc_act false"
+    found, top = zeros(packed, fields, first, last), 1 << packed.bits
+    if packed.minus_one and (found == top).any():
+        row, group = (int(place) for place in np.argwhere(found == top)[0])
+        yield (
+            "qzeros",
+            f"a zero point is stored as all ones (row {first + row}, group {group}): readers that add 1 to whole words "
+            "carry it into the next row's",
+        )
+    if packed.symmetric and (found != top // 2).any():
+        row, group = (int(place) for place in np.argwhere(found != top // 2)[0])
+        yield (
+            "qzeros",
+            f"the zero point of row {first + row}, group {group} is {found[row, group]}, but the configuration says "
+            f"sym, which is {top // 2}",
+        )
+
+
+def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> Iterator[str]:
+    """As ``StoredFormat.check_settings``: the dynamic rules, and lm_head."""
+    dynamic = settings.values.get("dynamic")
+    for rule in dynamic if isinstance(dynamic, dict) else ():
+        named = [name for name in matrices if rule.startswith("-:") and finds(f"re:{rule[2:]}", name)]
+        if named:
+            yield f"{named[0]} is quantized, but the configuration's dynamic rules have {rule}"
+    if "lm_head.weight" in matrices and settings.values.get("lm_head") is False:
+        yield "lm_head is quantized, but the configuration says lm_head false"
+
+
+def layout_name(matrices: Collection[PackedMatrix]) -> str:
+    """gptq, gptq_v2."""
+    return "gptq" if all(matrix.minus_one for matrix in matrices) else "gptq_v2"
+
+
+def level_of(matrices: Collection[PackedMatrix]) -> str:
+    """4bit."""
+    return f"{widths(matrices)}bit"
 
 
 def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
@@ -157,6 +295,13 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
     if coverage.kept and alike:
         found["modules_in_block_to_quantize"] = [alike]
     return found
+
+
+def vllm_refusal(scheme: Scheme) -> str | None:
+    """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
+    if not scheme.qtype.symmetric:
+        return "of GPTQ it takes symmetric grids only"
+    return None if scheme.qtype.bits in (4, 8) else "of GPTQ it takes 4 and 8 bits only"
 
 
 def _negative_rule(name: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import gguf
 
@@ -19,7 +20,9 @@ from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.base import Coverage
 from llm_quantize.formats.gguf.levels import TensorShape, is_quantizable
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.models.opening import Source
+
+if TYPE_CHECKING:
+    from llm_quantize.models.opening import Source
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -83,7 +86,7 @@ def select(source: Source, ignore: Sequence[str] = ()) -> Selection:
     for name, info in source.checkpoint.tensors.items():
         if name in found.packed:
             continue
-        if not _readable(source, name):
+        if not source.checkpoint.is_readable(name):
             found.dropped[name] = f"a buffer of {info.dtype}, which runtimes make by themselves"
         else:
             found.kept.append(info)
@@ -99,14 +102,6 @@ def _compile(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise UsageError(f"{text!r} is not a regular expression: {error}", remedy="see --ignore") from error
-
-
-def _readable(source: Source, name: str) -> bool:
-    try:
-        source.checkpoint.check_readable(name)
-    except UnsupportedError:
-        return False
-    return True
 
 
 def _packable(source: Source, ignore: Sequence[re.Pattern[str]]) -> dict[str, list[Module]]:

@@ -1,27 +1,17 @@
-"""The packed formats by the names that users give, and the scheme that a plan was made with."""
+"""The formats by the names that users give. A format is a row here and a file (or a folder) beside this one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-from llm_quantize.errors import UnsupportedError
-from llm_quantize.formats import awq, compressed_tensors, gptq
-from llm_quantize.formats.base import Format, Scheme, scheme_from_dict
+from llm_quantize.formats.base import Format
+from llm_quantize.formats.gguf.plan import Gguf
+from llm_quantize.formats.packed_directory import PackedFormat
+from llm_quantize.formats.packed_formats import PACKED
+from llm_quantize.formats.safetensors import Safetensors
 
-if TYPE_CHECKING:
-    from llm_quantize.artifacts.plan import ArtifactPlan
-
-FORMATS: Mapping[str, Format] = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors}
-
-
-def packed_format(name: str) -> Format:
-    """The format of that name. Raises UnsupportedError."""
-    if name not in FORMATS:
-        raise UnsupportedError("there is no such packed format", expected=", ".join(FORMATS), found=name[:40])
-    return FORMATS[name]
-
-
-def scheme_of(plan: ArtifactPlan) -> Scheme:
-    """The scheme of a plan that ``directory.plan_directory`` made."""
-    return scheme_from_dict(plan.identity["scheme"])
+FORMATS: Mapping[str, Format] = {
+    Gguf.name: Gguf(),
+    **{name: PackedFormat(form) for name, form in PACKED.items()},
+    Safetensors.name: Safetensors(),
+}

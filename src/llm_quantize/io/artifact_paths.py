@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from llm_quantize.errors import MalformedInputError
@@ -42,6 +43,23 @@ def journal_path(target: Path, directory: Path | None = None) -> Path:
         return target.with_name(target.name + ".journal")
     place = hashlib.sha256(os.fsencode(f"{here}/{target.name}")).hexdigest()[:8]
     return directory / f"{target.name}.{place}.journal"
+
+
+def hidden_directory(target: Path) -> Path:
+    """Where the hidden states of an unfinished artifact lie."""
+    return target.with_name(target.name + ".hidden")
+
+
+def discard_hidden(target: Path) -> None:
+    """Remove the hidden states of a finished artifact, also those of a process that was killed before it could take
+    their name away."""
+    directory = hidden_directory(target)
+    if directory.is_dir() and not directory.is_symlink():
+        with suppress(OSError):  # another process was quicker, or something of another's lies there: it may stay
+            left = [path for path in directory.glob("llm-quantize-*.activations") if not path.is_symlink()]
+            for path in [*(directory / str(slot) for slot in range(4)), *left]:
+                path.unlink(missing_ok=True)
+            directory.rmdir()
 
 
 def remove_stale_journal(target: Path, current: Path | None) -> None:

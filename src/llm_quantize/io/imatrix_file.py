@@ -17,7 +17,7 @@ import hashlib
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,6 +54,16 @@ class Imatrix:
     datasets: tuple[str, ...]
     chunks: int
     sha256: str
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return self.path.name
+
+    @property
+    def names(self) -> Collection[str]:
+        """The tensors that it covers."""
+        return self.values.keys()
 
     def rows(self, name: str, shape: tuple[int, ...]) -> Floats | None:
         """The importance of a tensor of row-major ``shape``: float32 (matrices, shape[-1]), or None without one.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llm_quantize.errors import UsageError
@@ -49,6 +51,15 @@ class QType:
         if self.name == "iq1_m":  # four bits in each of the last four words
             return (((53, 0xC0), (55, 0x70)),)
         return tuple(((offset + 1, 0x7C),) for offset in self.half_offsets)
+
+    def infinite_blocks(self, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
+        """Blocks in which a float16 scale (or value) is infinite or NaN: it poisons the whole block in silence."""
+        blocks = packed.reshape(-1, self.block_bytes)
+        found = [
+            np.flatnonzero(np.logical_and.reduce([(blocks[:, byte] & mask) == mask for byte, mask in exponent]))
+            for exponent in self.half_exponents
+        ]
+        return np.unique(np.concatenate(found)) if any(part.size for part in found) else np.empty(0, np.intp)
 
     @property
     def bits_per_weight(self) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_files import first_file
-from llm_quantize.models.quantized_config import is_packed_directory
+from llm_quantize.models.quantized import is_packed_directory
 from llm_quantize.runtimes import llama_cpp, transformers, vllm
 from llm_quantize.runtimes.base import OpenModel, Request, Runtime
 

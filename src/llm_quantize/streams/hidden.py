@@ -1,10 +1,15 @@
-"""The hidden states between two blocks, one window after another: in memory, or in a file when there are too many."""
+"""The hidden states between two blocks, one window after another: in memory, or in a file when they are many.
+
+``Kept`` is how a run that was killed finds again those that it left beside its output.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +17,7 @@ import torch
 
 from llm_quantize.errors import ResourceError
 from llm_quantize.io.durable import allocate, fail_os, open_directory, open_regular_output
+from llm_quantize.io.output import ResumableOutput
 from llm_quantize.io.paths import pread_into
 
 
@@ -126,3 +132,56 @@ class Activations:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the hidden states of a run stand between two blocks: ``shape`` (windows, length, width) in ``dtype``, in
+    memory (``directory`` None), or in files of ``directory`` that the journal of ``output`` vouches for.
+
+    A run may lead several streams; each has a ``lane`` of two files that take turns, so that what a block left is whole
+    until all that leaves the next one is there.
+    """
+
+    output: ResumableOutput
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    directory: Path | None
+
+    def entering(self, index: int, lane: int = 0) -> Activations:
+        """The slots of what enters block ``index``; in files, with what stands in them."""
+        file = None if self.directory is None else self.directory / str(2 * lane + index % 2)
+        return Activations(*self.shape, self.dtype, file=file)
+
+    def leaving(self, index: int, states: Activations, lane: int = 0) -> Activations:
+        """Where what leaves block ``index`` goes when ``states`` entered it: in memory to the same place."""
+        return states if self.directory is None else self.entering(index + 1, lane)
+
+    def remember(self, index: int, states: Sequence[Activations]) -> None:
+        """Note that ``states``, one of each lane, left block ``index``."""
+        if self.directory is not None:
+            self.output.note({"hidden": {"after": index, "sha256": [one.digest() for one in states]}})
+
+    def resume(
+        self, wanted: int, lanes: Sequence[int], warn: Callable[[str], None]
+    ) -> tuple[list[Activations], int] | None:
+        """What an earlier run left before block ``wanted``, in the order of ``lanes``, and the block that it enters;
+        None where there is nothing to trust. ``warn`` is told of files that are damaged."""
+        note = self.output.notes.get("hidden")
+        after, digests = (note.get("after"), note.get("sha256")) if isinstance(note, dict) else (None, None)
+        if self.directory is None or type(after) is not int:
+            return None
+        if 0 <= after < wanted:
+            found = [self.entering(after + 1, lane) for lane in lanes]
+            if [states.digest() for states in found] == digests:
+                return found, after + 1
+            close(found)
+            warn(f"{self.directory}: the hidden states are damaged; finished blocks are run again")
+        self.output.note({"hidden": None})
+        return None
+
+
+def close(states: Iterable[Activations]) -> None:
+    """Close all of them."""
+    for one in states:
+        one.close()

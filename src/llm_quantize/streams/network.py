@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 import torch
 
-from llm_quantize.calibration.options import DEVICES
 from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.models.opening import Source
+from llm_quantize.options import DEVICES
 from llm_quantize.streams.model import Arguments, Reached, Skeleton, put
 from llm_quantize.streams.names import Place, find_places, load, require
 from llm_quantize.streams.taps import Observer, Sink, Tap, TapPoint, attach, columns_of, find_points

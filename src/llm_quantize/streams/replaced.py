@@ -12,15 +12,15 @@ import torch
 
 from llm_quantize import kernels
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.architectures.rows import chunk_ranges, matrix_shape, read_output_rows, to_float32
-from llm_quantize.models.safetensors import Checkpoint
+from llm_quantize.architectures.rows import chunk_ranges, matrix_shape, read_output_rows, scatter, to_float32
+from llm_quantize.models.base import Model
 from llm_quantize.streams.weights import ReadsRows, Weights
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 def hold(
-    checkpoint: Checkpoint,
+    checkpoint: Model,
     weights: Weights,
     output: OutputTensor,
     qtype: str,
@@ -32,14 +32,10 @@ def hold(
 
     ``importance``: float32 (matrices, columns). ``run`` maps a function over jobs, on threads.
     """
-    seen: dict[str, npt.NDArray[np.float32]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for piece in output.pieces:
-        if piece.source not in seen:
-            whole = weights.read(piece.source).to(torch.float32).numpy()
-            shapes[piece.source] = whole.shape
-            turned = whole.swapaxes(-1, -2) if piece.transpose else whole
-            seen[piece.source] = np.array(turned.reshape(matrix_shape(turned.shape)), np.float32, order="C")
+    values = {
+        name: np.array(weights.read(name).to(torch.float32).numpy(), np.float32, order="C")
+        for name in dict.fromkeys(piece.source for piece in output.pieces)
+    }
     rows, columns = matrix_shape(output.shape)
 
     def chunk(job: tuple[int, int, int]) -> None:
@@ -47,46 +43,11 @@ def hold(
         source = np.ascontiguousarray(read_output_rows(checkpoint, output, start, stop))
         vector = None if importance is None else np.ascontiguousarray(importance[matrix])
         packed = kernels.quantize(qtype, to_float32(source), vector)
-        _put(checkpoint, output, seen, start, kernels.dequantize(qtype, packed, columns))
+        scatter(checkpoint, output, start, kernels.dequantize(qtype, packed, columns), values)
 
     for _ in run(chunk, chunk_ranges(output.shape, 0, rows)):
         pass
-    found = {}
-    transposed = {piece.source: piece.transpose for piece in output.pieces}
-    for name, values in seen.items():
-        shape = shapes[name]
-        if transposed[name]:
-            turned = values.reshape((*shape[:-2], shape[-1], shape[-2]))
-            found[name] = torch.from_numpy(np.ascontiguousarray(turned.swapaxes(-1, -2)))
-        else:
-            found[name] = torch.from_numpy(values.reshape(shape))
-    return found
-
-
-def _put(
-    checkpoint: Checkpoint,
-    output: OutputTensor,
-    seen: Mapping[str, npt.NDArray[np.float32]],
-    start: int,
-    values: npt.NDArray[np.float32],
-) -> None:
-    """Write rows [start, start + len(values)) of ``output`` where its pieces say they come from."""
-    base = 0
-    for piece in output.pieces:
-        count = piece.count
-        if count is None:
-            count = checkpoint.matrix(piece.source, transpose=piece.transpose)[0] - piece.start
-        first, last = max(start, base), min(start + len(values), base + count)
-        if first < last:
-            part = values[first - start : last - start]
-            inside = np.arange(first - base, last - base)
-            target = piece.start + (inside if piece.order is None else piece.order[inside])
-            part = part - np.float32(piece.add) if piece.add else part
-            if piece.columns is None:
-                seen[piece.source][target] = part
-            else:
-                seen[piece.source][target[:, None], piece.columns] = part
-        base += count
+    return {name: torch.from_numpy(whole) for name, whole in values.items()}
 
 
 class ReplacedWeights:

@@ -172,6 +172,11 @@ class Overrides:
     pure: bool = False
     recipe: Recipe | None = None
 
+    @property
+    def given(self) -> bool:
+        """Whether there is anything of that kind."""
+        return self != Overrides()
+
 
 @dataclass(frozen=True)
 class Assignment:

@@ -91,8 +91,9 @@ def check_text(text: object, file: Path, where: str) -> str:
     return text
 
 
-def read_tokenizer_json(path: Path) -> TokenizerJson:
-    """Read and check ``path``. Raises MalformedInputError (broken), UnsupportedError (a model type without a home)."""
+def read_tokenizer_json(path: Path, *, any_model: bool = False) -> TokenizerJson:
+    """Read and check ``path``. Raises MalformedInputError (broken), UnsupportedError (a model type without a home in
+    GGUF, unless ``any_model``)."""
     data = read_json(path, limit_bytes=LIMIT_BYTES)
     if not isinstance(data, dict):
         malformed(path, "tokenizer.json must hold an object", expected="{...}", found=type(data).__name__)
@@ -109,6 +110,8 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
         merges = _merges(model.get("merges"), ids, path)
     elif kind == "Unigram":
         ids, scores = _unigram(model.get("vocab"), path)
+    elif any_model and isinstance(model.get("vocab"), dict):
+        ids = _vocabulary(model.get("vocab"), path)
     else:
         raise UnsupportedError(
             "this tokenizer model cannot be expressed in GGUF by this version",
@@ -126,7 +129,7 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
             seen[index] = text
     return TokenizerJson(
         file=path,
-        kind=kind,
+        kind=str(kind),
         model=model,
         tokens=tokens,
         ids=ids,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,54 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any], *, embedding_row
     return metadata
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether there is any file of a tokenizer in ``directory``."""
+    return any((Path(directory) / name).exists() for name in ("tokenizer.json", "tokenizer.model", *_OTHER_FORMATS))
+
+
+def no_tokenizer(directory: Path) -> MalformedInputError:
+    """The error where there is none and one is needed."""
+    return MalformedInputError(
+        "the model directory has no tokenizer",
+        file=Path(directory) / "tokenizer.json",
+        expected="tokenizer.json or tokenizer.model",
+        found="neither",
+        remedy="fetch the tokenizer files of the model too; a directory format can be made without them where nothing "
+        "is calibrated: --method rtn, or --statistics of this model",
+    )
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """How text begins and ends, and the chat template. ``special``: under GGUF's keys, as ``read_vocabulary`` has them.
+    ``texts``, ``types``: {id: text}, {id: kind (gguf's TokenType)} of tokens, not of unused rows."""
+
+    special: Mapping[str, MetaValue]
+    texts: Mapping[int, str]
+    types: Mapping[int, int]
+
+
+def read_conventions(directory: Path, config: Mapping[str, Any]) -> Conventions:
+    """The conventions of any tokenizer that transformers loads, whether llama.cpp has it or not.
+
+    Raises MalformedInputError (no tokenizer, or a file that breaks its format), UnsupportedError (a file of another
+    kind), AccessError (a link out of the directory).
+    """
+    path = inside(Path(directory), "tokenizer.json")
+    if path.exists():
+        source = read_tokenizer_json(path, any_model=True)
+        vocabulary = Vocabulary(path, source.kind, "", dict(source.ids), dict(source.tokens), merges=[])
+        vocabulary.add(source.added)
+        try:
+            template = template_ids(source, vocabulary)
+        except UnsupportedError:  # more around a text than GGUF can say: nothing is put around it here
+            template = {}
+    else:
+        vocabulary, template = _load(Path(directory))
+    special = special_ids(Path(directory), config, vocabulary, template) | chat_templates(Path(directory))
+    return Conventions(special, vocabulary.texts, vocabulary.types)
+
+
 _PHI3 = ("phi-3", "phi3")
 _PHI3_TOKENS = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
 
@@ -115,13 +164,7 @@ def _load(directory: Path) -> tuple[Vocabulary, dict[str, int]]:
                 found=name,
                 remedy="AutoTokenizer.from_pretrained(M).save_pretrained(M) of transformers writes tokenizer.json",
             )
-    raise MalformedInputError(
-        "the model directory has no tokenizer",
-        file=path,
-        expected="tokenizer.json or tokenizer.model",
-        found="neither",
-        remedy="fetch the tokenizer files of the model too",
-    )
+    raise no_tokenizer(directory)
 
 
 def _added_beside(directory: Path, settings: Mapping[str, Any]) -> tuple[AddedToken, ...]:

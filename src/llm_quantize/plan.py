@@ -6,23 +6,16 @@ Size, ``--dry-run``, preflight, resume, verify and report all read it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.architectures.rows import chunk_rows, matrix_shape, unit_ranges, weights_of
-from llm_quantize.errors import UsageError
-from llm_quantize.formats.gguf import metadata as gguf_format
-from llm_quantize.io.gguf_file import MetaValue, layout_gguf
+from llm_quantize.architectures.rows import matrix_shape, unit_ranges
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.output import OutputFile, Span
-from llm_quantize.qtypes import QTYPES
-
-FIXED_WORK = 6 << 20  # journal, jobs, the pool
-PER_THREAD = 1 << 20  # stack, kernel scratch
+from llm_quantize.memory import Sizes
 
 
 @dataclass(frozen=True)
@@ -79,9 +72,13 @@ class CardPlan:
 
 @dataclass(frozen=True)
 class ArtifactPlan:
-    """Everything about one artifact, fixed. ``matrices``: what a method other than plain rounding quantizes; empty
-    where every tensor is rounded by itself. ``held``: further tensors that such a run writes, as a transform changes
-    them (indices). ``method_bytes``: memory that the method takes when everything else is done, by estimate."""
+    """Everything about one artifact, fixed.
+
+    ``matrices``: what a method other than plain rounding quantizes; empty where every tensor is rounded by itself.
+    ``held``: further tensors that such a run writes, as a transform changes them (indices). ``phases``: what is
+    held beside the rounding of single tensors, before it or after. ``alike``: all levels of this format list the same
+    tensors in the same order, so that one read serves several.
+    """
 
     level: str
     name: str
@@ -92,9 +89,10 @@ class ArtifactPlan:
     warnings: tuple[str, ...] = ()
     source_itemsize: int = 2
     format: str = "gguf"
+    alike: bool = False
     matrices: tuple[MatrixPlan, ...] = ()
     held: frozenset[int] = frozenset()
-    method_bytes: int = 0
+    phases: tuple[Sizes, ...] = ()
     card: CardPlan | None = None
 
     @property
@@ -181,76 +179,3 @@ class ArtifactPlan:
 def unit_key(name: str, start: int, stop: int) -> str:
     """The name of a unit: a tensor and its rows."""
     return f"{name}[{start}:{stop}]"
-
-
-def plan_artifact(
-    *,
-    level: str,
-    name: str,
-    outputs: Sequence[OutputTensor],
-    qtypes: Sequence[str],
-    metadata: Mapping[str, MetaValue],
-    source_identity: Mapping[str, Any],
-    options: Mapping[str, Any],
-    split_max_bytes: int | None,
-    source_itemsize: int,
-    warnings: Sequence[str] = (),
-) -> ArtifactPlan:
-    """Lay out one GGUF artifact. ``qtypes`` goes with ``outputs``; ``name`` is the file name without ``.gguf``;
-    ``source_itemsize`` is the most bytes that the source stores a weight in."""
-    triples = [
-        (output.name, output.shape or (1,), QTYPES[qtype].ggml_type)
-        for output, qtype in zip(outputs, qtypes, strict=True)
-    ]
-    groups = gguf_format.split_tensors(triples, split_max_bytes)
-    if len(groups) > 65_535:
-        raise UsageError("--split-max-size makes more than 65535 files", found=len(groups), remedy="give a larger size")
-    files: list[OutputFile] = []
-    tensors: list[TensorPlan] = []
-    for number, indices in enumerate(groups):
-        keys = dict(metadata) if number == 0 else {}
-        file_name = f"{name}.gguf"
-        if len(groups) > 1:
-            keys |= gguf_format.split_metadata(number, len(groups), len(outputs))
-            file_name = f"{name}-{number + 1:05d}-of-{len(groups):05d}.gguf"
-        layout = layout_gguf(keys, [triples[index] for index in indices])
-        files.append(OutputFile(file_name, layout.size, layout.header))
-        for index, entry in zip(indices, layout.tensors, strict=True):
-            tensors.append(TensorPlan(outputs[index], qtypes[index], number, entry.offset, entry.nbytes))
-    headers = hashlib.sha256()
-    for file in files:
-        headers.update(file.header)
-    weights = sum(weights_of(output.shape) for output in outputs if output.constant is None)
-    return ArtifactPlan(
-        level=level,
-        name=name,
-        files=tuple(files),
-        tensors=tuple(tensors),
-        weights=weights,
-        identity={**source_identity, "level": level, **options, "layout_sha256": headers.hexdigest()},
-        warnings=tuple(warnings),
-        source_itemsize=source_itemsize,
-    )
-
-
-def work_bytes(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
-    """Bytes that a run takes on top of the opened model: by the chunk and the widest row, not by the model's size."""
-    bookkeeping = sum(len(file.header) for artifact in artifacts for file in artifact.files)
-    bookkeeping += sum(4096 * len(artifact.tensors) for artifact in artifacts)
-    rounding = bookkeeping + FIXED_WORK + threads * (PER_THREAD + _chunk_bytes(artifacts))
-    return max(rounding, *(artifact.method_bytes for artifact in artifacts), 0)
-
-
-def _chunk_bytes(artifacts: Sequence[ArtifactPlan]) -> int:
-    """The most that one thread holds of one chunk: as read, gathered, converted, and packed for each qtype."""
-    most = 0
-    alike = all(artifact.format == "gguf" for artifact in artifacts)
-    groups = [artifacts] if alike else [[artifact] for artifact in artifacts]
-    for together in chain.from_iterable(zip(*(a.tensors for a in group), strict=True) for group in groups):
-        rows, columns = matrix_shape(together[0].output.shape)
-        count = min(rows, chunk_rows(columns))
-        stored = artifacts[0].source_itemsize
-        converted = 4 if stored not in (2, 4) or any(piece.add for piece in together[0].output.pieces) else 0
-        packed = {tensor.qtype: tensor.row_bytes for tensor in together}
-        most = max(most, count * (columns * (3 * stored + 2 * converted) + sum(packed.values())))
-    return most

@@ -1,0 +1,295 @@
+"""GGUF as a row of the table of formats: from levels to exact plans. What llama.cpp cannot run is refused here."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import llm_quantize
+from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.architectures.rows import matrix_shape, weights_of
+from llm_quantize.errors import IntegrityError, UsageError
+from llm_quantize.formats.base import Importance, Store
+from llm_quantize.formats.gguf import metadata as gguf_format
+from llm_quantize.formats.gguf.describe import describe, warnings_of
+from llm_quantize.formats.gguf.levels import LEVELS, Recipe, TensorShape, assign, needs_importance, parse_level
+from llm_quantize.io.gguf_file import MetaValue, layout_gguf
+from llm_quantize.io.output import OutputFile
+from llm_quantize.plan import ArtifactPlan, MatrixPlan, TensorPlan
+from llm_quantize.qtypes import QTYPES
+
+if TYPE_CHECKING:
+    from llm_quantize.models.opening import Source
+    from llm_quantize.options import MethodOptions, Options
+
+NAME = "gguf"
+FLOAT_LEVELS = ("F32", "F16", "BF16")
+_SELDOM_COVERED = ("token_embd.weight", "output.weight")
+
+
+class Gguf:
+    """The row."""
+
+    name = NAME
+    levels: Sequence[str] = tuple(LEVELS)
+    example = "Q4_K_M"
+    method = "rtn"
+    transform = "none"
+    weighs = True
+
+    def plan(
+        self, source: Source, levels: Sequence[str], stem: str, importance: Importance | None, options: Options
+    ) -> list[ArtifactPlan]:
+        """See ``Format``. Raises UnsupportedError where llama.cpp cannot run the model or read its tokenizer."""
+        describe(source)
+        _refuse_directory_options(options.method)
+        _check_recipe(source, levels, options.overrides.recipe)
+        names = list(dict.fromkeys(parse_level(level).name for level in levels))
+        return [_plan_level(source, level, stem, importance, options) for level in names]
+
+    def needs_importance(self, source: Source, level: str, options: Options) -> bool:
+        """See ``Format``."""
+        hyper, arch = source.architecture.hyper, source.architecture.gguf_name
+        shapes = tensor_shapes(source, level)
+        return bool(needs_importance(level, shapes, hyper, arch=arch, overrides=options.overrides))
+
+    def store(self, plan: ArtifactPlan) -> Store:
+        """See ``Format``."""
+        from llm_quantize.formats.gguf.store import GgufStore
+
+        return GgufStore()
+
+
+def _refuse_directory_options(method: MethodOptions) -> None:
+    """Raise UsageError for an option that GGUF has no use for."""
+    idle = {
+        "--group-size": method.group_size is not None,
+        "--sym, --asym": method.symmetric is not None,
+        "--desc-act": method.desc_act,
+        "--ignore": bool(method.ignore),
+        "--transform": method.transform_of(NAME).passes > 0,
+    }
+    named = [option for option, given in idle.items() if given]
+    if named:
+        raise UsageError(
+            "options of other formats were given for gguf",
+            found=", ".join(named),
+            remedy="GGUF's types fix their groups; --tensor-type keeps single tensors in another type",
+        )
+
+
+def _check_recipe(source: Source, levels: Sequence[str], recipe: Recipe | None) -> None:
+    """Raise UsageError where the recipe does not fit the model or the levels, IntegrityError where it was made for
+    another model (a source opened for its headers cannot tell)."""
+    if recipe is None:
+        return
+    if [parse_level(level).name for level in levels] != [recipe.level]:
+        raise UsageError("a recipe is a level of its own", expected=recipe.level, found=", ".join(levels))
+    recipe.check(tensor_shapes(source, recipe.level))
+    if recipe.model is None or source.checkpoint.headers_only:
+        return
+    found = source.digest
+    if found != recipe.model:
+        raise IntegrityError(
+            f"the recipe {recipe.name} was made for another model",
+            expected=f"model {recipe.model}",
+            found=f"model {found}",
+            remedy='make one for this model with `llm-quantize analyze profile`, or take "model" out of the recipe',
+        )
+
+
+def _plan_level(source: Source, name: str, stem: str, importance: Importance | None, options: Options) -> ArtifactPlan:
+    level = parse_level(name)
+    outputs = source.tensors.outputs
+    assigned = assign(
+        name,
+        tensor_shapes(source, name),
+        source.architecture.hyper,
+        arch=source.architecture.gguf_name,
+        importance_names=None if importance is None else importance.names,
+        overrides=options.overrides,
+    )
+    version = llm_quantize.__version__
+    recipe = options.overrides.recipe
+    called = name if recipe is None else recipe.name
+    metadata = dict(describe(source))
+    quantized = name not in FLOAT_LEVELS
+    metadata |= gguf_format.recipe_metadata(
+        file_type=level.file_type, quantized=quantized, level=called, version=version
+    )
+    if importance is not None:
+        metadata |= gguf_format.importance_metadata(
+            file=importance.file,
+            datasets=importance.datasets,
+            entries=len(importance.names),
+            chunks=importance.chunks,
+        )
+    overrides = options.overrides
+    chosen: dict[str, object] = {
+        "version": version,
+        "imatrix": None if importance is None else importance.sha256,
+        "output_type": overrides.output_type,
+        "embedding_type": overrides.embedding_type,
+        "tensor_types": [list(pair) for pair in overrides.tensor_types],
+        "pure": overrides.pure,
+        "split_max_size": options.split_max_size,
+        "nonfinite": options.nonfinite,
+    }
+    if recipe is not None:
+        chosen["recipe"] = recipe.sha256
+    method = options.method.method_of(NAME)
+    if method.reads_text:
+        chosen |= options.method.identity(NAME)
+        metadata[f"{gguf_format.PROVENANCE}.method"] = gguf_format.text(method.name)
+    files = [[fact.name, fact.size, fact.header_sha256] for fact in source.checkpoint.fingerprint()]
+    plan = plan_artifact(
+        level=called,
+        name=f"{stem}-{called}",
+        outputs=outputs,
+        qtypes=assigned.qtypes,
+        metadata=metadata,
+        source_identity={
+            "source": source.checkpoint.name,
+            "source_revision": source.checkpoint.revision,
+            "source_metadata_sha256": hashlib.sha256(layout_gguf(describe(source), []).header).hexdigest(),
+            "source_files": files,
+            **({"source_kind": source.checkpoint.kind} if source.checkpoint.kind else {}),
+        },
+        options=chosen,
+        split_max_bytes=options.split_max_size,
+        source_itemsize=source.itemsize,
+        warnings=[
+            *warnings_of(source),
+            *assigned.warnings,
+            *_advice(source, name, assigned.qtypes, importance, options),
+        ],
+    )
+    return replace(plan, matrices=_matrices(plan)) if method.reads_text else plan
+
+
+def _text_advice(importance: Importance | None, options: Options) -> list[str]:
+    """What a calibration that is still to be run will need, if there is one."""
+    if importance is None or importance.sha256:
+        return []
+    return [
+        f"quantize calibrates first: at most {importance.chunks} windows of {options.calibration.length} tokens run "
+        "through the model, one block in memory at a time (this needs the extra [torch])"
+    ]
+
+
+def _advice(
+    source: Source, level: str, qtypes: Sequence[str], importance: Importance | None, options: Options
+) -> list[str]:
+    """What is legal but probably not what the user thinks it is."""
+    outputs = source.tensors.outputs
+    advice = []
+    if level == "MXFP4_MOE" and "mxfp4" not in qtypes:
+        advice.append("MXFP4_MOE: this model has no expert tensors, so nothing is stored as mxfp4; this is Q8_0")
+    if level.startswith("TQ"):
+        advice.append(f"{level} is for models trained with ternary weights; any other model loses nearly everything")
+    if not options.method.method_of(NAME).reads_text:
+        advice += _text_advice(importance, options)
+    limit = options.split_max_size
+    if limit is not None:
+        size, largest = max(
+            (QTYPES[qtype].row_bytes(output.shape[-1]) * matrix_shape(output.shape)[0], output.name)
+            for output, qtype in zip(outputs, qtypes, strict=True)
+        )
+        if size > limit:
+            advice.append(f"--split-max-size {limit}: {largest} alone takes {size} bytes; its file is larger")
+    if importance is not None:
+        pairs = [(output.name, qtype) for output, qtype in zip(outputs, qtypes, strict=True)]
+        using = [name for name, qtype in pairs if QTYPES[qtype].uses_importance and name not in _SELDOM_COVERED]
+        left = [name for name in using if name not in importance.names]
+        if left:
+            covered = f"covers {len(using) - len(left)} of the {len(using)} tensors that could use it"
+            advice.append(f"the importance matrix {covered}; the first without: {left[0]}")
+        unknown = sorted(set(importance.names) - {output.name for output in outputs})
+        if unknown:
+            advice.append(f"the importance matrix names {len(unknown)} tensors not in this model, such as {unknown[0]}")
+    return advice
+
+
+def _matrices(plan: ArtifactPlan) -> tuple[MatrixPlan, ...]:
+    """The tensors of a GGUF artifact that a method quantizes as a whole: the quantized matrices of the blocks."""
+    return tuple(
+        MatrixPlan(tensor.name, tensor.output, tensor.qtype, (index,))
+        for index, tensor in enumerate(plan.tensors)
+        if is_block_matrix(tensor.output) and QTYPES[tensor.qtype].block_size > 1
+    )
+
+
+def is_block_matrix(output: OutputTensor) -> bool:
+    """Whether an output is a matrix, or a stack of them, of a block: what calibration sees the inputs of."""
+    named = re.fullmatch(r"blk\..*\.weight", output.name) and not output.name.endswith("_norm.weight")
+    return bool(named) and len(output.shape) > 1 and output.constant is None
+
+
+def tensor_shapes(source: Source, level: str) -> list[TensorShape]:
+    """Every output tensor as the recipe of ``level`` sees it."""
+    outputs = source.tensors.outputs
+    return [TensorShape(output.name, output.shape, _unquantized(source, output, level)) for output in outputs]
+
+
+def _unquantized(source: Source, output: OutputTensor, level: str) -> str:
+    """The qtype of a tensor that the recipe leaves alone: what the runtime wants in F32, all else at 16 bit."""
+    if output.float32 or output.constant is not None or len(output.shape) < 2 or level == "F32":
+        return "f32"
+    if level in ("F16", "BF16"):
+        return level.lower()
+    stored = {str(source.checkpoint.stored_dtype(piece.source)) for piece in output.pieces}
+    return {"float16": "f16", "uint16": "bf16"}.get(stored.pop() if len(stored) == 1 else "", "f32")
+
+
+def plan_artifact(
+    *,
+    level: str,
+    name: str,
+    outputs: Sequence[OutputTensor],
+    qtypes: Sequence[str],
+    metadata: Mapping[str, MetaValue],
+    source_identity: Mapping[str, Any],
+    options: Mapping[str, Any],
+    split_max_bytes: int | None,
+    source_itemsize: int,
+    warnings: Sequence[str] = (),
+) -> ArtifactPlan:
+    """Lay out one GGUF artifact. ``qtypes`` goes with ``outputs``; ``name`` is the file name without ``.gguf``;
+    ``source_itemsize`` is the most bytes that the source stores a weight in."""
+    triples = [
+        (output.name, output.shape or (1,), QTYPES[qtype].ggml_type)
+        for output, qtype in zip(outputs, qtypes, strict=True)
+    ]
+    groups = gguf_format.split_tensors(triples, split_max_bytes)
+    if len(groups) > 65_535:
+        raise UsageError("--split-max-size makes more than 65535 files", found=len(groups), remedy="give a larger size")
+    files: list[OutputFile] = []
+    tensors: list[TensorPlan] = []
+    for number, indices in enumerate(groups):
+        keys = dict(metadata) if number == 0 else {}
+        file_name = f"{name}.gguf"
+        if len(groups) > 1:
+            keys |= gguf_format.split_metadata(number, len(groups), len(outputs))
+            file_name = f"{name}-{number + 1:05d}-of-{len(groups):05d}.gguf"
+        layout = layout_gguf(keys, [triples[index] for index in indices])
+        files.append(OutputFile(file_name, layout.size, layout.header))
+        for index, entry in zip(indices, layout.tensors, strict=True):
+            tensors.append(TensorPlan(outputs[index], qtypes[index], number, entry.offset, entry.nbytes))
+    headers = hashlib.sha256()
+    for file in files:
+        headers.update(file.header)
+    weights = sum(weights_of(output.shape) for output in outputs if output.constant is None)
+    return ArtifactPlan(
+        level=level,
+        name=name,
+        files=tuple(files),
+        tensors=tuple(tensors),
+        weights=weights,
+        identity={**source_identity, "level": level, **options, "layout_sha256": headers.hexdigest()},
+        warnings=tuple(warnings),
+        source_itemsize=source_itemsize,
+        alike=True,
+    )

@@ -1,0 +1,54 @@
+"""How a GGUF file keeps one matrix: ggml's blocks, rounded or from codes on a grid, and back to values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llm_quantize import kernels
+from llm_quantize.errors import NumericPolicyError
+from llm_quantize.grids import grid_type, has_grid, pack_ggml
+from llm_quantize.grids.grid import Grid, GridType
+from llm_quantize.plan import MatrixPlan, TensorPlan
+from llm_quantize.qtypes import QTYPES
+
+Floats = npt.NDArray[np.float32]
+Fields = list[npt.NDArray[Any]]
+
+
+class GgufStore:
+    """ggml's blocks: a tensor is its packed rows."""
+
+    def grid_type(self, qtype: str) -> GridType | None:
+        return grid_type(qtype) if has_grid(qtype) else None
+
+    def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> npt.NDArray[np.uint8]:
+        return self._checked(matrix, pack_ggml(matrix.qtype, grid, codes))
+
+    def plain(self, matrix: MatrixPlan, rows: Floats, importance: Floats | None) -> npt.NDArray[np.uint8]:
+        return self._checked(matrix, kernels.quantize(matrix.qtype, rows, importance))
+
+    def _checked(self, matrix: MatrixPlan, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        if QTYPES[matrix.qtype].infinite_blocks(packed).size:
+            raise NumericPolicyError(
+                f"the weights are too large for {matrix.qtype}: a float16 scale overflows",
+                tensor=matrix.name,
+                expected="magnitudes below about 65504",
+                remedy=f"keep this tensor in BF16: --tensor-type '^{matrix.name}$=bf16' --overwrite",
+            )
+        return packed
+
+    def join(self, matrix: MatrixPlan, pieces: Sequence[Any]) -> Fields:
+        return [np.concatenate(pieces)]
+
+    def typed(self, tensor: TensorPlan, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        return data.reshape(-1, tensor.row_bytes)
+
+    def decode(self, matrix: MatrixPlan, fields: Fields) -> Floats:
+        columns = matrix.weight.shape[-1]
+        packed = fields[0].reshape(-1, QTYPES[matrix.qtype].row_bytes(columns))
+        return kernels.dequantize(matrix.qtype, packed, columns)

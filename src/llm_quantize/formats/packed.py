@@ -1,0 +1,326 @@
+"""A quantized matrix as a model directory holds it, whoever wrote it; what the formats share in reading one.
+
+N = out = rows, K = in = columns, G = groups, b = bits. Each format's module has the table of its fields. There
+
+    q   codes (n, K)            z   zero points (n, G), or none
+    s   scales (n, G)           value = s (q - z), in float32, of the group of each column: column // group, or as an
+                                index field says
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.errors import IntegrityError, MalformedInputError, printable
+from llm_quantize.io.safetensors_file import TensorInfo
+
+AGAIN = "fetch or make the model again; its files are damaged or of different versions"
+ALIGNED = 32
+"""Rows are unpacked in multiples of this: so many codes of any width fill whole words."""
+WORD = 32
+FLOATS = ("F16", "BF16", "F32")
+
+Fields = Mapping[str, npt.NDArray[Any]]
+Numbers = Callable[[TensorInfo], npt.NDArray[Any]]
+Shapes = Mapping[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors MODULE.SUFFIX that hold one matrix. ``required``: the codes first. ``telling``: a module that has
+    this one is quantized. ``scales``, ``index``: the suffixes of scales and of the group of each column ("": none)."""
+
+    name: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    telling: str
+    scales: str
+    index: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A quantization_config and the file that it stands in."""
+
+    values: Mapping[str, Any]
+    file: Path
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """One quantized matrix (rows, columns) of the module ``name``. ``group``: columns that share a scale (the last
+    group may be shorter). ``minus_one``: stored zero points are one too small (GPTQ's first format). ``fields``:
+    {suffix: stored tensor}; none of a matrix that is not in a file yet."""
+
+    name: str
+    layout: Layout
+    rows: int
+    columns: int
+    bits: int
+    group: int
+    symmetric: bool
+    minus_one: bool = False
+    fields: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> int:
+        """Scales of one row."""
+        return -(-self.columns // self.group)
+
+    @property
+    def qtype(self) -> str:
+        """The grid in one word: int4_g128, int8, int4_g128_asym."""
+        group = "" if self.group >= self.columns else f"_g{self.group}"
+        return f"int{self.bits}{group}{'' if self.symmetric else '_asym'}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its fields."""
+        return sum(info.nbytes for info in self.fields.values())
+
+    @property
+    def main(self) -> TensorInfo:
+        """The field of its codes."""
+        return self.fields[self.layout.required[0]]
+
+
+class StoredFormat(Protocol):
+    """A format as it is read, whoever wrote it. ``FORMS``: the names under which configurations know what is decoded.
+    ``RESCALES``: what writes it may have moved scales between tensors, as AWQ does."""
+
+    FORMS: Sequence[str]
+    RESCALES: bool
+
+    def form_of(self, settings: Settings) -> tuple[str, bool]:
+        """What the configuration says of the form, and whether that is decoded here. Raises MalformedInputError."""
+
+    def notes(self, settings: Settings) -> Iterator[str]:
+        """What a reader of figures should know."""
+
+    def read(self, tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
+        """The quantized matrices that ``tensors`` hold, proved to fit each other from headers; ``numbers`` reads a
+        field. Raises IntegrityError, MalformedInputError, UnsupportedError."""
+
+    def codes(self, packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
+        """q of rows [first, last), int16 (n, K); ``first`` is a multiple of 32."""
+
+    def zeros(self, packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16] | None:
+        """z of rows [first, last), int16 (n, G), on the count of ``codes``; ``first`` as there. None: all zero."""
+
+    def scales(self, packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+        """s of rows [first, last), float32 (n, G)."""
+
+    def unpack(self, packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+        """Values of rows [first, last), float32 (n, K); ``first`` is a multiple of 32, ``last`` too, or the last row.
+        ``fields``: {suffix: array}, floats as they are stored (bfloat16 as bits) or in float32."""
+
+    def check(
+        self, packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int
+    ) -> Iterator[tuple[str, str]]:
+        """(suffix of a field, what is wrong with it) of rows [first, last): what only this format can get wrong."""
+
+    def check_settings(self, settings: Settings, matrices: Mapping[str, PackedMatrix]) -> Iterator[str]:
+        """What readers take from the configuration and not from the tensors, where it contradicts the tensors.
+        ``matrices``: by the names of their weights."""
+
+    def layout_name(self, matrices: Collection[PackedMatrix]) -> str:
+        """The form that the matrices have, in the format's own words."""
+
+    def level_of(self, matrices: Collection[PackedMatrix]) -> str:
+        """The level that people would call this, for the format's LABEL."""
+
+
+def widths(matrices: Collection[PackedMatrix]) -> str:
+    """The bits of matrices in one word: 4, 4+8."""
+    return "+".join(map(str, sorted({matrix.bits for matrix in matrices}))) or "none"
+
+
+def finds(rule: str, name: str) -> bool:
+    """Whether a rule of a configuration, a name or "re:" and a regular expression, means ``name``."""
+    if not rule.startswith("re:"):
+        return rule == name
+    try:
+        return re.match(rule[3:], name) is not None
+    except re.error:
+        return False
+
+
+def modules(tensors: Mapping[str, TensorInfo], layout: Layout) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+    """(module, its fields) of every module that has the layout's telling field, in file order."""
+    for name in tensors:
+        module, dot, suffix = name.rpartition(".")
+        if suffix != layout.telling or not dot:
+            continue
+        words = (*layout.required, *layout.optional)
+        fields = {word: tensors[f"{module}.{word}"] for word in words if f"{module}.{word}" in tensors}
+        yield module, fields
+
+
+def check_present(name: str, layout: Layout, fields: Mapping[str, TensorInfo]) -> None:
+    """Raise IntegrityError unless every required field of module ``name`` is there."""
+    for suffix in layout.required:
+        if suffix not in fields:
+            raise IntegrityError(
+                "a field of a quantized matrix is absent",
+                file=next(iter(fields.values())).file,
+                tensor=f"{name}.{suffix}",
+                expected=", ".join(layout.required),
+                found=", ".join(sorted(fields)),
+                remedy=AGAIN,
+            )
+
+
+def check_matrix(info: TensorInfo) -> None:
+    """Raise IntegrityError unless a field has two dimensions."""
+    if len(info.shape) != 2:
+        raise misfit(info, "a matrix", info.shape)
+
+
+def groups_by_row(scales: TensorInfo) -> int:
+    """Scales of one row of a matrix whose ``scales`` are (G, N)."""
+    return scales.shape[0] if len(scales.shape) == 2 else 1
+
+
+def check_fields(packed: PackedMatrix, shapes: Shapes) -> PackedMatrix:
+    """``packed``, whose fields have the shapes and types of ``shapes``: {suffix: (types, shapes)}. IntegrityError."""
+    for suffix, info in packed.fields.items():
+        dtypes, fitting = shapes[suffix]
+        if info.dtype not in dtypes or info.shape not in fitting:
+            raise misfit(info, f"{' or '.join(dtypes)} {list(fitting[0])}", info.shape)
+    return packed
+
+
+def check_index(packed: PackedMatrix, fields: Fields) -> None:
+    """Raise IntegrityError where a column belongs to a group that there is not."""
+    index = fields.get(packed.layout.index)
+    if index is None or not index.size:
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= packed.groups:
+        at = int(np.flatnonzero((index < 0) | (index >= packed.groups))[0])
+        info = packed.fields[packed.layout.index]
+        raise IntegrityError(
+            "a column belongs to a group that does not exist",
+            file=info.file,
+            tensor=info.name,
+            offset=info.offset + at * index.itemsize,
+            expected=f"0 to {packed.groups - 1}",
+            found=int(index[at]),
+            remedy=AGAIN,
+        )
+
+
+def group_index(packed: PackedMatrix, fields: Fields) -> npt.NDArray[np.int64]:
+    """int64 (K,): the group of each column."""
+    stored = fields.get(packed.layout.index)
+    if stored is None or not stored.size:
+        return np.arange(packed.columns, dtype=np.int64) // packed.group
+    return stored.astype(np.int64)
+
+
+def values_of(
+    codes: npt.NDArray[np.int16],
+    zeros: npt.NDArray[np.int16] | None,
+    scales: npt.NDArray[np.float32],
+    index: npt.NDArray[np.int64],
+) -> npt.NDArray[np.float32]:
+    """s (q - z), float32 (n, K): the difference of the integers first, then one product, as the runtimes do.
+
+    A runtime that works in 16 bit rounds this once more.
+    """
+    values = codes.astype(np.float32)
+    if zeros is not None:
+        values -= zeros.astype(np.float32)[:, index]
+    with np.errstate(invalid="ignore", over="ignore"):
+        values *= scales[:, index]
+    return np.ascontiguousarray(values)
+
+
+def group_size(value: Any, file: Path) -> int:
+    """A group size of a configuration, -1 or 0 for a whole row. Raises MalformedInputError."""
+    if type(value) is not int or not (value in (-1, 0) or 1 <= value < 1 << 30):
+        raise wrong_form(file, "group_size", "-1, or a positive whole number", value)
+    return value
+
+
+def columns_of_group(declared: int, columns: int, found: int, *, varies: bool) -> int:
+    """Columns that share a scale, in a matrix with ``found`` scales in a row. ``varies``: modules may differ from what
+    is declared."""
+    group = columns if declared in (-1, 0) else declared
+    if varies and found and found != -(-columns // group) and columns % found == 0:
+        return columns // found
+    return group
+
+
+def declared_bits(settings: Settings) -> tuple[int, ...]:
+    """Every width that the configuration names, the usual one first."""
+    values = settings.values
+    found = [values.get("bits"), values.get("w_bit"), *(one.get("num_bits") for one in weights_of_groups(values))]
+    return tuple(dict.fromkeys(bits for bits in found if type(bits) is int and 1 <= bits <= 8))
+
+
+def weights_of_groups(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What compressed-tensors' config_groups say of weights."""
+    groups = values.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            yield weights
+
+
+def flat_settings(settings: Settings, bits: int, flag: str) -> tuple[int, bool, bool]:
+    """(group size, the value of ``flag``, whether modules may differ) of a configuration without groups of modules, for
+    matrices of ``bits`` bits. Raises MalformedInputError for values of no sense, IntegrityError for another width."""
+    values, declared = settings.values, declared_bits(settings)
+    for key in ("bits", "w_bit"):
+        if key in values and values[key] not in declared:
+            raise wrong_form(settings.file, key, "a whole number from 1 to 8", values[key])
+    varies = bool(values.get("dynamic"))
+    if declared and bits not in declared and not varies:
+        raise contradicts(settings.file, f"{declared[0]} bits", f"{bits} bits")
+    found = values.get(flag, True)
+    if not isinstance(found, bool):
+        raise wrong_form(settings.file, flag, "true or false", found)
+    return group_size(values.get("group_size", values.get("q_group_size", 128)), settings.file), found, varies
+
+
+def misfit(info: TensorInfo, expected: str, found: tuple[int, ...]) -> IntegrityError:
+    """The error for a field of another shape or type."""
+    return IntegrityError(
+        "a field of a quantized matrix does not fit the others, or the configuration",
+        file=info.file,
+        tensor=info.name,
+        offset=info.offset,
+        expected=expected,
+        found=f"{info.dtype} {list(found)}",
+        remedy=AGAIN,
+    )
+
+
+def wrong_form(file: Path, name: str, expected: str, found: object) -> MalformedInputError:
+    """The error for a setting that is of no sense."""
+    return MalformedInputError(
+        f"{name} in the quantization's configuration has the wrong form",
+        file=file,
+        expected=expected,
+        found=printable(repr(found), 80),
+        remedy="fetch config.json again",
+    )
+
+
+def contradicts(file: Path, expected: str, found: str) -> IntegrityError:
+    """The error for weights of another width than the configuration says."""
+    return IntegrityError(
+        "the weights are not what the quantization's configuration says",
+        file=file,
+        expected=expected,
+        found=found,
+        remedy=AGAIN,
+    )

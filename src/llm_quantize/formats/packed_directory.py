@@ -1,0 +1,247 @@
+"""The packed integer formats as rows of the table: a model directory whose matrices are codes, scales and zero points.
+
+Packed modules become the fields of their format; every other tensor of the checkpoint, whatever GGUF would do with
+it, is kept in the type it is stored in (FP8 as BF16 and without its scales, F64 as F32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.errors import UsageError
+from llm_quantize.formats.base import Importance, Packed, Scheme, SchemeOptions, Store, scheme_of
+from llm_quantize.formats.card import PackedFacts, about_packed, transformers_caution
+from llm_quantize.formats.directory import KEPT_TYPES, Contents, Group, Stored, plain_config, plan_files, whole
+from llm_quantize.formats.modules import Module, Selection, coverage, select
+from llm_quantize.plan import ArtifactPlan
+from llm_quantize.qtypes.integer import WHOLE_ROW
+
+if TYPE_CHECKING:
+    from llm_quantize.models.opening import Source
+    from llm_quantize.options import Options
+
+_DEFAULT_GROUP = 128
+_SPLIT_BY_COLUMNS = ("o_proj", "down_proj", "w2", "dense", "fc2", "c_proj", "out_proj", "dense_4h_to_h")
+
+
+@dataclass(frozen=True)
+class DirectoryOptions:
+    """What a user may choose beside format and level; None leaves it to them.
+
+    ``ignore``: regular expressions of modules that stay as they are. ``shard_size``: bytes of data of a file.
+    ``desc_act`` changes no byte (see gptq.py). ``identity``: whatever else decides the codes, JSON-ready; ``method``:
+    the same as words for the model card. ``measured``: whether the run will tell what was lost, for the card.
+    """
+
+    group_size: int | None = None
+    symmetric: bool | None = None
+    desc_act: bool = False
+    ignore: tuple[str, ...] = ()
+    shard_size: int = 5_000_000_000
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    method: Mapping[str, Any] = field(default_factory=dict)
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """A directory format as a row of the table: ``form`` says what its packed matrices look like."""
+
+    form: Packed
+    method: str = "gptq"
+    weighs: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.form.NAME
+
+    @property
+    def levels(self) -> Sequence[str]:
+        return self.form.LEVELS
+
+    @property
+    def example(self) -> str:
+        return self.form.EXAMPLE
+
+    @property
+    def transform(self) -> str:
+        return self.form.TRANSFORM
+
+    def plan(
+        self, source: Source, levels: Sequence[str], stem: str, importance: Importance | None, options: Options
+    ) -> list[ArtifactPlan]:
+        """See ``Format``. Raises UsageError (no such level, sizes that the grid or the words do not divide, nothing
+        left to pack, a bad --ignore, options of GGUF), UnsupportedError (matrices stored (in, out); experts without
+        names of their own)."""
+        if options.overrides.given or options.split_max_size is not None:
+            raise UsageError(
+                f"types of single tensors, recipes and --split-max-size belong to gguf, not to {self.name}",
+                remedy="use --group-size, --sym or --asym, --ignore and --output-shard-size",
+            )
+        found = [self._plan(source, level, stem, importance, options) for level in levels]
+        return list({plan.name: plan for plan in found}.values())
+
+    def needs_importance(self, source: Source, level: str, options: Options) -> bool:
+        """See ``Format``: a directory is rounded without any."""
+        return False
+
+    def store(self, plan: ArtifactPlan) -> Store:
+        """See ``Format``."""
+        from llm_quantize.formats.packed_store import DirectoryStore
+
+        return DirectoryStore(self.form, scheme_of(plan))
+
+    def _plan(
+        self, source: Source, level: str, stem: str, importance: Importance | None, options: Options
+    ) -> ArtifactPlan:
+        method = options.method
+        identity = {**method.identity(self.name), "nonfinite": options.nonfinite}
+        if importance is not None:
+            identity["text"] = importance.sha256
+        chosen = DirectoryOptions(
+            group_size=method.group_size,
+            symmetric=method.symmetric,
+            desc_act=method.desc_act,
+            ignore=method.ignore,
+            shard_size=method.shard_size,
+            identity=identity,
+            method=method.words(self.name, () if importance is None else importance.datasets),
+            measured=options.statistics is None and method.stages(self.name).correction > 0,
+        )
+        plan = plan_directory(source, self.form, level, name=stem, options=chosen)
+        floats = method.transform_of(self.name).changes(source)
+        held = frozenset(index for index, tensor in enumerate(plan.tensors) if tensor.name in floats)
+        return replace(plan, held=held)
+
+
+def plan_directory(
+    source: Source, form: Packed, level: str, *, name: str, options: DirectoryOptions | None = None
+) -> ArtifactPlan:
+    """The artifact NAME-LABEL (LABEL: GPTQ-4bit, AWQ-4bit, W4A16, ...) of ``source``. Reads no weights.
+
+    Raises UsageError (no such level, sizes that the grid or the words do not divide, nothing left to pack, a bad
+    --ignore), UnsupportedError (matrices stored (in, out); experts without names of their own).
+    """
+    options = options or DirectoryOptions()
+    found = select(source, options.ignore)
+    if not found.packed:
+        raise UsageError(
+            "nothing is left to pack", found=f"{len(found.ignored)} modules ignored", remedy="see --ignore"
+        )
+    choice = SchemeOptions(options.group_size, options.symmetric, _scale_type(source, found))
+    scheme = form.scheme(level, choice)
+    label = _label(form, scheme)
+    groups = _groups(source, found, form, scheme)
+    caution = transformers_caution(form) if source.architecture.hyper.n_expert else None
+    warnings = [*found.warnings, *_warnings(form, scheme, found, options), *([caution] if caution else [])]
+    packed = (source.checkpoint.tensors[name] for name in found.packed)
+    weights = sum(info.elements for info in (*packed, *found.kept))
+    facts = PackedFacts(
+        form=form,
+        scheme=scheme,
+        name=f"{name}-{label}",
+        matrices=len(found.modules),
+        packed=sum(group.nbytes for group in groups if group.module is not None),
+        kept=sum(group.nbytes for group in groups if group.module is None),
+        weights=weights,
+        method=options.method,
+        ignored=tuple(found.ignored),
+        tensor_parallel=_tensor_parallel(scheme, found.modules),
+        experts=source.architecture.hyper.n_expert > 0,
+    )
+    config = plain_config(source.checkpoint.config)
+    config["quantization_config"] = form.config(scheme, coverage(source, found))
+    contents = Contents(
+        format=form.NAME,
+        label=label,
+        name=f"{name}-{label}",
+        groups=groups,
+        config=config,
+        about=about_packed(facts),
+        weights=weights,
+        identity={"scheme": scheme.to_dict(), "ignore": list(options.ignore), **options.identity},
+        shard_size=options.shard_size,
+        qtype=scheme.qtype.name,
+        measured=options.measured,
+        warnings=warnings,
+    )
+    return plan_files(source, contents)
+
+
+def _scale_type(source: Source, found: Selection) -> str:
+    """How scales are stored where the format leaves that to the checkpoint: as its weights, in 16 bit."""
+    stored = [source.checkpoint.tensors[name].dtype for name in found.packed]
+    return "bfloat16" if stored.count("BF16") + stored.count("F8_E4M3") > len(stored) / 2 else "float16"
+
+
+def _label(form: Packed, scheme: Scheme) -> str:
+    """The end of the artifact's name: the level, and what differs from its default."""
+    group = scheme.qtype.group_size
+    label = form.LABEL.format(level=scheme.level)
+    if group != _DEFAULT_GROUP:
+        label += "-channel" if group == WHOLE_ROW else f"-g{group}"
+    if form.SYMMETRIC is not None and scheme.qtype.symmetric != form.SYMMETRIC:
+        label += "-sym" if scheme.qtype.symmetric else "-asym"
+    return label
+
+
+def _groups(source: Source, found: Selection, form: Packed, scheme: Scheme) -> list[Group]:
+    """What stands in the files, in the order of the checkpoint."""
+    kept = {info.name for info in found.kept}
+    groups = []
+    for name, info in source.checkpoint.tensors.items():
+        for module in found.packed.get(name, ()):
+            rows, columns = module.weight.shape
+            fields = form.fields(scheme, rows, columns, name=module.name)
+            stored = [Stored(OutputTensor(f"{module.name}.{f.suffix}", f.shape), f.dtype) for f in fields]
+            groups.append(Group(tuple(stored), module))
+        if name in kept:
+            groups.append(whole(info, KEPT_TYPES.get(info.dtype, "f32")))
+    return groups
+
+
+def _tensor_parallel(scheme: Scheme, modules: Sequence[Module]) -> int:
+    """Over how many devices, at most 8, vLLM can split the matrices: each gets whole groups of the columns of some,
+    and at least 64 rows' multiples of the others."""
+    for devices in (8, 4, 2):
+        if all(_splits(scheme, module, devices) for module in modules):
+            return devices
+    return 1
+
+
+def _splits(scheme: Scheme, module: Module, devices: int) -> bool:
+    rows, columns = module.weight.shape
+    if module.name.rpartition(".")[2] in _SPLIT_BY_COLUMNS:
+        step = 32 if scheme.qtype.group_size == WHOLE_ROW else max(32, scheme.qtype.group_size)
+        return columns % (devices * step) == 0
+    return rows % (devices * 32) == 0
+
+
+def _warnings(form: Packed, scheme: Scheme, found: Selection, options: DirectoryOptions) -> list[str]:
+    """What is legal but may surprise."""
+    warnings = [f"{name} is left out: {reason}" for name, reason in found.dropped.items()]
+    if options.desc_act:
+        warnings.append(
+            "--desc-act changes nothing: columns are visited in the order of their activations in any case, on grids "
+            "fixed before, so the file needs no permutation and says desc_act false"
+        )
+    refusal = form.vllm_refusal(scheme)
+    if refusal is not None:
+        return [*warnings, f"vLLM will not load this artifact: {refusal}"]
+    modules = found.modules
+    for places, step in (("CPU", (32, 32)), ("CUDA (Marlin)", (64, 128))):
+        odd = [m for m in modules if m.weight.shape[0] % step[0] or m.weight.shape[1] % step[1]]
+        if odd:
+            rows, columns = odd[0].weight.shape
+            warnings.append(
+                f"{len(odd)} of {len(modules)} matrices do not have the sizes that vLLM's {places} kernels want "
+                f"(rows a multiple of {step[0]}, columns of {step[1]}), the first {odd[0].name} ({rows}, {columns})"
+            )
+            break
+    if _tensor_parallel(scheme, modules) == 1:
+        odd = [module for module in modules if not _splits(scheme, module, 2)]
+        warnings.append(f"vLLM cannot split this artifact over several devices, because of {odd[0].name}")
+    return warnings

@@ -1,0 +1,58 @@
+"""How a model directory keeps one matrix: codes, scales and zero points in tensors of their own, and back to values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llm_quantize.architectures.rows import chunk_rows
+from llm_quantize.formats.base import NUMPY_TYPES, Packed, Scheme
+from llm_quantize.formats.packed import ALIGNED
+from llm_quantize.grids import grid_type
+from llm_quantize.grids.grid import Grid, GridType
+from llm_quantize.plan import MatrixPlan, TensorPlan
+
+Floats = npt.NDArray[np.float32]
+Fields = list[npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class DirectoryStore:
+    """Codes, scales and zero points in tensors of their own, as the module of ``scheme``'s format lays them out."""
+
+    form: Packed
+    scheme: Scheme
+
+    def grid_type(self, qtype: str) -> GridType:
+        chosen = self.scheme.qtype
+        # A negative scale gives the extra level to the larger side; every kernel that was tried reads it.
+        return grid_type(chosen.name, scale=chosen.scale, signed=True, least_zero=self.scheme.least_zero)
+
+    def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
+        return grid, codes
+
+    def plain(self, matrix: MatrixPlan, rows: Floats, importance: Floats | None) -> Any:
+        raise ValueError(f"{matrix.qtype} has a grid")
+
+    def join(self, matrix: MatrixPlan, pieces: Sequence[Any]) -> Fields:
+        grid = Grid.stack([grid for grid, _ in pieces])
+        return self.form.pack(self.scheme, grid, torch.cat([codes for _, codes in pieces]))
+
+    def typed(self, tensor: TensorPlan, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        return data.view(NUMPY_TYPES[tensor.qtype]).reshape(tensor.output.shape)
+
+    def decode(self, matrix: MatrixPlan, fields: Fields) -> Floats:
+        rows, columns = matrix.weight.shape
+        names = [field.suffix for field in self.form.fields(self.scheme, rows, columns)]
+        named = dict(zip(names, fields, strict=True))
+        packed, values = self.form.described(self.scheme, rows, columns), np.empty((rows, columns), np.float32)
+        step = max(ALIGNED, chunk_rows(columns) // ALIGNED * ALIGNED)
+        for first in range(0, rows, step):
+            last = min(rows, first + step)
+            values[first:last] = self.form.unpack(packed, named, first, last)
+        return values

@@ -1,0 +1,137 @@
+"""A model directory of plain weights in another element type, or in files of another size: the casts and the sharding.
+
+    config.json            the source's, its dtype set, without what it says of a quantization of the source
+    model.safetensors      every tensor of the source under its own name: BF16, F16 or F32
+    the rest               as in every directory (directory.py)
+
+What is no weight (buffers of integers) is left out and told. Rounding is to nearest, ties to even.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llm_quantize.errors import UsageError
+from llm_quantize.formats.base import Importance, Store
+from llm_quantize.formats.card import About, bytes_words
+from llm_quantize.formats.directory import Contents, plain_config, plan_files, whole
+from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.plan import ArtifactPlan
+
+if TYPE_CHECKING:
+    from llm_quantize.models.opening import Source
+    from llm_quantize.options import Options
+
+_DTYPES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""The levels, and what a configuration calls them."""
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+class Safetensors:
+    """The row."""
+
+    name = "safetensors"
+    levels: Sequence[str] = tuple(_DTYPES)
+    example = "BF16"
+    method = "rtn"
+    transform = "none"
+    weighs = False
+
+    def plan(
+        self, source: Source, levels: Sequence[str], stem: str, importance: Importance | None, options: Options
+    ) -> list[ArtifactPlan]:
+        """See ``Format``. Raises UsageError for a level or an option that weights without codes have no use for."""
+        self._refuse(options)
+        names = list(dict.fromkeys(self._level(level) for level in levels))
+        return [self._plan(source, level, stem, options) for level in names]
+
+    def needs_importance(self, source: Source, level: str, options: Options) -> bool:
+        """See ``Format``: nothing is weighed."""
+        return False
+
+    def store(self, plan: ArtifactPlan) -> Store:
+        """See ``Format``: no method ever asks, as nothing here is a matrix of codes."""
+        raise UsageError("weights in a float type have no codes to choose", expected="--method rtn")
+
+    def _level(self, level: str) -> str:
+        if level.upper() not in _DTYPES:
+            raise UsageError(
+                f"there is no safetensors level {level[:40]!r}", expected=", ".join(_DTYPES), found=level[:40]
+            )
+        return level.upper()
+
+    def _refuse(self, options: Options) -> None:
+        method = options.method
+        idle = {
+            "--method": method.method_of(self.name).reads_text,
+            "--transform": method.transform_of(self.name).passes > 0,
+            "--group-size": method.group_size is not None,
+            "--sym, --asym": method.symmetric is not None,
+            "--desc-act": method.desc_act,
+            "--ignore": bool(method.ignore),
+            "--split-max-size": options.split_max_size is not None,
+            "types of single tensors, recipes": options.overrides.given,
+        }
+        named = [option for option, given in idle.items() if given]
+        if named:
+            raise UsageError(
+                "options of other formats were given for safetensors",
+                found=", ".join(named),
+                remedy="every tensor is stored in the type of the level; --output-shard-size sets the size of files",
+            )
+
+    def _plan(self, source: Source, level: str, stem: str, options: Options) -> ArtifactPlan:
+        kept, dropped = _sorted_out(source)
+        groups = [whole(info, level.lower()) for info in kept]
+        weights = sum(info.elements for info in kept)
+        name = f"{stem}-{level}"
+        contents = Contents(
+            format=self.name,
+            label=level,
+            name=name,
+            groups=groups,
+            config=_config(source.checkpoint.config, _DTYPES[level]),
+            about=_about(name, level, len(kept), sum(group.nbytes for group in groups), weights),
+            weights=weights,
+            identity={"nonfinite": options.nonfinite},
+            shard_size=options.method.shard_size,
+            warnings=[f"{tensor} is left out: {reason}" for tensor, reason in dropped.items()],
+        )
+        return plan_files(source, contents)
+
+
+def _sorted_out(source: Source) -> tuple[list[TensorInfo], dict[str, str]]:
+    """The tensors that are weights, and why the others are not taken."""
+    kept, dropped = [], {}
+    for name, info in source.checkpoint.tensors.items():
+        if source.checkpoint.is_readable(name):
+            kept.append(info)
+        else:
+            dropped[name] = f"a buffer of {info.dtype}, which runtimes make by themselves"
+    return kept, dropped
+
+
+def _config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The source's configuration, its element type set wherever it names one, and at the top where it names none."""
+    found = plain_config(config)
+    named = [key for key in _DTYPE_KEYS if key in found]
+    found |= dict.fromkeys(named or _DTYPE_KEYS[:1], dtype)
+    text = found.get("text_config")
+    if isinstance(text, dict):
+        found["text_config"] = text | {key: dtype for key in _DTYPE_KEYS if key in text}
+    return found
+
+
+def _about(name: str, level: str, tensors: int, nbytes: int, weights: int) -> About:
+    return About(
+        tags=(level.lower(),),
+        recipe={"Format": "safetensors", "Level": level, "Tensors": f"{tensors}, all of them in {level}"},
+        sizes={"Weights": f"{bytes_words(nbytes)}, {8 * nbytes / max(1, weights):.2f} bits per weight"},
+        loading=(
+            "## Loading\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\n```sh\nvllm serve {name}\n```\n'
+        ),
+    )
