@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import IntegrityError
-from llm_quantize.io.output import HASH_CHUNK
+from llm_quantize.io.files_at import HASH_CHUNK
 from llm_quantize.io.paths import opened, pread_into
 
 # Largest plausible relative error ||Q - W|| / ||W|| of a sound tensor, by type: about twice what heavy-tailed weights

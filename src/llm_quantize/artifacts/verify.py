@@ -35,8 +35,8 @@ from llm_quantize.artifacts.verification import (
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_paths import manifest_path
+from llm_quantize.io.files_at import HASH_CHUNK
 from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
-from llm_quantize.io.output import HASH_CHUNK
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.quantized import is_packed_directory
 from llm_quantize.qtypes import QTYPES
