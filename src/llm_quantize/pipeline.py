@@ -110,6 +110,7 @@ def quantize(
             max_ram=options.max_ram,
             already_allocated=sum(partial_bytes(path) for _, path in todo),
             ignore_space=options.ignore_space,
+            engine=options.engine,
         )
         written = _write_all(source, todo, importance, options, fitted, on_event) if todo else {}
     results = []

@@ -6,9 +6,11 @@ import os
 import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llm_quantize import memory
+from llm_quantize.engine import ISOLATED
 from llm_quantize.errors import AccessError, ResourceError
 from llm_quantize.plan import ArtifactPlan, work_bytes
 
@@ -29,9 +31,13 @@ def address_needed(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
     return memory.mapped_bytes() + threads * memory.thread_address_bytes() + work_bytes(artifacts, threads)
 
 
-def memory_needed(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
-    """Peak resident bytes of a run that goes on from here: the model is open, its buffers come on top."""
-    return max(memory.peak_resident_bytes(), memory.resident_bytes() + work_bytes(artifacts, threads))
+def memory_needed(artifacts: Sequence[ArtifactPlan], threads: int, engine: str = "threads") -> int:
+    """Peak resident bytes of a run that goes on from here: the model is open, its buffers come on top.
+
+    A worker that opens the model for itself takes once more what this process has taken so far."""
+    now = memory.resident_bytes()
+    workers = threads * now if engine in ISOLATED else 0
+    return max(memory.peak_resident_bytes(), now + workers + work_bytes(artifacts, threads))
 
 
 def check(
@@ -42,6 +48,7 @@ def check(
     max_ram: int | None,
     already_allocated: int = 0,
     ignore_space: bool = False,
+    engine: str = "threads",
 ) -> Preflight:
     """Fit the run to the machine, or raise ResourceError or AccessError naming the figure that does not fit."""
     parent = refuse_unwritable(directory)
@@ -57,18 +64,25 @@ def check(
             remedy="free some space, choose another directory with -o, or a smaller level; --ignore-space tries anyway",
         )
     _check_file_size(artifacts)
-    count = fit_threads(artifacts, threads=threads, max_ram=max_ram)
-    return Preflight(count, memory_needed(artifacts, count), memory.memory_limit(max_ram), needed, free)
+    count = fit_threads(artifacts, threads=threads, max_ram=max_ram, engine=engine)
+    return Preflight(count, memory_needed(artifacts, count, engine), memory.memory_limit(max_ram), needed, free)
 
 
-def fit_threads(artifacts: Sequence[ArtifactPlan], *, threads: int | None, max_ram: int | None) -> int:
-    """The threads that a run may have, at most ``threads`` (all CPUs); ResourceError where memory suits not one."""
+def fit_threads(
+    artifacts: Sequence[ArtifactPlan], *, threads: int | None, max_ram: int | None, engine: str = "threads"
+) -> int:
+    """The threads (or other workers) that a run may have, at most ``threads`` (all CPUs).
+
+    Raises ResourceError where memory suits not one."""
     limit = memory.memory_limit(max_ram)
     count = threads or memory.available_cpus()
-    count = _fit(artifacts, count, limit, memory_needed, "raise --max-ram or the memory limit of the container")
-    return _fit(
-        artifacts, count, memory.address_limit(), address_needed, "raise the limit of address space (ulimit -v)"
+    needed = partial(memory_needed, engine=engine)
+    count = _fit(artifacts, count, limit, needed, "raise --max-ram or the memory limit of the container")
+    inside = 1 if engine in ISOLATED else count  # address space is each process's own
+    mapped = _fit(
+        artifacts, inside, memory.address_limit(), address_needed, "raise the limit of address space (ulimit -v)"
     )
+    return count if engine in ISOLATED else mapped
 
 
 def _fit(

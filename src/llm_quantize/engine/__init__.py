@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 from llm_quantize.engine import local, processes
 from llm_quantize.engine.local import in_order, run, stop_on_signals
 
-__all__ = ["ENGINES", "Engine", "in_order", "run", "stop_on_signals"]
+__all__ = ["ENGINES", "ISOLATED", "Engine", "in_order", "run", "stop_on_signals"]
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -32,3 +32,5 @@ class Engine(Protocol):
 
 
 ENGINES: Mapping[str, Engine] = {"threads": local.run, "processes": processes.run}
+ISOLATED = frozenset({"processes"})
+"""Those whose workers share no memory: each opens the work for itself."""

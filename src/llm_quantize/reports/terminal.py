@@ -40,18 +40,20 @@ def human_count(count: float) -> str:
     return str(int(count))
 
 
-def plans_to_dict(plans: Sequence[ArtifactPlan], threads: int | None = None) -> dict[str, Any]:
+def plans_to_dict(plans: Sequence[ArtifactPlan], threads: int | None = None, engine: str = "threads") -> dict[str, Any]:
     """JSON-ready plans, with the disk and memory that all of them together need."""
     count = threads or memory.available_cpus()
     return {
         "disk_needed": sum(plan.size for plan in plans),
-        "memory_needed": preflight.memory_needed(plans, count),
+        "memory_needed": preflight.memory_needed(plans, count, engine),
         "threads": count,
         "artifacts": [plan.to_dict() for plan in plans],
     }
 
 
-def print_plans(plans: Sequence[ArtifactPlan], *, verbose: int = 0, threads: int | None = None) -> None:
+def print_plans(
+    plans: Sequence[ArtifactPlan], *, verbose: int = 0, threads: int | None = None, engine: str = "threads"
+) -> None:
     """The plan: each tensor (``verbose``), the warnings, and the totals."""
     console = Console(highlight=False, soft_wrap=True)
     for plan in plans:
@@ -63,7 +65,7 @@ def print_plans(plans: Sequence[ArtifactPlan], *, verbose: int = 0, threads: int
         files = f"{len(plan.files)} files" if len(plan.files) > 1 else plan.files[0].name
         console.print(shown(f"{plan.level}: {files}, {plan.size:,} bytes ({human_bytes(plan.size)})"))
         console.print(shown(f"  {plan.bits_per_weight:.3f} bits per weight; {types}"))
-    facts = plans_to_dict(plans, threads)
+    facts = plans_to_dict(plans, threads, engine)
     console.print(
         f"needs {human_bytes(facts['disk_needed'])} of disk and about {human_bytes(facts['memory_needed'])} of memory "
         f"with {facts['threads']} {'thread' if facts['threads'] == 1 else 'threads'}"
