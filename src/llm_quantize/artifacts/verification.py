@@ -10,7 +10,7 @@ from typing import Any
 
 from llm_quantize.artifacts.manifest import NONFINITE_FACTS
 from llm_quantize.errors import IntegrityError
-from llm_quantize.io.output import HASH_CHUNK
+from llm_quantize.io.files_at import HASH_CHUNK
 from llm_quantize.io.paths import read_range
 
 

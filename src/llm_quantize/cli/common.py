@@ -167,6 +167,7 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
         checkpoint_dir=Path(paths["checkpoint_dir"]) if paths["checkpoint_dir"] else None,
         overwrite=arguments.get("overwrite", False),
         ignore_space=arguments.get("ignore_space", False),
+        engine=arguments.get("engine", "threads"),
         method=build_method(arguments),
     )
 

@@ -9,8 +9,8 @@ from typing import Any
 from gguf.constants import Keys
 
 from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.io.files_at import HASH_CHUNK
 from llm_quantize.io.gguf_file import GgufFile
-from llm_quantize.io.output import HASH_CHUNK
 from llm_quantize.io.paths import read_range
 
 
