@@ -30,6 +30,7 @@ from llm_quantize.io.statistics_file import read_statistics
 from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.options import CalibrationOptions
+from tests.hearing import into
 
 from ..faults.forking import CommandLine, hashes
 from ..tiny_models import make_tiny
@@ -64,7 +65,7 @@ def options(text: Path, **more: Any) -> CalibrationOptions:
 def run(model: Path, chosen: CalibrationOptions, events: list[Any] | None = None) -> Calibration:
     source = open_source(str(model))
     with source.checkpoint:
-        return calibrate(source, chosen, on_event=(events if events is not None else []).append)
+        return calibrate(source, chosen, on_event=into(events if events is not None else []))
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

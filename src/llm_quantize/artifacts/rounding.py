@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize import kernels
+from llm_quantize import events, kernels
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import (
     CHUNK_WEIGHTS,
@@ -350,8 +350,8 @@ def refuse_other_source(
 ) -> None:
     """Raise IntegrityError naming the first tensor whose weights are not those that ``manifest``'s artifact holds."""
     tensors = {tensor.name: tensor for tensor in plan.tensors}
-    done, progress = 0, {"event": "check", "what": "the source, changed since the artifact was made"}
-    on_event({**progress, "done": 0, "total": plan.weights})
+    done, what = 0, "the source, changed since the artifact was made"
+    on_event(events.Check(what, 0, plan.weights))
     for entry in manifest.get("tensors", []):
         tensor = tensors[entry["name"]]
         for unit in entry["units"]:
@@ -359,7 +359,7 @@ def refuse_other_source(
             if found != unit["source_sha256"]:
                 raise _source_changed("since the artifact was made", tensor, unit["source_sha256"], found)
             done += (unit["rows"][1] - unit["rows"][0]) * matrix_shape(tensor.output.shape)[1]
-            on_event({**progress, "done": done, "total": plan.weights})
+            on_event(events.Check(what, done, plan.weights))
 
 
 def source_hash(source: RowSource, output: OutputTensor, start: int, stop: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from llm_quantize import events
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.blockwise.run import Matrices, matrix_rows
 from llm_quantize.blockwise.segments import segments
@@ -60,7 +61,7 @@ def solve_known(
             for job in jobs:
                 matrices.write(job.matrix, solver.join(job), job.summary())
                 done += matrix_rows(job.matrix) * job.matrix.weight.shape[-1]
-                on_event({"event": "progress", "done": done, "total": total})
+                on_event(events.Progress(done=done, total=total))
 
 
 def _tap(stored: StoredTap) -> Tap:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from llm_quantize import events
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import Arrays, matrix_shape, read_output_rows, to_float32, unit_ranges
 from llm_quantize.artifacts.rounding import Policy, Target, source_hash
@@ -148,7 +149,7 @@ def round_matrices(matrices: Matrices, pool: Pool, options: GptqOptions, on_even
         solver.round([job])
         matrices.write(matrix, solver.join(job), job.summary())
         done += matrix_rows(matrix) * matrix.weight.shape[-1]
-        on_event({"event": "progress", "done": done, "total": total})
+        on_event(events.Progress(done=done, total=total))
 
 
 class Blocks:
@@ -217,7 +218,7 @@ class Blocks:
         passes = sum(self._passes(index) for index in range(first, max(missing) + 1))
         self._total = passes * self.ids.shape[0]
         facts = {"total": self.ids.numel(), "threads": self.way.pool.threads, "memory_needed": self.fitted.peak}
-        self.on_event({"event": "start", **facts, "resumed_units": 0})
+        self.on_event(events.Start(**facts, resumed_units=0))
         try:
             for index in range(first, max(missing) + 1):
                 streams = self._block(index, streams, last=index == max(missing))
@@ -246,7 +247,7 @@ class Blocks:
         self._steps += 1
         total = self.ids.numel()
         done = min(total, total * self._steps // self._total)
-        self.on_event({"event": "progress", "done": done, "total": total, "unit": "tokens"})
+        self.on_event(events.Progress(done=done, total=total, unit="tokens"))
 
     # hidden states
 
@@ -256,7 +257,7 @@ class Blocks:
     def _begin(self, wanted: int) -> tuple[Streams, int]:
         """The streams that enter the first block to be run, and its index: where an earlier run left them, or 0."""
         lanes = [QUANTIZED, FULL] if self.paired else [QUANTIZED]
-        found = self.kept.resume(wanted, lanes, lambda text: self.on_event({"event": "warning", "text": text}))
+        found = self.kept.resume(wanted, lanes, lambda text: self.on_event(events.Caution(text)))
         if found is not None:
             states, first = found
             return Streams(states[0], states[-1]), first

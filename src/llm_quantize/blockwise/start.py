@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from llm_quantize import events
 from llm_quantize.events import EventSink
 from llm_quantize.io.artifact_paths import hidden_directory
 from llm_quantize.plan import CARD_UNIT
@@ -66,7 +67,7 @@ def solve_matrices(
     from llm_quantize.streams.sizes import from_network
 
     device = options.calibration.device
-    on_event({"event": "stage", "text": "build the network"})
+    on_event(events.Stage("build the network"))
     network = open_network(source, dtype=compute_dtype(source, device), device=device)
     further = windows.draw(windows.samples, HELD_OUT_WINDOWS)
     ids = torch.from_numpy(np.concatenate([windows.ids, further]) if len(further) else windows.ids)

@@ -12,11 +12,11 @@ from llm_quantize.cli.common import (
     build_calibration,
     calibration_options,
     emit_json,
-    events,
     json_option,
     line,
     mode,
 )
+from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def command(
     options = build_calibration(
         arguments, tuple(arguments["collect"].split(",")), expert_minimum=arguments["expert_minimum"]
     )
-    with events(shown, "calibrate") as sink:
+    with told(shown, "calibrate") as sink:
         source = open_source(model, revision=arguments["revision"], on_event=sink)
         with source.checkpoint:
             target = Path(output or f"{source.checkpoint.name.rsplit('/', 1)[-1]}-imatrix.gguf")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from llm_quantize import memory
+from llm_quantize import events, memory
 from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.compare.bench import measured_file
@@ -99,7 +99,7 @@ def assess(
             on_event=on_event,
         )
         importance = _importance(source, options.statistics)
-        on_event({"event": "stage", "text": "divergence"})
+        on_event(events.Stage("divergence"))
         quality = measure_quality(
             source,
             artifacts,
@@ -113,7 +113,7 @@ def assess(
         )
         tensors = []
         for path in artifacts:
-            on_event({"event": "stage", "text": f"errors of tensors in {Path(path).name}"})
+            on_event(events.Stage(f"errors of tensors in {Path(path).name}"))
             threads = quality.memory.threads
             with closing(open_decoded(source, path)) as decoded:
                 losses = tensor_errors(source, decoded, importance=importance, threads=threads, on_event=on_event)
@@ -143,9 +143,9 @@ def _generation(
     own: tuple[Answer, ...] = ()
     if limit is not None and 2 * size > limit - memory.resident_bytes():
         text = "the source does not fit in memory whole: what the artifacts write is judged without it"
-        on_event({"event": "warning", "text": text})
+        on_event(events.Caution(text))
     else:
-        on_event({"event": "stage", "text": "text that the source writes"})
+        on_event(events.Stage("text that the source writes"))
         encode = TextTokenizer(source).encode
         own = source_answers(checkpoint.directory, encode, threads=options.threads, on_event=on_event)
     return tuple(

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llm_quantize import events
 from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.artifacts.preflight import refuse_unwritable
 from llm_quantize.calibration.tokens import TextTokenizer
@@ -366,7 +367,7 @@ def _quality(
     floor = key_of("noise", **about)
     missing = [index for index, key in enumerate(keys) if kept.get(key) is None or kept.get(floor) is None]
     if missing:
-        on_event({"event": "stage", "text": "measure"})
+        on_event(events.Stage("measure"))
         make_directory(folder)
         measured = measure_quality(
             source,
