@@ -16,6 +16,7 @@ from llm_quantize.formats.base import Importance, Packed, Scheme, SchemeOptions,
 from llm_quantize.formats.card import PackedFacts, about_packed, transformers_caution
 from llm_quantize.formats.directory import KEPT_TYPES, Contents, Group, Stored, plain_config, plan_files, whole
 from llm_quantize.formats.modules import Module, Selection, coverage, select
+from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.qtypes.integer import WHOLE_ROW
 
@@ -75,7 +76,8 @@ class PackedFormat:
     ) -> list[ArtifactPlan]:
         """See ``Format``. Raises UsageError (no such level, sizes that the grid or the words do not divide, nothing
         left to pack, a bad --ignore, options of GGUF), UnsupportedError (matrices stored (in, out); experts without
-        names of their own)."""
+        names of their own; a model without tokenizer files)."""
+        need_small_files(source.checkpoint)
         if options.overrides.given or options.split_max_size is not None:
             raise UsageError(
                 f"types of single tensors, recipes and --split-max-size belong to gguf, not to {self.name}",
