@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_quantize import memory
 from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.artifacts.verify import verify
@@ -81,8 +82,9 @@ def test_sound_and_read_alike(format: str, level: str, method: Any, llama: Path,
 def test_memory_of_rounding_is_planned(llama: Path) -> None:
     options = Options(method=MethodOptions(method="rtn", group_size=32))
     (planned,) = plan(str(llama), "gptq", levels=["4bit"], options=options)
-    assert 200 << 20 < planned.method_bytes < 300 << 20
-    assert not plan(str(llama), "gguf", levels=["Q4_0"], options=Options())[0].method_bytes
+    (phase,) = planned.phases
+    assert 200 << 20 < memory.of_run(phase, 1) < 300 << 20
+    assert not plan(str(llama), "gguf", levels=["Q4_0"], options=Options())[0].phases
 
 
 def test_without_torch_nothing_is_begun(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

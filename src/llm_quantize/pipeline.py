@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llm_quantize import memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.manifest import fallbacks, nonfinite_counts
 from llm_quantize.artifacts.output import (
@@ -21,7 +24,6 @@ from llm_quantize.artifacts.output import (
     source_times,
     target_path,
 )
-from llm_quantize.artifacts.planning import plan_source
 from llm_quantize.artifacts.result import ArtifactResult, complete_result
 from llm_quantize.artifacts.rounding import (
     Policy,
@@ -34,15 +36,21 @@ from llm_quantize.artifacts.rounding import (
     unit_records,
     unit_weights,
 )
+from llm_quantize.blockwise.estimate import estimate, rounding_sizes
 from llm_quantize.blockwise.start import solve_matrices
 from llm_quantize.calibration import choose
+from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.engine import ENGINES, stop_on_signals
+from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.formats.base import Importance
+from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.artifact_paths import discard_hidden
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.shared import SharedModel
 from llm_quantize.options import Options
 from llm_quantize.plan import ArtifactPlan
+from llm_quantize.streams.sizes import from_headers
 
 __all__ = ["ArtifactResult", "Options", "Source", "open_source", "plan", "plan_source", "quantize"]
 
@@ -85,6 +93,7 @@ def quantize(
     """
     options = options or Options()
     source = open_source(model, revision=revision, on_event=on_event)
+    before = memory.before_libraries()
     with source.checkpoint:
         importance: choose.Chosen | None = choose.foresee(source, format, levels, options)
         plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
@@ -92,8 +101,10 @@ def quantize(
             choose.need_torch(f"--method {options.method.method_of(format).name}", "torch")
         if isinstance(importance, choose.Foreseen):
             # What cannot succeed is refused before hours of calibration, not after.
-            preflight.check(plans, Path(output_dir), threads=1, max_ram=options.max_ram, ignore_space=True)
-            importance = choose.collected(source, format, options, on_event)
+            preflight.check(
+                plans, Path(output_dir), threads=1, max_ram=options.max_ram, before=before, ignore_space=True
+            )
+            importance = choose.collected(source, format, options, on_event, before=before)
             plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
         for warning in (text for artifact in plans for text in artifact.warnings):
             on_event({"event": "warning", "text": warning})
@@ -108,6 +119,7 @@ def quantize(
             Path(output_dir),
             threads=options.threads,
             max_ram=options.max_ram,
+            before=before,
             already_allocated=sum(partial_bytes(path) for _, path in todo),
             ignore_space=options.ignore_space,
             engine=options.engine,
@@ -121,6 +133,73 @@ def quantize(
         on_event({"event": "artifact", **facts})
         results.append(result)
     return results
+
+
+def plan_source(
+    source: Source,
+    format: str,
+    *,
+    levels: Sequence[str],
+    name: str | None,
+    options: Options,
+    importance: Importance | None,
+) -> list[ArtifactPlan]:
+    """``plan`` for an opened source and the importance that it will be quantized with."""
+    if format not in FORMATS:
+        known = FORMATS.get(format.lower()) or next(iter(FORMATS.values()))
+        raise UnsupportedError(
+            f"this version does not write the format {format[:40]!r}",
+            expected=", ".join(FORMATS),
+            found=format[:40],
+            remedy=f"write {known.name}, for example: llm-quantize quantize MODEL {known.name} -q {known.example}",
+        )
+    form = FORMATS[format]
+    if not levels:
+        raise UsageError("no level given", remedy=f"name one or more with -q, for example -q {form.example}")
+    stem = _file_stem(name or source.checkpoint.name)
+    plans = form.plan(source, levels, stem, importance, options)
+    return _named([_estimated(source, plan, importance, options) for plan in plans], stem, name)
+
+
+def _named(plans: list[ArtifactPlan], stem: str, name: str | None) -> list[ArtifactPlan]:
+    """``plans``, with a warning where the user's name could not be kept."""
+    if name is not None and stem != name:
+        plans[0] = replace(plans[0], warnings=(f"the output is called {stem}, not {name[:80]!r}", *plans[0].warnings))
+    return plans
+
+
+def _estimated(source: Source, plan: ArtifactPlan, importance: Importance | None, options: Options) -> ArtifactPlan:
+    """``plan`` with what a method that runs text through the model will take, in memory and in time."""
+    if importance is None or not options.method.calibrates(plan.format):
+        return replace(plan, phases=(*rounding_sizes(plan), *_collecting(source, importance, options)))
+    need = estimate(source, plan, options, importance.chunks)
+    height = memory.foreseen(need.sizes, threads=options.threads, max_ram=options.max_ram)
+    minutes = need.operations / 100e9 / 60
+    length = min(options.calibration.length, source.architecture.hyper.context_length)
+    told = (
+        f"{importance.chunks} windows of {length} tokens run through the model, one block in memory at a time: about "
+        f"{need.operations / 1e12:,.1f} TFLOP, {max(1, round(minutes)):,} minutes at 100 GFLOP/s, and "
+        f"{height / 1e9:.1f} GB of memory (this needs the extra [torch])"
+    )
+    warnings = plan.warnings if importance.sha256 else (*plan.warnings, told)
+    return replace(plan, warnings=warnings, phases=(need.sizes,))
+
+
+def _collecting(source: Source, importance: Importance | None, options: Options) -> tuple[memory.Sizes, ...]:
+    """What a calibration that is still to be run will hold, if there is one."""
+    if importance is None or importance.sha256:
+        return ()
+    chosen = options.calibration
+    length = min(chosen.length, source.architecture.hyper.context_length)
+    network = from_headers(source, chosen.device)
+    return (collecting_sizes(network, chosen.collect, (importance.chunks, length), device=chosen.device),)
+
+
+def _file_stem(name: str) -> str:
+    stem = re.sub(r"[^\w.+-]+", "-", name.rsplit("/", 1)[-1]).strip("-.") or "model"
+    if len(stem.encode()) > 180:
+        raise UsageError("the output name is too long", found=len(stem.encode()), expected="at most 180 bytes")
+    return stem
 
 
 def _recheck(source: Source, targets: Sequence[Target], deep: bool, pool: Pool, on_event: EventSink) -> None:
@@ -177,7 +256,7 @@ def _write_all(
         for target in targets:
             if target.plan.matrices:
                 began = time.process_time()
-                solve_matrices(source, target, policy, importance, options, fitted.threads, stop, on_event)
+                solve_matrices(source, target, policy, importance, options, fitted, stop, on_event)
                 target.seconds += time.process_time() - began
             finish_card(target)
         refuse_changed(source.checkpoint, times)

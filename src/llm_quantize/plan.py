@@ -6,19 +6,16 @@ Size, ``--dry-run``, preflight, resume, verify and report all read it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.architectures.rows import chunk_rows, matrix_shape, unit_ranges
+from llm_quantize.architectures.rows import matrix_shape, unit_ranges
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.output import OutputFile, Span
-
-FIXED_WORK = 6 << 20  # journal, jobs, the pool
-PER_THREAD = 1 << 20  # stack, kernel scratch
+from llm_quantize.memory import Sizes
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,8 @@ class ArtifactPlan:
     """Everything about one artifact, fixed.
 
     ``matrices``: what a method other than plain rounding quantizes; empty where every tensor is rounded by itself.
-    ``held``: further tensors that such a run writes, as a transform changes them (indices). ``method_bytes``: memory
-    that the method takes when everything else is done, by estimate. ``alike``: all levels of this format list the same
+    ``held``: further tensors that such a run writes, as a transform changes them (indices). ``phases``: what is
+    held beside the rounding of single tensors, before it or after. ``alike``: all levels of this format list the same
     tensors in the same order, so that one read serves several.
     """
 
@@ -95,7 +92,7 @@ class ArtifactPlan:
     alike: bool = False
     matrices: tuple[MatrixPlan, ...] = ()
     held: frozenset[int] = frozenset()
-    method_bytes: int = 0
+    phases: tuple[Sizes, ...] = ()
     card: CardPlan | None = None
 
     @property
@@ -182,26 +179,3 @@ class ArtifactPlan:
 def unit_key(name: str, start: int, stop: int) -> str:
     """The name of a unit: a tensor and its rows."""
     return f"{name}[{start}:{stop}]"
-
-
-def work_bytes(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
-    """Bytes that a run takes on top of the opened model: by the chunk and the widest row, not by the model's size."""
-    bookkeeping = sum(len(file.header) for artifact in artifacts for file in artifact.files)
-    bookkeeping += sum(4096 * len(artifact.tensors) for artifact in artifacts)
-    rounding = bookkeeping + FIXED_WORK + threads * (PER_THREAD + _chunk_bytes(artifacts))
-    return max(rounding, *(artifact.method_bytes for artifact in artifacts), 0)
-
-
-def _chunk_bytes(artifacts: Sequence[ArtifactPlan]) -> int:
-    """The most that one thread holds of one chunk: as read, gathered, converted, and packed for each qtype."""
-    most = 0
-    alike = all(artifact.alike for artifact in artifacts)
-    groups = [artifacts] if alike else [[artifact] for artifact in artifacts]
-    for together in chain.from_iterable(zip(*(a.tensors for a in group), strict=True) for group in groups):
-        rows, columns = matrix_shape(together[0].output.shape)
-        count = min(rows, chunk_rows(columns))
-        stored = artifacts[0].source_itemsize
-        converted = 4 if stored not in (2, 4) or any(piece.add for piece in together[0].output.pieces) else 0
-        packed = {tensor.qtype: tensor.row_bytes for tensor in together}
-        most = max(most, count * (columns * (3 * stored + 2 * converted) + sum(packed.values())))
-    return most

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_quantize.advice.footprint import CUDA_CONTEXT, Shape, Weights, footprint, place, weights_of
+from llm_quantize.advice.describe import describe
+from llm_quantize.advice.footprint import CUDA_CONTEXT, Shape, Weights, footprint, place, shape_of, weights_of
 from llm_quantize.advice.machine import Machine
-from llm_quantize.advice.recommend import shape_of
+from llm_quantize.advice.recommend import recommend
 from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import quantize
 from llm_quantize.runtimes.llama_cpp_library import load_library
@@ -157,3 +158,18 @@ def test_as_llama_cpp_itself_reports(model: str, demo_model: Path, tmp_path: Pat
             assert 0.98 * compute < shape.compute(context) + (kinds - 1) * 1024 * context < 1.25 * compute + 2**20
     finally:
         call.llama_model_free(loaded)
+
+
+def test_info_and_recommend_count_one_cache(tmp_path: Path) -> None:
+    """Of a model most of whose layers slide, which a count of full attention in every layer gets wrong by far."""
+    path = make_tiny("gemma3_text", tmp_path / "model", max_position_embeddings=8192)
+    told = describe(str(path))["memory"]["kv_cache_f16"]
+    source = open_source(str(path), headers_only=True)
+    with source.checkpoint:
+        hyper = source.architecture.hyper
+        advice = recommend(source, Machine("cpu", PLENTY), model=str(path))
+    assert told["tokens"] == advice.context == 8192
+    assert {choice.need.cache for choice in advice.choices} == {told["bytes"]}
+    full = 2 * 2 * hyper.n_head_kv * hyper.head_dim * 8192
+    assert full < told["bytes"] < 2 * full
+    assert hyper.n_layer == 7

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from llm_quantize import pipeline
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.pipeline import Options
-from llm_quantize.plan import PER_THREAD, work_bytes
 from tests.oracles.legacy_imatrix import write_gguf_imatrix
 
 
@@ -65,15 +63,6 @@ def test_every_choice_is_part_of_the_identity(demo_model: Path, key: str, change
     plain, other = (pipeline.plan(str(demo_model), levels=["Q4_K_M"], options=o)[0] for o in (Options(), changed))
     assert plain.identity[key] != other.identity[key]
     assert plain.digest != other.digest
-
-
-def test_memory_goes_by_what_a_chunk_holds(demo_model: Path) -> None:
-    (planned,) = pipeline.plan(str(demo_model), levels=["F32"])
-    rows, columns = 2048, 256
-    for itemsize, converted in ((2, 0), (4, 0), (8, 4), (1, 4)):
-        plans = [replace(planned, source_itemsize=itemsize)]
-        chunk = rows * columns * (3 * itemsize + 2 * converted + 4)
-        assert work_bytes(plans, 3) - work_bytes(plans, 2) == PER_THREAD + chunk
 
 
 def test_an_empty_model_name_is_not_the_current_directory(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

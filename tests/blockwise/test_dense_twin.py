@@ -11,7 +11,7 @@ import pytest
 
 from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.formats.table import FORMATS
-from llm_quantize.grids.grid import grid_type
+from llm_quantize.grids import grid_type
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.models.opening import open_source
 

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from llm_quantize import memory
-from llm_quantize.blockwise import memory as blockwise_memory
 from llm_quantize.errors import ResourceError
-from llm_quantize.streams import fitting
 
 from ..faults.forking import hashes
 from ..tiny_models import make_tiny
@@ -36,8 +34,8 @@ def test_threads_memory_and_disk_change_no_byte(case: str, tmp_path: Path, monke
     run(model, tmp_path / "one", options(text, **common), format, level)
     run(model, tmp_path / "three", options(text, threads=3, **common), format, level, events)
     assert [event["threads"] for event in events if event["event"] == "start"][-1] == 3
-    monkeypatch.setattr(fitting, "HIDDEN_BYTES", 0)
-    monkeypatch.setattr(blockwise_memory, "KEPT_BYTES", 0)
+    monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
+    monkeypatch.setattr(memory, "INPUT_BYTES", 0)
     run(model, tmp_path / "disk", options(text, threads=2, **common), format, level)
     for name in ("three", "disk"):
         assert hashes(tmp_path / name) == hashes(tmp_path / "one"), name
@@ -51,7 +49,8 @@ def test_a_small_limit_of_memory_changes_no_byte(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(memory, "peak_resident_bytes", lambda: 0)  # what earlier tests took
     run(model, tmp_path / "free", options(text))
     events: list[dict[str, Any]] = []
-    limit = memory.resident_bytes() + (700 << 20)
+    monkeypatch.setattr("llm_quantize.blockwise.estimate.solve_bytes", lambda _columns: 100 << 20)
+    limit = memory.resident_bytes() + (1000 << 20)
     run(model, tmp_path / "bound", options(text, threads=8, max_ram=limit), events=events)
     assert [event["threads"] for event in events if event["event"] == "start"][-1] < 8
     assert hashes(tmp_path / "bound") == hashes(tmp_path / "free")

@@ -24,8 +24,8 @@ from .tiny import left_behind, write_text
 
 ON_DISK = {
     "constants": [
-        ["llm_quantize.streams.fitting", "HIDDEN_BYTES", 0],
-        ["llm_quantize.blockwise.memory", "KEPT_BYTES", 0],
+        ["llm_quantize.memory", "HIDDEN_BYTES", 0],
+        ["llm_quantize.memory", "INPUT_BYTES", 0],
     ]
 }
 GGUF = ("-q", "Q4_0", "--output-type", "q8_0", "--method", "gptq", "--threads", "1")

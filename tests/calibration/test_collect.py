@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_quantize import memory
 from llm_quantize.calibration import collect
 from llm_quantize.calibration.collect import calibrate
 from llm_quantize.calibration.imatrix import importance
@@ -29,7 +30,6 @@ from llm_quantize.io.statistics_file import read_statistics
 from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.options import CalibrationOptions
-from llm_quantize.streams import fitting
 
 from ..faults.forking import CommandLine, hashes
 from ..tiny_models import make_tiny
@@ -72,7 +72,7 @@ def test_the_bytes_do_not_depend_on_threads_or_on_where_hidden_states_lie(
     model: Path, text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
 ) -> None:
     if not in_memory:
-        monkeypatch.setattr(fitting, "HIDDEN_BYTES", 0)
+        monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
     contents = set()
     for threads in (1, 2, 3):
         result = run(model, options(text, threads=threads))
@@ -92,7 +92,7 @@ def test_both_places_of_hidden_states_give_the_same(
 ) -> None:
     first = run(model, options(text)).path.read_bytes()
     shutil.rmtree(cache)
-    monkeypatch.setattr(fitting, "HIDDEN_BYTES", 0)
+    monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
     assert run(model, options(text)).path.read_bytes() == first
 
 
@@ -209,7 +209,7 @@ class Killed:
     def run(self, name: str, **faults: Any) -> Any:
         directory = self.root / name
         faults["environment"] = {"LLM_QUANTIZE_CACHE": str(directory)}
-        faults["constants"] = [["llm_quantize.streams.fitting", "HIDDEN_BYTES", 0]]
+        faults["constants"] = [["llm_quantize.memory", "HIDDEN_BYTES", 0]]
         return self.command_line.run(*self.words, "-o", directory / "i.gguf", **faults)
 
     def recover(self, name: str) -> None:
@@ -388,7 +388,7 @@ def test_a_cache_that_is_no_directory_is_refused(
 def test_what_lies_with_the_hidden_states_stays_and_stops_nothing(
     model: Path, text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "HIDDEN_BYTES", 0)
+    monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
     path = run(model, options(text)).path
     hidden = path.with_name(path.name + ".hidden")
     path.unlink()

@@ -12,7 +12,8 @@ import pytest
 
 from llm_quantize import cli
 from llm_quantize.cli import COMMANDS, run
-from llm_quantize.cli.common import Mode, Size, events
+from llm_quantize.cli.common import Mode, events
+from llm_quantize.cli.sizes import Size
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

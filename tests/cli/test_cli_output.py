@@ -125,7 +125,7 @@ def test_options_of_a_calibration_that_is_none_are_named(
 def test_quiet_keeps_warnings(
     demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], artifacts: Path
 ) -> None:
-    code, _, err = call(capsys, "-q", "run", artifacts / "demo-llama-Q8_0.gguf", "a b " * 600, "-n", "1")
+    code, _, err = call(capsys, "-s", "run", artifacts / "demo-llama-Q8_0.gguf", "a b " * 600, "-n", "1")
     assert code == 0
     assert err.startswith("warning: ")
     assert "1024" in err

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_quantize import data
+from llm_quantize import data, memory
 from llm_quantize.artifacts.decoded import DecodedArtifact
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.errors import (
@@ -36,7 +36,6 @@ from llm_quantize.models.opening import Source, open_source
 from llm_quantize.pipeline import Options, quantize
 from llm_quantize.runtimes import RUNTIMES
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
-from llm_quantize.streams import fitting
 from llm_quantize.streams.reordered import Reordered
 
 from ..oracles import divergence as oracle
@@ -154,17 +153,17 @@ def test_threads_disk_and_groups_change_nothing(
     assert not expected.memory.on_disk
     progress = [event for event in heard if event["event"] == "measure"]
     assert progress[-1]["done"] == progress[-1]["total"]
-    monkeypatch.setattr(fitting, "HIDDEN_BYTES", 0)
+    monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
     monkeypatch.setattr(streamed, "SLICE_VALUES", 1 << 14)
-    fit, tried = fitting.fit, []
+    fit, tried = memory.fit, []
 
-    def one_head(**sizes: Any) -> fitting.Fitted:
-        tried.append(sizes["fixed"])
+    def one_head(sizes: memory.Sizes, **limits: Any) -> memory.Fitted:
+        tried.append(sizes.ends)
         if len(tried) == 1:
             raise ResourceError("no room for three heads")
-        return fit(**sizes)
+        return fit(sizes, **limits)
 
-    monkeypatch.setattr(fitting, "fit", one_head)
+    monkeypatch.setattr(memory, "fit", one_head)
     heard.clear()
     found = measure_quality(demo.source, files, demo.windows, threads=3, scratch=tmp_path, on_event=heard.append)
     assert found.memory.on_disk
@@ -179,7 +178,7 @@ def test_threads_disk_and_groups_change_nothing(
 
 
 def test_no_place_for_hidden_states(demo: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "HIDDEN_BYTES", 0)
+    monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
     with pytest.raises(LlmQuantizeError, match="no place for hidden states"):
         measure_quality(demo.source, [demo.q8], demo.windows, threads=1, scratch=tmp_path / "absent")
 

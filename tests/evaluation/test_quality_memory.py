@@ -75,6 +75,7 @@ def test_seventy_billion_weights_fit_sixteen_gigabytes(monkeypatch: pytest.Monke
         width=width,
         vocab_size=vocabulary,
         eager=False,
+        dtype=SimpleNamespace(itemsize=4),
         bytes=lambda part: block if isinstance(part, int) else head,
     )
     artifacts: Any = [SimpleNamespace(size=42_000_000_000, scratch=0)] * 2

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llm_quantize import memory
 from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.compare.comparison import CompareOptions, compare
 from llm_quantize.errors import StoppedError
@@ -19,7 +20,6 @@ from llm_quantize.evaluation.quality import measure_quality
 from llm_quantize.evaluation.tensor_errors import tensor_errors
 from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize
-from llm_quantize.streams import fitting
 
 from ..tiny_models import VOCABULARY, make_tiny
 
@@ -57,7 +57,7 @@ def artifact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_quality(number: int, model: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "HIDDEN_BYTES", 0)
+    monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
     before = signal.getsignal(number)
     told = Signalling("measure", number)
     source = open_source(str(model))

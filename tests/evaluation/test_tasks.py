@@ -13,7 +13,8 @@ import pytest
 from llm_quantize.cli import run
 from llm_quantize.errors import MissingExtraError, NetworkError, UnsupportedError, UsageError
 from llm_quantize.evaluation import tasks as module
-from llm_quantize.evaluation.tasks import Answers, run_tasks, stop_texts
+from llm_quantize.evaluation.answers import Answers, stop_texts
+from llm_quantize.evaluation.tasks import run_tasks
 from llm_quantize.measures.perplexity import log_softmax
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
 from tests.runtimes.test_llama_cpp import make_gguf

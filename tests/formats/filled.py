@@ -11,7 +11,8 @@ from llm_quantize import kernels
 from llm_quantize.architectures.rows import matrix_shape, read_output_rows, to_float32
 from llm_quantize.formats.base import scheme_of
 from llm_quantize.formats.packed_formats import PACKED
-from llm_quantize.grids.grid import Grid, grid_type
+from llm_quantize.grids import grid_type
+from llm_quantize.grids.grid import Grid
 from llm_quantize.models.opening import Source
 from llm_quantize.plan import ArtifactPlan, TensorPlan
 

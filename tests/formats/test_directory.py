@@ -300,12 +300,6 @@ def test_families_that_cannot_be_packed_are_refused(tmp_path: Path) -> None:
     assert {matrix.name.split(".")[3] for matrix in plan.matrices} == {"self_attn"}
 
 
-def test_an_already_quantized_source_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
-    filled(llama, tmp_path / "out", "awq", "4bit")
-    with pytest.raises(UnsupportedError, match=r"already quantized[\s\S]*awq"):
-        open_source(str(tmp_path / "out"))
-
-
 def test_sizes_that_do_not_divide_name_the_module(llama: Path) -> None:
     with pytest.raises(UsageError, match=r"96 weights are not whole groups of 64[\s\S]*mlp\.down_proj"):
         planned(llama, group_size=64)

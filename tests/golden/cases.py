@@ -29,12 +29,14 @@ class Case:
 @dataclass(frozen=True)
 class Command:
     """A command that prints one JSON object, after quantizations that make what it reads. All run where the models
-    lie; OUT in the words is the folder for what they write. ``measures``: torch takes part."""
+    lie; OUT in the words is the folder for what they write. ``measures``: torch takes part. ``volatile``: more keys
+    of the JSON that are of this run or machine; where there are any, files are not looked into, as they say so too."""
 
     id: str
     words: str
     before: tuple[str, ...] = field(default=())
     measures: bool = False
+    volatile: tuple[str, ...] = ()
 
 
 def _plain(model: str, **words: str) -> list[Case]:
@@ -217,6 +219,34 @@ COMMANDS = (
         "importance-all",
         f"analyze importance mixture --collect imatrix,hessian,absmax -o OUT/x.safetensors --threads 2 {TEXT}",
         measures=True,
+    ),
+    Command("importance-dat", f"analyze importance odd -o OUT/x.dat --threads 2 {TEXT}", measures=True),
+    Command("importance-json", f"analyze importance odd -o OUT/x.json --threads 2 {TEXT}", measures=True),
+    Command("quantize-again", _GGUF, (_GGUF,)),
+    Command(
+        "quantize-imatrix-gguf",
+        "quantize dense gguf -q IQ3_XXS --imatrix OUT/x.gguf --threads 2 -o OUT",
+        (f"analyze importance dense -o OUT/x.gguf --threads 2 {TEXT}",),
+        measures=True,
+    ),
+    Command(
+        "quantize-statistics-gguf",
+        "quantize mixture gguf -q Q4_K_M --statistics OUT/x.safetensors --threads 2 -o OUT",
+        (f"analyze importance mixture -o OUT/x.safetensors --threads 2 {TEXT}",),
+        measures=True,
+    ),
+    Command(
+        "quantize-statistics-gptq",
+        "quantize dense gptq -q 4bit --statistics OUT/x.safetensors --inputs source --threads 2 -o OUT",
+        (f"analyze importance dense --collect imatrix,hessian -o OUT/x.safetensors --threads 2 {TEXT}",),
+        measures=True,
+    ),
+    Command(
+        "compare",
+        "compare turned --variants gguf:Q8_0,gguf:Q4_0 --no-speed --text text.txt --context 64 --windows 2 --threads 2 "
+        "--keep -o OUT/report",
+        measures=True,
+        volatile=("machine", "versions", "quantize_cpu_seconds", "created"),
     ),
     Command(
         "profile",

@@ -11,8 +11,8 @@ import torch
 
 from llm_quantize import kernels
 from llm_quantize.errors import UsageError
-from llm_quantize.grids import ggml
-from llm_quantize.grids.grid import GGML_GRIDS, grid_type, pack_ggml, unpack_ggml
+from llm_quantize.grids import ggml, grid_type, pack_ggml, unpack_ggml
+from llm_quantize.grids.grid import GGML_GRIDS
 from llm_quantize.grids.integer import channel_importance
 from llm_quantize.qtypes import QTYPES
 from tests.kernels.weight_cases import IMPORTANCE_KINDS, ROW_KINDS, make_importance, make_rows

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from llm_quantize.errors import UsageError
-from llm_quantize.grids.grid import GGML_GRIDS, Grid, grid_type, has_grid, row_tiles, to_storage
+from llm_quantize.grids import grid_type, has_grid
+from llm_quantize.grids.grid import GGML_GRIDS, Grid, row_tiles, to_storage
 from llm_quantize.kernels.reference.iq4 import LEVELS
 from llm_quantize.qtypes import QTYPES
 from tests.oracles import number_grids

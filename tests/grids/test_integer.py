@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from llm_quantize.errors import UsageError
-from llm_quantize.grids import integer
-from llm_quantize.grids.grid import grid_type
+from llm_quantize.grids import grid_type, integer
 from llm_quantize.grids.integer import channel_importance
 from tests.kernels.weight_cases import ROW_KINDS, make_rows
 

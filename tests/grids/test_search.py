@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quantize.grids import ggml_super
+from llm_quantize.grids import ggml_super, grid_type
 from llm_quantize.grids import search as grid_search
 from llm_quantize.grids.ggml_pack import LAYOUTS
-from llm_quantize.grids.grid import grid_type
 from llm_quantize.kernels.reference.iq4 import LEVELS
 from tests.kernels.weight_cases import make_importance, make_rows
 from tests.oracles import number_grids as slow

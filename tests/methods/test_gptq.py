@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llm_quantize.errors import NumericPolicyError, UsageError
-from llm_quantize.grids.grid import grid_type
+from llm_quantize.grids import grid_type
 from llm_quantize.methods import gptq
 from llm_quantize.methods.gptq import GptqOptions, factorize, solve
 from llm_quantize.methods.tile import Tile, padded_rows

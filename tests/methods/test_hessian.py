@@ -9,7 +9,7 @@ import torch
 from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.methods import cholesky, hessian
 from llm_quantize.methods.gptq_options import GptqOptions
-from llm_quantize.methods.hessian import factor_bytes, factorize, mix
+from llm_quantize.methods.hessian import factorize, mix
 from tests.grids.small_grids import inputs, weights
 
 from ..oracles import dense_gptq
@@ -199,9 +199,3 @@ def test_wrong_forms_are_refused():
     h[4, 4] = -1
     with pytest.raises(NumericPolicyError, match="negative"):
         factorize(h, tokens, GptqOptions())
-
-
-def test_factor_bytes_counts_the_matrices():
-    n = 4096
-    assert 16 * n * n < factor_bytes(n) < 22 * n * n
-    assert factor_bytes(n, correction=True) - factor_bytes(n) == 4 * n * n

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from llm_quantize.errors import MalformedInputError, MissingExtraError, UnsupportedError, UsageError
+from llm_quantize.models.chat_template import render
 from llm_quantize.runtimes import llama_cpp_library
-from llm_quantize.runtimes.chat_template import render
 from llm_quantize.runtimes.llama_cpp import LlamaCpp, _choose
 
 WIDTH, HEADS, LAYERS, HIDDEN = 64, 4, 2, 96

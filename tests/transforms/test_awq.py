@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llm_quantize.errors import NumericPolicyError, UsageError
-from llm_quantize.grids.grid import grid_type
+from llm_quantize.grids import grid_type
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.hessian import factorize
 from llm_quantize.transforms.awq import AwqOptions, conditional_variances, search

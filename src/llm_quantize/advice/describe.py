@@ -10,6 +10,7 @@ from typing import Any
 
 from gguf.constants import Keys
 
+from llm_quantize.advice.footprint import shape_of
 from llm_quantize.architectures.rows import weights_of
 from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.events import EventSink, ignore
@@ -73,7 +74,7 @@ def _describe_source(source: Source) -> dict[str, Any]:
         "memory": {
             "source_weights": sum(info.nbytes for info in checkpoint.tensors.values()),
             "weights_16bit": 2 * weights,
-            "kv_cache_f16": {"tokens": tokens, "bytes": kv_cache_bytes(hyper, tokens)},
+            "kv_cache_f16": {"tokens": tokens, "bytes": shape_of(source).cache(tokens)},
         },
         "left_out": source.left_out,
         "tensors": [
@@ -81,11 +82,6 @@ def _describe_source(source: Source) -> dict[str, Any]:
             for info in checkpoint.tensors.values()
         ],
     }
-
-
-def kv_cache_bytes(hyper: Any, context: int) -> int:
-    """Bytes of a float16 key and value cache of ``context`` tokens with full attention in every layer."""
-    return int(2 * 2 * hyper.n_layer * hyper.n_head_kv * hyper.head_dim * context)
 
 
 def _source_tokenizer(source: Source) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llm_quantize.advice.machine import Machine
+from llm_quantize.models.opening import Source
 
 BATCH = 512  # tokens computed at once (llama.cpp's n_ubatch)
 CELLS = 256
@@ -52,12 +53,33 @@ class Shape:
         """Bytes of one layer's keys and values."""
         return 2 * HALF * self.n_head_kv * self.head_dim * self.cells(layer, context)
 
+    def cache(self, context: int) -> int:
+        """Bytes of the keys and values of all layers."""
+        return sum(self.layer_cache(layer, context) for layer in range(self.n_layer))
+
     def compute(self, context: int) -> int:
         """Bytes of the working buffers."""
         states = self.experts_used + 5
         widest = max(self.vocab, 3 * self.feed_forward)
         masks = {self.cells(layer, context) for layer in range(self.n_layer)}
         return BATCH * (FLOAT * (widest + states * self.hidden) + HALF * sum(masks)) * 17 // 16
+
+
+def shape_of(source: Source) -> Shape:
+    """What memory depends on, of an opened model."""
+    architecture, hyper = source.architecture, source.architecture.hyper
+    dense = hyper.feed_forward_length if not hyper.n_expert else 0
+    experts = hyper.n_expert_used * hyper.expert_feed_forward_length + hyper.shared_feed_forward_length
+    return Shape(
+        n_layer=hyper.n_layer,
+        n_head_kv=hyper.n_head_kv,
+        head_dim=hyper.head_dim,
+        hidden=hyper.embedding_length,
+        feed_forward=max(dense, experts if hyper.n_expert else 0),
+        experts_used=hyper.n_expert_used if hyper.n_expert else 0,
+        vocab=hyper.vocab_size,
+        windows=tuple(architecture.window if slides else 0 for slides in architecture.sliding),
+    )
 
 
 def _blocks(cells: int) -> int:
@@ -124,8 +146,9 @@ class Placement:
 
 def footprint(weights: Weights, shape: Shape, context: int) -> Footprint:
     """What the model takes on the CPU alone."""
-    cache = sum(shape.layer_cache(layer, context) for layer in range(shape.n_layer))
-    return Footprint(weights.total, cache, shape.compute(context), RUNTIME + RUNTIME_PER_TOKEN * shape.vocab)
+    return Footprint(
+        weights.total, shape.cache(context), shape.compute(context), RUNTIME + RUNTIME_PER_TOKEN * shape.vocab
+    )
 
 
 def place(weights: Weights, shape: Shape, machine: Machine, context: int) -> Placement | None:

@@ -5,12 +5,12 @@ They are not ranked: what fits depends on the memory of vLLM or Transformers, wh
 
 from __future__ import annotations
 
-from llm_quantize.artifacts.planning import plan_source
 from llm_quantize.calibration import choose
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.models.opening import Source
 from llm_quantize.options import Options
+from llm_quantize.pipeline import plan_source
 from llm_quantize.reports.numbers import bytes_text
 
 

@@ -16,10 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_quantize.advice.experience import PUBLISHED_SOURCE, Experience, Loss, gains_from_importance
-from llm_quantize.advice.footprint import Footprint, Placement, Shape, footprint, place, weights_of
+from llm_quantize.advice.footprint import Footprint, Placement, footprint, place, shape_of, weights_of
 from llm_quantize.advice.machine import Machine
 from llm_quantize.advice.other_formats import directories_note
-from llm_quantize.artifacts.planning import plan_source
 from llm_quantize.calibration import choose
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.gguf.levels import LEVELS
@@ -29,6 +28,7 @@ from llm_quantize.formats.table import FORMATS
 from llm_quantize.measures.grades import GRADES, grade
 from llm_quantize.models.opening import Source
 from llm_quantize.options import Options
+from llm_quantize.pipeline import plan_source
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.reports.numbers import bytes_text
 
@@ -219,23 +219,6 @@ def recommend(
         choices=tuple(choices),
         excluded=tuple(excluded.items()),
         notes=tuple(_notes(source, experience, choices, context, take)),
-    )
-
-
-def shape_of(source: Source) -> Shape:
-    """What memory depends on, of an opened model."""
-    architecture, hyper = source.architecture, source.architecture.hyper
-    dense = hyper.feed_forward_length if not hyper.n_expert else 0
-    experts = hyper.n_expert_used * hyper.expert_feed_forward_length + hyper.shared_feed_forward_length
-    return Shape(
-        n_layer=hyper.n_layer,
-        n_head_kv=hyper.n_head_kv,
-        head_dim=hyper.head_dim,
-        hidden=hyper.embedding_length,
-        feed_forward=max(dense, experts if hyper.n_expert else 0),
-        experts_used=hyper.n_expert_used if hyper.n_expert else 0,
-        vocab=hyper.vocab_size,
-        windows=tuple(architecture.window if slides else 0 for slides in architecture.sliding),
     )
 
 

@@ -8,23 +8,21 @@ the map of the source is undone as for a GGUF file (decoded.py). What stands und
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.architectures import open_architecture
 from llm_quantize.architectures.base import OutputTensor, Piece
-from llm_quantize.architectures.rows import chunk_rows, matrix_shape, placed, read_output_rows, to_float32, weights_of
+from llm_quantize.architectures.rows import chunk_rows, placed, read_output_rows, to_float32, weights_of
 from llm_quantize.artifacts.decoded import EMBEDDING, HEAD, Decoded, DecodedArtifact, Stored, differences
 from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError
 from llm_quantize.formats.packed import ALIGNED
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.opening import Source
-from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
+from llm_quantize.models.quantized import PackedDirectory, PackedRows, is_packed_directory
 
 _HEADS = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight")
 _READABLE = ("F16", "BF16", "F32", "F64")
@@ -70,8 +68,11 @@ class DecodedDirectory(Decoded):
         self._transposed = {
             piece.source for output in source.tensors.outputs for piece in output.pieces if piece.transpose
         }
-        self._infos = self._logical()
-        self._rows = _Rows(packed, self._infos, self._transposed)
+        try:
+            self._rows = PackedRows(packed, self._transposed)
+        except IntegrityError as error:
+            raise self._misfit(error.what, error.tensor, error.expected, error.found) from error
+        self._infos = self._rows.tensors
         notes = [*packed.notes, *self._config_notes(), *self._drop_zero_biases()]
         own_head = self._own_head()
         self.scratch = packed.scratch
@@ -85,7 +86,7 @@ class DecodedDirectory(Decoded):
 
     def types(self) -> dict[str, str]:
         """As ``Decoded.types``: int4_g128 and the like, and the element types of what is not quantized."""
-        return {name: info.dtype for name, info in self._infos.items()}
+        return {name: info.dtype.lower() for name, info in self._infos.items()}
 
     def stored(self, output: OutputTensor) -> Stored | None:
         """As ``Decoded.stored``: several tensors of the artifact that are one of the map have one name, with stars."""
@@ -93,7 +94,7 @@ class DecodedDirectory(Decoded):
         if found is None or not found.pieces:
             return None
         names = list(dict.fromkeys(piece.source for piece in found.pieces))
-        qtypes = dict.fromkeys(self._infos[name].dtype for name in names)
+        qtypes = dict.fromkeys(self._infos[name].dtype.lower() for name in names)
         weights = sum(weights_of(self._infos[name].shape) for name in names)
         nbytes = sum(self._infos[name].nbytes for name in names)
         return Stored(_starred(names), "+".join(qtypes), round(nbytes * weights_of(output.shape) / max(1, weights)))
@@ -115,20 +116,6 @@ class DecodedDirectory(Decoded):
             last = min(stop, base + per_matrix, base + ((first - base) // step + 1) * step)
             yield first, to_float32(read_output_rows(self._rows, output, first, last))
             first = last
-
-    def _logical(self) -> dict[str, TensorInfo]:
-        """What an unquantized checkpoint of the same weights would list; element types are names of grids."""
-        found = dict(self.packed.plain)
-        for name, info in found.items():
-            found[name] = replace(info, dtype=info.dtype.lower())
-        for name, matrix in self.packed.matrices.items():
-            shape = (matrix.rows, matrix.columns)
-            first = next(iter(matrix.fields.values()))
-            if name in found:
-                raise self._misfit("a matrix is there twice, quantized and not", name, "one of them", "both")
-            shape = shape[::-1] if name in self._transposed else shape
-            found[name] = TensorInfo(name, matrix.qtype, shape, first.file, first.offset, matrix.nbytes)
-        return found
 
     def _mapped(self, infos: Mapping[str, TensorInfo]) -> Iterator[OutputTensor]:
         """The source's map, of the artifact's tensors. Raises IntegrityError where they are not the source's."""
@@ -217,30 +204,6 @@ class DecodedDirectory(Decoded):
         key = f"={name}"
         self._outputs[key] = OutputTensor(key, shape, (Piece(name, transpose=transpose),))
         return OutputTensor(key, shape, (Piece(target, transpose=transpose),))
-
-
-class _Rows:
-    """The artifact's tensors as a source of rows (``assemble.RowSource``): float32, whatever they are stored as."""
-
-    def __init__(self, packed: PackedDirectory, infos: Mapping[str, TensorInfo], transposed: Collection[str]) -> None:
-        self._packed, self._infos, self._transposed = packed, infos, transposed
-
-    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
-        """As ``Checkpoint.matrix``."""
-        shape = self._infos[name].shape
-        return matrix_shape((*shape[:-2], shape[-1], shape[-2]) if transpose else shape)
-
-    def read_rows(
-        self, name: str, start: int, stop: int, *, transpose: bool = False, buffer: Any = None, digest: Any = None
-    ) -> npt.NDArray[np.float32]:
-        """As ``Checkpoint.read_rows``; ``buffer`` and ``digest`` are for stored bytes, which these are not."""
-        del buffer, digest
-        if name not in self._packed.matrices:
-            return self._packed.rows(name, start, stop, transpose=transpose)
-        if transpose == (name in self._transposed):
-            return self._packed.rows(name, start, stop)
-        whole = self._packed.rows(name, 0, self._packed.matrices[name].rows)
-        return np.ascontiguousarray(whole.T[start:stop])
 
 
 def _starred(names: list[str]) -> str:

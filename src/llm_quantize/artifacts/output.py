@@ -14,13 +14,13 @@ from llm_quantize.events import EventSink
 from llm_quantize.formats.card import fill_card
 from llm_quantize.io.artifact_paths import discard_partial, journal_path, manifest_path, partial_path
 from llm_quantize.io.output import ResumableOutput
+from llm_quantize.models.base import Model
 from llm_quantize.models.opening import Source
-from llm_quantize.models.safetensors import Checkpoint
 from llm_quantize.options import Options
 from llm_quantize.plan import CARD_UNIT, ArtifactPlan
 
 
-def refuse_changed(checkpoint: Checkpoint, before: Sequence[Sequence[Any]]) -> None:
+def refuse_changed(checkpoint: Model, before: Sequence[Sequence[Any]]) -> None:
     """Raise IntegrityError if a weight file was written or replaced since ``before`` (``source_times`` of then)."""
     now = source_times(checkpoint)
     for header, then, facts in zip(checkpoint.headers, before, now, strict=True):
@@ -39,7 +39,7 @@ def _told(facts: Sequence[Any]) -> str:
     return f"{size:,} bytes, inode {inode}, modified at {modified} ns, changed at {changed} ns"
 
 
-def source_times(checkpoint: Checkpoint) -> list[list[Any]]:
+def source_times(checkpoint: Model) -> list[list[Any]]:
     """Name, time of the last write, time of the last change, inode and size of every weight file.
 
     Writing or replacing a file changes some of them; a tool may set the first time back, not the second.

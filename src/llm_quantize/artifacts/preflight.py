@@ -4,40 +4,84 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from llm_quantize import memory
+from llm_quantize.architectures.rows import chunk_rows, matrix_shape
 from llm_quantize.engine import ISOLATED
 from llm_quantize.errors import AccessError, ResourceError
-from llm_quantize.plan import ArtifactPlan, work_bytes
+from llm_quantize.memory import Sizes
+from llm_quantize.plan import ArtifactPlan
+
+FIXED_WORK = 6 << 20  # journal, jobs, the pool
+PER_THREAD = 1 << 20  # stack, kernel scratch
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a run may use: threads after fitting the memory limit, and the figures it was decided on (bytes)."""
+    """What a run may use: threads after fitting the memory limit, and the figures it was decided on (bytes).
+    ``memory_needed``: at the height of the whole run; ``before``: resident when it began (``memory.peak``)."""
 
     threads: int
     memory_needed: int
     memory_limit: int | None
     disk_needed: int
     disk_free: int
+    before: int | None = None
 
 
-def address_needed(artifacts: Sequence[ArtifactPlan], threads: int) -> int:
-    """Address space of a run, in bytes: what is mapped now; for each thread a stack, an arena and its buffers."""
-    return memory.mapped_bytes() + threads * memory.thread_address_bytes() + work_bytes(artifacts, threads)
+def rounding_sizes(artifacts: Sequence[ArtifactPlan], engine: str = "threads") -> Sizes:
+    """What rounding single tensors holds: it goes by the chunk and the widest row, not by the model's size.
+
+    A worker that opens the model for itself takes once more what this process has."""
+    own = memory.before_libraries() if engine in ISOLATED else 0
+    bookkeeping = sum(len(file.header) for artifact in artifacts for file in artifact.files)
+    bookkeeping += sum(4096 * len(artifact.tensors) for artifact in artifacts)
+    return Sizes(
+        margin=FIXED_WORK + bookkeeping,
+        each=PER_THREAD + own + _chunk_bytes(artifacts),
+        refusal=(
+            "the memory limit is too small for this model's rows",
+            "raise --max-ram or the memory limit of the container",
+        ),
+    )
 
 
-def memory_needed(artifacts: Sequence[ArtifactPlan], threads: int, engine: str = "threads") -> int:
-    """Peak resident bytes of a run that goes on from here: the model is open, its buffers come on top.
+def _chunk_bytes(artifacts: Sequence[ArtifactPlan]) -> int:
+    """The most that one thread holds of one chunk: as read, gathered, converted, and packed for each qtype."""
+    most = 0
+    alike = all(artifact.format == "gguf" for artifact in artifacts)
+    groups = [artifacts] if alike else [[artifact] for artifact in artifacts]
+    for together in chain.from_iterable(zip(*(a.tensors for a in group), strict=True) for group in groups):
+        rows, columns = matrix_shape(together[0].output.shape)
+        count = min(rows, chunk_rows(columns))
+        stored = artifacts[0].source_itemsize
+        converted = 4 if stored not in (2, 4) or any(piece.add for piece in together[0].output.pieces) else 0
+        packed = {tensor.qtype: tensor.row_bytes for tensor in together}
+        most = max(most, count * (columns * (3 * stored + 2 * converted) + sum(packed.values())))
+    return most
 
-    A worker that opens the model for itself takes once more what this process has taken so far."""
-    now = memory.resident_bytes()
-    workers = threads * now if engine in ISOLATED else 0
-    return max(memory.peak_resident_bytes(), now + workers + work_bytes(artifacts, threads))
+
+def fit(
+    artifacts: Sequence[ArtifactPlan],
+    *,
+    threads: int | None,
+    max_ram: int | None,
+    before: int | None = None,
+    engine: str = "threads",
+) -> tuple[int, int]:
+    """The threads that round, at most ``threads`` (all CPUs), and the resident bytes of the process at the height of
+    the whole run, all phases of all artifacts, each with the threads that fit it.
+
+    ``before``: see ``memory.peak``. Raises ResourceError where a phase does not fit with one thread.
+    """
+    rounding = memory.fit(rounding_sizes(artifacts, engine), threads=threads, max_ram=max_ram, before=before)
+    phases = dict.fromkeys(phase for artifact in artifacts for phase in artifact.phases)
+    heights = [memory.fit(phase, threads=rounding.threads, max_ram=max_ram, before=before).peak for phase in phases]
+    return rounding.threads, max(rounding.peak, *heights, 0)
 
 
 def check(
@@ -46,6 +90,7 @@ def check(
     *,
     threads: int | None,
     max_ram: int | None,
+    before: int | None = None,
     already_allocated: int = 0,
     ignore_space: bool = False,
     engine: str = "threads",
@@ -64,47 +109,22 @@ def check(
             remedy="free some space, choose another directory with -o, or a smaller level; --ignore-space tries anyway",
         )
     _check_file_size(artifacts)
-    count = fit_threads(artifacts, threads=threads, max_ram=max_ram, engine=engine)
-    return Preflight(count, memory_needed(artifacts, count, engine), memory.memory_limit(max_ram), needed, free)
+    count, height = fit(artifacts, threads=threads, max_ram=max_ram, before=before, engine=engine)
+    return Preflight(count, height, memory.memory_limit(max_ram), needed, free, before)
 
 
-def fit_threads(
-    artifacts: Sequence[ArtifactPlan], *, threads: int | None, max_ram: int | None, engine: str = "threads"
-) -> int:
-    """The threads (or other workers) that a run may have, at most ``threads`` (all CPUs).
-
-    Raises ResourceError where memory suits not one."""
-    limit = memory.memory_limit(max_ram)
-    count = threads or memory.available_cpus()
-    needed = partial(memory_needed, engine=engine)
-    count = _fit(artifacts, count, limit, needed, "raise --max-ram or the memory limit of the container")
-    inside = 1 if engine in ISOLATED else count  # address space is each process's own
-    mapped = _fit(
-        artifacts, inside, memory.address_limit(), address_needed, "raise the limit of address space (ulimit -v)"
-    )
-    return count if engine in ISOLATED else mapped
-
-
-def _fit(
-    artifacts: Sequence[ArtifactPlan],
-    threads: int,
-    limit: int | None,
-    needed: Callable[[Sequence[ArtifactPlan], int], int],
-    remedy: str,
-) -> int:
-    """The most threads, up to ``threads``, that stay under ``limit`` bytes; ResourceError if one does not."""
-    if limit is None:
-        return threads
-    while threads > 1 and needed(artifacts, threads) > limit:
-        threads -= 1
-    if needed(artifacts, threads) > limit:
+def check_disk(directory: Path, needed: int) -> None:
+    """Raise ResourceError where ``directory`` (which exists) has not ``needed`` bytes to give to a run's own files."""
+    facts = os.statvfs(directory)
+    free = facts.f_bavail * facts.f_frsize
+    if needed > free:
         raise ResourceError(
-            "the memory limit is too small for this model's rows",
-            expected=f"{needed(artifacts, threads)} bytes",
-            found=f"a limit of {limit} bytes",
-            remedy=remedy,
+            "not enough disk space for the statistics and the hidden states",
+            file=directory,
+            expected=f"{needed:,} bytes",
+            found=f"{free:,} bytes free",
+            remedy="free some space, set LLM_QUANTIZE_CACHE to another directory, or take fewer --calibration-samples",
         )
-    return threads
 
 
 def refuse_unwritable(directory: Path) -> Path:

@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 
 from llm_quantize.blockwise.gram import Gram
-from llm_quantize.blockwise.inputs import Pool
 from llm_quantize.blockwise.run import Matrices, matrix_rows
-from llm_quantize.blockwise.segments import routers, segments
+from llm_quantize.blockwise.segments import segments
 from llm_quantize.blockwise.solver import Job, Solver
+from llm_quantize.blockwise.stages import routers
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.io.statistics_file import StatisticsFile, StoredTap, read_statistics
 from llm_quantize.methods.gptq_options import GptqOptions
+from llm_quantize.streams.pool import Pool
 from llm_quantize.streams.taps import Tap
 
 

@@ -57,11 +57,6 @@ class Gram:
         self.hessian = upper + torch.triu(self.hessian, 1).T
 
 
-def gram_bytes(columns: int, *, cross: bool) -> int:
-    """Bytes that a Gram of so many columns holds, with what ``finish`` needs for a moment."""
-    return 4 * columns * columns * (3 + cross)
-
-
 def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
     with torch.inference_mode():
         target.addmm_(left.float().T, right.float())

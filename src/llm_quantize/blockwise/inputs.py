@@ -6,8 +6,7 @@ quantized so far. A matrix is calibrated on the second; how it differs from the 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from torch import Tensor
 from llm_quantize.blockwise.estimate import CHUNK_TOKENS
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.calibration.statistics import refuse_nonfinite
-from llm_quantize.engine import run
 from llm_quantize.errors import NumericPolicyError
 from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Tap
+from llm_quantize.streams.passes import Move, Pass
 
 Inputs = dict[tuple[str, int], Tensor]
 """(tap, matrix) -> what one window gave it, (tokens, columns) in the network's dtype."""
@@ -38,27 +37,6 @@ class Streams:
 
     quantized: Activations
     full: Activations
-
-
-class Pool:
-    """Runs jobs in threads, each with one thread of torch: a sum must not depend on how many there are."""
-
-    def __init__(self, threads: int, stop: threading.Event, *, resumable: bool) -> None:
-        self.threads, self._stop, self._resumable = threads, stop, resumable
-
-    def each(self, work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-        """Results in the order of completion. The first exception ends the work; StoppedError after a signal."""
-
-        def one(job: Any) -> Any:
-            torch.set_num_threads(1)
-            return work(job)
-
-        return run(one, jobs, threads=self.threads, stop=self._stop, resumable=self._resumable)
-
-    def do(self, jobs: Iterable[Callable[[], None]]) -> None:
-        """Run them all."""
-        for _ in self.each(lambda job: job(), jobs):
-            pass
 
 
 class FullInputs:
@@ -79,28 +57,20 @@ class FullInputs:
         held = self._held.get(tap)
         return None if held is None else held.read(window)
 
-    def see(
-        self,
-        pool: Pool,
-        block: Block,
-        before: Activations,
-        after: Activations | None,
-        on_windows: Callable[[int], None],
-    ) -> None:
+    def see(self, way: Pass, block: Block, before: Activations, after: Activations | None) -> None:
         """Run all windows through ``block`` of the source; ``after`` takes what leaves it, None where nobody needs it.
 
         Raises NumericPolicyError for inputs that are not finite."""
 
-        def window(index: int) -> None:
-            taps = self.taps if index < self.windows else []
-            found, values = capture(block, before.read(index), taps, whole=after is not None)
+        def look(block: Block, hidden: Tensor, window: int) -> Tensor | None:
+            taps = self.taps if window < self.windows else []
+            found, values = capture(block, hidden, taps, whole=after is not None)
             for (tap, _), inputs in found.items():
-                self._held[tap].write(index, inputs)
-            if after is not None and values is not None:
-                after.write(index, values)
+                self._held[tap].write(window, inputs)
+            return values
 
-        for _ in pool.each(window, range(self.windows if after is None else before.shape[0])):
-            on_windows(1)
+        windows = range(self.windows if after is None else before.shape[0])
+        way.through(block, [Move(before, after, None, look, windows)])
 
     def close(self) -> None:
         """Free memory or files."""
@@ -131,12 +101,11 @@ def capture(
 
 
 def collect(
-    pool: Pool,
+    way: Pass,
     taps: Sequence[Tap],
     hidden: Activations,
     block: Block,
     full: FullInputs | None,
-    on_windows: Callable[[int], None],
     scales: Mapping[str, Tensor] | None = None,
     *,
     windows: int,
@@ -151,15 +120,14 @@ def collect(
     grams: dict[tuple[str, int], Gram] = {}
     step = max(1, CHUNK_TOKENS // hidden.shape[1])
 
-    def window(index: int) -> tuple[int, Inputs]:
-        return index, capture(block, hidden.read(index), taps)[0]
+    results: dict[int, Inputs] = {}
+
+    def look(block: Block, hidden: Tensor, window: int) -> None:
+        results[window] = capture(block, hidden, taps)[0]
 
     for first in range(0, windows, step):
         chunk = range(first, min(first + step, windows))
-        results: dict[int, Inputs] = {}
-        for index, found in pool.each(window, chunk):
-            results[index] = found
-            on_windows(1)
+        way.through(block, [Move(hidden, None, None, look, chunk)])
         jobs: list[Callable[[], None]] = []
         for key in dict.fromkeys(key for index in chunk for key in results[index]):
             inputs = torch.cat([results[index].pop(key) for index in chunk if key in results[index]])
@@ -167,10 +135,10 @@ def collect(
             if key not in grams:
                 grams[key] = Gram(known[key[0]].columns, cross=theirs is not None, device=inputs.device)
             jobs += grams[key].jobs(inputs, theirs)
-        pool.do(jobs)
+        way.pool.do(jobs)
         if not all(grams[key].finite() for key in grams):
             for index in chunk:
-                _blame(index, window(index)[1], full)
+                _blame(index, capture(block, hidden.read(index), taps)[0], full)
             raise NumericPolicyError(
                 "the squares of activations overflow float32",
                 found=f"samples {chunk[0]} to {chunk[-1]}",
@@ -203,23 +171,13 @@ def _theirs(
     return theirs
 
 
-def propagate(
-    pool: Pool,
-    block: Block,
-    before: Activations,
-    after: Activations,
-    windows: Iterable[int],
-    on_windows: Callable[[int], None],
-) -> None:
-    """``windows`` through the block."""
+def propagate(way: Pass, block: Block, before: Activations, after: Activations, windows: Sequence[int]) -> None:
+    """``windows`` through the block. Raises NumericPolicyError where what leaves it is not finite."""
+    way.through(block, [Move(before, after, _refuse_output, windows=windows)])
 
-    def window(index: int) -> None:
-        values = block(before.read(index))
-        _refuse_nonfinite(values, f"the output of block {block.index}", index)
-        after.write(index, values)
 
-    for _ in pool.each(window, windows):
-        on_windows(1)
+def _refuse_output(values: Tensor, index: int, window: int) -> None:
+    _refuse_nonfinite(values, f"the output of block {index}", window)
 
 
 def _refuse_nonfinite(values: Tensor, where: str, window: int) -> None:

@@ -12,13 +12,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from llm_quantize.blockwise.embedding import WrittenTable
-from llm_quantize.blockwise.inputs import Pool, Streams
+from llm_quantize.blockwise.inputs import Streams
 from llm_quantize.measures.divergence import Comparison, Scores, log_softmax_like, score
 from llm_quantize.measures.perplexity import log_softmax, scored
-from llm_quantize.streams.network import Network
+from llm_quantize.streams.passes import Pass
 
 if TYPE_CHECKING:
     from llm_quantize.blockwise.run import Matrices
@@ -26,12 +24,10 @@ if TYPE_CHECKING:
 POSITIONS = 64
 
 
-def measure(
-    matrices: Matrices, network: Network, pool: Pool, streams: Streams, ids: torch.Tensor, first: int
-) -> dict[str, Any]:
+def measure(matrices: Matrices, way: Pass, streams: Streams, first: int) -> dict[str, Any]:
     """KL divergence (nats per token, mean and its standard error) and agreement of windows ``first`` and later, JSON-
     ready; the second half of each window counts. Raises NumericPolicyError for predictions that are not finite."""
-    weights = matrices.weights
+    weights, network, ids = matrices.weights, way.network, way.ids
     own = WrittenTable.head(matrices.source, matrices.target, weights)
     comparison = Comparison()
     with ExitStack() as stack:
@@ -49,7 +45,7 @@ def measure(
 
         length = len(scored(ids[first].numpy())[1])
         jobs = [(window, start) for window in range(first, len(ids)) for start in range(0, length, POSITIONS)]
-        found = dict(pool.each(part, jobs))
+        found = dict(way.pool.each(part, jobs))
     for job in jobs:
         comparison.add_scores(found[job])
     result = comparison.result()

@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,24 +24,29 @@ from llm_quantize.architectures.rows import Arrays, matrix_shape, read_output_ro
 from llm_quantize.artifacts.rounding import Policy, Target, source_hash
 from llm_quantize.blockwise import scaling
 from llm_quantize.blockwise.embedding import WrittenTable
-from llm_quantize.blockwise.inputs import FullInputs, Pool, Streams, collect, propagate
+from llm_quantize.blockwise.inputs import FullInputs, Streams, collect, propagate
 from llm_quantize.blockwise.measure import measure
-from llm_quantize.blockwise.memory import Plan
-from llm_quantize.blockwise.segments import Segment, Sources, routers, segments
-from llm_quantize.blockwise.solver import Fields, Job, Solver, stages
+from llm_quantize.blockwise.segments import Segment, Sources, segments
+from llm_quantize.blockwise.solver import Fields, Job, Solver
+from llm_quantize.blockwise.stages import routers, stages
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.formats.base import Store
 from llm_quantize.io.artifact_paths import hidden_directory
+from llm_quantize.memory import Fitted
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
 from llm_quantize.plan import MatrixPlan, unit_key
-from llm_quantize.streams.hidden import Activations
+from llm_quantize.streams.hidden import Activations, Kept, close
 from llm_quantize.streams.network import Block, Network, Tap
-from llm_quantize.streams.weights import CheckpointWeights, FiniteWeights, Weights
+from llm_quantize.streams.passes import Pass
+from llm_quantize.streams.pool import Pool
+from llm_quantize.streams.weights import CheckpointWeights, FiniteWeights
 
 Floats = npt.NDArray[np.float32]
+
+FULL, QUANTIZED = 0, 1  # the lanes of the streams' files
 
 
 @dataclass
@@ -158,12 +162,17 @@ class Blocks:
         ids: torch.Tensor,
         calibrated: int,
         options: MethodOptions,
-        fitted: Plan,
+        fitted: Fitted,
         pool: Pool,
         on_event: EventSink,
     ) -> None:
         self.matrices, self.network, self.ids, self.calibrated = matrices, network, ids, calibrated
-        self.fitted, self.pool, self.on_event = fitted, pool, on_event
+        self.fitted, self.on_event = fitted, on_event
+        self.way = Pass(network, ids, pool, self._advance)
+        self.directory = hidden_directory(matrices.target.output.target)
+        shape = (*ids.shape, network.width)
+        place = None if fitted.in_memory else self.directory
+        self.kept = Kept(matrices.target.output, shape, network.dtype, place)
         plan = matrices.target.plan
         self.transform = options.transform_of(plan.format)
         self.sequential = options.inputs == "sequential"
@@ -207,17 +216,18 @@ class Blocks:
         streams, first = self._begin(min(missing))
         passes = sum(self._passes(index) for index in range(first, max(missing) + 1))
         self._total = passes * self.ids.shape[0]
-        facts = {"total": self.ids.numel(), "threads": self.pool.threads, "memory_needed": self.fitted.peak}
+        facts = {"total": self.ids.numel(), "threads": self.way.pool.threads, "memory_needed": self.fitted.peak}
         self.on_event({"event": "start", **facts, "resumed_units": 0})
-        for index in range(first, max(missing) + 1):
-            streams = self._block(index, streams, last=index == max(missing))
-            if index < max(missing):
-                self._remember(index, streams)
-        if self.measures:
-            measured = measure(self.matrices, self.network, self.pool, streams, self.ids, self.calibrated)
-            self.matrices.target.output.note({"measured": measured})
-        for states in {streams.quantized, streams.full}:
-            states.close()
+        try:
+            for index in range(first, max(missing) + 1):
+                streams = self._block(index, streams, last=index == max(missing))
+                if index < max(missing):
+                    self.kept.remember(index, self._lanes(streams))
+            if self.measures:
+                measured = measure(self.matrices, self.way, streams, self.calibrated)
+                self.matrices.target.output.note({"measured": measured})
+        finally:
+            close(self._lanes(streams))
 
     def _done(self, matrix: MatrixPlan) -> bool:
         return self.matrices.done(matrix)
@@ -232,64 +242,33 @@ class Blocks:
     def _passes(self, index: int) -> int:
         return len(self._stages(index)) + (self.transform.passes) + 1 + self.paired
 
-    def _advance(self, windows: int) -> None:
-        self._steps += windows
+    def _advance(self) -> None:
+        self._steps += 1
         total = self.ids.numel()
         done = min(total, total * self._steps // self._total)
         self.on_event({"event": "progress", "done": done, "total": total, "unit": "tokens"})
 
     # hidden states
 
-    def _activations(self, slot: int) -> Activations:
-        file = None if self.fitted.in_memory else self._directory / str(slot)
-        windows, length = self.ids.shape
-        return Activations(windows, length, self.network.width, self.network.dtype, file=file)
-
-    @property
-    def _directory(self) -> Path:
-        return hidden_directory(self.matrices.target.output.target)
+    def _lanes(self, streams: Streams) -> list[Activations]:
+        return [streams.quantized, streams.full] if self.paired else [streams.quantized]
 
     def _begin(self, wanted: int) -> tuple[Streams, int]:
         """The streams that enter the first block to be run, and its index: where an earlier run left them, or 0."""
-        found = self._left_behind(wanted)
+        lanes = [QUANTIZED, FULL] if self.paired else [QUANTIZED]
+        found = self.kept.resume(wanted, lanes, lambda text: self.on_event({"event": "warning", "text": text}))
         if found is not None:
-            return found
+            states, first = found
+            return Streams(states[0], states[-1]), first
         weights = self.matrices.weights
         own = WrittenTable.embedding(self.matrices.source, self.matrices.target, weights) if self.quantized else None
-        quantized = self._embedded(own or weights, 2)
-        return Streams(quantized, self._embedded(weights, 0) if self.paired else quantized), 0
-
-    def _embedded(self, weights: Weights, slot: int) -> Activations:
-        """The hidden states that enter block 0."""
-        states = self._activations(slot)
-        for window, values in enumerate(self.network.embed(weights, self.ids)):
-            states.write(window, values)
-        return states
-
-    def _left_behind(self, wanted: int) -> tuple[Streams, int] | None:
-        note = self.matrices.target.output.notes.get("hidden")
-        after, digests = (note.get("after"), note.get("sha256")) if isinstance(note, dict) else (None, None)
-        if self.fitted.in_memory or type(after) is not int:
-            return None
-        if not 0 <= after < wanted:
-            self.matrices.target.output.note({"hidden": None})
-            return None
-        slot = (after + 1) % 2
-        quantized = self._activations(2 + slot)
-        full = self._activations(slot) if self.paired else quantized
-        if [quantized.digest(), full.digest()] == digests:
-            return Streams(quantized, full), after + 1
-        for states in {quantized, full}:
-            states.close()
-        text = "the hidden states are damaged; finished blocks are run again"
-        self.on_event({"event": "warning", "text": f"{self._directory}: {text}"})
-        self.matrices.target.output.note({"hidden": None})
-        return None
-
-    def _remember(self, index: int, streams: Streams) -> None:
-        if not self.fitted.in_memory:
-            digests = [streams.quantized.digest(), streams.full.digest()]
-            self.matrices.target.output.note({"hidden": {"after": index, "sha256": digests}})
+        quantized = self.kept.entering(0, QUANTIZED)
+        self.way.embed(own or weights, quantized)
+        if not self.paired:
+            return Streams(quantized, quantized), 0
+        full = self.kept.entering(0, FULL)
+        self.way.embed(weights, full)
+        return Streams(quantized, full), 0
 
     # one block
 
@@ -301,7 +280,7 @@ class Blocks:
             if self.paired:
                 full, own = self._see_source(index, streams, weights, last=last)
                 stack.callback(full.close)
-            block = stack.enter_context(self.network.block(index, weights))
+            block = stack.enter_context(self.way.block(index, weights))
             scales: dict[str, torch.Tensor] = {}
             if all(self._done(matrix) for matrix, _ in self.members[index]) and self._held_done(index):
                 scaling.restore(self.matrices, self.held[index], block)
@@ -312,8 +291,7 @@ class Blocks:
                     block,
                     self.taps[index],
                     streams.quantized,
-                    self.pool,
-                    self._advance,
+                    self.way,
                     feedback=self.options.feedback,
                     windows=self.calibrated,
                 )
@@ -326,9 +304,9 @@ class Blocks:
             self.matrices.changed.clear()
             if last and not self.measures:
                 return streams
-            after = streams.quantized if self.fitted.in_memory else self._activations((index + 1) % 2 + 2)
+            after = self.kept.leaving(index, streams.quantized, QUANTIZED)
             windows = range(self.calibrated if last else 0, len(self.ids))
-            propagate(self.pool, block, streams.quantized, after, windows, self._advance)
+            propagate(self.way, block, streams.quantized, after, windows)
         return _moved(streams, Streams(after, own if self.paired else after))
 
     def _see_source(
@@ -338,12 +316,12 @@ class Blocks:
         windows, length = self.calibrated, self.ids.shape[1]
         wanted = {segment.tap for matrix, seen in self.members[index] if not self._done(matrix) for segment in seen}
         taps = [tap for tap in self.taps[index] if tap.name in wanted or any(t.matrices > 1 for t in self.taps[index])]
-        place = None if self.fitted.inputs_in_memory else self._directory
+        place = None if self.fitted.inputs_in_memory else self.directory
         full = FullInputs(taps if wanted else [], windows, length, self.network.dtype, place)
-        after = streams.full if self.fitted.in_memory else self._activations((index + 1) % 2)
-        with self.network.block(index, weights) as block:
-            full.see(self.pool, block, streams.full, None if last and not self.measures else after, self._advance)
-        return full, after
+        after = None if last and not self.measures else self.kept.leaving(index, streams.full, FULL)
+        with self.way.block(index, weights) as block:
+            full.see(self.way, block, streams.full, after)
+        return full, after or streams.full
 
     def _stage(
         self,
@@ -358,9 +336,7 @@ class Blocks:
         jobs = [Job(matrix, seen) for matrix, seen in members if not self._done(matrix)]
         if jobs:
             stage = _looked_at(stage, jobs)
-            grams = collect(
-                self.pool, stage, streams.quantized, block, full, self._advance, scales, windows=self.calibrated
-            )
+            grams = collect(self.way, stage, streams.quantized, block, full, scales, windows=self.calibrated)
             self.solver.stage(jobs, grams, stage)
             grams.clear()
         sources = Sources(self.matrices.source.checkpoint, self.matrices.present)

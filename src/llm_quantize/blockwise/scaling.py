@@ -9,7 +9,7 @@ are divided by s where the two are compared.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,10 +18,11 @@ from torch import Tensor
 from llm_quantize.architectures.rows import unit_ranges
 from llm_quantize.architectures.scaling import ScaleGroup, scale_groups
 from llm_quantize.artifacts.rounding import source_hash
-from llm_quantize.blockwise.inputs import Pool, collect
+from llm_quantize.blockwise.inputs import collect
 from llm_quantize.plan import TensorPlan, unit_key
 from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Tap
+from llm_quantize.streams.passes import Pass
 from llm_quantize.transforms.awq import AwqOptions, search
 from llm_quantize.transforms.scaling import apply_all, readers, settle
 
@@ -60,8 +61,7 @@ def rescale(
     block: Block,
     taps: Sequence[Tap],
     hidden: Activations,
-    pool: Pool,
-    on_windows: Callable[[int], None],
+    way: Pass,
     *,
     feedback: bool,
     windows: int,
@@ -77,14 +77,14 @@ def rescale(
     weights = matrices.weights
     tensors = {name: weights.read(name) for group in groups for name in group.tensors}
     used = {homes[group.seen_at].name for group in groups}
-    grams = collect(pool, [tap for tap in taps if tap.name in used], hidden, block, None, on_windows, windows=windows)
+    grams = collect(way, [tap for tap in taps if tap.name in used], hidden, block, None, windows=windows)
 
     def find(number: int) -> tuple[int, Tensor]:
         group = groups[number]
         tap = homes[group.seen_at]
         return number, _scales(matrices, group, tap, tensors, grams, feedback=feedback)
 
-    found = dict(pool.each(find, range(len(groups))))
+    found = dict(way.pool.each(find, range(len(groups))))
     scales = [found[number] for number in range(len(groups))]
     changed = apply_all(groups, scales, tensors)
     floats = {part.name for group in groups for part in (*group.divided, *group.multiplied) if part.float_stored}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import placed, scatter
 from llm_quantize.errors import UnsupportedError
-from llm_quantize.models.safetensors import Checkpoint
+from llm_quantize.models.base import Model
 from llm_quantize.streams.taps import Tap
 
 Floats = npt.NDArray[np.float32]
@@ -27,7 +27,7 @@ class Segment:
     matrix: int
 
 
-def segments(checkpoint: Checkpoint, weight: OutputTensor, taps: Sequence[Tap]) -> list[Segment] | None:
+def segments(checkpoint: Model, weight: OutputTensor, taps: Sequence[Tap]) -> list[Segment] | None:
     """The rows of ``weight`` by the inputs they see, in order; None where no tap knows its sources.
 
     Raises UnsupportedError where a source's columns are stored in another order than the inputs have.
@@ -51,7 +51,7 @@ def segments(checkpoint: Checkpoint, weight: OutputTensor, taps: Sequence[Tap]) 
     return found
 
 
-def _stacked(checkpoint: Checkpoint, first: int, count: int, piece: Piece, tap: Tap) -> Iterator[Segment]:
+def _stacked(checkpoint: Model, first: int, count: int, piece: Piece, tap: Tap) -> Iterator[Segment]:
     """The matrices of a stack that a piece takes rows of."""
     each = checkpoint.matrix(piece.source, transpose=piece.transpose)[0] // tap.matrices
     at, end = piece.start, piece.start + count
@@ -61,19 +61,13 @@ def _stacked(checkpoint: Checkpoint, first: int, count: int, piece: Piece, tap: 
         at = last
 
 
-def routers(outputs: Iterable[OutputTensor]) -> frozenset[str]:
-    """The source's tensors that choose experts, which see what all experts of their layer together see."""
-    chosen = (output for output in outputs if output.name.endswith(".ffn_gate_inp.weight"))
-    return frozenset(piece.source for output in chosen for piece in output.pieces)
-
-
 class Sources:
     """Tensors of the source being given new values by the matrices that hold their rows.
 
     ``read``: a tensor's present values in the source's shape, float32: rows that no matrix holds keep them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, read: Callable[[str], Floats]) -> None:
+    def __init__(self, checkpoint: Model, read: Callable[[str], Floats]) -> None:
         self._checkpoint, self._read = checkpoint, read
         self._values: dict[str, Floats] = {}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,14 +18,15 @@ import numpy.typing as npt
 import torch
 
 from llm_quantize.blockwise.gram import Gram
-from llm_quantize.blockwise.inputs import Pool
 from llm_quantize.blockwise.segments import Segment
+from llm_quantize.blockwise.stages import parent_tap
 from llm_quantize.formats.base import Store
 from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.methods.gptq import solve
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.hessian import Factor, factorize
 from llm_quantize.plan import MatrixPlan
+from llm_quantize.streams.pool import Pool
 from llm_quantize.streams.taps import Tap
 
 ROWS = 256
@@ -265,16 +266,6 @@ class _Rows:
     factor: Factor | None
 
 
-def parent_tap(name: str, taps: Sequence[Tap], routers: Collection[str]) -> str | None:
-    """The tap that sees what all experts of the stack ``name`` together see: their router's, for the first stack of a
-    block. The inputs of a later one are made by the experts themselves: None, though they may be as wide."""
-    stacks = [tap for tap in taps if tap.matrices > 1]
-    if stacks[0].name != name:
-        return None
-    found = (tap for tap in taps if tap.matrices == 1 and not tap.tensors.keys().isdisjoint(routers))
-    return next((tap.name for tap in found if tap.columns == stacks[0].columns), None)
-
-
 def _together(name: str, grams: Mapping[tuple[str, int], Gram], parent: str | None) -> tuple[torch.Tensor, int] | None:
     """What the experts of a layer see together: (hessian, tokens)."""
     if parent is not None and (parent, 0) in grams:
@@ -286,25 +277,3 @@ def _together(name: str, grams: Mapping[tuple[str, int], Gram], parent: str | No
     for gram in own:
         total += gram.hessian
     return total, sum(gram.tokens for gram in own)
-
-
-def stages(taps: Sequence[Tap], wanted: set[str], routers: Collection[str], *, sequential: bool) -> Iterator[list[Tap]]:
-    """The taps whose inputs are collected together: all at once, or one after the other; then the first stack of
-    experts comes with what its router sees, which may have had a stage of its own before."""
-    if not sequential:
-        if any(tap.name in wanted for tap in taps):
-            yield list(taps)
-        return
-    known = {tap.name: tap for tap in taps}
-    for index, tap in enumerate(taps):
-        group = [tap]
-        if (parent := _parent_of(tap, taps, routers)) is not None:
-            group = [known[parent], tap]
-        elif index + 1 < len(taps) and tap.name == _parent_of(taps[index + 1], taps, routers):
-            continue  # it comes with the stack
-        if any(one.name in wanted for one in group):
-            yield group
-
-
-def _parent_of(tap: Tap, taps: Sequence[Tap], routers: Collection[str]) -> str | None:
-    return parent_tap(tap.name, taps, routers) if tap.matrices > 1 else None

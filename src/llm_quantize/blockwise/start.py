@@ -10,6 +10,7 @@ from llm_quantize.io.artifact_paths import hidden_directory
 from llm_quantize.plan import CARD_UNIT
 
 if TYPE_CHECKING:
+    from llm_quantize.artifacts.preflight import Preflight
     from llm_quantize.artifacts.rounding import Policy, Target
     from llm_quantize.calibration.choose import Chosen
     from llm_quantize.models.opening import Source
@@ -22,7 +23,7 @@ def solve_matrices(
     policy: Policy,
     importance: Chosen | None,
     options: Options,
-    threads: int,
+    fitted: Preflight,
     stop: threading.Event,
     on_event: EventSink,
 ) -> None:
@@ -34,16 +35,16 @@ def solve_matrices(
     StoppedError after a signal: what is finished is kept.
     """
     from llm_quantize.blockwise.from_statistics import solve_known
-    from llm_quantize.blockwise.inputs import Pool
     from llm_quantize.blockwise.run import Blocks, Matrices, round_matrices
     from llm_quantize.calibration.choose import Text
     from llm_quantize.formats.table import FORMATS
+    from llm_quantize.streams.pool import Pool
 
     plan, method = target.plan, options.method
     chosen = method.stages(plan.format)
     matrices = Matrices(source, target, FORMATS[plan.format].store(plan), policy)
     if not isinstance(importance, Text):
-        pool = Pool(threads, stop, resumable=options.checkpoints)
+        pool = Pool(fitted.threads, stop, resumable=options.checkpoints)
         if options.statistics is not None and method.calibrates(plan.format):
             solve_known(matrices, options.statistics, pool, chosen, options.calibration.device, on_event)
         else:
@@ -56,30 +57,31 @@ def solve_matrices(
     import numpy as np
     import torch
 
-    from llm_quantize.blockwise import memory
-    from llm_quantize.blockwise.estimate import HELD_OUT_WINDOWS
+    from llm_quantize import memory
+    from llm_quantize.artifacts.preflight import check_disk
+    from llm_quantize.blockwise.estimate import HELD_OUT_WINDOWS, feedback_sizes
+    from llm_quantize.blockwise.stages import routers
     from llm_quantize.calibration.collect import compute_dtype
-    from llm_quantize.streams.fitting import check_disk
     from llm_quantize.streams.network import open_network
+    from llm_quantize.streams.sizes import from_network
 
     device = options.calibration.device
     on_event({"event": "stage", "text": "build the network"})
     network = open_network(source, dtype=compute_dtype(source, device), device=device)
     further = windows.draw(windows.samples, HELD_OUT_WINDOWS)
     ids = torch.from_numpy(np.concatenate([windows.ids, further]) if len(further) else windows.ids)
-    fitted = memory.fit(
-        source,
+    need = feedback_sizes(
+        from_network(source, network, [network.taps(index) for index in range(network.n_blocks)]),
         plan,
-        network,
-        (ids.shape[0], ids.shape[1]),
         method,
+        (ids.shape[0], ids.shape[1]),
+        routers(source.tensors.outputs),
         paired=chosen.correction > 0,
-        threads=threads,
-        max_ram=options.max_ram,
         device=device,
     )
-    if fitted.disk_bytes:
-        check_disk(target.output.target.parent, fitted.disk_bytes)
+    found = memory.fit(need, threads=fitted.threads, max_ram=options.max_ram, before=fitted.before)
+    if found.disk_bytes:
+        check_disk(target.output.target.parent, found.disk_bytes)
         hidden_directory(target.output.target).mkdir(parents=True, exist_ok=True)
-    pool = Pool(fitted.threads, stop, resumable=options.checkpoints)
-    Blocks(matrices, network, ids, len(windows.ids), method, fitted, pool, on_event).run()
+    pool = Pool(found.threads, stop, resumable=options.checkpoints)
+    Blocks(matrices, network, ids, len(windows.ids), method, found, pool, on_event).run()

@@ -96,7 +96,9 @@ def foresee(source: Source, format: str, levels: Sequence[str], options: Options
     return Foreseen(_matrices(source), names, calibration_of(source, format, options).settled().samples or 0)
 
 
-def collected(source: Source, format: str, options: Options, on_event: EventSink) -> Imatrix | Text:
+def collected(
+    source: Source, format: str, options: Options, on_event: EventSink, *, before: int | None = None
+) -> Imatrix | Text:
     """What was only foreseen: the values of a calibration, kept and reused by every later run of the same model and
     text; or the text itself, where the method runs it through the model.
 
@@ -107,7 +109,7 @@ def collected(source: Source, format: str, options: Options, on_event: EventSink
     from llm_quantize.calibration.collect import calibrate
 
     need_torch("calibration", "torch", "transformers")
-    return from_statistics(calibrate(source, options.calibration, on_event=on_event).path, source)
+    return from_statistics(calibrate(source, options.calibration, before=before, on_event=on_event).path, source)
 
 
 def rows_of(source: Source, importance: Chosen | None) -> dict[str, npt.NDArray[np.float32]]:

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import llm_quantize
 from llm_quantize import memory
+from llm_quantize.artifacts import preflight
 from llm_quantize.calibration.cache import cache_directory, is_kept, manifest_of, prepare_directory
 from llm_quantize.calibration.drawing import draw_windows
 from llm_quantize.calibration.imatrix import coverage
 from llm_quantize.calibration.result import Calibration
-from llm_quantize.calibration.statistics import EARLY_BYTES, BlockSums, memory_of
+from llm_quantize.calibration.statistics import BlockSums, collecting_sizes
 from llm_quantize.calibration.windows import Windows, coverage_advice
 from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError
@@ -54,7 +55,7 @@ from llm_quantize.io.whole_file import write_file
 from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import Source
 from llm_quantize.options import CalibrationOptions
-from llm_quantize.streams import fitting
+from llm_quantize.streams.sizes import from_network
 
 if TYPE_CHECKING:
     from threading import Event
@@ -80,6 +81,7 @@ class _Run:
     kinds: tuple[str, ...]
     dtype: Literal["float32", "bfloat16"]
     on_event: EventSink
+    before: int | None = None
     network: Network | None = None
     computed: int = 0
     planned: int = 0
@@ -94,8 +96,11 @@ class _Run:
         return StatisticsIdentity(self.model, {**self.text, **facts})
 
 
-def calibrate(source: Source, options: CalibrationOptions, *, on_event: EventSink = ignore) -> Calibration:
+def calibrate(
+    source: Source, options: CalibrationOptions, *, before: int | None = None, on_event: EventSink = ignore
+) -> Calibration:
     """Statistics of ``source`` over the text of ``options``; kept in ``cache_directory`` under the hashes of both.
+    ``before``: bytes that were resident when the run began (``memory.peak``).
 
     The same call finds them again, and continues what was interrupted, ending in the same bytes. Raises
     MissingExtraError without torch; ResourceError before any work where memory or disk do not suffice;
@@ -105,7 +110,7 @@ def calibrate(source: Source, options: CalibrationOptions, *, on_event: EventSin
     for name in ("torch", "transformers"):
         if find_spec(name) is None:
             raise MissingExtraError("calibration", "torch")
-    state = _open_run(source, options, on_event)
+    state = _open_run(source, options, before, on_event)
     path = _part_path(state, 0, state.windows.samples)
     reused = path.is_file()
     paths, total = [_collect(state, 0, state.windows.samples)], state.windows.samples
@@ -149,11 +154,12 @@ def _result(state: _Run, path: Path, total: int, short: Mapping[str, tuple[int, 
     )
 
 
-def _open_run(source: Source, options: CalibrationOptions, on_event: EventSink) -> _Run:
+def _open_run(source: Source, options: CalibrationOptions, before: int | None, on_event: EventSink) -> _Run:
     windows, facts = draw_windows(source, options, on_event)
     model = {"name": source.checkpoint.name, "sha256": model_digest(source.checkpoint)}
     kinds = check_kinds(options.collect)
-    return _Run(source, options, model, facts, windows, kinds, compute_dtype(source, options.device), on_event)
+    dtype = compute_dtype(source, options.device)
+    return _Run(source, options, model, facts, windows, kinds, dtype, on_event, before=before)
 
 
 def compute_dtype(source: Source, device: str) -> Literal["float32", "bfloat16"]:
@@ -204,7 +210,7 @@ class _Part:
     keys: Mapping[int, str]
     windows: int
     length: int
-    fitted: fitting.Fitted
+    fitted: memory.Fitted
     stop: Event
 
     @property
@@ -245,7 +251,7 @@ def _collect(state: _Run, start: int, count: int) -> Path:
     fitted = _fit(state, network, taps, ids)
     state.planned = max(state.planned, fitted.peak)
     prepare_directory(target.parent)
-    fitting.check_disk(target.parent, layout.size + (0 if fitted.in_memory else 2 * fitted.hidden_bytes))
+    preflight.check_disk(target.parent, layout.size + (0 if fitted.in_memory else 2 * fitted.hidden_bytes))
     keys = {index: f"block {index}" for index, (_, nbytes) in enumerate(layout.spans) if nbytes}
     output = ResumableOutput(
         target,
@@ -266,20 +272,10 @@ def _collect(state: _Run, start: int, count: int) -> Path:
     return target
 
 
-def _fit(state: _Run, network: Network, taps: Sequence[Sequence[TapLike]], ids: Tensor) -> fitting.Fitted:
-    windows, length = ids.shape
-    itemsize = 2 if state.dtype == "bfloat16" else 4
-    needs = [memory_of(found, state.kinds) for found in taps]
-    totals, partial = max(need.totals for need in needs), max(need.window for need in needs)
-    block = max(network.bytes(index) for index in range(network.n_blocks))
-    return fitting.fit(
-        fixed=max(network.bytes("embedding"), block + totals + min(EARLY_BYTES, windows * partial)),
-        each=partial + fitting.workspace_bytes(state.source.architecture.hyper, length, itemsize, eager=network.eager),
-        hidden=windows * length * network.width * itemsize,
-        threads=state.options.threads,
-        max_ram=state.options.max_ram,
-        device=state.options.device,
-    )
+def _fit(state: _Run, network: Network, taps: Sequence[Sequence[TapLike]], ids: Tensor) -> memory.Fitted:
+    options, sizes = state.options, from_network(state.source, network, taps)
+    need = collecting_sizes(sizes, state.kinds, (ids.shape[0], ids.shape[1]), device=options.device)
+    return memory.fit(need, threads=options.threads, max_ram=options.max_ram, before=state.before)
 
 
 def _run_blocks(job: _Part, ids: Tensor) -> None:

@@ -24,6 +24,8 @@ import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError
 from llm_quantize.io.statistics_layout import TapLike, check_kinds
+from llm_quantize.memory import TORCH_BYTES, Sizes
+from llm_quantize.streams.sizes import NetworkSizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,6 +159,22 @@ def memory_of(taps: Sequence[TapLike], kinds: Sequence[str]) -> StatisticsMemory
         totals += 8 * squares * ("hessian" in kinds)
         window += 4 * squares * ("hessian" in kinds)
     return StatisticsMemory(totals, window)
+
+
+def collecting_sizes(network: NetworkSizes, kinds: Sequence[str], windows: tuple[int, int], *, device: str) -> Sizes:
+    """What a pass that collects holds, from sizes alone. ``windows``: number and length."""
+    number, length = windows
+    needs = [memory_of(taps, kinds) for taps in network.taps]
+    partial = max((need.window for need in needs), default=0)
+    return Sizes(
+        libraries=TORCH_BYTES,
+        ends=network.embedding,
+        block=network.block,
+        sums=max((need.totals for need in needs), default=0) + min(EARLY_BYTES, number * partial),
+        each=partial + network.workspace(length),
+        hidden=network.hidden(number, length),
+        device=device,
+    )
 
 
 class BlockSums:

@@ -23,8 +23,8 @@ from llm_quantize.formats.gguf.vocabulary.json import LIMIT_BYTES
 from llm_quantize.formats.gguf.vocabulary.reading import Conventions, read_conventions
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.paths import inside, read_limited
+from llm_quantize.models.chat_template import render
 from llm_quantize.models.opening import Source
-from llm_quantize.runtimes.chat_template import render
 
 _TODAY = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 """The date in templates that write one: the same text must give the same ids tomorrow."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_quantize.cli.common import (
-    Size,
     build_calibration,
     calibration_options,
     emit_json,
@@ -18,6 +17,7 @@ from llm_quantize.cli.common import (
     line,
     mode,
 )
+from llm_quantize.cli.sizes import Size
 
 if TYPE_CHECKING:
     from llm_quantize.calibration.result import Calibration

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_quantize.cli.common import Size, emit_json, events, json_option, line, mode, sheltered, verbose_option
+from llm_quantize.cli.common import emit_json, events, json_option, line, mode, sheltered, verbose_option
+from llm_quantize.cli.sizes import Size
 
 if TYPE_CHECKING:
     from llm_quantize.cli.common import Mode

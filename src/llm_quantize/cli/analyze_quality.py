@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_quantize.cli.common import Mode, Size, emit_json, events, json_option, line, mode, verbose_option
+from llm_quantize.cli.common import Mode, emit_json, events, json_option, line, mode, verbose_option
+from llm_quantize.cli.sizes import Size
 from llm_quantize.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from llm_quantize.evaluation.assessment import Assessment
+    from llm_quantize.compare.assessment import Assessment
     from llm_quantize.evaluation.generation_check import GenerationCheck
     from llm_quantize.events import EventSink
 
@@ -106,7 +107,7 @@ def command(
     Example: llm-quantize analyze quality m-Q4_K_M.gguf m-Q3_K_M.gguf --reference ./model --max-kld 0.05
     """
     from llm_quantize.artifacts.preflight import refuse_unwritable
-    from llm_quantize.evaluation.assessment import AssessOptions, assess
+    from llm_quantize.compare.assessment import AssessOptions, assess
     from llm_quantize.io.whole_file import refuse_existing, refuse_input
 
     if report is not None:
@@ -153,7 +154,7 @@ def _with_stages(sink: EventSink) -> EventSink:
 def _show(found: Assessment, shown: Mode, report: str | None) -> None:
     from rich.console import Console
 
-    from llm_quantize.evaluation.assessment import runtime_sentence
+    from llm_quantize.compare.assessment import runtime_sentence
     from llm_quantize.measures.grades import describe
 
     console, quality = Console(highlight=False, soft_wrap=True), found.quality

@@ -1,9 +1,8 @@
-"""What commands share: output modes, progress, sizes, and the options that plan and quantize have in common."""
+"""What commands share: output modes, progress, and the options that plan and quantize have in common."""
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from llm_quantize.cli.method_options import build_method
+from llm_quantize.cli.sizes import Size
 from llm_quantize.cli.streams import json_text
 from llm_quantize.errors import printable
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from llm_quantize.events import EventSink
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass(frozen=True)
@@ -53,20 +52,6 @@ def json_option(function: Function) -> Function:
 def verbose_option(function: Function) -> Function:
     """``--verbose`` after the command's name, too."""
     return click.option("-v", "--verbose", count=True, help="List every tensor.")(function)
-
-
-class Size(click.ParamType[int]):
-    """Bytes with a unit: 512M, 4G (powers of ten), 4GiB (powers of two)."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
-        if match is None or match[2] == "I" or float(match[1]) <= 0:
-            self.fail(f"{value!r} is not a size; write for example 512M, 4G or 4GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2]])
 
 
 def tensor_type(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -153,7 +138,6 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
     """pipeline.Options from the parsed command line."""
     from pathlib import Path
 
-    from llm_quantize.cli.method_options import build_method
     from llm_quantize.formats.gguf.levels import Overrides, parse_qtype
     from llm_quantize.formats.gguf.recipe_file import read_recipe
     from llm_quantize.pipeline import Options

@@ -12,7 +12,6 @@ import click
 
 from llm_quantize.cli.common import (
     Mode,
-    Size,
     build_calibration,
     calibration_options,
     emit_json,
@@ -23,6 +22,7 @@ from llm_quantize.cli.common import (
     sheltered,
     work_of,
 )
+from llm_quantize.cli.sizes import Size
 
 if TYPE_CHECKING:
     from rich.table import Table

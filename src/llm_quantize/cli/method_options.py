@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from llm_quantize.cli.common import Size
+from llm_quantize.cli.sizes import Size
 
 Function = TypeVar("Function", bound=Any)
 

@@ -44,9 +44,9 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     common = {"levels": chosen_levels(arguments, options), "name": arguments["name"], "revision": arguments["revision"]}
     with events(shown, "plan") as sink:
         plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
-    threads = preflight.fit_threads(plans, threads=options.threads, max_ram=options.max_ram)
+    threads, needed = preflight.fit(plans, threads=options.threads, max_ram=options.max_ram)
     if shown.json:
-        emit_json(terminal.plans_to_dict(plans, threads=threads))
+        emit_json(terminal.plans_to_dict(plans, threads=threads, memory_needed=needed))
     else:
-        terminal.print_plans(plans, verbose=shown.verbose, threads=threads)
+        terminal.print_plans(plans, threads=threads, memory_needed=needed, verbose=shown.verbose)
     return 0

@@ -75,12 +75,12 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     if arguments["dry_run"]:
         with events(shown, "plan") as sink:
             plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
-        engine = options.engine
-        threads = preflight.fit_threads(plans, threads=options.threads, max_ram=options.max_ram, engine=engine)
+        limits = {"threads": options.threads, "max_ram": options.max_ram}
+        threads, needed = preflight.fit(plans, **limits, engine=options.engine)
         if shown.json:
-            emit_json(terminal.plans_to_dict(plans, threads, engine))
+            emit_json(terminal.plans_to_dict(plans, threads=threads, memory_needed=needed))
         else:
-            terminal.print_plans(plans, verbose=shown.verbose, threads=threads, engine=engine)
+            terminal.print_plans(plans, threads=threads, memory_needed=needed, verbose=shown.verbose)
         return 0
     with events(shown, "quantize") as sink:
         results = pipeline.quantize(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_quantize.cli.common import Size, emit_json, events, json_option, line, mode
+from llm_quantize.cli.common import emit_json, events, json_option, line, mode
+from llm_quantize.cli.sizes import Size
 from llm_quantize.errors import ResourceError
 
 if TYPE_CHECKING:

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from llm_quantize.architectures.rows import matrix_shape, weights_of
-from llm_quantize.artifacts.planning import plan_source
 from llm_quantize.errors import ResourceError, UsageError
 from llm_quantize.evaluation.sensitivity import Profile, Sensitivity
 from llm_quantize.formats.gguf.levels import (
@@ -39,6 +38,7 @@ from llm_quantize.formats.gguf.levels import (
 from llm_quantize.formats.gguf.plan import tensor_shapes
 from llm_quantize.models.opening import Source
 from llm_quantize.options import Options
+from llm_quantize.pipeline import plan_source
 from llm_quantize.qtypes import QTYPES
 
 FAST_TYPES = ("q8_0", "q6_k", "q5_k", "q4_k", "q4_0")

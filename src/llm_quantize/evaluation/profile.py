@@ -27,9 +27,10 @@ from llm_quantize.io.imatrix_file import Imatrix
 from llm_quantize.io.journal import parse_journal, record_line
 from llm_quantize.io.ownership import take_lock
 from llm_quantize.measures.perplexity import Tokens
+from llm_quantize.memory import TORCH_BYTES, Fitted, Sizes
 from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import Source
-from llm_quantize.streams import fitting
+from llm_quantize.streams.sizes import from_network
 
 if TYPE_CHECKING:
     from llm_quantize.evaluation.sensitivity_stream import Placed
@@ -123,30 +124,32 @@ def _fit(
     threads: int | None,
     max_ram: int | None,
     device: str,
-) -> tuple[int, fitting.Fitted]:
+) -> tuple[int, Fitted]:
     """How many variants fit at a time. Raises ResourceError where not one does."""
     from llm_quantize.evaluation.sensitivity_stream import POSITIONS
 
+    sizes = from_network(source, network)
     length = windows.shape[1]
-    stream = windows.size * network.width * 4
-    block = max(network.bytes(index) for index in range(network.n_blocks))
+    stream = sizes.hidden(*windows.shape)
     largest = max((4 * one.candidate.output_weights for one in placed), default=0)
-    ends = network.bytes("embedding") + 2 * network.bytes("head")
-    # A replaced tensor stands beside its block as it was read, as it is seen, and as it is put back.
-    fixed = max(block + 3 * largest, ends + 3 * largest)
     logits = POSITIONS * network.vocab_size * (4 + 6 * 8)
-    each = (
-        max(fitting.workspace_bytes(source.architecture.hyper, length, 4, eager=network.eager), logits)
-        + 4 * length * network.width * 4
-    )
+
+    def holding(streams: int) -> Sizes:
+        # A replaced tensor stands beside its block as it was read, as it is seen, and as it is put back.
+        beside = 3 * largest + (2 + streams) * stream
+        return Sizes(
+            libraries=TORCH_BYTES,
+            ends=sizes.embedding + 2 * sizes.head + beside,
+            block=sizes.block + beside,
+            each=max(sizes.workspace(length), logits) + 4 * sizes.hidden(1, length),
+            device=device,
+        )
+
     limit = memory.memory_limit(max_ram)
     streams = max(1, min(len(placed), STREAM_BYTES // stream))
     if limit is not None:
-        room = limit - memory.resident_bytes() - fitting.MARGIN_BYTES - fixed - each
-        streams = max(1, min(streams, room // stream - 2))
-    fitted = fitting.fit(
-        fixed=fixed + (2 + streams) * stream, each=each, hidden=0, threads=threads, max_ram=max_ram, device=device
-    )
+        streams = max(1, min(streams, (limit - memory.peak(holding(0), 1)) // stream))
+    fitted = memory.fit(holding(streams), threads=threads, max_ram=max_ram)
     return streams, fitted
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize import memory
+from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.decoded import Decoded
 from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.engine import stop_on_signals
@@ -34,7 +35,6 @@ from llm_quantize.measures.divergence import Comparison, Divergence, Paired, pai
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.models.opening import Source
 from llm_quantize.runtimes import RUNTIMES, artifact_at, what_opens_what
-from llm_quantize.streams import fitting
 
 if TYPE_CHECKING:
     from llm_quantize.evaluation.streamed import Evaluation, RuntimeStream, Stream
@@ -219,7 +219,7 @@ def _scratch(stack: ExitStack, parent: Path | None, needed: int) -> Path:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-quantize-", dir=parent)))
     except OSError as error:
         fail_os(error, "there is no place for hidden states", parent or Path(tempfile.gettempdir()))
-    fitting.check_disk(folder, needed)
+    preflight.check_disk(folder, needed)
     return folder
 
 

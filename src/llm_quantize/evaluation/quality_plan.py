@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llm_quantize import memory
 from llm_quantize.artifacts.decoded import Decoded
 from llm_quantize.errors import ResourceError, UsageError
 from llm_quantize.measures.perplexity import Tokens
+from llm_quantize.memory import TORCH_BYTES, Fitted, Sizes
 from llm_quantize.models.opening import Source
-from llm_quantize.streams import fitting
+from llm_quantize.streams.sizes import from_network
 
 if TYPE_CHECKING:
     from llm_quantize.streams.network import Network
@@ -27,13 +29,11 @@ class QualityPlan:
 
         hyper, (count, length) = source.architecture.hyper, windows.shape
         self._artifacts = len(decoded)
-        self._block = max(network.bytes(index) for index in range(network.n_blocks))
+        self._network = from_network(source, network)
         rows = min(windows.size, network.vocab_size) * network.width * 4
-        self._embedding = min(2 * rows, 2 * network.bytes("embedding"))
-        self._head = network.bytes("head")
-        self._hidden = count * length * network.width * 4
-        self._window = length * network.width * 4
-        self._step = fitting.workspace_bytes(hyper, length, 4, eager=network.eager)
+        self._embedding = min(2 * rows, 2 * self._network.embedding)
+        self._hidden, self._window = self._network.hidden(count, length), self._network.hidden(1, length)
+        self._step = self._network.workspace(length)
         # Logits of the source, of the artifacts and of the noise stream, one copy more while a model scales them.
         self._logits = streamed.POSITIONS * network.vocab_size * 4
         self._slice = 10 * 8 * max(streamed.SLICE_VALUES, network.vocab_size)
@@ -43,22 +43,22 @@ class QualityPlan:
         own = cache + 3 * length * network.vocab_size * 4 + self._step + _RUNTIME_BYTES
         self._runtime = [one.size + own for one in decoded] if runtime else [0]
 
-    def fit(self, again: int, *, threads: int | None, max_ram: int | None, device: str) -> tuple[fitting.Fitted, int]:
+    def fit(self, again: int, *, threads: int | None, max_ram: int | None, device: str) -> tuple[Fitted, int]:
         """What fits, and the heads of how many artifacts stand together. Raises ResourceError where one does not."""
         for together in range(self._artifacts, 0, -1):
-            heads = (1 + together) * self._head + sum(sorted(self._runtime)[-together:])
-            loaded = self._scratch + max(self._block, self._embedding, heads)
-            each = max(self._step, (3 + together) * self._logits + self._slice) + 2 * self._window
+            heads = (1 + together) * self._network.head + sum(sorted(self._runtime)[-together:])
+            beside = self._scratch + again * self._window
+            sizes = Sizes(
+                libraries=TORCH_BYTES,
+                ends=max(self._embedding, heads) + beside,
+                block=self._network.block + beside,
+                each=max(self._step, (3 + together) * self._logits + self._slice) + 2 * self._window,
+                hidden=self._hidden,
+                copies=1 + self._artifacts,
+                device=device,
+            )
             try:
-                fitted = fitting.fit(
-                    fixed=loaded + again * self._window,
-                    each=each,
-                    hidden=self._hidden,
-                    copies=1 + self._artifacts,
-                    threads=threads,
-                    max_ram=max_ram,
-                    device=device,
-                )
+                fitted = memory.fit(sizes, threads=threads, max_ram=max_ram)
             except ResourceError:
                 if together == 1:
                     raise

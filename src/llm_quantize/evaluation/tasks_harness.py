@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from llm_quantize.evaluation.tasks import stop_texts
+from llm_quantize.evaluation.answers import Answers, stop_texts
 from llm_quantize.events import EventSink
-
-if TYPE_CHECKING:
-    from llm_quantize.evaluation.tasks import Answers
 
 
 def harness_model(answers: Answers, name: str, context: int, on_event: EventSink) -> Any:

@@ -24,7 +24,7 @@ from llm_quantize.formats.gguf.metadata import read_card
 from llm_quantize.formats.modules import Module
 from llm_quantize.formats.small_files import small_files
 from llm_quantize.io.output import OutputFile
-from llm_quantize.io.safetensors_file import DTYPE_BITS, TensorInfo
+from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.io.safetensors_writer import (
     TensorSpec,
     index_bytes,
@@ -119,7 +119,7 @@ def plan_files(source: Source, contents: Contents) -> ArtifactPlan:
         weights=contents.weights,
         identity=_identity(source, contents, files),
         warnings=tuple(warnings),
-        source_itemsize=max(DTYPE_BITS[info.dtype] // 8 for info in source.checkpoint.tensors.values()),
+        source_itemsize=source.itemsize,
         format=contents.format,
         matrices=tuple(matrices),
         card=room_left,
@@ -196,6 +196,7 @@ def _identity(source: Source, contents: Contents, files: Sequence[OutputFile]) -
         "source": source.checkpoint.name,
         "source_revision": source.checkpoint.revision,
         "source_files": [[fact.name, fact.size, fact.header_sha256] for fact in source.checkpoint.fingerprint()],
+        **({"source_kind": source.checkpoint.kind} if source.checkpoint.kind else {}),
         "format": contents.format,
         "level": contents.label,
         "version": llm_quantize.__version__,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import gguf
 
@@ -19,7 +20,9 @@ from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.base import Coverage
 from llm_quantize.formats.gguf.levels import TensorShape, is_quantizable
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.models.opening import Source
+
+if TYPE_CHECKING:
+    from llm_quantize.models.opening import Source
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))

@@ -199,7 +199,7 @@ def _groups(source: Source, found: Selection, form: Packed, scheme: Scheme) -> l
             stored = [Stored(OutputTensor(f"{module.name}.{f.suffix}", f.shape), f.dtype) for f in fields]
             groups.append(Group(tuple(stored), module))
         if name in kept:
-            groups.append(whole(info, KEPT_TYPES[info.dtype]))
+            groups.append(whole(info, KEPT_TYPES.get(info.dtype, "f32")))
     return groups
 
 

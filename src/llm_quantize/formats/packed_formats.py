@@ -27,5 +27,6 @@ def format_of(settings: Settings) -> Packed:
             file=settings.file,
             expected=", ".join(f"{name} ({', '.join(format.FORMS)})" for name, format in PACKED.items()),
             found=printable(f"quant_method {method!r}{f', layout {form}' if form else ''}", 200),
+            remedy="use the model that it was made from, in BF16 or F16 (its model card names it)",
         )
     return found

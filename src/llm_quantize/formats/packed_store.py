@@ -13,7 +13,8 @@ import torch
 from llm_quantize.architectures.rows import chunk_rows
 from llm_quantize.formats.base import NUMPY_TYPES, Packed, Scheme
 from llm_quantize.formats.packed import ALIGNED
-from llm_quantize.grids.grid import Grid, GridType, grid_type
+from llm_quantize.grids import grid_type
+from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.plan import MatrixPlan, TensorPlan
 
 Floats = npt.NDArray[np.float32]

@@ -1,1 +1,49 @@
-"""Number grids of one matrix: fitted, searched, decoded."""
+"""Number grids of one matrix: fitted, searched, decoded. Here: which qtype has which grid."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from llm_quantize.errors import UsageError
+from llm_quantize.grids import ggml, ggml_pack, integer
+from llm_quantize.grids.grid import GGML_GRIDS, Grid, GridType
+from llm_quantize.qtypes.integer import integer_type, is_integer
+
+__all__ = ["grid_type", "has_grid", "pack_ggml", "unpack_ggml"]
+
+
+def has_grid(qtype: str) -> bool:
+    """Whether ``qtype`` is a number grid of this form; the others (codebooks, ternary, floats) are rounded plainly."""
+    return qtype in GGML_GRIDS or is_integer(qtype)
+
+
+def grid_type(
+    qtype: str, *, scale: str = "float16", signed: bool = False, least_zero: int = 0, spread: float = 0.0
+) -> GridType:
+    """The grid maker for ``qtype``: a ggml name, or an integer type (int4_g128, int8_asym ...).
+
+    The rest is for integer types: ``scale`` how scales are stored; ``signed`` lets a symmetric scale be negative,
+    which moves the extra level to the other side (not every runtime reads that); ``least_zero`` the smallest zero
+    point (1 for GPTQ files of format 1, where zero 0 spills into its neighbour); ``spread`` k weighs errors with
+    importance * sqrt(k * mean x^2 + x^2) instead of the importance alone (0: not). UsageError for another name.
+    """
+    if qtype in GGML_GRIDS:
+        return ggml.GgmlGridType(qtype)
+    if not is_integer(qtype):
+        raise UsageError(
+            "This type has no number grid", expected=f"{', '.join(sorted(GGML_GRIDS))}, intB_gN", found=qtype
+        )
+    chosen = integer_type(qtype, scale)
+    return integer.IntegerGridType(chosen, signed=signed, least_zero=least_zero, spread=spread)
+
+
+def pack_ggml(qtype: str, grid: Grid, codes: Tensor) -> npt.NDArray[np.uint8]:
+    """The bytes of ``codes`` uint8 (rows, columns) on ``grid``: uint8 (rows, row_bytes) as ggml lays them out."""
+    return ggml_pack.pack(qtype, grid, codes)
+
+
+def unpack_ggml(qtype: str, packed: npt.NDArray[np.uint8], columns: int) -> tuple[Grid, Tensor]:
+    """Grid and codes uint8 (rows, ``columns``) that ``packed`` uint8 (rows, row_bytes) holds; undoes pack_ggml."""
+    return ggml_pack.unpack(qtype, packed, columns)

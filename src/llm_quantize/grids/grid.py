@@ -18,15 +18,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from llm_quantize.errors import UsageError
-from llm_quantize.qtypes.integer import integer_type, is_integer
 
-__all__ = ["Grid", "GridType", "grid_type", "has_grid", "pack_ggml", "row_tiles", "to_storage", "unpack_ggml"]
+__all__ = ["GGML_GRIDS", "Grid", "GridType", "row_tiles", "to_storage"]
 
 TILE = 1 << 19  # weights worked on at once: some ten float32 or float64 arrays of this size stay below 64 MiB
 
@@ -236,46 +233,3 @@ class GridType(Protocol):
 GGML_GRIDS = frozenset(
     ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 )
-
-
-def has_grid(qtype: str) -> bool:
-    """Whether ``qtype`` is a number grid of this form; the others (codebooks, ternary, floats) are rounded plainly."""
-    return qtype in GGML_GRIDS or is_integer(qtype)
-
-
-def grid_type(
-    qtype: str, *, scale: str = "float16", signed: bool = False, least_zero: int = 0, spread: float = 0.0
-) -> GridType:
-    """The grid maker for ``qtype``: a ggml name, or an integer type (int4_g128, int8_asym ...).
-
-    The rest is for integer types: ``scale`` how scales are stored; ``signed`` lets a symmetric scale be negative,
-    which moves the extra level to the other side (not every runtime reads that); ``least_zero`` the smallest zero
-    point (1 for GPTQ files of format 1, where zero 0 spills into its neighbour); ``spread`` k weighs errors with
-    importance * sqrt(k * mean x^2 + x^2) instead of the importance alone (0: not). UsageError for another name.
-    """
-    if qtype in GGML_GRIDS:
-        from llm_quantize.grids import ggml
-
-        return ggml.GgmlGridType(qtype)
-    if not is_integer(qtype):
-        raise UsageError(
-            "This type has no number grid", expected=f"{', '.join(sorted(GGML_GRIDS))}, intB_gN", found=qtype
-        )
-    from llm_quantize.grids import integer
-
-    chosen = integer_type(qtype, scale)
-    return integer.IntegerGridType(chosen, signed=signed, least_zero=least_zero, spread=spread)
-
-
-def pack_ggml(qtype: str, grid: Grid, codes: Tensor) -> npt.NDArray[np.uint8]:
-    """The bytes of ``codes`` uint8 (rows, columns) on ``grid``: uint8 (rows, row_bytes) as ggml lays them out."""
-    from llm_quantize.grids import ggml_pack
-
-    return ggml_pack.pack(qtype, grid, codes)
-
-
-def unpack_ggml(qtype: str, packed: npt.NDArray[np.uint8], columns: int) -> tuple[Grid, Tensor]:
-    """Grid and codes uint8 (rows, ``columns``) that ``packed`` uint8 (rows, row_bytes) holds; undoes pack_ggml."""
-    from llm_quantize.grids import ggml_pack
-
-    return ggml_pack.unpack(qtype, packed, columns)

@@ -21,13 +21,13 @@ from torch import Tensor
 from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.methods.gptq_options import GptqOptions
-from llm_quantize.methods.hessian import Factor, factor_bytes, factorize, mix
+from llm_quantize.methods.hessian import Factor, factorize, mix
 from llm_quantize.methods.refit import refit
+from llm_quantize.methods.sizes import TILE_ROWS
 from llm_quantize.methods.tile import Tile, padded_rows, weighted_squares
 
-__all__ = ["TILE_ROWS", "Factor", "GptqOptions", "Solution", "factor_bytes", "factorize", "mix", "solve", "solve_bytes"]
+__all__ = ["Factor", "GptqOptions", "Solution", "factorize", "mix", "solve"]
 
-TILE_ROWS = 256  # rows worked on at once; pieces of a matrix that begin at multiples of it are tiled alike
 _ACCELERATOR_ROWS = 8192
 
 
@@ -45,11 +45,6 @@ class Solution:
     plain_loss: Tensor
     plain_rows: int
     clipped: float
-
-
-def solve_bytes(columns: int, rows: int = TILE_ROWS) -> int:
-    """Bytes that :func:`solve` works in, beside the factor, ``weight`` and what it returns."""
-    return 10 * 4 * columns * min(rows, TILE_ROWS) + (160 << 20)
 
 
 def solve(weight: Tensor, grid_type: GridType, factor: Factor, options: GptqOptions) -> Solution:

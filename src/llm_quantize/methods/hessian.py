@@ -26,10 +26,10 @@ from torch import Tensor
 from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.methods.cholesky import factor_in_place
 from llm_quantize.methods.gptq_options import GptqOptions
+from llm_quantize.methods.sizes import CHUNK
 
-__all__ = ["Factor", "factor_bytes", "factorize", "mix"]
+__all__ = ["Factor", "factorize", "mix"]
 
-CHUNK = 256  # rows gathered, converted or solved for at a time
 DAMP_STEPS = 3  # tries with 1, 10, 100 times the damping, before a fallback
 PART = 1024  # columns of one block of the block-diagonal fallback
 FLOOR = 1e-3  # least importance of a channel, in medians of the living ones
@@ -57,15 +57,6 @@ class Factor:
     notes: tuple[str, ...]
     damp: float
     dead: int
-
-
-def factor_bytes(columns: int, correction: bool = False) -> int:
-    """Peak bytes of :func:`factorize`, its inputs included.
-
-    H float32, its float64 copy and the float32 factor: 16 n^2; with a correction, that matrix as well: 20 n^2. (After
-    the return H, ``hessian`` and ``lower`` stand: 12 n^2, with ``correction`` 16 n^2.)
-    """
-    return (20 if correction else 16) * columns * columns + 10 * 8 * CHUNK * columns
 
 
 def mix(

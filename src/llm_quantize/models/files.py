@@ -29,10 +29,14 @@ def read_configuration(
     if not _present(directory, "config.json"):
         _refuse_without_config(directory, model)
     config = read_json_object(inside(directory, "config.json"), limit_bytes=CONFIG_LIMIT)
-    generation = None
-    if _present(directory, "generation_config.json"):
-        generation = read_json_object(inside(directory, "generation_config.json"), limit_bytes=CONFIG_LIMIT)
-    return config, generation, _quantization(config, directory / "config.json")
+    return config, read_generation_config(directory), _quantization(config, directory / "config.json")
+
+
+def read_generation_config(directory: Path) -> dict[str, Any] | None:
+    """generation_config.json, or None where there is none."""
+    if not _present(directory, "generation_config.json"):
+        return None
+    return read_json_object(inside(directory, "generation_config.json"), limit_bytes=CONFIG_LIMIT)
 
 
 def _present(directory: Path, name: str) -> bool:

@@ -9,14 +9,20 @@ from llm_quantize.architectures import Architecture, open_architecture
 from llm_quantize.architectures.base import TensorMap
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.models.safetensors import Checkpoint, open_checkpoint
+from llm_quantize.models import quantized, safetensors
+from llm_quantize.models.base import Model, Reader, itemsize
+from llm_quantize.models.hub.locate import locate
+from llm_quantize.models.identity import model_digest
+
+READERS: tuple[Reader, ...] = (quantized, safetensors)
+"""Ways in which models are stored; the first that knows a directory opens it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """An opened model: its checkpoint, its architecture and the map of its tensors."""
 
-    checkpoint: Checkpoint
+    checkpoint: Model
     architecture: Architecture
     tensors: TensorMap
 
@@ -31,9 +37,40 @@ class Source:
         return {name: info.file for name, info in self.checkpoint.tensors.items()}
 
     @property
+    def digest(self) -> str:
+        """Which model this is (models/identity.py)."""
+        return model_digest(self.checkpoint)
+
+    @property
+    def itemsize(self) -> int:
+        """The most bytes in which rows of a tensor are read."""
+        return max((itemsize(info.dtype) for info in self.checkpoint.tensors.values()), default=2)
+
+    @property
     def limits(self) -> tuple[UnsupportedError, ...]:
         """Why llama.cpp cannot run this model; empty where it can. Of the tokenizer nothing is known here."""
         return (*self.architecture.limits, *self.tensors.limits)
+
+
+def open_model(
+    model: str, *, revision: str | None = None, on_event: EventSink = ignore, headers_only: bool = False
+) -> Model:
+    """The model in directory ``model``, or the hub's ``model`` at ``revision`` (branch, tag or commit), by the first
+    of READERS that knows it.
+
+    Raises UsageError (no such model), MalformedInputError, UnsupportedError (pickled weights, an adapter, a way of
+    quantizing that is not decoded), AccessError (names that lead outside), NetworkError, ResourceError. With
+    ``headers_only``, weights that are not here are not fetched from the hub, and ``read_rows`` refuses (UsageError)
+    wherever the model came from.
+    """
+    place = locate(model, revision, on_event, headers_only=headers_only)
+    try:
+        reader = next(reader for reader in READERS if reader.sniff(place.directory))
+        return reader.open_at(place, str(model), headers_only=headers_only)
+    except BaseException:
+        if place.temporary is not None:
+            place.temporary.cleanup()
+        raise
 
 
 def open_source(
@@ -41,9 +78,9 @@ def open_source(
 ) -> Source:
     """Open a model: headers and configuration. Raises the error tree for anything malformed or unknown.
 
-    With ``headers_only`` no weight is fetched from the hub, and none can be read (``open_checkpoint``).
+    With ``headers_only`` no weight is fetched from the hub, and none can be read (``open_model``).
     """
-    checkpoint = open_checkpoint(model, revision=revision, on_event=on_event, headers_only=headers_only)
+    checkpoint = open_model(model, revision=revision, on_event=on_event, headers_only=headers_only)
     try:
         return _describe(checkpoint, on_event)
     except BaseException:
@@ -51,8 +88,11 @@ def open_source(
         raise
 
 
-def _describe(checkpoint: Checkpoint, on_event: EventSink) -> Source:
+def _describe(checkpoint: Model, on_event: EventSink) -> Source:
     architecture = open_architecture(checkpoint.config, file=checkpoint.directory / "config.json")
+    if checkpoint.kind:
+        text = f"this model is already quantized ({checkpoint.kind}): what is made of it has its errors too"
+        on_event({"event": "warning", "text": text})
     for note in architecture.notes:
         on_event({"event": "warning", "text": note})
     tensors = architecture.map_tensors(checkpoint.tensors)

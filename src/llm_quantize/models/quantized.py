@@ -6,23 +6,29 @@ What the fields mean is each format's own matter (``formats/``): here is what th
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.errors import UsageError
-from llm_quantize.formats.packed import ALIGNED, PackedMatrix, Settings, check_index, wrong_form
-from llm_quantize.formats.packed_formats import format_of
+from llm_quantize.architectures.rows import matrix_shape
+from llm_quantize.errors import IntegrityError, UsageError
+from llm_quantize.formats.packed import AGAIN, ALIGNED, PackedMatrix, Settings, check_index, wrong_form
+from llm_quantize.formats.packed_formats import PACKED, format_of
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
 from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
-from llm_quantize.models.files import CONFIG_LIMIT, read_headers
-from llm_quantize.models.safetensors import Checkpoint
+from llm_quantize.models.base import Digest, FileFact, Values, fingerprint
+from llm_quantize.models.files import CONFIG_LIMIT, read_generation_config, read_headers
+from llm_quantize.models.float8 import is_scaled_float8
+from llm_quantize.models.hub.locate import Place
+from llm_quantize.models.safetensors import Checkpoint, NoWeights, without_weights
 
 _STEPS = 16 << 20
 _STORED: dict[str, type[np.generic]] = {
@@ -66,15 +72,16 @@ class PackedDirectory:
     """The quantized model in ``path``. Threads may share it; each keeps the packed bytes of one matrix.
 
     ``method``: gptq, awq or compressed-tensors. ``matrices``: {the weight's name in an unquantized model: matrix}.
-    ``plain``: every other tensor, as it is stored. ``tensors``: all that are stored. ``notes``: what a reader should
-    know. Close it, or use it as a context manager.
+    ``plain``: every other tensor, as it is stored; ``floats`` reads those. ``tensors``: all that are stored.
+    ``notes``: what a reader should know. Close it, or use it as a context manager.
 
     Raises UsageError (no such directory), MalformedInputError (files that break their format, a configuration of the
     wrong form), UnsupportedError (a method or layout that is not decoded here), IntegrityError (fields of a matrix
     that do not fit each other or the configuration).
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, hollow: bool = False) -> None:
+        """``hollow``: only the headers of its files are here."""
         self.path = Path(path)
         if not self.path.is_dir():
             raise UsageError("no such directory", file=self.path, remedy="check the path")
@@ -85,7 +92,7 @@ class PackedDirectory:
         self.method = self.format.NAME
         self.headers: tuple[Header, ...]
         self.headers, self.tensors = read_headers(self.path, str(path), packed=True)
-        self._reader = TensorReader(self.headers)
+        self._reader = NoWeights(self.headers) if hollow else TensorReader(self.headers)
         self._local = threading.local()
         self.notes: tuple[str, ...] = tuple(self.format.notes(self.settings))
         try:
@@ -96,7 +103,7 @@ class PackedDirectory:
             raise
         taken = {field.name for matrix in self.matrices.values() for field in matrix.fields.values()}
         self.plain = {name: info for name, info in self.tensors.items() if name not in taken}
-        self._floats = Checkpoint(self.path, self.path.name, self.config, None, None, self.headers, dict(self.plain))
+        self.floats = Checkpoint(self.path, self.path.name, self.config, None, None, self.headers, dict(self.plain))
 
     @property
     def size(self) -> int:
@@ -122,8 +129,8 @@ class PackedDirectory:
     def close(self) -> None:
         """Close every file."""
         self._reader.close()
-        if hasattr(self, "_floats"):
-            self._floats.close()
+        if hasattr(self, "floats"):
+            self.floats.close()
 
     def __enter__(self) -> PackedDirectory:
         return self
@@ -167,7 +174,7 @@ class PackedDirectory:
         """
         matrix = self.matrices.get(name)
         if matrix is None:
-            values = self._floats.read_rows(name, start, stop, transpose=transpose)
+            values = self.floats.read_rows(name, start, stop, transpose=transpose)
             if values.dtype == np.uint16:
                 return (values.astype(np.uint32) << 16).view(np.float32)
             return values.astype(np.float32)
@@ -179,3 +186,184 @@ class PackedDirectory:
         """The shape of a weight as an unquantized model has it."""
         matrix = self.matrices.get(name)
         return self.plain[name].shape if matrix is None else (matrix.rows, matrix.columns)
+
+
+class PackedRows:
+    """The tensors of a quantized directory under the names and in the shapes of an unquantized model (``base.Rows``).
+
+    What is quantized is float32, its dtype the name of its grid; all else is as it is stored. ``transposed``: weights
+    that an unquantized model stores (in, out). Raises IntegrityError for a matrix that is there twice.
+    """
+
+    def __init__(self, packed: PackedDirectory, transposed: Collection[str] = ()) -> None:
+        self.packed, self._transposed = packed, transposed
+        self.tensors: dict[str, TensorInfo] = dict(packed.plain)
+        for name, matrix in packed.matrices.items():
+            first = next(iter(matrix.fields.values()))
+            if name in self.tensors:
+                raise IntegrityError(
+                    "a matrix is there twice, quantized and not",
+                    file=first.file,
+                    tensor=name,
+                    expected="one of them",
+                    found="both",
+                    remedy=AGAIN,
+                )
+            shape = (matrix.rows, matrix.columns)
+            shape = shape[::-1] if name in transposed else shape
+            self.tensors[name] = TensorInfo(name, matrix.qtype, shape, first.file, first.offset, matrix.nbytes)
+
+    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
+        """As ``Rows.matrix``."""
+        shape = self.tensors[name].shape
+        return matrix_shape((*shape[:-2], shape[-1], shape[-2]) if transpose else shape)
+
+    def check_readable(self, name: str) -> None:
+        """As ``Rows.check_readable``."""
+        if name not in self.packed.matrices:
+            self.packed.floats.check_readable(name)
+
+    def is_readable(self, name: str) -> bool:
+        """As ``Rows.is_readable``."""
+        return name in self.packed.matrices or self.packed.floats.is_readable(name)
+
+    def stored_dtype(self, name: str) -> np.dtype[Any]:
+        """As ``Rows.stored_dtype``: float32 for what is quantized."""
+        return np.dtype(np.float32) if name in self.packed.matrices else self.packed.floats.stored_dtype(name)
+
+    def raw_rows(self, name: str, start: int, stop: int, *, buffer: Any = None) -> memoryview:
+        """As ``Rows.raw_rows``."""
+        if name not in self.packed.matrices:
+            return self.packed.floats.raw_rows(name, start, stop, buffer=buffer)
+        return self.read_rows(name, start, stop).reshape(-1).view(np.uint8).data
+
+    def read_rows(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        *,
+        transpose: bool = False,
+        buffer: Any = None,
+        digest: Digest | None = None,
+    ) -> Values:
+        """As ``Rows.read_rows``; ``digest`` is updated with the values of what is quantized."""
+        if name not in self.packed.matrices:
+            return self.packed.floats.read_rows(name, start, stop, transpose=transpose, buffer=buffer, digest=digest)
+        if transpose == (name in self._transposed):
+            values = self.packed.rows(name, start, stop)
+        else:
+            whole = self.packed.rows(name, 0, self.packed.matrices[name].rows)
+            values = np.ascontiguousarray(whole.T[start:stop])
+        if digest is not None:
+            digest.update(values.reshape(-1).view(np.uint8).data)
+        return values
+
+    def close(self) -> None:
+        """Close every file."""
+        self.packed.close()
+
+
+class QuantizedModel(PackedRows):
+    """A quantized directory as a model to start from (``base.Model``): its weights are the values that runtimes compute
+    with, so what is made of it has its errors too. ``folded``: every field, with the weight that it is part of."""
+
+    left_out: Mapping[str, str] = MappingProxyType({})
+
+    def __init__(self, packed: PackedDirectory, place: Place, generation: dict[str, Any] | None, headers_only: bool):
+        super().__init__(packed)
+        self.directory, self.name, self.revision = place.directory, place.name, place.revision
+        self.temporary, self.headers_only = place.temporary, headers_only
+        self.headers, self.generation_config, self.kind = packed.headers, generation, packed.label
+        self.config = _unquantized(packed.config)
+        self.folded = {info.name: name for name, matrix in packed.matrices.items() for info in matrix.fields.values()}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """As ``Model.files``."""
+        return tuple(header.path for header in self.headers)
+
+    def fingerprint(self) -> list[FileFact]:
+        """As ``Model.fingerprint``."""
+        return fingerprint(self.directory, self.headers)
+
+    def raw_rows(self, name: str, start: int, stop: int, *, buffer: Any = None) -> memoryview:
+        """As ``Rows.raw_rows``."""
+        self._check_here(name)
+        return super().raw_rows(name, start, stop, buffer=buffer)
+
+    def read_rows(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        *,
+        transpose: bool = False,
+        buffer: Any = None,
+        digest: Digest | None = None,
+    ) -> Values:
+        """As ``Rows.read_rows``."""
+        self._check_here(name)
+        return super().read_rows(name, start, stop, transpose=transpose, buffer=buffer, digest=digest)
+
+    def _check_here(self, name: str) -> None:
+        if self.headers_only:
+            raise without_weights(self.tensors[name])
+
+    def close(self) -> None:
+        """As ``Rows.close``; removes the temporary directory if there is one."""
+        super().close()
+        if self.temporary is not None:
+            self.temporary.cleanup()
+
+    def __enter__(self) -> QuantizedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def sniff(directory: Path) -> bool:
+    """Whether the configuration in ``directory`` names a quant_method of a format that is read here.
+
+    Raises what reading the configuration raises.
+    """
+    if not os.path.lexists(directory / "config.json"):
+        return False
+    config = read_json_object(inside(directory, "config.json"), limit_bytes=CONFIG_LIMIT)
+    found = next((where[key] for where, key in _places(config) if where.get(key) is not None), None)
+    if not isinstance(found, dict) or is_scaled_float8(found):
+        return False
+    method = found.get("quant_method")
+    return isinstance(method, str) and method in PACKED
+
+
+def open_at(place: Place, model: str, *, headers_only: bool = False) -> QuantizedModel:
+    """The quantized model that lies at ``place``. Raises what ``PackedDirectory`` raises, and IntegrityError where
+    nothing in it is quantized."""
+    del model
+    packed = PackedDirectory(place.directory, hollow=place.temporary is not None)
+    try:
+        if not packed.matrices:
+            raise IntegrityError(
+                "the configuration says that this model is quantized, but none of its tensors is",
+                file=packed.file,
+                expected=f"matrices of {packed.method}",
+                found=f"{len(packed.tensors)} tensors of other kinds",
+                remedy=AGAIN,
+            )
+        return QuantizedModel(packed, place, read_generation_config(place.directory), headers_only)
+    except BaseException:
+        packed.close()
+        raise
+
+
+def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what it says of quantization."""
+    own = ("quantization_config", "compression_config")
+    found = {key: value for key, value in config.items() if key not in own}
+    if isinstance(text := found.get("text_config"), dict):
+        found["text_config"] = {key: value for key, value in text.items() if key not in own}
+    return found

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from llm_quantize.events import EventSink
 from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
 from llm_quantize.models import float8
+from llm_quantize.models.base import Digest, FileFact, Values, fingerprint
 from llm_quantize.models.files import read_configuration, read_headers
 from llm_quantize.models.hub.locate import Place, locate
 
@@ -37,24 +38,6 @@ _STORED: dict[str, type[np.generic]] = {
     "F8_E4M3": np.uint8,
 }
 _SCALES_KEPT = 16
-
-Rows = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
-
-
-class Digest(Protocol):
-    """What ``hashlib`` objects can do."""
-
-    def update(self, data: Any, /) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class FileFact:
-    """What tells one source file from another of the same name, without reading its tensors."""
-
-    name: str
-    size: int
-    mtime_ns: int
-    header_sha256: str
 
 
 @dataclass
@@ -80,10 +63,11 @@ class Checkpoint:
     _layouts: Mapping[str, float8.ScaleLayout] = field(default_factory=dict)
     _scale_tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     headers_only: bool = False
+    kind: str = ""
     temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def __post_init__(self) -> None:
-        self._reader = _NoWeights(self.headers) if self.headers_only else TensorReader(self.headers)
+        self._reader = NoWeights(self.headers) if self.headers_only else TensorReader(self.headers)
         self._scales: OrderedDict[str, npt.NDArray[np.float32]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -94,11 +78,7 @@ class Checkpoint:
 
     def fingerprint(self) -> list[FileFact]:
         """One fact per weight file, sorted by name: enough for resume and manifest to tell that a source changed."""
-        facts = [
-            FileFact(h.path.relative_to(self.directory).as_posix(), h.file_size, h.mtime_ns, h.sha256)
-            for h in self.headers
-        ]
-        return sorted(facts, key=lambda fact: fact.name)
+        return fingerprint(self.directory, self.headers)
 
     def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
         """(rows, columns) of the tensor as ``read_rows`` sees it: leading dimensions flattened, 1-D is one row,
@@ -159,7 +139,7 @@ class Checkpoint:
         transpose: bool = False,
         buffer: Any = None,
         digest: Digest | None = None,
-    ) -> Rows:
+    ) -> Values:
         """Rows [start, stop) of the tensor seen as ``matrix`` says: (stop - start, columns), C-contiguous.
 
         F32, F16 and BF16 (as uint16 bits) unconverted; F64 rounded to float32; FP8 decoded with its scale to
@@ -211,7 +191,7 @@ class Checkpoint:
             at += count
         return result
 
-    def _converted(self, name: str, start: int, stored: npt.NDArray[Any]) -> Rows:
+    def _converted(self, name: str, start: int, stored: npt.NDArray[Any]) -> Values:
         dtype = self.tensors[name].dtype
         if dtype == "F64":
             return self._narrowed(name, stored)
@@ -275,17 +255,22 @@ class Checkpoint:
         self.close()
 
 
-class _NoWeights(TensorReader):
+class NoWeights(TensorReader):
     """Reads nothing: behind the headers there may be holes, whose zeros must never be taken for weights."""
 
     def read(self, tensor: TensorInfo, start: int, view: memoryview) -> NoReturn:
-        raise UsageError(
-            "this model was opened for its headers only; its weights are not here",
-            file=tensor.file,
-            tensor=tensor.name,
-            offset=tensor.offset + start,
-            remedy="open it without headers_only to read weights",
-        )
+        raise without_weights(tensor, start)
+
+
+def without_weights(tensor: TensorInfo, start: int = 0) -> UsageError:
+    """The error for reading weights of a model that was opened for its headers."""
+    return UsageError(
+        "this model was opened for its headers only; its weights are not here",
+        file=tensor.file,
+        tensor=tensor.name,
+        offset=tensor.offset + start,
+        remedy="open it without headers_only to read weights",
+    )
 
 
 def open_checkpoint(
@@ -302,14 +287,21 @@ def open_checkpoint(
     """
     place = locate(model, revision, on_event, headers_only=headers_only)
     try:
-        return _opened(place, str(model), headers_only)
+        return open_at(place, str(model), headers_only=headers_only)
     except BaseException:
         if place.temporary is not None:
             place.temporary.cleanup()
         raise
 
 
-def _opened(place: Place, model: str, headers_only: bool) -> Checkpoint:
+def sniff(directory: Path) -> bool:
+    """Whatever no other reader knows is for this one, which says what is wrong with it."""
+    del directory
+    return True
+
+
+def open_at(place: Place, model: str, *, headers_only: bool = False) -> Checkpoint:
+    """The model that lies at ``place``; see ``open_checkpoint``."""
     config, generation, quantization = read_configuration(place.directory, model)
     headers, tensors = read_headers(place.directory, model)
     layouts: dict[str, float8.ScaleLayout] = {}
@@ -333,7 +325,7 @@ def _opened(place: Place, model: str, headers_only: bool) -> Checkpoint:
         layouts,
         scales,
         headers_only,
-        place.temporary,
+        temporary=place.temporary,
     )
 
 

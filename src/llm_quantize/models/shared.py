@@ -9,7 +9,8 @@ from typing import Any
 from llm_quantize.architectures.rows import Rows
 from llm_quantize.errors import IntegrityError
 from llm_quantize.io.safetensors_file import Header
-from llm_quantize.models.safetensors import Checkpoint, open_checkpoint
+from llm_quantize.models.base import Model
+from llm_quantize.models.opening import open_model
 
 Fact = tuple[Path, str, int, int, int, int]
 
@@ -21,20 +22,20 @@ class SharedModel:
     IntegrityError where they have changed by then, and what opening raises.
     """
 
-    def __init__(self, model: Checkpoint) -> None:
+    def __init__(self, model: Model) -> None:
         self._model = model
 
     def __reduce__(self) -> tuple[object, ...]:
         return _opened_here, (self._model.directory, tuple(_fact(header) for header in self._model.headers))
 
     def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
-        """As ``Checkpoint.matrix``."""
+        """As ``Model.matrix``."""
         return self._model.matrix(name, transpose=transpose)
 
     def read_rows(
         self, name: str, start: int, stop: int, *, transpose: bool = False, buffer: Any = None, digest: Any = None
     ) -> Rows:
-        """As ``Checkpoint.read_rows``."""
+        """As ``Model.read_rows``."""
         return self._model.read_rows(name, start, stop, transpose=transpose, buffer=buffer, digest=digest)
 
 
@@ -45,7 +46,7 @@ def _fact(header: Header) -> Fact:
 @cache
 def _opened_here(directory: Path, facts: tuple[Fact, ...]) -> SharedModel:
     """The same model, opened by this process."""
-    model = open_checkpoint(str(directory))
+    model = open_model(str(directory))
     for known, found in zip(facts, map(_fact, model.headers), strict=False):
         if known != found:
             raise IntegrityError(

@@ -9,8 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llm_quantize import memory
-from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.manifest import NONFINITE_FACTS
 from llm_quantize.artifacts.result import ArtifactResult
 from llm_quantize.artifacts.verify import Verification
@@ -40,20 +38,17 @@ def human_count(count: float) -> str:
     return str(int(count))
 
 
-def plans_to_dict(plans: Sequence[ArtifactPlan], threads: int | None = None, engine: str = "threads") -> dict[str, Any]:
-    """JSON-ready plans, with the disk and memory that all of them together need."""
-    count = threads or memory.available_cpus()
+def plans_to_dict(plans: Sequence[ArtifactPlan], *, threads: int, memory_needed: int) -> dict[str, Any]:
+    """JSON-ready plans, with the disk that all of them together need, and what ``preflight.fit`` found."""
     return {
         "disk_needed": sum(plan.size for plan in plans),
-        "memory_needed": preflight.memory_needed(plans, count, engine),
-        "threads": count,
+        "memory_needed": memory_needed,
+        "threads": threads,
         "artifacts": [plan.to_dict() for plan in plans],
     }
 
 
-def print_plans(
-    plans: Sequence[ArtifactPlan], *, verbose: int = 0, threads: int | None = None, engine: str = "threads"
-) -> None:
+def print_plans(plans: Sequence[ArtifactPlan], *, threads: int, memory_needed: int, verbose: int = 0) -> None:
     """The plan: each tensor (``verbose``), the warnings, and the totals."""
     console = Console(highlight=False, soft_wrap=True)
     for plan in plans:
@@ -65,10 +60,10 @@ def print_plans(
         files = f"{len(plan.files)} files" if len(plan.files) > 1 else plan.files[0].name
         console.print(shown(f"{plan.level}: {files}, {plan.size:,} bytes ({human_bytes(plan.size)})"))
         console.print(shown(f"  {plan.bits_per_weight:.3f} bits per weight; {types}"))
-    facts = plans_to_dict(plans, threads, engine)
+    disk = sum(plan.size for plan in plans)
     console.print(
-        f"needs {human_bytes(facts['disk_needed'])} of disk and about {human_bytes(facts['memory_needed'])} of memory "
-        f"with {facts['threads']} {'thread' if facts['threads'] == 1 else 'threads'}"
+        f"needs {human_bytes(disk)} of disk and about {human_bytes(memory_needed)} of memory "
+        f"with {threads} {'thread' if threads == 1 else 'threads'}"
     )
 
 

@@ -30,8 +30,8 @@ from llm_quantize.errors import (
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_files import first_file
 from llm_quantize.memory import available_cpus
+from llm_quantize.models.chat_template import render
 from llm_quantize.runtimes.base import Request, Written, is_model_directory, retokenized, warn_beyond
-from llm_quantize.runtimes.chat_template import render
 from llm_quantize.runtimes.llama_cpp_library import Batch, ChatMessage, Library, load_library
 
 LABEL = "llama.cpp"

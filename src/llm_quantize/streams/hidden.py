@@ -1,5 +1,7 @@
-"""The hidden states between two blocks, one window after another: in memory, or in a file when there are too many; and
-how a run that was killed finds again those that it left beside its output (``Kept``)."""
+"""The hidden states between two blocks, one window after another: in memory, or in a file when they are many.
+
+``Kept`` is how a run that was killed finds again those that it left beside its output.
+"""
 
 from __future__ import annotations
 

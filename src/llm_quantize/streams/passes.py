@@ -1,4 +1,4 @@
-"""The loop: windows of text through a network, one decoder block in memory at a time.
+"""The one loop that leads windows of text through a network, one decoder block in memory at a time.
 
     embed → block 0: every window of every stream through it → block 1 → …
 

@@ -13,14 +13,14 @@ import torch
 from llm_quantize import kernels
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import chunk_ranges, matrix_shape, read_output_rows, scatter, to_float32
-from llm_quantize.models.safetensors import Checkpoint
+from llm_quantize.models.base import Model
 from llm_quantize.streams.weights import ReadsRows, Weights
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 def hold(
-    checkpoint: Checkpoint,
+    checkpoint: Model,
     weights: Weights,
     output: OutputTensor,
     qtype: str,

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from llm_quantize.errors import MalformedInputError
-from llm_quantize.models.safetensors import Checkpoint
+from llm_quantize.models.base import Model
 
 _CHUNK_WEIGHTS = 1 << 20
 _STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -48,7 +48,7 @@ class CheckpointWeights:
     changed meanwhile), ResourceError, NumericPolicyError (F64 beyond float32).
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Model) -> None:
         self._checkpoint = checkpoint
 
     @property

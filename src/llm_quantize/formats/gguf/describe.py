@@ -4,13 +4,16 @@ say, because llama.cpp has no graph, no tokenizer or no place for it."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from llm_quantize.architectures.rows import weights_of
 from llm_quantize.formats.gguf import metadata as gguf_format
 from llm_quantize.formats.gguf.vocabulary.reading import read_vocabulary, runtime_name
 from llm_quantize.io.gguf_file import MetaValue
-from llm_quantize.models.opening import Source
+
+if TYPE_CHECKING:
+    from llm_quantize.models.opening import Source
 
 
 def describe(source: Source) -> Mapping[str, MetaValue]:

@@ -18,8 +18,6 @@ from llm_quantize.formats.gguf.describe import describe, warnings_of
 from llm_quantize.formats.gguf.levels import LEVELS, Recipe, TensorShape, assign, needs_importance, parse_level
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf
 from llm_quantize.io.output import OutputFile
-from llm_quantize.io.safetensors_file import DTYPE_BITS
-from llm_quantize.models.identity import model_digest
 from llm_quantize.plan import ArtifactPlan, MatrixPlan, TensorPlan
 from llm_quantize.qtypes import QTYPES
 
@@ -93,7 +91,7 @@ def _check_recipe(source: Source, levels: Sequence[str], recipe: Recipe | None) 
     recipe.check(tensor_shapes(source, recipe.level))
     if recipe.model is None or source.checkpoint.headers_only:
         return
-    found = model_digest(source.checkpoint)
+    found = source.digest
     if found != recipe.model:
         raise IntegrityError(
             f"the recipe {recipe.name} was made for another model",
@@ -158,10 +156,11 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
             "source_revision": source.checkpoint.revision,
             "source_metadata_sha256": hashlib.sha256(layout_gguf(describe(source), []).header).hexdigest(),
             "source_files": files,
+            **({"source_kind": source.checkpoint.kind} if source.checkpoint.kind else {}),
         },
         options=chosen,
         split_max_bytes=options.split_max_size,
-        source_itemsize=max((_itemsize(info.dtype) for info in source.checkpoint.tensors.values()), default=2),
+        source_itemsize=source.itemsize,
         warnings=[
             *warnings_of(source),
             *assigned.warnings,
@@ -243,10 +242,6 @@ def _unquantized(source: Source, output: OutputTensor, level: str) -> str:
         return level.lower()
     stored = {str(source.checkpoint.stored_dtype(piece.source)) for piece in output.pieces}
     return {"float16": "f16", "uint16": "bf16"}.get(stored.pop() if len(stored) == 1 else "", "f32")
-
-
-def _itemsize(dtype: str) -> int:
-    return DTYPE_BITS[dtype] // 8
 
 
 def plan_artifact(

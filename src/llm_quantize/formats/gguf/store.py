@@ -11,7 +11,8 @@ import torch
 
 from llm_quantize import kernels
 from llm_quantize.errors import NumericPolicyError
-from llm_quantize.grids.grid import Grid, GridType, grid_type, has_grid, pack_ggml
+from llm_quantize.grids import grid_type, has_grid, pack_ggml
+from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.plan import MatrixPlan, TensorPlan
 from llm_quantize.qtypes import QTYPES
 

@@ -1,0 +1,24 @@
+"""Bytes on the command line."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+class Size(click.ParamType[int]):
+    """Bytes with a unit: 512M, 4G (powers of ten), 4GiB (powers of two)."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
+        if match is None or match[2] == "I" or float(match[1]) <= 0:
+            self.fail(f"{value!r} is not a size; write for example 512M, 4G or 4GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])

@@ -1,0 +1,143 @@
+"""What a model is to everything else: named tensors that can be read by rows, and the facts about it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.io.safetensors_file import DTYPE_BITS, Header, TensorInfo
+from llm_quantize.models.hub.locate import Place
+
+Values = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
+
+
+class Digest(Protocol):
+    """What ``hashlib`` objects can do."""
+
+    def update(self, data: Any, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileFact:
+    """What tells one source file from another of the same name, without reading its tensors."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    header_sha256: str
+
+
+class Rows(Protocol):
+    """Tensors under the names and in the shapes of an unquantized model. Threads may share one.
+
+    ``tensors``: in file order; a dtype is safetensors' word ("BF16"), or a grid's for what is quantized ("int4_g128").
+    """
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
+        """(rows, columns) of the tensor as ``read_rows`` sees it: leading dimensions flattened, 1-D is one row,
+        a scalar is (1, 1). With ``transpose`` the last two dimensions are exchanged first."""
+
+    def check_readable(self, name: str) -> None:
+        """Raise UnsupportedError unless the tensor can be read as weights."""
+
+    def is_readable(self, name: str) -> bool:
+        """Whether the tensor can be read as weights."""
+
+    def stored_dtype(self, name: str) -> np.dtype[Any]:
+        """The numpy element type that ``read_rows`` returns for this tensor (bfloat16 as uint16 bits)."""
+
+    def raw_rows(self, name: str, start: int, stop: int, *, buffer: Any = None) -> memoryview:
+        """The bytes of rows [start, stop) as they are stored; of a quantized matrix, which has none, of its values."""
+
+    def read_rows(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        *,
+        transpose: bool = False,
+        buffer: Any = None,
+        digest: Digest | None = None,
+    ) -> Values:
+        """Rows [start, stop) of the tensor seen as ``matrix`` says: (stop - start, columns), C-contiguous.
+
+        ``buffer`` (writable bytes, large enough) may be used for the result. ``digest`` is updated with what was
+        read. Raises UnsupportedError, IntegrityError (the file changed), ResourceError, NumericPolicyError.
+        """
+
+    def close(self) -> None:
+        """Close all file handles."""
+
+
+class Model(Rows, Protocol):
+    """An opened model. ``name``: as the user knows it; ``revision``: the hub commit, None for a directory.
+
+    ``kind``: what was done to its weights ("GPTQ-4bit"), "" for nothing. ``headers``: of its weight files. ``folded``:
+    {stored tensor: the weight that is decoded with it}. ``left_out``: {stored tensor: why it is not in ``tensors``}.
+    ``headers_only``: reading rows is refused. ``temporary``: ``directory`` is a copy without weights, gone at close.
+    """
+
+    @property
+    def directory(self) -> Path: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def generation_config(self) -> dict[str, Any] | None: ...
+    @property
+    def headers(self) -> tuple[Header, ...]: ...
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+    @property
+    def folded(self) -> Mapping[str, str]: ...
+    @property
+    def left_out(self) -> Mapping[str, str]: ...
+    @property
+    def headers_only(self) -> bool: ...
+    @property
+    def temporary(self) -> tempfile.TemporaryDirectory[str] | None: ...
+
+    def fingerprint(self) -> list[FileFact]:
+        """One fact per weight file, sorted by name: enough for resume and manifest to tell that a source changed."""
+
+    def __enter__(self) -> Model: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Reader(Protocol):
+    """A way in which models are stored: a row of READERS (opening.py)."""
+
+    def sniff(self, directory: Path) -> bool:
+        """Whether the model in ``directory`` is stored so. Raises what reading its configuration raises."""
+
+    def open_at(self, place: Place, model: str, *, headers_only: bool) -> Model:
+        """The model that lies there; the user called it ``model``. Raises the error tree."""
+
+
+def fingerprint(directory: Path, headers: Sequence[Header]) -> list[FileFact]:
+    """One fact per weight file, sorted by name."""
+    facts = [FileFact(h.path.relative_to(directory).as_posix(), h.file_size, h.mtime_ns, h.sha256) for h in headers]
+    return sorted(facts, key=lambda fact: fact.name)
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of a weight of a stored type; of a grid's, of the float32 that it is decoded to."""
+    return DTYPE_BITS.get(dtype, 32) // 8
