@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -33,16 +33,13 @@ class Preflight:
     before: int | None = None
 
 
-def rounding_sizes(artifacts: Sequence[ArtifactPlan], engine: str = "threads") -> Sizes:
-    """What rounding single tensors holds: it goes by the chunk and the widest row, not by the model's size.
-
-    A worker that opens the model for itself takes once more what this process has."""
-    own = memory.before_libraries() if engine in ISOLATED else 0
+def rounding_sizes(artifacts: Sequence[ArtifactPlan]) -> Sizes:
+    """What rounding single tensors holds: it goes by the chunk and the widest row, not by the model's size."""
     bookkeeping = sum(len(file.header) for artifact in artifacts for file in artifact.files)
     bookkeeping += sum(4096 * len(artifact.tensors) for artifact in artifacts)
     return Sizes(
         margin=FIXED_WORK + bookkeeping,
-        each=PER_THREAD + own + _chunk_bytes(artifacts),
+        each=PER_THREAD + _chunk_bytes(artifacts),
         refusal=(
             "the memory limit is too small for this model's rows",
             "raise --max-ram or the memory limit of the container",
@@ -53,7 +50,7 @@ def rounding_sizes(artifacts: Sequence[ArtifactPlan], engine: str = "threads") -
 def _chunk_bytes(artifacts: Sequence[ArtifactPlan]) -> int:
     """The most that one thread holds of one chunk: as read, gathered, converted, and packed for each qtype."""
     most = 0
-    alike = all(artifact.format == "gguf" for artifact in artifacts)
+    alike = all(artifact.alike for artifact in artifacts)
     groups = [artifacts] if alike else [[artifact] for artifact in artifacts]
     for together in chain.from_iterable(zip(*(a.tensors for a in group), strict=True) for group in groups):
         rows, columns = matrix_shape(together[0].output.shape)
@@ -73,12 +70,15 @@ def fit(
     before: int | None = None,
     engine: str = "threads",
 ) -> tuple[int, int]:
-    """The threads that round, at most ``threads`` (all CPUs), and the resident bytes of the process at the height of
-    the whole run, all phases of all artifacts, each with the threads that fit it.
+    """The threads (or other workers) that round, at most ``threads`` (all CPUs), and the resident bytes of the run at
+    its height, all phases of all artifacts, each with the threads that fit it.
 
     ``before``: see ``memory.peak``. Raises ResourceError where a phase does not fit with one thread.
     """
-    rounding = memory.fit(rounding_sizes(artifacts, engine), threads=threads, max_ram=max_ram, before=before)
+    sizes = rounding_sizes(artifacts)
+    if engine in ISOLATED:  # a worker opens the model for itself, and takes what this process has taken for that
+        sizes = replace(sizes, each=sizes.each + memory.before_libraries())
+    rounding = memory.fit(sizes, threads=threads, max_ram=max_ram, before=before)
     phases = dict.fromkeys(phase for artifact in artifacts for phase in artifact.phases)
     heights = [memory.fit(phase, threads=rounding.threads, max_ram=max_ram, before=before).peak for phase in phases]
     return rounding.threads, max(rounding.peak, *heights, 0)

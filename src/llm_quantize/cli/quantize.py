@@ -75,8 +75,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     if arguments["dry_run"]:
         with events(shown, "plan") as sink:
             plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
-        limits = {"threads": options.threads, "max_ram": options.max_ram}
-        threads, needed = preflight.fit(plans, **limits, engine=options.engine)
+        threads, needed = preflight.fit(plans, threads=options.threads, max_ram=options.max_ram, engine=options.engine)
         if shown.json:
             emit_json(terminal.plans_to_dict(plans, threads=threads, memory_needed=needed))
         else:

@@ -29,13 +29,13 @@ class SharedModel:
         return _opened_here, (self._model.directory, tuple(_fact(header) for header in self._model.headers))
 
     def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
-        """As ``Model.matrix``."""
+        """As ``Rows.matrix``."""
         return self._model.matrix(name, transpose=transpose)
 
     def read_rows(
         self, name: str, start: int, stop: int, *, transpose: bool = False, buffer: Any = None, digest: Any = None
     ) -> Rows:
-        """As ``Model.read_rows``."""
+        """As ``Rows.read_rows``."""
         return self._model.read_rows(name, start, stop, transpose=transpose, buffer=buffer, digest=digest)
 
 
