@@ -50,9 +50,9 @@ def solve_matrices(
     if not isinstance(importance, Text):
         pool = Pool(fitted.threads, stop, resumable=options.checkpoints)
         if options.statistics is not None and method.calibrates(plan.format):
-            solve_known(matrices, options.statistics, pool, chosen, options.calibration.device, on_event)
+            solve_known(matrices, options.statistics, pool, method, options.calibration.device, on_event)
         else:
-            round_matrices(matrices, pool, chosen, on_event)
+            round_matrices(matrices, pool, method, on_event)
         return
     windows = importance.windows
     written = {CARD_UNIT, *target.output.records}

@@ -35,7 +35,6 @@ from llm_quantize.events import EventSink
 from llm_quantize.formats.base import Store
 from llm_quantize.io.artifact_paths import hidden_directory
 from llm_quantize.memory import Fitted
-from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
 from llm_quantize.plan import MatrixPlan, unit_key
@@ -138,9 +137,11 @@ def matrix_rows(matrix: MatrixPlan) -> int:
     return matrix_shape(matrix.weight.shape)[0]
 
 
-def round_matrices(matrices: Matrices, pool: Pool, options: GptqOptions, on_event: EventSink) -> None:
+def round_matrices(matrices: Matrices, pool: Pool, options: MethodOptions, on_event: EventSink) -> None:
     """Quantize every matrix that is not done by rounding alone, without text."""
-    solver = Solver(matrices.store, matrices.rows, options, pool, "cpu")
+    format = matrices.target.plan.format
+    method, stages_left = options.method_of(format), options.stages(format)
+    solver = Solver(method, matrices.store, matrices.rows, stages_left, pool, "cpu")
     todo = [matrix for matrix in matrices.target.plan.matrices if not matrices.done(matrix)]
     total = sum(matrix_rows(matrix) * matrix.weight.shape[-1] for matrix in todo)
     done = 0
@@ -181,7 +182,10 @@ class Blocks:
         self.options = options.stages(plan.format)
         self.paired = self.options.correction > 0
         self.routers = routers(matrices.source.tensors.outputs)
-        self.solver = Solver(matrices.store, matrices.rows, self.options, pool, str(network.device), self.routers)
+        method = options.method_of(plan.format)
+        self.solver = Solver(
+            method, matrices.store, matrices.rows, self.options, pool, str(network.device), self.routers
+        )
         self.taps = [network.taps(index) for index in range(network.n_blocks)]
         self.members = self._members()
         self.held = [rescaling.held(matrices, index) for index in range(network.n_blocks)]
