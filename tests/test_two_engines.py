@@ -27,7 +27,7 @@ from llm_quantize.errors import BusyError, IntegrityError, NumericPolicyError, U
 from llm_quantize.io.artifact_paths import partial_path
 from llm_quantize.models.opening import open_source
 from llm_quantize.models.shared import SharedModel
-from llm_quantize.options import Options
+from llm_quantize.options import MethodOptions, Options
 
 from .faults.forking import hashes
 from .faults.tiny_llama import write_fp8_llama, write_tiny_llama
@@ -38,13 +38,20 @@ OTHER = {"threads": "processes", "processes": "threads"}
 LEVELS = ["Q4_K_M", "Q8_0"]
 
 
-@pytest.fixture(scope="module", params=["demo", "mixture", "fp8"])
+@pytest.fixture(scope="module", params=["demo", "mixture", "fp8", "quantized"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     if request.param == "demo":
         return "builtin:demo-llama"
     directory = tmp_path_factory.mktemp("model") / "tiny"
     if request.param == "fp8":
         return str(write_fp8_llama(directory))
+    if request.param == "quantized":
+        options = Options(method=MethodOptions(method="rtn", transform="none", group_size=64))
+        model = write_tiny_llama(directory)
+        (made,) = pipeline.quantize(
+            str(model), "gptq", levels=["4bit"], output_dir=directory.parent / "made", options=options
+        )
+        return str(made.path)
     return str(make_tiny("mixtral", directory, hidden_size=256, intermediate_size=512))
 
 
@@ -63,6 +70,21 @@ def test_same_files_and_manifests(model: str, tmp_path: Path) -> None:
         assert all(result.seconds > 0 for result in results)
     assert hashes(tmp_path / "threads") == hashes(tmp_path / "processes")
     assert len(hashes(tmp_path / "threads")) == 4
+
+
+def test_several_files(tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "model")
+    kinds = {
+        "gguf": (["Q8_0", "Q4_0"], Options(threads=2, split_max_size=400_000)),
+        "safetensors": (["F16"], Options(threads=2, method=MethodOptions(shard_size=500_000))),
+    }
+    for engine in ENGINES:
+        for format, (levels, options) in kinds.items():
+            place = tmp_path / engine / format
+            own = replace(options, engine=engine)
+            results = pipeline.quantize(str(model), format, levels=levels, output_dir=place, options=own)
+            assert all(len(result.plan.files) > 1 for result in results)
+    assert hashes(tmp_path / "threads") == hashes(tmp_path / "processes")
 
 
 def test_importance_reaches_every_expert(tmp_path: Path) -> None:
