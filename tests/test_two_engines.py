@@ -17,13 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFReader, GGUFWriter
 
-from llm_quantize import memory, pipeline
+from llm_quantize import kernels, memory, pipeline
+from llm_quantize.architectures import rows
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.output import open_output
 from llm_quantize.cli import run
 from llm_quantize.engine import ENGINES
 from llm_quantize.errors import BusyError, IntegrityError, NumericPolicyError, UsageError
+from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.io.artifact_paths import partial_path
 from llm_quantize.models.opening import open_source
 from llm_quantize.models.shared import SharedModel
@@ -87,8 +90,10 @@ def test_several_files(tmp_path: Path) -> None:
     assert hashes(tmp_path / "threads") == hashes(tmp_path / "processes")
 
 
-def test_importance_reaches_every_expert(tmp_path: Path) -> None:
-    """Each unit takes its own part of the importance along; here one unit is one expert."""
+@pytest.mark.parametrize("experts", [4, 2, 1])
+def test_importance_reaches_every_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: int) -> None:
+    """Each unit, here of so many ``experts``, takes its own part of the importance along."""
+    monkeypatch.setattr(rows, "UNIT_WEIGHTS", experts * 256 * 512)
     model = make_tiny("mixtral", tmp_path / "model", hidden_size=256, intermediate_size=512)
     source = open_source(str(model))
     random = np.random.default_rng(5)
@@ -98,16 +103,21 @@ def test_importance_reaches_every_expert(tmp_path: Path) -> None:
             if len(output.shape) > 1:
                 matrices = int(np.prod(output.shape[:-2], dtype=int))
                 arrays[output.name] = random.random((matrices, output.shape[-1]), np.float32)
+        stack = next(output for output in source.tensors.outputs if output.name == "blk.1.ffn_gate_exps.weight")
+        weights = rows.read_output_rows(source.checkpoint, stack, 0, 4 * 512)
     imatrix = write_imatrix(tmp_path / "imatrix.gguf", arrays)
     for engine in ENGINES:
-        options = Options(engine=engine, threads=2, imatrix=imatrix)
-        pipeline.quantize(str(model), levels=["IQ2_XS"], output_dir=tmp_path / engine, options=options)
+        options = Options(engine=engine, threads=2, imatrix=imatrix, overrides=Overrides(pure=True))
+        (made,) = pipeline.quantize(str(model), levels=["IQ2_XS"], output_dir=tmp_path / engine, options=options)
+        (stored,) = [tensor for tensor in GGUFReader(made.path).tensors if tensor.name == stack.name]
+        for expert in range(4):
+            own = weights[expert * 512 : (expert + 1) * 512]
+            expected = kernels.quantize("iq2_xs", own, arrays[stack.name][expert])
+            np.testing.assert_array_equal(stored.data[expert].reshape(512, -1), expected)
     assert hashes(tmp_path / "threads") == hashes(tmp_path / "processes")
 
 
 def write_imatrix(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Path:
-    from gguf import GGUFWriter
-
     writer = GGUFWriter(path, "")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["random"])
