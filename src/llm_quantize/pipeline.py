@@ -246,7 +246,8 @@ def _write_all(
         on_event(events.Start(**facts, resumed_units=sum(resumed.values())))
         finished = 0
         plans = tuple(target.plan.tensors for target in targets)
-        rounding = Rounding(policy, plans, tuple(target.output.opened for target in targets))
+        opened = tuple(target.output.opened for target in targets)
+        rounding = Rounding(policy, plans, opened, tuple(target.plan.too_large for target in targets))
         for records in pool(rounding, units):
             for record in records:
                 targets[record.artifact].keep(record)
