@@ -36,8 +36,8 @@ from llm_quantize.artifacts.rounding import (
     unit_records,
     unit_weights,
 )
+from llm_quantize.blockwise import solve_matrices
 from llm_quantize.blockwise.estimate import estimate, rounding_sizes
-from llm_quantize.blockwise.start import solve_matrices
 from llm_quantize.calibration import choose
 from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.engine import ENGINES, stop_on_signals

@@ -16,7 +16,7 @@ from llm_quantize.cli.sizes import Size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from llm_quantize.reports.result import ComparisonResult
+    from llm_quantize.reports.findings import ComparisonResult
 
 _LINE = 90
 _NOT_REPEATED = ("model", "artifacts", "output_dir", "as_json", "keep", "variants", "lang")

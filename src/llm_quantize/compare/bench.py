@@ -23,8 +23,8 @@ from llm_quantize.io.gguf_file import GgufFile, read_gguf
 from llm_quantize.memory import memory_limit
 from llm_quantize.models.opening import Source
 from llm_quantize.models.quantized import is_stored_directory, open_directory
+from llm_quantize.reports.findings import Sample, TensorError
 from llm_quantize.reports.provenance import model_facts
-from llm_quantize.reports.result import Sample, TensorError
 from llm_quantize.runtimes import artifact_at, runtime_for
 
 NEW_TOKENS = 64

@@ -37,8 +37,7 @@ from llm_quantize.measures.divergence import Divergence
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.options import Options
-from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
-from llm_quantize.reports.result import (
+from llm_quantize.reports.findings import (
     ComparisonResult,
     ModelFacts,
     Reference,
@@ -48,6 +47,7 @@ from llm_quantize.reports.result import (
     divergence_from_dict,
     divergence_to_dict,
 )
+from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
 
 DEFAULT_VARIANTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 CONTEXT = 512
