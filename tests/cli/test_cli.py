@@ -147,7 +147,7 @@ def test_progress_is_plain_lines_without_a_terminal(demo_model: Path, tmp_path: 
     assert "quantize: 100%" in done.stderr
     assert "\x1b" not in done.stderr + done.stdout
     quiet = subprocess.run(
-        [sys.executable, "-m", "llm_quantize", "-q", *words, "--overwrite"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "llm_quantize", "-s", *words, "--overwrite"], capture_output=True, text=True, check=True
     )
     assert quiet.stderr == ""
 
