@@ -418,7 +418,7 @@ def test_source_changed_while_it_is_read(own_model: Path, tmp_path: Path) -> Non
         seen: list[int] = []
 
         def change(event: Any, at: int = at, seen: list[int] = seen) -> None:
-            if event["event"] == "progress":
+            if event.kind == "progress":
                 seen.append(1)
                 if len(seen) == at:
                     _edit(own_model / FIRST_SHARD, keep_time=False)
@@ -435,7 +435,7 @@ def test_source_rewritten_with_its_old_time_while_it_is_read(own_model: Path, tm
     seen: list[int] = []
 
     def change(event: Any) -> None:
-        if event["event"] == "progress":
+        if event.kind == "progress":
             seen.append(1)
             if len(seen) == 3:
                 _edit(own_model / FIRST_SHARD, _first_weight(own_model))
@@ -449,7 +449,7 @@ def test_source_rewritten_with_its_old_time_while_it_is_read(own_model: Path, tm
 @pytest.mark.parametrize("moment", ["start", "progress"])
 def test_source_taken_away_while_it_is_read(own_model: Path, tmp_path: Path, moment: str) -> None:
     def remove(event: Any) -> None:
-        if event["event"] == moment:
+        if event.kind == moment:
             (own_model / FIRST_SHARD).unlink(missing_ok=True)
 
     with pytest.raises(LlmQuantizeError) as caught:

@@ -26,11 +26,13 @@ from llm_quantize.artifacts.output import open_output
 from llm_quantize.cli import run
 from llm_quantize.engine import ENGINES
 from llm_quantize.errors import BusyError, IntegrityError, NumericPolicyError, UsageError
+from llm_quantize.events import Event, Progress
 from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.io.artifact_paths import partial_path
 from llm_quantize.models.opening import open_source
 from llm_quantize.models.shared import SharedModel
 from llm_quantize.options import MethodOptions, Options
+from tests.hearing import into
 
 from .faults.forking import hashes
 from .faults.tiny_llama import write_fp8_llama, write_tiny_llama
@@ -136,8 +138,8 @@ def write_imatrix(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Pat
 def test_a_worker_killed_in_the_middle(demo_hashes: dict[str, str], tmp_path: Path) -> None:
     killed = []
 
-    def kill(event: Mapping[str, Any]) -> None:
-        if event["event"] == "progress" and len(killed) < 3:
+    def kill(event: Event) -> None:
+        if isinstance(event, Progress) and len(killed) < 3:
             worker = int(Path("/proc/thread-self/children").read_text().split()[-1])
             os.kill(worker, signal.SIGKILL)
             killed.append(worker)
@@ -174,8 +176,8 @@ def test_a_driver_killed_in_the_middle(demo_hashes: dict[str, str], tmp_path: Pa
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_damage_found_again_by_either(demo_hashes: dict[str, str], tmp_path: Path, engine: str) -> None:
-    def leave(event: Mapping[str, Any]) -> None:
-        if event["event"] == "progress" and event["done"] > 0.7 * event["total"]:
+    def leave(event: Event) -> None:
+        if isinstance(event, Progress) and event.done > 0.7 * event.total:
             raise KeyboardInterrupt
 
     options = Options(engine=engine, threads=2)
@@ -188,7 +190,7 @@ def test_damage_found_again_by_either(demo_hashes: dict[str, str], tmp_path: Pat
             file.seek(path.stat().st_size // 2)
             file.write(b"damage")
     events: list[Mapping[str, Any]] = []
-    pipeline.quantize("builtin:demo-llama", levels=LEVELS, output_dir=tmp_path, options=options, on_event=events.append)
+    pipeline.quantize("builtin:demo-llama", levels=LEVELS, output_dir=tmp_path, options=options, on_event=into(events))
     assert [event for event in events if event["event"] == "warning" and "doing it again" in event["text"]]
     assert hashes(tmp_path) == demo_hashes
 

@@ -18,6 +18,7 @@ from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import (
     Arrays,
     chunk_ranges,
+    inverse,
     matrix_shape,
     placed,
     read_output_rows,
@@ -174,6 +175,41 @@ def test_scatter_undoes_the_map_of_every_family(variant: str, tmp_path: Path) ->
         rows = matrix_shape(output.shape)[0]
         expected = read_output_rows(source, output, 0, rows)
         np.testing.assert_array_equal(read_output_rows(again, output, 0, rows), expected, err_msg=output.name)
+
+
+@pytest.mark.parametrize("variant", TINY)
+def test_the_inverse_reads_any_rows_of_the_source_out_of_the_outputs(variant: str, tmp_path: Path) -> None:
+    """Of every family: exactly, but for what a constant that is added rounds off."""
+    with open_checkpoint(str(make_tiny(variant, tmp_path / "model"))) as checkpoint:
+        found = open_architecture(checkpoint.config).map_tensors(checkpoint.tensors)
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name not in found.left_out}
+    values = {name: some_values(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    source = Arrays(values.__getitem__)
+    outputs = {output.name: output for output in found.outputs}
+    whole = {
+        name: to_float32(read_output_rows(source, output, 0, matrix_shape(output.shape)[0])).reshape(output.shape)
+        for name, output in outputs.items()
+    }
+    shifted = {piece.source for output in found.outputs for piece in output.pieces if piece.add}
+    back = inverse(shapes, [output for output in found.outputs if output.pieces])
+    assert back.keys() == shapes.keys()
+    for name, tensor in back.items():
+        rows = matrix_shape(shapes[name])[0]
+        start, stop = rows // 3, rows - rows // 4
+        read = read_output_rows(Arrays(whole.__getitem__), tensor, start, stop)
+        expected = values[name].reshape(rows, -1)[start:stop]
+        if name in shifted:
+            np.testing.assert_allclose(read, expected, atol=3e-7)
+            read, expected = to_float32(read) + np.float32(1), expected + np.float32(1)
+        np.testing.assert_array_equal(read, expected, err_msg=name)
+
+
+def test_what_no_output_holds_has_no_inverse() -> None:
+    shapes = {"w": (4, 3)}
+    with pytest.raises(ValueError, match="2 rows of w"):
+        inverse(shapes, [OutputTensor("x.weight", (2, 3), (Piece("w", 1, 2),))])
+    with pytest.raises(ValueError, match="transposed"):
+        inverse(shapes, [OutputTensor("x.weight", (2, 4), (Piece("w", 1, transpose=True),))])
 
 
 @given(data=st.data())

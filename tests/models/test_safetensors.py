@@ -451,7 +451,7 @@ def test_a_file_is_not_a_model(model: Path) -> None:
     with pytest.raises(UsageError, match="directory"):
         open_checkpoint(str(model / "model.safetensors"))
     (model / "x.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UnsupportedError):
+    with pytest.raises(UsageError, match="a file of another kind"):
         open_checkpoint(str(model / "x.gguf"))
 
 

@@ -41,6 +41,41 @@ def row_order(order: Order, hyper: Hyper) -> npt.NDArray[np.int64] | None:
     return rows.swapaxes(1, 2).ravel()
 
 
+def source_name(form: Form, layer: int | None, index: int) -> str:
+    """The name of a source tensor of ``form``, without the family's prefix."""
+    return form.name.replace("{each}", str(index)).replace("{}", str(layer))
+
+
+def checkpoint_name(family: Family, weight: Weight, short: str) -> str:
+    """The name that transformers gives to a tensor of ``weight``; its head stands beside the model proper."""
+    old, new = family.prefixes[0] if family.prefixes else ("", "")
+    bare = weight.tensor == gguf.MODEL_TENSOR.OUTPUT or not short.startswith(new)
+    return short if bare else old + short[len(new) :]
+
+
+def output_name(weight: Weight, layer: int | None) -> str:
+    """The name of ``weight`` in GGUF."""
+    suffix = ".bias" if weight.forms[0].name.endswith(".bias") else ".weight"
+    name: str = gguf.TENSOR_NAMES[weight.tensor].replace("{bid}", str(layer)) + suffix
+    return name
+
+
+def checkpoint_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the tensors that a checkpoint of this configuration holds, each weight in its first form."""
+    found: dict[str, tuple[int, ...]] = {}
+    sizes = hyper.sizes
+    for weight in family.weights:
+        form = weight.forms[0]
+        head = weight.tensor == gguf.MODEL_TENSOR.OUTPUT and form.name.endswith(".weight")
+        if not config.holds(weight.when) or (head and hyper.tied):
+            continue
+        for layer in range(hyper.n_layer) if "{}" in form.name else (None,):
+            for index in range(sizes[form.each] if form.each else 1):
+                name = checkpoint_name(family, weight, source_name(form, layer, index))
+                found[name] = tuple(sizes[word] for word in form.shape)
+    return found
+
+
 class Mapper:
     """One checkpoint's tensors, under the family's names, being used up by the weights of the family."""
 
@@ -83,20 +118,17 @@ class Mapper:
 
     def output(self, weight: Weight, layer: int | None) -> OutputTensor:
         """The artifact's tensor for ``weight``. Raises MalformedInputError: absent, or of another shape."""
-        form = next((f for f in weight.forms if self.has(self._source(f, layer, 0))), weight.forms[0])
+        form = next((f for f in weight.forms if self.has(source_name(f, layer, 0))), weight.forms[0])
         count = self.sizes[form.each] if form.each else 1
         pieces: list[Piece] = []
         for index in range(count):
-            short = self._source(form, layer, index)
-            pieces += self._pieces(form, self._check(short, form, layer), weight.add)
+            short = source_name(form, layer, index)
+            pieces += self._pieces(form, self._check(short, weight, form, layer), weight.add)
             self.used.add(short)
         shape = tuple(self.sizes[word] for word in weight.shape)
-        return output_tensor(weight.tensor, form.name, layer, shape, tuple(pieces))
+        return output_tensor(weight, layer, shape, tuple(pieces))
 
-    def _source(self, form: Form, layer: int | None, index: int) -> str:
-        return form.name.replace("{each}", str(index)).replace("{}", str(layer))
-
-    def _check(self, short: str, form: Form, layer: int | None) -> TensorInfo:
+    def _check(self, short: str, weight: Weight, form: Form, layer: int | None) -> TensorInfo:
         expected = tuple(self.sizes[word] for word in form.shape)
         info = self.tensors.get(short)
         if info is None:
@@ -110,7 +142,7 @@ class Mapper:
             raise MalformedInputError(
                 what,
                 file=self.config.file,
-                tensor=self._long(short),
+                tensor=checkpoint_name(self.family, weight, short),
                 expected=f"{form.shape} = {list(expected)}",
                 found="no such tensor",
                 remedy="download the checkpoint again; all its shards must be there",
@@ -125,11 +157,6 @@ class Mapper:
                 remedy="config.json and the weights must come from the same model",
             )
         return info
-
-    def _long(self, short: str) -> str:
-        old, new = self.family.prefixes[0] if self.family.prefixes else ("", "")
-        bare = short == "lm_head.weight" or not short.startswith(new)
-        return short if bare else old + short[len(new) :]
 
     def _pieces(self, form: Form, info: TensorInfo, add: float) -> list[Piece]:
         if form.order not in self.orders:  # one array serves all layers
@@ -168,13 +195,10 @@ class Mapper:
         return self.left_out
 
 
-def output_tensor(
-    tensor: gguf.MODEL_TENSOR, source: str, layer: int | None, shape: tuple[int, ...], pieces: tuple[Piece, ...]
-) -> OutputTensor:
+def output_tensor(weight: Weight, layer: int | None, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> OutputTensor:
     """An output under its GGUF name, marked where GGUF keeps F32 (as convert_hf_to_gguf: vectors, norms, routers)."""
-    suffix = ".bias" if source.endswith(".bias") else ".weight"
-    name = gguf.TENSOR_NAMES[tensor].replace("{bid}", str(layer)) + suffix
-    float32 = len(shape) < 2 or name.endswith("_norm.weight") or suffix != ".weight" or tensor in _FLOAT32
+    name = output_name(weight, layer)
+    float32 = len(shape) < 2 or name.endswith(("_norm.weight", ".bias")) or weight.tensor in _FLOAT32
     return OutputTensor(name, shape, pieces, float32=float32)
 
 
@@ -245,7 +269,7 @@ def _head(
     if not family.needs_output:
         return []
     shape = tuple(mapper.sizes[word] for word in weight.shape)
-    return [output_tensor(weight.tensor, short, None, shape, (Piece(table.name),))]
+    return [output_tensor(weight, None, shape, (Piece(table.name),))]
 
 
 def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:

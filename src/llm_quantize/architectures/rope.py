@@ -169,18 +169,24 @@ def rope_constants(
     if rope is None or rope.kind not in ("llama3", "longrope"):
         return {}
     if rope.kind == "llama3":
-        return {gguf.MODEL_TENSOR.ROPE_FREQS: _llama3_divisors(rope, config, hyper)}
+        said = "divisors" in rope.scaling  # by a GGUF file, which has them instead of what they come from
+        divisors = _divisors("divisors", rope, config, hyper) if said else _llama3_divisors(rope, config, hyper)
+        return {gguf.MODEL_TENSOR.ROPE_FREQS: divisors}
     found = {}
     for name, tensor in (
         ("long_factor", gguf.MODEL_TENSOR.ROPE_FACTORS_LONG),
         ("short_factor", gguf.MODEL_TENSOR.ROPE_FACTORS_SHORT),
     ):
-        values = rope.scaling.get(name)
-        if not isinstance(values, list) or len(values) != hyper.rotary // 2:
-            raise config.wrong(f"rotary {name}", f"a list of {hyper.rotary // 2} numbers", values)
-        numbers = [config.checked_number(f"rotary {name}", value, positive=True) for value in values]
-        found[tensor] = np.array(numbers, np.float32)
+        found[tensor] = _divisors(name, rope, config, hyper)
     return found
+
+
+def _divisors(name: str, rope: Rope, config: ConfigReader, hyper: Hyper) -> npt.NDArray[np.float32]:
+    """Divisors that the configuration lists."""
+    values = rope.scaling.get(name)
+    if not isinstance(values, list) or len(values) != hyper.rotary // 2:
+        raise config.wrong(f"rotary {name}", f"a list of {hyper.rotary // 2} numbers", values)
+    return np.array([config.checked_number(f"rotary {name}", one, positive=True) for one in values], np.float32)
 
 
 def _llama3_divisors(rope: Rope, config: ConfigReader, hyper: Hyper) -> npt.NDArray[np.float32]:

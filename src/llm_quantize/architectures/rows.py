@@ -1,13 +1,15 @@
 """The map between the tensors of a source and those of an artifact, applied to rows, both ways.
 
 ``read_output_rows`` makes rows of an output tensor from rows of its source's: gathered, transposed, offset, never
-whole. ``scatter`` is its inverse: rows of an output tensor go back to where they come from.
+whole. ``scatter`` is its inverse: rows of an output tensor go back to where they come from. ``inverse`` is the map
+itself the other way, for reading rows of a source out of an artifact.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -108,6 +110,18 @@ def chunk_ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tupl
         start = end
 
 
+@dataclass(frozen=True)
+class Shaped:
+    """Tensors of which the shapes are known, and nothing else."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
+        """As ``Shapes.matrix``."""
+        shape = self.shapes[name]
+        return matrix_shape((*shape[:-2], shape[-1], shape[-2]) if transpose else shape)
+
+
 def placed(source: Shapes, tensor: OutputTensor) -> Iterator[tuple[int, int, Piece]]:
     """(first row, rows, piece) for every piece of ``tensor``."""
     first = 0
@@ -154,6 +168,38 @@ def scatter(source: Shapes, tensor: OutputTensor, start: int, rows: Floats, into
         first, last = max(start, base), min(start + len(rows), base + count)
         if first < last:
             _put(into[piece.source], piece, first - base, rows[first - start : last - start])
+
+
+def inverse(shapes: Mapping[str, tuple[int, ...]], outputs: Iterable[OutputTensor]) -> dict[str, OutputTensor]:
+    """{source tensor: how its rows are made of those of ``outputs``}, for ``read_output_rows``.
+
+    ``shapes``: of all source tensors. Where two outputs hold the same rows (a tied embedding), the first is read.
+    Raises ValueError for a source tensor of which no output holds some rows, or that is transposed in part.
+    """
+    back: dict[str, dict[int, Piece]] = {}
+    source = Shaped(shapes)
+    for output in outputs:
+        for base, count, piece in placed(source, output):
+            back.setdefault(piece.source, {}).setdefault(piece.start, _back(output.name, base, count, piece))
+    found = {}
+    for name, shape in shapes.items():
+        pieces = tuple(piece for _, piece in sorted(back.get(name, {}).items()))
+        rows = sum(matrix_shape(shape)[0] if piece.count is None else piece.count for piece in pieces)
+        if rows != matrix_shape(shape)[0]:
+            raise ValueError(f"{rows} rows of {name}, of shape {shape}, are in the outputs")
+        found[name] = OutputTensor(name, shape, pieces)
+    return found
+
+
+def _back(output: str, base: int, count: int, piece: Piece) -> Piece:
+    """The piece of a source tensor that comes from rows [base, base + count) of ``output``."""
+    order = None if piece.order is None else np.argsort(piece.order)
+    columns = None if piece.columns is None else np.argsort(piece.columns)
+    if piece.transpose:
+        if base or piece.start or piece.count is not None:
+            raise ValueError(f"{piece.source} is one part of {output}, and transposed")
+        return Piece(output, order=columns, transpose=True, columns=order, add=-piece.add)
+    return Piece(output, start=base, count=count, order=order, columns=columns, add=-piece.add)
 
 
 def _put(whole: Floats, piece: Piece, first: int, values: Floats) -> None:

@@ -16,6 +16,7 @@ from llm_quantize.errors import UsageError
 from llm_quantize.formats.base import Importance, Store
 from llm_quantize.formats.card import About, bytes_words
 from llm_quantize.formats.directory import Contents, plain_config, plan_files, whole
+from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.plan import ArtifactPlan
 
@@ -42,7 +43,9 @@ class Safetensors:
     def plan(
         self, source: Source, levels: Sequence[str], stem: str, importance: Importance | None, options: Options
     ) -> list[ArtifactPlan]:
-        """See ``Format``. Raises UsageError for a level or an option that weights without codes have no use for."""
+        """See ``Format``. Raises UsageError for a level or an option that weights without codes have no use for,
+        UnsupportedError for a model without tokenizer files."""
+        need_small_files(source.checkpoint)
         self._refuse(options)
         names = list(dict.fromkeys(self._level(level) for level in levels))
         return [self._plan(source, level, stem, options) for level in names]
@@ -98,6 +101,7 @@ class Safetensors:
             identity={"nonfinite": options.nonfinite},
             shard_size=options.method.shard_size,
             warnings=[f"{tensor} is left out: {reason}" for tensor, reason in dropped.items()],
+            too_large="use BF16 or F32, which hold larger magnitudes: -q BF16",
         )
         return plan_files(source, contents)
 

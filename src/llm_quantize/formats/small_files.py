@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llm_quantize.errors import AccessError
+from llm_quantize.errors import AccessError, UnsupportedError
 from llm_quantize.io.paths import inside, read_limited
+
+if TYPE_CHECKING:
+    from llm_quantize.models.base import Model
 
 MOST_BYTES = 64 << 20
 _WEIGHTS = (
@@ -13,6 +17,16 @@ _WEIGHTS = (
     *(".npz", ".tflite", ".nemo", ".mlmodel", ".tar", ".gz", ".zip", ".index.json"),
 )
 _MADE_ANEW = ("config.json", "manifest.json", "quantize_config.json", "quant_config.json")
+
+
+def need_small_files(model: Model) -> None:
+    """Raise UnsupportedError for a model that has none: a directory made of it could not be loaded."""
+    if model.metadata is not None:
+        raise UnsupportedError(
+            "a directory needs tokenizer files, which a GGUF file has not",
+            file=model.config_file,
+            remedy="start from the directory of the original model, or make a GGUF file: quantize MODEL gguf -q LEVEL",
+        )
 
 
 def small_files(directory: Path) -> tuple[list[tuple[str, bytes]], list[str]]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.safetensors_file import DTYPE_BITS, Header, TensorInfo
 from llm_quantize.models.hub.locate import Place
 
@@ -82,6 +83,9 @@ class Rows(Protocol):
 class Model(Rows, Protocol):
     """An opened model. ``name``: as the user knows it; ``revision``: the hub commit, None for a directory.
 
+    ``directory``: where the small files beside its weights are; of a model in one file, which has none, that file.
+    ``config_file``: what says its configuration. ``metadata``: what a GGUF file says of it, vocabulary and all, as it
+    stands there; None where files in ``directory`` do.
     ``kind``: what was done to its weights ("GPTQ-4bit"), "" for nothing. ``headers``: of its weight files. ``folded``:
     {stored tensor: the weight that is decoded with it}. ``left_out``: {stored tensor: why it is not in ``tensors``}.
     ``headers_only``: reading rows is refused. ``temporary``: ``directory`` is a copy without weights, gone at close.
@@ -97,6 +101,10 @@ class Model(Rows, Protocol):
     def kind(self) -> str: ...
     @property
     def config(self) -> dict[str, Any]: ...
+    @property
+    def config_file(self) -> Path: ...
+    @property
+    def metadata(self) -> Mapping[str, MetaValue] | None: ...
     @property
     def generation_config(self) -> dict[str, Any] | None: ...
     @property
@@ -125,8 +133,9 @@ class Model(Rows, Protocol):
 class Reader(Protocol):
     """A way in which models are stored: a row of READERS (opening.py)."""
 
-    def sniff(self, directory: Path) -> bool:
-        """Whether the model in ``directory`` is stored so. Raises what reading its configuration raises."""
+    def sniff(self, path: Path) -> bool:
+        """Whether the model at ``path``, a directory or a file, is stored so. Raises what reading its configuration
+        raises."""
 
     def open_at(self, place: Place, model: str, *, headers_only: bool) -> Model:
         """The model that lies there; the user called it ``model``. Raises the error tree."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_quantize import events
 from llm_quantize.architectures import Architecture, open_architecture
 from llm_quantize.architectures.base import TensorMap
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.models import quantized, safetensors
+from llm_quantize.models import gguf, quantized, safetensors
 from llm_quantize.models.base import Model, Reader, itemsize
 from llm_quantize.models.hub.locate import locate
 from llm_quantize.models.identity import model_digest
 
-READERS: tuple[Reader, ...] = (quantized, safetensors)
-"""Ways in which models are stored; the first that knows a directory opens it."""
+READERS: tuple[Reader, ...] = (quantized, gguf, safetensors)
+"""Ways in which models are stored; the first that knows a path opens it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +56,8 @@ class Source:
 def open_model(
     model: str, *, revision: str | None = None, on_event: EventSink = ignore, headers_only: bool = False
 ) -> Model:
-    """The model in directory ``model``, or the hub's ``model`` at ``revision`` (branch, tag or commit), by the first
-    of READERS that knows it.
+    """The model in directory or file ``model``, or the hub's ``model`` at ``revision`` (branch, tag or commit), by the
+    first of READERS that knows it.
 
     Raises UsageError (no such model), MalformedInputError, UnsupportedError (pickled weights, an adapter, a way of
     quantizing that is not decoded), AccessError (names that lead outside), NetworkError, ResourceError. With
@@ -65,7 +66,7 @@ def open_model(
     """
     place = locate(model, revision, on_event, headers_only=headers_only)
     try:
-        reader = next(reader for reader in READERS if reader.sniff(place.directory))
+        reader = next(reader for reader in READERS if reader.sniff(place.path))
         return reader.open_at(place, str(model), headers_only=headers_only)
     except BaseException:
         if place.temporary is not None:
@@ -89,12 +90,12 @@ def open_source(
 
 
 def _describe(checkpoint: Model, on_event: EventSink) -> Source:
-    architecture = open_architecture(checkpoint.config, file=checkpoint.directory / "config.json")
+    architecture = open_architecture(checkpoint.config, file=checkpoint.config_file)
     if checkpoint.kind:
         text = f"this model is already quantized ({checkpoint.kind}): what is made of it has its errors too"
-        on_event({"event": "warning", "text": text})
+        on_event(events.Caution(text))
     for note in architecture.notes:
-        on_event({"event": "warning", "text": note})
+        on_event(events.Caution(note))
     tensors = architecture.map_tensors(checkpoint.tensors)
     for output in tensors.outputs:
         for piece in output.pieces:

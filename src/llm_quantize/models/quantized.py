@@ -20,6 +20,7 @@ from llm_quantize.architectures.rows import matrix_shape
 from llm_quantize.errors import IntegrityError, UsageError
 from llm_quantize.formats.packed import AGAIN, ALIGNED, PackedMatrix, Settings, check_index, wrong_form
 from llm_quantize.formats.packed_formats import PACKED, format_of
+from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
 from llm_quantize.io.safetensors_file import Header, TensorInfo
@@ -269,14 +270,20 @@ class QuantizedModel(PackedRows):
     with, so what is made of it has its errors too. ``folded``: every field, with the weight that it is part of."""
 
     left_out: Mapping[str, str] = MappingProxyType({})
+    metadata: Mapping[str, MetaValue] | None = None
 
     def __init__(self, packed: PackedDirectory, place: Place, generation: dict[str, Any] | None, headers_only: bool):
         super().__init__(packed)
-        self.directory, self.name, self.revision = place.directory, place.name, place.revision
+        self.directory, self.name, self.revision = place.path, place.name, place.revision
         self.temporary, self.headers_only = place.temporary, headers_only
         self.headers, self.generation_config, self.kind = packed.headers, generation, packed.label
         self.config = _unquantized(packed.config)
         self.folded = {info.name: name for name, matrix in packed.matrices.items() for info in matrix.fields.values()}
+
+    @property
+    def config_file(self) -> Path:
+        """As ``Model.config_file``."""
+        return self.directory / "config.json"
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -325,14 +332,14 @@ class QuantizedModel(PackedRows):
         self.close()
 
 
-def sniff(directory: Path) -> bool:
-    """Whether the configuration in ``directory`` names a quant_method of a format that is read here.
+def sniff(path: Path) -> bool:
+    """Whether ``path`` is a directory whose configuration names a quant_method of a format that is read here.
 
     Raises what reading the configuration raises.
     """
-    if not os.path.lexists(directory / "config.json"):
+    if not os.path.lexists(path / "config.json"):
         return False
-    config = read_json_object(inside(directory, "config.json"), limit_bytes=CONFIG_LIMIT)
+    config = read_json_object(inside(path, "config.json"), limit_bytes=CONFIG_LIMIT)
     found = next((where[key] for where, key in _places(config) if where.get(key) is not None), None)
     if not isinstance(found, dict) or is_scaled_float8(found):
         return False
@@ -344,7 +351,7 @@ def open_at(place: Place, model: str, *, headers_only: bool = False) -> Quantize
     """The quantized model that lies at ``place``. Raises what ``PackedDirectory`` raises, and IntegrityError where
     nothing in it is quantized."""
     del model
-    packed = PackedDirectory(place.directory, hollow=place.temporary is not None)
+    packed = PackedDirectory(place.path, hollow=place.temporary is not None)
     try:
         if not packed.matrices:
             raise IntegrityError(
@@ -354,7 +361,7 @@ def open_at(place: Place, model: str, *, headers_only: bool = False) -> Quantize
                 found=f"{len(packed.tensors)} tensors of other kinds",
                 remedy=AGAIN,
             )
-        return QuantizedModel(packed, place, read_generation_config(place.directory), headers_only)
+        return QuantizedModel(packed, place, read_generation_config(place.path), headers_only)
     except BaseException:
         packed.close()
         raise

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError
 from llm_quantize.events import EventSink
+from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
 from llm_quantize.models import float8
@@ -64,12 +65,18 @@ class Checkpoint:
     _scale_tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     headers_only: bool = False
     kind: str = ""
+    metadata: Mapping[str, MetaValue] | None = None
     temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def __post_init__(self) -> None:
         self._reader = NoWeights(self.headers) if self.headers_only else TensorReader(self.headers)
         self._scales: OrderedDict[str, npt.NDArray[np.float32]] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def config_file(self) -> Path:
+        """As ``Model.config_file``."""
+        return self.directory / "config.json"
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -294,26 +301,33 @@ def open_checkpoint(
         raise
 
 
-def sniff(directory: Path) -> bool:
+def sniff(path: Path) -> bool:
     """Whatever no other reader knows is for this one, which says what is wrong with it."""
-    del directory
+    del path
     return True
 
 
 def open_at(place: Place, model: str, *, headers_only: bool = False) -> Checkpoint:
-    """The model that lies at ``place``; see ``open_checkpoint``."""
-    config, generation, quantization = read_configuration(place.directory, model)
-    headers, tensors = read_headers(place.directory, model)
+    """The model that lies at ``place``; see ``open_checkpoint``. Raises UsageError for a file."""
+    if not place.path.is_dir():
+        raise UsageError(
+            "MODEL must be a directory, a GGUF file or a hub id",
+            file=place.path,
+            found="a file of another kind",
+            remedy="give the directory that holds config.json and the .safetensors files",
+        )
+    config, generation, quantization = read_configuration(place.path, model)
+    headers, tensors = read_headers(place.path, model)
     layouts: dict[str, float8.ScaleLayout] = {}
     folded: dict[str, str] = {}
     left_out: dict[str, str] = {}
     if quantization is not None:
-        blocks = float8.block_size(quantization, place.directory / "config.json")
+        blocks = float8.block_size(quantization, place.path / "config.json")
         layouts, folded, left_out = float8.pair_scales(tensors, blocks)
     kept = {name: info for name, info in tensors.items() if name not in folded and name not in left_out}
     scales = {name: tensors[name] for name in folded}
     return Checkpoint(
-        place.directory,
+        place.path,
         place.name,
         config,
         generation,

@@ -7,20 +7,25 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from gguf.constants import Keys
+
 from llm_quantize.architectures.rows import weights_of
+from llm_quantize.errors import MalformedInputError
 from llm_quantize.formats.gguf import metadata as gguf_format
 from llm_quantize.formats.gguf.vocabulary.reading import read_vocabulary, runtime_name
 from llm_quantize.io.gguf_file import MetaValue
 
 if TYPE_CHECKING:
+    from llm_quantize.models.base import Model
     from llm_quantize.models.opening import Source
 
 
 def describe(source: Source) -> Mapping[str, MetaValue]:
     """The metadata that no level changes, in the order of the file.
 
-    Raises UnsupportedError where llama.cpp cannot run the model or read its tokenizer, MalformedInputError for
-    tokenizer files that break their format or are not there.
+    Of a model that is a GGUF file already they are its own, untouched. Raises UnsupportedError where llama.cpp cannot
+    run the model or read its tokenizer, MalformedInputError for tokenizer files that break their format or are not
+    there.
     """
     return _described(source)[0]
 
@@ -44,6 +49,8 @@ def _described(source: Source) -> _Described:
 def _read(source: Source) -> _Described:
     if source.limits:
         raise source.limits[0]
+    if source.checkpoint.metadata is not None:
+        return _carried(source.checkpoint), ()
     checkpoint, architecture = source.checkpoint, source.architecture
     embedding = next((output for output in source.tensors.outputs if output.name == "token_embd.weight"), None)
     rows = embedding.shape[0] if embedding is not None else None
@@ -61,3 +68,17 @@ def _read(source: Source) -> _Described:
         generation_config=checkpoint.generation_config,
     )
     return {**general, **architecture.metadata(checkpoint.generation_config), **vocabulary}, tuple(told)
+
+
+def _carried(checkpoint: Model) -> Mapping[str, MetaValue]:
+    """What a GGUF file says of its model, without what belongs to that file alone."""
+    metadata = checkpoint.metadata or {}
+    if Keys.Tokenizer.MODEL not in metadata or Keys.Tokenizer.LIST not in metadata:
+        raise MalformedInputError(
+            "this GGUF file has no tokenizer",
+            file=checkpoint.config_file,
+            expected=f"{Keys.Tokenizer.MODEL} and {Keys.Tokenizer.LIST}",
+            found="neither" if Keys.Tokenizer.MODEL not in metadata else f"no {Keys.Tokenizer.LIST}",
+            remedy="llama.cpp cannot load it without; start from a file that has it, or from the original model",
+        )
+    return {key: value for key, value in metadata.items() if not key.startswith(gguf_format.OF_THE_FILE)}

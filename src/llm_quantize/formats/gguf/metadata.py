@@ -19,6 +19,11 @@ from llm_quantize.io.gguf_file import MetaValue, tensor_bytes
 from llm_quantize.io.paths import inside, read_limited
 
 PROVENANCE = "llm_quantize"
+OF_THE_FILE = (
+    *(Keys.General.ALIGNMENT, Keys.General.FILE_TYPE, Keys.General.QUANTIZATION_VERSION, Keys.General.QUANTIZED_BY),
+    *("split.", "quantize.imatrix.", f"{PROVENANCE}."),
+)
+"""Keys, or their beginnings, that say how one file was made and laid out, not what model it holds."""
 MAX_CARD_BYTES = 1 << 20
 MAX_FRONT_MATTER = 1 << 15  # characters; the YAML parser reads about 100,000 a second
 MAX_CARD_DEPTH = 64

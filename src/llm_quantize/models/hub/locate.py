@@ -1,4 +1,4 @@
-"""Where a model is: a directory of this machine, or the hub's snapshot of a repository."""
+"""Where a model is: a directory or file of this machine, or the hub's snapshot of a repository."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_quantize.data import demo_model
-from llm_quantize.errors import UnsupportedError, UsageError, printable
+from llm_quantize.errors import UsageError, printable
 from llm_quantize.events import EventSink
 from llm_quantize.models.hub.fetch import resolve
 
@@ -17,11 +17,11 @@ BUILT_IN = "builtin:demo-llama"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a model lies: its directory, the name to call it by, and its hub commit if it has one.
+    """Where a model lies: its directory or file, the name to call it by, and its hub commit if it has one.
 
     ``temporary``: the directory holds headers without weights, until this is cleaned up (``hub.LocalSnapshot``)."""
 
-    directory: Path
+    path: Path
     name: str
     revision: str | None
     temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -30,7 +30,7 @@ class Place:
 def locate(
     model: str | os.PathLike[str], revision: str | None, on_event: EventSink | None, *, headers_only: bool = False
 ) -> Place:
-    """The directory of ``model``: itself, or the hub's snapshot. An existing path wins over a hub id.
+    """Where ``model`` is: an existing path, which wins over a hub id, or the hub's snapshot.
 
     ``BUILT_IN`` is the small trained model that comes with this package.
     """
@@ -48,24 +48,19 @@ def locate(
         raise UsageError(
             "no such model directory",
             file=text or "(empty)",
-            remedy="give an existing directory, or a hub id such as HuggingFaceTB/SmolLM2-135M",
+            remedy="give an existing directory or GGUF file, or a hub id such as HuggingFaceTB/SmolLM2-135M",
         )
     snapshot = resolve(text, revision, on_event=on_event, headers_only=headers_only)
     return Place(snapshot.directory, text, snapshot.commit, snapshot.temporary)
 
 
 def _local(path: Path, revision: str | None) -> Place:
-    if not path.is_dir():
-        remedy = "give the directory that holds config.json and the .safetensors files"
-        if path.suffix == ".gguf":
-            raise UnsupportedError("a GGUF file is not a source that this version reads", file=path, remedy=remedy)
-        raise UsageError("MODEL must be a directory or a hub id", file=path, found="a file", remedy=remedy)
     if revision is not None:
         raise UsageError(
-            "a directory has no revisions",
+            f"a {'directory' if path.is_dir() else 'file'} has no revisions",
             file=path,
             found=f"--revision {printable(revision, 80)}",
-            remedy="leave --revision out, or give the hub id instead of the directory",
+            remedy="leave --revision out, or give the hub id instead of the path",
         )
     real = path.resolve()
     name = os.fsencode(real.name).decode("utf-8", "replace") or "model"  # bytes that are not UTF-8 go into no metadata

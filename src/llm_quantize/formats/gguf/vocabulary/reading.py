@@ -71,8 +71,15 @@ def has_tokenizer(directory: Path) -> bool:
     return any((Path(directory) / name).exists() for name in ("tokenizer.json", "tokenizer.model", *_OTHER_FORMATS))
 
 
-def no_tokenizer(directory: Path) -> MalformedInputError:
-    """The error where there is none and one is needed."""
+def no_tokenizer(directory: Path) -> MalformedInputError | UnsupportedError:
+    """The error where there is none and one is needed: a model in one file (GGUF) has no files beside it."""
+    if Path(directory).is_file():
+        return UnsupportedError(
+            "running text through a GGUF file needs the tokenizer files of the original model",
+            file=directory,
+            remedy="give the directory of the original model; GGUF can be made of this file without calibration: "
+            "--no-calibration, or --imatrix FILE",
+        )
     return MalformedInputError(
         "the model directory has no tokenizer",
         file=Path(directory) / "tokenizer.json",
