@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-BUDGET = 72
+BUDGET = 11
 """Conditionals that are still there. It may only become smaller."""
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "llm_quantize"

@@ -6,8 +6,9 @@ A message says what happened, where (file, tensor, offset), what was expected an
 
 from __future__ import annotations
 
+import copyreg
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class LlmQuantizeError(Exception):
@@ -53,6 +54,10 @@ class LlmQuantizeError(Exception):
             if value is not None:
                 lines.append(f"  {label}: {printable(str(value))}")
         return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with all its facts, whatever a subclass's constructor takes: it may come from another process."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     def to_dict(self) -> dict[str, object]:
         """The same facts as one JSON-ready object (absent facts left out)."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from llm_quantize.engine import ENGINES
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.formats.table import FORMATS
@@ -128,7 +129,7 @@ class MethodOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may set beside model and levels. Sizes in bytes.
+    """What a user may set beside model and levels. Sizes in bytes. ``engine``: a name of ENGINES.
 
     ``calibrate``: True calibrates, False never does, None does where a level needs importance and no file gives it.
     """
@@ -147,7 +148,10 @@ class Options:
     checkpoint_dir: Path | None = None
     overwrite: bool = False
     ignore_space: bool = False
+    engine: str = "threads"
 
     def __post_init__(self) -> None:
         if self.nonfinite not in NONFINITE_POLICIES:
             raise UsageError("unknown --nonfinite policy", expected=NONFINITE_POLICIES, found=self.nonfinite)
+        if self.engine not in ENGINES:
+            raise UsageError("unknown --engine", expected=", ".join(ENGINES), found=self.engine)

@@ -26,24 +26,28 @@ from llm_quantize.artifacts.output import (
 )
 from llm_quantize.artifacts.result import ArtifactResult, complete_result
 from llm_quantize.artifacts.rounding import (
+    Policy,
     Recheck,
+    Rounding,
     Target,
-    Worker,
     matrix_records,
     missing_units,
+    recorded_units,
     unit_records,
+    unit_weights,
 )
 from llm_quantize.blockwise.estimate import estimate, rounding_sizes
 from llm_quantize.blockwise.start import solve_matrices
 from llm_quantize.calibration import choose
 from llm_quantize.calibration.statistics import collecting_sizes
-from llm_quantize.engine import run, stop_on_signals
+from llm_quantize.engine import ENGINES, stop_on_signals
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.base import Importance
 from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.artifact_paths import discard_hidden
 from llm_quantize.models.opening import Source, open_source
+from llm_quantize.models.shared import SharedModel
 from llm_quantize.options import Options
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.streams.sizes import from_headers
@@ -118,6 +122,7 @@ def quantize(
             before=before,
             already_allocated=sum(partial_bytes(path) for _, path in todo),
             ignore_space=options.ignore_space,
+            engine=options.engine,
         )
         written = _write_all(source, todo, importance, options, fitted, on_event) if todo else {}
     results = []
@@ -197,21 +202,17 @@ def _file_stem(name: str) -> str:
     return stem
 
 
-def _recheck(recheck: Recheck, targets: Sequence[Target], pool: Pool, on_event: EventSink) -> None:
+def _recheck(source: Source, targets: Sequence[Target], deep: bool, pool: Pool, on_event: EventSink) -> None:
     """Read back what an earlier run recorded, and tell how far that is: of a large model it takes minutes."""
-    jobs = [(target, key) for target in targets for key in target.output.records]
-    if not jobs:
+    checks = recorded_units(targets, deep=deep)
+    if not checks:
         return
-
-    def work(job: tuple[Target, str]) -> int:
-        target, key = job
-        recheck(job)
-        return target.output.spans[key].nbytes
-
-    done, total = 0, sum(target.output.spans[key].nbytes for target, key in jobs)
-    on_event({"event": "resuming", "units": len(jobs), "total": total})
-    for nbytes in pool(work, jobs):
-        done += nbytes
+    done, total = 0, sum(check.span.nbytes for check in checks)
+    on_event({"event": "resuming", "units": len(checks), "total": total})
+    recheck = Recheck(SharedModel(source.checkpoint), tuple(target.output.opened for target in targets))
+    for verdict in pool(recheck, checks):
+        targets[verdict.artifact].judge(verdict)
+        done += verdict.nbytes
         on_event({"event": "check", "what": "finished parts", "done": done, "total": total})
 
 
@@ -227,31 +228,35 @@ def _write_all(
     threads = fitted.threads
     times = source_times(source.checkpoint)
     rows = choose.rows_of(source, importance)
-    worker = Worker(source.checkpoint, rows, options.nonfinite, source.files)
+    policy = Policy(SharedModel(source.checkpoint), options.nonfinite, source.files)
     with ExitStack() as stack, stop_on_signals() as stop:
         targets = [
             Target(artifact, stack.enter_context(open_output(artifact, path, options, on_event)))
             for artifact, path in todo
         ]
-        pool = partial(run, threads=threads, stop=stop, resumable=options.checkpoints)
+        held = [lock for target in targets for lock in target.output.locks]
+        pool = partial(ENGINES[options.engine], threads=threads, stop=stop, resumable=options.checkpoints, hold=held)
         deep = any(target.output.notes.get("source_times") != times for target in targets)
-        _recheck(Recheck(source.checkpoint, deep), targets, pool, on_event)
+        _recheck(source, targets, deep, pool, on_event)
         resumed = {path: len(target.output.records) for target, (_, path) in zip(targets, todo, strict=True)}
         for target in targets:
             target.output.note({"source_times": times})
-        alike = [targets] if all(target.plan.alike for target in targets) else [[t] for t in targets]
-        units = [unit for group in alike for unit in missing_units(group)]
-        total = sum(unit.weight for unit in units)
+        units = list(missing_units(targets, rows))
+        total = sum(unit_weights(targets, unit) for unit in units)
         facts = {"total": total, "threads": threads, "memory_needed": fitted.memory_needed}
         on_event({"event": "start", **facts, "resumed_units": sum(resumed.values())})
         finished = 0
-        for unit in pool(worker, units):
-            finished += unit.weight
+        plans = tuple(target.plan.tensors for target in targets)
+        rounding = Rounding(policy, plans, tuple(target.output.opened for target in targets))
+        for records in pool(rounding, units):
+            for record in records:
+                targets[record.artifact].keep(record)
+                finished += record.weights
             on_event({"event": "progress", "done": finished, "total": total})
         for target in targets:
             if target.plan.matrices:
                 began = time.process_time()
-                solve_matrices(source, target, worker, importance, options, fitted, stop, on_event)
+                solve_matrices(source, target, policy, importance, options, fitted, stop, on_event)
                 target.seconds += time.process_time() - began
             finish_card(target)
         refuse_changed(source.checkpoint, times)

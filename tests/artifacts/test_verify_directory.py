@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_quantize.architectures.rows import matrix_shape, unit_ranges
+from llm_quantize.artifacts.deviation import Deviation, error_bound
 from llm_quantize.artifacts.manifest import manifest_bytes
-from llm_quantize.artifacts.verification import Deviation, error_bound
 from llm_quantize.artifacts.verify import Verification, verify
 from llm_quantize.cli import run
 from llm_quantize.errors import IntegrityError, MalformedInputError

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_quantize import data
 from llm_quantize.cli.demo import command
-from llm_quantize.compare import demo, demo_methods
+from llm_quantize.compare import demo
 from llm_quantize.errors import MissingExtraError
 from llm_quantize.measures.divergence import Divergence, Paired
 from llm_quantize.runtimes import base, transformers, vllm
@@ -38,23 +38,11 @@ def test_built_in_data() -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two levels, two windows, four tokens, no torch."""
-    monkeypatch.setattr(demo, "LEVELS", ("BF16", "Q4_K_M"))
+    """Three levels, two windows, four tokens, no torch."""
+    monkeypatch.setattr(demo, "LEVELS", ("F32", "BF16", "Q4_K_M"))
     monkeypatch.setattr(demo, "WINDOWS", 2)
     monkeypatch.setattr(demo, "NEW_TOKENS", 4)
     monkeypatch.setattr(demo, "find_spec", lambda _: None)
-    monkeypatch.setattr(demo_methods, "find_spec", lambda _: None)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    """The built-in model as F32 and Q4_K_M."""
-    pytest.importorskip("xllamacpp")
-    from llm_quantize.pipeline import quantize
-
-    folder = tmp_path_factory.mktemp("demo")
-    results = quantize(str(data.demo_model()), "gguf", levels=["F32", "Q4_K_M"], output_dir=folder)
-    return tuple(result.path for result in results)
 
 
 @pytest.mark.usefixtures("small")
@@ -75,7 +63,6 @@ def test_run_demo_measures_what_it_wrote(tmp_path: Path) -> None:
     assert small.divergence.reference_perplexity == source.perplexity
     assert result.tokens == 2 * 127
     assert all(row.text for row in result.rows)
-    assert not result.agreement.checked
     assert "torch" in result.agreement.problem
     assert result.methods.rows == ()
     assert result.methods.problem == "torch and transformers not installed"
@@ -97,24 +84,15 @@ def test_without_a_directory_nothing_stays(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_missing_runtime_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llm_quantize.runtimes import llama_cpp_library
+    from llm_quantize.runtimes import llama_cpp
 
     def absent() -> None:
         raise MissingExtraError("running a GGUF file", "llamacpp")
 
-    monkeypatch.setattr(llama_cpp_library, "load_library", absent)
+    monkeypatch.setattr(llama_cpp, "load_library", absent)
     with pytest.raises(MissingExtraError, match=r"pip install 'llm-quantize\[llamacpp\]'"):
         demo.run_demo(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
-def test_llama_cpp_agrees_with_transformers(files: tuple[Path, ...]) -> None:
-    found = demo.compare_with_transformers(data.demo_model(), files[0], windows=2)
-    assert found.checked
-    assert found.kld < 1e-8
-    assert found.same_top == 1
-    assert found.largest_difference < 1e-3 * found.logit_range
 
 
 @pytest.fixture
@@ -137,17 +115,26 @@ def test_rounding_against_feedback(shallow: Path, tmp_path: Path, monkeypatch: p
     """Two real pairs; this process has no GPTQModel, so GPTQ must say what is missing and not invent an answer."""
     pytest.importorskip("xllamacpp")
     monkeypatch.setattr(data, "demo_model", lambda: shallow)
-    monkeypatch.setattr(demo_methods, "PAIRS", (("gguf", "Q2_K"), ("gptq", "4bit")))
-    monkeypatch.setattr(demo_methods, "CALIBRATION", replace(demo_methods.CALIBRATION, samples=4, length=128))
-    monkeypatch.setattr(demo_methods, "WINDOWS", 3)
-    monkeypatch.setattr(demo_methods, "NEW_TOKENS", 3)
+    monkeypatch.setattr(demo, "LEVELS", ("F32", "Q4_K_M"))
+    monkeypatch.setattr(demo, "PAIRS", (("GGUF Q2_K", "gguf", "Q2_K"), ("GPTQ 4bit", "gptq", "4bit")))
+    monkeypatch.setattr(demo, "CALIBRATION", replace(demo.CALIBRATION, samples=4, length=128))
+    monkeypatch.setattr(demo, "WINDOWS", 3)
+    monkeypatch.setattr(demo, "NEW_TOKENS", 3)
     monkeypatch.setenv("LLM_QUANTIZE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LLM_QUANTIZE_VLLM", raising=False)
     monkeypatch.setattr(transformers, "run", _not_installed)
     events: list[dict[str, Any]] = []
-    found = demo_methods.run_methods(
-        tmp_path, demo.PROMPT, threads=1, on_event=lambda event: events.append(dict(event))
-    )
+    result = demo.run_demo(tmp_path / "out", threads=1, on_event=lambda event: events.append(dict(event)))
+    source, level = result.rows
+    assert source.divergence is None
+    assert level.divergence is not None
+    assert level.divergence.kld > 0
+    assert source.text
+    assert result.agreement.runtime == "llama.cpp"
+    assert result.agreement.tokens == 2 * 127
+    assert result.agreement.kld < 1e-8
+    assert result.agreement.same_top == 1
+    found = result.methods
     assert [(row.label, row.method) for row in found.rows] == [
         ("GGUF Q2_K", "rounded"), ("GGUF Q2_K", "feedback"), ("GPTQ 4bit", "rounded"), ("GPTQ 4bit", "feedback"),
     ]  # fmt: skip
@@ -158,6 +145,8 @@ def test_rounding_against_feedback(shallow: Path, tmp_path: Path, monkeypatch: p
         assert rounded.tensor_bytes == feedback.tensor_bytes
         assert rounded.ratio is None
         assert rounded.run is None
+        assert rounded.divergence is not None
+        assert feedback.divergence is not None
         assert feedback.ratio is not None
         assert feedback.ratio.kld_ratio == pytest.approx(feedback.divergence.kld / rounded.divergence.kld)
         assert feedback.ratio.kld_ratio_sem > 0
@@ -174,14 +163,8 @@ def test_rounding_against_feedback(shallow: Path, tmp_path: Path, monkeypatch: p
     assert fine.tokens == 0
     assert "no GPTQModel here" in fine.problem
     assert "gptqmodel" in fine.remedy
-    made = [event["text"] for event in events if event["event"] == "made"]
-    assert made == [
-        "GGUF Q2_K, rounded",
-        "GGUF Q2_K, error feedback",
-        "GPTQ 4bit, rounded",
-        "GPTQ 4bit, error feedback",
-    ]
-    assert {event["text"] for event in events if event["event"] == "progress"} >= set(made)
+    stages = [event["text"] for event in events if event["event"] == "stage"]
+    assert {"GGUF Q2_K, rounded", "GPTQ 4bit, feedback", "GPTQ 4bit in its runtime"} <= set(stages)
 
 
 def _not_installed(*_: object, **__: object) -> Any:
@@ -193,9 +176,7 @@ def test_vllm_where_it_is_named(variable: str, name: str, tmp_path: Path, monkey
     """The directory runs where the user has said, and its answer is compared with what the decoder reads."""
     pytest.importorskip("torch")
     monkeypatch.setenv("LLM_QUANTIZE_VLLM", variable)
-    assert demo_methods._runtime("gptq") == name
-    assert demo_methods._runtime("gguf") == "llama.cpp"
-    from llm_quantize.measures.perplexity import log_softmax
+    monkeypatch.delenv("LLM_QUANTIZE_TRANSFORMERS", raising=False)
     from llm_quantize.options import MethodOptions
     from llm_quantize.pipeline import Options, open_source, quantize
 
@@ -203,28 +184,28 @@ def test_vllm_where_it_is_named(variable: str, name: str, tmp_path: Path, monkey
     (result,) = quantize(str(data.demo_model()), "gptq", levels=["4bit"], output_dir=tmp_path, options=options)
     windows = np.arange(128, dtype=np.int32).reshape(2, 64) + 5
     source = open_source(str(data.demo_model()))
-    asked: list[tuple[Path, base.Request]] = []
+    size = source.architecture.hyper.vocab_size
+    asked: list[base.Request] = []
 
-    def answer(path: Path, request: base.Request) -> base.Reply:
-        asked.append((path, request))
-        logprobs = np.stack([log_softmax(row) for row in ours]).astype(np.float32)
-        return base.Reply(logprobs, (" and so",), ((1, 2),), {"gptqmodel": "7"}, ("TorchLinear",), {})
+    def answer(path: Path, request: base.Request, **_: object) -> base.Reply:
+        assert path == result.path
+        asked.append(request)
+        count = 0 if request.windows is None else len(request.windows)
+        logprobs = np.full((count, 64, size), -np.log(size), np.float32)
+        return base.Reply(logprobs, (" and so",) * len(request.prompts), ((1, 2),), {}, (), {})
 
     monkeypatch.setattr({"vLLM": vllm, "transformers": transformers}[name], "run", answer)
     with source.checkpoint:
-        ours = demo_methods._decoded(source, result.path, windows)
-        made = demo_methods._Made("gptq", "4bit", "feedback", result, 1.0)
-        found = demo_methods._run(source, made, name, windows, "Once", 1)
-        ours = [row + np.linspace(0, 1, row.shape[-1], dtype=np.float32) for row in ours]
-        other = demo_methods._run(source, made, name, windows, "Once", 1)
-    assert (found.text, found.kernels, found.versions) == (" and so", ("TorchLinear",), {"gptqmodel": "7"})
-    assert found.kld == pytest.approx(0, abs=1e-6)
-    assert found.same_top == 1
+        found = demo._run(source, result.path, windows, 1)
+    assert (found.runtime, found.text, found.problem) == (name, " and so", "")
     assert found.tokens == 2 * 31
-    assert other.kld > 0.01
-    assert asked[0][0] == result.path
-    assert asked[0][1].prompts == ("Once",)
-    assert asked[0][1].dtype == ("auto" if name == "vLLM" else "float32")
+    assert found.kld > 1  # it knows nothing
+    assert [request.prompts for request in asked] == [(), (demo.PROMPT,)]
+
+
+def example_row(label: str, method: str, size: int, lost: Divergence | None, **more: Any) -> demo.DemoRow:
+    perplexity = 34.98 if lost is None else lost.perplexity
+    return demo.DemoRow(label, "x", label, method, "z", size, 32.09, 9, 117.61, perplexity, lost, **more)
 
 
 def example_result(checked: bool) -> demo.DemoResult:
@@ -234,37 +215,24 @@ def example_result(checked: bool) -> demo.DemoResult:
         kld_max=3.0, same_top=0.638, same_top_sem=0.01, rms_delta_p=0.1, rms_delta_p_sem=0.01,
     )  # fmt: skip
     rows = (
-        demo.DemoRow(
-            "F32", "x/a-F32.gguf", 23_148_000, 32.09, 0.01, 34.98, None, " the old man\nwas 吾輩は猫である" * 9
-        ),
-        demo.DemoRow("Q4_K_M", "x/a-Q4_K_M.gguf", 2_409_472, 3.34, 0.0, 42.37, lost, " [bold]markup[/bold]"),
+        example_row("F32", "rounded", 23_148_000, None, text=" the old man\nwas 吾輩は猫である" * 9),
+        example_row("Q4_K_M", "rounded", 2_409_472, lost, text=" [bold]markup[/bold]"),
     )
-    agreement = (
-        demo.Agreement(True, tokens=508, kld=4e-12, same_top=1.0, largest_difference=5e-5, logit_range=36.0)
-        if checked
-        else demo.Agreement(False, problem="torch not installed")
-    )
-    methods = (
-        example_methods(lost)
-        if checked
-        else demo_methods.MethodsResult(problem="torch not installed", remedy="pip install 'llm-quantize[torch]'")
-    )
+    absent = {"problem": "torch not installed", "remedy": "pip install 'llm-quantize[torch]'"}
+    agreement = demo.Run("llama.cpp", "", 508, 4e-12, 1.0) if checked else demo.Run("", **absent)
+    methods = example_methods(lost) if checked else demo.Methods(**absent)
     return demo.DemoResult(rows, 6096, 256, demo.PROMPT, agreement, methods, 31.2, kept=True)
 
 
-def example_methods(lost: Divergence) -> demo_methods.MethodsResult:
+def example_methods(lost: Divergence) -> demo.Methods:
     ratio = Paired(0, 1, 6096, -0.01, 0.001, 0.71234, 0.01234, 0.0, 0.0)
-    ran = demo_methods.RuntimeRun("transformers", {}, (), " 吾輩は猫である、[bold]と" * 9, 254, 1.2e-6, 0.9912)
-    failed = demo_methods.RuntimeRun(
-        "vLLM", {}, (), "", 0, 0.0, 0.0, "Running a model in vLLM: ImportError", "in a checkout: make vllm"
-    )
+    ran = demo.Run("transformers", " 吾輩は猫である、[bold]と" * 9, 254, 1.2e-6, 0.9912)
+    failed = demo.Run("vLLM", problem="Running a model in vLLM: ImportError", remedy="in a checkout: make vllm")
     rows = []
     for label, run in (("GGUF Q4_K_M", ran), ("AWQ 4bit", failed)):
-        for method in ("rounded", "feedback"):
-            given = (ratio, run) if method == "feedback" else (None, None)
-            row = demo_methods.MethodRow(label, "x", "y", method, "z", 14_757_814, 9, 117.61, lost, *given)
-            rows.append(row)
-    return demo_methods.MethodsResult(tuple(rows), 6096, 256, 8192, 4.4)
+        rows.append(example_row(label, "rounded", 14_757_814, lost))
+        rows.append(example_row(label, "feedback", 14_757_814, lost, ratio=ratio, run=run))
+    return demo.Methods(tuple(rows), 6096, 256, 8192, 4.4)
 
 
 @pytest.mark.parametrize("columns", [80, 100, 120])
@@ -279,7 +247,7 @@ def test_output_fits_the_terminal(checked: bool, columns: int, monkeypatch: pyte
     assert max(cell_len(line) for line in lines[:-1]) <= columns
     assert "'out dir/demo-llama-Q4_K_M.gguf'" in lines[-1]
     table = "\n".join(lines[:3])
-    for word in ("23.15 MB", "32.09", "34.98", "source", "3.34", "42.37", "0.20131 ±0.00288", "63.8 %"):
+    for word in ("23.15 MB", "32.09", "34.98", "source", "42.37", "0.20131 ±0.00288", "63.8 %"):
         assert word in table
     words = " ".join(outcome.stdout.split())
     assert "[bold]markup[/bold]" in words
@@ -309,23 +277,23 @@ def test_json_has_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line for each file and measurement, no bar, and nothing of a second measurement in llama.cpp's name."""
+    """One line for each file and each tenth of what is measured, no bar."""
 
     def told(*_: object, on_event: Any, **__: object) -> demo.DemoResult:
-        on_event({"event": "measure", "done": 48, "total": 48})
-        on_event({"event": "stage", "text": "GPTQ 4bit, error feedback"})
-        on_event({"event": "progress", "done": 1, "total": 1, "text": "GPTQ 4bit, error feedback", "unit": "tokens"})
-        on_event({"event": "made", "text": "GPTQ 4bit, error feedback", "seconds": 14.2})
-        on_event({"event": "measure", "done": 9, "total": 9})
+        on_event({"event": "stage", "text": "GPTQ 4bit, feedback"})
         on_event({"event": "warning", "text": "careful"})
+        on_event({"event": "stage", "text": "measure every file against the source"})
+        on_event({"event": "measure", "done": 1, "total": 2})
+        on_event({"event": "measure", "done": 2, "total": 2})
         return example_result(True)
 
     monkeypatch.setattr(demo, "run_demo", told)
     outcome = CliRunner().invoke(command, [])
     assert outcome.exception is None
     assert outcome.stderr.splitlines() == [
-        "measure: 100% (48 windows through every file in llama.cpp)",
-        "GPTQ 4bit, error feedback: 100% (14.2 s of CPU time)",
-        "measure: 100% (every file against the source)",
+        "GPTQ 4bit, feedback",
         "warning: careful",
+        "measure every file against the source",
+        "measure: 50%",
+        "measure: 100%",
     ]

@@ -1,4 +1,4 @@
-"""The local pool: any order, bounded look-ahead, first error wins, signals stop it with nothing lost."""
+"""Threads: order, signals, and what the system refuses. What all engines have in common is in test_engines.py."""
 
 from __future__ import annotations
 
@@ -8,75 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from llm_quantize.engine import in_order, run, stop_on_signals
-from llm_quantize.errors import IntegrityError, ResourceError, StoppedError
-
-
-@pytest.mark.parametrize("threads", [1, 2, 7])
-def test_every_job_once(threads: int) -> None:
-    assert sorted(run(lambda job: job * job, range(50), threads=threads)) == [job * job for job in range(50)]
-    assert list(run(lambda job: job, [], threads=threads)) == []
-
-
-def test_jobs_are_taken_as_they_are_needed() -> None:
-    taken = []
-
-    def jobs() -> Iterator[int]:
-        for job in range(100):
-            taken.append(job)
-            yield job
-
-    results = run(lambda job: job, jobs(), threads=2)
-    for done in range(1, 100):
-        next(results)
-        assert len(taken) <= done + 4
-
-
-def test_first_error_ends_the_run_and_jobs_in_flight_end() -> None:
-    finished = []
-
-    def work(job: int) -> int:
-        if job == 3:
-            raise IntegrityError("job 3")
-        time.sleep(0.01)
-        finished.append(job)
-        return job
-
-    with pytest.raises(IntegrityError, match="job 3"):
-        list(run(work, range(1000), threads=2))
-    assert 0 < len(finished) < 20
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("llm-quantize")]
-
-
-def test_a_consumer_that_leaves_stops_the_workers() -> None:
-    started = []
-    results = run(lambda job: started.append(job), range(1000), threads=2)
-    next(results)
-    results.close()  # type: ignore[attr-defined]
-    assert len(started) <= 5
-
-
-def test_stop_yields_what_was_in_flight() -> None:
-    stop = threading.Event()
-    started, results = [], []
-
-    def work(job: int) -> int:
-        started.append(job)
-        time.sleep(0.01)
-        if job == 5:
-            stop.set()
-        return job
-
-    with pytest.raises(StoppedError, match="same command") as caught:
-        results.extend(run(work, range(1000), threads=2, stop=stop))
-    assert sorted(results) == sorted(started)
-    assert len(started) < 20
-    assert caught.value.exit_code == 75
+from llm_quantize.errors import ResourceError, StoppedError
 
 
 def test_no_more_threads_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,10 @@ _TOKENS = "tokenizer.ggml.tokens"
 
 @dataclass(frozen=True)
 class Use:
-    """Rows [first, first + count) of ``output`` hold what ``piece`` says of a source tensor."""
+    """Rows [first, first + count) of ``output`` are what ``piece`` says of a source tensor; the artifact has them as
+    the same rows of ``held``."""
 
+    held: OutputTensor
     output: OutputTensor
     first: int
     count: int
@@ -65,7 +67,8 @@ class Decoded(ABC):
     has. ``notes``: what differs between its metadata and the source's, in words: the streamed evaluation follows the
     source's configuration. ``scratch``: bytes in memory while a tensor is decoded, beside its values.
 
-    A subclass gives the rows of every tensor of the map (``stored_rows``); the map is undone here.
+    A subclass gives rows of what the artifact holds (``rows_of``), and says which that is for every tensor of the map
+    (``_held``); the map is undone here.
     """
 
     path: Path
@@ -76,6 +79,7 @@ class Decoded(ABC):
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self._held: dict[str, OutputTensor] = {}
         self._uses: dict[str, tuple[Use, ...]] = {}
         self._head_uses: dict[str, tuple[Use, ...]] = {}
 
@@ -84,9 +88,13 @@ class Decoded(ABC):
         """What the artifact has for a tensor of the map; None: nothing."""
 
     @abstractmethod
+    def rows_of(self, held: OutputTensor, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """(first row, float32 (n, columns)) of rows [start, stop) of a tensor of the artifact, in chunks that stay in a
+        core's cache, none of which crosses from one matrix to the next."""
+
     def stored_rows(self, name: str, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """(first row, float32 (n, columns)) of rows [start, stop) of the tensor that the map calls ``name``, in chunks
-        that stay in a core's cache, none of which crosses from one matrix to the next."""
+        """``rows_of`` the tensor that the map calls ``name``."""
+        return self.rows_of(self._held[name], start, stop)
 
     @abstractmethod
     def types(self) -> dict[str, str]:
@@ -118,7 +126,7 @@ class Decoded(ABC):
         if others or use.piece.transpose or use.piece.order is not None or use.piece.columns is not None:
             return self.read(name)[rows]
         wanted = [row + use.first - use.piece.start for row in rows.tolist()]
-        parts = [values for row in wanted for _, values in self.stored_rows(use.output.name, row, row + 1)]
+        parts = [values for row in wanted for _, values in self.rows_of(use.held, row, row + 1)]
         columns = matrix_shape(self._source.checkpoint.tensors[name].shape)[1]
         values = np.concatenate(parts) if parts else np.empty((0, columns), np.float32)
         return _tensor(values - np.float32(use.piece.add) if use.piece.add else values)
@@ -152,7 +160,7 @@ class Decoded(ABC):
     def _fill(self, name: str, uses: tuple[Use, ...], values: npt.NDArray[np.float32]) -> None:
         """Write what the artifact holds of the checkpoint tensor ``name`` into ``values``, which has its shape."""
         for use in uses:
-            for start, rows in self.stored_rows(use.output.name, use.first, use.first + use.count):
+            for start, rows in self.rows_of(use.held, use.first, use.first + use.count):
                 scatter(self._source.checkpoint, use.output, start, rows, {name: values})
 
     def _another(self, found: str, expected: str, *, tensor: str | None = None) -> IntegrityError:
@@ -168,16 +176,16 @@ class Decoded(ABC):
     def _invert(self, outputs: Iterable[OutputTensor]) -> None:
         """The uses that make up each checkpoint tensor; and those that the head prefers."""
         for output in outputs:
-            for use in self._uses_of(output):
+            for use in self._uses_of(output, self._held[output.name]):
                 name = use.piece.source
                 if output.name == HEAD and name in self._uses:
                     self._head_uses[name] = (use,)
                 else:
                     self._uses[name] = (*self._uses.get(name, ()), use)
 
-    def _uses_of(self, output: OutputTensor) -> Iterator[Use]:
+    def _uses_of(self, output: OutputTensor, held: OutputTensor) -> Iterator[Use]:
         for first, count, piece in placed(self._source.checkpoint, output):
-            yield Use(output, first, count, piece)
+            yield Use(held, output, first, count, piece)
 
 
 class DecodedArtifact(Decoded):
@@ -195,7 +203,8 @@ class DecodedArtifact(Decoded):
         self._entries = _collect(files)
         self.weights = sum(math.prod(entry.shape) for _, entry in self._entries.values())
         self._check_model(files[0])
-        self._invert(self._agreeing())
+        self._held = self._agreeing()
+        self._invert(self._held.values())
         self.notes = tuple(_differences(files[0], source))
 
     def types(self) -> dict[str, str]:
@@ -207,10 +216,10 @@ class DecodedArtifact(Decoded):
         found = self._entries.get(output.name)
         return None if found is None else Stored(output.name, found[1].type.name.lower(), found[1].nbytes)
 
-    def stored_rows(self, name: str, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """As ``Decoded.stored_rows``. Raises UnsupportedError (no decoder for the type), IntegrityError (the file
+    def rows_of(self, held: OutputTensor, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """As ``Decoded.rows_of``. Raises UnsupportedError (no decoder for the type), IntegrityError (the file
         became shorter), ResourceError."""
-        file, entry = self._entries[name]
+        file, entry = self._entries[held.name]
         with opened(file.path) as descriptor:
             row_bytes = entry.nbytes // matrix_shape(entry.shape)[0]
             for _, first, last in chunk_ranges(entry.shape, start, stop):
@@ -231,7 +240,7 @@ class DecodedArtifact(Decoded):
         if tokens is not None and source_tokens is not None and len(tokens) != len(source_tokens):
             raise self._another(f"{len(tokens)} tokens in its vocabulary", f"{len(source_tokens)} tokens")
 
-    def _agreeing(self) -> Iterable[OutputTensor]:
+    def _agreeing(self) -> dict[str, OutputTensor]:
         """The tensors of the map, if the file has all of them in their shapes, and nothing else."""
         outputs = {output.name: output for output in self._source.tensors.outputs}
         self._allow_for_ties(outputs)
@@ -243,7 +252,7 @@ class DecodedArtifact(Decoded):
             found, wanted = self._entries[name][1].shape, outputs[name].shape
             if _squeezed(found) != _squeezed(wanted):
                 raise self._another(f"shape {list(found)}", f"shape {list(wanted)}", tensor=name)
-        return outputs.values()
+        return outputs
 
     def _allow_for_ties(self, outputs: dict[str, OutputTensor]) -> None:
         """Of a tied table, other writers may keep one copy where this project keeps two, or two for one."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from llm_quantize.architectures import open_architecture
 from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import chunk_rows, placed, read_output_rows, to_float32, weights_of
-from llm_quantize.artifacts.decoded import EMBEDDING, HEAD, Decoded, DecodedArtifact, Stored, differences
+from llm_quantize.artifacts.decoded import EMBEDDING, HEAD, Decoded, DecodedArtifact, Stored, Use, differences
 from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError
 from llm_quantize.formats.packed import ALIGNED
 from llm_quantize.io.safetensors_file import TensorInfo
@@ -78,7 +78,7 @@ class DecodedDirectory(Decoded):
         self.scratch = packed.scratch
         self.weights = sum(weights_of(info.shape) for info in self._infos.values())
         mapped = {name: info for name, info in self._infos.items() if name != own_head}
-        self._outputs = {output.name: output for output in self._mapped(mapped)}
+        self._held = {output.name: output for output in self._mapped(mapped)}
         self._invert_all(own_head)
         if own_head is not None and not self._head_uses:
             notes.append(f"{own_head} is in the artifact, but its configuration ties the head to the embedding")
@@ -90,7 +90,7 @@ class DecodedDirectory(Decoded):
 
     def stored(self, output: OutputTensor) -> Stored | None:
         """As ``Decoded.stored``: several tensors of the artifact that are one of the map have one name, with stars."""
-        found = self._outputs.get(output.name)
+        found = self._held.get(output.name)
         if found is None or not found.pieces:
             return None
         names = list(dict.fromkeys(piece.source for piece in found.pieces))
@@ -99,22 +99,26 @@ class DecodedDirectory(Decoded):
         nbytes = sum(self._infos[name].nbytes for name in names)
         return Stored(_starred(names), "+".join(qtypes), round(nbytes * weights_of(output.shape) / max(1, weights)))
 
+    @property
+    def reference(self) -> Mapping[str, TensorInfo]:
+        """The source's tensors."""
+        return self._source.checkpoint.tensors
+
     def parts(self, name: str) -> Iterator[tuple[str, int, int]]:
         """(the artifact's tensor, first row, rows) of all that the tensor which the map calls ``name`` consists of."""
-        found = self._outputs.get(name)
+        found = self._held.get(name)
         for first, count, piece in () if found is None else placed(self._rows, found):
             yield piece.source, first, count
 
-    def stored_rows(self, name: str, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """As ``Decoded.stored_rows``. Raises what ``PackedDirectory.rows`` raises."""
-        output = self._outputs[name]
-        per_matrix = output.shape[-2] if len(output.shape) > 1 else 1
-        step = max(ALIGNED, chunk_rows(output.shape[-1] if output.shape else 1) // ALIGNED * ALIGNED)
+    def rows_of(self, held: OutputTensor, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """As ``Decoded.rows_of``. Raises what ``PackedDirectory.rows`` raises."""
+        per_matrix = held.shape[-2] if len(held.shape) > 1 else 1
+        step = max(ALIGNED, chunk_rows(held.shape[-1] if held.shape else 1) // ALIGNED * ALIGNED)
         first = start
         while first < stop:
             base = first // per_matrix * per_matrix
             last = min(stop, base + per_matrix, base + ((first - base) // step + 1) * step)
-            yield first, to_float32(read_output_rows(self._rows, output, first, last))
+            yield first, to_float32(read_output_rows(self._rows, held, first, last))
             first = last
 
     def _mapped(self, infos: Mapping[str, TensorInfo]) -> Iterator[OutputTensor]:
@@ -184,26 +188,23 @@ class DecodedDirectory(Decoded):
         for name, piece in used.items():
             info = self._infos.get(name)
             if info is not None and info.shape == source.checkpoint.tensors[name].shape:
-                output = self._plain_output(name, name, piece.transpose)
-                self._uses[name] = tuple(self._uses_of(output))
+                self._uses[name] = self._as_it_stands(name, name, piece.transpose)
         straight = set(self._uses)
         for output in source.tensors.outputs:
-            for use in self._uses_of(output):
+            for use in self._uses_of(output, self._held.get(output.name, output)):
                 if use.piece.source not in straight and output.name != HEAD:
                     self._uses[use.piece.source] = (*self._uses.get(use.piece.source, ()), use)
         table = next((o.pieces[0].source for o in source.tensors.outputs if o.name == EMBEDDING), None)
         untied = self.packed.config.get("tie_word_embeddings") is False
         if own_head is not None and untied and table is not None:
-            output = self._plain_output(own_head, table, False)
-            self._head_uses[table] = tuple(self._uses_of(output))
+            self._head_uses[table] = self._as_it_stands(own_head, table, False)
 
-    def _plain_output(self, name: str, target: str, transpose: bool) -> OutputTensor:
-        """Registers the artifact's tensor ``name`` as it stands; gives it as a tensor made of ``target``."""
+    def _as_it_stands(self, name: str, target: str, transpose: bool) -> tuple[Use, ...]:
+        """The source's tensor ``target`` from the artifact's ``name``, whole and without the map."""
         shape = self._infos[name].shape
         shape = (*shape[:-2], shape[-1], shape[-2]) if transpose else shape
-        key = f"={name}"
-        self._outputs[key] = OutputTensor(key, shape, (Piece(name, transpose=transpose),))
-        return OutputTensor(key, shape, (Piece(target, transpose=transpose),))
+        held, output = (OutputTensor(name, shape, (Piece(one, transpose=transpose),)) for one in (name, target))
+        return tuple(self._uses_of(output, held))
 
 
 def _starred(names: list[str]) -> str:

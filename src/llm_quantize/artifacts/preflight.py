@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 from llm_quantize import memory
 from llm_quantize.architectures.rows import chunk_rows, matrix_shape
+from llm_quantize.engine import ISOLATED
 from llm_quantize.errors import AccessError, ResourceError
 from llm_quantize.memory import Sizes
 from llm_quantize.plan import ArtifactPlan
@@ -49,7 +50,7 @@ def rounding_sizes(artifacts: Sequence[ArtifactPlan]) -> Sizes:
 def _chunk_bytes(artifacts: Sequence[ArtifactPlan]) -> int:
     """The most that one thread holds of one chunk: as read, gathered, converted, and packed for each qtype."""
     most = 0
-    alike = all(artifact.format == "gguf" for artifact in artifacts)
+    alike = all(artifact.alike for artifact in artifacts)
     groups = [artifacts] if alike else [[artifact] for artifact in artifacts]
     for together in chain.from_iterable(zip(*(a.tensors for a in group), strict=True) for group in groups):
         rows, columns = matrix_shape(together[0].output.shape)
@@ -62,14 +63,22 @@ def _chunk_bytes(artifacts: Sequence[ArtifactPlan]) -> int:
 
 
 def fit(
-    artifacts: Sequence[ArtifactPlan], *, threads: int | None, max_ram: int | None, before: int | None = None
+    artifacts: Sequence[ArtifactPlan],
+    *,
+    threads: int | None,
+    max_ram: int | None,
+    before: int | None = None,
+    engine: str = "threads",
 ) -> tuple[int, int]:
-    """The threads that round, at most ``threads`` (all CPUs), and the resident bytes of the process at the height of
-    the whole run, all phases of all artifacts, each with the threads that fit it.
+    """The threads (or other workers) that round, at most ``threads`` (all CPUs), and the resident bytes of the run at
+    its height, all phases of all artifacts, each with the threads that fit it.
 
     ``before``: see ``memory.peak``. Raises ResourceError where a phase does not fit with one thread.
     """
-    rounding = memory.fit(rounding_sizes(artifacts), threads=threads, max_ram=max_ram, before=before)
+    sizes = rounding_sizes(artifacts)
+    if engine in ISOLATED:  # a worker that opens the model for itself takes what this process has taken so far
+        sizes = replace(sizes, each=sizes.each + memory.resident_bytes())
+    rounding = memory.fit(sizes, threads=threads, max_ram=max_ram, before=before)
     phases = dict.fromkeys(phase for artifact in artifacts for phase in artifact.phases)
     heights = [memory.fit(phase, threads=rounding.threads, max_ram=max_ram, before=before).peak for phase in phases]
     return rounding.threads, max(rounding.peak, *heights, 0)
@@ -84,6 +93,7 @@ def check(
     before: int | None = None,
     already_allocated: int = 0,
     ignore_space: bool = False,
+    engine: str = "threads",
 ) -> Preflight:
     """Fit the run to the machine, or raise ResourceError or AccessError naming the figure that does not fit."""
     parent = refuse_unwritable(directory)
@@ -99,7 +109,7 @@ def check(
             remedy="free some space, choose another directory with -o, or a smaller level; --ignore-space tries anyway",
         )
     _check_file_size(artifacts)
-    count, height = fit(artifacts, threads=threads, max_ram=max_ram, before=before)
+    count, height = fit(artifacts, threads=threads, max_ram=max_ram, before=before, engine=engine)
     return Preflight(count, height, memory.memory_limit(max_ram), needed, free, before)
 
 

@@ -1,4 +1,9 @@
-"""One unit of work: read some rows once, quantize them for every artifact that lacks them, write, record."""
+"""One unit of work: read some rows once, quantize them for every artifact that lacks them, write.
+
+Jobs (``Unit``, ``Check``) and results (``Record``, ``Verdict``) are plain data; what does them (``Rounding``,
+``Recheck``) opens model and outputs in any process that it comes to. Only the driver, which has the ``Target``s, writes
+journals.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,7 @@ from llm_quantize.architectures.rows import (
 from llm_quantize.artifacts.manifest import NONFINITE_FACTS
 from llm_quantize.errors import IntegrityError, NumericPolicyError
 from llm_quantize.events import EventSink
-from llm_quantize.io.output import ResumableOutput
+from llm_quantize.io.output import OpenFiles, ResumableOutput, Span
 from llm_quantize.plan import CARD_UNIT, ArtifactPlan, TensorPlan, unit_key
 from llm_quantize.qtypes import QTYPES
 
@@ -40,149 +45,44 @@ _HOLDS_NONFINITE = ("f32", "f16", "bf16")
 
 @dataclass
 class Target:
-    """An artifact being made: its plan and its open output; ``seconds``: its share of this run's thread time so far."""
+    """An artifact being made: its plan and its open output; ``seconds``: its share of this run's CPU time so far."""
 
     plan: ArtifactPlan
     output: ResumableOutput
     seconds: float = 0.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def keep(self, record: Record) -> None:
+        """Declare a unit done."""
+        began = time.thread_time()
+        self.output.record(record.unit, record.facts)
+        self.seconds += record.seconds + time.thread_time() - began
+
+    def judge(self, verdict: Verdict) -> None:
+        """Forget a recorded unit that is not sound. Raises IntegrityError where the source changed."""
+        self.seconds += verdict.seconds
+        if verdict.flaw is not None:
+            self.output.doubt(verdict.unit, verdict.flaw)
+        elif verdict.found is not None:
+            known = self.output.records[verdict.unit]["source_sha256"]
+            if not self.output.replace:
+                tensor, _, _ = _parse_key(self.plan, verdict.unit)
+                raise _source_changed("since the unfinished run", tensor, known, verdict.found)
+            self.output.forget(verdict.unit)
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Rows [start, stop) of one tensor, wanted by ``targets`` (all plans list the same tensors in the same order)."""
-
-    tensor: int
-    start: int
-    stop: int
-    targets: tuple[Target, ...]
-
-    @property
-    def output(self) -> OutputTensor:
-        return self.targets[0].plan.tensors[self.tensor].output
-
-    @property
-    def key(self) -> str:
-        return unit_key(self.output.name, self.start, self.stop)
-
-    @property
-    def weight(self) -> int:
-        """Weights to quantize, counted once per artifact."""
-        return (self.stop - self.start) * matrix_shape(self.output.shape)[1] * len(self.targets)
-
-
-def missing_units(targets: Sequence[Target]) -> Iterator[Unit]:
-    """Units that at least one target lacks, in the order of the source's tensors; all targets list the same tensors.
-
-    Matrices that a method quantizes as a whole are not among them (see blockwise/)."""
-    if not targets:
-        return
-    rounded = [frozenset(target.plan.rounded()) for target in targets]
-    for index, tensor in enumerate(targets[0].plan.tensors):
-        for start, stop in unit_ranges(tensor.output.shape):
-            key = unit_key(tensor.name, start, stop)
-            wanting = tuple(
-                target
-                for target, own in zip(targets, rounded, strict=True)
-                if index in own and key not in target.output.records
-            )
-            if wanting:
-                yield Unit(index, start, stop, wanting)
-
-
-class _Clock:
-    """Divides this thread's CPU time among artifacts: each span since the last charge goes to those it served."""
-
-    def __init__(self) -> None:
-        self._last = time.thread_time()
-
-    def charge(self, *targets: Target) -> None:
-        """The time since the last charge, in equal parts."""
-        now = time.thread_time()
-        for target in targets:
-            with target.lock:
-                target.seconds += (now - self._last) / len(targets)
-        self._last = now
-
-
-@dataclass(frozen=True)
-class Worker:
-    """Quantizes units. ``importance``: float32 (matrices, columns) per output tensor; ``files``: where each source
-    tensor lies, for messages. Thread-safe."""
+class Policy:
+    """What is done about NaN and infinity in the source. ``files``: where each source tensor lies, for messages."""
 
     source: RowSource
-    importance: Importance
     nonfinite: str = "refuse"
     files: Mapping[str, Path] = field(default_factory=dict)
-    memory: threading.local = field(default_factory=threading.local)
 
-    def _buffer(self) -> npt.NDArray[np.uint8]:
-        """This thread's own buffer for one chunk as it lies in the source: touched once, used again and again."""
-        if not hasattr(self.memory, "chunk"):
-            self.memory.chunk = np.empty(8 * CHUNK_WEIGHTS, np.uint8)
-        chunk: npt.NDArray[np.uint8] = self.memory.chunk
-        return chunk
-
-    def __call__(self, unit: Unit) -> Unit:
-        """Do one unit. Raises NumericPolicyError for NaN, infinity or an overflowing scale."""
-        clock = _Clock()
-        source_digest = hashlib.sha256()
-        digests = [hashlib.sha256() for _ in unit.targets]
-        nonfinite = 0
-        overflowed: dict[str, int] = {}
-        for matrix, start, stop in chunk_ranges(unit.output.shape, unit.start, unit.stop):
-            rows = read_output_rows(self.source, unit.output, start, stop, buffer=self._buffer(), digest=source_digest)
-            rows, count = self.finite(unit.output, rows, start)
-            nonfinite += count
-            clock.charge(*unit.targets)
-            packed: dict[str, npt.NDArray[np.uint8]] = {}
-            for target, digest in zip(unit.targets, digests, strict=True):
-                tensor = target.plan.tensors[unit.tensor]
-                if tensor.qtype not in packed:
-                    packed[tensor.qtype], bad = self._quantize(tensor, rows, matrix, start)
-                    overflowed[tensor.qtype] = overflowed.get(tensor.qtype, 0) + bad
-                    clock.charge(*(t for t in unit.targets if t.plan.tensors[unit.tensor].qtype == tensor.qtype))
-                data = packed[tensor.qtype]
-                span = tensor.span(unit.start, unit.stop)
-                target.output.write(span, (start - unit.start) * tensor.row_bytes, data.data)
-                digest.update(data.data)
-                clock.charge(target)
-        for target, digest in zip(unit.targets, digests, strict=True):
-            facts: dict[str, Any] = {"sha256": digest.hexdigest(), "source_sha256": source_digest.hexdigest()}
-            qtype = target.plan.tensors[unit.tensor].qtype
-            counts = {self._fate(qtype): nonfinite, "scales_overflowed": overflowed.get(qtype, 0)}
-            facts |= {fact: count for fact, count in counts.items() if count}
-            target.output.record(unit.key, facts)
-            clock.charge(target)
-        return unit
-
-    def _fate(self, qtype: str) -> str:
+    def fate(self, qtype: str) -> str:
         """What becomes of a NaN or infinite weight in this type: one of NONFINITE_FACTS."""
         if self.nonfinite != "keep":
             return "nonfinite_replaced"
         return "nonfinite_kept" if qtype in _HOLDS_NONFINITE else "nonfinite_lost"
-
-    def _quantize(self, tensor: TensorPlan, rows: Rows, matrix: int, start: int) -> tuple[npt.NDArray[np.uint8], int]:
-        """Packed rows, and how many float16 scales overflowed in them (only under "keep"; else that is refused)."""
-        qtype = QTYPES[tensor.qtype]
-        vectors = self.importance.get(tensor.name) if qtype.uses_importance else None
-        importance = None if vectors is None else np.ascontiguousarray(vectors[matrix])
-        packed = kernels.quantize(tensor.qtype, rows, importance)
-        bad = qtype.infinite_blocks(packed)
-        if not bad.size:
-            return packed, 0
-        if self.nonfinite == "keep":
-            # A block that held NaN or infinity before is counted by its weights, not here.
-            weights = to_float32(rows).reshape(-1, qtype.block_size)[bad]
-            return packed, int(np.count_nonzero(np.isfinite(weights).all(axis=1)))
-        row = start + int(bad[0]) * qtype.block_size // max(1, tensor.output.shape[-1])
-        raise NumericPolicyError(
-            f"the weights are too large for {tensor.qtype}: a float16 scale overflows",
-            tensor=tensor.name,
-            found=f"row {row}",
-            expected="magnitudes below about 65504",
-            remedy=f"keep this tensor in BF16, from the start: --tensor-type '^{tensor.name}$=bf16' --overwrite",
-        )
 
     def finite(self, output: OutputTensor, rows: Rows, start: int) -> tuple[Rows, int]:
         """The rows, by the policy for NaN and infinity, and how many such values the source has there."""
@@ -213,44 +113,235 @@ class Worker:
         return total
 
 
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Rows [start, stop) of tensor number ``tensor``, wanted by ``artifacts`` (numbers; all list the same tensors in
+    the same order). ``importance``: float32 (the matrices that these rows are of, columns), None where none is used."""
+
+    tensor: int
+    start: int
+    stop: int
+    artifacts: tuple[int, ...]
+    importance: npt.NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A unit done for one artifact: what its journal is to say, the weights in it, its share of the CPU seconds."""
+
+    artifact: int
+    unit: str
+    facts: Mapping[str, Any]
+    weights: int
+    seconds: float
+
+
+def missing_units(targets: Sequence[Target], importance: Importance) -> Iterator[Unit]:
+    """Units that at least one target lacks, in the order of the source's tensors. ``importance``: float32 (matrices,
+    columns) per output tensor.
+
+    Matrices that a method quantizes as a whole are not among them (see blockwise/)."""
+    numbers = range(len(targets))
+    alike = all(target.plan.alike for target in targets)
+    for group in [numbers] if alike and targets else [[number] for number in numbers]:
+        yield from _missing_in(targets, group, importance)
+
+
+def _missing_in(targets: Sequence[Target], group: Sequence[int], importance: Importance) -> Iterator[Unit]:
+    """The units that are missing in artifacts (numbers) that list the same tensors in the same order."""
+    rounded = {number: frozenset(targets[number].plan.rounded()) for number in group}
+    for index, tensor in enumerate(targets[group[0]].plan.tensors):
+        per_matrix = tensor.output.shape[-2] if len(tensor.output.shape) > 1 else 1
+        for start, stop in unit_ranges(tensor.output.shape):
+            key = unit_key(tensor.name, start, stop)
+            wanting = tuple(n for n in group if index in rounded[n] and key not in targets[n].output.records)
+            if not wanting:
+                continue
+            weighed = any(QTYPES[targets[n].plan.tensors[index].qtype].uses_importance for n in wanting)
+            vectors = importance.get(tensor.name) if weighed else None
+            if vectors is not None:
+                vectors = vectors[start // per_matrix : -(-stop // per_matrix)]
+            yield Unit(index, start, stop, wanting, vectors)
+
+
+def unit_weights(targets: Sequence[Target], unit: Unit) -> int:
+    """Weights to quantize in a unit, counted once per artifact."""
+    shape = targets[unit.artifacts[0]].plan.tensors[unit.tensor].output.shape
+    return (unit.stop - unit.start) * matrix_shape(shape)[1] * len(unit.artifacts)
+
+
+class _Clock:
+    """Divides this thread's CPU time among artifacts: each span since the last charge goes to those it served."""
+
+    def __init__(self, artifacts: Sequence[int]) -> None:
+        self.seconds = dict.fromkeys(artifacts, 0.0)
+        self._last = time.thread_time()
+
+    def charge(self, *artifacts: int) -> None:
+        """The time since the last charge, in equal parts."""
+        now = time.thread_time()
+        for artifact in artifacts:
+            self.seconds[artifact] += (now - self._last) / len(artifacts)
+        self._last = now
+
+
+_scratch = threading.local()
+
+
+def _buffer() -> npt.NDArray[np.uint8]:
+    """This thread's own buffer for one chunk as it lies in the source: touched once, used again and again."""
+    if not hasattr(_scratch, "chunk"):
+        _scratch.chunk = np.empty(8 * CHUNK_WEIGHTS, np.uint8)
+    chunk: npt.NDArray[np.uint8] = _scratch.chunk
+    return chunk
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Does units. ``tensors`` and ``files`` of each artifact: what it holds and where that is written. Thread-safe, and
+    fit for other processes as far as the policy's source is (``models.shared``)."""
+
+    policy: Policy
+    tensors: tuple[tuple[TensorPlan, ...], ...]
+    files: tuple[OpenFiles, ...]
+
+    def __call__(self, unit: Unit) -> tuple[Record, ...]:
+        """Do one unit: a record for each artifact that wants it. Raises NumericPolicyError for NaN, infinity or an
+        overflowing scale."""
+        clock = _Clock(unit.artifacts)
+        plans = {number: self.tensors[number][unit.tensor] for number in unit.artifacts}
+        output = plans[unit.artifacts[0]].output
+        source_digest = hashlib.sha256()
+        digests = {number: hashlib.sha256() for number in plans}
+        nonfinite = 0
+        overflowed: dict[str, int] = {}
+        for matrix, start, stop in chunk_ranges(output.shape, unit.start, unit.stop):
+            rows = read_output_rows(self.policy.source, output, start, stop, buffer=_buffer(), digest=source_digest)
+            rows, count = self.policy.finite(output, rows, start)
+            nonfinite += count
+            clock.charge(*plans)
+            packed: dict[str, npt.NDArray[np.uint8]] = {}
+            for number, tensor in plans.items():
+                if tensor.qtype not in packed:
+                    packed[tensor.qtype], bad = self._quantize(tensor, rows, _importance(unit, output, matrix), start)
+                    overflowed[tensor.qtype] = overflowed.get(tensor.qtype, 0) + bad
+                    clock.charge(*(n for n, other in plans.items() if other.qtype == tensor.qtype))
+                data = packed[tensor.qtype].data
+                place = (start - unit.start) * tensor.row_bytes
+                self.files[number].write(tensor.span(unit.start, unit.stop), place, data)
+                digests[number].update(data)
+                clock.charge(number)
+        facts = {
+            number: {
+                "sha256": digests[number].hexdigest(),
+                "source_sha256": source_digest.hexdigest(),
+                **self._counts(tensor.qtype, nonfinite, overflowed.get(tensor.qtype, 0)),
+            }
+            for number, tensor in plans.items()
+        }
+        key = unit_key(output.name, unit.start, unit.stop)
+        weights = (unit.stop - unit.start) * matrix_shape(output.shape)[1]
+        return tuple(Record(n, key, facts[n], weights, clock.seconds[n]) for n in plans)
+
+    def _counts(self, qtype: str, nonfinite: int, overflowed: int) -> dict[str, int]:
+        """What a record says of values that are not what the source says, where there are any."""
+        counts = {self.policy.fate(qtype): nonfinite, "scales_overflowed": overflowed}
+        return {fact: count for fact, count in counts.items() if count}
+
+    def _quantize(
+        self, tensor: TensorPlan, rows: Rows, importance: npt.NDArray[np.float32] | None, start: int
+    ) -> tuple[npt.NDArray[np.uint8], int]:
+        """Packed rows, and how many float16 scales overflowed in them (only under "keep"; else that is refused)."""
+        qtype = QTYPES[tensor.qtype]
+        packed = kernels.quantize(tensor.qtype, rows, importance if qtype.uses_importance else None)
+        bad = qtype.infinite_blocks(packed)
+        if not bad.size:
+            return packed, 0
+        if self.policy.nonfinite == "keep":
+            # A block that held NaN or infinity before is counted by its weights, not here.
+            weights = to_float32(rows).reshape(-1, qtype.block_size)[bad]
+            return packed, int(np.count_nonzero(np.isfinite(weights).all(axis=1)))
+        row = start + int(bad[0]) * qtype.block_size // max(1, tensor.output.shape[-1])
+        raise NumericPolicyError(
+            f"the weights are too large for {tensor.qtype}: a float16 scale overflows",
+            tensor=tensor.name,
+            found=f"row {row}",
+            expected="magnitudes below about 65504",
+            remedy=f"keep this tensor in BF16, from the start: --tensor-type '^{tensor.name}$=bf16' --overwrite",
+        )
+
+
+def _importance(unit: Unit, output: OutputTensor, matrix: int) -> npt.NDArray[np.float32] | None:
+    """float32 (columns,): the importance of one matrix of a unit."""
+    if unit.importance is None:
+        return None
+    per_matrix = output.shape[-2] if len(output.shape) > 1 else 1
+    return np.ascontiguousarray(unit.importance[matrix - unit.start // per_matrix])
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """A unit that an earlier run recorded for ``artifact``: its place and hash. ``origin``: what it was made of, and
+    ``source_sha256`` of that; None where the source need not be read again."""
+
+    artifact: int
+    unit: str
+    span: Span
+    sha256: str
+    origin: tuple[OutputTensor, int, int] | None = None
+    source_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a recorded unit: ``flaw`` of its bytes, or the hash ``found`` for a source that changed; sound
+    where both are None. ``nbytes`` were read back."""
+
+    artifact: int
+    unit: str
+    nbytes: int
+    flaw: str | None
+    found: str | None
+    seconds: float
+
+
+def recorded_units(targets: Sequence[Target], *, deep: bool) -> list[Check]:
+    """All units that earlier runs recorded; ``deep``: whether the source still hashes the same is asked too."""
+    checks = []
+    for number, target in enumerate(targets):
+        for key, record in target.output.records.items():
+            check = Check(number, key, target.output.spans[key], str(record.get("sha256", "")))
+            if deep and key != CARD_UNIT:
+                origin = target.plan.origin(*_parse_key(target.plan, key))
+                check = replace(check, origin=origin, source_sha256=str(record["source_sha256"]))
+            checks.append(check)
+    return checks
+
+
 @dataclass(frozen=True)
 class Recheck:
-    """Checks a unit that an earlier run recorded: its bytes, and (``deep``) that the source still hashes the same."""
+    """Checks units that an earlier run recorded: their bytes, and that the source still hashes the same. As fit for
+    threads and processes as ``Rounding``."""
 
     source: RowSource
-    deep: bool
+    files: tuple[OpenFiles, ...]
     known: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
-    def __call__(self, job: tuple[Target, str]) -> bool:
-        """Whether the unit's bytes are as recorded. Raises IntegrityError where the source changed."""
-        target, _ = job
-        clock = _Clock()
-        try:
-            return self._sound(*job)
-        finally:
-            clock.charge(target)
+    def __call__(self, check: Check) -> Verdict:
+        """Read one unit back, and where it is sound what it was made of."""
+        clock = _Clock([check.artifact])
+        flaw, found = self.files[check.artifact].flaw(check.span, check.sha256), None
+        if flaw is None and check.origin is not None:
+            found = self._hash(*check.origin)
+        clock.charge(check.artifact)
+        found = None if found == check.source_sha256 else found
+        return Verdict(check.artifact, check.unit, check.span.nbytes, flaw, found, clock.seconds[check.artifact])
 
-    def _sound(self, target: Target, key: str) -> bool:
-        record = target.output.records[key]
-        if not target.output.check(key):
-            return False
-        if not self.deep or key == CARD_UNIT:
-            return True
-        tensor, start, stop = _parse_key(target.plan, key)
-        found = self._hash(target.plan, tensor, start, stop)
-        if found != record["source_sha256"]:
-            if target.output.replace:
-                target.output.forget(key)
-                return False
-            raise _source_changed("since the unfinished run", tensor, record["source_sha256"], found)
-        return True
-
-    def _hash(self, plan: ArtifactPlan, tensor: TensorPlan, start: int, stop: int) -> str:
+    def _hash(self, output: OutputTensor, start: int, stop: int) -> str:
         """``source_hash`` of what a unit was made of; that of a matrix, which several units share, is kept."""
-        origin = plan.origin(tensor, start, stop)
-        key = (origin[0].name, *origin[1:])
+        key = (output.name, start, stop)
         if key not in self.known:
-            self.known[key] = source_hash(self.source, *origin)
+            self.known[key] = source_hash(self.source, output, start, stop)
         return self.known[key]
 
 

@@ -1,47 +1,68 @@
 """Verification of an artifact: structure, manifest hashes, finite values, and the error against the source.
 
-Without a manifest (a file from elsewhere) the structure and the values are still checked, and every tensor can be
-compared with a source.
+One walk for every kind of artifact (``verify``); a ``Subject`` says what its kind stores and what its numbers are.
+Without a manifest (an artifact from elsewhere) hashes are not known; structure and values are still checked, and every
+tensor can be compared with a source. Of a directory's tokenizer only the vocabulary is held against the source's then,
+as other tools write its files anew.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import Keys
 
 from llm_quantize import kernels
-from llm_quantize.architectures.rows import chunk_ranges, matrix_shape, read_output_rows, to_float32, weights_of
-from llm_quantize.artifacts.manifest import NONFINITE_FACTS, read_manifest
-from llm_quantize.artifacts.verification import (
+from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.architectures.rows import (
+    chunk_ranges,
+    chunk_rows,
+    matrix_shape,
+    read_output_rows,
+    to_float32,
+    weights_of,
+)
+from llm_quantize.artifacts.decoded_directory import DecodedDirectory
+from llm_quantize.artifacts.deviation import (
     Deviation,
     Made,
-    TensorCheck,
-    Verification,
-    check_hashes,
     error_bound,
-    judge_nonfinite,
+    judge_kept,
+    judge_part,
+    judge_whole,
     made_how,
-    read_bytes,
 )
-from llm_quantize.errors import UsageError
+from llm_quantize.artifacts.manifest import read_manifest
+from llm_quantize.artifacts.verification import StoredTensor, TensorCheck, Verification, check_stored, judge_nonfinite
+from llm_quantize.errors import IntegrityError, LlmQuantizeError, UsageError
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.formats.directory_check import compare_files, compare_tensors, compare_tokenizer
+from llm_quantize.formats.gguf.check import compare_names, compare_parts, compare_plan, squeezed
+from llm_quantize.formats.packed import ALIGNED, PackedMatrix, group_index
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
-from llm_quantize.io.output import HASH_CHUNK
+from llm_quantize.io.paths import read_range
+from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.opening import Source, open_source
-from llm_quantize.models.quantized import is_packed_directory
+from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
 from llm_quantize.qtypes import QTYPES
 
 __all__ = ["TensorCheck", "Verification", "error_bound", "verify"]
+
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_NAMES = {"I8": "int8", "I32": "int32", "I64": "int64"}
+_SCALES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+Floats = npt.NDArray[np.float32]
+Manifest = Mapping[str, Any]
+Checks = Mapping[str, TensorCheck]
 
 
 def verify(
@@ -53,51 +74,142 @@ def verify(
     Raises UsageError or MalformedInputError where the artifact cannot be read at all; what is merely wrong is in the
     result (see ``raise_on_problems``).
     """
-    if is_packed_directory(Path(artifact)):
-        return _verify_directory(Path(artifact), source, revision, on_event)
-    path, files = _open_artifact(Path(artifact))
-    manifest = read_manifest(manifest_path(path))
-    problems = _compare_parts(files)
-    if manifest is not None:
-        problems += _compare_plan(files, manifest)
-    known = {entry["name"]: entry for entry in (manifest or {}).get("tensors", [])}
-    made = made_how(manifest)
-    model = open_source(source, revision=revision, on_event=on_event) if source is not None else None
-    try:
-        if model is not None:
-            problems += _compare_names(files, model)
-        entries = [(file, tensor) for file in files for tensor in file.tensors]
-        total = sum(weights_of(tensor.shape) for _, tensor in entries)
-        checks: list[TensorCheck] = []
-        done = 0
-        for file, tensor in entries:
-            checks.append(_check_tensor(file, tensor, known.get(tensor.name), model, made))
-            done += weights_of(tensor.shape)
-            on_event({"event": "progress", "done": done, "total": total})
-    finally:
-        if model is not None:
-            model.checkpoint.close()
-    return Verification(path, manifest is not None, model is not None, checks, problems)
-
-
-def _verify_directory(path: Path, source: str | None, revision: str | None, on_event: EventSink) -> Verification:
-    from llm_quantize.artifacts.verify_directory import verify_directory
-
-    manifest = read_manifest(manifest_path(path))
     with ExitStack() as stack:
+        subject = _open(Path(artifact), stack)
+        manifest = read_manifest(manifest_path(subject.path))
+        problems = list(subject.structure(manifest))
         model = None
         if source is not None:
             model = open_source(source, revision=revision, on_event=on_event)
             stack.callback(model.checkpoint.close)
-        return verify_directory(path, manifest, model, on_event)
+            problems += subject.against(model, manifest, stack)
+        known = {entry["name"]: entry for entry in (manifest or {}).get("tensors", [])}
+        checks = {stored.name: check_stored(stored, known.get(stored.name)) for stored in subject.stored()}
+        poisoned: dict[str, int] = {}
+        done = 0
+        for part in subject.values(checks, model, made_how(manifest, subject.unmarked), poisoned):
+            done += part
+            on_event({"event": "progress", "done": done, "total": subject.total})
+        for name, check in checks.items():
+            judge_nonfinite(check, poisoned.get(name, 0), has_manifest=name in known)
+        subject.judge(checks)
+    return Verification(subject.path, manifest is not None, model is not None, list(checks.values()), problems)
 
 
-def _open_artifact(path: Path) -> tuple[Path, list[GgufFile]]:
+class Subject(Protocol):
+    """An artifact as it is verified. ``total``: how much there is to check, in whatever it counts. ``unmarked``: how it
+    may have been made where no manifest says so."""
+
+    path: Path
+    total: int
+    unmarked: Made
+
+    def structure(self, manifest: Manifest | None) -> Iterable[str]:
+        """What is wrong beside the values of tensors."""
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """Its tensors as they lie in files, each once."""
+
+    def against(self, source: Source, manifest: Manifest | None, stack: ExitStack) -> Iterable[str]:
+        """What the source has and this has not, or otherwise; opens on ``stack`` what comparing values takes."""
+
+    def values(self, checks: Checks, source: Source | None, made: Made, poisoned: dict[str, int]) -> Iterator[int]:
+        """Look at every value, and at the source's: counts and impossible numbers go into ``checks``, values that are
+        not finite where the source's are into ``poisoned``. Yields how much was done."""
+
+    def judge(self, checks: Checks) -> None:
+        """The errors that ``values`` found, into ``checks``."""
+
+
+def _open(path: Path, stack: ExitStack) -> Subject:
+    if is_packed_directory(path):
+        return _Directory(path, stack.enter_context(PackedDirectory(path)))
+    return _Gguf(*_open_gguf(path))
+
+
+class _Compared:
+    """Chunks of a tensor held against the source's rows; ``found``: by the matrix that they are part of."""
+
+    def __init__(self, source: Source, output: OutputTensor, *, rescaled: bool) -> None:
+        self._source, self._output, self._rescaled = source, output, rescaled
+        self.found: dict[int, Deviation] = {}
+        self.source_nonfinite = self.poisoned = 0
+
+    def add(self, start: int, values: Floats, matrix: int = 0) -> None:
+        """Rows from ``start`` on, counted to the matrix of that number."""
+        rows = read_output_rows(self._source.checkpoint, self._output, start, start + len(values))
+        exact = to_float32(rows).reshape(values.shape)
+        known, finite = np.isfinite(exact), np.isfinite(values)
+        self.source_nonfinite += int(exact.size - np.count_nonzero(known))
+        self.poisoned += int(np.count_nonzero(known & ~finite))
+        wanted = np.where(known, exact, 0)
+        deviation = self.found.setdefault(matrix, Deviation(rescaled=self._rescaled))
+        deviation.add(np.where(finite & known, values, wanted), wanted)
+
+    def tell(self, check: TensorCheck) -> None:
+        """The source's values that are not finite, into ``check``."""
+        check.source_nonfinite = (check.source_nonfinite or 0) + self.source_nonfinite
+
+
+@dataclass
+class _Gguf:
+    """The file or files of a GGUF artifact."""
+
+    path: Path
+    files: list[GgufFile]
+    unmarked: Made = field(default_factory=Made)
+    _found: dict[str, tuple[_Compared, Made]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._entries = [(file, tensor) for file in self.files for tensor in file.tensors]
+        self.total = sum(weights_of(tensor.shape) for _, tensor in self._entries)
+
+    def structure(self, manifest: Manifest | None) -> Iterator[str]:
+        yield from compare_parts(self.files)
+        if manifest is not None:
+            yield from compare_plan(self.files, manifest)
+
+    def stored(self) -> Iterator[StoredTensor]:
+        for file, tensor in self._entries:
+            rows, kind = matrix_shape(tensor.shape)[0], tensor.type.name.lower()
+            yield StoredTensor(tensor.name, kind, file.path, tensor.offset, tensor.nbytes, rows)
+
+    def against(self, source: Source, manifest: Manifest | None, stack: ExitStack) -> list[str]:
+        return compare_names(self.files, source.tensors.outputs)
+
+    def values(self, checks: Checks, source: Source | None, made: Made, poisoned: dict[str, int]) -> Iterator[int]:
+        outputs = {} if source is None else {output.name: output for output in source.tensors.outputs}
+        for file, tensor in self._entries:
+            check, output = checks[tensor.name], outputs.get(tensor.name)
+            per_matrix = tensor.shape[-2] if len(tensor.shape) > 1 else 1
+            if check.type not in QTYPES:
+                text = f"type {check.type} cannot be decoded by this version; values were not checked"
+                check.problems.append(text)
+            else:
+                compared = None
+                if source is not None and output is not None and squeezed(output.shape) == squeezed(tensor.shape):
+                    compared = _Compared(source, output, rescaled=made.rescaled and per_matrix > 1)
+                    self._found[tensor.name] = compared, made
+                for start, values in _decoded(file, tensor):
+                    check.nonfinite += int(values.size - np.count_nonzero(np.isfinite(values)))
+                    if compared is not None:
+                        compared.add(start, values, start // per_matrix)
+                if compared is not None:
+                    compared.tell(check)
+                    poisoned[tensor.name] = compared.poisoned
+            yield weights_of(tensor.shape)
+
+    def judge(self, checks: Checks) -> None:
+        for name, (compared, made) in self._found.items():
+            judge_whole(checks[name], list(compared.found.values()), made)
+
+
+def _open_gguf(path: Path) -> tuple[Path, list[GgufFile]]:
     if not path.exists():
         raise UsageError("no such artifact", file=path, remedy="check the path")
     part = re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.gguf", path.name)
     if part is not None and (path.parent / "manifest.json").is_file():
-        return _open_artifact(path.parent)
+        return _open_gguf(path.parent)
     if path.is_dir():
         names = sorted(path.glob("*.gguf"))
     elif part is not None:
@@ -109,130 +221,120 @@ def _open_artifact(path: Path) -> tuple[Path, list[GgufFile]]:
     return path, [read_gguf(name) for name in names]
 
 
-def _compare_parts(files: list[GgufFile]) -> list[str]:
-    """Parts of a split model that are missing, doubled or of another model."""
-    keys = (Keys.Split.LLM_KV_SPLIT_NO, Keys.Split.LLM_KV_SPLIT_COUNT, Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)
-    declared = [tuple(getattr(file.metadata.get(key), "value", None) for key in keys) for file in files]
-    if len(files) == 1 and declared[0][1] in (None, 0, 1):
-        return []
-    tensors = sum(len(file.tensors) for file in files)
-    wanted = [(number, len(files), tensors) for number in range(len(files))]
-    if declared == wanted:
-        return []
-    return [f"parts of a split model are missing or mixed: (number, parts, tensors) {declared}, expected {wanted}"]
-
-
-def _compare_plan(files: list[GgufFile], manifest: Mapping[str, Any]) -> list[str]:
-    """Files, sizes, headers and the padding between tensors against what the plan fixed."""
-    problems = []
-    planned = [(entry["name"], entry["size"]) for entry in manifest["files"]]
-    found = [(file.path.name, file.file_size) for file in files]
-    if [size for _, size in planned] != [size for _, size in found]:
-        problems.append(f"files differ from the manifest: expected {planned}, found {found}")
-    headers = hashlib.sha256()
-    for file in files:
-        headers.update(read_bytes(file.path, 0, file.data_start))
-    if headers.hexdigest() != manifest["identity"].get("layout_sha256"):
-        ends = ", ".join(f"{file.path.name} bytes 0 to {file.data_start}" for file in files)
-        problems.append(f"the metadata at the front ({ends}) does not match the manifest's hash")
-    for file in files:
-        problems += _check_padding(file)
-    names = {tensor.name for file in files for tensor in file.tensors}
-    planned_names = {entry["name"] for entry in manifest["tensors"]}
-    problems += [f"tensor {name} is in the manifest but not in the file" for name in sorted(planned_names - names)]
-    problems += [f"tensor {name} is in the file but not in the manifest" for name in sorted(names - planned_names)]
-    return problems
-
-
-def _check_padding(file: GgufFile) -> list[str]:
-    """Ranges between tensors and at the end that are not zeros."""
-    problems = []
-    at = file.data_start
-    spans = sorted((tensor.offset, tensor.nbytes) for tensor in file.tensors)
-    for offset, nbytes in [*spans, (file.file_size, 0)]:
-        for start in range(at, offset, HASH_CHUNK):
-            stop = min(start + HASH_CHUNK, offset)
-            if any(read_bytes(file.path, start, stop - start)):
-                problems.append(f"{file.path.name}: bytes {start} to {stop} between tensors are not zeros")
-        at = max(at, offset + nbytes)
-    return problems
-
-
-def _compare_names(files: list[GgufFile], source: Source) -> list[str]:
-    problems = []
-    wanted = {output.name: output.shape or (1,) for output in source.tensors.outputs}
-    found = {tensor.name: tensor.shape for file in files for tensor in file.tensors}
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            problems.append(f"tensor {name} of the source is missing from the artifact")
-        elif name not in wanted:
-            problems.append(f"tensor {name} is not in the source")
-        elif _squeezed(found[name]) != _squeezed(wanted[name]):
-            problems.append(f"tensor {name} has shape {found[name]}, the source gives {wanted[name]}")
-    return problems
-
-
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """GGUF does not keep leading dimensions of 1."""
-    return tuple(size for size in shape if size != 1)
-
-
-def _check_tensor(
-    file: GgufFile, tensor: TensorEntry, known: Mapping[str, Any] | None, source: Source | None, made: Made
-) -> TensorCheck:
-    check = TensorCheck(tensor.name, tensor.type.name.lower())
-    if known is not None:
-        check.nonfinite_replaced, check.nonfinite_kept, check.nonfinite_lost = (
-            sum(unit.get(fact, 0) for unit in known["units"]) for fact in NONFINITE_FACTS[:3]
-        )
-        check_hashes(file.path, tensor.offset, tensor.nbytes, matrix_shape(tensor.shape)[0], known, check)
-    if check.type not in QTYPES:
-        check.problems.append(f"type {check.type} cannot be decoded by this version; values were not checked")
-        return check
-    output = None
-    if source is not None:
-        output = next((o for o in source.tensors.outputs if o.name == tensor.name), None)
-        if output is not None and _squeezed(output.shape) != _squeezed(tensor.shape):
-            output = None
-    poisoned = 0
-    per_matrix = tensor.shape[-2] if len(tensor.shape) > 1 else 1
-    deviations: dict[int, Deviation] = {}
-    for start, stop, values in _decoded(file, tensor):
-        finite = np.isfinite(values)
-        check.nonfinite += int(values.size - np.count_nonzero(finite))
-        if output is not None and source is not None:
-            exact = to_float32(read_output_rows(source.checkpoint, output, start, stop)).reshape(values.shape)
-            known_values = np.isfinite(exact)
-            check.source_nonfinite = (check.source_nonfinite or 0) + int(exact.size - np.count_nonzero(known_values))
-            poisoned += int(np.count_nonzero(known_values & ~finite))
-            wanted = np.where(known_values, exact, 0)
-            deviation = deviations.setdefault(start // per_matrix, Deviation(rescaled=made.rescaled and per_matrix > 1))
-            deviation.add(np.where(finite & known_values, values, wanted), wanted)
-    judge_nonfinite(check, poisoned, has_manifest=known is not None)
-    if output is not None:
-        _judge_error(check, list(deviations.values()), made)
-    return check
-
-
-def _judge_error(check: TensorCheck, found: list[Deviation], made: Made) -> None:
-    norm, error = sum(one.norm for one in found), sum(one.error for one in found)
-    check.relative_error = float(np.sqrt(error / norm)) if norm > 0 else float(np.sqrt(error))
-    bound = error_bound(check.type, feedback=made.feedback)
-    if made.rescaled and not check.relative_error <= bound:
-        if not any(one.rescaled_rows for one in found):
-            return  # a vector that the transform divides: any factor is possible
-        check.relative_error = max(one.rescaled for one in found)
-        bound = max(bound, error_bound("bf16"))
-    if not check.relative_error <= bound:
-        check.problems.append(f"relative error {check.relative_error:.4g} is above {bound:.4g} for {check.type}")
-
-
-def _decoded(file: GgufFile, tensor: TensorEntry) -> Iterator[tuple[int, int, npt.NDArray[np.float32]]]:
-    """(first row, end row, float32 values) of a tensor, chunk by chunk."""
+def _decoded(file: GgufFile, tensor: TensorEntry) -> Iterator[tuple[int, Floats]]:
+    """(first row, float32 values) of a tensor, chunk by chunk."""
     rows, columns = matrix_shape(tensor.shape)
     row_bytes = tensor.nbytes // rows
     for _, start, stop in chunk_ranges(tensor.shape, 0, rows):
-        data = read_bytes(file.path, tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+        data = read_range(file.path, tensor.offset + start * row_bytes, (stop - start) * row_bytes)
         packed = np.frombuffer(data, np.uint8).reshape(stop - start, row_bytes)
         with np.errstate(invalid="ignore", over="ignore"):
-            yield start, stop, kernels.dequantize(tensor.type.name.lower(), packed, columns)
+            yield start, kernels.dequantize(tensor.type.name.lower(), packed, columns)
+
+
+@dataclass
+class _Directory:
+    """A quantized model directory."""
+
+    path: Path
+    packed: PackedDirectory
+    _decoded: DecodedDirectory | None = None
+    _found: list[tuple[Deviation, str, OutputTensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.total = sum(info.nbytes for info in self.packed.tensors.values())
+        self.unmarked = self._made = Made(True, self.packed.format.RESCALES)
+
+    def structure(self, manifest: Manifest | None) -> Iterator[str]:
+        if manifest is not None:
+            yield from compare_files(self.path, manifest)
+            yield from compare_tensors(self.packed.tensors, manifest)
+        yield from self.packed.format.check_settings(self.packed.settings, self.packed.matrices)
+
+    def stored(self) -> Iterator[StoredTensor]:
+        for name, info in self.packed.tensors.items():
+            kind = _NAMES.get(info.dtype)
+            kind = kind or (info.dtype.lower() if name in self.packed.plain else _SCALES[info.dtype])
+            yield StoredTensor(name, kind, info.file, info.offset, info.nbytes, matrix_shape(info.shape)[0])
+
+    def against(self, source: Source, manifest: Manifest | None, stack: ExitStack) -> Iterator[str]:
+        yield from compare_tokenizer(self.path, source.checkpoint.directory, exact=manifest is not None)
+        try:
+            self._decoded = DecodedDirectory(source, self.path)
+        except LlmQuantizeError as error:
+            facts = f": expected {error.expected}, found {error.found}" if error.expected is not None else ""
+            yield f"{error.what} ({error.tensor}){facts}" if error.tensor else f"{error.what}{facts}"
+        else:
+            stack.callback(self._decoded.close)
+
+    def values(self, checks: Checks, source: Source | None, made: Made, poisoned: dict[str, int]) -> Iterator[int]:
+        for matrix in self.packed.matrices.values():
+            self._check_numbers(matrix, checks)
+            yield matrix.nbytes
+        for name, info in self.packed.plain.items():
+            self._check_plain(name, info, checks[name])
+        if source is not None and self._decoded is not None:
+            self._made = made
+            for output in source.tensors.outputs:
+                self._compare(source, self._decoded, output, checks)
+        yield sum(info.nbytes for info in self.packed.plain.values())
+
+    def _check_numbers(self, matrix: PackedMatrix, checks: Checks) -> None:
+        """Scales, zero points and the order of columns of one matrix."""
+        named = {suffix: checks[info.name] for suffix, info in matrix.fields.items()}
+        main, scale = checks[matrix.main.name], named[matrix.layout.scales]
+        main.type = matrix.qtype
+        try:
+            fields = self.packed.fields(matrix)
+        except IntegrityError as error:
+            main.problems.append(f"{error.what}: {error.tensor} at offset {error.offset} has {error.found}")
+            return
+        format, index = self.packed.format, group_index(matrix, fields)
+        step, lost = max(ALIGNED, chunk_rows(matrix.columns) // ALIGNED * ALIGNED), 0
+        for first in range(0, matrix.rows, step):
+            rows = (matrix, fields, first, min(matrix.rows, first + step))
+            scales = format.scales(*rows)
+            scale.nonfinite += int(scales.size - np.count_nonzero(np.isfinite(scales)))
+            for suffix, text in format.check(matrix, self.packed.settings, *rows[1:]):
+                named[suffix].problems.append(text)
+            if (scales == 0).any():
+                codes, zeros = format.codes(*rows), format.zeros(*rows)
+                away = codes if zeros is None else codes - zeros[:, index]
+                lost += int(np.count_nonzero((away != 0) & (scales == 0)[:, index]))
+        if lost:
+            scale.problems.append(f"{lost} codes that are not zero stand under a scale of zero")
+
+    def _check_plain(self, name: str, info: TensorInfo, check: TensorCheck) -> None:
+        if info.dtype not in _FLOATS:
+            check.problems.append(f"type {info.dtype} is no weight's; its values were not checked")
+            return
+        rows, columns = matrix_shape(info.shape)
+        for first in range(0, rows, chunk_rows(columns)):
+            values = self.packed.rows(name, first, min(rows, first + chunk_rows(columns)))
+            check.nonfinite += int(values.size - np.count_nonzero(np.isfinite(values)))
+
+    def _compare(self, source: Source, decoded: DecodedDirectory, output: OutputTensor, checks: Checks) -> None:
+        for name, first, count in decoded.parts(output.name):
+            compared = _Compared(source, output, rescaled=self._made.rescaled and matrix_shape(output.shape)[0] > 1)
+            for start, values in decoded.stored_rows(output.name, first, first + count):
+                compared.add(start, values)
+            compared.tell(checks[self._main(name).name])
+            self._found += [(deviation, name, output) for deviation in compared.found.values()]
+
+    def _main(self, name: str) -> TensorInfo:
+        matrix = self.packed.matrices.get(name)
+        return self.packed.plain[name] if matrix is None else matrix.main
+
+    def judge(self, checks: Checks) -> None:
+        known = {} if self._decoded is None else self._decoded.reference
+        for deviation, name, output in self._found:
+            main, matrix = self._main(name), self.packed.matrices.get(name)
+            check = checks[main.name]
+            if matrix is not None:
+                judge_part(check, deviation, matrix.qtype, self._made)
+            elif name in known and known[name].dtype == main.dtype:
+                inside = self._made.rescaled and output.name.startswith("blk.")
+                judge_kept(check, deviation, inside, is_vector=len(main.shape) < 2)
+            else:
+                qtype = check.type if check.type != "f64" else "f32"
+                judge_part(check, deviation, qtype, Made(False, self._made.rescaled))

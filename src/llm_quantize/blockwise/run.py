@@ -21,7 +21,7 @@ import torch
 
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import Arrays, matrix_shape, read_output_rows, to_float32, unit_ranges
-from llm_quantize.artifacts.rounding import Target, Worker, source_hash
+from llm_quantize.artifacts.rounding import Policy, Target, source_hash
 from llm_quantize.blockwise import scaling
 from llm_quantize.blockwise.embedding import WrittenTable
 from llm_quantize.blockwise.inputs import FullInputs, Streams, collect, propagate
@@ -57,7 +57,7 @@ class Matrices:
     source: Source
     target: Target
     store: Store
-    worker: Worker
+    policy: Policy
     changed: dict[str, Floats] = field(default_factory=dict)
 
     def rows(self, matrix: MatrixPlan, start: int, stop: int) -> Floats:
@@ -65,8 +65,8 @@ class Matrices:
         weight = matrix.weight
         if any(piece.source in self.changed for piece in weight.pieces):
             return to_float32(read_output_rows(Arrays(self.present), weight, start, stop))
-        rows, count = self.worker.finite(weight, read_output_rows(self.source.checkpoint, weight, start, stop), start)
-        if count and self.worker.nonfinite == "keep":
+        rows, count = self.policy.finite(weight, read_output_rows(self.source.checkpoint, weight, start, stop), start)
+        if count and self.policy.nonfinite == "keep":
             raise NumericPolicyError(
                 f"a weight is NaN or infinite, and {matrix.qtype} cannot hold it",
                 tensor=matrix.name,
@@ -85,7 +85,7 @@ class Matrices:
     @property
     def weights(self) -> CheckpointWeights:
         """The source's weights as the artifact is to have them: by the policy for NaN and infinity."""
-        kind = FiniteWeights if self.worker.nonfinite == "zero" else CheckpointWeights
+        kind = FiniteWeights if self.policy.nonfinite == "zero" else CheckpointWeights
         return kind(self.source.checkpoint)
 
     def done(self, matrix: MatrixPlan) -> bool:
@@ -118,7 +118,7 @@ class Matrices:
 
     def replaced(self, weight: OutputTensor) -> dict[str, int]:
         """How many values of the source were replaced by zero: a fact of a record, where there are any."""
-        count = self.worker.count_nonfinite(weight) if self.worker.nonfinite == "zero" else 0
+        count = self.policy.count_nonfinite(weight) if self.policy.nonfinite == "zero" else 0
         return {"nonfinite_replaced": count} if count else {}
 
     def read(self, matrix: MatrixPlan) -> Fields:

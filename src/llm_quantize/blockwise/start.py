@@ -11,7 +11,7 @@ from llm_quantize.plan import CARD_UNIT
 
 if TYPE_CHECKING:
     from llm_quantize.artifacts.preflight import Preflight
-    from llm_quantize.artifacts.rounding import Target, Worker
+    from llm_quantize.artifacts.rounding import Policy, Target
     from llm_quantize.calibration.choose import Chosen
     from llm_quantize.models.opening import Source
     from llm_quantize.options import Options
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def solve_matrices(
     source: Source,
     target: Target,
-    worker: Worker,
+    policy: Policy,
     importance: Chosen | None,
     options: Options,
     fitted: Preflight,
@@ -42,7 +42,7 @@ def solve_matrices(
 
     plan, method = target.plan, options.method
     chosen = method.stages(plan.format)
-    matrices = Matrices(source, target, FORMATS[plan.format].store(plan), worker)
+    matrices = Matrices(source, target, FORMATS[plan.format].store(plan), policy)
     if not isinstance(importance, Text):
         pool = Pool(fitted.threads, stop, resumable=options.checkpoints)
         if options.statistics is not None and method.calibrates(plan.format):

@@ -167,6 +167,7 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
         checkpoint_dir=Path(paths["checkpoint_dir"]) if paths["checkpoint_dir"] else None,
         overwrite=arguments.get("overwrite", False),
         ignore_space=arguments.get("ignore_space", False),
+        engine=arguments.get("engine", "threads"),
         method=build_method(arguments),
     )
 
@@ -318,3 +319,49 @@ def _live_progress(description: str, shown: Mode) -> Iterator[EventSink]:
                                 total=event["total"], rate=rate, memory=_memory())  # fmt: skip
 
         yield sink
+
+
+@contextmanager
+def stages(shown: Mode) -> Iterator[EventSink]:
+    """One bar for all stages on a terminal; elsewhere a line as each begins."""
+    if not shown.live:
+        with events(shown, "quantize") as sink:
+            yield sink if shown.json or shown.quiet else _with_stage_lines(sink)
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("quantize", total=None)
+        stage = ["measure"]
+
+        def draw(event: Mapping[str, Any]) -> None:
+            if event["event"] == "warning":
+                console.print(f"warning: {line(event['text'])}", style="yellow", markup=False, highlight=False)
+            elif event["event"] == "note":
+                console.print(f"note: {line(event['text'])}", markup=False, highlight=False)
+            elif event["event"] in ("progress", "measure"):
+                name = work_of(event, "quantize") if event["event"] == "progress" else stage[0]
+                progress.update(task, description=name, completed=event["done"], total=event["total"])
+            elif event["event"] == "stage":
+                stage[0] = line(event["text"]).replace("[", "(")
+                progress.update(task, description=stage[0], completed=0, total=None)
+
+        yield sheltered(draw)
+
+
+def _with_stage_lines(sink: EventSink) -> EventSink:
+    told = [-1]
+
+    def plain(event: Mapping[str, Any]) -> None:
+        if event["event"] == "stage":
+            click.echo(line(event["text"]), err=True)
+        elif event["event"] == "measure":
+            tenth = int(10 * event["done"] / max(1, event["total"]))
+            if tenth > told[0]:
+                told[0] = tenth
+                click.echo(f"measure: {10 * tenth}%", err=True)
+        sink(event)
+
+    return sheltered(plain)

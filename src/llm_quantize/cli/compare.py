@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_quantize.cli.common import (
-    Mode,
-    build_calibration,
-    calibration_options,
-    emit_json,
-    events,
-    json_option,
-    line,
-    mode,
-    sheltered,
-    work_of,
-)
+from llm_quantize.cli.common import build_calibration, calibration_options, emit_json, json_option, line, mode, stages
 from llm_quantize.cli.sizes import Size
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from llm_quantize.events import EventSink
     from llm_quantize.reports.result import ComparisonResult
 
 _LINE = 90
@@ -103,7 +90,7 @@ def command(
         quantize=_quantize_options(arguments),
         commands=_commands(ctx, model, artifacts, variants),
     )
-    with _progress(shown) as sink:
+    with stages(shown) as sink:
         result = comparison.compare(
             model, output_dir, variants=variants, artifacts=artifacts, options=options, on_event=sink
         )
@@ -152,52 +139,6 @@ def _commands(ctx: click.Context, model: str, artifacts: tuple[str, ...], varian
     parts = [shlex.join(part) for part in words]
     wrapped = (" " if sum(map(len, parts)) < _LINE else " \\\n    ").join(parts)
     return (f"pip install 'llm-quantize[torch,llamacpp]=={__version__}'", wrapped)
-
-
-@contextmanager
-def _progress(shown: Mode) -> Iterator[EventSink]:
-    """One bar for all stages on a terminal; elsewhere a line as each begins."""
-    if not shown.live:
-        with events(shown, "quantize") as sink:
-            yield sink if shown.json or shown.quiet else _with_stage_lines(sink)
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("quantize", total=None)
-        stage = ["measure"]
-
-        def draw(event: Mapping[str, Any]) -> None:
-            if event["event"] == "warning":
-                console.print(f"warning: {line(event['text'])}", style="yellow", markup=False, highlight=False)
-            elif event["event"] == "note":
-                console.print(f"note: {line(event['text'])}", markup=False, highlight=False)
-            elif event["event"] in ("progress", "measure"):
-                name = work_of(event, "quantize") if event["event"] == "progress" else stage[0]
-                progress.update(task, description=name, completed=event["done"], total=event["total"])
-            elif event["event"] == "stage":
-                stage[0] = line(event["text"]).replace("[", "(")
-                progress.update(task, description=stage[0], completed=0, total=None)
-
-        yield sheltered(draw)
-
-
-def _with_stage_lines(sink: EventSink) -> EventSink:
-    told = [-1]
-
-    def plain(event: Mapping[str, Any]) -> None:
-        if event["event"] == "stage":
-            click.echo(line(event["text"]), err=True)
-        elif event["event"] == "measure":
-            tenth = int(10 * event["done"] / max(1, event["total"]))
-            if tenth > told[0]:
-                told[0] = tenth
-                click.echo(f"measure: {10 * tenth}%", err=True)
-        sink(event)
-
-    return sheltered(plain)
 
 
 def _show(result: ComparisonResult, page: Path) -> None:

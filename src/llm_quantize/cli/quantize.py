@@ -39,6 +39,14 @@ DEGRADED = 20
 @click.option("--checkpoint-dir", type=click.Path(file_okay=False), metavar="DIR", help="Where the journal is kept.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output, or an unfinished one of another command.")
 @click.option("--ignore-space", is_flag=True, help="Try even if the disk looks too small.")
+@click.option(
+    "--engine",
+    type=click.Choice(["threads", "processes"]),
+    default="threads",
+    show_default=True,
+    help="What does the rounding: threads, or a process each, which helps where many cores wait for one "
+    "Python interpreter, and takes more memory. Error feedback always has threads.",
+)
 @click.option("--strict", is_flag=True, help="Exit with 9 instead of 20 when the result is degraded.")
 @verbose_option
 @json_option
@@ -67,7 +75,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     if arguments["dry_run"]:
         with events(shown, "plan") as sink:
             plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
-        threads, needed = preflight.fit(plans, threads=options.threads, max_ram=options.max_ram)
+        threads, needed = preflight.fit(plans, threads=options.threads, max_ram=options.max_ram, engine=options.engine)
         if shown.json:
             emit_json(terminal.plans_to_dict(plans, threads=threads, memory_needed=needed))
         else:

@@ -1,73 +1,119 @@
-"""The built-in model at several levels: quantized in one pass, run in llama.cpp, and measured against its source; then
-with error feedback, in every format that has it (demo_methods.py)."""
+"""``demo``: the built-in model in every kind of file, by the way that everything goes: the pipeline makes them, quality
+measures them all against the source in one streamed pass, and the runtimes of the table run them."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llm_quantize import data
-from llm_quantize.compare.demo_methods import MethodsResult, run_methods
+from llm_quantize.calibration.tokens import TextTokenizer
+from llm_quantize.errors import MissingExtraError, ResourceError, UnsupportedError
 from llm_quantize.evaluation.in_runtime import measure_in_runtime
+from llm_quantize.evaluation.quality import measure_quality
+from llm_quantize.evaluation.texts import evaluation_text
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.measures.divergence import Comparison, Divergence
-from llm_quantize.measures.perplexity import Tokens, scored
+from llm_quantize.measures.divergence import Divergence, Paired
+from llm_quantize.measures.perplexity import Tokens
+from llm_quantize.models.opening import Source, open_source
+from llm_quantize.options import CalibrationOptions, MethodOptions
+from llm_quantize.pipeline import ArtifactResult, Options, quantize
+from llm_quantize.runtimes import RUNTIMES, runtime_for
+from llm_quantize.runtimes.base import Request
 
-REFERENCE = "F32"
-LEVELS = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+LEVELS = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+"""GGUF levels, the reference first."""
+
+PAIRS = (
+    ("GGUF Q4_K_M", "gguf", "Q4_K_M"),
+    ("GGUF Q2_K", "gguf", "Q2_K"),
+    ("GPTQ 4bit", "gptq", "4bit"),
+    ("AWQ 4bit", "awq", "4bit"),
+    ("W4A16", "compressed-tensors", "W4A16"),
+)
+WEIGHED = frozenset({"gguf"})
+"""Formats whose rounding takes an importance matrix."""
+
+METHODS = {"feedback": "gptq", "rounded": "rtn"}
 PROMPT = "The old man looked at the sea and"
+CALIBRATION = CalibrationOptions(samples=40, length=256)
 CONTEXT = 256
 WINDOWS = 48
+RUNTIME_WINDOWS = 2
 NEW_TOKENS = 40
+_REFUSALS = (MissingExtraError, UnsupportedError, ResourceError)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A file in its real ``runtime``, and what it writes after the prompt (``text``). ``kld`` (mean, nats) and
+    ``same_top`` are of its predictions against those of the same file's weights in float32, at ``tokens`` positions.
+    ``problem``: why it did not run, with the ``remedy``."""
+
+    runtime: str
+    text: str = ""
+    tokens: int = 0
+    kld: float = 0.0
+    same_top: float = 0.0
+    problem: str = ""
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One file. ``size`` in bytes, ``seconds`` of CPU time to quantize it (0 if the file was there already),
-    ``divergence`` from the F32 file, None for that file itself; ``text`` continues PROMPT."""
+    """One file or directory. ``method``: "rounded" or "feedback"; ``size`` of all its files and ``tensor_bytes`` of its
+    tensors; ``seconds`` of CPU time to make it (0: it was there already); ``divergence`` from the source, None: it is
+    the source's own values; ``ratio``: of its mean KLD to that of its pair, paired; ``text`` continues PROMPT."""
 
+    label: str
+    format: str
     level: str
+    method: str
     path: str
     size: int
     bits_per_weight: float
+    tensor_bytes: int
     seconds: float
     perplexity: float
     divergence: Divergence | None
-    text: str
+    ratio: Paired | None = None
+    text: str = ""
+    run: Run | None = None
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """llama.cpp on our F32 file against transformers on the source. ``problem`` says why it was not checked."""
+class Methods:
+    """Rounding against error feedback. ``rows``: each pair's feedback follows its rounded one. ``tokens``: scored
+    positions; ``calibration_tokens``: of the text whose errors are fed back; ``importance_seconds``: CPU time of the
+    importance matrix (0: it was kept from an earlier run). ``problem``: why there are no rows, with the ``remedy``."""
 
-    checked: bool
-    problem: str = ""
+    rows: tuple[DemoRow, ...] = ()
     tokens: int = 0
-    kld: float = 0.0
-    same_top: float = 0.0
-    largest_difference: float = 0.0
-    logit_range: float = 0.0
+    context: int = CONTEXT
+    calibration_tokens: int = 0
+    importance_seconds: float = 0.0
+    problem: str = ""
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """``rows``: F32 first, then LEVELS. ``tokens``: scored positions. ``methods``: rounding against error feedback.
+    """``rows``: LEVELS. ``tokens``: scored positions. ``agreement``: the first level in its runtime against the source.
     ``kept``: the files are still there."""
 
     rows: tuple[DemoRow, ...]
     tokens: int
     context: int
     prompt: str
-    agreement: Agreement
-    methods: MethodsResult
+    agreement: Run
+    methods: Methods
     seconds: float
     kept: bool
 
@@ -76,121 +122,181 @@ class DemoResult:
         return asdict(self)
 
 
-def run_demo(
-    output_dir: str | Path | None = None, *, threads: int | None = None, on_event: EventSink = ignore
-) -> DemoResult:
-    """Quantize the built-in model to F32 and LEVELS, run each file in llama.cpp, and compare it to the F32 file; then
-    compare rounding and error feedback in GGUF, GPTQ, AWQ and compressed-tensors (``run_methods``).
+@dataclass(frozen=True)
+class _Made:
+    label: str
+    format: str
+    method: str
+    result: ArtifactResult
+    seconds: float
 
-    Without ``output_dir`` the files live in a temporary directory and are removed. ``on_event`` hears the events of
-    ``pipeline.quantize``, then ``{"event": "measure", "done": n, "total": n}``, ``{"event": "stage", "text": s}``, and
-    what ``run_methods`` tells. Raises MissingExtraError before any work if xllamacpp is not installed, and the errors
-    of the pipeline, of LlamaCpp and of ``run_methods``.
-    """
-    from llm_quantize.pipeline import Options, quantize
-    from llm_quantize.runtimes.llama_cpp_library import load_library
-
-    load_library()
-    began = time.monotonic()
-    with ExitStack() as stack:
-        folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-quantize-demo-")))
-        folder.mkdir(parents=True, exist_ok=True)
-        results = quantize(
-            str(data.demo_model()),
-            "gguf",
-            levels=[REFERENCE, *LEVELS],
-            output_dir=folder,
-            options=Options(threads=threads),
-            on_event=on_event,
-        )
-        paths = [result.path for result in results]
-        divergences = measure_in_runtime(
-            paths[0],
-            paths[1:],
-            _windows(WINDOWS),
-            threads=threads,
-            on_window=lambda done, total: on_event({"event": "measure", "done": done, "total": total}),
-        )
-        on_event({"event": "stage", "text": "generate"})
-        texts = [_continue(path) for path in paths]
-        on_event({"event": "stage", "text": "compare with transformers"})
-        agreement = compare_with_transformers(data.demo_model(), paths[0])
-        methods = run_methods(folder, PROMPT, threads=threads, on_event=on_event)
-    rows = tuple(
-        DemoRow(
+    def row(self, divergence: Divergence, **more: Any) -> DemoRow:
+        result = self.result
+        first = self.label == LEVELS[0]
+        return DemoRow(
+            label=self.label,
+            format=self.format,
             level=result.level,
+            method=self.method,
             path=str(result.path),
             size=result.size,
             bits_per_weight=result.bits_per_weight,
-            seconds=result.seconds,
-            perplexity=divergences[0].reference_perplexity if divergence is None else divergence.perplexity,
-            divergence=divergence,
-            text=text,
+            tensor_bytes=sum(tensor.nbytes for tensor in result.plan.tensors),
+            seconds=self.seconds,
+            perplexity=divergence.reference_perplexity if first else divergence.perplexity,
+            divergence=None if first else divergence,
+            **more,
         )
-        for result, divergence, text in zip(results, [None, *divergences], texts, strict=True)
-    )
-    seconds = time.monotonic() - began
-    kept = output_dir is not None
-    return DemoResult(rows, divergences[0].tokens, CONTEXT, PROMPT, agreement, methods, seconds, kept)
 
 
-def _windows(limit: int) -> Tokens:
-    from llm_quantize.calibration.tokens import TextTokenizer
-    from llm_quantize.evaluation.texts import evaluation_text
-    from llm_quantize.models.opening import open_source
+def run_demo(
+    output_dir: str | Path | None = None, *, threads: int | None = None, on_event: EventSink = ignore
+) -> DemoResult:
+    """Quantize the built-in model to LEVELS and to PAIRS, rounded and with error feedback; measure every file against
+    the source, and run it. Without torch: LEVELS alone, measured in their runtime against the first of them.
 
-    source = open_source(str(data.demo_model()))
-    with source.checkpoint:
-        return evaluation_text(TextTokenizer(source), context=CONTEXT, limit=limit).windows
-
-
-def _continue(path: Path) -> str:
-    from llm_quantize.runtimes.llama_cpp import LlamaCpp
-
-    with LlamaCpp(path, context=CONTEXT, threads=1) as model:  # a token at a time: threads would only wait
-        return "".join(model.generate(PROMPT, max_tokens=NEW_TOKENS, temperature=0.0, chat=False))
-
-
-def compare_with_transformers(model: Path, gguf: Path, *, windows: int = 4, threads: int | None = None) -> Agreement:
-    """Logits of the float32 GGUF file in llama.cpp against the source checkpoint in transformers, float32.
-
-    A few windows of the evaluation text; not checked, and said so, where torch or transformers is not installed.
+    Without ``output_dir`` the files live in a temporary directory and are removed. ``on_event`` hears stages, progress,
+    warnings, and ``measure`` as of ``measure_quality``. Raises MissingExtraError before any work where no GGUF file can
+    be run, and the errors of the pipeline, of ``measure_quality`` and of the runtime; what a directory's runtime lacks
+    is told in its row.
     """
+    RUNTIMES["llama.cpp"].require()
+    began = time.monotonic()
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if missing:
-        return Agreement(checked=False, problem=f"{' and '.join(missing)} not installed")
-    from llm_quantize.runtimes.llama_cpp import LlamaCpp
+    source = open_source(str(data.demo_model()))
+    with ExitStack() as stack:
+        stack.enter_context(source.checkpoint)
+        folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-quantize-demo-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        windows = evaluation_text(TextTokenizer(source), context=CONTEXT, limit=WINDOWS).windows
+        levels = _levels(folder, threads, on_event)
+        paths = [one.result.path for one in levels]
+        if missing:
+            problem, remedy = f"{' and '.join(missing)} not installed", MissingExtraError("", "torch").remedy or ""
+            agreement, methods = Run("", problem=problem, remedy=remedy), Methods(problem=problem, remedy=remedy)
+            lost = _in_runtime(paths, windows, threads, on_event)
+        else:
+            pairs, seconds = _pairs(source, folder, threads, on_event)
+            on_event({"event": "stage", "text": "measure every file against the source"})
+            everything = [*paths, *(one.result.path for one in pairs)]
+            quality = measure_quality(source, everything, windows, threads=threads, on_event=on_event)
+            lost = [one.divergence for one in quality.artifacts]
+            few = windows[:RUNTIME_WINDOWS]
+            rows = _pair_rows(source, pairs, lost[len(levels) :], quality.pairs, few, threads, on_event)
+            count = (CALIBRATION.samples or 0) * CALIBRATION.length
+            methods = Methods(rows, quality.tokens, CONTEXT, count, seconds)
+            agreement = _run(source, paths[0], few, threads)
+        on_event({"event": "stage", "text": "generate"})
+        texts = [_text(path, threads=1) for path in paths]  # a token at a time: threads would only wait
+    shown = tuple(one.row(found, text=text) for one, found, text in zip(levels, lost, texts, strict=False))
+    kept = output_dir is not None
+    return DemoResult(shown, lost[0].tokens, CONTEXT, PROMPT, agreement, methods, time.monotonic() - began, kept)
 
-    rows = _windows(windows)
-    with LlamaCpp(gguf, context=CONTEXT, threads=1) as runtime:
-        ours = [runtime.logits(row.tolist()) for row in rows]
-    theirs = _transformers_logits(model, rows)
-    comparison = Comparison()
-    for row, base, other in zip(rows, theirs, ours, strict=True):
-        where, targets = scored(row)
-        comparison.add(base[where], other[where], targets)
-    result = comparison.result()
-    return Agreement(
-        checked=True,
-        tokens=result.tokens,
-        kld=result.kld,
-        same_top=result.same_top,
-        largest_difference=max(float(np.abs(a - b).max()) for a, b in zip(theirs, ours, strict=True)),
-        logit_range=max(float(a.max() - a.min()) for a in theirs),
+
+def _levels(folder: Path, threads: int | None, on_event: EventSink) -> list[_Made]:
+    options = Options(threads=threads)
+    model = str(data.demo_model())
+    found = quantize(model, "gguf", levels=LEVELS, output_dir=folder, options=options, on_event=on_event)
+    return [_Made(one.level, "gguf", "rounded", one, one.seconds) for one in found]
+
+
+def _in_runtime(paths: Sequence[Path], windows: Tokens, threads: int | None, on_event: EventSink) -> list[Divergence]:
+    """Of every file from the first one, itself included."""
+    return measure_in_runtime(
+        paths[0],
+        paths,
+        windows,
+        threads=threads,
+        on_window=lambda done, total: on_event({"event": "measure", "done": done, "total": total}),
     )
 
 
-def _transformers_logits(model: Path, rows: Tokens) -> Sequence[np.ndarray[Any, np.dtype[np.float32]]]:
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+def _pairs(source: Source, folder: Path, threads: int | None, on_event: EventSink) -> tuple[list[_Made], float]:
+    """Of each of PAIRS the one with feedback, then the rounded one; and the CPU time of the importance matrix."""
+    from llm_quantize.calibration.collect import calibrate
 
-    had_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    calibration = replace(CALIBRATION, threads=threads)
+    on_event({"event": "stage", "text": "importance matrix"})
+    began = time.process_time()
+    statistics = calibrate(source, calibration, on_event=_work(on_event, "importance matrix"))
+    importance_seconds = 0.0 if statistics.reused else time.process_time() - began
+    made = []
+    for label, format, level in PAIRS:
+        for name, method in METHODS.items():
+            title = f"{label}, {name}"
+            on_event({"event": "stage", "text": title})
+            weighed = format in WEIGHED and name == "rounded"
+            options = Options(
+                threads=threads,
+                statistics=statistics.path if weighed else None,
+                calibration=calibration,
+                method=MethodOptions(method=method),
+            )
+            began = time.process_time()
+            (result,) = quantize(
+                str(data.demo_model()),
+                format,
+                levels=[level],
+                output_dir=folder,
+                name=f"demo-llama-{name}",
+                options=options,
+                on_event=_work(on_event, title),
+            )
+            seconds = 0.0 if result.status == "already complete" else time.process_time() - began
+            made.append(_Made(label, format, name, result, seconds))
+    return made, importance_seconds
+
+
+def _work(on_event: EventSink, title: str) -> EventSink:
+    """``on_event`` with the progress and warnings of a run; its stages and notes, the same for every file, are left
+    out."""
+
+    def sink(event: Mapping[str, Any]) -> None:
+        if event["event"] in ("start", "progress"):
+            on_event(event)
+        elif event["event"] == "warning":
+            on_event({**event, "text": f"{title}: {event['text']}"})
+
+    return sink
+
+
+def _pair_rows(
+    source: Source,
+    pairs: Sequence[_Made],
+    lost: Sequence[Divergence],
+    ratios: Sequence[Paired],
+    windows: Tokens,
+    threads: int | None,
+    on_event: EventSink,
+) -> tuple[DemoRow, ...]:
+    """The rounded one first; the other with its ratio and its run."""
+    rows: list[DemoRow] = []
+    places = {(pair.first, pair.second): pair for pair in ratios}
+    for index in range(0, len(pairs), 2):
+        feedback, rounded = pairs[index : index + 2]
+        at = len(LEVELS) + index
+        on_event({"event": "stage", "text": f"{feedback.label} in its runtime"})
+        run = _run(source, feedback.result.path, windows, threads)
+        rows.append(rounded.row(lost[index + 1]))
+        rows.append(feedback.row(lost[index], ratio=places[at, at + 1], run=run))
+    return tuple(rows)
+
+
+def _run(source: Source, path: Path, windows: Tokens, threads: int | None) -> Run:
+    """The file in the runtime that the user has named for it, or the usual one."""
+    able = [name for name, one in RUNTIMES.items() if one.opens(path)]
+    name = next((name for name in reversed(able) if os.environ.get(RUNTIMES[name].VARIABLE)), able[0])
     try:
-        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
-    finally:
-        if had_bar:
-            logging.enable_progress_bar()
-    with torch.inference_mode():
-        return [network(torch.from_numpy(row.astype(np.int64))[None]).logits[0].numpy() for row in rows]
+        found = measure_quality(source, [path], windows, threads=threads, runtime=name).artifacts[0].runtime
+        text = _text(path, threads=threads, runtime=name)
+    except _REFUSALS as error:
+        problem = f"{error.what}: {error.found}" if error.found else error.what
+        return Run(RUNTIMES[name].LABEL, problem=problem, remedy=error.remedy or "")
+    assert found is not None
+    close = found.rounding
+    return Run(RUNTIMES[name].LABEL, text, close.tokens, close.kld, close.same_top)
+
+
+def _text(path: Path, *, threads: int | None, runtime: str | None = None) -> str:
+    request = Request(prompts=(PROMPT,), max_tokens=NEW_TOKENS, threads=threads)
+    return runtime_for(path, runtime).write(path, request)[0].text

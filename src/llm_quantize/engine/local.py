@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
@@ -25,33 +25,42 @@ def run(
     threads: int,
     stop: threading.Event | None = None,
     resumable: bool | None = True,
+    hold: Collection[int] = (),
 ) -> Iterator[Result]:
-    """Results of ``work`` over ``jobs`` in order of completion; at most ``2 * threads`` jobs are in the pool.
+    """Results of ``work`` over ``jobs`` in order of completion; at most ``2 * threads`` jobs are taken ahead.
 
-    The first exception ends the run: jobs in flight are finished, their results dropped, and it is raised.
+    The first exception ends the run: jobs in flight are finished and their results yielded, then it is raised.
     When ``stop`` is set, jobs in flight are finished and yielded, then StoppedError is raised; ``resumable`` says
-    whether what they did is kept for the next run (None: a measurement, which never keeps a part).
+    whether what they did is kept for the next run (None: a measurement, which never keeps a part). ``hold``:
+    descriptors that stay open for as long as a job may be running, whatever becomes of this process.
     """
+    del hold  # threads end with their process
     pending: set[Future[Result]] = set()
+    failure: BaseException | None = None
     source = iter(jobs)
     exhausted = False
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="llm-quantize") as pool:
         try:
             while pending or not exhausted:
-                stopped = stop is not None and stop.is_set()
-                while not exhausted and not stopped and len(pending) < 2 * threads:
+                ending = failure is not None or (stop is not None and stop.is_set())
+                while not exhausted and not ending and len(pending) < 2 * threads:
                     try:
                         pending.add(_submit(pool, work, next(source)))
                     except StopIteration:
                         exhausted = True
-                if stopped:
+                if ending:
                     pending = {future for future in pending if not future.cancel()}
                     exhausted = True
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 for future in done:
-                    yield future.result()
-                if stopped and not pending:
-                    raise _stopped(resumable)
+                    if (error := future.exception()) is None:
+                        yield future.result()
+                    else:
+                        failure = failure or error
+                if ending and not pending:
+                    raise failure or stopped_error(resumable)
+            if failure is not None:
+                raise failure
         finally:
             for future in pending:
                 future.cancel()
@@ -84,7 +93,8 @@ def _numbered(work: Callable[[Job], Result], job: tuple[int, Job]) -> tuple[int,
     return job[0], work(job[1])
 
 
-def _stopped(resumable: bool | None) -> StoppedError:
+def stopped_error(resumable: bool | None) -> StoppedError:
+    """What a run raises after a signal; ``resumable`` as in ``run``."""
     if resumable:
         return StoppedError(
             "stopped by a signal; finished parts are kept",

@@ -1,4 +1,4 @@
-"""Benchmarks of tasks (questions with right answers) on a GGUF artifact, through EleutherAI's lm-evaluation-harness.
+"""Benchmarks of tasks (questions with right answers) on an artifact, through lm-evaluation-harness.
 
 The harness (``lm_eval``, the extra ``tasks``) brings the tasks, their prompts and their metrics; the artifact runs in
 the real llama.cpp. Three requests are all a model must answer: how likely is this continuation, how likely is this

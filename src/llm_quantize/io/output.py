@@ -10,7 +10,6 @@ line is skipped and its unit is done again.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
@@ -36,14 +35,14 @@ from llm_quantize.io.durable import (
     read_at,
     remove_files,
 )
+from llm_quantize.io.files_at import Buffer, OpenFiles, Span
 from llm_quantize.io.journal import other_identity, parse_journal, record_line, refuse_other_identity
 from llm_quantize.io.ownership import refuse_moved, refuse_target, take_lock, taken_away
 
+__all__ = ["OpenFiles", "OutputFile", "ResumableOutput", "Span"]
+
 SYNC_BYTES = 256 << 20
 SYNC_SECONDS = 10.0
-HASH_CHUNK = 4 << 20
-
-Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,6 @@ class OutputFile:
     name: str
     size: int
     header: bytes
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where a unit's bytes stand: file number, offset, length."""
-
-    file: int
-    offset: int
-    nbytes: int
 
 
 class ResumableOutput:
@@ -125,7 +115,8 @@ class ResumableOutput:
         for descriptor in (*self._descriptors, self._directory, self._journal):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._descriptors, self._directory, self._journal = [], -1, -1
+        self._descriptors.clear()  # in place: who was given ``opened`` must not write into what is opened next
+        self._directory, self._journal = -1, -1
 
     def _dispose(self) -> None:
         """Remove a partial that no later run could resume, while its lock is still ours."""
@@ -180,6 +171,16 @@ class ResumableOutput:
             self._descriptors.append(open_regular_output(path))
             if len(self._descriptors) == 1:
                 take_lock(self._descriptors[0], self.target, self._warn)
+
+    @property
+    def opened(self) -> OpenFiles:
+        """The files, for those who write and check units: threads of this process, or processes of their own."""
+        return OpenFiles(self._paths(), self._descriptors)
+
+    @property
+    def locks(self) -> tuple[int, ...]:
+        """The descriptors that are locked: the output is ours as long as any process has one of them open."""
+        return tuple(fd for fd in (*self._descriptors[:1], self._directory, self._journal) if fd >= 0)
 
     def _places(self) -> list[tuple[int, Path]]:
         places = [(self._directory, self.partial), *zip(self._descriptors, self._paths(), strict=False)]
@@ -260,34 +261,23 @@ class ResumableOutput:
                 self.write(Span(number, at, offset - at), 0, bytes(offset - at))
             at = max(at, offset + nbytes)
 
-    # checking what an earlier run left
+    # what an earlier run left
 
     def check(self, unit: str) -> bool:
         """Whether the bytes of a recorded unit still hash to its record; a unit that does not is forgotten."""
-        record = self.records[unit]
-        span = self.spans[unit]
-        digest = hashlib.sha256()
-        reason = "does not match its journal record"
-        try:
-            for start in range(0, span.nbytes, HASH_CHUNK):
-                count = min(HASH_CHUNK, span.nbytes - start)
-                digest.update(read_at(self._descriptors[span.file], count, span.offset + start))
-            if digest.hexdigest() == record.get("sha256"):
-                return True
-        except OSError as error:
-            # Writing a bad sector again is what makes a disk replace it; if that fails too, the write says so.
-            reason = f"cannot be read back ({error.strerror})"
+        flaw = self.opened.flaw(self.spans[unit], str(self.records[unit].get("sha256")))
+        if flaw is not None:
+            self.doubt(unit, flaw)
+        return flaw is None
+
+    def doubt(self, unit: str, flaw: str) -> None:
+        """Forget a unit whose bytes are not those of its record, and tell ``flaw`` (see ``OpenFiles.flaw``)."""
         self.forget(unit)
-        self._warn(f"{self.partial}: {unit} {reason}; doing it again")
-        return False
+        self._warn(f"{self.partial}: {unit} {flaw}; doing it again")
 
     def read(self, unit: str) -> bytes:
-        """The bytes of a recorded unit, as ``check`` found them sound."""
-        span = self.spans[unit]
-        try:
-            return read_at(self._descriptors[span.file], span.nbytes, span.offset)
-        except OSError as error:
-            fail_os(error, "what was written cannot be read back", self._paths()[span.file])
+        """The bytes of a recorded unit, found sound before."""
+        return self.opened.read(self.spans[unit])
 
     def forget(self, unit: str) -> None:
         """Drop a unit's record; it will be done again."""
@@ -297,18 +287,8 @@ class ResumableOutput:
     # writing
 
     def write(self, span: Span, position: int, data: Buffer) -> None:
-        """Write ``data`` at ``position`` bytes into ``span``. Thread-safe."""
-        view = memoryview(data).cast("B")
-        if position < 0 or position + len(view) > span.nbytes:
-            raise ValueError("write outside of the span")
-        offset = span.offset + position
-        try:
-            while view:
-                written = os.pwrite(self._descriptors[span.file], view, offset)
-                offset += written
-                view = view[written:]
-        except OSError as error:
-            fail_os(error, "writing failed", self._paths()[span.file])
+        """As ``OpenFiles.write``."""
+        self.opened.write(span, position, data)
 
     def record(self, unit: str, facts: Mapping[str, Any]) -> None:
         """Declare a unit done: its bytes have been written and ``facts['sha256']`` is their hash. Thread-safe."""

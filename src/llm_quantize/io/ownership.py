@@ -68,10 +68,13 @@ def refuse_moved(places: Places) -> None:
 
 
 def taken_away(places: Places) -> BusyError | None:
-    """The error for an output that no longer stands under its name while it is being written, saying what happened."""
+    """The error for an output that no longer stands under its name while it is being written; None while it does."""
     moved = _first_moved(places)
-    if moved is None:
-        return None
+    return None if moved is None else gone(moved)
+
+
+def gone(moved: Path) -> BusyError:
+    """The error for an unfinished output that no longer stands at ``moved``, saying what happened."""
     if not moved.parent.is_dir():
         what = f"the directory {moved.parent} was removed or renamed"
     elif moved.is_symlink() or moved.exists():

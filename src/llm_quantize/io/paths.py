@@ -196,3 +196,11 @@ def _homes(directory: Path) -> tuple[Path, ...]:
         if place.parent.name == "snapshots":
             places.append(Path(os.path.realpath(place.parent.parent / "blobs")))
     return tuple(places)
+
+
+def read_range(path: Path, offset: int, nbytes: int) -> bytes:
+    """Bytes of a file. Raises IntegrityError where it became shorter, ResourceError where the disk fails."""
+    data = bytearray(nbytes)
+    with opened(path) as descriptor:
+        pread_into(descriptor, memoryview(data), offset, path)
+    return bytes(data)

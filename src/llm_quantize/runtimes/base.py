@@ -100,12 +100,14 @@ class Opener(Protocol):
 class Runtime(Protocol):
     """A runtime: one module of this package.
 
-    ``LABEL``: its name for people. ``OPENS``: what it runs, in a few words. ``open_model``: holds a model open in this
+    ``LABEL``: its name for people. ``OPENS``: what it runs, in a few words. ``VARIABLE``: of the environment, which
+    names its interpreter; "": it runs in this one. ``open_model``: holds a model open in this
     process; None: each request is a process of its own, so that what it refuses is said of that artifact alone.
     """
 
     LABEL: str
     OPENS: str
+    VARIABLE: str
 
     @property
     def open_model(self) -> Opener | None: ...

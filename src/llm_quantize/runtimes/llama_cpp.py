@@ -36,6 +36,7 @@ from llm_quantize.runtimes.llama_cpp_library import Batch, ChatMessage, Library,
 
 LABEL = "llama.cpp"
 OPENS = "GGUF files"
+VARIABLE = ""
 
 _MAX_BATCH = 512
 _NOT_ITS_OWN = (

@@ -1,4 +1,4 @@
-"""A quantized directory in a runtime of another process, asked for all its predictions of some windows at a time.
+"""Predictions of a model in a runtime of another process, for some windows at a time.
 
 Each time is a process of its own that loads the model (isolated.py); what it answers is held until it was asked for.
 """

