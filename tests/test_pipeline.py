@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ from llm_quantize.architectures.rows import chunk_ranges, matrix_shape, to_float
 from llm_quantize.artifacts import rounding as work
 from llm_quantize.cli import run
 from llm_quantize.errors import NumericPolicyError, ResourceError, StoppedError, UnsupportedError, UsageError
+from llm_quantize.events import Event, Progress
 from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.models import safetensors as checkpoint_module
@@ -210,8 +210,8 @@ def test_degraded_again_after_a_resume_and_a_rerun(demo_model: Path, tmp_path: P
     options = Options(nonfinite=policy, threads=1)
     whole = pipeline.quantize(str(model), levels=levels, output_dir=tmp_path / "whole", options=options)
 
-    def stop(event: Mapping[str, Any]) -> None:
-        if event["event"] == "progress" and event["done"] > 0.8 * event["total"]:
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and event.done > 0.8 * event.total:
             raise StoppedError("test")
 
     with pytest.raises(StoppedError):
@@ -301,8 +301,8 @@ def test_cpu_seconds_are_divided_by_use(demo_model: Path, tmp_path: Path, monkey
 def test_cpu_seconds_of_a_resumed_run_say_so(
     demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(event: Mapping[str, Any]) -> None:
-        if event["event"] == "progress" and event["done"] > 0.5 * event["total"]:
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and event.done > 0.5 * event.total:
             raise StoppedError("test")
 
     with pytest.raises(StoppedError):

@@ -1,19 +1,123 @@
-"""What the library tells while it works: small dictionaries with an ``event`` key, given to ``on_event``.
+"""What the library tells while it works: small typed events, given to ``on_event``.
 
-Events: ``note`` and ``warning`` (text); ``stage`` (text): what begins now; ``download`` (file, done, total);
-``resuming`` (units, total) and ``check`` (what, done, total) while finished work is read back; ``start`` (total work,
-threads, memory needed in bytes, resumed units); ``progress`` (done, total: weights times artifacts, or what ``unit``
-says); ``measure`` (done, total: windows, through files or blocks); ``artifact`` (level, path, size, status).
-The command line draws them with rich or prints them as JSON lines.
+The command line draws them (cli/progress.py) or prints them as JSON lines (``to_dict``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
-EventSink = Callable[[Mapping[str, Any]], None]
+
+@dataclass(frozen=True)
+class Event:
+    """Something told. ``kind``: its name in JSON."""
+
+    kind: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; what does not apply is left out."""
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {"event": self.kind, **{name: value for name, value in found.items() if value is not None}}
 
 
-def ignore(_event: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class Note(Event):
+    """Something good to know."""
+
+    kind = "note"
+    text: str
+
+
+@dataclass(frozen=True)
+class Caution(Event):
+    """Something that the user should know even where all else is silent."""
+
+    kind = "warning"
+    text: str
+
+
+@dataclass(frozen=True)
+class Stage(Event):
+    """What begins now."""
+
+    kind = "stage"
+    text: str
+
+
+@dataclass(frozen=True)
+class Download(Event):
+    """Bytes of a file from the hub."""
+
+    kind = "download"
+    file: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Resuming(Event):
+    """An unfinished run goes on: ``units`` of it are read back, ``total`` bytes."""
+
+    kind = "resuming"
+    units: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Check(Event):
+    """How far the reading back of finished work is."""
+
+    kind = "check"
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Start(Event):
+    """Work begins: ``total`` as in Progress, the memory that it needs in bytes, the units that an earlier run did."""
+
+    kind = "start"
+    total: int
+    threads: int
+    memory_needed: int
+    resumed_units: int
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """How far the work is: weights times artifacts, or what ``unit`` says."""
+
+    kind = "progress"
+    done: int
+    total: int
+    unit: str | None = None
+
+
+@dataclass(frozen=True)
+class Measure(Event):
+    """How far a measurement is, in windows, through files or blocks."""
+
+    kind = "measure"
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """An artifact is in its place. ``status``: "written" or "already complete"."""
+
+    kind = "artifact"
+    level: str
+    path: str
+    size: int
+    status: str
+
+
+EventSink = Callable[[Event], None]
+
+
+def ignore(_event: Event) -> None:
     """The sink that hears nothing."""

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm_quantize import memory
+from llm_quantize import events, memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.manifest import fallbacks, nonfinite_counts
 from llm_quantize.artifacts.output import (
@@ -36,8 +36,8 @@ from llm_quantize.artifacts.rounding import (
     unit_records,
     unit_weights,
 )
+from llm_quantize.blockwise import solve_matrices
 from llm_quantize.blockwise.estimate import estimate, rounding_sizes
-from llm_quantize.blockwise.start import solve_matrices
 from llm_quantize.calibration import choose
 from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.engine import ENGINES, stop_on_signals
@@ -107,7 +107,7 @@ def quantize(
             importance = choose.collected(source, format, options, on_event, before=before)
             plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
         for warning in (text for artifact in plans for text in artifact.warnings):
-            on_event({"event": "warning", "text": warning})
+            on_event(events.Caution(warning))
         paths = [target_path(Path(output_dir), artifact) for artifact in plans]
         done = [
             already_complete(source, artifact, path, options, on_event)
@@ -129,8 +129,7 @@ def quantize(
     for artifact, path in zip(plans, paths, strict=True):
         discard_hidden(path)
         result = written.get(path) or complete_result(artifact, path)
-        facts = {"level": result.level, "path": str(path), "size": result.size, "status": result.status}
-        on_event({"event": "artifact", **facts})
+        on_event(events.Finished(result.level, str(path), result.size, result.status))
         results.append(result)
     return results
 
@@ -208,12 +207,12 @@ def _recheck(source: Source, targets: Sequence[Target], deep: bool, pool: Pool, 
     if not checks:
         return
     done, total = 0, sum(check.span.nbytes for check in checks)
-    on_event({"event": "resuming", "units": len(checks), "total": total})
+    on_event(events.Resuming(units=len(checks), total=total))
     recheck = Recheck(SharedModel(source.checkpoint), tuple(target.output.opened for target in targets))
     for verdict in pool(recheck, checks):
         targets[verdict.artifact].judge(verdict)
         done += verdict.nbytes
-        on_event({"event": "check", "what": "finished parts", "done": done, "total": total})
+        on_event(events.Check(what="finished parts", done=done, total=total))
 
 
 def _write_all(
@@ -244,15 +243,16 @@ def _write_all(
         units = list(missing_units(targets, rows))
         total = sum(unit_weights(targets, unit) for unit in units)
         facts = {"total": total, "threads": threads, "memory_needed": fitted.memory_needed}
-        on_event({"event": "start", **facts, "resumed_units": sum(resumed.values())})
+        on_event(events.Start(**facts, resumed_units=sum(resumed.values())))
         finished = 0
         plans = tuple(target.plan.tensors for target in targets)
-        rounding = Rounding(policy, plans, tuple(target.output.opened for target in targets))
+        opened = tuple(target.output.opened for target in targets)
+        rounding = Rounding(policy, plans, opened, tuple(target.plan.too_large for target in targets))
         for records in pool(rounding, units):
             for record in records:
                 targets[record.artifact].keep(record)
                 finished += record.weights
-            on_event({"event": "progress", "done": finished, "total": total})
+            on_event(events.Progress(done=finished, total=total))
         for target in targets:
             if target.plan.matrices:
                 began = time.process_time()

@@ -23,6 +23,7 @@ from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.pipeline import Options
 from llm_quantize.qtypes import QTYPES
 from tests.faults.tiny_llama import write_tiny_llama
+from tests.hearing import into
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def flip(path: Path, at: int, bit: int = 0) -> None:
 @pytest.mark.parametrize("level", ["Q4_K_M", "Q8_0", "F16", "F32", "Q2_K", "split"])
 def test_a_sound_artifact(made: dict[str, Path], model: Path, level: str) -> None:
     events: list[Any] = []
-    outcome = verify(made[level], source=str(model), on_event=events.append)
+    outcome = verify(made[level], source=str(model), on_event=into(events))
     assert outcome.ok, outcome.all_problems()
     assert outcome.has_manifest
     assert outcome.compared

@@ -21,6 +21,7 @@ from llm_quantize.artifacts.verify import Verification, verify
 from llm_quantize.cli import run
 from llm_quantize.errors import IntegrityError, MalformedInputError
 from llm_quantize.io.safetensors_file import read_header
+from tests.hearing import into
 from tests.oracles.packed_formats import Form, rounded, write_packed
 from tests.tiny_models import make_tiny
 
@@ -118,7 +119,7 @@ def test_a_sound_artifact(name: str, sealed: bool, model: Path, copy: Callable[[
     if sealed:
         seal(folder)
     heard: list[Any] = []
-    outcome = verify(folder, source=str(model), on_event=heard.append)
+    outcome = verify(folder, source=str(model), on_event=into(heard))
     assert outcome.ok, outcome.all_problems()
     assert outcome.has_manifest == sealed
     assert outcome.compared

@@ -16,6 +16,7 @@ from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.models.opening import Source
 from llm_quantize.options import CalibrationOptions, MethodOptions
 from llm_quantize.pipeline import Options, quantize
+from tests.hearing import into
 
 WORDS = "the cat sat on a mat by the river, and the dog ran 12 miles; then the wind began to sing in the thin trees. "
 
@@ -57,9 +58,7 @@ def run(
 ) -> tuple[ArtifactResult, dict[str, Any]]:
     """The artifact and its manifest. ``events``: takes what the run tells."""
     heard: list[dict[str, Any]] = [] if events is None else events
-    (result,) = quantize(
-        str(model), format, levels=[level], output_dir=out, options=chosen, on_event=lambda e: heard.append(dict(e))
-    )
+    (result,) = quantize(str(model), format, levels=[level], output_dir=out, options=chosen, on_event=into(heard))
     manifest = read_manifest(manifest_path(result.path))
     assert manifest is not None
     return result, manifest

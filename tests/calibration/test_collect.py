@@ -20,7 +20,7 @@ from llm_quantize import memory
 from llm_quantize.calibration import collect
 from llm_quantize.calibration.collect import calibrate
 from llm_quantize.calibration.imatrix import importance
-from llm_quantize.calibration.result import Calibration, export, refuse_export
+from llm_quantize.calibration.outcome import Calibration, export, refuse_export
 from llm_quantize.cli import run as command
 from llm_quantize.errors import AccessError, BusyError, NumericPolicyError, ResourceError, UsageError
 from llm_quantize.io.artifact_paths import manifest_path
@@ -30,6 +30,7 @@ from llm_quantize.io.statistics_file import read_statistics
 from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.options import CalibrationOptions
+from tests.hearing import into
 
 from ..faults.forking import CommandLine, hashes
 from ..tiny_models import make_tiny
@@ -64,7 +65,7 @@ def options(text: Path, **more: Any) -> CalibrationOptions:
 def run(model: Path, chosen: CalibrationOptions, events: list[Any] | None = None) -> Calibration:
     source = open_source(str(model))
     with source.checkpoint:
-        return calibrate(source, chosen, on_event=(events if events is not None else []).append)
+        return calibrate(source, chosen, on_event=into(events if events is not None else []))
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

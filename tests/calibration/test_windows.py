@@ -17,6 +17,7 @@ from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.calibration.windows import Windows, coverage_advice, exchanges, sample_windows, split_text
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.models.opening import open_source
+from tests.hearing import into
 
 END = 1_000_000
 
@@ -140,16 +141,16 @@ def test_documents_end_with_the_end_token_or_a_blank_line() -> None:
 
 def test_fewer_windows_than_asked_is_told_with_numbers() -> None:
     events: list[Any] = []
-    found = sample(corpus(100), samples=50, on_event=events.append)
+    found = sample(corpus(100), samples=50, on_event=into(events))
     assert found.samples == 10
     assert [event["event"] for event in events] == ["warning"]
     assert "10 windows of 10 tokens" in events[0]["text"]
     assert "50" in events[0]["text"]
     events.clear()
-    sample(corpus(100), samples=10, on_event=events.append)
+    sample(corpus(100), samples=10, on_event=into(events))
     assert events == []
     built_in = Corpus((Dataset("general", (Document(numbered(0x1000, 100)),), 1.0, built_in=True),))
-    sample(built_in, samples=50, on_event=events.append)
+    sample(built_in, samples=50, on_event=into(events))
     assert [event["event"] for event in events] == ["note"]
 
 
@@ -162,7 +163,7 @@ def test_text_shorter_than_a_window() -> None:
     assert joined.samples == 1
     assert joined.datasets == ("set 0 + set 1 + set 2 and 1 more",)
     events: list[Any] = []
-    found = sample(corpus(500, 20), length=60, on_event=events.append)
+    found = sample(corpus(500, 20), length=60, on_event=into(events))
     assert found.datasets == ("set 0",)
     assert "set 1: 21 tokens are less than one window of 60" in events[0]["text"]
 
@@ -198,7 +199,7 @@ def test_conversations_without_a_template_are_plain_text_and_told() -> None:
     talk = tuple({"role": role, "content": "word " * 20} for role in ("user", "tool"))
     text = Corpus((Dataset("chat", (Document(messages=talk),) * 3),))
     events: list[Any] = []
-    found = sample(text, letters(template=False), on_event=events.append)
+    found = sample(text, letters(template=False), on_event=into(events))
     assert "".join(map(chr, found.ids[0])).isprintable()
     assert events[0]["event"] == "warning"
     assert "3 conversations are laid out as plain text" in events[0]["text"]

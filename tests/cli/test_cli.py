@@ -12,8 +12,10 @@ import pytest
 
 from llm_quantize import cli
 from llm_quantize.cli import COMMANDS, run
-from llm_quantize.cli.common import Mode, events
+from llm_quantize.cli.common import Mode
+from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
+from llm_quantize.events import Note, Progress, Start
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -41,8 +43,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_notes_are_told_unless_quiet(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    with events(Mode(False, 0, quiet), "test") as sink:
-        sink({"event": "note", "text": "no text was\ngiven"})
+    with told(Mode(False, 0, quiet), "test") as sink:
+        sink(Note("no text was\ngiven"))
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("note: no text was") == (not quiet)
@@ -51,12 +53,12 @@ def test_notes_are_told_unless_quiet(quiet: bool, capsys: pytest.CaptureFixture[
 
 def test_progress_of_two_works_is_told_apart(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     now = [0.0]
-    monkeypatch.setattr("llm_quantize.cli.common.time.monotonic", lambda: now[0])
-    with events(Mode(False, 0, False), "quantize") as sink:
-        for total, unit in ((1000, {"unit": "tokens"}), (300_000_000, {})):
-            sink({"event": "start", "total": total, "resumed_units": 0})
+    monkeypatch.setattr("llm_quantize.cli.progress.time.monotonic", lambda: now[0])
+    with told(Mode(False, 0, False), "quantize") as sink:
+        for total, unit in ((1000, "tokens"), (300_000_000, None)):
+            sink(Start(total, 1, 0, 0))
             now[0] += 10
-            sink({"event": "progress", "done": total, "total": total, **unit})
+            sink(Progress(total, total, unit))
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("calibrate: 100% (100 tokens/s, ")
     assert second.startswith("quantize: 100% (30 Mw/s, ")
@@ -147,7 +149,7 @@ def test_progress_is_plain_lines_without_a_terminal(demo_model: Path, tmp_path: 
     assert "quantize: 100%" in done.stderr
     assert "\x1b" not in done.stderr + done.stdout
     quiet = subprocess.run(
-        [sys.executable, "-m", "llm_quantize", "-q", *words, "--overwrite"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "llm_quantize", "-s", *words, "--overwrite"], capture_output=True, text=True, check=True
     )
     assert quiet.stderr == ""
 

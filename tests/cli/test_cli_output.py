@@ -15,6 +15,7 @@ from llm_quantize.errors import UsageError
 from llm_quantize.io.artifact_files import first_file
 from llm_quantize.memory import available_cpus
 from llm_quantize.runtimes import generate
+from tests.hearing import into
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
@@ -183,9 +184,9 @@ def test_run_refuses_at_once_and_in_words(artifacts: Path, capsys: pytest.Captur
 def test_run_warns_beyond_the_trained_context(artifacts: Path, demo_model: Path, runtime: str) -> None:
     model = demo_model if runtime == "transformers" else artifacts / "demo-llama-Q8_0.gguf"
     heard: list[Any] = []
-    list(generate(model, "a b " * 600, max_tokens=1, on_event=heard.append))
+    list(generate(model, "a b " * 600, max_tokens=1, on_event=into(heard)))
     assert [event["event"] for event in heard] == ["warning"]
     assert "1 of answer pass the 1024" in heard[0]["text"]
     heard.clear()
-    assert "".join(generate(model, "It was", max_tokens=2, on_event=heard.append))
+    assert "".join(generate(model, "It was", max_tokens=2, on_event=into(heard)))
     assert heard == []

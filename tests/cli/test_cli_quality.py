@@ -36,7 +36,7 @@ def test_text(files: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> Non
     measure(files, files.q8, files.q3, "--runtime", "llama.cpp")
     captured = capsys.readouterr()
     told = captured.out
-    assert "checking errors of tensors in demo-llama-Q8_0.gguf: " in captured.err
+    assert "errors of tensors in demo-llama-Q8_0.gguf: " in captured.err
     for words in (
         "demo-llama-Q8_0.gguf", "indistinguishable", "99.9 %", "Noise floor", "excellent < 0.01",
         "93 scored tokens in 3 windows of 64 (built-in English and Japanese prose)",

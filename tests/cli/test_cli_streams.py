@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import gguf
 import pytest
 
 from llm_quantize.cli import run
-from llm_quantize.cli.common import Mode, events
+from llm_quantize.cli.common import Mode
+from llm_quantize.cli.progress import told
 from llm_quantize.cli.streams import json_text
+from llm_quantize.events import Progress
 
 HOSTILE = "[/foo][red]x\x1b[2J"
 
@@ -84,10 +87,10 @@ def test_a_sink_keeps_its_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("click.echo", broken)
     for as_json in (False, True):
-        with events(Mode(as_json, 0, False), "test") as sink:
-            sink({"event": "progress", "done": 1, "total": 1})
-    with events(Mode(False, 0, False), "test") as sink, pytest.raises(KeyError):
-        sink({})
+        with told(Mode(as_json, 0, False), "test") as sink:
+            sink(Progress(1, 1))
+    with told(Mode(False, 0, False), "test") as sink, pytest.raises(TypeError):
+        sink(Progress(cast(int, None), 1))
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])

@@ -30,7 +30,7 @@ from llm_quantize.formats.gguf.metadata import importance_metadata
 from llm_quantize.formats.gguf.metadata import text as gguf_text
 from llm_quantize.io.gguf_file import layout_gguf
 from llm_quantize.options import CalibrationOptions, Options
-from llm_quantize.reports.result import ComparisonResult, read_comparison
+from llm_quantize.reports.findings import ComparisonResult, read_comparison
 from llm_quantize.runtimes import llama_cpp_library
 from tests.reports.examples import comparison as comparison_of
 from tests.reports.examples import variant
@@ -145,7 +145,7 @@ def test_what_is_stopped_between_two_measurements_goes_on(
         tmp_path,
         variants=VARIANTS,
         options=SMALL,
-        on_event=lambda event: stages.append(event["text"]) if event["event"] == "stage" else None,
+        on_event=lambda event: stages.append(event.text) if event.kind == "stage" else None,
     )
     assert stages == ["Q2_K: speed", "source: write", "Q8_0: write", "Q2_K: write"]
     assert [one.divergence for one in result.variants] == [one.divergence for one in whole[0].variants]
@@ -181,7 +181,7 @@ def test_without_a_runtime_the_page_is_written_and_says_so(
         tmp_path,
         artifacts=[file],
         options=SMALL,
-        on_event=lambda event: warnings.append(event["text"]) if event["event"] == "warning" else None,
+        on_event=lambda event: warnings.append(event.text) if event.kind == "warning" else None,
     )
     assert result.variants[0].speed is None
     assert len([text for text in warnings if "llm-quantize[llamacpp]" in text]) == 1

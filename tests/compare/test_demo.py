@@ -20,8 +20,10 @@ from llm_quantize import data
 from llm_quantize.cli.demo import command
 from llm_quantize.compare import demo
 from llm_quantize.errors import MissingExtraError
+from llm_quantize.events import Caution, Measure, Stage
 from llm_quantize.measures.divergence import Divergence, Paired
 from llm_quantize.runtimes import base, transformers, vllm
+from tests.hearing import into
 
 
 def test_built_in_data() -> None:
@@ -49,7 +51,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_run_demo_measures_what_it_wrote(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     events: list[dict[str, Any]] = []
-    result = demo.run_demo(tmp_path / "out", threads=1, on_event=lambda event: events.append(dict(event)))
+    result = demo.run_demo(tmp_path / "out", threads=1, on_event=into(events))
     assert [row.level for row in result.rows] == ["F32", "BF16", "Q4_K_M"]
     for row in result.rows:
         assert Path(row.path).stat().st_size == row.size
@@ -124,7 +126,7 @@ def test_rounding_against_feedback(shallow: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("LLM_QUANTIZE_VLLM", raising=False)
     monkeypatch.setattr(transformers, "run", _not_installed)
     events: list[dict[str, Any]] = []
-    result = demo.run_demo(tmp_path / "out", threads=1, on_event=lambda event: events.append(dict(event)))
+    result = demo.run_demo(tmp_path / "out", threads=1, on_event=into(events))
     source, level = result.rows
     assert source.divergence is None
     assert level.divergence is not None
@@ -280,11 +282,11 @@ def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line for each file and each tenth of what is measured, no bar."""
 
     def told(*_: object, on_event: Any, **__: object) -> demo.DemoResult:
-        on_event({"event": "stage", "text": "GPTQ 4bit, feedback"})
-        on_event({"event": "warning", "text": "careful"})
-        on_event({"event": "stage", "text": "measure every file against the source"})
-        on_event({"event": "measure", "done": 1, "total": 2})
-        on_event({"event": "measure", "done": 2, "total": 2})
+        on_event(Stage("GPTQ 4bit, feedback"))
+        on_event(Caution("careful"))
+        on_event(Stage("measure every file against the source"))
+        on_event(Measure(1, 2))
+        on_event(Measure(2, 2))
         return example_result(True)
 
     monkeypatch.setattr(demo, "run_demo", told)
@@ -294,6 +296,6 @@ def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         "GPTQ 4bit, feedback",
         "warning: careful",
         "measure every file against the source",
-        "measure: 50%",
-        "measure: 100%",
+        "measure every file against the source: 50%",
+        "measure every file against the source: 100%",
     ]

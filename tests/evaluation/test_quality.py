@@ -37,6 +37,7 @@ from llm_quantize.pipeline import Options, quantize
 from llm_quantize.runtimes import RUNTIMES
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
 from llm_quantize.streams.reordered import Reordered
+from tests.hearing import into
 
 from ..oracles import divergence as oracle
 from ..oracles.rounded_linear import rounding
@@ -148,7 +149,7 @@ def test_threads_disk_and_groups_change_nothing(
 ) -> None:
     files = [demo.q8, demo.q4]
     heard: list[Any] = []
-    expected = measure_quality(demo.source, files, demo.windows, threads=1, on_event=heard.append)
+    expected = measure_quality(demo.source, files, demo.windows, threads=1, on_event=into(heard))
     assert expected.memory.together == 2
     assert not expected.memory.on_disk
     progress = [event for event in heard if event["event"] == "measure"]
@@ -165,7 +166,7 @@ def test_threads_disk_and_groups_change_nothing(
 
     monkeypatch.setattr(memory, "fit", one_head)
     heard.clear()
-    found = measure_quality(demo.source, files, demo.windows, threads=3, scratch=tmp_path, on_event=heard.append)
+    found = measure_quality(demo.source, files, demo.windows, threads=3, scratch=tmp_path, on_event=into(heard))
     assert found.memory.on_disk
     assert found.memory.together == 1
     assert found.memory.threads == 3
@@ -241,7 +242,7 @@ def test_a_runtime_that_computes_something_else_is_noticed(demo: SimpleNamespace
     (model / "config.json").write_text(json.dumps(config))
     heard: list[Any] = []
     result = measure_quality(
-        opened(model), [demo.q8], demo.windows, threads=1, runtime="llama.cpp", on_event=heard.append
+        opened(model), [demo.q8], demo.windows, threads=1, runtime="llama.cpp", on_event=into(heard)
     )
     (found,) = result.artifacts
     assert found.runtime is not None
@@ -342,7 +343,7 @@ def test_texts_are_cut_by_themselves(tmp_path: Path) -> None:
     files = [str(tmp_path / name) for name in ("a.txt", "b.txt", "c.txt")]
     heard: list[Any] = []
     tokenizer: Any = Letters()
-    found = evaluation_text(tokenizer, files, context=10, on_event=heard.append)
+    found = evaluation_text(tokenizer, files, context=10, on_event=into(heard))
     a, b = ord("a"), ord("b")
     assert found.windows.tolist() == [[1, *[a] * 9], [1, *[a] * 9], [1, *[b] * 9]]
     assert found.names == tuple(files[:2])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from llm_quantize.evaluation.sensitivity import (
     refuse_other_model,
     write_profile,
 )
+from llm_quantize.events import Measure
 from llm_quantize.formats.gguf.levels import Overrides, Recipe
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
 from llm_quantize.models.opening import open_source
@@ -115,7 +115,7 @@ def test_groups_and_threads_change_no_figure(tmp_path: Path, monkeypatch: pytest
         assert plan.cost.tokens == 32
         assert plan.cost.sentence()
         told: list[tuple[int, int]] = []
-        assert measure_profile(plan, on_event=lambda event: told.append((event["done"], event["total"]))) == whole
+        assert measure_profile(plan, on_event=lambda event: told.append((event.done, event.total))) == whole
         assert [done for done, _ in told] == list(range(1, told[0][1] + 1))
 
 
@@ -126,8 +126,8 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     journal = tmp_path / "p.journal"
     source = open_source(str(model))
 
-    def stop(event: Mapping[str, Any]) -> None:
-        if event["done"] > event["total"] // 2:
+    def stop(event: Measure) -> None:
+        if event.done > event.total // 2:
             raise KeyboardInterrupt
 
     with source.checkpoint:

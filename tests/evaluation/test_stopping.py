@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from llm_quantize.errors import StoppedError
 from llm_quantize.evaluation.profile import measure_profile, plan_profile
 from llm_quantize.evaluation.quality import measure_quality
 from llm_quantize.evaluation.tensor_errors import tensor_errors
+from llm_quantize.events import Event
 from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize
 
@@ -34,9 +34,9 @@ class Signalling:
         self.heard: list[dict[str, Any]] = []
         self.after = 0
 
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        self.heard.append(dict(event))
-        if event["event"] == self.kind:
+    def __call__(self, event: Event) -> None:
+        self.heard.append(event.to_dict())
+        if event.kind == self.kind:
             self.after += 1
             if self.after == 1:
                 os.kill(os.getpid(), self.number)

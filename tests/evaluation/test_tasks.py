@@ -17,6 +17,7 @@ from llm_quantize.evaluation.answers import Answers, stop_texts
 from llm_quantize.evaluation.tasks import run_tasks
 from llm_quantize.measures.perplexity import log_softmax
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
+from tests.hearing import into
 from tests.runtimes.test_llama_cpp import make_gguf
 
 BOS, EOS = 258, 259
@@ -168,7 +169,7 @@ def own_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_harness_gets_these_numbers(model: Path, own_tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     events: list[Any] = []
     names = [f"own_{name}" for name in KINDS]
-    report = run_tasks(model, names, context=64, threads=1, include=own_tasks, on_event=events.append)
+    report = run_tasks(model, names, context=64, threads=1, include=own_tasks, on_event=into(events))
     scores = {(score.task, score.metric): score for score in report.scores}
     with LlamaCpp(model, context=64, threads=1) as llama:
         answers = Answers(llama)

@@ -21,6 +21,7 @@ from llm_quantize.evaluation.tensor_errors import place, tensor_errors, worst
 from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize
+from tests.hearing import into
 
 from ..tiny_models import make_tiny, row_lengths_of_256
 
@@ -61,7 +62,7 @@ def test_equal_the_formulas(threads: int, tiny: SimpleNamespace, monkeypatch: py
     rows = importance(tiny.exact)
     heard: list[Any] = []
     artifact = DecodedArtifact(tiny.source, tiny.q4)
-    found = tensor_errors(tiny.source, artifact, importance=rows, threads=threads, on_event=heard.append)
+    found = tensor_errors(tiny.source, artifact, importance=rows, threads=threads, on_event=into(heard))
     assert {loss.name for loss in found} == set(tiny.exact)
     for loss in found:
         w, q = tiny.exact[loss.name], tiny.coarse[loss.name].reshape(tiny.exact[loss.name].shape)

@@ -31,6 +31,7 @@ from llm_quantize.models.opening import open_model, open_source
 from llm_quantize.options import CalibrationOptions, MethodOptions
 from llm_quantize.pipeline import Options, plan, quantize
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
+from tests.hearing import into
 from tests.safetensors_by_hand import write_tensors
 from tests.test_import_rules import loaded_after
 from tests.tiny_models import TINY, VOCABULARY, make_tiny, reference_logits, reference_model, row_lengths_of_256
@@ -169,7 +170,7 @@ def test_llama_cpp_computes_the_same_from_f32_again(variant: str, tmp_path: Path
 def test_what_is_quantized_says_so(llama: Path, tmp_path: Path) -> None:
     (path,) = made(llama, tmp_path, "Q4_K_M")
     events: list[dict[str, Any]] = []
-    with open_source(str(path), on_event=events.append).checkpoint as model:
+    with open_source(str(path), on_event=into(events)).checkpoint as model:
         assert model.kind == "GGUF Q4_K_M"
         assert any("already quantized (GGUF Q4_K_M)" in str(event.get("text")) for event in events)
         assert {info.dtype for info in model.tensors.values()} == {"F32", "q4_k", "q6_k"}

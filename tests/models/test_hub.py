@@ -29,6 +29,7 @@ from llm_quantize.models.hub import fetch as module
 from llm_quantize.models.hub.fetch import resolve
 from llm_quantize.models.safetensors import open_checkpoint
 from tests.fake_hub import COMMIT, FakeHub
+from tests.hearing import into
 from tests.safetensors_by_hand import write_model
 
 TOKEN = "hf_secretsecretsecret"
@@ -100,7 +101,7 @@ def test_a_model_is_fetched_once_from_one_commit(
     events: list[dict[str, Any]] = []
     with FakeHub(single) as hub:
         point_to(hub.url, monkeypatch)
-        with open_checkpoint("org/model", on_event=events.append) as checkpoint:
+        with open_checkpoint("org/model", on_event=into(events)) as checkpoint:
             np.testing.assert_array_equal(checkpoint.read_rows("w", 0, 20), ARRAYS["w"])
             assert (checkpoint.name, checkpoint.revision) == ("org/model", COMMIT)
         assert {path.name for path in checkpoint.directory.iterdir()} == {
@@ -214,7 +215,7 @@ def test_hub_away_but_cached(sharded: dict[str, bytes], monkeypatch: pytest.Monk
     with FakeHub(sharded) as hub:
         point_to(hub.url, monkeypatch)
         place = resolve("org/model", None).directory
-    assert resolve("org/model", None, on_event=events.append).directory == place
+    assert resolve("org/model", None, on_event=into(events)).directory == place
     assert events[0]["event"] == "warning"
     assert COMMIT in events[0]["text"]
     (place / "sub" / "b-2.safetensors").unlink()

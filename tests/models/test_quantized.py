@@ -22,6 +22,7 @@ from llm_quantize.models.opening import open_model, open_source
 from llm_quantize.models.safetensors import open_checkpoint
 from llm_quantize.options import MethodOptions
 from llm_quantize.pipeline import Options, plan, quantize
+from tests.hearing import into
 from tests.oracles.reference_directories import Layout, write_directory
 from tests.safetensors_by_hand import write_tensors
 from tests.tiny_models import make_tiny, row_lengths_of_256
@@ -47,7 +48,7 @@ def test_our_directory_becomes_a_gguf_of_its_values(
 ) -> None:
     directory = made(llama, tmp_path, format, level, group_size=32)
     events: list[dict[str, Any]] = []
-    with open_source(str(directory), on_event=events.append).checkpoint as model:
+    with open_source(str(directory), on_event=into(events)).checkpoint as model:
         assert (model.kind, model.left_out) == (kind, {})
         assert any(f"already quantized ({kind})" in str(event.get("text")) for event in events)
         assert "quantization_config" not in model.config

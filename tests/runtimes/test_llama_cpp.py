@@ -16,6 +16,7 @@ from llm_quantize.errors import MalformedInputError, MissingExtraError, Unsuppor
 from llm_quantize.models.chat_template import render
 from llm_quantize.runtimes import llama_cpp_library
 from llm_quantize.runtimes.llama_cpp import LlamaCpp, _choose
+from tests.hearing import into
 
 WIDTH, HEADS, LAYERS, HIDDEN = 64, 4, 2, 96
 
@@ -224,7 +225,7 @@ def test_the_chat_is_the_text_of_transformers(tmp_path: Path, demo_model: Path, 
 def test_chat_of_a_file_has_its_default_system_message(tmp_path: Path) -> None:
     with LlamaCpp(make_gguf(tmp_path / "chatml.gguf", template=CHATML)) as llama:
         heard: list[object] = []
-        text = llama.detokenize(llama._chat_tokens("ab", heard.append))
+        text = llama.detokenize(llama._chat_tokens("ab", into(heard)))
         assert text.startswith("<|im_start|>system\nYou answer in verse.<|im_end|>\n<|im_start|>user\nab<|im_end|>")
         assert heard == []
 
@@ -233,7 +234,7 @@ def test_chat_without_jinja_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with LlamaCpp(make_gguf(tmp_path / "chatml.gguf", template=CHATML)) as llama:
         heard: list[Any] = []
-        assert list(llama.generate("ab", max_tokens=2, chat=True, on_event=heard.append)) is not None
+        assert list(llama.generate("ab", max_tokens=2, chat=True, on_event=into(heard))) is not None
         assert [event["event"] for event in heard] == ["warning"]
         assert "built-in template" in heard[0]["text"]
     own = make_gguf(tmp_path / "own.gguf", template="{{ messages[0].content }}!")

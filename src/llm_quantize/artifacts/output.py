@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_quantize import events
 from llm_quantize.artifacts.manifest import manifest_bytes, nonfinite_counts, read_manifest
 from llm_quantize.artifacts.rounding import Target, matrix_records, refuse_other_source, unit_records
 from llm_quantize.errors import IntegrityError, MalformedInputError, UsageError
@@ -77,7 +78,7 @@ def open_output(artifact: ArtifactPlan, path: Path, options: Options, on_event: 
         identity=artifact.identity,
         spans=artifact.units(),
         journal_path=_journal_path(path, options),
-        on_warning=lambda text: on_event({"event": "warning", "text": text}),
+        on_warning=lambda text: on_event(events.Caution(text)),
         replace=options.overwrite,
     )
 

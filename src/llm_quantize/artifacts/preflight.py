@@ -76,8 +76,8 @@ def fit(
     ``before``: see ``memory.peak``. Raises ResourceError where a phase does not fit with one thread.
     """
     sizes = rounding_sizes(artifacts)
-    if engine in ISOLATED:  # a worker that opens the model for itself takes what this process has taken so far
-        sizes = replace(sizes, each=sizes.each + memory.resident_bytes())
+    if engine in ISOLATED:  # a worker opens the model for itself, and takes what this process has taken for that
+        sizes = replace(sizes, each=sizes.each + memory.before_libraries())
     rounding = memory.fit(sizes, threads=threads, max_ram=max_ram, before=before)
     phases = dict.fromkeys(phase for artifact in artifacts for phase in artifact.phases)
     heights = [memory.fit(phase, threads=rounding.threads, max_ram=max_ram, before=before).peak for phase in phases]

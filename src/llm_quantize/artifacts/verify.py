@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize import kernels
+from llm_quantize import events, kernels
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import (
     chunk_ranges,
@@ -89,7 +89,7 @@ def verify(
         done = 0
         for part in subject.values(checks, model, made_how(manifest, subject.unmarked), poisoned):
             done += part
-            on_event({"event": "progress", "done": done, "total": subject.total})
+            on_event(events.Progress(done=done, total=subject.total))
         for name, check in checks.items():
             judge_nonfinite(check, poisoned.get(name, 0), has_manifest=name in known)
         subject.judge(checks)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_quantize import events
 from llm_quantize.artifacts.manifest import manifest_bytes, read_manifest
 from llm_quantize.errors import AccessError, IntegrityError, MalformedInputError
 from llm_quantize.events import EventSink
@@ -54,7 +55,7 @@ def is_kept(target: Path, on_event: EventSink) -> bool:
             return True
     except (MalformedInputError, IntegrityError):
         pass  # a damaged manifest vouches for nothing
-    on_event({"event": "warning", "text": f"{target}: these statistics were damaged; they are collected again"})
+    on_event(events.Caution(f"{target}: these statistics were damaged; they are collected again"))
     try:
         target.unlink(missing_ok=True)
         beside.unlink(missing_ok=True)

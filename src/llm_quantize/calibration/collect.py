@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import llm_quantize
-from llm_quantize import memory
+from llm_quantize import events, memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.calibration.cache import cache_directory, is_kept, manifest_of, prepare_directory
 from llm_quantize.calibration.drawing import draw_windows
 from llm_quantize.calibration.imatrix import coverage
-from llm_quantize.calibration.result import Calibration
+from llm_quantize.calibration.outcome import Calibration
 from llm_quantize.calibration.statistics import BlockSums, collecting_sizes
 from llm_quantize.calibration.windows import Windows, coverage_advice
 from llm_quantize.engine import stop_on_signals
@@ -121,7 +121,7 @@ def calibrate(
         if count == 0:
             break
         text = f"{sum(map(len, short.values()))} experts saw fewer than {options.expert_minimum} tokens"
-        on_event({"event": "note", "text": f"{text}; drawing {count} more windows of text"})
+        on_event(events.Note(f"{text}; drawing {count} more windows of text"))
         paths.append(_collect(state, total, count))
         total += count
         merged = _merge(paths, on_event)
@@ -134,7 +134,7 @@ def _result(state: _Run, path: Path, total: int, short: Mapping[str, tuple[int, 
     widest = max(hyper.embedding_length, hyper.feed_forward_length, hyper.n_head * hyper.head_dim)
     advice = coverage_advice(total * state.windows.length, widest, hessian="hessian" in state.kinds)
     if advice:
-        state.on_event({"event": "warning", "text": advice})
+        state.on_event(events.Caution(advice))
     return Calibration(
         path=path,
         model=state.source.checkpoint.name,
@@ -241,7 +241,7 @@ def _collect(state: _Run, start: int, count: int) -> Path:
 
     options = state.options
     if state.network is None:
-        state.on_event({"event": "stage", "text": "build the network"})
+        state.on_event(events.Stage("build the network"))
         state.network = open_network(state.source, dtype=state.dtype, device=options.device)
     network = state.network
     identity = state.identity(start, count)
@@ -259,7 +259,7 @@ def _collect(state: _Run, start: int, count: int) -> Path:
         identity={"version": llm_quantize.__version__, "model": dict(identity.model), "text": dict(identity.text)},
         spans={key: Span(0, *layout.spans[index]) for index, key in keys.items()},
         journal_path=journal_path(target),
-        on_warning=lambda text: state.on_event({"event": "warning", "text": text}),
+        on_warning=lambda text: state.on_event(events.Caution(text)),
     )
     with output, stop_on_signals() as stop:
         job = _Part(state, network, layout, taps, output, keys, ids.shape[0], ids.shape[1], fitted, stop)
@@ -290,13 +290,11 @@ def _run_blocks(job: _Part, ids: Tensor) -> None:
     if not missing:
         return
     weights, kept, last = CheckpointWeights(state.source.checkpoint), job.kept(), missing[-1]
-    found = kept.resume(
-        missing[0], [0], lambda text: state.on_event({"event": "warning", "text": f"{text}, without summing"})
-    )
+    found = kept.resume(missing[0], [0], lambda text: state.on_event(events.Caution(f"{text}, without summing")))
     states, first = ([], 0) if found is None else found
     tell = _Progress(job.tokens, (last + 1 - first) * job.windows, state.on_event)
     facts = {"total": job.tokens, "threads": job.fitted.threads, "memory_needed": job.fitted.peak}
-    state.on_event({"event": "start", **facts, "resumed_units": len(output.records)})
+    state.on_event(events.Start(**facts, resumed_units=len(output.records)))
     way = Pass(job.network, ids, Pool(job.fitted.threads, job.stop, resumable=True), tell)
 
     def on_block(block: Block, _: int) -> None:
@@ -333,7 +331,7 @@ class _Progress:
     def __call__(self) -> None:
         self.done += 1
         share = self.tokens * self.done // self.windows
-        self.on_event({"event": "progress", "done": share, "total": self.tokens, "unit": "tokens"})
+        self.on_event(events.Progress(done=share, total=self.tokens, unit="tokens"))
 
 
 def _summed(sums: BlockSums | None, block: Block, hidden: Tensor, window: int) -> Tensor:

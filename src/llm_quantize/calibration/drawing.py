@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llm_quantize import events
 from llm_quantize.calibration.text import load_texts
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.calibration.windows import Windows, sample_windows
@@ -17,13 +18,13 @@ def draw_windows(source: Source, options: CalibrationOptions, on_event: EventSin
 
     Raises what reading the text and the tokenizer raises.
     """
-    on_event({"event": "stage", "text": "read the text"})
+    on_event(events.Stage("read the text"))
     tokenizer = TextTokenizer(source)
     corpus = load_texts(options.data)
     length = min(options.length, source.architecture.hyper.context_length)
     if length < options.length:
         text = f"windows have {length:,} tokens: the model's context is no longer"
-        on_event({"event": "note", "text": text})
+        on_event(events.Note(text))
     windows = sample_windows(
         corpus,
         tokenizer,
@@ -34,6 +35,6 @@ def draw_windows(source: Source, options: CalibrationOptions, on_event: EventSin
         on_event=on_event,
     )
     if corpus.built_in and not options.data:
-        on_event({"event": "note", "text": "no text was given: calibrating on the built-in mix of texts"})
+        on_event(events.Note("no text was given: calibrating on the built-in mix of texts"))
     names = [dataset.name for dataset in corpus.datasets]
     return windows, {"datasets": names, "length": length, "seed": options.seed, "chat": options.chat}

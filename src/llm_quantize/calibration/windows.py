@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from llm_quantize import events
 from llm_quantize.calibration.text import Corpus, Dataset, plain
 from llm_quantize.calibration.text_files import Document, Message
 from llm_quantize.calibration.tokens import TextTokenizer
@@ -353,7 +354,7 @@ def _too_short(stream: _Stream, body: int, *, alone: bool, on_event: EventSink) 
             remedy="give more text, or a smaller --sequence-length",
         )
     text = f"{stream.name}: {tokens:,} tokens are less than one window of {body:,}; this text is not used"
-    on_event({"event": "warning", "text": text})
+    on_event(events.Caution(text))
 
 
 def _tell(windows: Windows, asked: int, built_in: bool, pieces: Sequence[_Pieces], on_event: EventSink) -> None:
@@ -362,13 +363,13 @@ def _tell(windows: Windows, asked: int, built_in: bool, pieces: Sequence[_Pieces
             f"the text gives {windows.samples:,} windows of {windows.length:,} tokens without repeating itself; "
             f"{asked:,} were asked for"
         )
-        on_event({"event": "note" if built_in else "warning", "text": text})
+        on_event((events.Note if built_in else events.Caution)(text))
     told = [item.plain_layout for item in pieces if item.plain_layout]
     if told:
         reason = told[0][1].found or told[0][1].what
         count = sum(number for number, _ in told)
         text = f"{count:,} conversations are laid out as plain text, not in the model's chat template: {reason}"
-        on_event({"event": "note" if built_in else "warning", "text": text})
+        on_event((events.Note if built_in else events.Caution)(text))
 
 
 _HESSIAN_LEAST, _HESSIAN_ENOUGH = 4, 18  # tokens per input channel

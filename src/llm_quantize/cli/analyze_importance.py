@@ -12,15 +12,15 @@ from llm_quantize.cli.common import (
     build_calibration,
     calibration_options,
     emit_json,
-    events,
     json_option,
     line,
     mode,
 )
+from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 
 if TYPE_CHECKING:
-    from llm_quantize.calibration.result import Calibration
+    from llm_quantize.calibration.outcome import Calibration
 
 _SUFFIXES = {
     ".gguf": "imatrix",
@@ -79,14 +79,14 @@ def command(
     Example: llm-quantize analyze importance ./Llama-3.2-1B -o llama.gguf --calibration-data japanese
     """  # fmt: skip
     from llm_quantize.calibration.collect import calibrate
-    from llm_quantize.calibration.result import export, refuse_export
+    from llm_quantize.calibration.outcome import export, refuse_export
     from llm_quantize.models.opening import open_source
 
     shown = mode(ctx, as_json)
     options = build_calibration(
         arguments, tuple(arguments["collect"].split(",")), expert_minimum=arguments["expert_minimum"]
     )
-    with events(shown, "calibrate") as sink:
+    with told(shown, "calibrate") as sink:
         source = open_source(model, revision=arguments["revision"], on_event=sink)
         with source.checkpoint:
             target = Path(output or f"{source.checkpoint.name.rsplit('/', 1)[-1]}-imatrix.gguf")

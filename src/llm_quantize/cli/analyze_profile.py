@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_quantize.cli.common import emit_json, events, json_option, line, mode, sheltered, verbose_option
+from llm_quantize import events
+from llm_quantize.cli.common import emit_json, json_option, line, mode, verbose_option
+from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 
 if TYPE_CHECKING:
@@ -83,14 +85,14 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, **ar
 
     shown = mode(ctx, as_json, verbose)
     target = _target(arguments)
-    with events(shown, "measure") as sink:
+    with told(shown, "measure") as sink:
         source = open_source(model, revision=arguments["revision"], on_event=sink)
         with source.checkpoint:
             stem = source.checkpoint.name.rsplit("/", 1)[-1]
             kept = Path(arguments["profile_path"] or f"{stem}.profile.json")
             output = Path(arguments["output"] or f"{stem}-{arguments['name'] or target.name}.recipe.json")
             refuse_existing(output, replace=arguments["overwrite"])
-            profile = _profile(source, kept, arguments, shown, _as_progress(sink, arguments["context"]))
+            profile = _profile(source, kept, arguments, shown, sink)
             if profile is None:
                 return 0
             choice = choose(source, profile, target, name=arguments["name"])
@@ -138,7 +140,7 @@ def _profile(
         profile = read_profile(kept)
         refuse_other_model(profile, model_digest(source.checkpoint), kept)
         _check_kept(source, kept, profile, arguments)
-        on_event({"event": "note", "text": f"nothing is measured: the figures are those in {kept}"})
+        on_event(events.Note(f"nothing is measured: the figures are those in {kept}"))
         return profile
     journal = kept.with_name(kept.name + ".journal")
     plan = _plan(source, arguments, journal, on_event)
@@ -211,19 +213,6 @@ def _imatrix(source: Source, arguments: Mapping[str, Any]) -> Imatrix | None:
     if arguments["imatrix"]:
         return read_imatrix(arguments["imatrix"])
     return from_statistics(Path(arguments["statistics"]), source) if arguments["statistics"] else None
-
-
-def _as_progress(sink: EventSink, context: int) -> EventSink:
-    """Windows through blocks, told as tokens."""
-
-    def told(event: Mapping[str, Any]) -> None:
-        if event["event"] == "measure":
-            facts = {"done": event["done"] * context, "total": event["total"] * context, "unit": "tokens"}
-            sink({"event": "progress", **facts})
-        else:
-            sink(event)
-
-    return sheltered(told)
 
 
 def _facts(profile: Profile, choice: Choice, kept: Path, output: Path) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_quantize.cli.common import Mode, emit_json, events, json_option, line, mode, verbose_option
+from llm_quantize.cli.common import Mode, emit_json, json_option, line, mode, verbose_option
+from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 from llm_quantize.runtimes import RUNTIMES
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from llm_quantize.compare.assessment import Assessment
     from llm_quantize.evaluation.generation_check import GenerationCheck
-    from llm_quantize.events import EventSink
 
 _WORST = 5
 
@@ -118,9 +117,8 @@ def command(
     statistics = arguments.pop("statistics")
     options = AssessOptions(statistics=Path(statistics) if statistics else None, **arguments)
     commands = (shlex.join(["llm-quantize", *sys.argv[1:]]),)
-    with events(shown, "measure") as sink:
-        told = sink if shown.json else _with_stages(sink)
-        found = assess(reference, artifacts, options, commands=commands, on_event=told)
+    with told(shown, "measure") as sink:
+        found = assess(reference, artifacts, options, commands=commands, on_event=sink)
     if report is not None:
         from llm_quantize.reports.page import write_page
 
@@ -133,22 +131,6 @@ def command(
     if error is not None:
         raise error
     return 0
-
-
-def _with_stages(sink: EventSink) -> EventSink:
-    """Progress under the name of its stage, as a check is shown."""
-    stage = ["divergence"]
-
-    def told(event: Mapping[str, Any]) -> None:
-        if event["event"] == "stage":
-            stage[0] = line(event["text"])
-            sink({"event": "check", "what": stage[0], "done": 0, "total": 1})
-        elif event["event"] == "measure":
-            sink({"event": "check", "what": stage[0], "done": event["done"], "total": event["total"]})
-        else:
-            sink(event)
-
-    return told
 
 
 def _show(found: Assessment, shown: Mode, report: str | None) -> None:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llm_quantize.cli.common import emit_json, events, json_option, line, mode
+from llm_quantize.cli.common import emit_json, json_option, line, mode
+from llm_quantize.cli.progress import told
 
 if TYPE_CHECKING:
     from llm_quantize.evaluation.tasks import TaskReport
@@ -60,7 +61,7 @@ def command(
 
     shown = mode(ctx, as_json)
     names = [name for value in tasks for name in value.split(",") if name]
-    with events(shown, "tasks") as sink:
+    with told(shown, "tasks") as sink:
         report = run_tasks(
             artifact, names, shots=shots, limit=limit, context=context, chat=chat, include=include, threads=threads,
             on_event=sink,

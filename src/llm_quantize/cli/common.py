@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,9 +15,7 @@ from llm_quantize.cli.streams import json_text
 from llm_quantize.errors import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from llm_quantize.events import EventSink
+    pass
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -198,170 +193,3 @@ def warn(shown: Mode, text: str) -> None:
     """A warning on stderr; --quiet does not hide it, with --json it is in the result."""
     if not shown.json:
         click.secho(f"warning: {line(text)}", fg="yellow", err=True)
-
-
-@contextmanager
-def events(shown: Mode, description: str, *, live: bool = True) -> Iterator[EventSink]:
-    """A sink for the library's events: a rich progress bar on a terminal, plain lines elsewhere, JSON with --json.
-
-    ``live`` False: plain lines on a terminal too, for a command that writes text there meanwhile. With --quiet only
-    warnings are told.
-    """
-    if shown.json:
-        yield sheltered(_json_sink(shown))
-    elif shown.live and live:
-        with _live_progress(description, shown) as sink:
-            yield sheltered(sink)
-    else:
-        yield sheltered(_plain_sink(description, shown))
-
-
-def sheltered(sink: EventSink) -> EventSink:
-    """``sink``, whose trouble in writing is its own: progress that cannot be shown stops no job."""
-
-    def safe(event: Mapping[str, Any]) -> None:
-        with suppress(OSError):
-            sink(event)
-
-    return safe
-
-
-def _json_sink(shown: Mode) -> EventSink:
-    def sink(event: Mapping[str, Any]) -> None:
-        if not shown.quiet or event["event"] == "warning":
-            click.echo(json.dumps(dict(event)), err=True)
-
-    return sink
-
-
-def _rate(event: Mapping[str, Any], seconds: float) -> str:
-    each = event["done"] / max(seconds, 1e-9)
-    return f"{each:.0f} tokens/s" if event.get("unit") == "tokens" else f"{each / 1e6:.0f} Mw/s"
-
-
-def work_of(event: Mapping[str, Any], description: str) -> str:
-    """What a ``progress`` event is of: a quantization that calibrates first counts tokens meanwhile."""
-    return "calibrate" if description == "quantize" and event.get("unit") == "tokens" else description
-
-
-def _memory() -> str:
-    from llm_quantize.memory import resident_bytes
-
-    return f"{resident_bytes() / 1e6:.0f} MB"
-
-
-def _plain_sink(description: str, shown: Mode) -> EventSink:
-    began = [time.monotonic()]
-    last, checked = [began[0], -1], [began[0]]
-
-    def sink(event: Mapping[str, Any]) -> None:
-        if event["event"] == "warning":
-            warn(shown, event["text"])
-        elif event["event"] == "note" and not shown.quiet:
-            click.echo(f"note: {line(event['text'])}", err=True)
-        elif event["event"] == "resuming" and not shown.quiet:
-            click.echo(f"resuming: reading back {event['units']} finished units", err=True)
-        elif event["event"] == "check" and not shown.quiet:
-            now, percent = time.monotonic(), int(100 * event["done"] / max(1, event["total"]))
-            if event["done"] == 0 or now - checked[0] >= 5:
-                checked[0] = now
-                click.echo(f"checking {event['what']}: {percent}%", err=True)
-        elif event["event"] == "start":
-            began[0] = last[0] = time.monotonic()
-            last[1] = -1
-            if event["resumed_units"] and not shown.quiet:
-                click.echo(f"resuming: {event['resumed_units']} finished units kept", err=True)
-        elif event["event"] == "progress" and not shown.quiet:
-            now, percent = time.monotonic(), int(100 * event["done"] / max(1, event["total"]))
-            if percent == 100 or (now - last[0] >= 5 and percent > last[1]):
-                last[:] = [now, percent]
-                left = (now - began[0]) * (100 - percent) / max(1, percent)
-                facts = f"{_rate(event, now - began[0])}, {left:.0f} s left, {_memory()}"
-                click.echo(f"{work_of(event, description)}: {percent}% ({facts})", err=True)
-
-    return sink
-
-
-@contextmanager
-def _live_progress(description: str, shown: Mode) -> Iterator[EventSink]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
-        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[memory]}"),
-    )  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(description, total=None, rate="", memory="")
-        began = [time.monotonic()]
-
-        def sink(event: Mapping[str, Any]) -> None:
-            if event["event"] == "warning":
-                console.print(f"warning: {line(event['text'])}", style="yellow", markup=False, highlight=False)
-            elif event["event"] == "note":
-                console.print(f"note: {line(event['text'])}", markup=False, highlight=False)
-            elif event["event"] == "start":
-                began[0] = time.monotonic()
-                if event["resumed_units"]:
-                    console.print(f"resuming: {event['resumed_units']} finished units kept", highlight=False)
-            elif event["event"] == "resuming":
-                console.print(f"resuming: reading back {event['units']} finished units", highlight=False)
-            elif event["event"] == "check":
-                progress.update(task, description=f"checking {event['what']}", completed=event["done"],
-                                total=event["total"])  # fmt: skip
-            elif event["event"] == "download":
-                progress.update(task, description=f"download {line(event.get('file', ''))}",
-                                completed=event.get("done"), total=event.get("total"))  # fmt: skip
-            elif event["event"] == "progress":
-                rate = _rate(event, time.monotonic() - began[0])
-                progress.update(task, description=work_of(event, description), completed=event["done"],
-                                total=event["total"], rate=rate, memory=_memory())  # fmt: skip
-
-        yield sink
-
-
-@contextmanager
-def stages(shown: Mode) -> Iterator[EventSink]:
-    """One bar for all stages on a terminal; elsewhere a line as each begins."""
-    if not shown.live:
-        with events(shown, "quantize") as sink:
-            yield sink if shown.json or shown.quiet else _with_stage_lines(sink)
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("quantize", total=None)
-        stage = ["measure"]
-
-        def draw(event: Mapping[str, Any]) -> None:
-            if event["event"] == "warning":
-                console.print(f"warning: {line(event['text'])}", style="yellow", markup=False, highlight=False)
-            elif event["event"] == "note":
-                console.print(f"note: {line(event['text'])}", markup=False, highlight=False)
-            elif event["event"] in ("progress", "measure"):
-                name = work_of(event, "quantize") if event["event"] == "progress" else stage[0]
-                progress.update(task, description=name, completed=event["done"], total=event["total"])
-            elif event["event"] == "stage":
-                stage[0] = line(event["text"]).replace("[", "(")
-                progress.update(task, description=stage[0], completed=0, total=None)
-
-        yield sheltered(draw)
-
-
-def _with_stage_lines(sink: EventSink) -> EventSink:
-    told = [-1]
-
-    def plain(event: Mapping[str, Any]) -> None:
-        if event["event"] == "stage":
-            click.echo(line(event["text"]), err=True)
-        elif event["event"] == "measure":
-            tenth = int(10 * event["done"] / max(1, event["total"]))
-            if tenth > told[0]:
-                told[0] = tenth
-                click.echo(f"measure: {10 * tenth}%", err=True)
-        sink(event)
-
-    return sheltered(plain)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_quantize.cli.common import build_calibration, calibration_options, emit_json, json_option, line, mode, stages
+from llm_quantize.cli.common import build_calibration, calibration_options, emit_json, json_option, line, mode
+from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from llm_quantize.reports.result import ComparisonResult
+    from llm_quantize.reports.findings import ComparisonResult
 
 _LINE = 90
 _NOT_REPEATED = ("model", "artifacts", "output_dir", "as_json", "keep", "variants", "lang")
@@ -90,7 +91,7 @@ def command(
         quantize=_quantize_options(arguments),
         commands=_commands(ctx, model, artifacts, variants),
     )
-    with stages(shown) as sink:
+    with told(shown, "quantize") as sink:
         result = comparison.compare(
             model, output_dir, variants=variants, artifacts=artifacts, options=options, on_event=sink
         )

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llm_quantize.cli.common import emit_json, json_option, line, mode, stages
+from llm_quantize.cli.common import emit_json, json_option, line, mode
+from llm_quantize.cli.progress import told
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +38,7 @@ def command(ctx: click.Context, as_json: bool, output_dir: str | None, threads: 
     from llm_quantize.compare.demo import run_demo
 
     shown = mode(ctx, as_json)
-    with stages(shown) as sink:
+    with told(shown, "quantize") as sink:
         result = run_demo(output_dir, threads=threads, on_event=sink)
     if shown.json:
         emit_json(result.to_dict())

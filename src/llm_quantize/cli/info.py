@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from llm_quantize.cli.common import emit_json, events, json_option, mode
+from llm_quantize.cli.common import emit_json, json_option, mode
+from llm_quantize.cli.progress import told
 
 
 @click.command("info")
@@ -22,7 +23,7 @@ def command(ctx: click.Context, as_json: bool, model: str, revision: str | None,
     from llm_quantize.reports import terminal
 
     shown = mode(ctx, as_json)
-    with events(shown, "info") as sink:
+    with told(shown, "info") as sink:
         facts = describe(model, revision=revision, on_event=sink)
     if shown.json:
         emit_json(facts)

@@ -10,13 +10,13 @@ from llm_quantize.cli.common import (
     build_options,
     chosen_levels,
     emit_json,
-    events,
     json_option,
     mode,
     recipe_options,
     verbose_option,
 )
 from llm_quantize.cli.method_options import method_options
+from llm_quantize.cli.progress import told
 
 
 @click.command("plan")
@@ -42,7 +42,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     shown = mode(ctx, as_json, verbose)
     options = build_options(arguments)
     common = {"levels": chosen_levels(arguments, options), "name": arguments["name"], "revision": arguments["revision"]}
-    with events(shown, "plan") as sink:
+    with told(shown, "plan") as sink:
         plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
     threads, needed = preflight.fit(plans, threads=options.threads, max_ram=options.max_ram)
     if shown.json:

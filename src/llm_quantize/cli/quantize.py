@@ -12,7 +12,6 @@ from llm_quantize.cli.common import (
     build_options,
     chosen_levels,
     emit_json,
-    events,
     json_option,
     mode,
     recipe_options,
@@ -20,6 +19,7 @@ from llm_quantize.cli.common import (
     warn,
 )
 from llm_quantize.cli.method_options import method_options
+from llm_quantize.cli.progress import told
 from llm_quantize.errors import NumericPolicyError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     options = build_options(arguments)
     common = {"levels": chosen_levels(arguments, options), "name": arguments["name"], "revision": arguments["revision"]}
     if arguments["dry_run"]:
-        with events(shown, "plan") as sink:
+        with told(shown, "plan") as sink:
             plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
         threads, needed = preflight.fit(plans, threads=options.threads, max_ram=options.max_ram, engine=options.engine)
         if shown.json:
@@ -81,7 +81,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
         else:
             terminal.print_plans(plans, threads=threads, memory_needed=needed, verbose=shown.verbose)
         return 0
-    with events(shown, "quantize") as sink:
+    with told(shown, "quantize") as sink:
         results = pipeline.quantize(
             model, format, output_dir=arguments["output_dir"], options=options, on_event=sink, **common
         )

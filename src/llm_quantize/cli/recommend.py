@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_quantize.cli.common import emit_json, events, json_option, line, mode
+from llm_quantize.cli.common import emit_json, json_option, line, mode
+from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 from llm_quantize.errors import ResourceError
 
@@ -57,7 +58,7 @@ def command(
 
     shown = mode(ctx, as_json)
     machine = detect(device, ram=ram, vram=vram)
-    with events(shown, "recommend") as sink:
+    with told(shown, "recommend") as sink:
         source = open_source(model, revision=revision, on_event=sink, headers_only=True)
         with source.checkpoint:
             advice = recommend(

@@ -7,7 +7,8 @@ from unicodedata import category
 
 import click
 
-from llm_quantize.cli.common import emit_json, events, json_option, line, mode
+from llm_quantize.cli.common import emit_json, json_option, line, mode
+from llm_quantize.cli.progress import told
 from llm_quantize.cli.streams import reader_gone
 from llm_quantize.runtimes import RUNTIMES, generate
 
@@ -37,7 +38,7 @@ def command(
     in transformers or vLLM. Quantized directories may need `make transformers-runtime` or `make vllm` first."""
     shown = mode(ctx, as_json)
     pieces = []
-    with events(shown, "run", live=False) as sink:
+    with told(shown, "run", live=False) as sink:
         for piece in generate(
             artifact, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads,
             runtime=runtime, on_event=sink,

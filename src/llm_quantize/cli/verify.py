@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from llm_quantize.cli.common import emit_json, events, json_option, mode, verbose_option
+from llm_quantize.cli.common import emit_json, json_option, mode, verbose_option
+from llm_quantize.cli.progress import told
 
 
 @click.command("verify")
@@ -27,7 +28,7 @@ def command(
     from llm_quantize.reports import terminal
 
     shown = mode(ctx, as_json, verbose)
-    with events(shown, "verify") as sink:
+    with told(shown, "verify") as sink:
         outcome = verify(artifact, source=source, revision=revision, on_event=sink)
     if shown.json:
         emit_json(outcome.to_dict())

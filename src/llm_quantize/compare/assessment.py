@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from llm_quantize import memory
+from llm_quantize import events, memory
 from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.compare.bench import measured_file
@@ -28,7 +28,7 @@ from llm_quantize.measures import grades
 from llm_quantize.models.opening import Source, open_source
 
 if TYPE_CHECKING:
-    from llm_quantize.reports.result import ComparisonResult
+    from llm_quantize.reports.findings import ComparisonResult
 
 CONTEXT = 512
 _LARGEST_ERROR = 1e9  # in a report, for a tensor of zeros that is not zeros any more
@@ -99,7 +99,7 @@ def assess(
             on_event=on_event,
         )
         importance = _importance(source, options.statistics)
-        on_event({"event": "stage", "text": "divergence"})
+        on_event(events.Stage("divergence"))
         quality = measure_quality(
             source,
             artifacts,
@@ -113,7 +113,7 @@ def assess(
         )
         tensors = []
         for path in artifacts:
-            on_event({"event": "stage", "text": f"errors of tensors in {Path(path).name}"})
+            on_event(events.Stage(f"errors of tensors in {Path(path).name}"))
             threads = quality.memory.threads
             with closing(open_decoded(source, path)) as decoded:
                 losses = tensor_errors(source, decoded, importance=importance, threads=threads, on_event=on_event)
@@ -143,12 +143,12 @@ def _generation(
     own: tuple[Answer, ...] = ()
     if limit is not None and 2 * size > limit - memory.resident_bytes():
         text = "the source does not fit in memory whole: what the artifacts write is judged without it"
-        on_event({"event": "warning", "text": text})
+        on_event(events.Caution(text))
     elif checkpoint.metadata is not None:
         text = "the source is a GGUF file, which transformers does not run: what artifacts write is judged without it"
-        on_event({"event": "warning", "text": text})
+        on_event(events.Caution(text))
     else:
-        on_event({"event": "stage", "text": "text that the source writes"})
+        on_event(events.Stage("text that the source writes"))
         encode = TextTokenizer(source).encode
         own = source_answers(checkpoint.directory, encode, threads=options.threads, on_event=on_event)
     return tuple(
@@ -166,8 +166,8 @@ def _comparison(
     commands: Sequence[str],
     options: AssessOptions,
 ) -> ComparisonResult:
+    from llm_quantize.reports.findings import ComparisonResult, Reference, TextFacts
     from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
-    from llm_quantize.reports.result import ComparisonResult, Reference, TextFacts
 
     facts = model_facts(source, model)
     first = quality.artifacts[0].divergence
@@ -195,13 +195,13 @@ def _comparison(
 
 
 def _samples(answers: Sequence[Any]) -> tuple[Any, ...]:
-    from llm_quantize.reports.result import Sample
+    from llm_quantize.reports.findings import Sample
 
     return tuple(Sample(answer.prompt, answer.text) for answer in answers)
 
 
 def _variant(one: ArtifactQuality, losses: Sequence[TensorLoss], written: GenerationCheck | None) -> Any:
-    from llm_quantize.reports.result import TensorError, Variant
+    from llm_quantize.reports.findings import TensorError, Variant
 
     file = measured_file(Path(one.path))
     return Variant(

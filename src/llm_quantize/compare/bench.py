@@ -11,6 +11,7 @@ from typing import Any
 
 from gguf.constants import Keys, LlamaFileType
 
+from llm_quantize import events
 from llm_quantize.compare.measurements import Measurements, artifact_identity, key_of
 from llm_quantize.errors import MissingExtraError, UnsupportedError
 from llm_quantize.evaluation.generation_check import Answer, check_generation, judge, source_answers
@@ -22,8 +23,8 @@ from llm_quantize.io.gguf_file import GgufFile, read_gguf
 from llm_quantize.memory import memory_limit
 from llm_quantize.models.opening import Source
 from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
+from llm_quantize.reports.findings import Sample, TensorError
 from llm_quantize.reports.provenance import model_facts
-from llm_quantize.reports.result import Sample, TensorError
 from llm_quantize.runtimes import artifact_at, runtime_for
 
 NEW_TOKENS = 64
@@ -115,7 +116,7 @@ class Bench:
 
     def _known(self, key: str, stage: str, measure: Callable[[], Any]) -> Any:
         if self._kept.get(key) is None:
-            self._on_event({"event": "stage", "text": stage})
+            self._on_event(events.Stage(stage))
             self._kept.put(key, measure())
         return self._kept.get(key)
 
@@ -193,7 +194,7 @@ class Bench:
 
     def _without_runtime(self, error: MissingExtraError) -> None:
         self.absent = f"{error.what}; {error.remedy}"
-        self._on_event({"event": "warning", "text": f"speed and samples are not measured: {self.absent}"})
+        self._on_event(events.Caution(f"speed and samples are not measured: {self.absent}"))
 
 
 def samples_of(answers: Sequence[Answer], own: Sequence[Answer] = ()) -> tuple[Sample, ...]:

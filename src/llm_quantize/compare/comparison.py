@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llm_quantize import events
 from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.artifacts.preflight import refuse_unwritable
 from llm_quantize.calibration.tokens import TextTokenizer
@@ -36,8 +37,7 @@ from llm_quantize.measures.divergence import Divergence
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.options import Options
-from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
-from llm_quantize.reports.result import (
+from llm_quantize.reports.findings import (
     ComparisonResult,
     ModelFacts,
     Reference,
@@ -47,6 +47,7 @@ from llm_quantize.reports.result import (
     divergence_from_dict,
     divergence_to_dict,
 )
+from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
 
 DEFAULT_VARIANTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 CONTEXT = 512
@@ -366,7 +367,7 @@ def _quality(
     floor = key_of("noise", **about)
     missing = [index for index, key in enumerate(keys) if kept.get(key) is None or kept.get(floor) is None]
     if missing:
-        on_event({"event": "stage", "text": "measure"})
+        on_event(events.Stage("measure"))
         make_directory(folder)
         measured = measure_quality(
             source,

@@ -6,14 +6,14 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llm_quantize import data
+from llm_quantize import data, events
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.errors import MissingExtraError, ResourceError, UnsupportedError
 from llm_quantize.evaluation.in_runtime import measure_in_runtime
@@ -177,7 +177,7 @@ def run_demo(
             lost = _in_runtime(paths, windows, threads, on_event)
         else:
             pairs, seconds = _pairs(source, folder, threads, on_event)
-            on_event({"event": "stage", "text": "measure every file against the source"})
+            on_event(events.Stage("measure every file against the source"))
             everything = [*paths, *(one.result.path for one in pairs)]
             quality = measure_quality(source, everything, windows, threads=threads, on_event=on_event)
             lost = [one.divergence for one in quality.artifacts]
@@ -186,7 +186,7 @@ def run_demo(
             count = (CALIBRATION.samples or 0) * CALIBRATION.length
             methods = Methods(rows, quality.tokens, CONTEXT, count, seconds)
             agreement = _run(source, paths[0], few, threads)
-        on_event({"event": "stage", "text": "generate"})
+        on_event(events.Stage("generate"))
         texts = [_text(path, threads=1) for path in paths]  # a token at a time: threads would only wait
     shown = tuple(one.row(found, text=text) for one, found, text in zip(levels, lost, texts, strict=False))
     kept = output_dir is not None
@@ -207,7 +207,7 @@ def _in_runtime(paths: Sequence[Path], windows: Tokens, threads: int | None, on_
         paths,
         windows,
         threads=threads,
-        on_window=lambda done, total: on_event({"event": "measure", "done": done, "total": total}),
+        on_window=lambda done, total: on_event(events.Measure(done=done, total=total)),
     )
 
 
@@ -216,7 +216,7 @@ def _pairs(source: Source, folder: Path, threads: int | None, on_event: EventSin
     from llm_quantize.calibration.collect import calibrate
 
     calibration = replace(CALIBRATION, threads=threads)
-    on_event({"event": "stage", "text": "importance matrix"})
+    on_event(events.Stage("importance matrix"))
     began = time.process_time()
     statistics = calibrate(source, calibration, on_event=_work(on_event, "importance matrix"))
     importance_seconds = 0.0 if statistics.reused else time.process_time() - began
@@ -224,7 +224,7 @@ def _pairs(source: Source, folder: Path, threads: int | None, on_event: EventSin
     for label, format, level in PAIRS:
         for name, method in METHODS.items():
             title = f"{label}, {name}"
-            on_event({"event": "stage", "text": title})
+            on_event(events.Stage(title))
             weighed = format in WEIGHED and name == "rounded"
             options = Options(
                 threads=threads,
@@ -251,11 +251,11 @@ def _work(on_event: EventSink, title: str) -> EventSink:
     """``on_event`` with the progress and warnings of a run; its stages and notes, the same for every file, are left
     out."""
 
-    def sink(event: Mapping[str, Any]) -> None:
-        if event["event"] in ("start", "progress"):
+    def sink(event: events.Event) -> None:
+        if isinstance(event, events.Start | events.Progress):
             on_event(event)
-        elif event["event"] == "warning":
-            on_event({**event, "text": f"{title}: {event['text']}"})
+        elif isinstance(event, events.Caution):
+            on_event(events.Caution(f"{title}: {event.text}"))
 
     return sink
 
@@ -275,7 +275,7 @@ def _pair_rows(
     for index in range(0, len(pairs), 2):
         feedback, rounded = pairs[index : index + 2]
         at = len(LEVELS) + index
-        on_event({"event": "stage", "text": f"{feedback.label} in its runtime"})
+        on_event(events.Stage(f"{feedback.label} in its runtime"))
         run = _run(source, feedback.result.path, windows, threads)
         rows.append(rounded.row(lost[index + 1]))
         rows.append(feedback.row(lost[index], ratio=places[at, at + 1], run=run))

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_quantize import events
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.runtimes.base import Request, Written, retokenized
@@ -177,7 +178,7 @@ def check_generation(
     """
     from llm_quantize.runtimes import artifact_at, runtime_for
 
-    on_event({"event": "stage", "text": f"text that {Path(artifact).name} writes"})
+    on_event(events.Stage(f"text that {Path(artifact).name} writes"))
     path = artifact_at(Path(artifact))
     request = Request(prompts=tuple(prompts), max_tokens=max_tokens, threads=threads)
     return check_answers(answers(runtime_for(path).write(path, request), prompts), reference)

@@ -1,4 +1,4 @@
-"""What any artifact lost against its source, measured without a runtime, a logits file, or a model in memory.
+"""What any artifact lost against its source, measured block by block, without a runtime.
 
     source, artifacts, windows of text → streams of hidden states, block by block → logits of both → divergence
 
@@ -21,7 +21,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_quantize import memory
+from llm_quantize import events, memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.decoded import Decoded
 from llm_quantize.artifacts.decoded_directory import open_decoded
@@ -172,7 +172,7 @@ def measure_quality(
     _check_runtime(decoded, runtime)
     for one in decoded:
         for note in one.notes:
-            on_event({"event": "warning", "text": f"{one.path.name}: {note}"})
+            on_event(events.Caution(f"{one.path.name}: {note}"))
     network = open_network(source, dtype="float32", device=device)
     again = min(NOISE_WINDOWS, len(windows))
     plan = QualityPlan(source, network, decoded, windows, runtime is not None)
@@ -353,7 +353,7 @@ def _warn(artifacts: Sequence[ArtifactQuality], on_event: EventSink) -> None:
                 f"{Path(one.path).name}: what {one.runtime.runtime} computes is not what its weights say: KLD "
                 f"{one.runtime.rounding.kld:.2g} between the two, more than the rounding of activations explains"
             )
-            on_event({"event": "warning", "text": text})
+            on_event(events.Caution(text))
 
 
 def _noise_floor(comparison: Comparison) -> NoiseFloor:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from llm_quantize import events
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.evaluation.sensitivity import Candidate, Cost, Sensitivity
 from llm_quantize.events import EventSink
@@ -211,7 +212,7 @@ class Measurement:
 
     def _tell(self) -> None:
         self.done += 1
-        self.on_event({"event": "measure", "done": self.done, "total": self.total})
+        self.on_event(events.Measure(done=self.done, total=self.total))
 
     def _heads(self, streams: Sequence[_Stream], final: Activations) -> None:
         """The divergence of every stream: those with the source's head together, the others one at a time."""

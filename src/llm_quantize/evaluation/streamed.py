@@ -1,4 +1,4 @@
-"""A source and its artifacts side by side, one decoder block in memory at a time, and their predictions compared.
+"""A source and its artifacts side by side, block by block, and their predictions compared.
 
 Every model is a stream of hidden states, one window after another. For each block the source's weights are loaded
 and all its windows run through, then the first artifact's weights and its windows, and so on. At the end the final
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llm_quantize import events
 from llm_quantize.errors import NumericPolicyError
 from llm_quantize.events import EventSink
 from llm_quantize.measures.divergence import Comparison, Scores, log_softmax_like, score
@@ -68,7 +69,7 @@ class Evaluation:
 
     def _advance(self, windows: int) -> None:
         self._done += windows
-        self._on_event({"event": "measure", "done": self._done, "total": self._total})
+        self._on_event(events.Measure(done=self._done, total=self._total))
 
     def embed(self, stream: Stream) -> None:
         """Put the hidden states that enter block 0 into the stream."""

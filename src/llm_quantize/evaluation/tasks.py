@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from llm_quantize import events
 from llm_quantize.errors import MissingExtraError, NetworkError, UsageError, printable
 from llm_quantize.evaluation.answers import Answers
 from llm_quantize.events import EventSink, ignore
@@ -111,7 +112,7 @@ def run_tasks(
         text = (
             f"{answers.truncated:,} requests were longer than the context of {context:,}: their beginning is left out"
         )
-        on_event({"event": "warning", "text": text})
+        on_event(events.Caution(text))
     version = f"lm_eval {importlib.metadata.version('lm_eval')}"
     scores = tuple(_scores(found or {}))
     return TaskReport(str(artifact), scores, answers.truncated, version, time.monotonic() - started)

@@ -8,6 +8,7 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from llm_quantize import events
 from llm_quantize.evaluation.answers import Answers, stop_texts
 from llm_quantize.events import EventSink
 
@@ -72,4 +73,4 @@ class _Model(TemplateLM):  # type: ignore[misc]
         return self._answers.render(chat_history, reply=add_generation_prompt)
 
     def _tell(self, done: int, total: int) -> None:
-        self._on_event({"event": "measure", "done": done, "total": total})
+        self._on_event(events.Measure(done=done, total=total))

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize import memory
+from llm_quantize import events, memory
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import read_output_rows, to_float32, unit_ranges, weights_of
 from llm_quantize.artifacts.decoded import Decoded, Stored
@@ -86,7 +86,7 @@ def tensor_errors(
         for (output, start, stop), found in zip(jobs, results, strict=True):
             sums[output.name].add(found)
             done += (stop - start) * (output.shape[-1] if output.shape else 1)
-            on_event({"event": "measure", "done": done, "total": total})
+            on_event(events.Measure(done=done, total=total))
     losses = [_loss(output, held[output.name], sums[output.name]) for output in outputs]
     key = _by_weighted if any(loss.weighted is not None for loss in losses) else _by_relative
     return sorted(losses, key=key, reverse=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm_quantize import data
+from llm_quantize import data, events
 from llm_quantize.calibration.text import load_texts
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.errors import UsageError
@@ -66,7 +66,7 @@ def evaluation_text(
             remedy="give a longer text or a smaller --context",
         )
     for one in short:
-        on_event({"event": "warning", "text": f"{one} is shorter than one window of {context:,}: left out"})
+        on_event(events.Caution(f"{one} is shorter than one window of {context:,}: left out"))
     windows = np.concatenate(parts)
     available = len(windows)
     if limit is not None and limit < available:

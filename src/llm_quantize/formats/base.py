@@ -83,7 +83,7 @@ def scheme_from_dict(facts: Mapping[str, Any]) -> Scheme:
 
 
 def scheme_of(plan: ArtifactPlan) -> Scheme:
-    """The scheme of a plan that ``directory.plan_directory`` made."""
+    """The scheme of a plan of a packed format."""
     return scheme_from_dict(plan.identity["scheme"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_quantize import events
 from llm_quantize.architectures import Architecture, open_architecture
 from llm_quantize.architectures.base import TensorMap
 from llm_quantize.errors import UnsupportedError
@@ -92,9 +93,9 @@ def _describe(checkpoint: Model, on_event: EventSink) -> Source:
     architecture = open_architecture(checkpoint.config, file=checkpoint.config_file)
     if checkpoint.kind:
         text = f"this model is already quantized ({checkpoint.kind}): what is made of it has its errors too"
-        on_event({"event": "warning", "text": text})
+        on_event(events.Caution(text))
     for note in architecture.notes:
-        on_event({"event": "warning", "text": note})
+        on_event(events.Caution(note))
     tensors = architecture.map_tensors(checkpoint.tensors)
     for output in tensors.outputs:
         for piece in output.pieces:

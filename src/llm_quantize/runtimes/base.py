@@ -13,6 +13,7 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from llm_quantize import events
 from llm_quantize.events import EventSink
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
@@ -165,4 +166,4 @@ def warn_beyond(prompt: int, answer: int, trained: int, on_event: EventSink) -> 
         text = (
             f"{prompt} tokens of prompt and up to {answer} of answer pass the {trained} that the model was trained for"
         )
-        on_event({"event": "warning", "text": text})
+        on_event(events.Caution(text))

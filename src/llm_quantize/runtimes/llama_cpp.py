@@ -18,6 +18,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from llm_quantize import events
 from llm_quantize.errors import (
     IntegrityError,
     LlmQuantizeError,
@@ -338,7 +339,7 @@ class LlamaCpp:
             if known is None:
                 raise
             text = known
-            on_event({"event": "warning", "text": _NOT_ITS_OWN})
+            on_event(events.Caution(_NOT_ITS_OWN))
         # A template usually writes the begin token itself.
         return self.tokenize(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_quantize import events
 from llm_quantize.errors import (
     IntegrityError,
     MalformedInputError,
@@ -93,7 +94,7 @@ def resolve(
     except NetworkError as error:
         if cached is None or error.found != UNREACHABLE or _missing(cached) is not None:
             raise
-        tell({"event": "warning", "text": f"the hub cannot be reached; using the cached commit {cached.commit}"})
+        tell(events.Caution(f"the hub cannot be reached; using the cached commit {cached.commit}"))
         return cached
     snapshot = _fetch(hub, model_id, commit, files, tell, headers_only)
     _remember(hub, model_id, revision or "main", commit)
@@ -279,7 +280,7 @@ class _Fetcher:
                         self._paths[jobs[job].name] = job.result()
                     done = sum(jobs[job].size or 0 for job in jobs if job not in pending) + self._partial_bytes()
                     name = next((jobs[job].name for job in jobs if job in pending), files[-1].name)
-                    self._tell({"event": "download", "file": name, "done": min(done, total), "total": total})
+                    self._tell(events.Download(file=name, done=min(done, total), total=total))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
