@@ -258,7 +258,8 @@ class _Directory:
             yield StoredTensor(name, kind, info.file, info.offset, info.nbytes, matrix_shape(info.shape)[0])
 
     def against(self, source: Source, manifest: Manifest | None, stack: ExitStack) -> Iterator[str]:
-        yield from compare_tokenizer(self.path, source.checkpoint.directory, exact=manifest is not None)
+        if source.checkpoint.metadata is None:
+            yield from compare_tokenizer(self.path, source.checkpoint.directory, exact=manifest is not None)
         try:
             self._decoded = DecodedDirectory(source, self.path)
         except LlmQuantizeError as error:
