@@ -140,12 +140,14 @@ class Runtime(Protocol):
 
 
 def is_model_directory(path: Path) -> bool:
-    """Whether ``path`` is a Hugging Face model directory.
+    """Whether ``path`` is a Hugging Face model directory, and not GGUF files that lie beside a configuration.
 
     Runtimes follow any link and break off in their own ways: what our readers refuse is not shown to them. Raises
     AccessError (a link that leaves the directory) and MalformedInputError (config.json).
     """
     if not (path.is_dir() and (path / "config.json").is_file()):
+        return False
+    if any(path.glob("*.gguf")) and not any(path.glob("*.safetensors")):
         return False
     for name in sorted(entry.name for entry in path.iterdir() if entry.is_symlink()):
         inside(path, name)
