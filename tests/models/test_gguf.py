@@ -19,19 +19,23 @@ import torch
 from llm_quantize import kernels
 from llm_quantize.architectures.from_gguf import llama3_parameters
 from llm_quantize.artifacts.verify import verify
+from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.cli import run
+from llm_quantize.compare.assessment import AssessOptions, assess
+from llm_quantize.data import demo_model
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.formats.gguf.metadata import OF_THE_FILE
 from llm_quantize.io.gguf_file import GgufFile, MetaValue, layout_gguf, read_gguf
 from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import open_model, open_source
-from llm_quantize.options import MethodOptions
+from llm_quantize.options import CalibrationOptions, MethodOptions
 from llm_quantize.pipeline import Options, plan, quantize
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
 from tests.hearing import into
 from tests.safetensors_by_hand import write_tensors
 from tests.test_import_rules import loaded_after
 from tests.tiny_models import TINY, VOCABULARY, make_tiny, reference_logits, reference_model, row_lengths_of_256
+from tests.tiny_tokenizers import nasty_texts
 
 FAMILIES = (
     "llama",
@@ -364,21 +368,92 @@ def test_without_a_tokenizer_no_gguf_is_made(llama: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("format", "level"), [("gptq", "4bit"), ("awq", "4bit"), ("compressed-tensors", "W4A16")])
 def test_directories_are_not_made_of_a_file(llama: Path, tmp_path: Path, format: str, level: str) -> None:
-    rtn = Options(threads=1, method=MethodOptions(method="rtn", transform="none"))
-    with pytest.raises(UnsupportedError, match="tokenizer files, which a GGUF file has not"):
-        quantize(str(llama), format, levels=[level], output_dir=tmp_path, options=rtn)
-    calibrated = Options(threads=1, method=MethodOptions(method="gptq", transform="none"))
-    with pytest.raises(UnsupportedError, match="tokenizer files of the original model"):
-        quantize(str(llama), format, levels=[level], output_dir=tmp_path, options=calibrated)
+    for method in ("rtn", "gptq"):
+        chosen = Options(threads=1, method=MethodOptions(method=method, transform="none"))
+        with pytest.raises(UnsupportedError, match="tokenizer files, which a GGUF file has not"):
+            quantize(str(llama), format, levels=[level], output_dir=tmp_path, options=chosen)
     with pytest.raises(UnsupportedError, match="which a GGUF file has not"):
         quantize(str(llama), "safetensors", levels=["BF16"], output_dir=tmp_path, options=Options(threads=1))
     assert not list(tmp_path.iterdir())
 
 
-def test_text_is_not_run_through_a_file_for_importance(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="tokenizer files of the original model"):
-        made(llama, tmp_path, "IQ2_XS")
-    assert made(llama, tmp_path, "Q4_K_M", calibrate=False)
+def test_a_file_is_not_replaced_by_what_is_made_of_it(llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "net-Q8_0.gguf"
+    shutil.copy(llama, path)
+    before = path.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="would replace the model"):
+            made(path, tmp_path, "Q8_0", overwrite=overwrite)
+    assert path.read_bytes() == before
+
+
+def test_a_directory_is_verified_against_a_file(llama: Path, tmp_path: Path) -> None:
+    net = llama.parent.parent / "net"
+    options = Options(threads=1, method=MethodOptions(method="rtn", group_size=32))
+    (packed,) = quantize(str(net), "gptq", levels=["4bit"], output_dir=tmp_path, options=options)
+    assert verify(packed.path, source=str(llama)).ok
+    (artifact,) = made(net, tmp_path, "Q4_K_M")
+    assert verify(artifact, source=str(llama)).ok
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model at BF16: its very values."""
+    return made(demo_model(), tmp_path_factory.mktemp("trained"), "BF16")[0]
+
+
+def test_texts_have_the_ids_of_the_tokenizer_files(trained: Path) -> None:
+    one, other = (TextTokenizer(open_source(str(model))) for model in (demo_model(), trained))
+    assert (one.bos, one.eos, one.rows) == (other.bos, other.eos, other.rows)
+    for words in nasty_texts():
+        assert one.encode(words) == other.encode(words), words
+
+
+@pytest.mark.parametrize(("model", "said"), [("llama", None), ("llama", False), ("gpt2", None), ("gpt2", True)])
+def test_texts_begin_as_the_file_says(trained: Path, tmp_path: Path, model: str, said: bool | None) -> None:
+    """Without a word, as in llama.cpp: with bos where the vocabulary is SentencePiece's."""
+    net = make_tiny("llama", tmp_path / "net")
+    (path,) = made(net, tmp_path / "out", "F32")
+    key = "tokenizer.ggml.add_bos_token"
+    changes: dict[str, MetaValue | None] = {
+        key: None if said is None else MetaValue(gguf.GGUFValueType.BOOL, said),
+        "tokenizer.ggml.model": text(model),
+    }
+    if model == "llama":
+        count = len(read_gguf(path).metadata["tokenizer.ggml.tokens"].value)
+        scores = MetaValue(gguf.GGUFValueType.ARRAY, [0.0] * count, gguf.GGUFValueType.FLOAT32)
+        bytes_of = {f"<0x{value:02X}>": value for value in range(256)}
+        words = [*bytes_of, *read_gguf(path).metadata["tokenizer.ggml.tokens"].value[len(bytes_of) :]]
+        kinds = [6] * 256 + list(read_gguf(path).metadata["tokenizer.ggml.token_type"].value[256:])
+        changes |= {
+            "tokenizer.ggml.scores": scores,
+            "tokenizer.ggml.merges": None,
+            "tokenizer.ggml.tokens": MetaValue(gguf.GGUFValueType.ARRAY, words, gguf.GGUFValueType.STRING),
+            "tokenizer.ggml.token_type": MetaValue(gguf.GGUFValueType.ARRAY, kinds, gguf.GGUFValueType.INT32),
+        }
+    changed = rewritten(path, tmp_path / "changed.gguf", changes=changes)
+    tokenizer = TextTokenizer(open_source(str(changed)))
+    with LlamaCpp(changed, context=32, threads=1) as runtime:
+        assert runtime.tokenize("", add_special=True) == ([] if tokenizer.bos is None else [tokenizer.bos])
+    assert (tokenizer.bos is not None) == (model == "llama" if said is None else said)
+
+
+def test_quality_against_a_file_is_quality_against_its_model(trained: Path, tmp_path: Path) -> None:
+    (artifact,) = made(demo_model(), tmp_path, "Q4_0")
+    found = []
+    for reference in (trained, demo_model()):
+        result = assess(str(reference), [artifact], AssessOptions(windows=2, context=64, threads=1))
+        found.append(result.quality.artifacts[0].divergence)
+    assert found[0].kld == pytest.approx(found[1].kld, rel=1e-5)
+    assert found[0].kld > 1e-3
+    same = assess(str(trained), [trained], AssessOptions(windows=1, context=64, threads=1, generate=True))
+    assert same.quality.artifacts[0].divergence.kld == pytest.approx(0, abs=1e-9)
+
+
+def test_importance_is_collected_from_a_file(trained: Path, tmp_path: Path) -> None:
+    options = CalibrationOptions(samples=2, length=32)
+    (path,) = made(trained, tmp_path, "IQ2_XS", calibration=options)
+    assert read_gguf(path).metadata["quantize.imatrix.entries_count"].value > 0
 
 
 def test_other_weights_beside_it_come_first(llama: Path, tmp_path: Path) -> None:

@@ -306,7 +306,8 @@ class _Inverse:
         values, keys = self.values, gguf.Keys.LLM
         count = values.integer(keys.EXPERT_COUNT, 0)
         if not count:
-            return _named("num_experts", 0)
+            usual = any(name in self.family.defaults for name in ALIASES["num_experts"])
+            return _named("num_experts", 0) if usual else {}
         feed = values.integer(keys.FEED_FORWARD_LENGTH)
         return {
             **_named("num_experts", count),

@@ -144,6 +144,9 @@ def _generation(
     if limit is not None and 2 * size > limit - memory.resident_bytes():
         text = "the source does not fit in memory whole: what the artifacts write is judged without it"
         on_event(events.Caution(text))
+    elif checkpoint.metadata is not None:
+        text = "the source is a GGUF file, which transformers does not run: what artifacts write is judged without it"
+        on_event(events.Caution(text))
     else:
         on_event(events.Stage("text that the source writes"))
         encode = TextTokenizer(source).encode
