@@ -101,6 +101,8 @@ class GgufModel:
     temporary: tempfile.TemporaryDirectory[str] | None = None
     folded: Mapping[str, str] = MappingProxyType({})
     left_out: Mapping[str, str] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
+    scratch: int = 0
 
     def __init__(
         self, name: str, metadata: Mapping[str, MetaValue], headers: Sequence[Header], derived: Derived, hollow: bool

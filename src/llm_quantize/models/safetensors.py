@@ -65,6 +65,8 @@ class Checkpoint:
     _scale_tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     headers_only: bool = False
     kind: str = ""
+    notes: tuple[str, ...] = ()
+    scratch: int = 0
     metadata: Mapping[str, MetaValue] | None = None
     temporary: tempfile.TemporaryDirectory[str] | None = None
 
