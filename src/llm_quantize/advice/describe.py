@@ -12,7 +12,8 @@ from gguf.constants import Keys
 
 from llm_quantize.advice.footprint import shape_of
 from llm_quantize.architectures.rows import weights_of
-from llm_quantize.errors import MalformedInputError, UnsupportedError
+from llm_quantize.artifacts.manifest import read_manifest
+from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.gguf.describe import describe as gguf_metadata
 from llm_quantize.formats.gguf.vocabulary.reading import has_tokenizer
@@ -39,7 +40,20 @@ def describe(model: str, *, revision: str | None = None, on_event: EventSink = i
             return _describe_packed(packed)
     source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
     with source.checkpoint:
-        return _describe_source(source)
+        return {**_describe_source(source), **_origin(path)}
+
+
+def _origin(path: Path) -> dict[str, Any]:
+    """What the manifest of a plain directory of ours says it was made from; nothing where there is none of ours."""
+    try:
+        manifest = read_manifest(path / "manifest.json")
+    except (MalformedInputError, IntegrityError) as error:
+        return {"manifest": error.what}
+    if manifest is None:
+        return {}
+    facts = {"source": "model", "source_revision": "revision", "source_kind": "kind", "level": "level"}
+    identity = manifest["identity"]
+    return {"made_from": {word: identity[key] for key, word in facts.items() if identity.get(key) is not None}}
 
 
 def _describe_source(source: Source) -> dict[str, Any]:

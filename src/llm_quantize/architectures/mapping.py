@@ -23,6 +23,10 @@ _FLOAT32 = {
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
+class AbsentWeightError(MalformedInputError):
+    """A weight that the configuration calls for is not there."""
+
+
 def row_order(order: Order, hyper: Hyper) -> npt.NDArray[np.int64] | None:
     """int64 (rows,): which source row each output row is.
 
@@ -139,7 +143,7 @@ class Mapper:
             what = "a weight that the configuration calls for is not in the checkpoint"
             if not anything:
                 what = f"the configuration has {n_layer} layers, but there are no weights for layer {layer}"
-            raise MalformedInputError(
+            raise AbsentWeightError(
                 what,
                 file=self.config.file,
                 tensor=checkpoint_name(self.family, weight, short),

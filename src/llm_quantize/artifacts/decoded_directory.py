@@ -1,4 +1,4 @@
-"""A model directory, quantized or not, under the names and shapes of its source's checkpoint.
+"""A directory under the names and shapes of its source's checkpoint.
 
 Its tensors go through the source's own map (architectures/): where a matrix stands under another name, alone where the
 source has experts stacked, or stacked where the source has them alone, the map of each leads to the same tensor, and

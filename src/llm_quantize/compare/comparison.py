@@ -333,12 +333,13 @@ def _refuse_twice(found: Sequence[MeasuredFile]) -> None:
 
 
 def _with_labels(found: Sequence[MeasuredFile]) -> list[MeasuredFile]:
-    """Levels as labels, file names where a level stands twice."""
-    counts = Counter(artifact.level for artifact in found)
-    return [
-        replace(artifact, level=artifact.path.name.removesuffix(".gguf")) if counts[artifact.level] > 1 else artifact
-        for artifact in found
-    ]
+    """Levels as labels, file names where a level stands twice, with their suffixes where that is not enough."""
+    for suffix in (".gguf", ""):
+        counts = Counter(artifact.level for artifact in found)
+        found = [
+            replace(one, level=one.path.name.removesuffix(suffix)) if counts[one.level] > 1 else one for one in found
+        ]
+    return list(found)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize import events
+from llm_quantize.architectures.mapping import AbsentWeightError
+from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
 from llm_quantize.models.files import CONFIG_LIMIT
+from llm_quantize.models.opening import open_source
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,20 @@ def is_model_directory(path: Path) -> bool:
         inside(path, name)
     read_json_object(inside(path, "config.json"), limit_bytes=CONFIG_LIMIT)
     return True
+
+
+def refuse_incomplete(path: Path) -> None:
+    """Raise MalformedInputError or IntegrityError where a weight of the model in ``path``, or a field of it, is absent.
+
+    Of quantized models runtimes compute with whatever stands in its place. What else our reader has to say against a
+    model, and every model of a family that it does not know, is the runtime's to judge.
+    """
+    try:
+        open_source(str(path), headers_only=True).checkpoint.close()
+    except AbsentWeightError:
+        raise
+    except (MalformedInputError, UnsupportedError):
+        return
 
 
 def retokenized(text: str, tokenize: Callable[[str], list[int]], limit: int) -> Written:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from telling import start, versions
+from telling import refuse_unfilled, start, versions
 
 
 def load(directory: str, dtype: str, backend: str | None) -> Any:
@@ -29,12 +29,7 @@ def load(directory: str, dtype: str, backend: str | None) -> Any:
         output_loading_info=True,
         **options,
     )
-    # transformers only warns, and computes with random numbers: so it does with the experts of GPTQ and AWQ.
-    if told["missing_keys"]:
-        raise RuntimeError(
-            f"{len(told['missing_keys'])} tensors were left at random values ({_some(told['missing_keys'])}); "
-            f"{len(told['unexpected_keys'])} tensors of the file were not used ({_some(told['unexpected_keys'])})"
-        )
+    refuse_unfilled(told)
     return model.eval()
 
 
@@ -69,11 +64,6 @@ _CONFIGS: dict[str, Callable[[dict[str, Any], str | None], Any]] = {
     "awq": _awq,
     "compressed-tensors": _compressed_tensors,
 }
-
-
-def _some(names: Iterable[str]) -> str:
-    """A few of ``names``."""
-    return ", ".join(sorted(names)[:3])
 
 
 def _has_zeros(config: dict[str, Any]) -> bool:
