@@ -245,6 +245,33 @@ def test_what_belongs_to_one_file_is_not_carried_over(llama: Path, tmp_path: Pat
     assert (metadata["llm_quantize.level"].value, metadata["general.author"].value) == ("Q8_0", "somebody")
 
 
+def test_what_other_writers_leave_out_or_write_otherwise_changes_nothing(llama: Path, tmp_path: Path) -> None:
+    """Files of 2023: version 2, sizes that follow from others left out, one value for each layer, the older words."""
+    keys = ("vocab_size", "attention.key_length", "attention.value_length", "rope.dimension_count", "rope.freq_base")
+    base = MetaValue(gguf.GGUFValueType.FLOAT32, 10000.0)
+    plain = rewritten(llama, tmp_path / "plain.gguf", changes={"llama.rope.freq_base": base})
+    per_layer = MetaValue(gguf.GGUFValueType.ARRAY, [2, 2], gguf.GGUFValueType.UINT32)
+    changes = {**dict.fromkeys(f"llama.{key}" for key in keys), "llama.attention.head_count_kv": per_layer}
+    old = rewritten(llama, tmp_path / "old.gguf", changes={**changes, "general.type": None})
+    data = bytearray(old.read_bytes())
+    struct.pack_into("<I", data, 4, 2)
+    old.write_bytes(data)
+    with open_model(str(old)) as model, open_model(str(plain)) as other:
+        assert model.config == other.config
+        assert {name: info.shape for name, info in model.tensors.items()} == {
+            name: info.shape for name, info in other.tensors.items()
+        }
+    (path,) = made(old, tmp_path / "again", "F32")
+    expected = decoded(llama)
+    assert all(np.array_equal(values, expected[name]) for name, values in decoded(path).items())
+    assert read_gguf(path).metadata["llama.attention.head_count_kv"] == per_layer
+    for key, kind in (("rope.scale_linear", "linear"), ("rope.scaling.factor", "linear")):
+        factor = {f"llama.{key}": MetaValue(gguf.GGUFValueType.FLOAT32, 4.0)}
+        with open_model(str(rewritten(llama, tmp_path / "scaled.gguf", changes=factor))) as model:
+            scaling = model.config["rope_parameters"]
+            assert (scaling["rope_type"], scaling["factor"]) == (kind, 4.0)
+
+
 def test_planning_and_describing_load_no_torch(llama: Path) -> None:
     for command in (["plan", str(llama), "gguf", "-q", "Q4_K_M"], ["info", str(llama)]):
         loaded = loaded_after(f"from llm_quantize.cli import run; assert run({command!r}) == 0")

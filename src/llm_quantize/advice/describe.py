@@ -19,6 +19,7 @@ from llm_quantize.formats.gguf.describe import describe as gguf_metadata
 from llm_quantize.formats.gguf.vocabulary.reading import has_tokenizer
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
+from llm_quantize.models import gguf
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
 
@@ -32,8 +33,7 @@ def describe(model: str, *, revision: str | None = None, on_event: EventSink = i
     Raises the error tree for anything malformed or unsupported, UsageError for a directory of several artifacts.
     """
     path = Path(model)
-    split = path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf"))
-    if split or (path.name.endswith(".gguf") and path.is_file()):
+    if path.exists() and gguf.sniff(path):
         return _describe_gguf([read_gguf(part) for part in artifact_files(path)])
     if is_packed_directory(path):
         with PackedDirectory(path) as packed:

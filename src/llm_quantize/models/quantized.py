@@ -10,7 +10,6 @@ import os
 import threading
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
-from llm_quantize.models.base import Digest, FileFact, Values, fingerprint
+from llm_quantize.models.base import Digest, Opened, Values
 from llm_quantize.models.files import CONFIG_LIMIT, read_generation_config
 from llm_quantize.models.float8 import is_scaled_float8
 from llm_quantize.models.hub.locate import Place
@@ -259,7 +258,7 @@ class PackedRows:
         self.packed.close()
 
 
-class QuantizedModel(PackedRows):
+class QuantizedModel(PackedRows, Opened):
     """A quantized directory as a model to start from (``base.Model``): its weights are the values that runtimes compute
     with, so what is made of it has its errors too. ``folded``: every field, with the weight that it is part of.
 
@@ -287,20 +286,6 @@ class QuantizedModel(PackedRows):
         """As ``Model.scratch``: a matrix that is read the other way round is decoded whole."""
         turned = (self.packed.matrices[name] for name in self._transposed)
         return self.packed.scratch + 4 * max((matrix.rows * matrix.columns for matrix in turned), default=0)
-
-    @property
-    def config_file(self) -> Path:
-        """As ``Model.config_file``."""
-        return self.directory / "config.json"
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """As ``Model.files``."""
-        return tuple(header.path for header in self.headers)
-
-    def fingerprint(self) -> list[FileFact]:
-        """As ``Model.fingerprint``."""
-        return fingerprint(self.directory, self.headers)
 
     def raw_rows(self, name: str, start: int, stop: int, *, buffer: Any = None) -> memoryview:
         """As ``Rows.raw_rows``."""
@@ -330,14 +315,6 @@ class QuantizedModel(PackedRows):
         super().close()
         if self.temporary is not None:
             self.temporary.cleanup()
-
-    def __enter__(self) -> QuantizedModel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def sniff(path: Path) -> bool:
