@@ -58,6 +58,7 @@ _CODEBOOKS = _levels("IQ4_NL IQ4_XS IQ3_M IQ3_S")
 _OTHERS = _levels("TQ2_0 TQ1_0 MXFP4_MOE")
 _SMALL = _levels("Q2_K_S IQ3_XS IQ3_XXS IQ2_M IQ2_S IQ2_XS IQ2_XXS IQ1_M IQ1_S")
 _RTN = "--method rtn --transform none"
+_PLAIN_FLOATS = "safetensors -q BF16 -q F16 -q F32"
 
 PLAIN = tuple(
     chain(
@@ -91,6 +92,8 @@ PLAIN = tuple(
             ct_asymmetric="compressed-tensors -q W2A16_ASYM -q W3A16_ASYM -q W4A16_ASYM -q W5A16_ASYM -q W6A16_ASYM "
             f"-q W7A16_ASYM -q W8A16_ASYM {_RTN}",
             ct_channel=f"compressed-tensors -q W4A16 -q W8A16 --group-size -1 {_RTN}",
+            safetensors=_PLAIN_FLOATS,
+            safetensors_shards=f"{_PLAIN_FLOATS} --output-shard-size 300k",
         ),
         _plain(
             "mixture",
@@ -107,6 +110,8 @@ PLAIN = tuple(
             awq_4bit=f"awq -q 4bit --group-size 32 {_RTN}",
             ct_shards=f"compressed-tensors -q W4A16 -q W6A16_ASYM --group-size 64 --output-shard-size 200k {_RTN}",
             ct_ignore=f"compressed-tensors -q W3A16 --group-size 32 --ignore experts\\.[01] {_RTN}",
+            safetensors=_PLAIN_FLOATS,
+            safetensors_shards=f"{_PLAIN_FLOATS} --output-shard-size 200k",
         ),
         _plain(
             "odd",
@@ -121,6 +126,8 @@ PLAIN = tuple(
             awq_4bit=f"awq -q 4bit --group-size 8 {_RTN}",
             ct_groups=f"compressed-tensors -q W3A16 -q W5A16_ASYM -q W8A16 --group-size 8 {_RTN}",
             ct_channel=f"compressed-tensors -q W2A16_ASYM -q W7A16 -q W8A16_ASYM --group-size -1 {_RTN}",
+            safetensors=_PLAIN_FLOATS,
+            safetensors_shards=f"{_PLAIN_FLOATS} --output-shard-size 20k",
         ),
         _plain("turned", gguf_floats=_FLOATS, gguf_legacy=_LEGACY, gguf_k=_levels("Q6_K Q4_K_M Q2_K")),
         _plain(
@@ -175,6 +182,7 @@ _SPLIT = "quantize mixture gguf -q Q8_0 --split-max-size 200k -o OUT"
 _GPTQ = f"quantize dense gptq -q 4bit {_RTN} -o OUT"
 _AWQ = f"quantize odd awq -q 4bit --group-size 8 {_RTN} -o OUT"
 _CT = f"quantize mixture compressed-tensors -q W4A16 --group-size 64 {_RTN} -o OUT"
+_PLAIN = "quantize mixture safetensors -q F16 --output-shard-size 200k -o OUT"
 _QUALITY = "--text text.txt --context 64 --windows 4 --threads 2 --max-ram 8G"
 
 COMMANDS = (
@@ -185,6 +193,7 @@ COMMANDS = (
     Command("info-gptq", "info OUT/dense-GPTQ-4bit", (_GPTQ,)),
     Command("info-awq", "info OUT/odd-AWQ-4bit-g8", (_AWQ,)),
     Command("info-ct", "info OUT/mixture-W4A16-g64", (_CT,)),
+    Command("info-safetensors", "info OUT/mixture-F16", (_PLAIN,)),
     Command("plan-gguf", "plan dense gguf -q Q4_K_M -q IQ4_XS --threads 2"),
     Command("plan-gguf-small", "plan dense gguf -q IQ2_XS --threads 2"),
     Command("plan-gguf-gptq", "plan mixture gguf -q Q4_K_M --method gptq --threads 2"),
@@ -201,6 +210,7 @@ COMMANDS = (
     Command("verify-gptq", "verify OUT/dense-GPTQ-4bit --source dense", (_GPTQ,)),
     Command("verify-awq", "verify OUT/odd-AWQ-4bit-g8", (_AWQ,)),
     Command("verify-ct", "verify OUT/mixture-W4A16-g64 --source mixture", (_CT,)),
+    Command("verify-safetensors", "verify OUT/mixture-F16 --source mixture", (_PLAIN,)),
     Command("verify-refused", "verify OUT/dense-Q4_K_M.gguf --source mixture", (_GGUF,)),
     Command(
         "quality-dense",
@@ -223,6 +233,10 @@ COMMANDS = (
     Command("importance-dat", f"analyze importance odd -o OUT/x.dat --threads 2 {TEXT}", measures=True),
     Command("importance-json", f"analyze importance odd -o OUT/x.json --threads 2 {TEXT}", measures=True),
     Command("quantize-again", _GGUF, (_GGUF,)),
+    Command("quantized-source-gguf", "quantize OUT/dense-GPTQ-4bit gguf -q F32 --threads 2 -o OUT", (_GPTQ,)),
+    Command(
+        "quantized-source-safetensors", "quantize OUT/dense-GPTQ-4bit safetensors -q F32 --threads 2 -o OUT", (_GPTQ,)
+    ),
     Command(
         "quantize-imatrix-gguf",
         "quantize dense gguf -q IQ3_XXS --imatrix OUT/x.gguf --threads 2 -o OUT",

@@ -150,7 +150,7 @@ def measure_quality(
     scratch: Path | None = None,
     on_event: EventSink = ignore,
 ) -> QualityResult:
-    """Divergence of every artifact (GGUF files, directories of split ones, quantized model directories) from ``source``
+    """Divergence of every artifact (GGUF files, directories of split ones, model directories) from ``source``
     over ``windows``, (n, length) token ids of the source's tokenizer.
 
     ``threads``: None means all CPUs, fewer where memory asks for it. ``max_ram``: bytes of resident memory; hidden
@@ -278,9 +278,7 @@ def _through_heads(
 
 def _check(source: Source, artifacts: Sequence[str | Path], windows: Tokens, runtime: str | None) -> None:
     if not artifacts:
-        raise UsageError(
-            "no artifact to measure", remedy="give the path of a GGUF file, or of a quantized model directory"
-        )
+        raise UsageError("no artifact to measure", remedy="give the path of a GGUF file, or of a model directory")
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 4:
         raise UsageError("no window to measure on", expected="(windows, at least 4 tokens)", found=windows.shape)
     longest = source.architecture.hyper.context_length
