@@ -78,7 +78,8 @@ class ArtifactPlan:
     ``held``: further tensors that such a run writes, as a transform changes them (indices). ``phases``: what is
     held beside the rounding of single tensors, before it or after. ``alike``: all levels of this format list the same
     tensors in the same order, so that one read serves several. ``too_large``: what a user can do about a tensor (TENSOR
-    in the text) whose weights overflow its type.
+    in the text) whose weights overflow its type. ``source_itemsize``: the most bytes of a weight as it is read;
+    ``source_scratch``: see ``Model.scratch``.
     """
 
     level: str
@@ -89,6 +90,7 @@ class ArtifactPlan:
     identity: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
     source_itemsize: int = 2
+    source_scratch: int = 0
     format: str = "gguf"
     alike: bool = False
     matrices: tuple[MatrixPlan, ...] = ()

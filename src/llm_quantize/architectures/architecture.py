@@ -11,9 +11,9 @@ from gguf import GGUFValueType
 from ..errors import UnsupportedError
 from ..io.gguf_file import MetaValue
 from ..io.safetensors_file import TensorInfo
-from .base import Family, Hyper, TensorMap
+from .base import Family, Form, Hyper, TensorMap
 from .config_reader import ConfigReader
-from .mapping import map_tensors
+from .mapping import form_of, map_tensors
 from .rope import Rope, read_rope, rope_constants, rope_metadata
 
 _MOST_LAYERS, _MOST_EXPERTS, _LARGEST_HEAD = 4096, 4096, 1 << 16
@@ -115,6 +115,10 @@ class Architecture:
             expected = hyper.embedding_length // hyper.n_head
         if scalar != expected:
             self._limit("query_pre_attn_scalar", expected, scalar)
+
+    def form_of(self, name: str) -> Form | None:
+        """See ``mapping.form_of``."""
+        return form_of(self.family, self.config, name)
 
     def map_tensors(self, tensors: Mapping[str, TensorInfo]) -> TensorMap:
         """Every tensor of the checkpoint mapped, or left out with the reason (see mapping.map_tensors)."""

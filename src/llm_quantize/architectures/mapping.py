@@ -92,6 +92,26 @@ def artifact_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dict[
     return found
 
 
+def form_of(family: Family, config: ConfigReader, name: str) -> Form | None:
+    """The form in which this configuration calls for a tensor that a checkpoint calls ``name``, of any layer; None
+    where it does not."""
+    short = short_name(family, name)
+    for weight in family.weights:
+        for form in weight.forms if config.holds(weight.when) else ():
+            pattern = re.escape(form.name).replace(re.escape("{each}"), r"\d+").replace(re.escape("{}"), r"\d+")
+            if re.fullmatch(pattern, short):
+                return form
+    return None
+
+
+def short_name(family: Family, name: str) -> str:
+    """``name`` of a checkpoint's tensor with the family's own prefix."""
+    for old, new in family.prefixes:
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
+
+
 class Mapper:
     """One checkpoint's tensors, under the family's names, being used up by the weights of the family."""
 
@@ -109,7 +129,7 @@ class Mapper:
             if reason is not None:
                 self.left_out[name] = reason
                 continue
-            short = self._short(name)
+            short = short_name(family, name)
             if short in self.tensors:
                 raise MalformedInputError(
                     "two tensors of the checkpoint have the same meaning",
@@ -118,12 +138,6 @@ class Mapper:
                     found=self.names[short],
                 )
             self.tensors[short], self.names[short] = info, name
-
-    def _short(self, name: str) -> str:
-        for old, new in self.family.prefixes:
-            if name.startswith(old):
-                return new + name[len(old) :]
-        return name
 
     def has(self, name: str) -> bool:
         return name in self.tensors

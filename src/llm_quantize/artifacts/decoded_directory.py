@@ -22,7 +22,7 @@ from llm_quantize.errors import IntegrityError, MalformedInputError, Unsupported
 from llm_quantize.formats.packed import ALIGNED
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.opening import Source
-from llm_quantize.models.quantized import PackedRows, is_stored_directory, open_directory
+from llm_quantize.models.quantized import PackedRows, is_stored_directory, open_directory, zero_biases
 
 _HEADS = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight")
 _READABLE = ("F16", "BF16", "F32", "F64")
@@ -165,17 +165,11 @@ class DecodedDirectory(Decoded):
         )
 
     def _drop_zero_biases(self) -> Iterator[str]:
-        """Some tools give every matrix a bias, of zeros where the model has none: those are left out."""
-        known, zero = self._source.checkpoint.tensors, 0
-        for name in [one for one in self._infos if one.endswith(".bias") and one not in known]:
-            weight = name.removesuffix(".bias") + ".weight"
-            if weight not in self.packed.matrices or len(self._infos[name].shape) != 1:
-                continue
-            if self._infos[name].dtype.upper() in _READABLE and not self.packed.rows(name, 0, 1).any():
-                del self._infos[name]
-                zero += 1
+        zero = zero_biases(self.packed, self._source.checkpoint.tensors.__contains__)
+        for name in zero:
+            del self._infos[name]
         if zero:
-            yield f"{zero} biases that the reference has not are in the artifact, all zeros"
+            yield f"{len(zero)} biases that the reference has not are in the artifact, all zeros"
 
     def _own_head(self) -> str | None:
         """A head of its own where the source has its embedding for one."""

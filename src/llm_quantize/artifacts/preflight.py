@@ -39,7 +39,7 @@ def rounding_sizes(artifacts: Sequence[ArtifactPlan]) -> Sizes:
     bookkeeping += sum(4096 * len(artifact.tensors) for artifact in artifacts)
     return Sizes(
         margin=FIXED_WORK + bookkeeping,
-        each=PER_THREAD + _chunk_bytes(artifacts),
+        each=PER_THREAD + _chunk_bytes(artifacts) + max((one.source_scratch for one in artifacts), default=0),
         refusal=(
             "the memory limit is too small for this model's rows",
             "raise --max-ram or the memory limit of the container",

@@ -101,7 +101,7 @@ def feedback_sizes(
         factor=factor_bytes(widest, paired),
         values=_values(artifact),
         working=WORKING_BYTES,
-        each=max(network.workspace(length), solve_bytes(widest)),
+        each=max(network.workspace(length), solve_bytes(widest)) + network.scratch,
         hidden=network.hidden(number, length),
         copies=2 if options.inputs != "source" else 1,
         inputs=seen if paired else 0,
@@ -119,7 +119,7 @@ def known_sizes(network: NetworkSizes, artifact: ArtifactPlan) -> Sizes:
         factor=factor_bytes(widest),
         values=_values(artifact),
         working=WORKING_BYTES,
-        each=solve_bytes(widest),
+        each=solve_bytes(widest) + network.scratch,
     )
 
 
@@ -127,7 +127,8 @@ def rounding_sizes(artifact: ArtifactPlan) -> tuple[Sizes, ...]:
     """What rounding matrices one after the other holds, without text: torch, and the largest matrix as codes."""
     if not artifact.matrices:
         return ()
-    return (Sizes(libraries=TORCH_ALONE_BYTES, margin=0, values=_values(artifact)),)
+    values, each = _values(artifact), artifact.source_scratch
+    return (Sizes(libraries=TORCH_ALONE_BYTES, margin=0, values=values, each=each),)
 
 
 def gram_bytes(columns: int, *, cross: bool) -> int:

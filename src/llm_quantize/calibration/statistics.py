@@ -171,7 +171,7 @@ def collecting_sizes(network: NetworkSizes, kinds: Sequence[str], windows: tuple
         ends=network.embedding,
         block=network.block,
         sums=max((need.totals for need in needs), default=0) + min(EARLY_BYTES, number * partial),
-        each=partial + network.workspace(length),
+        each=partial + network.workspace(length) + network.scratch,
         hidden=network.hidden(number, length),
         device=device,
     )

@@ -141,7 +141,7 @@ def _fit(
             libraries=TORCH_BYTES,
             ends=sizes.embedding + 2 * sizes.head + beside,
             block=sizes.block + beside,
-            each=max(sizes.workspace(length), logits) + 4 * sizes.hidden(1, length),
+            each=max(sizes.workspace(length), logits) + 4 * sizes.hidden(1, length) + sizes.scratch,
             device=device,
         )
 

@@ -52,7 +52,9 @@ class QualityPlan:
                 libraries=TORCH_BYTES,
                 ends=max(self._embedding, heads) + beside,
                 block=self._network.block + beside,
-                each=max(self._step, (3 + together) * self._logits + self._slice) + 2 * self._window,
+                each=max(self._step, (3 + together) * self._logits + self._slice)
+                + 2 * self._window
+                + self._network.scratch,
                 hidden=self._hidden,
                 copies=1 + self._artifacts,
                 device=device,

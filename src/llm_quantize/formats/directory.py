@@ -121,6 +121,7 @@ def plan_files(source: Source, contents: Contents) -> ArtifactPlan:
         identity=_identity(source, contents, files),
         warnings=tuple(warnings),
         source_itemsize=source.itemsize,
+        source_scratch=source.checkpoint.scratch,
         format=contents.format,
         matrices=tuple(matrices),
         card=room_left,

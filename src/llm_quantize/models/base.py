@@ -89,6 +89,7 @@ class Model(Rows, Protocol):
     stands there; None where files in ``directory`` do.
     ``kind``: what was done to its weights ("GPTQ-4bit"), "" for nothing. ``headers``: of its weight files. ``folded``:
     {stored tensor: the weight that is decoded with it}. ``left_out``: {stored tensor: why it is not in ``tensors``}.
+    ``notes``: what a user should know. ``scratch``: bytes that a thread holds while it reads rows, beside them.
     ``headers_only``: reading rows is refused. ``temporary``: ``directory`` is a copy without weights, gone at close.
     """
 
@@ -116,6 +117,10 @@ class Model(Rows, Protocol):
     def folded(self) -> Mapping[str, str]: ...
     @property
     def left_out(self) -> Mapping[str, str]: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+    @property
+    def scratch(self) -> int: ...
     @property
     def headers_only(self) -> bool: ...
     @property
@@ -147,6 +152,12 @@ class Opened(ABC):
 
     directory: Path
     headers: tuple[Header, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def scratch(self) -> int:
+        """As ``Model.scratch``."""
+        return 0
 
     @property
     def config_file(self) -> Path:

@@ -94,7 +94,7 @@ def _describe(checkpoint: Model, on_event: EventSink) -> Source:
     if checkpoint.kind:
         text = f"this model is already quantized ({checkpoint.kind}): what is made of it has its errors too"
         on_event(events.Caution(text))
-    for note in architecture.notes:
+    for note in (*checkpoint.notes, *architecture.notes):
         on_event(events.Caution(note))
     tensors = architecture.map_tensors(checkpoint.tensors)
     for output in tensors.outputs:

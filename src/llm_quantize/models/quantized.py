@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llm_quantize.architectures import open_architecture
 from llm_quantize.architectures.rows import matrix_shape
 from llm_quantize.errors import IntegrityError, UsageError
 from llm_quantize.formats.packed import AGAIN, ALIGNED, PackedMatrix, Settings, check_index, wrong_form
@@ -96,8 +96,8 @@ class PackedDirectory(StoredDirectory):
         self.format = format_of(self.settings)
         self.method = self.format.NAME
 
-    def _read_matrices(self, hollow: bool) -> Mapping[str, PackedMatrix]:
-        self._reader = NoWeights(self.headers) if hollow else TensorReader(self.headers)
+    def _read_matrices(self) -> Mapping[str, PackedMatrix]:
+        self._reader = NoWeights(self.headers) if self.hollow else TensorReader(self.headers)
         self._local = threading.local()
         self.notes = tuple(self.format.notes(self.settings))
         try:
@@ -167,6 +167,19 @@ class PackedDirectory(StoredDirectory):
         fields = self.fields(matrix)
         first, last = start // ALIGNED * ALIGNED, min(-(-stop // ALIGNED) * ALIGNED, matrix.rows)
         return self.format.unpack(matrix, fields, first, last)[start - first : stop - first]
+
+
+def zero_biases(packed: StoredDirectory, known: Callable[[str], bool]) -> list[str]:
+    """Some tools give every matrix that they quantize a bias, of zeros where the model has none (``known``: whether it
+    has the tensor of a name): which those are. Where weights are not here, zeros are taken for granted."""
+    found = []
+    for name, info in packed.plain.items():
+        weight = f"{name.removesuffix('.bias')}.weight"
+        if not name.endswith(".bias") or weight not in packed.matrices or known(name) or len(info.shape) != 1:
+            continue
+        if packed.floats.is_readable(name) and (packed.hollow or not packed.rows(name, 0, 1).any()):
+            found.append(name)
+    return found
 
 
 class PackedRows:
@@ -247,18 +260,32 @@ class PackedRows:
 
 class QuantizedModel(PackedRows, Opened):
     """A quantized directory as a model to start from (``base.Model``): its weights are the values that runtimes compute
-    with, so what is made of it has its errors too. ``folded``: every field, with the weight that it is part of."""
+    with, so what is made of it has its errors too. ``folded``: every field, with the weight that it is part of.
 
-    left_out: Mapping[str, str] = MappingProxyType({})
+    Raises what ``PackedRows`` and ``open_architecture`` raise."""
+
     metadata: Mapping[str, MetaValue] | None = None
 
     def __init__(self, packed: PackedDirectory, place: Place, generation: dict[str, Any] | None, headers_only: bool):
-        super().__init__(packed)
+        self.config = _unquantized(packed.config)
+        architecture = open_architecture(self.config, file=packed.file)
+        forms = {name: architecture.form_of(name) for name in packed.matrices}
+        super().__init__(packed, {name for name, form in forms.items() if form is not None and form.transpose})
+        zero = zero_biases(packed, lambda name: architecture.form_of(name) is not None)
+        self.left_out: Mapping[str, str] = dict.fromkeys(zero, "a bias of zeros, where the model has none")
+        for name in zero:
+            del self.tensors[name]
+        self.notes = (f"{len(zero)} biases that this model does not have are left out, all zeros",) if zero else ()
         self.directory, self.name, self.revision = place.path, place.name, place.revision
         self.temporary, self.headers_only = place.temporary, headers_only
         self.headers, self.generation_config, self.kind = packed.headers, generation, packed.label
-        self.config = _unquantized(packed.config)
         self.folded = {info.name: name for name, matrix in packed.matrices.items() for info in matrix.fields.values()}
+
+    @property
+    def scratch(self) -> int:
+        """As ``Model.scratch``: a matrix that is read the other way round is decoded whole."""
+        turned = (self.packed.matrices[name] for name in self._transposed)
+        return self.packed.scratch + 4 * max((matrix.rows * matrix.columns for matrix in turned), default=0)
 
     def raw_rows(self, name: str, start: int, stop: int, *, buffer: Any = None) -> memoryview:
         """As ``Rows.raw_rows``."""

@@ -26,8 +26,8 @@ class StoredDirectory:
 
     ``method``: the name of its format. ``matrices``: {the weight's name in an unquantized model: what is quantized}.
     ``plain``: every other tensor, as it is stored; ``floats`` reads those. ``tensors``: all that are stored.
-    ``notes``: what a reader should know. ``packs``: whether codes of integers are expected. Close it, or use it as a
-    context manager.
+    ``hollow``: only the headers of its files are here. ``notes``: what a reader should know. ``packs``: whether codes
+    of integers are expected. Close it, or use it as a context manager.
 
     Raises UsageError (no such directory), MalformedInputError (files that break their format), UnsupportedError
     (packed codes without a configuration that says what they are).
@@ -38,7 +38,6 @@ class StoredDirectory:
     packs = False
 
     def __init__(self, path: str | Path, *, hollow: bool = False) -> None:
-        """``hollow``: only the headers of its files are here."""
         self.path = Path(path)
         if not self.path.is_dir():
             raise UsageError("no such directory", file=self.path, remedy="check the path")
@@ -47,15 +46,17 @@ class StoredDirectory:
         self._understand()
         self.headers: tuple[Header, ...]
         self.headers, self.tensors = read_headers(self.path, str(path), packed=self.packs)
-        self.matrices = self._read_matrices(hollow)
+        self.hollow = hollow
+        self.matrices = self._read_matrices()
         taken = {field.name for matrix in self.matrices.values() for field in matrix.fields.values()}
         self.plain = {name: info for name, info in self.tensors.items() if name not in taken}
-        self.floats = Checkpoint(self.path, self.path.name, self.config, None, None, self.headers, dict(self.plain))
+        facts = (self.path, self.path.name, self.config, None, None, self.headers, dict(self.plain))
+        self.floats = Checkpoint(*facts, headers_only=hollow)
 
     def _understand(self) -> None:
         """What the configuration says of quantization, before any weight is looked for."""
 
-    def _read_matrices(self, hollow: bool) -> Mapping[str, PackedMatrix]:
+    def _read_matrices(self) -> Mapping[str, PackedMatrix]:
         """``matrices``."""
         return {}
 

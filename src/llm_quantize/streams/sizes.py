@@ -45,7 +45,7 @@ class ForeseenTap:
 class NetworkSizes:
     """Bytes of the weights of the largest ``block``, of the ``embedding`` and of the ``head``, as they are computed
     with; ``itemsize``: bytes of one such weight and of one hidden state; ``eager``: whether the scores of all heads are
-    computed at once; ``taps``: of every block."""
+    computed at once; ``taps``: of every block; ``scratch``: of a thread that reads the source (``Model.scratch``)."""
 
     hyper: Hyper
     itemsize: int
@@ -54,6 +54,7 @@ class NetworkSizes:
     embedding: int
     head: int
     taps: Sequence[Sequence[TapLike]]
+    scratch: int = 0
 
     def hidden(self, windows: int, length: int) -> int:
         """Bytes of the hidden states of ``windows`` of ``length`` tokens."""
@@ -89,6 +90,7 @@ def from_network(source: Source, network: Network, taps: Sequence[Sequence[TapLi
         embedding=network.bytes("embedding"),
         head=network.bytes("head"),
         taps=taps,
+        scratch=source.checkpoint.scratch,
     )
 
 
@@ -109,7 +111,8 @@ def from_headers(source: Source, device: str = "cpu") -> NetworkSizes:
             embedding += nbytes
             head += nbytes if output.name == "token_embd.weight" and hyper.tied else 0
     taps = _taps(source.tensors.outputs, hyper.n_layer)
-    return NetworkSizes(hyper, itemsize, False, max(blocks, default=0), embedding, head, taps)
+    scratch = source.checkpoint.scratch
+    return NetworkSizes(hyper, itemsize, False, max(blocks, default=0), embedding, head, taps, scratch)
 
 
 def block_of(output: OutputTensor) -> int | None:

@@ -168,7 +168,8 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
             *_advice(source, name, assigned.qtypes, importance, options),
         ],
     )
-    return replace(plan, matrices=_matrices(plan)) if method.reads_text else plan
+    matrices = tuple(_matrices(plan)) if method.reads_text else ()
+    return replace(plan, matrices=matrices, source_scratch=source.checkpoint.scratch)
 
 
 def _text_advice(importance: Importance | None, options: Options) -> list[str]:
