@@ -265,11 +265,54 @@ def test_what_other_writers_leave_out_or_write_otherwise_changes_nothing(llama: 
     expected = decoded(llama)
     assert all(np.array_equal(values, expected[name]) for name, values in decoded(path).items())
     assert read_gguf(path).metadata["llama.attention.head_count_kv"] == per_layer
-    for key, kind in (("rope.scale_linear", "linear"), ("rope.scaling.factor", "linear")):
-        factor = {f"llama.{key}": MetaValue(gguf.GGUFValueType.FLOAT32, 4.0)}
-        with open_model(str(rewritten(llama, tmp_path / "scaled.gguf", changes=factor))) as model:
-            scaling = model.config["rope_parameters"]
-            assert (scaling["rope_type"], scaling["factor"]) == (kind, 4.0)
+    for key in ("rope.scale_linear", "rope.scaling.factor"):
+        for said, kind in ((None, "linear"), ("linear", "linear"), ("yarn", "yarn"), ("none", "default")):
+            factor = {f"llama.{key}": MetaValue(gguf.GGUFValueType.FLOAT32, 4.0)}
+            named = {} if said is None else {"llama.rope.scaling.type": text(said)}
+            path = rewritten(llama, tmp_path / "scaled.gguf", changes={**factor, **named})
+            with open_model(str(path)) as model:
+                scaling = model.config["rope_parameters"]
+                assert (scaling["rope_type"], scaling.get("factor", 4.0)) == (kind, 4.0)
+
+
+@pytest.mark.parametrize("variant", ["llama3", "qwen3_moe", "gemma3"])
+def test_no_value_of_the_metadata_does_worse_than_be_refused(variant: str, tmp_path: Path) -> None:
+    """Every key, each by values that break what follows from it: an error of ours, at once, or a model."""
+    (path,) = made(make_tiny(variant, tmp_path / "net"), tmp_path / "out", "F32")
+    kinds = gguf.GGUFValueType
+    values = [
+        *(MetaValue(kinds.UINT32, value) for value in (0, 1, 7, 4096, 4294967295)),
+        *(MetaValue(kinds.UINT64, value) for value in (2**63,)),
+        *(MetaValue(kinds.FLOAT32, value) for value in (0.0, -1.0, 1e38, float("nan"), float("inf"))),
+        MetaValue(kinds.INT32, -5),
+        MetaValue(kinds.BOOL, True),
+        text("yarn"),
+        MetaValue(kinds.ARRAY, [], kinds.UINT32),
+        MetaValue(kinds.ARRAY, [1, 2], kinds.UINT32),
+        MetaValue(kinds.ARRAY, [True], kinds.BOOL),
+    ]
+    keys = [key for key in read_gguf(path).metadata if not key.startswith(("tokenizer.", "llm_quantize"))]
+    opened = 0
+    for key in [*keys, f"{read_gguf(path).metadata['general.architecture'].value}.expert_count"]:
+        for value in values:
+            changes: dict[str, MetaValue | None] = {key: value}
+            try:
+                open_source(rewritten(path, tmp_path / "x.gguf", changes=changes).as_posix()).checkpoint.close()
+                opened += 1
+            except LlmQuantizeError:
+                pass
+    assert opened
+
+
+def test_rotary_divisors_that_break_are_refused(tmp_path: Path) -> None:
+    (path,) = made(make_tiny("llama3", tmp_path / "net"), tmp_path / "out", "F32")
+    entry = next(tensor for tensor in read_gguf(path).tensors if tensor.name == "rope_freqs.weight")
+    data = bytearray(path.read_bytes())
+    for values in (0.0, -1.0, float("nan"), float("inf"), 1.0):
+        data[entry.offset : entry.offset + entry.nbytes] = np.full(entry.nbytes // 4, values, np.float32).tobytes()
+        (tmp_path / "x.gguf").write_bytes(data)
+        with pytest.raises(LlmQuantizeError, match="rotary divisors"):
+            open_model(str(tmp_path / "x.gguf"))
 
 
 def test_planning_and_describing_load_no_torch(llama: Path) -> None:

@@ -80,6 +80,18 @@ def checkpoint_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dic
     return found
 
 
+def artifact_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dict[str, tuple[int, ...]]:
+    """{name in GGUF: shape} of the weights that this configuration calls for; no output matrix where it is tied."""
+    found: dict[str, tuple[int, ...]] = {}
+    for weight in family.weights:
+        head = weight.tensor == gguf.MODEL_TENSOR.OUTPUT and weight.forms[0].name.endswith(".weight")
+        if config.holds(weight.when) and not (head and hyper.tied):
+            shape = tuple(hyper.sizes[word] for word in weight.shape)
+            layers = range(hyper.n_layer) if "{}" in weight.forms[0].name else (None,)
+            found |= {output_name(weight, layer): shape for layer in layers}
+    return found
+
+
 def form_of(family: Family, config: ConfigReader, name: str) -> Form | None:
     """The form in which this configuration calls for a tensor that a checkpoint calls ``name``, of any layer; None
     where it does not."""
