@@ -270,11 +270,13 @@ def tree() -> str:
 
 def _tree_line(indent: int, name: str, file: Path) -> str:
     said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) if file.is_file() else None
-    first = re.split(r"(?<=[A-Za-z0-9)`])[.:;](?:\s|$)", " ".join((said or "").split()), maxsplit=1)[0]
-    line = f"{' ' * indent}{name:<{max(24 - indent, len(name) + 1)}}{first}".rstrip()
-    if not first or len(line) > WIDTH:
-        raise SystemExit(f"{file}: its first sentence must be there and short ({len(line)} of {WIDTH} characters)")
-    return line
+    text = " ".join((said or "").split())
+    start = f"{' ' * indent}{name:<{max(24 - indent, len(name) + 1)}}"
+    for ends in (r"[.](?:\s|$)", r"[.:;](?:\s|$)"):  # the sentence, or as much of it as there is room for
+        first = re.split(rf"(?<=[A-Za-z0-9)`\"]){ends}", text, maxsplit=1)[0]
+        if first and len(start + first) <= WIDTH:
+            return start + first
+    raise SystemExit(f"{file}: its first sentence must be there and short: {WIDTH - len(start)} characters")
 
 
 def with_tree(text: str) -> str:

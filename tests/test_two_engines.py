@@ -17,17 +17,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFReader, GGUFWriter
 
-from llm_quantize import memory, pipeline
+from llm_quantize import kernels, memory, pipeline
+from llm_quantize.architectures import rows
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.output import open_output
 from llm_quantize.cli import run
 from llm_quantize.engine import ENGINES
 from llm_quantize.errors import BusyError, IntegrityError, NumericPolicyError, UsageError
+from llm_quantize.events import Event, Progress
+from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.io.artifact_paths import partial_path
 from llm_quantize.models.opening import open_source
 from llm_quantize.models.shared import SharedModel
-from llm_quantize.options import Options
+from llm_quantize.options import MethodOptions, Options
+from tests.hearing import into
 
 from .faults.forking import hashes
 from .faults.tiny_llama import write_fp8_llama, write_tiny_llama
@@ -38,13 +43,20 @@ OTHER = {"threads": "processes", "processes": "threads"}
 LEVELS = ["Q4_K_M", "Q8_0"]
 
 
-@pytest.fixture(scope="module", params=["demo", "mixture", "fp8"])
+@pytest.fixture(scope="module", params=["demo", "mixture", "fp8", "quantized"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     if request.param == "demo":
         return "builtin:demo-llama"
     directory = tmp_path_factory.mktemp("model") / "tiny"
     if request.param == "fp8":
         return str(write_fp8_llama(directory))
+    if request.param == "quantized":
+        options = Options(method=MethodOptions(method="rtn", transform="none", group_size=64))
+        model = write_tiny_llama(directory)
+        (made,) = pipeline.quantize(
+            str(model), "gptq", levels=["4bit"], output_dir=directory.parent / "made", options=options
+        )
+        return str(made.path)
     return str(make_tiny("mixtral", directory, hidden_size=256, intermediate_size=512))
 
 
@@ -65,8 +77,25 @@ def test_same_files_and_manifests(model: str, tmp_path: Path) -> None:
     assert len(hashes(tmp_path / "threads")) == 4
 
 
-def test_importance_reaches_every_expert(tmp_path: Path) -> None:
-    """Each unit takes its own part of the importance along; here one unit is one expert."""
+def test_several_files(tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "model")
+    kinds = {
+        "gguf": (["Q8_0", "Q4_0"], Options(threads=2, split_max_size=400_000)),
+        "safetensors": (["F16"], Options(threads=2, method=MethodOptions(shard_size=500_000))),
+    }
+    for engine in ENGINES:
+        for format, (levels, options) in kinds.items():
+            place = tmp_path / engine / format
+            own = replace(options, engine=engine)
+            results = pipeline.quantize(str(model), format, levels=levels, output_dir=place, options=own)
+            assert all(len(result.plan.files) > 1 for result in results)
+    assert hashes(tmp_path / "threads") == hashes(tmp_path / "processes")
+
+
+@pytest.mark.parametrize("experts", [4, 2, 1])
+def test_importance_reaches_every_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: int) -> None:
+    """Each unit, here of so many ``experts``, takes its own part of the importance along."""
+    monkeypatch.setattr(rows, "UNIT_WEIGHTS", experts * 256 * 512)
     model = make_tiny("mixtral", tmp_path / "model", hidden_size=256, intermediate_size=512)
     source = open_source(str(model))
     random = np.random.default_rng(5)
@@ -76,16 +105,21 @@ def test_importance_reaches_every_expert(tmp_path: Path) -> None:
             if len(output.shape) > 1:
                 matrices = int(np.prod(output.shape[:-2], dtype=int))
                 arrays[output.name] = random.random((matrices, output.shape[-1]), np.float32)
+        stack = next(output for output in source.tensors.outputs if output.name == "blk.1.ffn_gate_exps.weight")
+        weights = rows.read_output_rows(source.checkpoint, stack, 0, 4 * 512)
     imatrix = write_imatrix(tmp_path / "imatrix.gguf", arrays)
     for engine in ENGINES:
-        options = Options(engine=engine, threads=2, imatrix=imatrix)
-        pipeline.quantize(str(model), levels=["IQ2_XS"], output_dir=tmp_path / engine, options=options)
+        options = Options(engine=engine, threads=2, imatrix=imatrix, overrides=Overrides(pure=True))
+        (made,) = pipeline.quantize(str(model), levels=["IQ2_XS"], output_dir=tmp_path / engine, options=options)
+        (stored,) = [tensor for tensor in GGUFReader(made.path).tensors if tensor.name == stack.name]
+        for expert in range(4):
+            own = weights[expert * 512 : (expert + 1) * 512]
+            expected = kernels.quantize("iq2_xs", own, arrays[stack.name][expert])
+            np.testing.assert_array_equal(stored.data[expert].reshape(512, -1), expected)
     assert hashes(tmp_path / "threads") == hashes(tmp_path / "processes")
 
 
 def write_imatrix(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Path:
-    from gguf import GGUFWriter
-
     writer = GGUFWriter(path, "")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["random"])
@@ -104,8 +138,8 @@ def write_imatrix(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Pat
 def test_a_worker_killed_in_the_middle(demo_hashes: dict[str, str], tmp_path: Path) -> None:
     killed = []
 
-    def kill(event: Mapping[str, Any]) -> None:
-        if event["event"] == "progress" and len(killed) < 3:
+    def kill(event: Event) -> None:
+        if isinstance(event, Progress) and len(killed) < 3:
             worker = int(Path("/proc/thread-self/children").read_text().split()[-1])
             os.kill(worker, signal.SIGKILL)
             killed.append(worker)
@@ -142,8 +176,8 @@ def test_a_driver_killed_in_the_middle(demo_hashes: dict[str, str], tmp_path: Pa
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_damage_found_again_by_either(demo_hashes: dict[str, str], tmp_path: Path, engine: str) -> None:
-    def leave(event: Mapping[str, Any]) -> None:
-        if event["event"] == "progress" and event["done"] > 0.7 * event["total"]:
+    def leave(event: Event) -> None:
+        if isinstance(event, Progress) and event.done > 0.7 * event.total:
             raise KeyboardInterrupt
 
     options = Options(engine=engine, threads=2)
@@ -156,7 +190,7 @@ def test_damage_found_again_by_either(demo_hashes: dict[str, str], tmp_path: Pat
             file.seek(path.stat().st_size // 2)
             file.write(b"damage")
     events: list[Mapping[str, Any]] = []
-    pipeline.quantize("builtin:demo-llama", levels=LEVELS, output_dir=tmp_path, options=options, on_event=events.append)
+    pipeline.quantize("builtin:demo-llama", levels=LEVELS, output_dir=tmp_path, options=options, on_event=into(events))
     assert [event for event in events if event["event"] == "warning" and "doing it again" in event["text"]]
     assert hashes(tmp_path) == demo_hashes
 

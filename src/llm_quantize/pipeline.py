@@ -36,8 +36,8 @@ from llm_quantize.artifacts.rounding import (
     unit_records,
     unit_weights,
 )
+from llm_quantize.blockwise import solve_matrices
 from llm_quantize.blockwise.estimate import estimate, rounding_sizes
-from llm_quantize.blockwise.start import solve_matrices
 from llm_quantize.calibration import choose
 from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.engine import ENGINES, stop_on_signals
@@ -246,7 +246,8 @@ def _write_all(
         on_event(events.Start(**facts, resumed_units=sum(resumed.values())))
         finished = 0
         plans = tuple(target.plan.tensors for target in targets)
-        rounding = Rounding(policy, plans, tuple(target.output.opened for target in targets))
+        opened = tuple(target.output.opened for target in targets)
+        rounding = Rounding(policy, plans, opened, tuple(target.plan.too_large for target in targets))
         for records in pool(rounding, units):
             for record in records:
                 targets[record.artifact].keep(record)

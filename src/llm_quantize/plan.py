@@ -77,7 +77,8 @@ class ArtifactPlan:
     ``matrices``: what a method other than plain rounding quantizes; empty where every tensor is rounded by itself.
     ``held``: further tensors that such a run writes, as a transform changes them (indices). ``phases``: what is
     held beside the rounding of single tensors, before it or after. ``alike``: all levels of this format list the same
-    tensors in the same order, so that one read serves several.
+    tensors in the same order, so that one read serves several. ``too_large``: what a user can do about a tensor (TENSOR
+    in the text) whose weights overflow its type.
     """
 
     level: str
@@ -94,6 +95,7 @@ class ArtifactPlan:
     held: frozenset[int] = frozenset()
     phases: tuple[Sizes, ...] = ()
     card: CardPlan | None = None
+    too_large: str = "use another level"
 
     @property
     def size(self) -> int:

@@ -276,7 +276,7 @@ def test_metadata_of_a_llama_3_as_the_converter_writes_it() -> None:
         "llama.rope.dimension_count": 64,
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
     }
-    (divisors,) = architecture._constants.values()
+    (divisors,) = architecture.constants.values()
     assert divisors.shape == (32,)
     assert divisors[0] == 1
     assert divisors[-1] == 32

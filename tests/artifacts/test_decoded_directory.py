@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_quantize.architectures.rows import to_float32
 from llm_quantize.artifacts.decoded import DecodedArtifact
 from llm_quantize.artifacts.decoded_directory import DecodedDirectory, open_decoded
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, MalformedInputError, UnsupportedError, UsageError
@@ -364,8 +366,10 @@ def test_other_hyper_parameters_are_told(packed: Path, llama: Path, opened: Any)
 
 def test_which_is_opened(llama: Path, tmp_path: Path, opened: Any) -> None:
     source = opened(llama)
-    with pytest.raises(UsageError, match="not quantized"):
-        open_decoded(source, llama)
+    with closing(open_decoded(source, llama)) as plain:
+        assert isinstance(plain, DecodedDirectory)
+        name = "model.norm.weight"
+        assert (plain.decode(name) == to_float32(source.checkpoint.read_rows(name, 0, 1))[0]).all()
     with pytest.raises(UsageError):
         open_decoded(source, tmp_path / "absent")
     from llm_quantize.pipeline import Options, quantize

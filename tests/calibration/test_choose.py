@@ -11,7 +11,7 @@ import pytest
 from llm_quantize import pipeline
 from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.calibration import choose, collect
-from llm_quantize.calibration.result import export
+from llm_quantize.calibration.outcome import export
 from llm_quantize.errors import IntegrityError, UsageError
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.gguf_file import read_gguf

@@ -20,7 +20,7 @@ from llm_quantize import memory
 from llm_quantize.calibration import collect
 from llm_quantize.calibration.collect import calibrate
 from llm_quantize.calibration.imatrix import importance
-from llm_quantize.calibration.result import Calibration, export, refuse_export
+from llm_quantize.calibration.outcome import Calibration, export, refuse_export
 from llm_quantize.cli import run as command
 from llm_quantize.errors import AccessError, BusyError, NumericPolicyError, ResourceError, UsageError
 from llm_quantize.io.artifact_paths import manifest_path

@@ -46,7 +46,8 @@ def opened(directory: Path, rows: int | None = None) -> Source:
     size = rows or len(metadata[Keys.Tokenizer.LIST].value)
     output = SimpleNamespace(name="token_embd.weight", shape=(size, 32))
     fake = SimpleNamespace(
-        checkpoint=SimpleNamespace(directory=directory, config={}), tensors=SimpleNamespace(outputs=(output,))
+        checkpoint=SimpleNamespace(directory=directory, config={}, metadata=None),
+        tensors=SimpleNamespace(outputs=(output,)),
     )
     return cast(Source, fake)
 

@@ -30,7 +30,7 @@ from llm_quantize.formats.gguf.metadata import importance_metadata
 from llm_quantize.formats.gguf.metadata import text as gguf_text
 from llm_quantize.io.gguf_file import layout_gguf
 from llm_quantize.options import CalibrationOptions, Options
-from llm_quantize.reports.result import ComparisonResult, read_comparison
+from llm_quantize.reports.findings import ComparisonResult, read_comparison
 from llm_quantize.runtimes import llama_cpp_library
 from tests.reports.examples import comparison as comparison_of
 from tests.reports.examples import variant

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from llm_quantize.architectures.base import Piece
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.base import scheme_of
-from llm_quantize.formats.packed_directory import DirectoryOptions, plan_directory
 from llm_quantize.formats.packed_formats import PACKED
-from llm_quantize.models.opening import open_source
+from llm_quantize.formats.table import FORMATS
+from llm_quantize.models.opening import Source, open_source
+from llm_quantize.options import MethodOptions, Options
 from llm_quantize.plan import ArtifactPlan
 from tests.formats.filled import fill
 from tests.formats.grids import unpacked
@@ -34,11 +35,16 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny("llama", tmp_path_factory.mktemp("models") / "llama")
 
 
+def plan_of(source: Source, format: str, level: str, options: dict[str, Any]) -> ArtifactPlan:
+    choice = Options(method=MethodOptions(**{"method": "rtn", "group_size": 32} | options))
+    (plan,) = FORMATS[format].plan(source, [level], "tiny", None, choice)
+    return plan
+
+
 def planned(model: Path, format: str = "gptq", level: str = "4bit", **options: Any) -> ArtifactPlan:
     source = open_source(str(model))
     with closing(source.checkpoint):
-        choice = DirectoryOptions(**{"group_size": 32} | options)
-        return plan_directory(source, PACKED[format], level, name="tiny", options=choice)
+        return plan_of(source, format, level, options)
 
 
 def filled(
@@ -47,8 +53,7 @@ def filled(
     """The plan, and {module: float32 values} of what was put in the files."""
     source = open_source(str(model))
     with closing(source.checkpoint):
-        choice = DirectoryOptions(**{"group_size": 32} | options)
-        plan = plan_directory(source, PACKED[format], level, name="tiny", options=choice)
+        plan = plan_of(source, format, level, options)
         found = fill(source, plan, directory)
     return plan, {name: grid.decode(codes) for name, (grid, codes) in found.items()}
 
@@ -383,10 +388,10 @@ def test_a_7b_model_is_planned_at_the_size_people_expect(llama: Path, tmp_path: 
 def test_a_plan_loads_neither_torch_nor_transformers(llama: Path) -> None:
     code = (
         "import sys; from llm_quantize.models.opening import open_source; "
-        "from llm_quantize.formats.packed_directory import DirectoryOptions, plan_directory; "
-        "from llm_quantize.formats import compressed_tensors; "
-        f"plan = plan_directory(open_source({str(llama)!r}), compressed_tensors, 'W4A16', name='x', "
-        "options=DirectoryOptions(group_size=32)); "
+        "from llm_quantize.formats.table import FORMATS; from llm_quantize.options import MethodOptions, Options; "
+        "options = Options(method=MethodOptions(method='rtn', group_size=32)); "
+        f"source = open_source({str(llama)!r}); "
+        "(plan,) = FORMATS['compressed-tensors'].plan(source, ['W4A16'], 'x', None, options); "
         "print(len(plan.matrices), 'torch' in sys.modules, 'transformers' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

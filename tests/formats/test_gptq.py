@@ -57,7 +57,7 @@ def test_every_width_comes_back(level: str, symmetric: bool) -> None:
 
 def test_format_1_stores_zero_points_less_one_and_refuses_zero() -> None:
     scheme = V1_ASYMMETRIC
-    assert scheme.least_zero == 1
+    assert gptq.least_zero(scheme) == 1
     grid, codes = random_matrix(scheme, 16, 64, least=1)
     grid.z[0, 0], grid.z[1, 1] = 1, 16
     found = arrays(scheme, gptq.pack(scheme, grid, codes), 16, 64)

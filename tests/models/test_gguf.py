@@ -19,18 +19,23 @@ import torch
 from llm_quantize import kernels
 from llm_quantize.architectures.from_gguf import llama3_parameters
 from llm_quantize.artifacts.verify import verify
+from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.cli import run
+from llm_quantize.compare.assessment import AssessOptions, assess
+from llm_quantize.data import demo_model
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.formats.gguf.metadata import OF_THE_FILE
 from llm_quantize.io.gguf_file import GgufFile, MetaValue, layout_gguf, read_gguf
 from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import open_model, open_source
-from llm_quantize.options import MethodOptions
+from llm_quantize.options import CalibrationOptions, MethodOptions
 from llm_quantize.pipeline import Options, plan, quantize
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
+from tests.hearing import into
 from tests.safetensors_by_hand import write_tensors
 from tests.test_import_rules import loaded_after
 from tests.tiny_models import TINY, VOCABULARY, make_tiny, reference_logits, reference_model, row_lengths_of_256
+from tests.tiny_tokenizers import nasty_texts
 
 FAMILIES = (
     "llama",
@@ -165,7 +170,7 @@ def test_llama_cpp_computes_the_same_from_f32_again(variant: str, tmp_path: Path
 def test_what_is_quantized_says_so(llama: Path, tmp_path: Path) -> None:
     (path,) = made(llama, tmp_path, "Q4_K_M")
     events: list[dict[str, Any]] = []
-    with open_source(str(path), on_event=events.append).checkpoint as model:
+    with open_source(str(path), on_event=into(events)).checkpoint as model:
         assert model.kind == "GGUF Q4_K_M"
         assert any("already quantized (GGUF Q4_K_M)" in str(event.get("text")) for event in events)
         assert {info.dtype for info in model.tensors.values()} == {"F32", "q4_k", "q6_k"}
@@ -238,6 +243,76 @@ def test_what_belongs_to_one_file_is_not_carried_over(llama: Path, tmp_path: Pat
     metadata = read_gguf(made(path, tmp_path, "Q8_0")[0]).metadata
     assert not {"general.alignment", "quantize.imatrix.file"} & metadata.keys()
     assert (metadata["llm_quantize.level"].value, metadata["general.author"].value) == ("Q8_0", "somebody")
+
+
+def test_what_other_writers_leave_out_or_write_otherwise_changes_nothing(llama: Path, tmp_path: Path) -> None:
+    """Files of 2023: version 2, sizes that follow from others left out, one value for each layer, the older words."""
+    keys = ("vocab_size", "attention.key_length", "attention.value_length", "rope.dimension_count", "rope.freq_base")
+    base = MetaValue(gguf.GGUFValueType.FLOAT32, 10000.0)
+    plain = rewritten(llama, tmp_path / "plain.gguf", changes={"llama.rope.freq_base": base})
+    per_layer = MetaValue(gguf.GGUFValueType.ARRAY, [2, 2], gguf.GGUFValueType.UINT32)
+    changes = {**dict.fromkeys(f"llama.{key}" for key in keys), "llama.attention.head_count_kv": per_layer}
+    old = rewritten(llama, tmp_path / "old.gguf", changes={**changes, "general.type": None})
+    data = bytearray(old.read_bytes())
+    struct.pack_into("<I", data, 4, 2)
+    old.write_bytes(data)
+    with open_model(str(old)) as model, open_model(str(plain)) as other:
+        assert model.config == other.config
+        assert {name: info.shape for name, info in model.tensors.items()} == {
+            name: info.shape for name, info in other.tensors.items()
+        }
+    (path,) = made(old, tmp_path / "again", "F32")
+    expected = decoded(llama)
+    assert all(np.array_equal(values, expected[name]) for name, values in decoded(path).items())
+    assert read_gguf(path).metadata["llama.attention.head_count_kv"] == per_layer
+    for key in ("rope.scale_linear", "rope.scaling.factor"):
+        for said, kind in ((None, "linear"), ("linear", "linear"), ("yarn", "yarn"), ("none", "default")):
+            factor = {f"llama.{key}": MetaValue(gguf.GGUFValueType.FLOAT32, 4.0)}
+            named = {} if said is None else {"llama.rope.scaling.type": text(said)}
+            path = rewritten(llama, tmp_path / "scaled.gguf", changes={**factor, **named})
+            with open_model(str(path)) as model:
+                scaling = model.config["rope_parameters"]
+                assert (scaling["rope_type"], scaling.get("factor", 4.0)) == (kind, 4.0)
+
+
+@pytest.mark.parametrize("variant", ["llama3", "qwen3_moe", "gemma3"])
+def test_no_value_of_the_metadata_does_worse_than_be_refused(variant: str, tmp_path: Path) -> None:
+    """Every key, each by values that break what follows from it: an error of ours, at once, or a model."""
+    (path,) = made(make_tiny(variant, tmp_path / "net"), tmp_path / "out", "F32")
+    kinds = gguf.GGUFValueType
+    values = [
+        *(MetaValue(kinds.UINT32, value) for value in (0, 1, 7, 4096, 4294967295)),
+        *(MetaValue(kinds.UINT64, value) for value in (2**63,)),
+        *(MetaValue(kinds.FLOAT32, value) for value in (0.0, -1.0, 1e38, float("nan"), float("inf"))),
+        MetaValue(kinds.INT32, -5),
+        MetaValue(kinds.BOOL, True),
+        text("yarn"),
+        MetaValue(kinds.ARRAY, [], kinds.UINT32),
+        MetaValue(kinds.ARRAY, [1, 2], kinds.UINT32),
+        MetaValue(kinds.ARRAY, [True], kinds.BOOL),
+    ]
+    keys = [key for key in read_gguf(path).metadata if not key.startswith(("tokenizer.", "llm_quantize"))]
+    opened = 0
+    for key in [*keys, f"{read_gguf(path).metadata['general.architecture'].value}.expert_count"]:
+        for value in values:
+            changes: dict[str, MetaValue | None] = {key: value}
+            try:
+                open_source(rewritten(path, tmp_path / "x.gguf", changes=changes).as_posix()).checkpoint.close()
+                opened += 1
+            except LlmQuantizeError:
+                pass
+    assert opened
+
+
+def test_rotary_divisors_that_break_are_refused(tmp_path: Path) -> None:
+    (path,) = made(make_tiny("llama3", tmp_path / "net"), tmp_path / "out", "F32")
+    entry = next(tensor for tensor in read_gguf(path).tensors if tensor.name == "rope_freqs.weight")
+    data = bytearray(path.read_bytes())
+    for values in (0.0, -1.0, float("nan"), float("inf"), 1.0):
+        data[entry.offset : entry.offset + entry.nbytes] = np.full(entry.nbytes // 4, values, np.float32).tobytes()
+        (tmp_path / "x.gguf").write_bytes(data)
+        with pytest.raises(LlmQuantizeError, match="rotary divisors"):
+            open_model(str(tmp_path / "x.gguf"))
 
 
 def test_planning_and_describing_load_no_torch(llama: Path) -> None:
@@ -363,21 +438,92 @@ def test_without_a_tokenizer_no_gguf_is_made(llama: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("format", "level"), [("gptq", "4bit"), ("awq", "4bit"), ("compressed-tensors", "W4A16")])
 def test_directories_are_not_made_of_a_file(llama: Path, tmp_path: Path, format: str, level: str) -> None:
-    rtn = Options(threads=1, method=MethodOptions(method="rtn", transform="none"))
-    with pytest.raises(UnsupportedError, match="tokenizer files, which a GGUF file has not"):
-        quantize(str(llama), format, levels=[level], output_dir=tmp_path, options=rtn)
-    calibrated = Options(threads=1, method=MethodOptions(method="gptq", transform="none"))
-    with pytest.raises(UnsupportedError, match="tokenizer files of the original model"):
-        quantize(str(llama), format, levels=[level], output_dir=tmp_path, options=calibrated)
+    for method in ("rtn", "gptq"):
+        chosen = Options(threads=1, method=MethodOptions(method=method, transform="none"))
+        with pytest.raises(UnsupportedError, match="tokenizer files, which a GGUF file has not"):
+            quantize(str(llama), format, levels=[level], output_dir=tmp_path, options=chosen)
     with pytest.raises(UnsupportedError, match="which a GGUF file has not"):
         quantize(str(llama), "safetensors", levels=["BF16"], output_dir=tmp_path, options=Options(threads=1))
     assert not list(tmp_path.iterdir())
 
 
-def test_text_is_not_run_through_a_file_for_importance(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="tokenizer files of the original model"):
-        made(llama, tmp_path, "IQ2_XS")
-    assert made(llama, tmp_path, "Q4_K_M", calibrate=False)
+def test_a_file_is_not_replaced_by_what_is_made_of_it(llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "net-Q8_0.gguf"
+    shutil.copy(llama, path)
+    before = path.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="would replace the model"):
+            made(path, tmp_path, "Q8_0", overwrite=overwrite)
+    assert path.read_bytes() == before
+
+
+def test_a_directory_is_verified_against_a_file(llama: Path, tmp_path: Path) -> None:
+    net = llama.parent.parent / "net"
+    options = Options(threads=1, method=MethodOptions(method="rtn", group_size=32))
+    (packed,) = quantize(str(net), "gptq", levels=["4bit"], output_dir=tmp_path, options=options)
+    assert verify(packed.path, source=str(llama)).ok
+    (artifact,) = made(net, tmp_path, "Q4_K_M")
+    assert verify(artifact, source=str(llama)).ok
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model at BF16: its very values."""
+    return made(demo_model(), tmp_path_factory.mktemp("trained"), "BF16")[0]
+
+
+def test_texts_have_the_ids_of_the_tokenizer_files(trained: Path) -> None:
+    one, other = (TextTokenizer(open_source(str(model))) for model in (demo_model(), trained))
+    assert (one.bos, one.eos, one.rows) == (other.bos, other.eos, other.rows)
+    for words in nasty_texts():
+        assert one.encode(words) == other.encode(words), words
+
+
+@pytest.mark.parametrize(("model", "said"), [("llama", None), ("llama", False), ("gpt2", None), ("gpt2", True)])
+def test_texts_begin_as_the_file_says(trained: Path, tmp_path: Path, model: str, said: bool | None) -> None:
+    """Without a word, as in llama.cpp: with bos where the vocabulary is SentencePiece's."""
+    net = make_tiny("llama", tmp_path / "net")
+    (path,) = made(net, tmp_path / "out", "F32")
+    key = "tokenizer.ggml.add_bos_token"
+    changes: dict[str, MetaValue | None] = {
+        key: None if said is None else MetaValue(gguf.GGUFValueType.BOOL, said),
+        "tokenizer.ggml.model": text(model),
+    }
+    if model == "llama":
+        count = len(read_gguf(path).metadata["tokenizer.ggml.tokens"].value)
+        scores = MetaValue(gguf.GGUFValueType.ARRAY, [0.0] * count, gguf.GGUFValueType.FLOAT32)
+        bytes_of = {f"<0x{value:02X}>": value for value in range(256)}
+        words = [*bytes_of, *read_gguf(path).metadata["tokenizer.ggml.tokens"].value[len(bytes_of) :]]
+        kinds = [6] * 256 + list(read_gguf(path).metadata["tokenizer.ggml.token_type"].value[256:])
+        changes |= {
+            "tokenizer.ggml.scores": scores,
+            "tokenizer.ggml.merges": None,
+            "tokenizer.ggml.tokens": MetaValue(gguf.GGUFValueType.ARRAY, words, gguf.GGUFValueType.STRING),
+            "tokenizer.ggml.token_type": MetaValue(gguf.GGUFValueType.ARRAY, kinds, gguf.GGUFValueType.INT32),
+        }
+    changed = rewritten(path, tmp_path / "changed.gguf", changes=changes)
+    tokenizer = TextTokenizer(open_source(str(changed)))
+    with LlamaCpp(changed, context=32, threads=1) as runtime:
+        assert runtime.tokenize("", add_special=True) == ([] if tokenizer.bos is None else [tokenizer.bos])
+    assert (tokenizer.bos is not None) == (model == "llama" if said is None else said)
+
+
+def test_quality_against_a_file_is_quality_against_its_model(trained: Path, tmp_path: Path) -> None:
+    (artifact,) = made(demo_model(), tmp_path, "Q4_0")
+    found = []
+    for reference in (trained, demo_model()):
+        result = assess(str(reference), [artifact], AssessOptions(windows=2, context=64, threads=1))
+        found.append(result.quality.artifacts[0].divergence)
+    assert found[0].kld == pytest.approx(found[1].kld, rel=1e-5)
+    assert found[0].kld > 1e-3
+    same = assess(str(trained), [trained], AssessOptions(windows=1, context=64, threads=1, generate=True))
+    assert same.quality.artifacts[0].divergence.kld == pytest.approx(0, abs=1e-9)
+
+
+def test_importance_is_collected_from_a_file(trained: Path, tmp_path: Path) -> None:
+    options = CalibrationOptions(samples=2, length=32)
+    (path,) = made(trained, tmp_path, "IQ2_XS", calibration=options)
+    assert read_gguf(path).metadata["quantize.imatrix.entries_count"].value > 0
 
 
 def test_other_weights_beside_it_come_first(llama: Path, tmp_path: Path) -> None:

@@ -284,6 +284,13 @@ CASES: dict[str, Case] = {
     "adapter": Case(
         files(adapter_config__json=b"{}", adapter_model__safetensors=b""), 4, "adapter_config.json", "adapter"
     ),
+    "adapter of a named model": Case(
+        files(adapter_config__json=b'{"base_model_name_or_path": "org/Base-1B"}', adapter_model__safetensors=b""),
+        4,
+        "adapter_config.json",
+        "org/Base-1B",
+    ),
+    "adapter that is no JSON": Case(files(adapter_config__json=b"{"), 3, "adapter_config.json", "JSON"),
     "adapter with config": Case(
         files(config__json=b"{}", adapter_config__json=b"{}", adapter_model__safetensors=b""),
         4,

@@ -9,7 +9,7 @@ import numpy as np
 from llm_quantize.evaluation.speed import Speed
 from llm_quantize.measures.divergence import Divergence
 from llm_quantize.measures.grades import GRADES, grade
-from llm_quantize.reports.result import (
+from llm_quantize.reports.findings import (
     ComparisonResult,
     MachineFacts,
     ModelFacts,

@@ -14,9 +14,9 @@ import pytest
 from llm_quantize.errors import AccessError, UsageError
 from llm_quantize.measures.grades import GRADES
 from llm_quantize.reports import labels as words
+from llm_quantize.reports.findings import ComparisonResult, Sample
 from llm_quantize.reports.markdown import markdown
 from llm_quantize.reports.page import common_length, page, write_page
-from llm_quantize.reports.result import ComparisonResult, Sample
 from tests.reports.examples import comparison, usual, variant
 
 HOSTILE = "</style></title><script>alert(1)</script><img src=http://x.y/z onerror=alert(1)>{{ 7*7 }}\"'&|`"

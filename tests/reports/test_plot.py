@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_quantize.reports import heatmap, plot
+from llm_quantize.reports.findings import Variant
 from llm_quantize.reports.pareto import advise
-from llm_quantize.reports.result import Variant
 from tests.reports.examples import GRADES, usual, variant
 
 SHAPES: list[dict[str, Any]] = [

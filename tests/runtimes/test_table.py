@@ -26,21 +26,26 @@ from llm_quantize.runtimes.base import Request
 
 @pytest.fixture
 def paths(tmp_path: Path) -> SimpleNamespace:
-    """A GGUF file, a float model's directory, and a quantized one's."""
-    file, plain, packed = tmp_path / "a.gguf", tmp_path / "plain", tmp_path / "packed"
+    """A GGUF file, a float model's directory, a quantized one's, and one of GGUF files beside a configuration."""
+    file, beside, plain, packed = tmp_path / "a.gguf", tmp_path / "beside", tmp_path / "plain", tmp_path / "packed"
     file.write_bytes(b"")
-    for folder, config in ((plain, "{}"), (packed, '{"quantization_config": {"quant_method": "gptq"}}')):
+    for folder, config in (
+        (plain, "{}"),
+        (beside, "{}"),
+        (packed, '{"quantization_config": {"quant_method": "gptq"}}'),
+    ):
         folder.mkdir()
         (folder / "config.json").write_text(config)
-    return SimpleNamespace(file=file, plain=plain, packed=packed)
+    (beside / "b.gguf").write_bytes(b"")
+    return SimpleNamespace(file=file, plain=plain, packed=packed, beside=beside)
 
 
 def test_who_opens_what(paths: SimpleNamespace) -> None:
     opened = {name: [one.opens(path) for path in vars(paths).values()] for name, one in RUNTIMES.items()}
-    directories = [False, True, True]
-    assert opened == {"llama.cpp": [True, False, False], "transformers": directories, "vllm": directories}
+    directories = [False, True, True, False]
+    assert opened == {"llama.cpp": [True, False, False, True], "transformers": directories, "vllm": directories}
     usual = [runtime_for(path) for path in vars(paths).values()]
-    assert usual == [RUNTIMES["llama.cpp"], RUNTIMES["transformers"], RUNTIMES["transformers"]]
+    assert usual == [RUNTIMES["llama.cpp"], RUNTIMES["transformers"], RUNTIMES["transformers"], RUNTIMES["llama.cpp"]]
     assert runtime_for(paths.packed, "vllm") is RUNTIMES["vllm"]
     with pytest.raises(UsageError, match=r"expected: llama\.cpp"):
         runtime_for(paths.file, "vllm")
@@ -49,7 +54,10 @@ def test_who_opens_what(paths: SimpleNamespace) -> None:
 
 def test_what_is_measured_at_a_path(paths: SimpleNamespace) -> None:
     assert artifact_at(paths.packed) == paths.packed
+    assert artifact_at(paths.plain) == paths.plain
+    assert artifact_at(paths.beside) == paths.beside / "b.gguf"
     assert artifact_at(paths.file.parent) == paths.file
+    paths.plain.joinpath("config.json").unlink()
     with pytest.raises(UsageError, match="no GGUF file"):
         artifact_at(paths.plain)
     with pytest.raises(UsageError, match="no GGUF file"):

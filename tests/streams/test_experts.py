@@ -108,11 +108,11 @@ class Written(torch.nn.Module):
 
 
 def places(block: torch.nn.Module) -> Any:
-    class Place:
+    class Slot:
         def __init__(self, name: str) -> None:
             self.name, self.expert = name, None
 
-    return {f"block.{name}": (Place(name),) for name, _ in block.named_parameters()}
+    return {f"block.{name}": (Slot(name),) for name, _ in block.named_parameters()}
 
 
 def dry_run(block: torch.nn.Module) -> None:

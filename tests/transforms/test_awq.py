@@ -10,8 +10,8 @@ from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.grids import grid_type
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.hessian import factorize
+from llm_quantize.transforms.applying import scaled_hessian
 from llm_quantize.transforms.awq import AwqOptions, conditional_variances, search
-from llm_quantize.transforms.scaling import scaled_hessian
 
 from ..oracles import dense_awq
 

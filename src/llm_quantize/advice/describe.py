@@ -12,12 +12,14 @@ from gguf.constants import Keys
 
 from llm_quantize.advice.footprint import shape_of
 from llm_quantize.architectures.rows import weights_of
-from llm_quantize.errors import MalformedInputError, UnsupportedError
+from llm_quantize.artifacts.manifest import read_manifest
+from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.gguf.describe import describe as gguf_metadata
 from llm_quantize.formats.gguf.vocabulary.reading import has_tokenizer
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
+from llm_quantize.models import gguf
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
 
@@ -31,15 +33,27 @@ def describe(model: str, *, revision: str | None = None, on_event: EventSink = i
     Raises the error tree for anything malformed or unsupported, UsageError for a directory of several artifacts.
     """
     path = Path(model)
-    split = path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf"))
-    if split or (path.name.endswith(".gguf") and path.is_file()):
+    if path.exists() and gguf.sniff(path):
         return _describe_gguf([read_gguf(part) for part in artifact_files(path)])
     if is_packed_directory(path):
         with PackedDirectory(path) as packed:
             return _describe_packed(packed)
     source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
     with source.checkpoint:
-        return _describe_source(source)
+        return {**_describe_source(source), **_origin(path)}
+
+
+def _origin(path: Path) -> dict[str, Any]:
+    """What the manifest of a plain directory of ours says it was made from; nothing where there is none of ours."""
+    try:
+        manifest = read_manifest(path / "manifest.json")
+    except (MalformedInputError, IntegrityError) as error:
+        return {"manifest": error.what}
+    if manifest is None:
+        return {}
+    facts = {"source": "model", "source_revision": "revision", "source_kind": "kind", "level": "level"}
+    identity = manifest["identity"]
+    return {"made_from": {word: identity[key] for key, word in facts.items() if identity.get(key) is not None}}
 
 
 def _describe_source(source: Source) -> dict[str, Any]:

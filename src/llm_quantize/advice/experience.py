@@ -18,6 +18,7 @@ from typing import Any
 
 from llm_quantize.errors import IntegrityError, MalformedInputError
 from llm_quantize.evaluation.speed import LEAST_SHARE
+from llm_quantize.formats.gguf.plan import NAME as RANKED
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import open_argument
 
@@ -152,7 +153,7 @@ def read_report(path: Path, fingerprint: str, *, given: bool = True) -> Experien
         )
     measured: dict[str, Measured] = {}
     for variant in variants:
-        if isinstance(variant, dict) and isinstance(variant.get("level"), str) and variant.get("format") == "gguf":
+        if isinstance(variant, dict) and isinstance(variant.get("level"), str) and variant.get("format") == RANKED:
             size, share = _number(variant, "size"), _number(variant, "cpu_share")
             disturbed = share is not None and share < LEAST_SHARE
             found = Measured(

@@ -22,8 +22,9 @@ _MOST_LAYERS, _MOST_EXPERTS, _LARGEST_HEAD = 4096, 4096, 1 << 16
 class Architecture:
     """One model of one family. ``gguf_name``: the architecture's name in GGUF. ``hyper``: its sizes.
     ``sliding``: for each layer, whether its attention has a window. ``notes``: what the user must know that is not
-    an error. ``limits``: why llama.cpp's graph of this family cannot compute this variant, in the order found; the
-    GGUF format refuses the first of them, every other format does not care.
+    an error. ``constants``: rotary divisors, where the scaling is more than one number. ``limits``: why llama.cpp's
+    graph of this family cannot compute this variant, in the order found; the GGUF format refuses the first of them,
+    every other format does not care.
 
     Raises: MalformedInputError (a value absent, of a wrong type or impossible).
     """
@@ -45,7 +46,7 @@ class Architecture:
         self.sliding = self._layer_types()
         self._check_scores()
         self._check_rotated_layers()
-        self._constants = {} if self.limits else rope_constants(self.rope, self.config, self.hyper)
+        self.constants = {} if self.limits else rope_constants(self.rope, self.config, self.hyper)
         self.notes = tuple(
             text.format(value=self.config.get(name)) for name, text in family.notes if self.config.get(name)
         )
@@ -117,7 +118,7 @@ class Architecture:
 
     def map_tensors(self, tensors: Mapping[str, TensorInfo]) -> TensorMap:
         """Every tensor of the checkpoint mapped, or left out with the reason (see mapping.map_tensors)."""
-        return map_tensors(self.family, self.config, self.hyper, tensors, self._constants)
+        return map_tensors(self.family, self.config, self.hyper, tensors, self.constants)
 
     def metadata(self, generation_config: Mapping[str, object] | None = None) -> dict[str, MetaValue]:
         """Hyper-parameters under GGUF's keys (no general.*, no tokenizer.*), in the order of convert_hf_to_gguf.

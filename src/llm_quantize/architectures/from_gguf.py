@@ -24,8 +24,8 @@ from ..io.safetensors_file import TensorInfo
 from . import ARCHITECTURES
 from .architecture import Architecture
 from .base import Family, OutputTensor
-from .config_reader import ALIASES
-from .mapping import checkpoint_shapes, output_name
+from .config_reader import ALIASES, LARGEST
+from .mapping import artifact_shapes, checkpoint_shapes, output_name
 
 _AGAIN = "make the file again with a current llama.cpp, or start from the original model"
 _NOT_MODELS = {
@@ -150,12 +150,13 @@ class _Values:
             raise self._wrong(key, "one whole number", value)
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number."""
+    def number(self, key: str, default: float | None = None, *, positive: bool = False) -> float:
+        """A finite number (positive if asked)."""
         value = self.get(key)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise self._wrong(key, "a finite number", value)
+        usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not isinstance(value, int | float) or not usable or (positive and value <= 0):
+            raise self._wrong(key, "a finite number" + (" above 0" if positive else ""), value)
         return float(value)
 
     def text(self, key: str, default: str) -> str:
@@ -172,13 +173,13 @@ def _fit(family: Family, contents: Contents) -> Derived | tuple[int, Unsupported
     architecture = Architecture(family, config, contents.file)
     if architecture.limits:
         return len(contents.shapes), architecture.limits[0]
-    shapes = checkpoint_shapes(family, architecture.config, architecture.hyper)
-    infos = {name: TensorInfo(name, "", shape, contents.file, 0, 0) for name, shape in shapes.items()}
-    outputs = architecture.map_tensors(infos).outputs
-    wanted = {output.name: _squeezed(output.shape) for output in outputs}
+    # First by what the artifact has: a hostile number of experts must not make as many names.
+    wanted = {
+        **artifact_shapes(family, architecture.config, architecture.hyper),
+        **{f"{gguf.TENSOR_NAMES[tensor]}.weight": values.shape for tensor, values in architecture.constants.items()},
+    }
+    wanted = {name: _squeezed(shape) for name, shape in wanted.items()}
     found = {name: _squeezed(shape) for name, shape in contents.shapes.items()}
-    if config["tie_word_embeddings"]:
-        wanted.pop("output.weight", None)  # of a tied table, other writers keep one copy
     off = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
     if off:
         name = min(off)
@@ -194,6 +195,9 @@ def _fit(family: Family, contents: Contents) -> Derived | tuple[int, Unsupported
     different = _different(architecture, contents)
     if different is not None:
         return 0, different
+    shapes = checkpoint_shapes(family, architecture.config, architecture.hyper)
+    infos = {name: TensorInfo(name, "", shape, contents.file, 0, 0) for name, shape in shapes.items()}
+    outputs = architecture.map_tensors(infos).outputs
     return Derived(config, shapes, [output for output in outputs if output.name in found and output.constant is None])
 
 
@@ -306,7 +310,8 @@ class _Inverse:
         values, keys = self.values, gguf.Keys.LLM
         count = values.integer(keys.EXPERT_COUNT, 0)
         if not count:
-            return _named("num_experts", 0)
+            usual = any(name in self.family.defaults for name in ALIASES["num_experts"])
+            return _named("num_experts", 0) if usual else {}
         feed = values.integer(keys.FEED_FORWARD_LENGTH)
         return {
             **_named("num_experts", count),
@@ -342,13 +347,13 @@ class _Inverse:
         if self.family.sliding_pattern:
             sliding = self.values.get(gguf.Keys.Attention.SLIDING_WINDOW_PATTERN)
         if not isinstance(sliding, list):
-            sliding = [(i + 1) % period != 0 for i in range(count)]
+            sliding = [(i + 1) % period != 0 for i in range(min(count, len(self.contents.shapes)))]
         return {"layer_types": ["sliding_attention" if one else "full_attention" for one in sliding]}
 
     def _rope(self) -> dict[str, object]:
         """Rotary positions, as transformers 5 spells them."""
         family, values, keys = self.family, self.values, gguf.Keys.Rope
-        theta = values.number(keys.FREQ_BASE, 10000.0)
+        theta = values.number(keys.FREQ_BASE, 10000.0, positive=True)
         rotary, head = values.integer(keys.DIMENSION_COUNT, self._head_dim), self._head_dim
         share = min(1.0, math.nextafter(rotary / max(1, head), 2)) if rotary != head else 1.0
         scaling = {"rope_theta": theta, **self._scaling(theta, rotary)}
@@ -382,7 +387,7 @@ class _Inverse:
         if names[2] in shapes:
             divisors = self._divisors(names[2], rotary)
             return llama3_parameters(divisors, theta, rotary, self.contents.file)
-        kind = values.text(keys.SCALING_TYPE, "none")
+        kind = values.text(keys.SCALING_TYPE, "linear")
         factor = values.number(keys.SCALING_FACTOR, values.number(_SCALE_LINEAR, 1.0))
         if kind == gguf.RopeScalingType.YARN.value:
             usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
@@ -394,7 +399,7 @@ class _Inverse:
             if values.get(keys.SCALING_ATTN_FACTOR) is not None:
                 found["attention_factor"] = usual * values.number(keys.SCALING_ATTN_FACTOR)
             return found
-        if factor != 1:
+        if kind == gguf.RopeScalingType.LINEAR.value and factor not in (0, 1):
             return {"rope_type": "linear", "factor": factor}
         return {"rope_type": "default"}
 
@@ -419,33 +424,20 @@ def llama3_parameters(divisors: npt.NDArray[np.float32], theta: float, rotary: i
     high factor is taken to be 4, as in every model published. The divisors themselves are kept: they are what the
     runtime computes with. Raises UnsupportedError where no parameters give them.
     """
-    low, high = _LLAMA3
     factor = float(str(divisors.max()))
     waves = 2 * math.pi * theta ** (np.arange(0, rotary, 2, dtype=np.float64) / rotary)
-    # Between the bounds, 1 / divisor = (1 - s) / factor + s with s = (original / wave - low) / (high - low).
-    mixed = (divisors > 1 + _CLOSE) & (divisors < factor * (1 - _CLOSE))
-    share = (1 / divisors[mixed].astype(np.float64) - 1 / factor) / (1 - 1 / factor) if factor > 1 else np.empty(0)
-    if len(share) > 1:
-        slope, offset = np.polyfit(1 / waves[mixed], share, 1)
-        low = round(high * -offset / (1 - offset), 4)
-        original = slope * (high - low)
-    elif len(share) == 1:
-        original = float(waves[mixed][0] * (share[0] * (high - low) + low))
-    else:
-        kept, stretched = waves[divisors <= 1 + _CLOSE], waves[divisors > 1 + _CLOSE]
-        original = float(np.sqrt(kept.max(initial=waves[0] / high) * stretched.min(initial=waves[-1]) * low * high))
-    context = max(1, round(float(original)))
+    low, original = _llama3_bounds(divisors, factor, waves)
+    high = _LLAMA3[1]
     found: dict[str, object] = {
         "rope_type": "llama3",
         "factor": factor,
         "low_freq_factor": low,
         "high_freq_factor": high,
-        "original_max_position_embeddings": context,
+        "original_max_position_embeddings": original,
     }
-    ratio = context / waves
-    smooth = np.clip((ratio - low) / max(1e-9, high - low), 0, 1)
+    smooth = np.clip((original / waves - low) / (high - low), 0, 1)
     again = 1 / ((1 - smooth) / factor + smooth)
-    if not np.allclose(again, divisors, rtol=1e-3):
+    if factor <= 1 or not np.allclose(again, divisors, rtol=1e-3):
         raise UnsupportedError(
             "the rotary divisors are not those of Llama 3's scaling",
             file=file,
@@ -454,3 +446,27 @@ def llama3_parameters(divisors: npt.NDArray[np.float32], theta: float, rotary: i
             remedy="start from the original model",
         )
     return {**found, "divisors": divisors.tolist()}
+
+
+def _llama3_bounds(
+    divisors: npt.NDArray[np.float32], factor: float, waves: npt.NDArray[np.float64]
+) -> tuple[float, int]:
+    """(low frequency factor, original context) that fit best, from the divisors between the bounds.
+
+    There 1 / divisor = (1 - s) / factor + s, with s = (original / wave - low) / (high - low).
+    """
+    low, high = _LLAMA3
+    mixed = (divisors > 1 + _CLOSE) & (divisors < factor * (1 - _CLOSE))
+    share = (1 / divisors[mixed].astype(np.float64) - 1 / factor) / (1 - 1 / factor) if factor > 1 else np.empty(0)
+    if len(share) > 1:
+        turns = 1 / waves[mixed]
+        slope = float((share[-1] - share[0]) / (turns[-1] - turns[0]))
+        offset = float(turns[0] * slope - share[0])
+        low = round(high * offset / (1 + offset), 4) if offset > 0 else low
+        original = slope * (high - low)
+    elif len(share) == 1:
+        original = float(waves[mixed][0] * (share[0] * (high - low) + low))
+    else:
+        kept, stretched = waves[divisors <= 1 + _CLOSE], waves[divisors > 1 + _CLOSE]
+        original = math.sqrt(kept.max(initial=waves[0] / high) * stretched.min(initial=waves[-1]) * low * high)
+    return low, round(original) if 1 < original < LARGEST else 1

@@ -23,6 +23,10 @@ _FLOAT32 = {
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
+class AbsentWeightError(MalformedInputError):
+    """A weight that the configuration calls for is not there."""
+
+
 def row_order(order: Order, hyper: Hyper) -> npt.NDArray[np.int64] | None:
     """int64 (rows,): which source row each output row is.
 
@@ -73,6 +77,18 @@ def checkpoint_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dic
             for index in range(sizes[form.each] if form.each else 1):
                 name = checkpoint_name(family, weight, source_name(form, layer, index))
                 found[name] = tuple(sizes[word] for word in form.shape)
+    return found
+
+
+def artifact_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dict[str, tuple[int, ...]]:
+    """{name in GGUF: shape} of the weights that this configuration calls for; no output matrix where it is tied."""
+    found: dict[str, tuple[int, ...]] = {}
+    for weight in family.weights:
+        head = weight.tensor == gguf.MODEL_TENSOR.OUTPUT and weight.forms[0].name.endswith(".weight")
+        if config.holds(weight.when) and not (head and hyper.tied):
+            shape = tuple(hyper.sizes[word] for word in weight.shape)
+            layers = range(hyper.n_layer) if "{}" in weight.forms[0].name else (None,)
+            found |= {output_name(weight, layer): shape for layer in layers}
     return found
 
 
@@ -139,7 +155,7 @@ class Mapper:
             what = "a weight that the configuration calls for is not in the checkpoint"
             if not anything:
                 what = f"the configuration has {n_layer} layers, but there are no weights for layer {layer}"
-            raise MalformedInputError(
+            raise AbsentWeightError(
                 what,
                 file=self.config.file,
                 tensor=checkpoint_name(self.family, weight, short),

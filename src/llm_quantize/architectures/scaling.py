@@ -1,4 +1,4 @@
-"""Where a scale per channel can be moved from one weight into another without changing what the model computes.
+"""Where a scale per channel can move between weights without changing what the model computes.
 
 Between two operations lies a vector x of n channels. Dividing what makes x by s and multiplying, channel by channel,
 all that reads x changes nothing, provided that everything between is linear in each channel:

@@ -1,4 +1,4 @@
-"""A GPTQ, AWQ or compressed-tensors directory under the names and shapes of its source's checkpoint.
+"""A directory under the names and shapes of its source's checkpoint.
 
 Its tensors go through the source's own map (architectures/): where a matrix stands under another name, alone where the
 source has experts stacked, or stacked where the source has them alone, the map of each leads to the same tensor, and
@@ -22,28 +22,29 @@ from llm_quantize.errors import IntegrityError, MalformedInputError, Unsupported
 from llm_quantize.formats.packed import ALIGNED
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.opening import Source
-from llm_quantize.models.quantized import PackedDirectory, PackedRows, is_packed_directory
+from llm_quantize.models.quantized import PackedRows, is_stored_directory, open_directory
 
 _HEADS = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight")
 _READABLE = ("F16", "BF16", "F32", "F64")
 
 
 def open_decoded(source: Source, path: str | Path) -> Decoded:
-    """The artifact at ``path``: a quantized model directory, or a GGUF file or the directory of a split one.
+    """The artifact at ``path``: a model directory, or a GGUF file or the directory of a split one.
 
     Raises what ``DecodedDirectory`` and ``DecodedArtifact`` raise.
     """
     path = Path(path)
-    if is_packed_directory(path) or ((path / "config.json").is_file() and not any(path.glob("*.gguf"))):
+    if is_stored_directory(path):
         return DecodedDirectory(source, path)
     return DecodedArtifact(source, path)
 
 
 class DecodedDirectory(Decoded):
-    """The weights of the quantized model in the directory ``path``, which was made from ``source``: its matrices
-    decoded, every other tensor as it stands there (AWQ changes norms), all in float32.
+    """The weights of the model in the directory ``path``, which was made from ``source``: its matrices decoded, every
+    other tensor as it stands there (AWQ changes norms), all in float32. ``differs``: where its configuration is not the
+    source's, in words.
 
-    Raises UsageError (no such directory, or no quantized model), MalformedInputError (damaged files), UnsupportedError
+    Raises UsageError (no such directory), MalformedInputError (damaged files), UnsupportedError
     (a way of quantizing that is not decoded), IntegrityError (fields that do not fit each other; a tensor that the
     source has and this has not, or the reverse, or one of another shape; another architecture).
     """
@@ -51,7 +52,7 @@ class DecodedDirectory(Decoded):
     def __init__(self, source: Source, path: str | Path) -> None:
         super().__init__(source)
         self.path = Path(path)
-        self.packed = PackedDirectory(self.path)
+        self.packed = open_directory(self.path)
         try:
             self._open()
         except BaseException:
@@ -73,7 +74,8 @@ class DecodedDirectory(Decoded):
         except IntegrityError as error:
             raise self._misfit(error.what, error.tensor, error.expected, error.found) from error
         self._infos = self._rows.tensors
-        notes = [*packed.notes, *self._config_notes(), *self._drop_zero_biases()]
+        self.differs = tuple(self._config_notes())
+        notes = [*packed.notes, *self.differs, *self._drop_zero_biases()]
         own_head = self._own_head()
         self.scratch = packed.scratch
         self.weights = sum(weights_of(info.shape) for info in self._infos.values())

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.artifacts.verification import TensorCheck
+from llm_quantize.methods.table import METHODS
+from llm_quantize.transforms.table import TRANSFORMS
 
 # Largest plausible relative error ||Q - W|| / ||W|| of a sound tensor, by type: about twice what heavy-tailed weights
 # (Student's t of 2 to 4 degrees, outliers of 3 to 30 deviations, pruned rows) give, and below 1, which zeros give.
@@ -55,7 +57,8 @@ def made_how(manifest: Mapping[str, Any] | None, unmarked: Made) -> Made:
     if manifest is None:
         return unmarked
     identity = manifest["identity"]
-    return Made(identity.get("method", "rtn") != "rtn", identity.get("transform", "none") != "none")
+    method, transform = METHODS.get(identity.get("method", "rtn")), TRANSFORMS.get(identity.get("transform", "none"))
+    return Made(method is None or method.reads_text, transform is None or transform.passes > 0)
 
 
 class Deviation:

@@ -95,6 +95,7 @@ def already_complete(source: Source, artifact: ArtifactPlan, path: Path, options
 
     A source that was written or replaced after the artifact is read once more: its hashes stand in the manifest.
     """
+    _refuse_source(source, path)
     if not path.exists() or options.overwrite:
         return False
     manifest = manifest_path(path)
@@ -116,6 +117,18 @@ def already_complete(source: Source, artifact: ArtifactPlan, path: Path, options
         file=path,
         remedy="choose another name with -n or directory with -o, or replace it with --overwrite",
     )
+
+
+def _refuse_source(source: Source, path: Path) -> None:
+    """Raise UsageError where the artifact would take the place of a file of its own source, even with --overwrite."""
+    place = path.resolve()
+    own = next((file for file in source.checkpoint.files if place in (file.resolve(), file.resolve().parent)), None)
+    if own is not None:
+        raise UsageError(
+            "the output would replace the model that it is made from",
+            file=own,
+            remedy="choose another name with -n or directory with -o",
+        )
 
 
 def finish_card(target: Target) -> None:

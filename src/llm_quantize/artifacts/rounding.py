@@ -198,12 +198,14 @@ def _buffer() -> npt.NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Does units. ``tensors`` and ``files`` of each artifact: what it holds and where that is written. Thread-safe, and
-    fit for other processes as far as the policy's source is (``models.shared``)."""
+    """Does units. Of each artifact: ``tensors`` that it holds, ``files`` where they are written, ``remedies`` for
+    weights that overflow (``ArtifactPlan.too_large``). Thread-safe, and fit for other processes as far as the policy's
+    source is (``models.shared``)."""
 
     policy: Policy
     tensors: tuple[tuple[TensorPlan, ...], ...]
     files: tuple[OpenFiles, ...]
+    remedies: tuple[str, ...]
 
     def __call__(self, unit: Unit) -> tuple[Record, ...]:
         """Do one unit: a record for each artifact that wants it. Raises NumericPolicyError for NaN, infinity or an
@@ -223,7 +225,8 @@ class Rounding:
             packed: dict[str, npt.NDArray[np.uint8]] = {}
             for number, tensor in plans.items():
                 if tensor.qtype not in packed:
-                    packed[tensor.qtype], bad = self._quantize(tensor, rows, _importance(unit, output, matrix), start)
+                    importance = _importance(unit, output, matrix)
+                    packed[tensor.qtype], bad = self._quantize(number, tensor, rows, importance, start)
                     overflowed[tensor.qtype] = overflowed.get(tensor.qtype, 0) + bad
                     clock.charge(*(n for n, other in plans.items() if other.qtype == tensor.qtype))
                 data = packed[tensor.qtype].data
@@ -249,7 +252,7 @@ class Rounding:
         return {fact: count for fact, count in counts.items() if count}
 
     def _quantize(
-        self, tensor: TensorPlan, rows: Rows, importance: npt.NDArray[np.float32] | None, start: int
+        self, number: int, tensor: TensorPlan, rows: Rows, importance: npt.NDArray[np.float32] | None, start: int
     ) -> tuple[npt.NDArray[np.uint8], int]:
         """Packed rows, and how many float16 scales overflowed in them (only under "keep"; else that is refused)."""
         qtype = QTYPES[tensor.qtype]
@@ -267,7 +270,7 @@ class Rounding:
             tensor=tensor.name,
             found=f"row {row}",
             expected="magnitudes below about 65504",
-            remedy=f"keep this tensor in BF16, from the start: --tensor-type '^{tensor.name}$=bf16' --overwrite",
+            remedy=self.remedies[number].replace("TENSOR", tensor.name),
         )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize import events, kernels
-from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import (
     chunk_ranges,
     chunk_rows,
@@ -51,7 +51,8 @@ from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
 from llm_quantize.io.paths import read_range
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.opening import Source, open_source
-from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
+from llm_quantize.models.quantized import PackedDirectory, is_packed_directory, is_stored_directory
+from llm_quantize.models.stored import StoredDirectory
 from llm_quantize.qtypes import QTYPES
 
 __all__ = ["TensorCheck", "Verification", "error_bound", "verify"]
@@ -68,8 +69,8 @@ Checks = Mapping[str, TensorCheck]
 def verify(
     artifact: str | Path, *, source: str | None = None, revision: str | None = None, on_event: EventSink = ignore
 ) -> Verification:
-    """Check ``artifact`` (a GGUF file, the directory of a split one, or a quantized model directory), against
-    ``source`` too if given.
+    """Check ``artifact`` (a GGUF file, the directory of a split one, or a model directory), against ``source`` too if
+    given.
 
     Raises UsageError or MalformedInputError where the artifact cannot be read at all; what is merely wrong is in the
     result (see ``raise_on_problems``).
@@ -123,7 +124,9 @@ class Subject(Protocol):
 
 def _open(path: Path, stack: ExitStack) -> Subject:
     if is_packed_directory(path):
-        return _Directory(path, stack.enter_context(PackedDirectory(path)))
+        return _PackedDirectory(path, stack.enter_context(PackedDirectory(path)))
+    if is_stored_directory(path):
+        return _Directory(path, stack.enter_context(StoredDirectory(path)))
     return _Gguf(*_open_gguf(path))
 
 
@@ -234,31 +237,31 @@ def _decoded(file: GgufFile, tensor: TensorEntry) -> Iterator[tuple[int, Floats]
 
 @dataclass
 class _Directory:
-    """A quantized model directory."""
+    """A model directory. ``files``: as it is stored; of a plain one every tensor is compared as it stands."""
 
     path: Path
-    packed: PackedDirectory
+    files: StoredDirectory
     _decoded: DecodedDirectory | None = None
-    _found: list[tuple[Deviation, str, OutputTensor]] = field(default_factory=list)
+    _found: list[tuple[Deviation, str, bool]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.total = sum(info.nbytes for info in self.packed.tensors.values())
-        self.unmarked = self._made = Made(True, self.packed.format.RESCALES)
+        self.total = sum(info.nbytes for info in self.files.tensors.values())
+        self.unmarked = self._made = Made(True, self.files.rescales)
 
     def structure(self, manifest: Manifest | None) -> Iterator[str]:
         if manifest is not None:
             yield from compare_files(self.path, manifest)
-            yield from compare_tensors(self.packed.tensors, manifest)
-        yield from self.packed.format.check_settings(self.packed.settings, self.packed.matrices)
+            yield from compare_tensors(self.files.tensors, manifest)
 
     def stored(self) -> Iterator[StoredTensor]:
-        for name, info in self.packed.tensors.items():
+        for name, info in self.files.tensors.items():
             kind = _NAMES.get(info.dtype)
-            kind = kind or (info.dtype.lower() if name in self.packed.plain else _SCALES[info.dtype])
+            kind = kind or (info.dtype.lower() if name in self.files.plain else _SCALES[info.dtype])
             yield StoredTensor(name, kind, info.file, info.offset, info.nbytes, matrix_shape(info.shape)[0])
 
     def against(self, source: Source, manifest: Manifest | None, stack: ExitStack) -> Iterator[str]:
-        yield from compare_tokenizer(self.path, source.checkpoint.directory, exact=manifest is not None)
+        if source.checkpoint.metadata is None:  # else its tokenizer is no file
+            yield from compare_tokenizer(self.path, source.checkpoint.directory, exact=manifest is not None)
         try:
             self._decoded = DecodedDirectory(source, self.path)
         except LlmQuantizeError as error:
@@ -266,18 +269,101 @@ class _Directory:
             yield f"{error.what} ({error.tensor}){facts}" if error.tensor else f"{error.what}{facts}"
         else:
             stack.callback(self._decoded.close)
+            yield from (f"config.json: {text}" for text in self._decoded.differs)
 
     def values(self, checks: Checks, source: Source | None, made: Made, poisoned: dict[str, int]) -> Iterator[int]:
-        for matrix in self.packed.matrices.values():
-            self._check_numbers(matrix, checks)
-            yield matrix.nbytes
-        for name, info in self.packed.plain.items():
+        for name, info in self.files.plain.items():
             self._check_plain(name, info, checks[name])
         if source is not None and self._decoded is not None:
             self._made = made
-            for output in source.tensors.outputs:
-                self._compare(source, self._decoded, output, checks)
-        yield sum(info.nbytes for info in self.packed.plain.values())
+            for name, output, compared in self._compared(source, self._decoded):
+                compared.tell(checks[self._main(name).name])
+                if name in self.files.plain:
+                    poisoned[name] = poisoned.get(name, 0) + compared.poisoned
+                in_block = output.name.startswith("blk.")
+                self._found += [(deviation, name, in_block) for deviation in compared.found.values()]
+        yield sum(info.nbytes for info in self.files.plain.values())
+
+    def _check_plain(self, name: str, info: TensorInfo, check: TensorCheck) -> None:
+        if info.dtype not in _FLOATS:
+            if self._is_weight(name):
+                check.problems.append(f"type {info.dtype} is no weight's; its values were not checked")
+            return
+        rows, columns = matrix_shape(info.shape)
+        for first in range(0, rows, chunk_rows(columns)):
+            values = self.files.rows(name, first, min(rows, first + chunk_rows(columns)))
+            check.nonfinite += int(values.size - np.count_nonzero(np.isfinite(values)))
+
+    def _is_weight(self, name: str) -> bool:
+        """Whether a plain tensor must be one: other models hold buffers of integers too."""
+        return self.files.floats.is_readable(name)
+
+    def _compared(self, source: Source, decoded: DecodedDirectory) -> Iterator[tuple[str, OutputTensor, _Compared]]:
+        """(tensor, what it is in the source, the two compared) of every tensor of the map, and of whatever the source
+        has beside them under the same name (vision towers)."""
+        seen = set()
+        for output in source.tensors.outputs:
+            for name, first, count in decoded.parts(output.name):
+                seen.add(name)
+                yield (
+                    name,
+                    output,
+                    self._compare(source, output, decoded.stored_rows(output.name, first, first + count)),
+                )
+        known = source.checkpoint.tensors
+        for name, info in self.files.plain.items():
+            same = name in known and known[name].shape == info.shape and source.checkpoint.is_readable(name)
+            if name not in seen and same and info.dtype in _FLOATS:
+                output = OutputTensor(name, info.shape, (Piece(name),))
+                yield name, output, self._compare(source, output, self._rows_of(name, info))
+
+    def _rows_of(self, name: str, info: TensorInfo) -> Iterator[tuple[int, Floats]]:
+        for _, first, last in chunk_ranges(info.shape, 0, matrix_shape(info.shape)[0]):
+            yield first, self.files.rows(name, first, last)
+
+    def _compare(self, source: Source, output: OutputTensor, rows: Iterable[tuple[int, Floats]]) -> _Compared:
+        compared = _Compared(source, output, rescaled=self._made.rescaled and matrix_shape(output.shape)[0] > 1)
+        for start, values in rows:
+            compared.add(start, values)
+        return compared
+
+    def _main(self, name: str) -> TensorInfo:
+        matrix = self.files.matrices.get(name)
+        return self.files.plain[name] if matrix is None else matrix.main
+
+    def judge(self, checks: Checks) -> None:
+        known = {} if self._decoded is None else self._decoded.reference
+        for deviation, name, in_block in self._found:
+            main, matrix = self._main(name), self.files.matrices.get(name)
+            check = checks[main.name]
+            if matrix is not None:
+                judge_part(check, deviation, matrix.qtype, self._made)
+            elif name in known and known[name].dtype == main.dtype:
+                judge_kept(check, deviation, self._made.rescaled and in_block, is_vector=len(main.shape) < 2)
+            else:
+                qtype = check.type if check.type != "f64" else "f32"
+                judge_part(check, deviation, qtype, Made(False, self._made.rescaled))
+
+
+@dataclass
+class _PackedDirectory(_Directory):
+    """A quantized model directory."""
+
+    files: PackedDirectory
+
+    def structure(self, manifest: Manifest | None) -> Iterator[str]:
+        yield from super().structure(manifest)
+        yield from self.files.format.check_settings(self.files.settings, self.files.matrices)
+
+    def values(self, checks: Checks, source: Source | None, made: Made, poisoned: dict[str, int]) -> Iterator[int]:
+        for matrix in self.files.matrices.values():
+            self._check_numbers(matrix, checks)
+            yield matrix.nbytes
+        yield from super().values(checks, source, made, poisoned)
+
+    def _is_weight(self, name: str) -> bool:
+        """No integers but those of matrices are expected."""
+        return True
 
     def _check_numbers(self, matrix: PackedMatrix, checks: Checks) -> None:
         """Scales, zero points and the order of columns of one matrix."""
@@ -285,17 +371,17 @@ class _Directory:
         main, scale = checks[matrix.main.name], named[matrix.layout.scales]
         main.type = matrix.qtype
         try:
-            fields = self.packed.fields(matrix)
+            fields = self.files.fields(matrix)
         except IntegrityError as error:
             main.problems.append(f"{error.what}: {error.tensor} at offset {error.offset} has {error.found}")
             return
-        format, index = self.packed.format, group_index(matrix, fields)
+        format, index = self.files.format, group_index(matrix, fields)
         step, lost = max(ALIGNED, chunk_rows(matrix.columns) // ALIGNED * ALIGNED), 0
         for first in range(0, matrix.rows, step):
             rows = (matrix, fields, first, min(matrix.rows, first + step))
             scales = format.scales(*rows)
             scale.nonfinite += int(scales.size - np.count_nonzero(np.isfinite(scales)))
-            for suffix, text in format.check(matrix, self.packed.settings, *rows[1:]):
+            for suffix, text in format.check(matrix, self.files.settings, *rows[1:]):
                 named[suffix].problems.append(text)
             if (scales == 0).any():
                 codes, zeros = format.codes(*rows), format.zeros(*rows)
@@ -303,38 +389,3 @@ class _Directory:
                 lost += int(np.count_nonzero((away != 0) & (scales == 0)[:, index]))
         if lost:
             scale.problems.append(f"{lost} codes that are not zero stand under a scale of zero")
-
-    def _check_plain(self, name: str, info: TensorInfo, check: TensorCheck) -> None:
-        if info.dtype not in _FLOATS:
-            check.problems.append(f"type {info.dtype} is no weight's; its values were not checked")
-            return
-        rows, columns = matrix_shape(info.shape)
-        for first in range(0, rows, chunk_rows(columns)):
-            values = self.packed.rows(name, first, min(rows, first + chunk_rows(columns)))
-            check.nonfinite += int(values.size - np.count_nonzero(np.isfinite(values)))
-
-    def _compare(self, source: Source, decoded: DecodedDirectory, output: OutputTensor, checks: Checks) -> None:
-        for name, first, count in decoded.parts(output.name):
-            compared = _Compared(source, output, rescaled=self._made.rescaled and matrix_shape(output.shape)[0] > 1)
-            for start, values in decoded.stored_rows(output.name, first, first + count):
-                compared.add(start, values)
-            compared.tell(checks[self._main(name).name])
-            self._found += [(deviation, name, output) for deviation in compared.found.values()]
-
-    def _main(self, name: str) -> TensorInfo:
-        matrix = self.packed.matrices.get(name)
-        return self.packed.plain[name] if matrix is None else matrix.main
-
-    def judge(self, checks: Checks) -> None:
-        known = {} if self._decoded is None else self._decoded.reference
-        for deviation, name, output in self._found:
-            main, matrix = self._main(name), self.packed.matrices.get(name)
-            check = checks[main.name]
-            if matrix is not None:
-                judge_part(check, deviation, matrix.qtype, self._made)
-            elif name in known and known[name].dtype == main.dtype:
-                inside = self._made.rescaled and output.name.startswith("blk.")
-                judge_kept(check, deviation, inside, is_vector=len(main.shape) < 2)
-            else:
-                qtype = check.type if check.type != "f64" else "f32"
-                judge_part(check, deviation, qtype, Made(False, self._made.rescaled))

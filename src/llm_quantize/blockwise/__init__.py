@@ -1,6 +1,91 @@
 """Quantizing with calibration: block after block, each matrix against the inputs that it will really be given.
 
-``options`` (no torch) · ``start`` the door · ``run`` the way through the blocks · ``places`` which rows a matrix has,
-and where they go back · ``inputs`` what the matrices of a block are given · ``gram`` sums of products · ``solve`` the
-matrices of a stage · ``scaling`` a block rescaled · ``stores`` what a format makes of codes · ``memory`` what it takes.
+Here is the door: ``solve_matrices``; torch is imported behind it.
 """
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from llm_quantize import events
+from llm_quantize.events import EventSink
+from llm_quantize.io.artifact_paths import hidden_directory
+from llm_quantize.plan import CARD_UNIT
+
+if TYPE_CHECKING:
+    from llm_quantize.artifacts.preflight import Preflight
+    from llm_quantize.artifacts.rounding import Policy, Target
+    from llm_quantize.calibration.choose import Chosen
+    from llm_quantize.models.opening import Source
+    from llm_quantize.options import Options
+
+
+def solve_matrices(
+    source: Source,
+    target: Target,
+    policy: Policy,
+    importance: Chosen | None,
+    options: Options,
+    fitted: Preflight,
+    stop: threading.Event,
+    on_event: EventSink,
+) -> None:
+    """Quantize every matrix of ``target`` that is not done, with the text that is its importance; with none: with the
+    Hessians of the statistics that ``options`` name, or by rounding alone.
+
+    Everything else of the artifact must be written already. Raises MissingExtraError without torch, ResourceError
+    before any work where memory or disk do not suffice, NumericPolicyError for values that are not finite,
+    StoppedError after a signal: what is finished is kept.
+    """
+    from llm_quantize.blockwise.from_statistics import solve_known
+    from llm_quantize.blockwise.run import Blocks, Matrices, round_matrices
+    from llm_quantize.calibration.choose import Text
+    from llm_quantize.formats.table import FORMATS
+    from llm_quantize.streams.pool import Pool
+
+    plan, method = target.plan, options.method
+    chosen = method.stages(plan.format)
+    matrices = Matrices(source, target, FORMATS[plan.format].store(plan), policy)
+    if not isinstance(importance, Text):
+        pool = Pool(fitted.threads, stop, resumable=options.checkpoints)
+        if options.statistics is not None and method.calibrates(plan.format):
+            solve_known(matrices, options.statistics, pool, method, options.calibration.device, on_event)
+        else:
+            round_matrices(matrices, pool, method, on_event)
+        return
+    windows = importance.windows
+    written = {CARD_UNIT, *target.output.records}
+    if "measured" in target.output.notes and written.issuperset(plan.units()):
+        return
+    import numpy as np
+    import torch
+
+    from llm_quantize import memory
+    from llm_quantize.artifacts.preflight import check_disk
+    from llm_quantize.blockwise.estimate import HELD_OUT_WINDOWS, feedback_sizes
+    from llm_quantize.blockwise.stages import routers
+    from llm_quantize.calibration.collect import compute_dtype
+    from llm_quantize.streams.network import open_network
+    from llm_quantize.streams.sizes import from_network
+
+    device = options.calibration.device
+    on_event(events.Stage("build the network"))
+    network = open_network(source, dtype=compute_dtype(source, device), device=device)
+    further = windows.draw(windows.samples, HELD_OUT_WINDOWS)
+    ids = torch.from_numpy(np.concatenate([windows.ids, further]) if len(further) else windows.ids)
+    need = feedback_sizes(
+        from_network(source, network, [network.taps(index) for index in range(network.n_blocks)]),
+        plan,
+        method,
+        (ids.shape[0], ids.shape[1]),
+        routers(source.tensors.outputs),
+        paired=chosen.correction > 0,
+        device=device,
+    )
+    found = memory.fit(need, threads=fitted.threads, max_ram=options.max_ram, before=fitted.before)
+    if found.disk_bytes:
+        check_disk(target.output.target.parent, found.disk_bytes)
+        hidden_directory(target.output.target).mkdir(parents=True, exist_ok=True)
+    pool = Pool(found.threads, stop, resumable=options.checkpoints)
+    Blocks(matrices, network, ids, len(windows.ids), method, found, pool, on_event).run()

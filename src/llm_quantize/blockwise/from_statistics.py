@@ -19,20 +19,22 @@ from llm_quantize.blockwise.stages import routers
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.io.statistics_file import StatisticsFile, StoredTap, read_statistics
-from llm_quantize.methods.gptq_options import GptqOptions
+from llm_quantize.options import MethodOptions
 from llm_quantize.streams.pool import Pool
 from llm_quantize.streams.taps import Tap
 
 
 def solve_known(
-    matrices: Matrices, path: Path, pool: Pool, options: GptqOptions, device: str, on_event: EventSink
+    matrices: Matrices, path: Path, pool: Pool, options: MethodOptions, device: str, on_event: EventSink
 ) -> None:
     """Quantize every matrix that is not done with the Hessians in the statistics file ``path``.
 
     Raises UsageError where it holds none, UnsupportedError for a matrix that it says nothing of, and what reading does.
     """
     chosen = routers(matrices.source.tensors.outputs)
-    solver = Solver(matrices.store, matrices.rows, options, pool, device, chosen)
+    format = matrices.target.plan.format
+    method, stages = options.method_of(format), options.stages(format)
+    solver = Solver(method, matrices.store, matrices.rows, stages, pool, device, chosen)
     todo = [matrix for matrix in matrices.target.plan.matrices if not matrices.done(matrix)]
     total = sum(matrix_rows(matrix) * matrix.weight.shape[-1] for matrix in todo)
     done = 0

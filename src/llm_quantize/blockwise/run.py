@@ -23,7 +23,7 @@ from llm_quantize import events
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import Arrays, matrix_shape, read_output_rows, to_float32, unit_ranges
 from llm_quantize.artifacts.rounding import Policy, Target, source_hash
-from llm_quantize.blockwise import scaling
+from llm_quantize.blockwise import rescaling
 from llm_quantize.blockwise.embedding import WrittenTable
 from llm_quantize.blockwise.inputs import FullInputs, Streams, collect, propagate
 from llm_quantize.blockwise.measure import measure
@@ -35,7 +35,6 @@ from llm_quantize.events import EventSink
 from llm_quantize.formats.base import Store
 from llm_quantize.io.artifact_paths import hidden_directory
 from llm_quantize.memory import Fitted
-from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
 from llm_quantize.plan import MatrixPlan, unit_key
@@ -138,9 +137,11 @@ def matrix_rows(matrix: MatrixPlan) -> int:
     return matrix_shape(matrix.weight.shape)[0]
 
 
-def round_matrices(matrices: Matrices, pool: Pool, options: GptqOptions, on_event: EventSink) -> None:
+def round_matrices(matrices: Matrices, pool: Pool, options: MethodOptions, on_event: EventSink) -> None:
     """Quantize every matrix that is not done by rounding alone, without text."""
-    solver = Solver(matrices.store, matrices.rows, options, pool, "cpu")
+    format = matrices.target.plan.format
+    method, stages_left = options.method_of(format), options.stages(format)
+    solver = Solver(method, matrices.store, matrices.rows, stages_left, pool, "cpu")
     todo = [matrix for matrix in matrices.target.plan.matrices if not matrices.done(matrix)]
     total = sum(matrix_rows(matrix) * matrix.weight.shape[-1] for matrix in todo)
     done = 0
@@ -181,10 +182,13 @@ class Blocks:
         self.options = options.stages(plan.format)
         self.paired = self.options.correction > 0
         self.routers = routers(matrices.source.tensors.outputs)
-        self.solver = Solver(matrices.store, matrices.rows, self.options, pool, str(network.device), self.routers)
+        method = options.method_of(plan.format)
+        self.solver = Solver(
+            method, matrices.store, matrices.rows, self.options, pool, str(network.device), self.routers
+        )
         self.taps = [network.taps(index) for index in range(network.n_blocks)]
         self.members = self._members()
-        self.held = [scaling.held(matrices, index) for index in range(network.n_blocks)]
+        self.held = [rescaling.held(matrices, index) for index in range(network.n_blocks)]
         self.measures = self.paired and calibrated < len(ids)
         self._steps, self._total = 0, 1
 
@@ -234,7 +238,7 @@ class Blocks:
         return self.matrices.done(matrix)
 
     def _held_done(self, index: int) -> bool:
-        return all(unit in self.matrices.target.output.records for _, _, unit in scaling.held_units(self.held[index]))
+        return all(unit in self.matrices.target.output.records for _, _, unit in rescaling.held_units(self.held[index]))
 
     def _stages(self, index: int) -> list[list[Tap]]:
         wanted = {segment.tap for _, seen in self.members[index] for segment in seen}
@@ -284,9 +288,9 @@ class Blocks:
             block = stack.enter_context(self.way.block(index, weights))
             scales: dict[str, torch.Tensor] = {}
             if all(self._done(matrix) for matrix, _ in self.members[index]) and self._held_done(index):
-                scaling.restore(self.matrices, self.held[index], block)
+                rescaling.restore(self.matrices, self.held[index], block)
             elif self.transform.passes:
-                scales = scaling.rescale(
+                scales = rescaling.rescale(
                     self.matrices,
                     index,
                     block,

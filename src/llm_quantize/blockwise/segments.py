@@ -1,4 +1,4 @@
-"""Which rows of a matrix of the artifact share their inputs, and where its values go back into the source's tensors."""
+"""Which rows of a matrix share their inputs, and where its values go back."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ from llm_quantize.blockwise.segments import Segment
 from llm_quantize.blockwise.stages import parent_tap
 from llm_quantize.formats.base import Store
 from llm_quantize.grids.grid import Grid, GridType
-from llm_quantize.methods.gptq import solve
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.hessian import Factor, factorize
+from llm_quantize.methods.table import Method
 from llm_quantize.plan import MatrixPlan
 from llm_quantize.streams.pool import Pool
 from llm_quantize.streams.taps import Tap
@@ -111,8 +111,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Solver:
-    """``read``: float32 rows of a matrix. ``routers``: the source's tensors that choose experts."""
+    """``method`` chooses codes. ``read``: float32 rows of a matrix. ``routers``: the source's tensors that choose
+    experts."""
 
+    method: Method
     store: Store
     read: ReadRows
     options: GptqOptions
@@ -184,7 +186,7 @@ class Solver:
         if work.job.on_grid or factor is None:
             grid, codes = _rounded(kind, weight, work.job.on_grid or "fit")
         else:
-            found = solve(weight, kind, factor, self.options)
+            found = self.method.solve(weight, kind, factor, self.options)
             grid, codes = found.grid, found.codes
             work.job.note(float(found.loss.sum()), float(found.plain_loss.sum()), found.plain_rows)
         if _out_of_range(grid, codes, weight):

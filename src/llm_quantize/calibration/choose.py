@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from llm_quantize.blockwise.estimate import enough_windows
 from llm_quantize.calibration.text import load_texts
+from llm_quantize.calibration.tokens import need_tokenizer
 from llm_quantize.calibration.windows import Windows
 from llm_quantize.errors import MissingExtraError, UsageError
 from llm_quantize.events import EventSink
 from llm_quantize.formats.base import Format
 from llm_quantize.formats.gguf.plan import is_block_matrix
-from llm_quantize.formats.gguf.vocabulary.reading import has_tokenizer, no_tokenizer
 from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
 from llm_quantize.io.journal import canonical_json
@@ -90,8 +90,7 @@ def foresee(source: Source, format: str, levels: Sequence[str], options: Options
         return None
     elif not _calibrates(source, form, levels, options):
         return _given(source, options)
-    if not has_tokenizer(source.checkpoint.directory):
-        raise no_tokenizer(source.checkpoint.directory)
+    need_tokenizer(source.checkpoint)
     names = tuple(dataset.name for dataset in load_texts(options.calibration.data).datasets)
     return Foreseen(_matrices(source), names, calibration_of(source, format, options).settled().samples or 0)
 

@@ -28,7 +28,7 @@ from llm_quantize.artifacts import preflight
 from llm_quantize.calibration.cache import cache_directory, is_kept, manifest_of, prepare_directory
 from llm_quantize.calibration.drawing import draw_windows
 from llm_quantize.calibration.imatrix import coverage
-from llm_quantize.calibration.result import Calibration
+from llm_quantize.calibration.outcome import Calibration
 from llm_quantize.calibration.statistics import BlockSums, collecting_sizes
 from llm_quantize.calibration.windows import Windows, coverage_advice
 from llm_quantize.engine import stop_on_signals

@@ -1,15 +1,16 @@
-"""Token ids of a text, from the checkpoint's own tokenizer files.
+"""Token ids of a text, by the model's own tokenizer: its files, or what a GGUF file says.
 
 tokenizer.json goes through ``tokenizers``, tokenizer.model through ``sentencepiece``: the two libraries that own these
 formats, and not transformers' tokenizer classes, which run per-model code around them. What begins a text, what ends
-it, and the chat template are read as llama.cpp will be told them, also where it lacks the tokenizer itself.
+it, and the chat template are read as llama.cpp will be told them, also where it lacks the tokenizer itself. The
+vocabulary of a GGUF file is llama.cpp's own form, and goes through it.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -19,10 +20,18 @@ from gguf.constants import Keys, TokenType
 
 from llm_quantize.calibration.text_files import Message
 from llm_quantize.errors import MalformedInputError, UnsupportedError, printable
+from llm_quantize.formats.gguf.describe import carried
 from llm_quantize.formats.gguf.vocabulary.json import LIMIT_BYTES
-from llm_quantize.formats.gguf.vocabulary.reading import Conventions, read_conventions
+from llm_quantize.formats.gguf.vocabulary.reading import (
+    Conventions,
+    has_tokenizer,
+    no_tokenizer,
+    read_conventions,
+    said_conventions,
+)
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.paths import inside, read_limited
+from llm_quantize.models.base import Model
 from llm_quantize.models.chat_template import render
 from llm_quantize.models.opening import Source
 
@@ -36,6 +45,14 @@ class _Encoder(Protocol):
     def __call__(self, text: str, *, special: bool) -> list[int]: ...
 
 
+def need_tokenizer(checkpoint: Model) -> None:
+    """Raise MalformedInputError for a model without any tokenizer, whether it can be read or not."""
+    if checkpoint.metadata is not None:
+        carried(checkpoint)
+    elif not has_tokenizer(checkpoint.directory):
+        raise no_tokenizer(checkpoint.directory)
+
+
 class TextTokenizer:
     """The tokenizer of an opened model.
 
@@ -44,22 +61,20 @@ class TextTokenizer:
     ``has_template``: the model has a chat template. One object serves one thread.
 
     Raises MalformedInputError where the library that owns the format refuses the file, AccessError for a link out of
-    the model directory.
+    the model directory, MissingExtraError without llama.cpp for a GGUF file.
     """
 
     def __init__(self, source: Source) -> None:
-        self.directory: Path = source.checkpoint.directory
-        conventions = read_conventions(self.directory, source.checkpoint.config)
+        checkpoint = source.checkpoint
+        self.directory: Path = checkpoint.directory
+        if checkpoint.metadata is None:
+            conventions = read_conventions(self.directory, checkpoint.config)
+        else:
+            conventions = said_conventions(carried(checkpoint))
         self._special, tokens = conventions.special, conventions.texts
         embedding = next((o for o in source.tensors.outputs if o.name == "token_embd.weight"), None)
         self.rows = embedding.shape[0] if embedding is not None else len(tokens)
-        self.file = inside(self.directory, "tokenizer.json")
-        self._encode: _Encoder
-        if self.file.exists():
-            self._encode = _TokenizerJson(self.file)
-        else:
-            self.file = inside(self.directory, "tokenizer.model")
-            self._encode = _SentencePiece(self.file, conventions)
+        self.file, self._encode = _encoder(checkpoint, conventions)
         begins = self._value(Keys.Tokenizer.BOS_ID)
         self.bos: int | None = begins if self._value(Keys.Tokenizer.ADD_BOS) else None
         self.eos: int | None = self._value(Keys.Tokenizer.EOS_ID)
@@ -136,6 +151,29 @@ def _without_system(messages: Sequence[Message]) -> list[Message] | None:
         return None
     joined = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
     return [joined, *messages[2:]]
+
+
+def _encoder(checkpoint: Model, conventions: Conventions) -> tuple[Path, _Encoder]:
+    """What tokenizes for a model, and the file that it comes from."""
+    if checkpoint.metadata is not None:
+        return checkpoint.config_file, _LlamaCppVocabulary(carried(checkpoint), checkpoint.config_file)
+    file = inside(checkpoint.directory, "tokenizer.json")
+    if file.exists():
+        return file, _TokenizerJson(file)
+    file = inside(checkpoint.directory, "tokenizer.model")
+    return file, _SentencePiece(file, conventions)
+
+
+class _LlamaCppVocabulary:
+    """The vocabulary of a GGUF file in llama.cpp."""
+
+    def __init__(self, metadata: Mapping[str, MetaValue], file: Path) -> None:
+        from llm_quantize.runtimes.llama_cpp_vocabulary import open_vocabulary
+
+        self._model = open_vocabulary(metadata, file)
+
+    def __call__(self, text: str, *, special: bool) -> list[int]:
+        return self._model.tokenize(text, add_special=False, parse_special=special)
 
 
 class _TokenizerJson:

@@ -20,7 +20,7 @@ from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 
 if TYPE_CHECKING:
-    from llm_quantize.calibration.result import Calibration
+    from llm_quantize.calibration.outcome import Calibration
 
 _SUFFIXES = {
     ".gguf": "imatrix",
@@ -79,7 +79,7 @@ def command(
     Example: llm-quantize analyze importance ./Llama-3.2-1B -o llama.gguf --calibration-data japanese
     """  # fmt: skip
     from llm_quantize.calibration.collect import calibrate
-    from llm_quantize.calibration.result import export, refuse_export
+    from llm_quantize.calibration.outcome import export, refuse_export
     from llm_quantize.models.opening import open_source
 
     shown = mode(ctx, as_json)

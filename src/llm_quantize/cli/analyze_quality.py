@@ -100,8 +100,8 @@ def command(
     """Measure what ARTIFACT lost against --reference: perplexity, KL divergence, agreement, errors of tensors.
 
     One decoder block of each model is in memory at a time, so the model may be larger than memory. ARTIFACT is a
-    .gguf file or the directory of a split one, or a GPTQ, AWQ or compressed-tensors directory; several are compared on
-    the same tokens.
+    .gguf file or the directory of a split one, or a model directory (safetensors, GPTQ, AWQ, compressed-tensors);
+    several are compared on the same tokens.
 
     Example: llm-quantize analyze quality m-Q4_K_M.gguf m-Q3_K_M.gguf --reference ./model --max-kld 0.05
     """

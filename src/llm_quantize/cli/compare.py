@@ -16,7 +16,7 @@ from llm_quantize.cli.sizes import Size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from llm_quantize.reports.result import ComparisonResult
+    from llm_quantize.reports.findings import ComparisonResult
 
 _LINE = 90
 _NOT_REPEATED = ("model", "artifacts", "output_dir", "as_json", "keep", "variants", "lang")
@@ -71,9 +71,9 @@ def command(
     """Measure variants of MODEL side by side, and write a page that shows size, loss and speed.
 
     Variants are made, those of a format in one read of the source, or taken as they are (ARTIFACT: .gguf files, and
-    directories of GPTQ, AWQ and compressed-tensors models). DIR then holds
-    index.html, which needs nothing else and works offline, comparison.md for a model card, and comparison.json. The
-    same command after an interruption continues.
+    model directories: safetensors, GPTQ, AWQ, compressed-tensors). DIR then holds index.html, which needs nothing else
+    and works offline, comparison.md for a model card, and comparison.json. The same command after an interruption
+    continues.
 
     Example: llm-quantize compare ./Llama-3.2-1B --variants gguf:Q8_0,gguf:Q4_K_M,gguf:Q2_K
     """

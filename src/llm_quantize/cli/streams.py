@@ -1,4 +1,4 @@
-"""Standard output and error that survive a reader that goes away, a closed descriptor, and a narrow encoding.
+"""Standard output and error that survive a reader that goes away and a narrow encoding.
 
 A job of hours must not end because the pager it talks to was closed: what nobody reads is dropped, and the job goes
 on to its own exit code. Only a device that fails while somebody waits for the result (a full disk) is an error.

@@ -20,8 +20,8 @@ def command(
 ) -> int:
     """Check every tensor of ARTIFACT: structure, manifest hashes, finite values, and the error against --source.
 
-    ARTIFACT is a .gguf file, the directory of a split one, or a GPTQ, AWQ or compressed-tensors model. Exits with 8
-    where something does not match.
+    ARTIFACT is a .gguf file, the directory of a split one, or a model directory (safetensors, GPTQ, AWQ,
+    compressed-tensors). Exits with 8 where something does not match.
     """
     from llm_quantize.artifacts.verify import verify
     from llm_quantize.errors import IntegrityError

@@ -28,7 +28,7 @@ from llm_quantize.measures import grades
 from llm_quantize.models.opening import Source, open_source
 
 if TYPE_CHECKING:
-    from llm_quantize.reports.result import ComparisonResult
+    from llm_quantize.reports.findings import ComparisonResult
 
 CONTEXT = 512
 _LARGEST_ERROR = 1e9  # in a report, for a tensor of zeros that is not zeros any more
@@ -144,6 +144,9 @@ def _generation(
     if limit is not None and 2 * size > limit - memory.resident_bytes():
         text = "the source does not fit in memory whole: what the artifacts write is judged without it"
         on_event(events.Caution(text))
+    elif checkpoint.metadata is not None:
+        text = "the source is a GGUF file, which transformers does not run: what artifacts write is judged without it"
+        on_event(events.Caution(text))
     else:
         on_event(events.Stage("text that the source writes"))
         encode = TextTokenizer(source).encode
@@ -163,8 +166,8 @@ def _comparison(
     commands: Sequence[str],
     options: AssessOptions,
 ) -> ComparisonResult:
+    from llm_quantize.reports.findings import ComparisonResult, Reference, TextFacts
     from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
-    from llm_quantize.reports.result import ComparisonResult, Reference, TextFacts
 
     facts = model_facts(source, model)
     first = quality.artifacts[0].divergence
@@ -192,13 +195,13 @@ def _comparison(
 
 
 def _samples(answers: Sequence[Any]) -> tuple[Any, ...]:
-    from llm_quantize.reports.result import Sample
+    from llm_quantize.reports.findings import Sample
 
     return tuple(Sample(answer.prompt, answer.text) for answer in answers)
 
 
 def _variant(one: ArtifactQuality, losses: Sequence[TensorLoss], written: GenerationCheck | None) -> Any:
-    from llm_quantize.reports.result import TensorError, Variant
+    from llm_quantize.reports.findings import TensorError, Variant
 
     file = measured_file(Path(one.path))
     return Variant(

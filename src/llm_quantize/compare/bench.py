@@ -22,9 +22,9 @@ from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
 from llm_quantize.memory import memory_limit
 from llm_quantize.models.opening import Source
-from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
+from llm_quantize.models.quantized import is_stored_directory, open_directory
+from llm_quantize.reports.findings import Sample, TensorError
 from llm_quantize.reports.provenance import model_facts
-from llm_quantize.reports.result import Sample, TensorError
 from llm_quantize.runtimes import artifact_at, runtime_for
 
 NEW_TOKENS = 64
@@ -47,7 +47,7 @@ class MeasuredFile:
 
 def measured_file(path: Path) -> MeasuredFile:
     """What the files say of themselves. Raises what reading their headers raises."""
-    if is_packed_directory(path):
+    if is_stored_directory(path):
         return _measured_directory(path)
     files = [read_gguf(file) for file in artifact_files(path)]
     weights = sum(math.prod(tensor.shape) for file in files for tensor in file.tensors)
@@ -58,7 +58,7 @@ def measured_file(path: Path) -> MeasuredFile:
 
 def _measured_directory(path: Path) -> MeasuredFile:
     """Its size is that of its weights, without tokenizer and card."""
-    with PackedDirectory(path) as packed:
+    with open_directory(path) as packed:
         weights = sum(matrix.rows * matrix.columns for matrix in packed.matrices.values())
         weights += sum(math.prod(info.shape) for info in packed.plain.values())
         bits = 8 * packed.size / max(1, weights)
@@ -176,6 +176,7 @@ class Bench:
         checkpoint, limit = self._source.checkpoint, memory_limit(self._max_ram)
         size = sum(header.file_size for header in checkpoint.headers)
         plain = {tensor.dtype for tensor in checkpoint.tensors.values()} <= {"F32", "F16", "BF16"}
+        plain = plain and checkpoint.metadata is None  # a directory, that is
         if self.absent or not self._prompts or not plain or (limit is not None and 2 * size > limit):
             return ()
 

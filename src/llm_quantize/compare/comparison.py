@@ -37,8 +37,7 @@ from llm_quantize.measures.divergence import Divergence
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.options import Options
-from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
-from llm_quantize.reports.result import (
+from llm_quantize.reports.findings import (
     ComparisonResult,
     ModelFacts,
     Reference,
@@ -48,6 +47,7 @@ from llm_quantize.reports.result import (
     divergence_from_dict,
     divergence_to_dict,
 )
+from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
 
 DEFAULT_VARIANTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 CONTEXT = 512
@@ -333,12 +333,13 @@ def _refuse_twice(found: Sequence[MeasuredFile]) -> None:
 
 
 def _with_labels(found: Sequence[MeasuredFile]) -> list[MeasuredFile]:
-    """Levels as labels, file names where a level stands twice."""
-    counts = Counter(artifact.level for artifact in found)
-    return [
-        replace(artifact, level=artifact.path.name.removesuffix(".gguf")) if counts[artifact.level] > 1 else artifact
-        for artifact in found
-    ]
+    """Levels as labels, file names where a level stands twice, with their suffixes where that is not enough."""
+    for suffix in (".gguf", ""):
+        counts = Counter(artifact.level for artifact in found)
+        found = [
+            replace(one, level=one.path.name.removesuffix(suffix)) if counts[one.level] > 1 else one for one in found
+        ]
+    return list(found)
 
 
 @dataclass(frozen=True)

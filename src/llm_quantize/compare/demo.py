@@ -20,6 +20,7 @@ from llm_quantize.evaluation.in_runtime import measure_in_runtime
 from llm_quantize.evaluation.quality import measure_quality
 from llm_quantize.evaluation.texts import evaluation_text
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.formats.table import FORMATS
 from llm_quantize.measures.divergence import Divergence, Paired
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.models.opening import Source, open_source
@@ -38,9 +39,6 @@ PAIRS = (
     ("AWQ 4bit", "awq", "4bit"),
     ("W4A16", "compressed-tensors", "W4A16"),
 )
-WEIGHED = frozenset({"gguf"})
-"""Formats whose rounding takes an importance matrix."""
-
 METHODS = {"feedback": "gptq", "rounded": "rtn"}
 PROMPT = "The old man looked at the sea and"
 CALIBRATION = CalibrationOptions(samples=40, length=256)
@@ -225,7 +223,7 @@ def _pairs(source: Source, folder: Path, threads: int | None, on_event: EventSin
         for name, method in METHODS.items():
             title = f"{label}, {name}"
             on_event(events.Stage(title))
-            weighed = format in WEIGHED and name == "rounded"
+            weighed = FORMATS[format].weighs and name == "rounded"
             options = Options(
                 threads=threads,
                 statistics=statistics.path if weighed else None,

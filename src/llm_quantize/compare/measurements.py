@@ -20,7 +20,7 @@ from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import opened, pread_into
 from llm_quantize.io.whole_file import refuse_existing
 from llm_quantize.models.files import read_headers
-from llm_quantize.models.quantized import is_packed_directory
+from llm_quantize.models.quantized import is_stored_directory
 
 MAX_BYTES = 256 << 20
 SEAL = "facts_sha256"
@@ -81,7 +81,7 @@ def artifact_identity(path: Path) -> str:
     Raises what reading raises.
     """
     digest = hashlib.sha256()
-    if is_packed_directory(path):
+    if is_stored_directory(path):
         digest.update((path / "config.json").read_bytes())
         for packed in read_headers(path, str(path), packed=True)[0]:
             digest.update(f"{packed.path.name} {packed.sha256} {packed.file_size} {packed.mtime_ns}".encode())

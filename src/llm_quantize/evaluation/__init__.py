@@ -1,0 +1,1 @@
+"""What was lost, measured: quality, errors of tensors, sensitivity, tasks, speed."""

@@ -1,4 +1,4 @@
-"""What any artifact lost against its source, measured without a runtime, a logits file, or a model in memory.
+"""What any artifact lost against its source, measured block by block, without a runtime.
 
     source, artifacts, windows of text → streams of hidden states, block by block → logits of both → divergence
 

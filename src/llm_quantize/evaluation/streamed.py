@@ -1,4 +1,4 @@
-"""A source and its artifacts side by side, one decoder block in memory at a time, and their predictions compared.
+"""A source and its artifacts side by side, block by block, and their predictions compared.
 
 Every model is a stream of hidden states, one window after another. For each block the source's weights are loaded
 and all its windows run through, then the first artifact's weights and its windows, and so on. At the end the final

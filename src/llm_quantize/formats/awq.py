@@ -246,6 +246,11 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
     }
 
 
+def least_zero(_scheme: Scheme) -> int:
+    """Every code can be a zero point."""
+    return 0
+
+
 def vllm_refusal(_scheme: Scheme) -> str | None:
     """Nothing: vLLM (0.32) has kernels for every scheme of this form."""
     return None

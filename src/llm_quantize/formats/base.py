@@ -65,11 +65,6 @@ class Scheme:
     qtype: IntegerType
     variant: str = ""
 
-    @property
-    def least_zero(self) -> int:
-        """The smallest zero point that can be stored."""
-        return 1 if self.variant == "gptq" and not self.qtype.symmetric else 0
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; :func:`scheme_from_dict` reads it back."""
         facts = {"format": self.format, "level": self.level, "qtype": self.qtype.name, "scale": self.qtype.scale}
@@ -83,7 +78,7 @@ def scheme_from_dict(facts: Mapping[str, Any]) -> Scheme:
 
 
 def scheme_of(plan: ArtifactPlan) -> Scheme:
-    """The scheme of a plan that ``directory.plan_directory`` made."""
+    """The scheme of a plan of a packed format."""
     return scheme_from_dict(plan.identity["scheme"])
 
 
@@ -220,6 +215,7 @@ class Packed(StoredFormat, Protocol):
     def described(self, scheme: Scheme, rows: int, columns: int) -> PackedMatrix: ...
     def config(self, scheme: Scheme, coverage: Coverage) -> dict[str, Any]: ...
     def vllm_refusal(self, scheme: Scheme) -> str | None: ...
+    def least_zero(self, scheme: Scheme) -> int: ...
 
 
 _EXPERT = re.compile(r"(\.experts)\.\d+\..*$")

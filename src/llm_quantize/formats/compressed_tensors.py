@@ -345,6 +345,11 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
     }
 
 
+def least_zero(_scheme: Scheme) -> int:
+    """Every code can be a zero point."""
+    return 0
+
+
 def vllm_refusal(scheme: Scheme) -> str | None:
     """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
     return None if scheme.qtype.bits in (4, 8) else "of packed integers it takes 4 and 8 bits only"

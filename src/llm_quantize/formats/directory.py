@@ -77,7 +77,7 @@ class Contents:
     ``label``: the level as the artifact's name has it. ``groups``: the tensors, in order. ``qtype``: the grid of those
     that are matrices. ``config``: config.json. ``about``: the card. ``weights``: how many of the source it holds.
     ``identity``: what decides the bytes beside source, level and layout. ``measured``: the card has room for what the
-    run will tell.
+    run will tell. ``too_large``: as in the plan.
     """
 
     format: str
@@ -92,6 +92,7 @@ class Contents:
     qtype: str = ""
     measured: bool = False
     warnings: Sequence[str] = ()
+    too_large: str = ArtifactPlan.too_large
 
 
 def whole(info: TensorInfo, qtype: str) -> Group:
@@ -123,6 +124,7 @@ def plan_files(source: Source, contents: Contents) -> ArtifactPlan:
         format=contents.format,
         matrices=tuple(matrices),
         card=room_left,
+        too_large=contents.too_large,
     )
 
 

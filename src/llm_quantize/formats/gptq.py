@@ -297,6 +297,11 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
     return found
 
 
+def least_zero(scheme: Scheme) -> int:
+    """The smallest zero point that can be stored: 1 in format 1, whose symmetric grids have none to choose."""
+    return _first(scheme) if not scheme.qtype.symmetric else 0
+
+
 def vllm_refusal(scheme: Scheme) -> str | None:
     """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
     if not scheme.qtype.symmetric:

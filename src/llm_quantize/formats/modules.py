@@ -1,4 +1,4 @@
-"""Which modules of a model a directory format packs, and which tensors of the checkpoint stay as they are.
+"""Which modules a directory format packs, and which tensors stay as they are.
 
 A module is one ``nn.Linear`` of the model as its owner names it: the rows of one tensor of the checkpoint, in the
 order in which they are stored (fused query-key-value and gate-up matrices stay one module), or one expert's rows of a

@@ -6,8 +6,8 @@ it, is kept in the type it is stored in (FP8 as BF16 and without its scales, F64
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize.architectures.base import OutputTensor
@@ -22,29 +22,10 @@ from llm_quantize.qtypes.integer import WHOLE_ROW
 
 if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
-    from llm_quantize.options import Options
+    from llm_quantize.options import MethodOptions, Options
 
 _DEFAULT_GROUP = 128
 _SPLIT_BY_COLUMNS = ("o_proj", "down_proj", "w2", "dense", "fc2", "c_proj", "out_proj", "dense_4h_to_h")
-
-
-@dataclass(frozen=True)
-class DirectoryOptions:
-    """What a user may choose beside format and level; None leaves it to them.
-
-    ``ignore``: regular expressions of modules that stay as they are. ``shard_size``: bytes of data of a file.
-    ``desc_act`` changes no byte (see gptq.py). ``identity``: whatever else decides the codes, JSON-ready; ``method``:
-    the same as words for the model card. ``measured``: whether the run will tell what was lost, for the card.
-    """
-
-    group_size: int | None = None
-    symmetric: bool | None = None
-    desc_act: bool = False
-    ignore: tuple[str, ...] = ()
-    shard_size: int = 5_000_000_000
-    identity: Mapping[str, Any] = field(default_factory=dict)
-    method: Mapping[str, Any] = field(default_factory=dict)
-    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,78 +80,76 @@ class PackedFormat:
     def _plan(
         self, source: Source, level: str, stem: str, importance: Importance | None, options: Options
     ) -> ArtifactPlan:
-        method = options.method
-        identity = {**method.identity(self.name), "nonfinite": options.nonfinite}
-        if importance is not None:
-            identity["text"] = importance.sha256
-        chosen = DirectoryOptions(
-            group_size=method.group_size,
-            symmetric=method.symmetric,
-            desc_act=method.desc_act,
-            ignore=method.ignore,
+        """The artifact STEM-LABEL (LABEL: GPTQ-4bit, AWQ-4bit, W4A16, ...)."""
+        form, method = self.form, options.method
+        found = select(source, method.ignore)
+        if not found.packed:
+            raise UsageError(
+                "nothing is left to pack", found=f"{len(found.ignored)} modules ignored", remedy="see --ignore"
+            )
+        scheme = form.scheme(level, SchemeOptions(method.group_size, method.symmetric, _scale_type(source, found)))
+        label = _label(form, scheme)
+        groups = _groups(source, found, form, scheme)
+        caution = transformers_caution(form) if source.architecture.hyper.n_expert else None
+        warnings = [*found.warnings, *_warnings(form, scheme, found, method), *([caution] if caution else [])]
+        config = plain_config(source.checkpoint.config)
+        config["quantization_config"] = form.config(scheme, coverage(source, found))
+        facts = self._facts(source, found, scheme, groups, f"{stem}-{label}", importance, options)
+        contents = Contents(
+            format=form.NAME,
+            label=label,
+            name=f"{stem}-{label}",
+            groups=groups,
+            config=config,
+            about=about_packed(facts),
+            weights=facts.weights,
+            identity=self._identity(scheme, importance, options),
             shard_size=method.shard_size,
-            identity=identity,
-            method=method.words(self.name, () if importance is None else importance.datasets),
+            qtype=scheme.qtype.name,
             measured=options.statistics is None and method.stages(self.name).correction > 0,
+            warnings=warnings,
         )
-        plan = plan_directory(source, self.form, level, name=stem, options=chosen)
+        plan = plan_files(source, contents)
         floats = method.transform_of(self.name).changes(source)
         held = frozenset(index for index, tensor in enumerate(plan.tensors) if tensor.name in floats)
         return replace(plan, held=held)
 
+    def _identity(self, scheme: Scheme, importance: Importance | None, options: Options) -> dict[str, Any]:
+        """What decides the codes, JSON-ready."""
+        text = {} if importance is None else {"text": importance.sha256}
+        return {
+            "scheme": scheme.to_dict(),
+            "ignore": list(options.method.ignore),
+            **options.method.identity(self.name),
+            "nonfinite": options.nonfinite,
+            **text,
+        }
 
-def plan_directory(
-    source: Source, form: Packed, level: str, *, name: str, options: DirectoryOptions | None = None
-) -> ArtifactPlan:
-    """The artifact NAME-LABEL (LABEL: GPTQ-4bit, AWQ-4bit, W4A16, ...) of ``source``. Reads no weights.
-
-    Raises UsageError (no such level, sizes that the grid or the words do not divide, nothing left to pack, a bad
-    --ignore), UnsupportedError (matrices stored (in, out); experts without names of their own).
-    """
-    options = options or DirectoryOptions()
-    found = select(source, options.ignore)
-    if not found.packed:
-        raise UsageError(
-            "nothing is left to pack", found=f"{len(found.ignored)} modules ignored", remedy="see --ignore"
+    def _facts(
+        self,
+        source: Source,
+        found: Selection,
+        scheme: Scheme,
+        groups: Sequence[Group],
+        name: str,
+        importance: Importance | None,
+        options: Options,
+    ) -> PackedFacts:
+        """What the model card tells."""
+        packed = (source.checkpoint.tensors[tensor] for tensor in found.packed)
+        return PackedFacts(
+            form=self.form,
+            scheme=scheme,
+            name=name,
+            matrices=len(found.modules),
+            packed=sum(group.nbytes for group in groups if group.module is not None),
+            kept=sum(group.nbytes for group in groups if group.module is None),
+            weights=sum(info.elements for info in (*packed, *found.kept)),
+            method=options.method.words(self.name, () if importance is None else importance.datasets),
+            ignored=tuple(found.ignored),
+            tensor_parallel=_tensor_parallel(scheme, found.modules),
+            experts=source.architecture.hyper.n_expert > 0,
         )
-    choice = SchemeOptions(options.group_size, options.symmetric, _scale_type(source, found))
-    scheme = form.scheme(level, choice)
-    label = _label(form, scheme)
-    groups = _groups(source, found, form, scheme)
-    caution = transformers_caution(form) if source.architecture.hyper.n_expert else None
-    warnings = [*found.warnings, *_warnings(form, scheme, found, options), *([caution] if caution else [])]
-    packed = (source.checkpoint.tensors[name] for name in found.packed)
-    weights = sum(info.elements for info in (*packed, *found.kept))
-    facts = PackedFacts(
-        form=form,
-        scheme=scheme,
-        name=f"{name}-{label}",
-        matrices=len(found.modules),
-        packed=sum(group.nbytes for group in groups if group.module is not None),
-        kept=sum(group.nbytes for group in groups if group.module is None),
-        weights=weights,
-        method=options.method,
-        ignored=tuple(found.ignored),
-        tensor_parallel=_tensor_parallel(scheme, found.modules),
-        experts=source.architecture.hyper.n_expert > 0,
-    )
-    config = plain_config(source.checkpoint.config)
-    config["quantization_config"] = form.config(scheme, coverage(source, found))
-    contents = Contents(
-        format=form.NAME,
-        label=label,
-        name=f"{name}-{label}",
-        groups=groups,
-        config=config,
-        about=about_packed(facts),
-        weights=weights,
-        identity={"scheme": scheme.to_dict(), "ignore": list(options.ignore), **options.identity},
-        shard_size=options.shard_size,
-        qtype=scheme.qtype.name,
-        measured=options.measured,
-        warnings=warnings,
-    )
-    return plan_files(source, contents)
 
 
 def _scale_type(source: Source, found: Selection) -> str:
@@ -222,10 +201,10 @@ def _splits(scheme: Scheme, module: Module, devices: int) -> bool:
     return rows % (devices * 32) == 0
 
 
-def _warnings(form: Packed, scheme: Scheme, found: Selection, options: DirectoryOptions) -> list[str]:
+def _warnings(form: Packed, scheme: Scheme, found: Selection, method: MethodOptions) -> list[str]:
     """What is legal but may surprise."""
     warnings = [f"{name} is left out: {reason}" for name, reason in found.dropped.items()]
-    if options.desc_act:
+    if method.desc_act:
         warnings.append(
             "--desc-act changes nothing: columns are visited in the order of their activations in any case, on grids "
             "fixed before, so the file needs no permutation and says desc_act false"

@@ -1,4 +1,4 @@
-"""The packed integer formats, each of which is a directory format too, and which of them a model is in."""
+"""The packed integer formats by name, and which of them a model is in."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ class DirectoryStore:
     def grid_type(self, qtype: str) -> GridType:
         chosen = self.scheme.qtype
         # A negative scale gives the extra level to the larger side; every kernel that was tried reads it.
-        return grid_type(chosen.name, scale=chosen.scale, signed=True, least_zero=self.scheme.least_zero)
+        least = self.form.least_zero(self.scheme)
+        return grid_type(chosen.name, scale=chosen.scale, signed=True, least_zero=least)
 
     def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
         return grid, codes

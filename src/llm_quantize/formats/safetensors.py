@@ -101,6 +101,7 @@ class Safetensors:
             identity={"nonfinite": options.nonfinite},
             shard_size=options.method.shard_size,
             warnings=[f"{tensor} is left out: {reason}" for tensor, reason in dropped.items()],
+            too_large="use BF16 or F32, which hold larger magnitudes: -q BF16",
         )
         return plan_files(source, contents)
 

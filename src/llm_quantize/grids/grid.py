@@ -1,4 +1,4 @@
-"""The frozen number grid of a matrix, in one form for every format, and the types that can make one.
+"""The frozen number grid of a matrix, in one form for every format.
 
 A method (rounding, error feedback, coordinate descent) chooses codes; a grid says what each code is worth. With
 r a row, j a column, g = j // group and s = j // span:

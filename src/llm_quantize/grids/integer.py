@@ -1,4 +1,4 @@
-"""Grids of integers with one float scale, and perhaps one integer zero point, for each group of weights.
+"""Grids of integers: a float scale, and perhaps a zero point, for each group of weights.
 
 The plain rules are those of the reference tools (GPTQModel's quantizer: symmetric s = 2 max|x| / (2^b - 1),
 asymmetric s = (max(0, max) - min(0, min)) / (2^b - 1), z = round(-min / s)); :meth:`IntegerGridType.fit` searches

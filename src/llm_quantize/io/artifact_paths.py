@@ -1,4 +1,4 @@
-"""Names around an artifact (partial, manifest, journal, replaced), putting it in place, removing what is left."""
+"""Names around an artifact, putting it in place, removing what is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The GGUF container, version 3, little-endian: header bytes from metadata, and a reader that trusts nothing.
+"""The GGUF container, little-endian: header bytes (version 3) from metadata, and a reader that trusts nothing.
+
+Version 2, of files from 2023, has the same layout; version 3 only added byte orders. Both are read.
 
 Layout (owner: ggml's GGUF specification): magic ``GGUF``, u32 version, u64 tensor count, u64 key count; each key is
 string, u32 value type, value; each tensor is name, u32 number of dimensions, u64 dimensions (fastest first), u32 ggml
@@ -36,6 +38,7 @@ from llm_quantize.errors import (
 from llm_quantize.io.paths import open_argument, read_failure
 
 VERSION = 3
+READ_VERSIONS = (2, VERSION)
 MAX_METADATA_BYTES = 256 << 20
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 65_535
@@ -337,13 +340,13 @@ def read_gguf(path: str | Path) -> GgufFile:
             cursor.offset = 0
             raise cursor.fail("not a GGUF file", expected="GGUF", found=printable(repr(magic)))
         version = cursor.number("I", "the version")
-        if version != VERSION:
+        if version not in READ_VERSIONS:
             big_endian = version == int.from_bytes(struct.pack(">I", VERSION), "little")
             raise UnsupportedError(
                 "a big-endian GGUF file" if big_endian else "an unsupported GGUF version",
                 file=path,
                 offset=4,
-                expected=f"version {VERSION}, little-endian",
+                expected=f"version {READ_VERSIONS[0]} or {VERSION}, little-endian",
                 found=version,
                 remedy="convert the file with a current llama.cpp",
             )

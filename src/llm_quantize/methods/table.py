@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from llm_quantize.methods.gptq_options import GptqOptions
+
+if TYPE_CHECKING:
+    from llm_quantize.methods.gptq import Solution
 
 
 @dataclass(frozen=True)
 class Method:
     """``reads_text``: it chooses codes by what goes into a matrix, so it needs text, and sees matrices whole.
-    ``words``: what a model card says of it. ``stages``: the optimiser's stages that are left of those asked for."""
+    ``words``: what a model card says of it. ``stages``: the optimiser's stages that are left of those asked for.
+    ``module``: where its ``solve`` is, which needs torch."""
 
     name: str
     reads_text: bool
     words: str
     stages: Callable[[GptqOptions], GptqOptions]
+    module: str = "llm_quantize.methods.gptq"
+
+    @property
+    def solve(self) -> Callable[..., Solution]:
+        """``solve(weight, kind, factor, options)``: grid and codes of some rows, see methods/gptq.py."""
+        found: Callable[..., Solution] = import_module(self.module).solve
+        return found
 
 
 def _none(asked: GptqOptions) -> GptqOptions:

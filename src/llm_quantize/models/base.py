@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -139,6 +140,39 @@ class Reader(Protocol):
 
     def open_at(self, place: Place, model: str, *, headers_only: bool) -> Model:
         """The model that lies there; the user called it ``model``. Raises the error tree."""
+
+
+class Opened(ABC):
+    """What every opened model has in common: its files, and that it is closed."""
+
+    directory: Path
+    headers: tuple[Header, ...]
+
+    @property
+    def config_file(self) -> Path:
+        """As ``Model.config_file``."""
+        return self.directory / "config.json"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, in the order of ``tensors``."""
+        return tuple(header.path for header in self.headers)
+
+    def fingerprint(self) -> list[FileFact]:
+        """As ``Model.fingerprint``."""
+        return fingerprint(self.directory, self.headers)
+
+    @abstractmethod
+    def close(self) -> None:
+        """As ``Rows.close``."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def fingerprint(directory: Path, headers: Sequence[Header]) -> list[FileFact]:

@@ -46,9 +46,13 @@ def _present(directory: Path, name: str) -> bool:
 
 def _refuse_without_config(directory: Path, model: str) -> NoReturn:
     if _present(directory, "adapter_config.json"):
+        file = inside(directory, "adapter_config.json")
+        base = read_json_object(file, limit_bytes=CONFIG_LIMIT).get("base_model_name_or_path")
+        named = isinstance(base, str) and base != ""
+        of = f" of {printable(str(base), 120)}" if named else ""
         raise UnsupportedError(
-            "this is an adapter (LoRA), not a model: it only holds changes to another model's weights",
-            file=directory / "adapter_config.json",
+            f"this is an adapter (LoRA){of}, not a model: it only holds changes to another model's weights",
+            file=file,
             expected="a whole model with config.json",
             found="adapter_config.json",
             remedy="merge it first: peft's AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload()"

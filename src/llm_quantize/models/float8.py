@@ -26,7 +26,8 @@ from llm_quantize.io.safetensors_file import TensorInfo
 SCALE_DTYPES = ("F32", "F16", "BF16")
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _ACTIVATION_SUFFIXES = (".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
-_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors")
+_FORMS: Mapping[str, str | None] = {"fp8": None, "fbgemm_fp8": None, "compressed-tensors": "float-quantized"}
+"""Names of FP8 methods in configurations, and the format that they must say beside it, if any."""
 
 
 def _e4m3_values() -> npt.NDArray[np.float32]:
@@ -79,9 +80,7 @@ class ScaleLayout:
 def is_scaled_float8(quantization: Mapping[str, Any]) -> bool:
     """Whether a ``quantization_config`` is one of the FP8 forms that are decoded on reading."""
     method = quantization.get("quant_method")
-    if method == "compressed-tensors":
-        return quantization.get("format") == "float-quantized"
-    return isinstance(method, str) and method in _METHODS
+    return isinstance(method, str) and method in _FORMS and _FORMS[method] in (None, quantization.get("format"))
 
 
 def block_size(quantization: Mapping[str, Any], file: Path) -> tuple[int, int] | None:

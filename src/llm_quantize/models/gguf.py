@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from llm_quantize.io.gguf_file import GgufFile, MetaValue, read_gguf
 from llm_quantize.io.paths import opened, pread_into
 from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
-from llm_quantize.models.base import Digest, FileFact, Values, fingerprint
+from llm_quantize.models.base import Digest, FileFact, Opened, Values, fingerprint
 from llm_quantize.models.hub.locate import Place
 from llm_quantize.models.safetensors import without_weights
 from llm_quantize.qtypes import QTYPES
@@ -93,7 +93,7 @@ class StoredRows:
         self._reader.close()
 
 
-class GgufModel:
+class GgufModel(Opened):
     """An opened GGUF file, or all parts of a split one (``base.Model``). ``stored``: its tensors by their own names."""
 
     revision: str | None = None
@@ -106,7 +106,7 @@ class GgufModel:
         self, name: str, metadata: Mapping[str, MetaValue], headers: Sequence[Header], derived: Derived, hollow: bool
     ) -> None:
         self.name, self.headers, self.headers_only = name, tuple(headers), hollow
-        self.directory = self.config_file = headers[0].path
+        self.directory = headers[0].path
         self.metadata: Mapping[str, MetaValue] | None = metadata
         self.config: dict[str, Any] = derived.config
         self.stored = StoredRows(headers)
@@ -122,9 +122,9 @@ class GgufModel:
         return TensorInfo(tensor.name, words, tensor.shape, parts[0].file, parts[0].offset, round(bits))
 
     @property
-    def files(self) -> tuple[Path, ...]:
-        """As ``Model.files``."""
-        return tuple(header.path for header in self.headers)
+    def config_file(self) -> Path:
+        """As ``Model.config_file``: its configuration is in the file itself."""
+        return self.directory
 
     def fingerprint(self) -> list[FileFact]:
         """As ``Model.fingerprint``."""
@@ -206,14 +206,6 @@ class GgufModel:
     def close(self) -> None:
         """As ``Rows.close``."""
         self.stored.close()
-
-    def __enter__(self) -> GgufModel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def sniff(path: Path) -> bool:

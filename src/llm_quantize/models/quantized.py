@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,14 @@ from llm_quantize.formats.packed_formats import PACKED, format_of
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
-from llm_quantize.io.safetensors_file import Header, TensorInfo
+from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
-from llm_quantize.models.base import Digest, FileFact, Values, fingerprint
-from llm_quantize.models.files import CONFIG_LIMIT, read_generation_config, read_headers
+from llm_quantize.models.base import Digest, Opened, Values
+from llm_quantize.models.files import CONFIG_LIMIT, read_generation_config
 from llm_quantize.models.float8 import is_scaled_float8
 from llm_quantize.models.hub.locate import Place
-from llm_quantize.models.safetensors import Checkpoint, NoWeights, without_weights
+from llm_quantize.models.safetensors import NoWeights, without_weights
+from llm_quantize.models.stored import StoredDirectory
 
 _STEPS = 16 << 20
 _STORED: dict[str, type[np.generic]] = {
@@ -47,6 +48,12 @@ def is_packed_directory(path: Path) -> bool:
     return any(isinstance(where, dict) and (where.get(key) is not None) for where, key in _places(config))
 
 
+def is_stored_directory(path: Path) -> bool:
+    """Whether an artifact at ``path`` is a model directory, and not GGUF files that lie beside a configuration. Raises
+    what reading the configuration raises."""
+    return is_packed_directory(path) or ((path / "config.json").is_file() and not any(path.glob("*.gguf")))
+
+
 def quantization_of(config: Mapping[str, Any], file: Path) -> Settings:
     """The quantization_config. Raises UsageError where there is none, MalformedInputError where it is no object."""
     found = next((where[key] for where, key in _places(config) if where.get(key) is not None), None)
@@ -56,7 +63,7 @@ def quantization_of(config: Mapping[str, Any], file: Path) -> Settings:
             file=file,
             expected="a quantization_config",
             found="none",
-            remedy="give a GGUF file, or the directory of a GPTQ, AWQ or compressed-tensors model",
+            remedy="give the directory of a GPTQ, AWQ or compressed-tensors model",
         )
     if not isinstance(found, dict):
         raise wrong_form(file, "quantization_config", "an object", found)
@@ -69,47 +76,36 @@ def _places(config: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
     return [(where, key) for where in wheres for key in ("quantization_config", "compression_config")]
 
 
-class PackedDirectory:
+def open_directory(path: Path) -> StoredDirectory:
+    """The model in the directory ``path``, quantized or not. Raises what ``PackedDirectory`` raises."""
+    return PackedDirectory(path) if is_packed_directory(path) else StoredDirectory(path)
+
+
+class PackedDirectory(StoredDirectory):
     """The quantized model in ``path``. Threads may share it; each keeps the packed bytes of one matrix.
 
-    ``method``: gptq, awq or compressed-tensors. ``matrices``: {the weight's name in an unquantized model: matrix}.
-    ``plain``: every other tensor, as it is stored; ``floats`` reads those. ``tensors``: all that are stored.
-    ``notes``: what a reader should know. Close it, or use it as a context manager.
-
-    Raises UsageError (no such directory), MalformedInputError (files that break their format, a configuration of the
-    wrong form), UnsupportedError (a method or layout that is not decoded here), IntegrityError (fields of a matrix
-    that do not fit each other or the configuration).
+    ``format``: of its matrices; ``method``: its name. Raises, beside what ``StoredDirectory`` raises, UsageError (not
+    quantized), MalformedInputError (a configuration of the wrong form), UnsupportedError (a method or layout that is
+    not decoded here), IntegrityError (fields of a matrix that do not fit each other or the configuration).
     """
 
-    def __init__(self, path: str | Path, *, hollow: bool = False) -> None:
-        """``hollow``: only the headers of its files are here."""
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise UsageError("no such directory", file=self.path, remedy="check the path")
-        self.file = self.path / "config.json"
-        self.config = read_json_object(inside(self.path, "config.json"), limit_bytes=CONFIG_LIMIT)
+    packs = True
+
+    def _understand(self) -> None:
         self.settings = quantization_of(self.config, self.file)
         self.format = format_of(self.settings)
         self.method = self.format.NAME
-        self.headers: tuple[Header, ...]
-        self.headers, self.tensors = read_headers(self.path, str(path), packed=True)
+
+    def _read_matrices(self, hollow: bool) -> Mapping[str, PackedMatrix]:
         self._reader = NoWeights(self.headers) if hollow else TensorReader(self.headers)
         self._local = threading.local()
-        self.notes: tuple[str, ...] = tuple(self.format.notes(self.settings))
+        self.notes = tuple(self.format.notes(self.settings))
         try:
             found = self.format.read(self.tensors, self.settings, self._stored)
-            self.matrices = {f"{matrix.name}.weight": matrix for matrix in found}
+            return {f"{matrix.name}.weight": matrix for matrix in found}
         except BaseException:
-            self.close()
+            self._reader.close()
             raise
-        taken = {field.name for matrix in self.matrices.values() for field in matrix.fields.values()}
-        self.plain = {name: info for name, info in self.tensors.items() if name not in taken}
-        self.floats = Checkpoint(self.path, self.path.name, self.config, None, None, self.headers, dict(self.plain))
-
-    @property
-    def size(self) -> int:
-        """Bytes of the weight files."""
-        return sum(header.file_size for header in self.headers)
 
     @property
     def layout_name(self) -> str:
@@ -122,6 +118,11 @@ class PackedDirectory:
         return self.format.LABEL.format(level=self.format.level_of(self.matrices.values()))
 
     @property
+    def rescales(self) -> bool:
+        """As ``StoredDirectory.rescales``."""
+        return self.format.RESCALES
+
+    @property
     def scratch(self) -> int:
         """Bytes that a thread holds while it decodes rows: the largest matrix as it is stored, scales in float32, and
         the steps of some rows."""
@@ -130,14 +131,10 @@ class PackedDirectory:
     def close(self) -> None:
         """Close every file."""
         self._reader.close()
-        if hasattr(self, "floats"):
-            self.floats.close()
+        super().close()
 
     def __enter__(self) -> PackedDirectory:
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def field(self, matrix: PackedMatrix, suffix: str) -> npt.NDArray[Any]:
         """One field whole, in its shape; bfloat16 and float16 as float32."""
@@ -162,41 +159,24 @@ class PackedDirectory:
             self._local.fields = kept
         return kept[1]
 
-    def forget(self) -> None:
-        """Give back what this thread keeps."""
-        self._local.fields = None
-
     def rows(self, name: str, start: int, stop: int, *, transpose: bool = False) -> npt.NDArray[np.float32]:
-        """Rows [start, stop) of the weight ``name`` (of ``matrices`` or ``plain``): float32 (stop - start, columns);
-        ``transpose``: of a plain one whose last two dimensions are exchanged.
-
-        Raises IntegrityError (a group index outside the groups; the file changed), UnsupportedError (integers in the
-        place of weights), ResourceError.
-        """
+        """As ``StoredDirectory.rows``."""
         matrix = self.matrices.get(name)
         if matrix is None:
-            values = self.floats.read_rows(name, start, stop, transpose=transpose)
-            if values.dtype == np.uint16:
-                return (values.astype(np.uint32) << 16).view(np.float32)
-            return values.astype(np.float32)
+            return super().rows(name, start, stop, transpose=transpose)
         fields = self.fields(matrix)
         first, last = start // ALIGNED * ALIGNED, min(-(-stop // ALIGNED) * ALIGNED, matrix.rows)
         return self.format.unpack(matrix, fields, first, last)[start - first : stop - first]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a weight as an unquantized model has it."""
-        matrix = self.matrices.get(name)
-        return self.plain[name].shape if matrix is None else (matrix.rows, matrix.columns)
-
 
 class PackedRows:
-    """The tensors of a quantized directory under the names and in the shapes of an unquantized model (``base.Rows``).
+    """The tensors of a directory under the names and in the shapes of an unquantized model (``base.Rows``).
 
     What is quantized is float32, its dtype the name of its grid; all else is as it is stored. ``transposed``: weights
     that an unquantized model stores (in, out). Raises IntegrityError for a matrix that is there twice.
     """
 
-    def __init__(self, packed: PackedDirectory, transposed: Collection[str] = ()) -> None:
+    def __init__(self, packed: StoredDirectory, transposed: Collection[str] = ()) -> None:
         self.packed, self._transposed = packed, transposed
         self.tensors: dict[str, TensorInfo] = dict(packed.plain)
         for name, matrix in packed.matrices.items():
@@ -265,7 +245,7 @@ class PackedRows:
         self.packed.close()
 
 
-class QuantizedModel(PackedRows):
+class QuantizedModel(PackedRows, Opened):
     """A quantized directory as a model to start from (``base.Model``): its weights are the values that runtimes compute
     with, so what is made of it has its errors too. ``folded``: every field, with the weight that it is part of."""
 
@@ -279,20 +259,6 @@ class QuantizedModel(PackedRows):
         self.headers, self.generation_config, self.kind = packed.headers, generation, packed.label
         self.config = _unquantized(packed.config)
         self.folded = {info.name: name for name, matrix in packed.matrices.items() for info in matrix.fields.values()}
-
-    @property
-    def config_file(self) -> Path:
-        """As ``Model.config_file``."""
-        return self.directory / "config.json"
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """As ``Model.files``."""
-        return tuple(header.path for header in self.headers)
-
-    def fingerprint(self) -> list[FileFact]:
-        """As ``Model.fingerprint``."""
-        return fingerprint(self.directory, self.headers)
 
     def raw_rows(self, name: str, start: int, stop: int, *, buffer: Any = None) -> memoryview:
         """As ``Rows.raw_rows``."""
@@ -322,14 +288,6 @@ class QuantizedModel(PackedRows):
         super().close()
         if self.temporary is not None:
             self.temporary.cleanup()
-
-    def __enter__(self) -> QuantizedModel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def sniff(path: Path) -> bool:

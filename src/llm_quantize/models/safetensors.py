@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,7 +23,7 @@ from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
 from llm_quantize.models import float8
-from llm_quantize.models.base import Digest, FileFact, Values, fingerprint
+from llm_quantize.models.base import Digest, Opened, Values
 from llm_quantize.models.files import read_configuration, read_headers
 from llm_quantize.models.hub.locate import Place, locate
 
@@ -42,7 +41,7 @@ _SCALES_KEPT = 16
 
 
 @dataclass
-class Checkpoint:
+class Checkpoint(Opened):
     """An opened model. ``tensors`` in file order (FP8 scales are not among them: see ``folded``).
 
     ``folded``: {scale tensor: the weight that is decoded with it}. ``left_out``: {tensor: why it is not in
@@ -72,20 +71,6 @@ class Checkpoint:
         self._reader = NoWeights(self.headers) if self.headers_only else TensorReader(self.headers)
         self._scales: OrderedDict[str, npt.NDArray[np.float32]] = OrderedDict()
         self._lock = threading.Lock()
-
-    @property
-    def config_file(self) -> Path:
-        """As ``Model.config_file``."""
-        return self.directory / "config.json"
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The weight files, in the order of ``tensors``."""
-        return tuple(header.path for header in self.headers)
-
-    def fingerprint(self) -> list[FileFact]:
-        """One fact per weight file, sorted by name: enough for resume and manifest to tell that a source changed."""
-        return fingerprint(self.directory, self.headers)
 
     def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
         """(rows, columns) of the tensor as ``read_rows`` sees it: leading dimensions flattened, 1-D is one row,
@@ -252,14 +237,6 @@ class Checkpoint:
         self._reader.close()
         if self.temporary is not None:
             self.temporary.cleanup()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class NoWeights(TensorReader):

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llm_quantize.reports.findings import TensorError, Variant
 from llm_quantize.reports.numbers import significant
-from llm_quantize.reports.result import TensorError, Variant
 
 STEPS = 10
 WIDTH = 480.0

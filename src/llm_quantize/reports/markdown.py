@@ -6,11 +6,11 @@ import html
 import re
 
 from llm_quantize.errors import printable
+from llm_quantize.reports.findings import ComparisonResult, Variant
 from llm_quantize.reports.labels import grade_name, labels
 from llm_quantize.reports.numbers import ABSENT, bytes_text, percent, rate_text, significant, with_error
 from llm_quantize.reports.page import kld_text, method, text_names, verdict
 from llm_quantize.reports.pareto import advise
-from llm_quantize.reports.result import ComparisonResult, Variant
 
 _SPECIAL = re.compile(r"([\\`*\[\]#|~$<>&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 _FENCE = re.compile(r"`{3,}")

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from llm_quantize.evaluation.texts import BUILT_IN
 from llm_quantize.io.whole_file import write_file
 from llm_quantize.reports import heatmap, plot
+from llm_quantize.reports.findings import ComparisonResult, Sample, Variant
 from llm_quantize.reports.labels import grade_name, labels
 from llm_quantize.reports.numbers import (
     ABSENT,
@@ -28,7 +29,6 @@ from llm_quantize.reports.numbers import (
     with_error,
 )
 from llm_quantize.reports.pareto import Advice, advise
-from llm_quantize.reports.result import ComparisonResult, Sample, Variant
 
 _MARGINS = (52.0, 14.0, 124.0, 52.0)
 _NARROW_MARGINS = (34.0, 10.0, 8.0, 44.0)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llm_quantize.reports.result import Variant
+    from llm_quantize.reports.findings import Variant
 
 LEAST_KLD = 1e-7
 """Floor of the logarithm where no noise floor is known: float32 arithmetic shows no less on real text."""

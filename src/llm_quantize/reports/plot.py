@@ -12,9 +12,9 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from llm_quantize.reports.findings import Variant
 from llm_quantize.reports.numbers import bytes_text, significant, tick_text
 from llm_quantize.reports.pareto import LEAST_KLD, Advice
-from llm_quantize.reports.result import Variant
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom"""

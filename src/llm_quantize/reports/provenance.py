@@ -14,7 +14,7 @@ from llm_quantize import __version__
 from llm_quantize.architectures.rows import weights_of
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.memory import available_cpus
-from llm_quantize.reports.result import MachineFacts, ModelFacts
+from llm_quantize.reports.findings import MachineFacts, ModelFacts
 
 if TYPE_CHECKING:
     from llm_quantize.models.opening import Source

@@ -11,7 +11,7 @@ from pathlib import Path
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_files import first_file
-from llm_quantize.models.quantized import is_packed_directory
+from llm_quantize.models.quantized import is_stored_directory
 from llm_quantize.runtimes import llama_cpp, transformers, vllm
 from llm_quantize.runtimes.base import OpenModel, Request, Runtime
 
@@ -40,11 +40,11 @@ def what_opens_what() -> str:
 
 
 def artifact_at(path: Path) -> Path:
-    """What of ``path`` is measured: a quantized model directory as it is; else its GGUF file, the first of a split one.
+    """What of ``path`` is measured: a model directory as it is; else its GGUF file, the first of a split one.
 
     Raises UsageError where there is no artifact or there are several, and what reading the configuration raises.
     """
-    return path if is_packed_directory(path) else first_file(path)
+    return path if is_stored_directory(path) else first_file(path)
 
 
 def open_model(artifact: str | Path, *, context: int, threads: int | None) -> OpenModel:

@@ -14,10 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize import events
+from llm_quantize.architectures.mapping import AbsentWeightError
+from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
 from llm_quantize.models.files import CONFIG_LIMIT
+from llm_quantize.models.opening import open_source
 
 
 @dataclass(frozen=True)
@@ -140,17 +143,33 @@ class Runtime(Protocol):
 
 
 def is_model_directory(path: Path) -> bool:
-    """Whether ``path`` is a Hugging Face model directory.
+    """Whether ``path`` is a Hugging Face model directory, and not GGUF files that lie beside a configuration.
 
     Runtimes follow any link and break off in their own ways: what our readers refuse is not shown to them. Raises
     AccessError (a link that leaves the directory) and MalformedInputError (config.json).
     """
     if not (path.is_dir() and (path / "config.json").is_file()):
         return False
+    if any(path.glob("*.gguf")) and not any(path.glob("*.safetensors")):
+        return False
     for name in sorted(entry.name for entry in path.iterdir() if entry.is_symlink()):
         inside(path, name)
     read_json_object(inside(path, "config.json"), limit_bytes=CONFIG_LIMIT)
     return True
+
+
+def refuse_incomplete(path: Path) -> None:
+    """Raise MalformedInputError or IntegrityError where a weight of the model in ``path``, or a field of it, is absent.
+
+    Of quantized models runtimes compute with whatever stands in its place. What else our reader has to say against a
+    model, and every model of a family that it does not know, is the runtime's to judge.
+    """
+    try:
+        open_source(str(path), headers_only=True).checkpoint.close()
+    except AbsentWeightError:
+        raise
+    except (MalformedInputError, UnsupportedError):
+        return
 
 
 def retokenized(text: str, tokenize: Callable[[str], list[int]], limit: int) -> Written:

@@ -27,11 +27,18 @@ from typing import Any
 
 import numpy as np
 
-from llm_quantize.errors import MissingExtraError, NumericPolicyError, ResourceError, UnsupportedError, UsageError
+from llm_quantize.errors import (
+    IntegrityError,
+    MissingExtraError,
+    NumericPolicyError,
+    ResourceError,
+    UnsupportedError,
+    UsageError,
+)
 from llm_quantize.memory import available_cpus
 from llm_quantize.runtimes.base import Reply, Request, Written
 
-__all__ = ["Worker", "continued", "interpreter", "run"]
+__all__ = ["Worker", "continued", "incomplete", "interpreter", "run"]
 
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -87,8 +94,9 @@ def run(
     """``request`` answered by ``runtime`` for the model in ``directory``. ``settings``: variables of the environment;
     ``options``: what else the script reads.
 
-    Raises MissingExtraError (not installed), UnsupportedError (the runtime fails; its words are in ``found``),
-    ResourceError (it takes longer than ``request.timeout``), NumericPolicyError (its logits are not numbers).
+    Raises MissingExtraError (not installed), IntegrityError (weights that are not in the files), UnsupportedError (the
+    runtime fails; its words are in ``found``), ResourceError (it takes longer than ``request.timeout``),
+    NumericPolicyError (its logits are not numbers).
     """
     python = interpreter(runtime)
     threads = request.threads or available_cpus()
@@ -149,7 +157,20 @@ def _wait(
     said = f"{error_said['type']}: {error_said['text']}"
     if error_said["missing"]:
         raise runtime.missing(said)
+    if error_said["incomplete"]:
+        raise incomplete(directory, error_said["text"])
     raise UnsupportedError(f"{runtime.name} does not run this model", file=directory, found=said)
+
+
+def incomplete(directory: Path, found: str) -> IntegrityError:
+    """The error for files that leave parameters of the model without values; ``found``: which."""
+    return IntegrityError(
+        "weights of the model are missing from its files",
+        file=directory,
+        expected="a value for every parameter",
+        found=found,
+        remedy="fetch or make the model again; its files are incomplete or of different versions",
+    )
 
 
 def _tail(folder: Path) -> str:

@@ -19,9 +19,18 @@ import numpy.typing as npt
 from llm_quantize.errors import MissingExtraError, UnsupportedError, printable
 from llm_quantize.events import EventSink
 from llm_quantize.runtimes import isolated
-from llm_quantize.runtimes.base import Opener, Reply, Request, Written, is_model_directory, warn_beyond
-from llm_quantize.runtimes.isolated import Worker
+from llm_quantize.runtimes.base import (
+    Opener,
+    Reply,
+    Request,
+    Written,
+    is_model_directory,
+    refuse_incomplete,
+    warn_beyond,
+)
+from llm_quantize.runtimes.isolated import Worker, incomplete
 from llm_quantize.runtimes.scored import ScoredDirectory
+from llm_quantize.runtimes.workers.telling import IncompleteError, refuse_unfilled
 
 LABEL = "transformers"
 OPENS = "model directories"
@@ -53,8 +62,9 @@ def run(directory: Path, request: Request, *, backend: str | None = None) -> Rep
     """``request`` answered by transformers for the model in ``directory``. ``backend``: None (kernels in plain torch),
     the name of a kernel of GPTQModel, or "dequantize" (compressed-tensors: floats from the start).
 
-    Raises as ``isolated.run``.
+    Raises as ``refuse_incomplete`` and ``isolated.run``.
     """
+    refuse_incomplete(directory)
     settings = {"GPTQMODEL_CPU_WORKERS": "2"}  # at least two: the loader waits for a second one
     return isolated.run(TRANSFORMERS, directory, request, settings=settings, options={"backend": backend})
 
@@ -83,14 +93,15 @@ def predictions(
 def generate(path: Path, request: Request, on_event: EventSink) -> Iterator[str]:
     """The text that transformers writes after the first prompt, in one piece.
 
-    Raises MissingExtraError without torch and transformers, UnsupportedError for a model that transformers cannot load
-    and for a chat without template.
+    Raises MissingExtraError without torch and transformers, MalformedInputError or IntegrityError where weights are
+    missing, UnsupportedError for a model that transformers cannot load and for a chat without template.
     """
     if is_quantized(path):
         yield run(path, request).texts[0]
         return
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise MissingExtraError("Running a Hugging Face directory", "torch")
+    refuse_incomplete(path)
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -102,7 +113,12 @@ def generate(path: Path, request: Request, on_event: EventSink) -> Iterator[str]
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(path), **local)
-        model: Any = AutoModelForCausalLM.from_pretrained(str(path), use_safetensors=True, **local)
+        model, told = AutoModelForCausalLM.from_pretrained(
+            str(path), use_safetensors=True, output_loading_info=True, **local
+        )
+        refuse_unfilled(told)
+    except IncompleteError as error:
+        raise incomplete(path, str(error)) from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UnsupportedError(
             "transformers cannot load this model",

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.events import EventSink
-from llm_quantize.runtimes.base import Opener, Reply, Request, Written, is_model_directory
+from llm_quantize.runtimes.base import Opener, Reply, Request, Written, is_model_directory, refuse_incomplete
 from llm_quantize.runtimes.isolated import Worker, continued, interpreter
 from llm_quantize.runtimes.isolated import run as run_isolated
 from llm_quantize.runtimes.scored import ScoredDirectory
@@ -71,8 +71,9 @@ def run(directory: Path, request: Request, *, context: int | None = None, eight_
     All log-probabilities of a position are Python numbers in vLLM: a window of 256 tokens and 150 000 words takes
     about 4 GB and a minute.
 
-    Raises as ``isolated.run``.
+    Raises as ``refuse_incomplete`` and ``isolated.run``.
     """
+    refuse_incomplete(directory)
     settings = {
         "VLLM_CPU_INT4_W4A8": str(int(eight_bit_activations)),
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),

@@ -1,4 +1,4 @@
-"""Mixture of experts, one expert after another in fixed order, as an experts implementation of transformers.
+"""Mixture of experts, one expert after another in fixed order.
 
 transformers keeps the experts of a layer as two three-dimensional parameters: gate and up (experts, 2 ff, width), and
 down (experts, width, ff). Its decorator ``use_experts_implementation`` lets others compute them. Ours does the same

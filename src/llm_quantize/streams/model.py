@@ -1,4 +1,4 @@
-"""A model of transformers without its weights, and its forward cut where the decoder blocks begin and end.
+"""A model of transformers without weights, its forward cut where blocks begin and end.
 
 The model is built on the meta device. Its blocks are taken out and stand-ins put in their place; what a block is
 called with (masks, rotary positions) is learned by running the model's own forward over stand-ins, and the arithmetic

@@ -19,7 +19,7 @@ from llm_quantize.streams.weights import Weights, fill
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """The checkpoint tensor ``name`` is ``rows`` (start, stop; None = all) of ``expert`` (None = there are none, or
     all) of a parameter. ``shape``: of the tensor."""
 
@@ -34,7 +34,7 @@ class Place:
         return view if self.rows is None else view[self.rows[0] : self.rows[1]]
 
 
-Places = Mapping[str, tuple[Place, ...]]
+Places = Mapping[str, tuple[Slot, ...]]
 """Parameter -> what fills it."""
 
 
@@ -70,11 +70,11 @@ def find_places(
                 remedy="the checkpoint may be of a newer version of its family; update transformers",
             )
         collected[target][pattern].append(name)
-    places: dict[str, tuple[Place, ...]] = {}
+    places: dict[str, tuple[Slot, ...]] = {}
     for target, groups in collected.items():
         pattern = next(iter(groups))
         if pattern is None:
-            found = [Place(name, shapes[name]) for names in groups.values() for name in names]
+            found = [Slot(name, shapes[name]) for names in groups.values() for name in names]
         else:
             found = _experts(target, by_pattern[pattern], groups, shapes)
         places[target] = tuple(found)
@@ -87,7 +87,7 @@ def find_places(
 
 def _experts(
     target: str, converter: Any, groups: Mapping[str | None, list[str]], shapes: Mapping[str, tuple[int, ...]]
-) -> list[Place]:
+) -> list[Slot]:
     """Places in a parameter that stacks experts, each perhaps the rows of several matrices one below the other."""
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
     if steps not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
@@ -98,17 +98,17 @@ def _experts(
             found=repr(converter.operations)[:200],
             remedy="this model cannot be calibrated or measured by this version",
         )
-    found: list[Place] = []
+    found: list[Slot] = []
     start = 0
     for pattern in converter.source_patterns:
         names = groups.get(pattern, [])
         rows = shapes[names[0]][0] if names else 0
-        found += [Place(name, shapes[name], expert, (start, start + rows)) for expert, name in enumerate(names)]
+        found += [Slot(name, shapes[name], expert, (start, start + rows)) for expert, name in enumerate(names)]
         start += rows
     return found
 
 
-def _check(target: str, shape: tuple[int, ...], places: tuple[Place, ...]) -> None:
+def _check(target: str, shape: tuple[int, ...], places: tuple[Slot, ...]) -> None:
     """Raise MalformedInputError unless ``places`` fill a parameter of ``shape`` exactly."""
     whole = torch.empty(shape, device="meta")
     filled = 0
@@ -143,7 +143,7 @@ def require(places: Places, parameters: Iterable[str]) -> None:
             )
 
 
-def load(weights: Weights, places: tuple[Place, ...], like: torch.Tensor, device: torch.device) -> torch.Tensor:
+def load(weights: Weights, places: tuple[Slot, ...], like: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A parameter shaped and typed as ``like``, on ``device``, filled from ``weights``.
 
     Raises MalformedInputError: ``weights`` lacks a tensor, or has it in another shape.

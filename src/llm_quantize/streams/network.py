@@ -25,7 +25,7 @@ from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageErro
 from llm_quantize.models.opening import Source
 from llm_quantize.options import DEVICES
 from llm_quantize.streams.model import Arguments, Reached, Skeleton, put
-from llm_quantize.streams.names import Place, find_places, load, require
+from llm_quantize.streams.names import Slot, find_places, load, require
 from llm_quantize.streams.taps import Observer, Sink, Tap, TapPoint, attach, columns_of, find_points
 from llm_quantize.streams.weights import ReadsRows, Weights
 
@@ -175,7 +175,7 @@ class Network:
         prefix = self._prefix(index) + "."
         for parameter in self._parameters(index):
             self._put(module, parameter, weights, prefix)
-        tensors: dict[str, list[tuple[str, Place]]] = {}
+        tensors: dict[str, list[tuple[str, Slot]]] = {}
         for parameter in self._parameters(index):
             for place in self._places[parameter]:
                 tensors.setdefault(place.name, []).append((parameter.removeprefix(prefix), place))
@@ -248,7 +248,7 @@ class Block:
         index: int,
         module: torch.nn.Module,
         observer: Observer,
-        tensors: Mapping[str, tuple[tuple[str, Place], ...]],
+        tensors: Mapping[str, tuple[tuple[str, Slot], ...]],
     ) -> None:
         self._network, self._module, self._observer = network, module, observer
         self.index, self.tensors = index, tensors

@@ -1,6 +1,6 @@
-"""Activation-aware scales (Lin et al., AWQ, MLSys 2024), chosen by the loss that quantization will leave.
+"""Activation-aware scales (AWQ, Lin et al. 2024), chosen by the loss that is left.
 
-Channels that matter are enlarged before they are rounded, and what makes them is divided (transforms/scaling.py).
+Channels that matter are enlarged before they are rounded, and what makes them is divided (transforms/applying.py).
 
     W (rows, n)   weights that read one input x (n,), several matrices one below the other
     H (n, n)      mean x x^T                 a = sqrt(diag H), the size of each channel

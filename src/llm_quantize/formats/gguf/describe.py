@@ -50,7 +50,7 @@ def _read(source: Source) -> _Described:
     if source.limits:
         raise source.limits[0]
     if source.checkpoint.metadata is not None:
-        return _carried(source.checkpoint), ()
+        return carried(source.checkpoint), ()
     checkpoint, architecture = source.checkpoint, source.architecture
     embedding = next((output for output in source.tensors.outputs if output.name == "token_embd.weight"), None)
     rows = embedding.shape[0] if embedding is not None else None
@@ -70,8 +70,11 @@ def _read(source: Source) -> _Described:
     return {**general, **architecture.metadata(checkpoint.generation_config), **vocabulary}, tuple(told)
 
 
-def _carried(checkpoint: Model) -> Mapping[str, MetaValue]:
-    """What a GGUF file says of its model, without what belongs to that file alone."""
+def carried(checkpoint: Model) -> Mapping[str, MetaValue]:
+    """What a GGUF file says of its model, without what belongs to that file alone.
+
+    Raises MalformedInputError where it has no tokenizer.
+    """
     metadata = checkpoint.metadata or {}
     if Keys.Tokenizer.MODEL not in metadata or Keys.Tokenizer.LIST not in metadata:
         raise MalformedInputError(

@@ -26,7 +26,7 @@ from llm_quantize.formats.gguf.mixes import (
     LEFT_ALONE_NAMES,
     MIXES,
     NEED_IMPORTANCE,
-    Place,
+    Position,
 )
 from llm_quantize.qtypes import QTYPES
 
@@ -359,7 +359,7 @@ class _Recipe:
             return "q8_0"
         return MIXES.get(self.level.name, {}).get("output", (("q6_k",),))[0][0]
 
-    def _place(self, tensor: TensorShape, kind: str) -> Place:
+    def _place(self, tensor: TensorShape, kind: str) -> Position:
         index, count = self.decided.get(kind, 0), self.values if kind == "value" else self.hyper.n_layer
         if kind in self.decided:
             self.decided[kind] += 1
@@ -368,7 +368,7 @@ class _Recipe:
             index = _layer(tensor.name)
         kv = self.hyper.n_head_kv
         sharing = self.hyper.n_head // kv if kv else 0
-        return Place(index, count, sharing, self.hyper.n_expert, self.arch, bool(self.importance_names))
+        return Position(index, count, sharing, self.hyper.n_expert, self.arch, bool(self.importance_names))
 
     def _is_70b(self) -> bool:
         """A 70B model's values are an eighth of its queries, so more bits there cost next to nothing. llama.cpp knows

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """Where a tensor stands among those of its role: ``index`` of ``count``, and the facts rules ask for."""
 
     index: int
@@ -22,13 +22,13 @@ class Place:
     importance: bool
 
 
-def _more(place: Place) -> bool:
+def _more(place: Position) -> bool:
     """In the first or the last eighth, or every third layer between."""
     eighth = place.count // 8
     return place.index < eighth or place.index >= 7 * place.count // 8 or (place.index - eighth) % 3 == 2
 
 
-CONDITIONS: Mapping[str, Callable[[Place], bool]] = {
+CONDITIONS: Mapping[str, Callable[[Position], bool]] = {
     "falcon": lambda place: place.arch == "falcon",
     "not falcon": lambda place: place.arch != "falcon",
     # At least four query heads share each value head, so that tensor is small and bits there are cheap.

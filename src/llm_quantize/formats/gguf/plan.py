@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 NAME = "gguf"
 FLOAT_LEVELS = ("F32", "F16", "BF16")
 _SELDOM_COVERED = ("token_embd.weight", "output.weight")
+_TOO_LARGE = "keep this tensor in BF16, from the start: --tensor-type '^TENSOR$=bf16' --overwrite"
 
 
 class Gguf:
@@ -292,4 +293,5 @@ def plan_artifact(
         warnings=tuple(warnings),
         source_itemsize=source_itemsize,
         alike=True,
+        too_large=_TOO_LARGE,
     )

@@ -1,4 +1,4 @@
-"""The meaning of the column loops (``feedback.py`` says what they do), and their form for accelerators.
+"""The meaning of the column loops, and their form for accelerators.
 
 One column after the other, all rows at once; a product and a sum are two roundings, as in the native twin.
 """

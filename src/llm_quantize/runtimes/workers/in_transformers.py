@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from telling import start, versions
+from telling import refuse_unfilled, start, versions
 
 
 def load(directory: str, dtype: str, backend: str | None) -> Any:
@@ -17,22 +17,9 @@ def load(directory: str, dtype: str, backend: str | None) -> Any:
     kernel of GPTQModel, or "dequantize" for compressed-tensors."""
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {}
     said = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    method = said.get("quant_method")
-    # GPTQModel's "auto" would compile a kernel for minutes; these are plain torch.
-    if method == "gptq":
-        from transformers import GPTQConfig
-
-        options["quantization_config"] = GPTQConfig(bits=said["bits"], backend=backend or "gptq_torch")
-    elif method == "awq":
-        from transformers import AwqConfig
-
-        options["quantization_config"] = AwqConfig(bits=said["bits"], backend=backend or "torch_awq")
-    elif method == "compressed-tensors" and (backend == "dequantize" or (backend is None and _has_zeros(said))):
-        from transformers import CompressedTensorsConfig
-
-        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    config = _CONFIGS.get(str(said.get("quant_method")), _as_it_is)(said, backend)
+    options = {} if config is None else {"quantization_config": config}
     model, told = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=dtype,
@@ -42,18 +29,41 @@ def load(directory: str, dtype: str, backend: str | None) -> Any:
         output_loading_info=True,
         **options,
     )
-    # transformers only warns, and computes with random numbers: so it does with the experts of GPTQ and AWQ.
-    if told["missing_keys"]:
-        raise RuntimeError(
-            f"{len(told['missing_keys'])} tensors were left at random values ({_some(told['missing_keys'])}); "
-            f"{len(told['unexpected_keys'])} tensors of the file were not used ({_some(told['unexpected_keys'])})"
-        )
+    refuse_unfilled(told)
     return model.eval()
 
 
-def _some(names: Iterable[str]) -> str:
-    """A few of ``names``."""
-    return ", ".join(sorted(names)[:3])
+def _gptq(said: dict[str, Any], backend: str | None) -> Any:
+    """GPTQModel's "auto" would compile a kernel for minutes; this one is plain torch."""
+    from transformers import GPTQConfig
+
+    return GPTQConfig(bits=said["bits"], backend=backend or "gptq_torch")
+
+
+def _awq(said: dict[str, Any], backend: str | None) -> Any:
+    """As ``_gptq``."""
+    from transformers import AwqConfig
+
+    return AwqConfig(bits=said["bits"], backend=backend or "torch_awq")
+
+
+def _compressed_tensors(said: dict[str, Any], backend: str | None) -> Any:
+    """Dequantized where it is asked for, and where transformers could not read it otherwise."""
+    from transformers import CompressedTensorsConfig
+
+    wanted = backend == "dequantize" or (backend is None and _has_zeros(said))
+    return CompressedTensorsConfig(dequantize=True) if wanted else None
+
+
+def _as_it_is(_said: dict[str, Any], _backend: str | None) -> Any:
+    return None
+
+
+_CONFIGS: dict[str, Callable[[dict[str, Any], str | None], Any]] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed_tensors,
+}
 
 
 def _has_zeros(config: dict[str, Any]) -> bool:

@@ -6,10 +6,14 @@ import importlib.metadata
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+
+class IncompleteError(RuntimeError):
+    """The model has parameters for which its files hold nothing."""
 
 
 def start(main: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> None:
@@ -18,14 +22,35 @@ def start(main: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> None:
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         # Packages that ask for others raise ImportError, or fail where they read a version.
-        missing = isinstance(error, ImportError)
-        said = {"type": kind.__name__, "text": str(error), "missing": missing}
+        missing, incomplete = isinstance(error, ImportError), isinstance(error, IncompleteError)
+        said = {"type": kind.__name__, "text": str(error), "missing": missing, "incomplete": incomplete}
         (folder / "error.json").write_text(json.dumps(said), encoding="utf-8")
         traceback.print_exception(kind, error, trace)
 
     sys.excepthook = tell
     reply = main(folder, json.loads((folder / "request.json").read_text(encoding="utf-8")))
     (folder / "reply.json").write_text(json.dumps(reply), encoding="utf-8")
+
+
+def refuse_unfilled(told: Mapping[str, Any]) -> None:
+    """Raise where transformers, as it tells of its loading, left parameters at random values: it only warns.
+
+    IncompleteError: nothing in the files was left over for them. RuntimeError: something was, under names or in a form
+    that transformers has no use for, as with the experts of GPTQ and AWQ.
+    """
+    missing, unused = told["missing_keys"], told["unexpected_keys"]
+    if missing and not unused:
+        raise IncompleteError(f"nothing for {len(missing)} parameters ({_some(missing)})")
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} tensors were left at random values ({_some(missing)}); "
+            f"{len(unused)} tensors of the file were not used ({_some(unused)})"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    """A few of ``names``."""
+    return ", ".join(sorted(names)[:3])
 
 
 def versions(*names: str) -> dict[str, str]:

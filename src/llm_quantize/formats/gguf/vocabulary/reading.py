@@ -71,15 +71,8 @@ def has_tokenizer(directory: Path) -> bool:
     return any((Path(directory) / name).exists() for name in ("tokenizer.json", "tokenizer.model", *_OTHER_FORMATS))
 
 
-def no_tokenizer(directory: Path) -> MalformedInputError | UnsupportedError:
-    """The error where there is none and one is needed: a model in one file (GGUF) has no files beside it."""
-    if Path(directory).is_file():
-        return UnsupportedError(
-            "running text through a GGUF file needs the tokenizer files of the original model",
-            file=directory,
-            remedy="give the directory of the original model; GGUF can be made of this file without calibration: "
-            "--no-calibration, or --imatrix FILE",
-        )
+def no_tokenizer(directory: Path) -> MalformedInputError:
+    """The error where there is none and one is needed."""
     return MalformedInputError(
         "the model directory has no tokenizer",
         file=Path(directory) / "tokenizer.json",
@@ -119,6 +112,17 @@ def read_conventions(directory: Path, config: Mapping[str, Any]) -> Conventions:
         vocabulary, template = _load(Path(directory))
     special = special_ids(Path(directory), config, vocabulary, template) | chat_templates(Path(directory))
     return Conventions(special, vocabulary.texts, vocabulary.types)
+
+
+def said_conventions(metadata: Mapping[str, MetaValue]) -> Conventions:
+    """The conventions that the metadata of a GGUF file says. What it leaves out of bos is llama.cpp's default: the
+    texts of a SentencePiece model begin with it."""
+    keys = Keys.Tokenizer
+    texts, types = (getattr(metadata.get(key), "value", ()) for key in (keys.LIST, keys.TOKEN_TYPE))
+    special = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    spm = metadata[keys.MODEL].value == "llama"
+    special.setdefault(keys.ADD_BOS, MetaValue(GGUFValueType.BOOL, spm))
+    return Conventions(special, dict(enumerate(texts)), dict(enumerate(types)))
 
 
 _PHI3 = ("phi-3", "phi3")

@@ -23,8 +23,8 @@ from llm_quantize.plan import TensorPlan, unit_key
 from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Tap
 from llm_quantize.streams.passes import Pass
+from llm_quantize.transforms.applying import apply_all, readers, settle
 from llm_quantize.transforms.awq import AwqOptions, search
-from llm_quantize.transforms.scaling import apply_all, readers, settle
 
 if TYPE_CHECKING:
     from llm_quantize.blockwise.gram import Gram

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from llm_quantize.errors import MalformedInputError
+from llm_quantize.reports.findings import ComparisonResult, from_dict, read_comparison
 from llm_quantize.reports.numbers import bytes_text, count_text, percent, rate_text, significant, tick_text, with_error
-from llm_quantize.reports.result import ComparisonResult, from_dict, read_comparison
 from tests.reports.examples import comparison, usual, variant
 
 

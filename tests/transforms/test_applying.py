@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from llm_quantize.architectures import ARCHITECTURES
 from llm_quantize.architectures.scaling import ScaleGroup, changed_floats, scale_groups
 from llm_quantize.models.opening import Source, open_source
-from llm_quantize.transforms.scaling import apply, apply_all, readers, scaled_hessian, settle
+from llm_quantize.transforms.applying import apply, apply_all, readers, scaled_hessian, settle
 
 from ..tiny_models import TINY, VOCABULARY, make_tiny, reference_logits, reference_model
 

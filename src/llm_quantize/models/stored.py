@@ -1,0 +1,105 @@
+"""A model directory as an artifact: its configuration and its tensors as they are stored, rows of any as float32.
+
+A quantized one is a subclass (quantized.py), which knows of some tensors that together they hold a matrix.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.errors import UsageError
+from llm_quantize.formats.packed import PackedMatrix
+from llm_quantize.io.json_file import read_json_object
+from llm_quantize.io.paths import inside
+from llm_quantize.io.safetensors_file import Header
+from llm_quantize.models.files import CONFIG_LIMIT, read_headers
+from llm_quantize.models.safetensors import Checkpoint
+
+
+class StoredDirectory:
+    """The model in the directory ``path``, of which nothing is quantized. Threads may share it.
+
+    ``method``: the name of its format. ``matrices``: {the weight's name in an unquantized model: what is quantized}.
+    ``plain``: every other tensor, as it is stored; ``floats`` reads those. ``tensors``: all that are stored.
+    ``notes``: what a reader should know. ``packs``: whether codes of integers are expected. Close it, or use it as a
+    context manager.
+
+    Raises UsageError (no such directory), MalformedInputError (files that break their format), UnsupportedError
+    (packed codes without a configuration that says what they are).
+    """
+
+    method = "safetensors"
+    notes: tuple[str, ...] = ()
+    packs = False
+
+    def __init__(self, path: str | Path, *, hollow: bool = False) -> None:
+        """``hollow``: only the headers of its files are here."""
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UsageError("no such directory", file=self.path, remedy="check the path")
+        self.file = self.path / "config.json"
+        self.config = read_json_object(inside(self.path, "config.json"), limit_bytes=CONFIG_LIMIT)
+        self._understand()
+        self.headers: tuple[Header, ...]
+        self.headers, self.tensors = read_headers(self.path, str(path), packed=self.packs)
+        self.matrices = self._read_matrices(hollow)
+        taken = {field.name for matrix in self.matrices.values() for field in matrix.fields.values()}
+        self.plain = {name: info for name, info in self.tensors.items() if name not in taken}
+        self.floats = Checkpoint(self.path, self.path.name, self.config, None, None, self.headers, dict(self.plain))
+
+    def _understand(self) -> None:
+        """What the configuration says of quantization, before any weight is looked for."""
+
+    def _read_matrices(self, hollow: bool) -> Mapping[str, PackedMatrix]:
+        """``matrices``."""
+        return {}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weight files."""
+        return sum(header.file_size for header in self.headers)
+
+    @property
+    def label(self) -> str:
+        """What people call its level: BF16; of several types the one that most weights have."""
+        weights: Counter[str] = Counter()
+        for info in self.plain.values():
+            weights[info.dtype] += info.elements
+        return weights.most_common(1)[0][0]
+
+    @property
+    def rescales(self) -> bool:
+        """Whether what writes this format may have moved scales between tensors."""
+        return False
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that a thread holds while it reads rows, beside them."""
+        return 0
+
+    def close(self) -> None:
+        """Close every file."""
+        self.floats.close()
+
+    def __enter__(self) -> StoredDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def rows(self, name: str, start: int, stop: int, *, transpose: bool = False) -> npt.NDArray[np.float32]:
+        """Rows [start, stop) of the weight ``name`` (of ``matrices`` or ``plain``): float32 (stop - start, columns);
+        ``transpose``: of a plain one whose last two dimensions are exchanged.
+
+        Raises IntegrityError (a group index outside the groups; the file changed), UnsupportedError (integers in the
+        place of weights), ResourceError.
+        """
+        values = self.floats.read_rows(name, start, stop, transpose=transpose)
+        if values.dtype == np.uint16:
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32)
