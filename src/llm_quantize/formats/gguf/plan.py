@@ -103,7 +103,6 @@ def _check_recipe(source: Source, levels: Sequence[str], recipe: Recipe | None) 
 
 
 def _plan_level(source: Source, name: str, stem: str, importance: Importance | None, options: Options) -> ArtifactPlan:
-    level = parse_level(name)
     outputs = source.tensors.outputs
     assigned = assign(
         name,
@@ -113,53 +112,16 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
         importance_names=None if importance is None else importance.names,
         overrides=options.overrides,
     )
-    version = llm_quantize.__version__
     recipe = options.overrides.recipe
     called = name if recipe is None else recipe.name
-    metadata = dict(describe(source))
-    quantized = name not in FLOAT_LEVELS
-    metadata |= gguf_format.recipe_metadata(
-        file_type=level.file_type, quantized=quantized, level=called, version=version
-    )
-    if importance is not None:
-        metadata |= gguf_format.importance_metadata(
-            file=importance.file,
-            datasets=importance.datasets,
-            entries=len(importance.names),
-            chunks=importance.chunks,
-        )
-    overrides = options.overrides
-    chosen: dict[str, object] = {
-        "version": version,
-        "imatrix": None if importance is None else importance.sha256,
-        "output_type": overrides.output_type,
-        "embedding_type": overrides.embedding_type,
-        "tensor_types": [list(pair) for pair in overrides.tensor_types],
-        "pure": overrides.pure,
-        "split_max_size": options.split_max_size,
-        "nonfinite": options.nonfinite,
-    }
-    if recipe is not None:
-        chosen["recipe"] = recipe.sha256
-    method = options.method.method_of(NAME)
-    if method.reads_text:
-        chosen |= options.method.identity(NAME)
-        metadata[f"{gguf_format.PROVENANCE}.method"] = gguf_format.text(method.name)
-    files = [[fact.name, fact.size, fact.header_sha256] for fact in source.checkpoint.fingerprint()]
     plan = plan_artifact(
         level=called,
         name=f"{stem}-{called}",
         outputs=outputs,
         qtypes=assigned.qtypes,
-        metadata=metadata,
-        source_identity={
-            "source": source.checkpoint.name,
-            "source_revision": source.checkpoint.revision,
-            "source_metadata_sha256": hashlib.sha256(layout_gguf(describe(source), []).header).hexdigest(),
-            "source_files": files,
-            **({"source_kind": source.checkpoint.kind} if source.checkpoint.kind else {}),
-        },
-        options=chosen,
+        metadata=_metadata(source, name, called, importance, options),
+        source_identity=_source_identity(source),
+        options=_chosen(importance, options),
         split_max_bytes=options.split_max_size,
         source_itemsize=source.itemsize,
         warnings=[
@@ -168,8 +130,64 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
             *_advice(source, name, assigned.qtypes, importance, options),
         ],
     )
-    matrices = tuple(_matrices(plan)) if method.reads_text else ()
+    matrices = tuple(_matrices(plan)) if options.method.method_of(NAME).reads_text else ()
     return replace(plan, matrices=matrices, source_scratch=source.checkpoint.scratch)
+
+
+def _metadata(
+    source: Source, name: str, called: str, importance: Importance | None, options: Options
+) -> dict[str, MetaValue]:
+    """What stands at the front of the file: of the model, of its level (``called``: the recipe's name, if there is
+    one), of the importance and of the method."""
+    level, method = parse_level(name), options.method.method_of(NAME)
+    metadata = dict(describe(source))
+    metadata |= gguf_format.recipe_metadata(
+        file_type=level.file_type,
+        quantized=name not in FLOAT_LEVELS,
+        level=called,
+        version=llm_quantize.__version__,
+    )
+    if importance is not None:
+        metadata |= gguf_format.importance_metadata(
+            file=importance.file,
+            datasets=importance.datasets,
+            entries=len(importance.names),
+            chunks=importance.chunks,
+        )
+    if method.reads_text:
+        metadata[f"{gguf_format.PROVENANCE}.method"] = gguf_format.text(method.name)
+    return metadata
+
+
+def _source_identity(source: Source) -> dict[str, Any]:
+    """Which model it is, for the artifact's identity."""
+    checkpoint = source.checkpoint
+    return {
+        "source": checkpoint.name,
+        "source_revision": checkpoint.revision,
+        "source_metadata_sha256": hashlib.sha256(layout_gguf(describe(source), []).header).hexdigest(),
+        "source_files": [[fact.name, fact.size, fact.header_sha256] for fact in checkpoint.fingerprint()],
+        **({"source_kind": checkpoint.kind} if checkpoint.kind else {}),
+    }
+
+
+def _chosen(importance: Importance | None, options: Options) -> dict[str, object]:
+    """What the user chose that decides the bytes, for the artifact's identity."""
+    overrides = options.overrides
+    recipe = {} if overrides.recipe is None else {"recipe": overrides.recipe.sha256}
+    method = options.method.identity(NAME) if options.method.method_of(NAME).reads_text else {}
+    return {
+        "version": llm_quantize.__version__,
+        "imatrix": None if importance is None else importance.sha256,
+        "output_type": overrides.output_type,
+        "embedding_type": overrides.embedding_type,
+        "tensor_types": [list(pair) for pair in overrides.tensor_types],
+        "pure": overrides.pure,
+        "split_max_size": options.split_max_size,
+        "nonfinite": options.nonfinite,
+        **recipe,
+        **method,
+    }
 
 
 def _text_advice(importance: Importance | None, options: Options) -> list[str]:
