@@ -230,7 +230,8 @@ def test_second_signal_stops_at_once(scenario: Scenario, tmp_path: Path) -> None
 def test_signal_before_the_work(command_line: CommandLine, model: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         code = (
-            "import os, sys, time, llm_quantize.cli as cli, llm_quantize.pipeline as pipeline\n"
+            "import os, signal, sys, time, llm_quantize.cli as cli, llm_quantize.pipeline as pipeline\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job inherits it ignored
             f"pipeline.open_source = lambda *_, **__: (os.kill(os.getpid(), {int(number)}), time.sleep(60))\n"
             f"cli.main(['quantize', {str(model)!r}, '-q', 'Q8_0'])"
         )
