@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llm_quantize.advice.experience import Experience, Measured
@@ -20,6 +21,8 @@ from llm_quantize.errors import UsageError
 from llm_quantize.formats.gguf.levels import LEVELS
 from llm_quantize.measures.grades import GRADES
 from llm_quantize.models.opening import Source, open_source
+from llm_quantize.options import MethodOptions, Options
+from llm_quantize.pipeline import quantize
 from llm_quantize.reports.provenance import model_facts
 from tests.tiny_models import make_tiny
 
@@ -153,6 +156,23 @@ def test_measured_figures_are_used(demo: Source, tmp_path: Path) -> None:
     bases = {choice.level: choice.loss.basis for choice in quality.choices if choice.loss is not None}
     assert (bases["Q2_K"], bases["Q5_K_M"], bases["BF16"]) == ("measured", "estimated", "exact")
     assert any("scaled by those measured" in note for note in quality.notes)
+
+
+@pytest.mark.parametrize(("format", "level", "kind"), [("gptq", "4bit", "GPTQ-4bit"), ("gguf", "Q8_0", "GGUF Q8_0")])
+def test_only_float32_is_exact_for_a_quantized_source(
+    demo: Source, tmp_path: Path, format: str, level: str, kind: str
+) -> None:
+    options = Options(method=MethodOptions(method="rtn"))
+    (made,) = quantize(str(demo.checkpoint.directory), format, levels=[level], output_dir=tmp_path, options=options)
+    source = open_source(str(made.path))
+    with source.checkpoint:
+        advice = advise(source)
+        values = source.checkpoint.read_rows("model.layers.0.mlp.down_proj.weight", 0, 4)
+    assert (values != values.astype(np.float16)).any()  # F16 would round them
+    exact = {choice.level for choice in advice.choices if choice.loss is not None and choice.loss.basis == "exact"}
+    assert exact == {"F32"}
+    assert kind in dict(advice.excluded)["BF16"]
+    assert any(kind in note for note in advice.notes)
 
 
 def test_bad_questions_are_refused(demo: Source) -> None:

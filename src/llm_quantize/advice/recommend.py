@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from llm_quantize.advice.experience import PUBLISHED_SOURCE, Experience, Loss, g
 from llm_quantize.advice.footprint import Footprint, Placement, footprint, place, shape_of, weights_of
 from llm_quantize.advice.machine import Machine
 from llm_quantize.advice.other_formats import directories_note
+from llm_quantize.architectures import rows
 from llm_quantize.calibration import choose
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.gguf.levels import LEVELS
@@ -41,7 +43,7 @@ INDISTINGUISHABLE, GOOD, USABLE = _LIMITS["indistinguishable"], _LIMITS["good"],
 # codebooks of the I-quants cost a CPU about half as much again.
 CPU_COST, CPU_CODEBOOK_COST = 10.0, 1.5
 
-_FLOAT_LEVEL_OF = {"F64": "F32", "F32": "F32", "F16": "F16"}
+_FLOAT_LEVEL_OF = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -223,17 +225,25 @@ def recommend(
 
 
 def _float_level(source: Source) -> str:
-    """The level that stores the source's weights as they are."""
-    kept: dict[str, int] = {}
-    for info in source.checkpoint.tensors.values():
-        kept[info.dtype] = kept.get(info.dtype, 0) + info.nbytes
-    return _FLOAT_LEVEL_OF.get(max(kept, key=lambda name: kept[name]) if kept else "BF16", "BF16")
+    """The level that holds the values of the source's weights as they are; of a quantized source, float32."""
+    kept: Counter[str] = Counter()
+    model = source.checkpoint
+    for name, info in model.tensors.items():
+        if model.is_readable(name):
+            dtype = model.stored_dtype(name)
+            kept[_FLOAT_LEVEL_OF[dtype.name]] += rows.weights_of(info.shape) * dtype.itemsize
+    return max(kept, key=lambda level: kept[level], default="BF16")
 
 
 def _cannot_be(source: Source) -> dict[str, str]:
     """Levels that are no choice for this model whatever the machine, and why."""
     own = _float_level(source)
-    found = {level: f"{own} is what the source stores: the same weights" for level in FLOAT_LEVELS if level != own}
+    as_stored = any(info.dtype == own for info in source.checkpoint.tensors.values())
+    kind = source.checkpoint.kind
+    why = "is what the source stores: the same weights"
+    if kind or not as_stored:
+        why = f"holds every value of the source ({kind or 'decoded'}) as it is"
+    found = {level: f"{own} {why}" for level in FLOAT_LEVELS if level != own}
     ternary = "is for models trained with ternary weights; any other loses nearly everything"
     return {**found, **{level: ternary for level in LEVELS if level.startswith("TQ")}}
 
@@ -363,6 +373,8 @@ def _notes(
 ) -> list[str]:
     """What the reader must know beside."""
     notes = []
+    if source.checkpoint.kind:
+        notes.append(f"losses are counted from this {source.checkpoint.kind} model, not from the one it was made of")
     bases = {choice.loss.basis for choice in choices if choice.loss is not None}
     if "published" in bases:
         notes.append(

@@ -289,9 +289,9 @@ def _dequantize(
     file: GgufFile, entry: TensorEntry, packed: npt.NDArray[np.uint8], columns: int
 ) -> npt.NDArray[np.float32]:
     name = entry.type.name.lower()
+    if name in QTYPES:
+        return kernels.dequantize(name, packed, columns)
     with np.errstate(invalid="ignore", over="ignore"):
-        if name in QTYPES:
-            return kernels.dequantize(name, packed, columns)
         try:
             values: npt.NDArray[np.float32] = gguf.quants.dequantize(packed, entry.type)
         except NotImplementedError as error:

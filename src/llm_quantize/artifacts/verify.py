@@ -231,8 +231,7 @@ def _decoded(file: GgufFile, tensor: TensorEntry) -> Iterator[tuple[int, Floats]
     for _, start, stop in chunk_ranges(tensor.shape, 0, rows):
         data = read_range(file.path, tensor.offset + start * row_bytes, (stop - start) * row_bytes)
         packed = np.frombuffer(data, np.uint8).reshape(stop - start, row_bytes)
-        with np.errstate(invalid="ignore", over="ignore"):
-            yield start, kernels.dequantize(tensor.type.name.lower(), packed, columns)
+        yield start, kernels.dequantize(tensor.type.name.lower(), packed, columns)
 
 
 @dataclass

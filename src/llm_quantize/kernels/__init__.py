@@ -136,7 +136,8 @@ def dequantize(qtype: str, packed: npt.NDArray[np.uint8], columns: int) -> npt.N
         )
     if packed.size == 0:
         return np.empty((packed.shape[0], columns), np.float32)
-    return reference.DEQUANTIZE[qtype](packed, columns)
+    with np.errstate(invalid="ignore", over="ignore"):  # of any bits, damaged ones too; what is not finite stays so
+        return reference.DEQUANTIZE[qtype](packed, columns)
 
 
 def _qtype(name: str) -> QType:

@@ -195,3 +195,14 @@ def fingerprint(directory: Path, headers: Sequence[Header]) -> list[FileFact]:
 def itemsize(dtype: str) -> int:
     """Bytes of a weight of a stored type; of a grid's, of the float32 that it is decoded to."""
     return DTYPE_BITS.get(dtype, 32) // 8
+
+
+def writable(buffer: Any, nbytes: int) -> memoryview:
+    """``nbytes`` bytes to read into: of ``buffer``, or fresh ones where it is None. Raises ValueError if it is
+    read-only or too small."""
+    if buffer is None:
+        return np.empty(nbytes, np.uint8).data
+    view = memoryview(buffer).cast("B")
+    if view.readonly or len(view) < nbytes:
+        raise ValueError(f"the buffer must be writable and hold {nbytes} bytes")
+    return view[:nbytes]

@@ -33,7 +33,7 @@ from llm_quantize.io.gguf_file import GgufFile, MetaValue, read_gguf
 from llm_quantize.io.paths import opened, pread_into
 from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
-from llm_quantize.models.base import Digest, FileFact, Opened, Values, fingerprint
+from llm_quantize.models.base import Digest, FileFact, Opened, Values, fingerprint, writable
 from llm_quantize.models.hub.locate import Place
 from llm_quantize.models.safetensors import without_weights
 from llm_quantize.qtypes import QTYPES
@@ -68,16 +68,13 @@ class StoredRows:
         """Rows as ``Rows.read_rows`` has them; ``digest`` is updated with the bytes that were read."""
         if transpose:
             rows = self.matrix(name)[0]
-            whole = self.read_rows(name, 0, rows, digest=digest).reshape(self.tensors[name].shape)
-            seen = whole.swapaxes(-1, -2)
-            turned: npt.NDArray[Any] = np.ascontiguousarray(seen.reshape(matrix_shape(seen.shape))[start:stop])
-            return turned
+            return _turned(self.read_rows(name, 0, rows, digest=digest), self.tensors[name].shape, start, stop)
         info = self.tensors[name]
         rows, columns = self.matrix(name)
         row_bytes = info.nbytes // rows
         plain = _FLOATS.get(info.dtype)
         size = (stop - start) * row_bytes
-        view = np.empty(size, np.uint8).data if buffer is None or plain is None else memoryview(buffer).cast("B")[:size]
+        view = writable(None if plain is None else buffer, size)
         self._reader.read(info, start * row_bytes, view)
         if digest is not None:
             digest.update(view)
@@ -85,8 +82,7 @@ class StoredRows:
             stored: npt.NDArray[Any] = np.frombuffer(view, plain).reshape(stop - start, columns)
             return stored
         packed = np.frombuffer(view, np.uint8).reshape(stop - start, row_bytes)
-        with np.errstate(invalid="ignore", over="ignore"):
-            return kernels.dequantize(info.dtype, packed, columns)
+        return kernels.dequantize(info.dtype, packed, columns)
 
     def close(self) -> None:
         """Close every file."""
@@ -166,7 +162,7 @@ class GgufModel(Opened):
         columns = self.matrix(name)[1]
         row_bytes = columns * self.stored_dtype(name).itemsize
         size = (stop - start) * row_bytes
-        view = np.empty(size, np.uint8).data if buffer is None else memoryview(buffer).cast("B")[:size]
+        view = writable(buffer, size)
         step = chunk_rows(columns)
         for first in range(start, stop, step):
             last = min(stop, first + step)
@@ -192,9 +188,8 @@ class GgufModel(Opened):
         if transpose and piece.transpose and not others:
             tensor = OutputTensor(name, tensor.shape, (_upright(piece),))
         elif transpose:
-            whole = self.read_rows(name, 0, self.matrix(name)[0], digest=digest).reshape(tensor.shape).swapaxes(-1, -2)
-            turned: npt.NDArray[Any] = np.ascontiguousarray(whole.reshape(matrix_shape(whole.shape))[start:stop])
-            return turned
+            whole = self.read_rows(name, 0, self.matrix(name)[0], digest=digest)
+            return _turned(whole, tensor.shape, start, stop)
         if start == stop:
             nothing: npt.NDArray[Any] = np.empty(
                 (0, self.matrix(name, transpose=transpose)[1]), self.stored_dtype(name)
@@ -206,6 +201,13 @@ class GgufModel(Opened):
     def close(self) -> None:
         """As ``Rows.close``."""
         self.stored.close()
+
+
+def _turned(whole: Values, shape: tuple[int, ...], start: int, stop: int) -> Values:
+    """Rows [start, stop) of a tensor whose last two dimensions are exchanged, from all its rows."""
+    seen = whole.reshape(shape).swapaxes(-1, -2)
+    turned: npt.NDArray[Any] = np.ascontiguousarray(seen.reshape(matrix_shape(seen.shape))[start:stop])
+    return turned
 
 
 def sniff(path: Path) -> bool:

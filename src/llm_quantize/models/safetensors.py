@@ -17,13 +17,14 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from llm_quantize.architectures.rows import matrix_shape
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError
 from llm_quantize.events import EventSink
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
 from llm_quantize.models import float8
-from llm_quantize.models.base import Digest, Opened, Values
+from llm_quantize.models.base import Digest, Opened, Values, writable
 from llm_quantize.models.files import read_configuration, read_headers
 from llm_quantize.models.hub.locate import Place, locate
 
@@ -75,17 +76,12 @@ class Checkpoint(Opened):
     def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
         """(rows, columns) of the tensor as ``read_rows`` sees it: leading dimensions flattened, 1-D is one row,
         a scalar is (1, 1). With ``transpose`` the last two dimensions are exchanged first."""
-        tensor = self.tensors[name]
-        shape = tensor.shape
+        shape = self.tensors[name].shape
         if transpose:
             if len(shape) < 2:
                 raise ValueError(f"{name} has {len(shape)} dimensions; only two or more can be transposed")
             shape = (*shape[:-2], shape[-1], shape[-2])
-        columns = shape[-1] if shape else 1
-        rows = 1
-        for size in shape[:-1]:
-            rows *= size
-        return rows, columns
+        return matrix_shape(shape)
 
     def check_readable(self, name: str) -> None:
         """Raise UnsupportedError unless the tensor's element type can be read as weights."""
@@ -118,7 +114,7 @@ class Checkpoint(Opened):
         rows, columns = self.matrix(name)
         _check_range(name, start, stop, rows)
         row_bytes = columns * np.dtype(_STORED[self.tensors[name].dtype]).itemsize
-        view = _memory(buffer, (stop - start) * row_bytes)
+        view = writable(buffer, (stop - start) * row_bytes)
         self._reader.read(self.tensors[name], start * row_bytes, view)
         return view
 
@@ -323,12 +319,3 @@ def open_at(place: Place, model: str, *, headers_only: bool = False) -> Checkpoi
 def _check_range(name: str, start: int, stop: int, rows: int) -> None:
     if not 0 <= start <= stop <= rows:
         raise ValueError(f"rows {start}..{stop} are not inside {name}, which has {rows}")
-
-
-def _memory(buffer: Any, nbytes: int) -> memoryview:
-    if buffer is None:
-        return np.empty(nbytes, np.uint8).data
-    view = memoryview(buffer).cast("B")
-    if view.readonly or len(view) < nbytes:
-        raise ValueError(f"the buffer must be writable and hold {nbytes} bytes")
-    return view[:nbytes]
