@@ -17,7 +17,8 @@ _BLOCK = 64 << 10
 
 class FakeHub:
     """Serves ``files`` as repository ``org/model``. ``trouble``: {"info" or a file name: what goes wrong}:
-    an int (HTTP status), "gated", "no-revision", "drop" (connection cut half way), "wrong" (right size, other bytes);
+    an int (HTTP status), "gated", "no-revision", "drop" (connection cut half way), "wrong" (right size, other bytes), a
+    function (called when half of the file is sent);
     for parts of files: "no-range" (the whole file is sent instead), "late" (only the first part succeeds), "short"
     (a part less than asked for), "elsewhere" (another part), "grown" (a size other than the announced one).
 
@@ -81,13 +82,16 @@ class FakeHub:
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{self._etag(name)}"', "Accept-Ranges": "bytes"}
         if trouble == "wrong":
             data = bytes(len(data))
-        if trouble == "drop" and body:
+        if (trouble == "drop" or callable(trouble)) and body:
             request.send_response(200)
             for key, value in {**headers, "Content-Length": str(len(data))}.items():
                 request.send_header(key, value)
             request.end_headers()
             request.wfile.write(data[: len(data) // 2])
             request.wfile.flush()
+            if callable(trouble):
+                trouble()
+                request.wfile.write(data[len(data) // 2 :])
             request.close_connection = True
             return
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))

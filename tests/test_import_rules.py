@@ -39,11 +39,6 @@ LAYERS = (
 """Every room (a folder, or a module at the root), from the lowest. A module imports from its own layer and from lower
 ones; what is imported for types alone does not count, what a function imports does."""
 
-ALLOWED: Mapping[tuple[str, str], str] = {
-    ("calibration.choose", "blockwise.estimate"): "memory is summed once, in memory.py",
-}
-"""{(file, what it imports from a higher layer): the step after which it does not}. It is to become empty."""
-
 MOST_CIRCLES = 2
 """Circles of modules within folders, all folders together."""
 
@@ -148,18 +143,13 @@ def test_every_room_has_one_layer(graph: dict[str, set[str]]) -> None:
 def test_nothing_imports_upwards(graph: dict[str, set[str]]) -> None:
     level = {name: height for height, layer in enumerate(LAYERS) for name in layer}
     upwards = {(name, other) for name in graph for other in graph[name] if level[room(other)] > level[room(name)]}
-    found = sorted(upwards - ALLOWED.keys())
-    assert not found, "imports from a higher layer"
-    done = sorted(ALLOWED.keys() - upwards)
-    assert not done, "no longer needed: take them out of ALLOWED"
+    assert not sorted(upwards), "imports from a higher layer"
 
 
 def test_no_circle_of_folders(graph: dict[str, set[str]]) -> None:
     arrows: dict[str, set[str]] = {}
     for name, others in graph.items():
-        arrows.setdefault(room(name), set()).update(
-            room(other) for other in others if room(other) != room(name) and (name, other) not in ALLOWED
-        )
+        arrows.setdefault(room(name), set()).update(room(other) for other in others if room(other) != room(name))
     assert circles(arrows) == []
 
 

@@ -16,6 +16,7 @@ from llm_quantize.methods.table import METHODS, Method
 from llm_quantize.transforms.table import TRANSFORMS, Transform
 
 DEFAULT_SAMPLES = 256
+MEASURED_CONTEXT = 512
 DEVICES = ("cpu", "cuda", "mps")
 INPUTS: Mapping[str, str] = {
     "sequential": "of the model as quantized up to each matrix",
@@ -127,9 +128,37 @@ class MethodOptions:
         return replace(stages, correction=0.0) if self.inputs == "source" else stages
 
 
+PROMPTS = ("The old man looked at the sea and", "むかしむかし、あるところに")
+"""What models continue where a comparison shows text that they write."""
+
+
+@dataclass(frozen=True)
+class MeasurementOptions:
+    """What was lost is measured on ``texts`` (files and names of built-in sets; none: the built-in evaluation text), in
+    at most ``windows`` at even distances (None: all) of ``context`` tokens (None: MEASURED_CONTEXT, or the model's
+    context if that is less). ``runtime``: also in the runtime of this name. ``generate``: let source and artifacts
+    write. ``speed``: run each variant of a comparison in its runtime for speed, memory and text after ``prompts``.
+    """
+
+    texts: tuple[str, ...] = ()
+    context: int | None = None
+    windows: int | None = None
+    runtime: str | None = None
+    generate: bool = False
+    speed: bool = True
+    prompts: tuple[str, ...] = PROMPTS
+
+    def context_of(self, longest: int) -> int:
+        """Tokens of a window for a model whose context is ``longest``."""
+        return self.context or min(MEASURED_CONTEXT, longest)
+
+
 @dataclass(frozen=True)
 class Options:
     """What a user may set beside model and levels. Sizes in bytes. ``engine``: a name of ENGINES.
+
+    ``calibration`` is of the text and of where the model runs (``calibration.device``), ``method`` of how codes are
+    chosen, ``measurement`` of what is found out about artifacts; threads and memory are of all of it.
 
     ``calibrate``: True calibrates, False never does, None does where a level needs importance and no file gives it.
     """
@@ -143,6 +172,7 @@ class Options:
     calibrate: bool | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
+    measurement: MeasurementOptions = field(default_factory=MeasurementOptions)
     nonfinite: str = "refuse"
     checkpoints: bool = True
     checkpoint_dir: Path | None = None

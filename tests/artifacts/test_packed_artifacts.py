@@ -17,12 +17,13 @@ from llm_quantize.advice.describe import describe
 from llm_quantize.artifacts.decoded_directory import DecodedDirectory
 from llm_quantize.cli import run
 from llm_quantize.compare import bench, measurements
-from llm_quantize.compare.comparison import CompareOptions, compare, write_reports
+from llm_quantize.compare.comparison import compare, write_reports
 from llm_quantize.errors import IntegrityError, MissingExtraError, UsageError
 from llm_quantize.evaluation import generation_check
 from llm_quantize.evaluation.quality import measure_quality
 from llm_quantize.io.artifact_paths import is_artifact_directory, remove_artifact
 from llm_quantize.models.opening import open_source
+from llm_quantize.options import MeasurementOptions
 from llm_quantize.pipeline import Options, quantize
 from llm_quantize.runtimes import scored, transformers, vllm
 from llm_quantize.runtimes.base import Reply, Request
@@ -31,7 +32,7 @@ from tests.oracles.packed_formats import Form, write_packed
 from tests.oracles.whole_model import whole_logits
 from tests.tiny_models import VOCABULARY, make_tiny, reference_model
 
-OPTIONS = CompareOptions(context=32, windows=3, prompts=("Once",), quantize=Options(threads=1))
+OPTIONS = Options(threads=1, measurement=MeasurementOptions(context=32, windows=3, prompts=("Once",)))
 
 
 @pytest.fixture(scope="module")

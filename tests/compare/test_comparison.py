@@ -15,7 +15,6 @@ from llm_quantize.cli import run
 from llm_quantize.compare import comparison, measurements
 from llm_quantize.compare.bench import MeasuredFile, measured_file
 from llm_quantize.compare.comparison import (
-    CompareOptions,
     _importance_notes,
     _speed_notes,
     compare,
@@ -29,22 +28,21 @@ from llm_quantize.evaluation import quality, speed
 from llm_quantize.formats.gguf.metadata import importance_metadata
 from llm_quantize.formats.gguf.metadata import text as gguf_text
 from llm_quantize.io.gguf_file import layout_gguf
-from llm_quantize.options import CalibrationOptions, Options
+from llm_quantize.options import CalibrationOptions, MeasurementOptions, Options
 from llm_quantize.reports.findings import ComparisonResult, read_comparison
 from llm_quantize.runtimes import llama_cpp_library
 from tests.reports.examples import comparison as comparison_of
 from tests.reports.examples import variant
 
-SMALL = CompareOptions(
-    context=64, windows=4, prompts=("Once",), quantize=Options(threads=1), commands=("llm-quantize compare demo",)
-)
+SMALL = Options(threads=1, measurement=MeasurementOptions(context=64, windows=4, prompts=("Once",)))
 VARIANTS = parse_variants("gguf:Q8_0,Q2_K")
+COMMANDS = ("llm-quantize compare demo",)
 
 
 @pytest.fixture(scope="module")
 def whole(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ComparisonResult, Path]:
     folder = tmp_path_factory.mktemp("compare")
-    result = compare(str(demo_model), folder, variants=VARIANTS, options=SMALL)
+    result = compare(str(demo_model), folder, variants=VARIANTS, options=SMALL, commands=COMMANDS)
     write_reports(result, folder)
     return result, folder
 
@@ -119,7 +117,7 @@ def test_the_same_command_measures_nothing_twice(
     for place in (quality, comparison):
         monkeypatch.setattr(place, "measure_quality", never, raising=False)
     monkeypatch.setattr(measurements.Measurements, "put", never)
-    assert compare(str(demo_model), folder, variants=VARIANTS, options=SMALL) == result
+    assert compare(str(demo_model), folder, variants=VARIANTS, options=SMALL, commands=COMMANDS) == result
 
 
 def test_what_is_stopped_between_two_measurements_goes_on(
@@ -154,7 +152,7 @@ def test_what_is_stopped_between_two_measurements_goes_on(
 def test_artifacts_that_exist_are_taken(whole: tuple[ComparisonResult, Path], demo_model: Path, tmp_path: Path) -> None:
     first, folder = whole
     files = [folder / "artifacts" / variant.file for variant in first.variants]
-    options = CompareOptions(context=64, windows=4, prompts=(), speed=False, quantize=Options(threads=1))
+    options = Options(threads=1, measurement=MeasurementOptions(context=64, windows=4, prompts=(), speed=False))
     result = compare(str(demo_model), tmp_path, artifacts=files, options=options)
     assert [variant.level for variant in result.variants] == ["Q8_0", "Q2_K"]
     assert [variant.divergence for variant in result.variants] == [variant.divergence for variant in first.variants]
@@ -291,16 +289,17 @@ def test_keys_differ_where_what_was_measured_differs(whole: tuple[ComparisonResu
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"context": 5000}, "longer than the model's context"),
-        ({"prompts": ("Once", "")}, "a prompt has no tokens"),
-        ({"prompts": ("Once \udcff",)}, "a prompt is not UTF-8"),
-        ({"quantize": Options(calibration=CalibrationOptions(device="mps"))}, "not here"),
+        ({"measurement": MeasurementOptions(context=5000)}, "longer than the model's context"),
+        ({"measurement": MeasurementOptions(prompts=("Once", ""))}, "a prompt has no tokens"),
+        ({"measurement": MeasurementOptions(prompts=("Once \udcff",))}, "a prompt is not UTF-8"),
+        ({"calibration": CalibrationOptions(device="mps")}, "not here"),
     ],
 )
 def test_what_cannot_be_measured_is_not_quantized_first(
     words: dict[str, Any], message: str, tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    options = replace(SMALL, **words)
     with pytest.raises((UsageError, UnsupportedError), match=message):
-        compare(str(demo_model), tmp_path, variants=VARIANTS, options=replace(SMALL, **words))
+        compare(str(demo_model), tmp_path, variants=VARIANTS, options=options)
     assert not list(tmp_path.iterdir())

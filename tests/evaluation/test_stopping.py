@@ -12,13 +12,14 @@ import pytest
 
 from llm_quantize import memory
 from llm_quantize.artifacts.decoded_directory import open_decoded
-from llm_quantize.compare.comparison import CompareOptions, compare
+from llm_quantize.compare.comparison import compare
 from llm_quantize.errors import StoppedError
 from llm_quantize.evaluation.profile import measure_profile, plan_profile
 from llm_quantize.evaluation.quality import measure_quality
 from llm_quantize.evaluation.tensor_errors import tensor_errors
 from llm_quantize.events import Event
 from llm_quantize.models.opening import open_source
+from llm_quantize.options import MeasurementOptions
 from llm_quantize.pipeline import Options, quantize
 
 from ..tiny_models import VOCABULARY, make_tiny
@@ -96,12 +97,8 @@ def test_errors_of_tensors(model: Path, artifact: Path) -> None:
 def test_a_comparison_keeps_what_was_made_and_ends_the_same(model: Path, tmp_path: Path) -> None:
     words = tmp_path / "words.txt"
     words.write_text("the cat sat on a mat by the river, and the dog ran 12 miles; " * 40)
-    options = CompareOptions(
-        texts=(str(words),),
-        context=16,
-        windows=4,
-        speed=False,
-        quantize=Options(threads=1),
+    options = Options(
+        threads=1, measurement=MeasurementOptions(texts=(str(words),), context=16, windows=4, speed=False)
     )
     told = Signalling("measure", signal.SIGTERM)
     with pytest.raises(StoppedError):

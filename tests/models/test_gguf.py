@@ -21,14 +21,14 @@ from llm_quantize.architectures.from_gguf import llama3_parameters
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.cli import run
-from llm_quantize.compare.assessment import AssessOptions, assess
+from llm_quantize.compare.assessment import assess
 from llm_quantize.data import demo_model
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.formats.gguf.metadata import OF_THE_FILE
 from llm_quantize.io.gguf_file import GgufFile, MetaValue, layout_gguf, read_gguf
 from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import open_model, open_source
-from llm_quantize.options import CalibrationOptions, MethodOptions
+from llm_quantize.options import CalibrationOptions, MeasurementOptions, MethodOptions
 from llm_quantize.pipeline import Options, plan, quantize
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
 from tests.hearing import into
@@ -511,12 +511,14 @@ def test_texts_begin_as_the_file_says(trained: Path, tmp_path: Path, model: str,
 def test_quality_against_a_file_is_quality_against_its_model(trained: Path, tmp_path: Path) -> None:
     (artifact,) = made(demo_model(), tmp_path, "Q4_0")
     found = []
+    options = Options(threads=1, measurement=MeasurementOptions(windows=2, context=64))
     for reference in (trained, demo_model()):
-        result = assess(str(reference), [artifact], AssessOptions(windows=2, context=64, threads=1))
+        result = assess(str(reference), [artifact], options)
         found.append(result.quality.artifacts[0].divergence)
     assert found[0].kld == pytest.approx(found[1].kld, rel=1e-5)
     assert found[0].kld > 1e-3
-    same = assess(str(trained), [trained], AssessOptions(windows=1, context=64, threads=1, generate=True))
+    options = Options(threads=1, measurement=MeasurementOptions(windows=1, context=64, generate=True))
+    same = assess(str(trained), [trained], options)
     assert same.quality.artifacts[0].divergence.kld == pytest.approx(0, abs=1e-9)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from llm_quantize.errors import (
     MalformedInputError,
     NetworkError,
     ResourceError,
+    StoppedError,
     UnsupportedError,
     UsageError,
 )
@@ -180,6 +182,28 @@ def test_download_cut_half_way_then_continued(single: dict[str, bytes], monkeypa
         hub.trouble.clear()
         with open_checkpoint("org/model") as checkpoint:
             np.testing.assert_array_equal(checkpoint.read_rows("w", 0, 20), ARRAYS["w"])
+
+
+def test_a_signal_ends_a_download_between_two_blocks(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = {"w": np.arange(600_000, dtype=np.float32).reshape(20, 30_000)}
+    files = files_of(write_model(tmp_path / "large", {"model.safetensors": large}))
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 64 << 10)
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+
+    with FakeHub(files, {"model.safetensors": interrupt}) as hub:
+        point_to(hub.url, monkeypatch)
+        with pytest.raises(StoppedError, match="kept"):
+            resolve("org/model", None)
+        assert not list(cache.rglob("*.incomplete"))
+        assert not list(cache.rglob("*.safetensors"))
+        hub.trouble.clear()
+        with open_checkpoint("org/model") as checkpoint:
+            np.testing.assert_array_equal(checkpoint.read_rows("w", 0, 20), large["w"])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

@@ -5,7 +5,6 @@ A plan asks with the sizes that headers tell, the run again with those of its ne
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
 CHUNK_TOKENS = 8192
 """Tokens whose inputs are held together; a constant, as sums in another order would be other sums."""
 
-TOKENS_PER_COLUMN = 16
-"""Tokens for each input of the widest matrix that are drawn unless the user says how many. Twice as many lowered the
-divergence of a 2-bit file by 6 % for half as much time again (docs/concepts/methods.md)."""
-
 HELD_OUT_WINDOWS = 4
 """Further windows of the text that go along, are never calibrated on, and tell at the end what was lost."""
 
@@ -43,13 +38,6 @@ class Estimate:
 
     sizes: Sizes
     operations: float
-
-
-def enough_windows(source: Source, length: int) -> int:
-    """Windows of ``length`` tokens that give TOKENS_PER_COLUMN; at least 8, at most 256."""
-    length = min(length, source.architecture.hyper.context_length)
-    widest = max((output.shape[-1] for output in block_matrices(source.tensors.outputs)), default=1)
-    return min(256, max(8, math.ceil(TOKENS_PER_COLUMN * widest / length)))
 
 
 def estimate(source: Source, artifact: ArtifactPlan, options: Options, windows: int) -> Estimate:

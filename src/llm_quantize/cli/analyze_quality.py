@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from llm_quantize.compare.assessment import Assessment
     from llm_quantize.evaluation.generation_check import GenerationCheck
+    from llm_quantize.options import Options
 
 _WORST = 5
 
@@ -106,7 +107,7 @@ def command(
     Example: llm-quantize analyze quality m-Q4_K_M.gguf m-Q3_K_M.gguf --reference ./model --max-kld 0.05
     """
     from llm_quantize.artifacts.preflight import refuse_unwritable
-    from llm_quantize.compare.assessment import AssessOptions, assess
+    from llm_quantize.compare.assessment import assess
     from llm_quantize.io.whole_file import refuse_existing, refuse_input
 
     if report is not None:
@@ -114,11 +115,10 @@ def command(
         refuse_unwritable(Path(report).parent)
         refuse_input(Path(report), (*artifacts, *arguments["texts"], arguments["statistics"] or ""))
     shown = mode(ctx, as_json, verbose)
-    statistics = arguments.pop("statistics")
-    options = AssessOptions(statistics=Path(statistics) if statistics else None, **arguments)
+    revision = arguments.pop("revision")
     commands = (shlex.join(["llm-quantize", *sys.argv[1:]]),)
     with told(shown, "measure") as sink:
-        found = assess(reference, artifacts, options, commands=commands, on_event=sink)
+        found = assess(reference, artifacts, _built(**arguments), revision=revision, commands=commands, on_event=sink)
     if report is not None:
         from llm_quantize.reports.page import write_page
 
@@ -131,6 +131,20 @@ def command(
     if error is not None:
         raise error
     return 0
+
+
+def _built(
+    *, threads: int | None, max_ram: int | None, device: str, statistics: str | None, **measurement: Any
+) -> Options:
+    from llm_quantize.options import CalibrationOptions, MeasurementOptions, Options
+
+    return Options(
+        threads=threads,
+        max_ram=max_ram,
+        statistics=Path(statistics) if statistics else None,
+        calibration=CalibrationOptions(device=device),
+        measurement=MeasurementOptions(**measurement),
+    )
 
 
 def _show(found: Assessment, shown: Mode, report: str | None) -> None:

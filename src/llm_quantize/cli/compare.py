@@ -16,6 +16,7 @@ from llm_quantize.cli.sizes import Size
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llm_quantize.options import Options
     from llm_quantize.reports.findings import ComparisonResult
 
 _LINE = 90
@@ -81,19 +82,16 @@ def command(
 
     shown = mode(ctx, as_json)
     variants = comparison.parse_variants(arguments["variants"]) if arguments["variants"] else ()
-    options = comparison.CompareOptions(
-        texts=arguments["texts"],
-        context=arguments["context"],
-        windows=arguments["windows"],
-        prompts=arguments["prompts"] or comparison.PROMPTS,
-        speed=arguments["speed"],
-        revision=arguments["revision"],
-        quantize=_quantize_options(arguments),
-        commands=_commands(ctx, model, artifacts, variants),
-    )
     with told(shown, "quantize") as sink:
         result = comparison.compare(
-            model, output_dir, variants=variants, artifacts=artifacts, options=options, on_event=sink
+            model,
+            output_dir,
+            variants=variants,
+            artifacts=artifacts,
+            options=_built(arguments),
+            revision=arguments["revision"],
+            commands=_commands(ctx, model, artifacts, variants),
+            on_event=sink,
         )
     written = comparison.write_reports(result, Path(output_dir), arguments["lang"])
     if not arguments["keep"]:
@@ -105,9 +103,9 @@ def command(
     return 0
 
 
-def _quantize_options(arguments: Mapping[str, Any]) -> Any:
-    """pipeline.Options: no recipe of the user's own, so that a level means the same in every report."""
-    from llm_quantize.pipeline import Options
+def _built(arguments: Mapping[str, Any]) -> Options:
+    """No recipe of the user's own, so that a level means the same in every report."""
+    from llm_quantize.options import PROMPTS, MeasurementOptions, Options
 
     return Options(
         threads=arguments["threads"],
@@ -116,6 +114,13 @@ def _quantize_options(arguments: Mapping[str, Any]) -> Any:
         statistics=Path(arguments["statistics"]) if arguments["statistics"] else None,
         calibrate=True if arguments["calibration_data"] else arguments["calibrate"],
         calibration=build_calibration(arguments),
+        measurement=MeasurementOptions(
+            texts=arguments["texts"],
+            context=arguments["context"],
+            windows=arguments["windows"],
+            speed=arguments["speed"],
+            prompts=arguments["prompts"] or PROMPTS,
+        ),
     )
 
 

@@ -26,30 +26,12 @@ from llm_quantize.evaluation.texts import EvaluationText, evaluation_text
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.measures import grades
 from llm_quantize.models.opening import Source, open_source
+from llm_quantize.options import Options
 
 if TYPE_CHECKING:
     from llm_quantize.reports.findings import ComparisonResult
 
-CONTEXT = 512
 _LARGEST_ERROR = 1e9  # in a report, for a tensor of zeros that is not zeros any more
-
-
-@dataclass(frozen=True)
-class AssessOptions:
-    """``texts``: files; none means the built-in text. ``context`` None: CONTEXT tokens, or the model's context if that
-    is less. ``windows``: at most so many. ``statistics``: a statistics file or imatrix to weigh tensor errors with.
-    ``generate``: let source and artifacts write."""
-
-    texts: tuple[str, ...] = ()
-    context: int | None = None
-    windows: int | None = None
-    threads: int | None = None
-    max_ram: int | None = None
-    device: str = "cpu"
-    runtime: str | None = None
-    statistics: Path | None = None
-    generate: bool = False
-    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +60,9 @@ class Assessment:
 def assess(
     model: str,
     artifacts: Sequence[str | Path],
-    options: AssessOptions | None = None,
+    options: Options | None = None,
     *,
+    revision: str | None = None,
     commands: Sequence[str] = (),
     on_event: EventSink = ignore,
 ) -> Assessment:
@@ -88,14 +71,15 @@ def assess(
     Raises what opening the model, reading the text, ``measure_quality``, ``tensor_errors`` and ``check_generation``
     raise.
     """
-    options = options or AssessOptions()
-    source = open_source(model, revision=options.revision, on_event=on_event)
+    options = options or Options()
+    asked = options.measurement
+    source = open_source(model, revision=revision, on_event=on_event)
     with source.checkpoint:
         text = evaluation_text(
             TextTokenizer(source),
-            options.texts,
-            context=options.context or min(CONTEXT, source.architecture.hyper.context_length),
-            limit=options.windows,
+            asked.texts,
+            context=asked.context_of(source.architecture.hyper.context_length),
+            limit=asked.windows,
             on_event=on_event,
         )
         importance = _importance(source, options.statistics)
@@ -106,8 +90,8 @@ def assess(
             text.windows,
             threads=options.threads,
             max_ram=options.max_ram,
-            device=options.device,
-            runtime=options.runtime,
+            device=options.calibration.device,
+            runtime=asked.runtime,
             texts=[Path(name).name for name in text.names],
             on_event=on_event,
         )
@@ -118,7 +102,7 @@ def assess(
             with closing(open_decoded(source, path)) as decoded:
                 losses = tensor_errors(source, decoded, importance=importance, threads=threads, on_event=on_event)
             tensors.append(tuple(losses))
-        generation = _generation(source, artifacts, options, on_event) if options.generate else ()
+        generation = _generation(source, artifacts, options, on_event) if asked.generate else ()
         comparison = _comparison(source, model, text, quality, tensors, generation, commands, options)
     return Assessment(quality, tuple(tensors), generation, comparison)
 
@@ -136,7 +120,7 @@ def _importance(source: Source, file: Path | None) -> dict[str, npt.NDArray[Any]
 
 
 def _generation(
-    source: Source, artifacts: Sequence[str | Path], options: AssessOptions, on_event: EventSink
+    source: Source, artifacts: Sequence[str | Path], options: Options, on_event: EventSink
 ) -> tuple[GenerationCheck, ...]:
     checkpoint, limit = source.checkpoint, memory.memory_limit(options.max_ram)
     size = sum(header.file_size for header in checkpoint.headers)
@@ -164,7 +148,7 @@ def _comparison(
     tensors: Sequence[Sequence[TensorLoss]],
     generation: Sequence[GenerationCheck],
     commands: Sequence[str],
-    options: AssessOptions,
+    options: Options,
 ) -> ComparisonResult:
     from llm_quantize.reports.findings import ComparisonResult, Reference, TextFacts
     from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions

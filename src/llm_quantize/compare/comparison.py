@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,27 +50,8 @@ from llm_quantize.reports.findings import (
 from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
 
 DEFAULT_VARIANTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
-CONTEXT = 512
 REPORTS = {"json": "comparison.json", "html": "index.html", "markdown": "comparison.md"}
 _NO_SPEED = "speed is measured in llama.cpp only, and none of these is a GGUF file"
-PROMPTS = ("The old man looked at the sea and", "むかしむかし、あるところに")
-
-
-@dataclass(frozen=True)
-class CompareOptions:
-    """What a user may set. ``texts``: files or names of built-in sets, as ``calibration.text.load_texts`` reads them;
-    none: the built-in evaluation text. ``windows``: at even distances, None: all. ``speed``: run each variant in its
-    runtime for speed, memory and generated text. ``quantize``: threads and memory of all of it, calibration, and what
-    else ``pipeline.quantize`` takes. ``commands``: the lines that the report shows to make it again."""
-
-    texts: tuple[str, ...] = ()
-    context: int | None = None
-    windows: int | None = None
-    prompts: tuple[str, ...] = PROMPTS
-    speed: bool = True
-    revision: str | None = None
-    quantize: Options = field(default_factory=Options)
-    commands: tuple[str, ...] = ()
 
 
 def parse_variants(text: str) -> list[tuple[str, str]]:
@@ -95,18 +76,22 @@ def compare(
     *,
     variants: Sequence[tuple[str, str]] = (),
     artifacts: Sequence[str | Path] = (),
-    options: CompareOptions | None = None,
+    options: Options | None = None,
+    revision: str | None = None,
+    commands: Sequence[str] = (),
     on_event: EventSink = ignore,
 ) -> ComparisonResult:
     """Make ``variants`` of ``model`` in ``output_dir``/artifacts, take ``artifacts`` that exist, measure them all.
 
     Neither given: DEFAULT_VARIANTS. Speed and samples are left out, and the result says why, where the runtime is not
-    installed. ``on_event`` hears the events of ``pipeline.quantize`` and of ``measure_quality``, and stages.
+    installed. ``commands``: what the report shows to make it again. ``on_event`` hears the events of
+    ``pipeline.quantize`` and of ``measure_quality``, and stages.
 
     Raises UsageError (an artifact twice, text shorter than a window), MissingExtraError without torch, and what
     ``pipeline.quantize``, ``measure_quality`` and ``measure_speed`` raise.
     """
-    options = options or CompareOptions()
+    options = options or Options()
+    asked = options.measurement
     folder = Path(output_dir)
     _refuse_folder(folder)
     kept = Measurements(folder / "measured.json")
@@ -117,7 +102,7 @@ def compare(
             raise MissingExtraError("Measuring quality", "torch")
     # What cannot be measured is refused before hours of quantizing, not after.
     taken = [measured_file(Path(path)) for path in artifacts]
-    source = open_source(model, revision=options.revision, on_event=on_event)
+    source = open_source(model, revision=revision, on_event=on_event)
     with source.checkpoint:
         for artifact in taken:
             open_decoded(source, artifact.path).close()
@@ -125,28 +110,28 @@ def compare(
         _refuse_unmeasurable(source, tokenizer, options)
         text = evaluation_text(
             tokenizer,
-            options.texts,
-            context=options.context or min(CONTEXT, source.architecture.hyper.context_length),
-            limit=options.windows,
+            asked.texts,
+            context=asked.context_of(source.architecture.hyper.context_length),
+            limit=asked.windows,
             on_event=on_event,
         )
-        found = _make(model, folder / "artifacts", variants, options, kept, on_event) + taken
+        found = _make(model, folder / "artifacts", variants, options, revision, kept, on_event) + taken
         _refuse_twice(found)
         found = _with_labels(found)
         quality = _quality(source, found, text, options, kept, folder, on_event)
         bench = Bench(
             source,
             kept,
-            prompts=options.prompts,
-            speed=options.speed,
-            threads=options.quantize.threads,
-            max_ram=options.quantize.max_ram,
+            prompts=asked.prompts,
+            speed=asked.speed,
+            threads=options.threads,
+            max_ram=options.max_ram,
             on_event=on_event,
         )
         rows, own = _on_the_bench(bench, found, quality, kept)
         facts = model_facts(source, model)
     notes = (*quality.notes, *_importance_notes(found), *_speed_notes(rows), *bench.notes)
-    return _result(facts, text, replace(quality, notes=notes), rows, own, bench.absent, options)
+    return _result(facts, text, replace(quality, notes=notes), rows, own, bench.absent, options, commands)
 
 
 def _importance_notes(found: Sequence[MeasuredFile]) -> Iterator[str]:
@@ -197,7 +182,8 @@ def _result(
     rows: tuple[Variant, ...],
     own: tuple[Sample, ...],
     absent: str,
-    options: CompareOptions,
+    options: Options,
+    commands: Sequence[str],
 ) -> ComparisonResult:
     measured = next((row.speed.runtime for row in rows if row.speed is not None), absent or _NO_SPEED)
     first = quality.divergences[0]
@@ -210,7 +196,7 @@ def _result(
             windows=len(text.windows),
             tokens=first.tokens,
         ),
-        machine=machine_facts(measured, options.quantize.threads),
+        machine=machine_facts(measured, options.threads),
         reference=Reference(
             perplexity=first.reference_perplexity,
             perplexity_sem=first.reference_perplexity_sem,
@@ -221,25 +207,25 @@ def _result(
         variants=rows,
         grades=grades.GRADES,
         versions=program_versions(),
-        commands=options.commands,
+        commands=tuple(commands),
         created=datetime.datetime.now(datetime.UTC).date().isoformat(),
         notes=quality.notes,
     )
 
 
-def _refuse_unmeasurable(source: Source, tokenizer: TextTokenizer, options: CompareOptions) -> None:
+def _refuse_unmeasurable(source: Source, tokenizer: TextTokenizer, options: Options) -> None:
     from llm_quantize.streams.network import require_device
 
-    require_device(options.quantize.calibration.device)
+    require_device(options.calibration.device)
     longest = source.architecture.hyper.context_length
-    if options.context is not None and options.context > longest:
+    if options.measurement.context is not None and options.measurement.context > longest:
         raise UsageError(
             "the windows are longer than the model's context",
             expected=f"at most {longest} tokens",
-            found=options.context,
+            found=options.measurement.context,
             remedy="give a smaller --context",
         )
-    for prompt in options.prompts:
+    for prompt in options.measurement.prompts:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise UsageError("a prompt is not UTF-8", found=repr(prompt), remedy="give --prompt as UTF-8")
         if not tokenizer.encode(prompt):
@@ -300,7 +286,8 @@ def _make(
     model: str,
     folder: Path,
     variants: Sequence[tuple[str, str]],
-    options: CompareOptions,
+    options: Options,
+    revision: str | None,
     kept: Measurements,
     on_event: EventSink,
 ) -> list[MeasuredFile]:
@@ -314,8 +301,8 @@ def _make(
             format,
             levels=[level for other, level in variants if other == format],
             output_dir=folder,
-            revision=options.revision,
-            options=options.quantize,
+            revision=revision,
+            options=options,
             on_event=on_event,
         )
         for result in results:
@@ -355,7 +342,7 @@ def _quality(
     source: Source,
     found: Sequence[MeasuredFile],
     text: EvaluationText,
-    options: CompareOptions,
+    options: Options,
     kept: Measurements,
     folder: Path,
     on_event: EventSink,
@@ -374,9 +361,9 @@ def _quality(
             source,
             [found[index].path for index in missing],
             text.windows,
-            threads=options.quantize.threads,
-            max_ram=options.quantize.max_ram,
-            device=options.quantize.calibration.device,
+            threads=options.threads,
+            max_ram=options.max_ram,
+            device=options.calibration.device,
             texts=text.names,
             scratch=folder,
             on_event=on_event,

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 from llm_quantize.engine import local, processes
-from llm_quantize.engine.local import in_order, run, stop_on_signals
+from llm_quantize.engine.local import in_order, run, stop_on_signals, stopped_error
 
-__all__ = ["ENGINES", "ISOLATED", "Engine", "in_order", "run", "stop_on_signals"]
+__all__ = ["ENGINES", "ISOLATED", "Engine", "in_order", "run", "stop_on_signals", "stopped_error"]
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

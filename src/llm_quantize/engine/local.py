@@ -26,13 +26,15 @@ def run(
     stop: threading.Event | None = None,
     resumable: bool | None = True,
     hold: Collection[int] = (),
+    on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
     """Results of ``work`` over ``jobs`` in order of completion; at most ``2 * threads`` jobs are taken ahead.
 
     The first exception ends the run: jobs in flight are finished and their results yielded, then it is raised.
     When ``stop`` is set, jobs in flight are finished and yielded, then StoppedError is raised; ``resumable`` says
     whether what they did is kept for the next run (None: a measurement, which never keeps a part). ``hold``:
-    descriptors that stay open for as long as a job may be running, whatever becomes of this process.
+    descriptors that stay open for as long as a job may be running, whatever becomes of this process. ``on_wait`` is
+    called several times a second, to tell how far long jobs are.
     """
     del hold  # threads end with their process
     pending: set[Future[Result]] = set()
@@ -52,6 +54,7 @@ def run(
                     pending = {future for future in pending if not future.cancel()}
                     exhausted = True
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                on_wait()
                 for future in done:
                     if (error := future.exception()) is None:
                         yield future.result()

@@ -16,13 +16,14 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llm_quantize import events
+from llm_quantize.engine import run, stop_on_signals, stopped_error
 from llm_quantize.errors import (
     IntegrityError,
     MalformedInputError,
@@ -42,7 +43,6 @@ SMALL_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "READM
 
 _NOT_WANTED = ("adapter_*", "trainer_state.json", "consolidated*", "*.index.json")
 _WORKERS = 4
-_POLL_SECONDS = 0.5
 _HASH_BLOCK = 4 << 20
 
 
@@ -270,20 +270,18 @@ class _Fetcher:
         if not waiting:
             return
         total = sum(file.size or 0 for file in waiting)
-        with ThreadPoolExecutor(_WORKERS) as pool, _quiet(self._hub):
-            jobs: dict[Future[Path], RemoteFile] = {pool.submit(self._fetch_one, file): file for file in waiting}
-            try:
-                pending = set(jobs)
-                while pending:
-                    finished, pending = wait(pending, timeout=_POLL_SECONDS)
-                    for job in finished:
-                        self._paths[jobs[job].name] = job.result()
-                    done = sum(jobs[job].size or 0 for job in jobs if job not in pending) + self._partial_bytes()
-                    name = next((jobs[job].name for job in jobs if job in pending), files[-1].name)
-                    self._tell(events.Download(file=name, done=min(done, total), total=total))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        counted = [0]
+
+        def tell() -> None:
+            done = max(counted[0], sum(file.size or 0 for file in waiting if file.name in self._paths))
+            name = next((file.name for file in waiting if file.name not in self._paths), files[-1].name)
+            self._tell(events.Download(file=name, done=min(done, total), total=total))
+
+        with _quiet(self._hub), stop_on_signals() as stop:
+            work = partial(self._fetch_one, bar=_bar(self._hub, stop, counted))
+            for name, path in run(work, waiting, threads=_WORKERS, stop=stop, on_wait=tell):
+                self._paths[name] = path
+            tell()
 
     def _in_cache(self, file: RemoteFile) -> Path | None:
         found = self._hub.try_to_load_from_cache(self._model_id, file.name, revision=self._commit)
@@ -303,27 +301,20 @@ class _Fetcher:
         self._paths[file.name] = path
         return True
 
-    def _fetch_one(self, file: RemoteFile) -> Path:
+    def _fetch_one(self, file: RemoteFile, bar: type) -> tuple[str, Path]:
         stale = self._in_cache(file)
         with translated(self._model_id, file.name, self._commit):
             path = Path(
                 self._hub.hf_hub_download(
-                    self._model_id, file.name, revision=self._commit, force_download=stale is not None
+                    self._model_id,
+                    file.name,
+                    revision=self._commit,
+                    force_download=stale is not None,
+                    tqdm_class=bar,
                 )
             )
         _check_bytes(path, file, self._model_id)
-        return path
-
-    def _partial_bytes(self) -> int:
-        folder = "models--" + self._model_id.replace("/", "--")
-        blobs = Path(self._hub.constants.HF_HUB_CACHE) / folder / "blobs"
-        total = 0
-        for entry in blobs.glob("*.incomplete"):
-            try:
-                total += entry.stat().st_size
-            except FileNotFoundError:  # finished between the two calls
-                continue
-        return total
+        return file.name, path
 
 
 def _check_bytes(path: Path, file: RemoteFile, model_id: str) -> None:
@@ -349,6 +340,22 @@ def _check_bytes(path: Path, file: RemoteFile, model_id: str) -> None:
         found=found,
         remedy="run the same command again: the wrong file was removed; if it comes again, check proxy and HF_ENDPOINT",
     )
+
+
+def _bar(hub: Any, stop: threading.Event, counted: list[int]) -> type:
+    """A progress bar for huggingface_hub that shows nothing: it adds to ``counted`` the bytes that come, and ends the
+    download once ``stop`` is set. The hub's library keeps whole files only."""
+    lock = threading.Lock()
+
+    class Bar(hub.utils.tqdm):  # type: ignore[misc]
+        def update(self, n: float | None = 1) -> bool | None:
+            if stop.is_set():
+                raise stopped_error(resumable=True)
+            with lock:
+                counted[0] += int(n or 0)
+            return super().update(n)  # type: ignore[no-any-return]
+
+    return Bar
 
 
 @contextmanager

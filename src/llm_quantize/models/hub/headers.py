@@ -15,12 +15,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llm_quantize.engine import run, stop_on_signals
 from llm_quantize.errors import IntegrityError, NetworkError, ResourceError, printable
 from llm_quantize.io.paths import inside, opened, pread_into
 from llm_quantize.io.safetensors_file import MAX_HEADER_BYTES
@@ -62,14 +63,10 @@ def headers_directory(
             for name, path in small.items():
                 shutil.copyfile(path, inside(directory, name))
         remote = _Remote(hub, model_id, commit)
-        with ThreadPoolExecutor(_WORKERS) as pool:
-            jobs = [pool.submit(_place, file, inside(directory, file.name), remote) for file in weights]
-            try:
-                for job in jobs:
-                    job.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        with stop_on_signals() as stop:
+            place = partial(_place, directory=directory, remote=remote)
+            for _ in run(place, weights, threads=_WORKERS, stop=stop, resumable=None):
+                pass
     except BaseException:
         holder.cleanup()
         raise
@@ -93,8 +90,9 @@ def _local_trouble(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _place(file: WeightFile, target: Path, remote: _Remote) -> None:
-    """Write ``file``'s header and the hole behind it to ``target``."""
+def _place(file: WeightFile, directory: Path, remote: _Remote) -> None:
+    """Write ``file``'s header and the hole behind it into ``directory``."""
+    target = inside(directory, file.name)
     if file.cached is not None:
         with opened(file.cached) as descriptor:
             size = os.fstat(descriptor).st_size
