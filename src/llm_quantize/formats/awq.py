@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.formats.base import (
+    MARLIN_STEPS,
     Array,
     Coverage,
     Field,
@@ -72,6 +73,10 @@ SYMMETRIC = False
 NEEDS = "gptqmodel"
 KERNEL = 'AwqConfig(bits={bits}, backend="torch_awq")'
 EXPERTS_IN_TRANSFORMERS = False
+DEFAULT_GROUP = 128
+PACKS_EXPERTS = True
+OWN_ROUNDING = False
+VLLM_STEPS = MARLIN_STEPS
 LEVELS: Sequence[str] = ("4bit",)
 BITS = 4
 _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from llm_quantize.errors import UnsupportedError, printable
 from llm_quantize.formats.base import (
+    MARLIN_STEPS,
     Array,
     Coverage,
     Field,
@@ -78,6 +79,10 @@ SYMMETRIC = None
 NEEDS = "compressed-tensors"
 KERNEL = ""
 EXPERTS_IN_TRANSFORMERS = True
+DEFAULT_GROUP = 128
+PACKS_EXPERTS = True
+OWN_ROUNDING = False
+VLLM_STEPS = MARLIN_STEPS
 PACKAGE_VERSION = "0.20.0"
 FORM = "pack-quantized"
 FORMS: Sequence[str] = (FORM, "int-quantized")
