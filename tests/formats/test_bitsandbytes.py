@@ -22,11 +22,12 @@ from llm_quantize.formats import bitsandbytes as form
 from llm_quantize.formats.base import Coverage, Scheme, SchemeOptions, scheme_from_dict
 from llm_quantize.formats.packed import Settings
 from llm_quantize.grids import grid_type
-from llm_quantize.grids.codebook import CodebookGridType, block_maxima, dynamic_map, nested_ladder
+from llm_quantize.grids.codebook import CodebookGridType, block_maxima, dynamic_map, ladder_of
 from llm_quantize.io.safetensors_file import read_header
 from llm_quantize.models.opening import open_source
 from llm_quantize.options import MethodOptions, Options
 from llm_quantize.pipeline import plan, quantize
+from llm_quantize.qtypes.codebook import codebook_type
 from tests.formats.grids import unpacked
 from tests.tiny_models import make_tiny
 
@@ -53,7 +54,11 @@ def scheme_of(level: str, nested: bool) -> Scheme:
 def kind_of(scheme: Scheme, weight: torch.Tensor) -> CodebookGridType:
     kind = grid_type(scheme.qtype.name)
     assert isinstance(kind, CodebookGridType)
-    return replace(kind, ladder=nested_ladder(block_maxima(kind.qtype, weight))) if kind.qtype.nested else kind
+    return (
+        replace(kind, ladder=ladder_of(kind.qtype, block_maxima(kind.qtype, weight), 0.0))
+        if kind.qtype.nested
+        else kind
+    )
 
 
 def fields_of(scheme: Scheme, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -92,7 +97,7 @@ def test_rounding_gives_the_owners_bytes(level: str, nested: bool) -> None:
 def test_scales_of_scales_are_nearest_where_the_owners_cpu_encoder_looks_them_up() -> None:
     """It finds codes in a table of 65,536 cells: one in some hundred scales gets the neighbour. Ours is nearest."""
     maxima = torch.rand(400, 256, generator=torch.Generator().manual_seed(1))
-    ladder = nested_ladder(maxima).at(maxima)
+    ladder = ladder_of(codebook_type("nf4_b64_dq"), maxima, 0.0).at(maxima)
     theirs, _ = owner.quantize_blockwise((maxima - ladder.base).reshape(-1), blocksize=256)
     away = maxima - ladder.base
     ours = (ladder.decode() - maxima).abs()

@@ -27,7 +27,7 @@ _ERROR_BOUNDS = {
 # feedback trades a larger error of weights for a smaller one of outputs.
 _INTEGER_BOUNDS = {8: 0.1, 7: 0.15, 6: 0.25, 5: 0.4, 4: 0.6, 3: 0.85, 2: 0.98}
 # And for tables of levels with a scale for each block.
-_CODEBOOK_BOUNDS = {"nf4": 0.3, "fp4": 0.4, "row8": 0.2}
+_CODEBOOK_BOUNDS = {"nf4": 0.3, "fp4": 0.4, "row8": 0.2, "e2m1": 0.3, "e4m3": 0.1}
 _FEEDBACK = 1.5
 _MOST = 0.98
 _INTEGER = re.compile(r"int(\d)(_g\d+)?(_asym)?")

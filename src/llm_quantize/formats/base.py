@@ -31,6 +31,7 @@ Array = npt.NDArray[Any]
 ReadRows = Callable[["MatrixPlan", int, int], npt.NDArray[np.float32]]
 
 NUMPY_TYPES: Mapping[str, type[np.generic]] = {
+    "float8_e4m3": np.uint8,
     "int8": np.int8,
     "uint8": np.uint8,
     "int32": np.int32,
@@ -39,9 +40,10 @@ NUMPY_TYPES: Mapping[str, type[np.generic]] = {
     "bfloat16": np.uint16,
     "float32": np.float32,
 }
-"""Numpy's type of each field dtype; bfloat16 is kept as its bits."""
+"""Numpy's type of each field dtype; bfloat16 and float8_e4m3 are kept as their bits."""
 
 SAFETENSORS_TYPES: Mapping[str, str] = {
+    "float8_e4m3": "F8_E4M3",
     "int8": "I8",
     "uint8": "U8",
     "int32": "I32",

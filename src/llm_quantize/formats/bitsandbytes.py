@@ -119,7 +119,7 @@ def scheme(level: str, options: SchemeOptions) -> Scheme:
         raise UsageError(f"{NAME} has no zero points", remedy="leave --asym out")
     if level != "INT8":
         block = DEFAULT_GROUP if options.group_size is None else options.group_size
-        return Scheme(NAME, level, CodebookType(level.lower(), block, options.double_quant is True), compute)
+        return Scheme(NAME, level, CodebookType(level.lower(), block, "dq" if options.double_quant else ""), compute)
     if options.group_size not in (None, WHOLE_ROW) or options.double_quant:
         raise UsageError(
             "LLM.int8 has one float32 scale for each row", remedy="leave --blocksize and --double-quant out"
@@ -181,7 +181,7 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
     kind = _grid(scheme)
     rows, columns = codes.shape
     scales, found = to_numpy(grid.d).astype(np.float32, copy=False), to_numpy(codes)
-    if grid.group != kind.group(columns) or (grid.ladder is not None) != kind.nested:
+    if grid.group != kind.group(columns) or (grid.ladder is not None) != bool(kind.nested):
         raise ValueError(f"a grid of this kind cannot be stored as {kind.name}")
     if not np.isfinite(scales).all():
         row, block = (int(index) for index in np.argwhere(~np.isfinite(scales))[0])
@@ -410,7 +410,7 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
         "bnb_4bit_compute_dtype": scheme.variant if four else "float32",
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": grid.codebook if four else "fp4",
-        "bnb_4bit_use_double_quant": grid.nested,
+        "bnb_4bit_use_double_quant": bool(grid.nested),
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_skip_modules": [*coverage.kept, *coverage.outside, coverage.head],

@@ -1,5 +1,5 @@
-"""compressed-tensors: its ``pack-quantized`` form, as the package of that name (0.20) writes and checks it, and its
-``int-quantized`` form, which is read only.
+"""compressed-tensors: its ``pack-quantized`` and ``int-quantized`` forms, as the package of that name (0.20) writes
+and checks them. Its forms of floats are in compressed_floats.py.
 
 N = out, K = in, G = groups, b = bits, codes q and zero points z from 0; w = weight_scale * (q - z):
 
@@ -9,8 +9,8 @@ N = out, K = in, G = groups, b = bits, codes q and zero points z from 0; w = wei
     weight_zero_point  int32  (ceil(N b / 32), G)   zero points packed along N; only where the grid is asymmetric
     weight_g_idx       int32  (K,)                  the group of each column; others write it, we do not
 
-    weight             int8   (N, K)                int-quantized: signed codes, with weight_scale as above (or one
-                                                    for a row or all) and perhaps weight_zero_point int8 (N, G)
+    weight             int8   (N, K)                int-quantized: signed codes, with weight_scale (N, 1); others also
+                                                    (N, G) or one for all, and perhaps weight_zero_point int8 (N, G)
 
 The package counts codes from -2^(b-1) and adds 2^(b-1) before packing, to zero points too: the same bits.
 """
@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import UnsupportedError, printable
+from llm_quantize.formats import compressed_floats as floats
 from llm_quantize.formats.base import (
     MARLIN_STEPS,
     Array,
@@ -65,13 +67,15 @@ from llm_quantize.formats.packed import (
     wrong_form,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.qtypes.codebook import CodebookType
 from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType
+from llm_quantize.qtypes.packed import packed_type
 
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
 NAME = "compressed-tensors"
-TITLE = "compressed-tensors (pack-quantized)"
+TITLE = "compressed-tensors"
 LABEL = "{level}"
 EXAMPLE = "W4A16"
 TRANSFORM = "none"
@@ -85,7 +89,7 @@ OWN_ROUNDING = False
 VLLM_STEPS = MARLIN_STEPS
 PACKAGE_VERSION = "0.20.0"
 FORM = "pack-quantized"
-FORMS: Sequence[str] = (FORM, "int-quantized")
+FORMS: Sequence[str] = (FORM, "int-quantized", *(layout.name for layout in floats.LAYOUTS.values()))
 RESCALES = True
 PACKED = Layout(
     FORM,
@@ -99,12 +103,36 @@ PLAIN = Layout(
     "int-quantized", ("weight", "weight_scale"), ("weight_zero_point",), telling="weight_scale", scales="weight_scale"
 )
 _BITS = {f"W{bits}A16{end}": bits for end in ("", "_ASYM") for bits in range(2, 9)}
-LEVELS: Sequence[str] = tuple(_BITS)
+
+
+@dataclass(frozen=True)
+class _Level:
+    """A level that is not integer weights alone. ``grid``: a qtype. ``inputs``: what the configuration says of
+    activations, beside what all of them have; None: 16 bits."""
+
+    grid: str
+    inputs: Mapping[str, Any] | None = None
+
+
+_INT8_TOKENS = {"num_bits": 8, "type": "int", "strategy": "token", "group_size": None, "scale_dtype": None}
+_FP8_TOKENS = {**_INT8_TOKENS, "type": "float"}
+_MXFP4_GROUPS = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+_OTHERS: Mapping[str, _Level] = {
+    "W8A8": _Level("int8", _INT8_TOKENS),
+    "W4AFP8": _Level("int4_g128", _FP8_TOKENS),
+    "FP8_DYNAMIC": _Level("e4m3", _FP8_TOKENS),
+    "NVFP4A16": _Level("e2m1_b16_e4m3"),
+    "MXFP4A16": _Level("e2m1_b32_e8m0"),
+    "MXFP4": _Level("e2m1_b32_e8m0", _MXFP4_GROUPS),
+}
+LEVELS: Sequence[str] = (*_BITS, *_OTHERS)
 
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """The package's preset of that name (groups of 128), changed as the options say. Raises UsageError."""
-    bits = parse_bits(level, NAME, _BITS)
+    if level.upper() in _OTHERS:
+        return _other(level.upper(), options)
+    bits = parse_bits(level, NAME, _BITS | dict.fromkeys(_OTHERS, 0))
     asked = not level.upper().endswith("_ASYM")
     symmetric = asked if options.symmetric is None else options.symmetric
     group = 128 if options.group_size is None else options.group_size
@@ -112,8 +140,32 @@ def scheme(level: str, options: SchemeOptions) -> Scheme:
     return Scheme(NAME, name, IntegerType(bits, group, symmetric, options.scale))
 
 
+def _other(level: str, options: SchemeOptions) -> Scheme:
+    """A level whose grid is fixed. Raises UsageError for options that would change it."""
+    grid = packed_type(_OTHERS[level].grid, options.scale)
+    if options.symmetric is False or options.group_size not in (None, grid.group_size):
+        raise UsageError(
+            f"the grid of {level} is fixed",
+            expected="symmetric, one scale for each row"
+            if grid.group_size == WHOLE_ROW
+            else f"groups of {grid.group_size}",
+            found=f"--group-size {options.group_size}" if options.group_size is not None else "--asym",
+            remedy="leave --group-size and --asym out, or take one of W2A16 to W8A16",
+        )
+    return Scheme(NAME, level, grid)
+
+
+def _is_plain(scheme: Scheme) -> bool:
+    """Whether codes stand in whole bytes (int-quantized)."""
+    return scheme.level in _OTHERS and scheme.qtype.group_size == WHOLE_ROW
+
+
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
     """The tensors of a matrix (rows, columns). Raises UsageError naming the module where groups do not divide it."""
+    if isinstance(scheme.qtype, CodebookType):
+        return floats.fields(scheme, rows, columns, name=name)
+    if _is_plain(scheme):
+        return Field("weight", "int8", (rows, columns)), Field("weight_scale", scheme.qtype.scale, (rows, 1))
     bits, groups = scheme.qtype.bits, check_group(scheme, columns, name)
     found = (
         Field("weight_packed", "int32", (rows, packed_words(columns, bits))),
@@ -131,8 +183,13 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
 
     Raises NumericPolicyError for scales that are not finite, ValueError for a grid of another kind.
     """
+    if isinstance(scheme.qtype, CodebookType):
+        return floats.pack(scheme, grid, codes)
     bits = scheme.qtype.bits
     scales, zeros = grid_numbers(scheme, grid, 0, (1 << bits) - 1)
+    if _is_plain(scheme):
+        signed = to_numpy(codes).astype(np.int16) - (1 << (bits - 1))
+        return [signed.astype(np.int8), store_floats(scales, scheme.qtype.scale)]
     found: list[Array] = [
         pack_bits(np.ascontiguousarray(to_numpy(codes)), bits, 1),
         store_floats(scales, scheme.qtype.scale),
@@ -144,7 +201,10 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
 def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
     """The description of a matrix (rows, columns) that ``pack`` made."""
     grid = scheme.qtype
-    return PackedMatrix("", PACKED, rows, columns, grid.bits, grid.group(columns), grid.symmetric)
+    if isinstance(grid, CodebookType):
+        return floats.described(scheme, rows, columns)
+    layout = PLAIN if _is_plain(scheme) else PACKED
+    return PackedMatrix("", layout, rows, columns, grid.bits, grid.group(columns), grid.symmetric)
 
 
 def form_of(settings: Settings) -> tuple[str, bool]:
@@ -171,8 +231,19 @@ def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
         for name, found in modules(tensors, layout):
             if name not in claimed:
                 claimed.add(name)
-                check_present(name, layout, found)
-                yield _matrix(name, layout, found, settings, numbers)
+                fields = {word: tensors[f"{name}.{word}"] for word in _SUFFIXES if f"{name}.{word}" in tensors}
+                of_floats = floats.layout_of(fields)
+                check_present(name, of_floats or layout, fields)
+                if of_floats is None:
+                    yield _matrix(name, layout, found, settings, numbers)
+                else:
+                    words = (*of_floats.required, *of_floats.optional)
+                    yield floats.matrix(name, of_floats, {word: fields[word] for word in words if word in fields})
+
+
+_SUFFIXES = dict.fromkeys(
+    word for one in (PACKED, PLAIN, *floats.LAYOUTS.values()) for word in (*one.required, *one.optional)
+)
 
 
 def _matrix(
@@ -245,6 +316,8 @@ def _weight_settings(settings: Settings, bits: int) -> tuple[int, bool]:
 
 def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
     """As ``StoredFormat.codes``, signed."""
+    if packed.grid:
+        return floats.codes(packed, fields, first, last)
     if packed.layout is PLAIN:
         return fields["weight"][first:last].astype(np.int16)
     found = unpack_bits(fields["weight_packed"][first:last], packed.bits, packed.columns, 1)
@@ -265,6 +338,8 @@ def zeros(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.ND
 
 def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.scales``."""
+    if packed.grid:
+        return floats.scales(packed, fields, first, last)
     return load_floats(_by_row(packed, fields["weight_scale"])[first:last])
 
 
@@ -281,6 +356,8 @@ def _half(packed: PackedMatrix) -> np.int16:
 
 def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.unpack``."""
+    if packed.grid:
+        return floats.unpack(packed, fields, first, last)
     rows = (packed, fields, first, last)
     return values_of(codes(*rows), zeros(*rows), scales(*rows), group_index(packed, fields))
 
@@ -308,7 +385,10 @@ def layout_name(matrices: Collection[PackedMatrix]) -> str:
 
 
 def level_of(matrices: Collection[PackedMatrix]) -> str:
-    """W4A16, W4A16_ASYM."""
+    """W4A16, W4A16_ASYM, FP8, NVFP4A16."""
+    named = sorted({floats.level_name(matrix) for matrix in matrices if matrix.grid})
+    if named:
+        return "+".join(named)
     asymmetric = any(not matrix.symmetric for matrix in matrices)
     return f"W{widths(matrices)}A16{'_ASYM' if asymmetric else ''}"
 
@@ -318,19 +398,24 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
 
     Those outside of the decoder are found by how their names end: readers put them under other parents.
     """
-    group = scheme.qtype.group_size
+    grid, group = scheme.qtype, scheme.qtype.group_size
+    form = described(scheme, 32, 32 if group == WHOLE_ROW else group).layout.name
+    inputs = _OTHERS[scheme.level].inputs if scheme.level in _OTHERS else None
+    nested = grid.nested if isinstance(grid, CodebookType) else ""
     weights = {
-        "num_bits": scheme.qtype.bits,
-        "type": "int",
-        "symmetric": scheme.qtype.symmetric,
+        "num_bits": grid.bits,
+        "type": "float" if isinstance(grid, CodebookType) else "int",
+        "symmetric": grid.symmetric,
         "group_size": None if group == WHOLE_ROW else group,
-        "strategy": "channel" if group == WHOLE_ROW else "group",
+        "strategy": "channel" if group == WHOLE_ROW else "tensor_group" if nested == "e4m3" else "group",
         "dynamic": False,
     }
+    if nested:
+        weights["scale_dtype"] = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}[nested]
     return {
         "quant_method": "compressed-tensors",
         "version": PACKAGE_VERSION,
-        "format": FORM,
+        "format": form,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -342,9 +427,9 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
             "group_0": {
                 "targets": ["Linear"],
                 "weights": weights,
-                "input_activations": None,
+                "input_activations": None if inputs is None else {"symmetric": True, "dynamic": True, **inputs},
                 "output_activations": None,
-                "format": FORM,
+                "format": form,
             }
         },
     }
@@ -357,4 +442,8 @@ def least_zero(_scheme: Scheme) -> int:
 
 def vllm_refusal(scheme: Scheme) -> str | None:
     """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
-    return None if scheme.qtype.bits in (4, 8) else "of packed integers it takes 4 and 8 bits only"
+    return (
+        None
+        if scheme.qtype.bits in (4, 8) or scheme.level in _OTHERS
+        else "of packed integers it takes 4 and 8 bits only"
+    )

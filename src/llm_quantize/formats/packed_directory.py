@@ -74,7 +74,7 @@ class PackedFormat:
         """See ``Format``."""
         from llm_quantize.formats.packed_store import DirectoryStore
 
-        return DirectoryStore(self.form, scheme_of(plan))
+        return DirectoryStore(self.form, scheme_of(plan), plan.matrices)
 
     def _plan(
         self, source: Source, level: str, stem: str, importance: Importance | None, options: Options

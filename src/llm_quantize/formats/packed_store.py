@@ -13,9 +13,10 @@ import torch
 
 from llm_quantize.architectures.rows import chunk_rows, matrix_shape
 from llm_quantize.formats.base import NUMPY_TYPES, Packed, ReadRows, Scheme
+from llm_quantize.formats.modules import joined_with
 from llm_quantize.formats.packed import ALIGNED
 from llm_quantize.grids import grid_type
-from llm_quantize.grids.codebook import CodebookGridType, block_maxima, nested_ladder
+from llm_quantize.grids.codebook import CodebookGridType, block_maxima, ladder_of
 from llm_quantize.grids.grid import Grid, GridType, Ladder
 from llm_quantize.plan import MatrixPlan, TensorPlan
 
@@ -29,6 +30,7 @@ class DirectoryStore:
 
     form: Packed
     scheme: Scheme
+    matrices: Sequence[MatrixPlan] = ()
     _ladders: dict[str, Ladder] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -49,14 +51,14 @@ class DirectoryStore:
         return replace(kind, ladder=self._ladder(kind, matrix, read)).rows(start, stop)
 
     def _ladder(self, kind: CodebookGridType, matrix: MatrixPlan, read: ReadRows) -> Ladder:
-        """Of all scales of a matrix, from its weights; one thread makes it, all share it until ``join``."""
+        """Of all scales of a matrix, from its weights and those that runtimes join with it; one thread makes it, all
+        share it until ``join``."""
         with self._lock:
             if matrix.name not in self._ladders:
-                rows, columns = matrix_shape(matrix.weight.shape)
-                starts = range(0, rows, step := chunk_rows(columns))
-                parts = [torch.from_numpy(read(matrix, first, min(rows, first + step))) for first in starts]
-                maxima = torch.cat([block_maxima(kind.qtype, part) for part in parts])
-                self._ladders[matrix.name] = nested_ladder(maxima)
+                own = _maxima(kind, matrix, read)
+                joined = [one for one in self.matrices if one.name in joined_with(matrix.name)]
+                most = max(float(_maxima(kind, one, read).amax()) for one in joined) if joined else float(own.amax())
+                self._ladders[matrix.name] = ladder_of(kind.qtype, own, most)
             return self._ladders[matrix.name]
 
     def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
@@ -83,3 +85,11 @@ class DirectoryStore:
             last = min(rows, first + step)
             values[first:last] = self.form.unpack(packed, named, first, last)
         return values
+
+
+def _maxima(kind: CodebookGridType, matrix: MatrixPlan, read: ReadRows) -> torch.Tensor:
+    """float32 (rows, blocks): the largest magnitude of each block of a matrix."""
+    rows, columns = matrix_shape(matrix.weight.shape)
+    starts = range(0, rows, step := chunk_rows(columns))
+    parts = (torch.from_numpy(read(matrix, first, min(rows, first + step))) for first in starts)
+    return torch.cat([block_maxima(kind.qtype, part) for part in parts])

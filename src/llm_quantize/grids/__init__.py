@@ -34,7 +34,7 @@ def grid_type(
     if qtype in GGML_GRIDS:
         return ggml.GgmlGridType(qtype)
     if is_codebook(qtype):
-        return codebook.CodebookGridType(codebook_type(qtype))
+        return codebook.CodebookGridType(codebook_type(qtype, scale))
     if not is_integer(qtype):
         raise UsageError(
             "This type has no number grid", expected=f"{', '.join(sorted(GGML_GRIDS))}, intB_gN", found=qtype

@@ -11,5 +11,5 @@ PackedType = IntegerType | CodebookType
 
 
 def packed_type(name: str, scale: str = "float16") -> PackedType:
-    """The type called ``name``; ``scale``: how the scales of an integer type are stored. Raises UsageError."""
-    return codebook_type(name) if is_codebook(name) else integer_type(name, scale)
+    """The type called ``name``; ``scale``: how scales are stored that are floats. Raises UsageError."""
+    return codebook_type(name, scale) if is_codebook(name) else integer_type(name, scale)
