@@ -89,6 +89,11 @@ def scheme(level: str, options: SchemeOptions) -> Scheme:
     return Scheme(NAME, "4bit", IntegerType(BITS, group, options.symmetric is True, "float16"))
 
 
+def title(_scheme: Scheme) -> str:
+    """Its name for people."""
+    return TITLE
+
+
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
     """The tensors of a matrix (rows, columns). Raises UsageError naming the module where it does not fit."""
     groups = check_group(scheme, columns, name)

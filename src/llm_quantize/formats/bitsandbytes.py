@@ -127,6 +127,11 @@ def scheme(level: str, options: SchemeOptions) -> Scheme:
     return Scheme(NAME, level, CodebookType("row8", WHOLE_ROW), compute)
 
 
+def title(_scheme: Scheme) -> str:
+    """Its name for people."""
+    return TITLE
+
+
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
     """The tensors of a matrix (rows, columns). Raises UsageError naming the module where blocks do not divide it."""
     grid = _grid(scheme)

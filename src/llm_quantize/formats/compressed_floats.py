@@ -156,12 +156,14 @@ def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
         return _rows_of_scales(packed, load_floats(np.asarray(stored)), first, last)
     some = stored[first:last]
     if packed.layout is MXFP4:
-        return np.exp2(some.astype(np.float32) - 127)
+        return np.asarray(np.exp2(some.astype(np.float32) - 127), np.float32)
     whole = np.asarray(fields["weight_global_scale"], np.float32).reshape(-1)[0]
     return np.asarray(_E4M3[some] / whole, np.float32)
 
 
-def _rows_of_scales(packed: PackedMatrix, stored: npt.NDArray[np.float32], first: int, last: int) -> Any:
+def _rows_of_scales(
+    packed: PackedMatrix, stored: npt.NDArray[np.float32], first: int, last: int
+) -> npt.NDArray[np.float32]:
     """float32 (n, groups) of scales for each row, for all, or for blocks of 128 rows."""
     if stored.size == 1:
         return np.full((last - first, 1), stored.reshape(-1)[0], np.float32)

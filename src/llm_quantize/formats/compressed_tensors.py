@@ -17,9 +17,7 @@ The package counts codes from -2^(b-1) and adds 2^(b-1) before packing, to zero 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,21 +25,29 @@ import numpy.typing as npt
 
 from llm_quantize.errors import UnsupportedError, printable
 from llm_quantize.formats import compressed_floats as floats
+from llm_quantize.formats import compressed_levels as levels
 from llm_quantize.formats.base import (
     MARLIN_STEPS,
     Array,
-    Coverage,
     Field,
     Scheme,
-    SchemeOptions,
     check_group,
     grid_numbers,
     load_floats,
-    parse_bits,
     store_floats,
     to_numpy,
 )
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
+from llm_quantize.formats.compressed_levels import (
+    LEVELS,
+    NAME,
+    PACKED_FORM,
+    PLAIN_FORM,
+    config,
+    is_plain,
+    scheme,
+    vllm_refusal,
+)
 from llm_quantize.formats.packed import (
     FLOATS,
     WORD,
@@ -68,14 +74,13 @@ from llm_quantize.formats.packed import (
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import CodebookType
-from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType
-from llm_quantize.qtypes.packed import packed_type
 
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
-NAME = "compressed-tensors"
-TITLE = "compressed-tensors"
+__all__ = ["LEVELS", "NAME", "config", "scheme", "vllm_refusal"]
+
+TITLE = "compressed-tensors (pack-quantized)"
 LABEL = "{level}"
 EXAMPLE = "W4A16"
 TRANSFORM = "none"
@@ -87,12 +92,10 @@ DEFAULT_GROUP = 128
 PACKS_EXPERTS = True
 OWN_ROUNDING = False
 VLLM_STEPS = MARLIN_STEPS
-PACKAGE_VERSION = "0.20.0"
-FORM = "pack-quantized"
-FORMS: Sequence[str] = (FORM, "int-quantized", *(layout.name for layout in floats.LAYOUTS.values()))
+FORMS: Sequence[str] = (PACKED_FORM, PLAIN_FORM, *(layout.name for layout in floats.LAYOUTS.values()))
 RESCALES = True
 PACKED = Layout(
-    FORM,
+    PACKED_FORM,
     ("weight_packed", "weight_scale", "weight_shape"),
     ("weight_zero_point", "weight_g_idx"),
     telling="weight_packed",
@@ -100,71 +103,20 @@ PACKED = Layout(
     index="weight_g_idx",
 )
 PLAIN = Layout(
-    "int-quantized", ("weight", "weight_scale"), ("weight_zero_point",), telling="weight_scale", scales="weight_scale"
+    PLAIN_FORM, ("weight", "weight_scale"), ("weight_zero_point",), telling="weight_scale", scales="weight_scale"
 )
-_BITS = {f"W{bits}A16{end}": bits for end in ("", "_ASYM") for bits in range(2, 9)}
 
 
-@dataclass(frozen=True)
-class _Level:
-    """A level that is not integer weights alone. ``grid``: a qtype. ``inputs``: what the configuration says of
-    activations, beside what all of them have; None: 16 bits."""
-
-    grid: str
-    inputs: Mapping[str, Any] | None = None
-
-
-_INT8_TOKENS = {"num_bits": 8, "type": "int", "strategy": "token", "group_size": None, "scale_dtype": None}
-_FP8_TOKENS = {**_INT8_TOKENS, "type": "float"}
-_MXFP4_GROUPS = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
-_OTHERS: Mapping[str, _Level] = {
-    "W8A8": _Level("int8", _INT8_TOKENS),
-    "W4AFP8": _Level("int4_g128", _FP8_TOKENS),
-    "FP8_DYNAMIC": _Level("e4m3", _FP8_TOKENS),
-    "NVFP4A16": _Level("e2m1_b16_e4m3"),
-    "MXFP4A16": _Level("e2m1_b32_e8m0"),
-    "MXFP4": _Level("e2m1_b32_e8m0", _MXFP4_GROUPS),
-}
-LEVELS: Sequence[str] = (*_BITS, *_OTHERS)
-
-
-def scheme(level: str, options: SchemeOptions) -> Scheme:
-    """The package's preset of that name (groups of 128), changed as the options say. Raises UsageError."""
-    if level.upper() in _OTHERS:
-        return _other(level.upper(), options)
-    bits = parse_bits(level, NAME, _BITS | dict.fromkeys(_OTHERS, 0))
-    asked = not level.upper().endswith("_ASYM")
-    symmetric = asked if options.symmetric is None else options.symmetric
-    group = 128 if options.group_size is None else options.group_size
-    name = f"W{bits}A16{'' if symmetric else '_ASYM'}"
-    return Scheme(NAME, name, IntegerType(bits, group, symmetric, options.scale))
-
-
-def _other(level: str, options: SchemeOptions) -> Scheme:
-    """A level whose grid is fixed. Raises UsageError for options that would change it."""
-    grid = packed_type(_OTHERS[level].grid, options.scale)
-    if options.symmetric is False or options.group_size not in (None, grid.group_size):
-        raise UsageError(
-            f"the grid of {level} is fixed",
-            expected="symmetric, one scale for each row"
-            if grid.group_size == WHOLE_ROW
-            else f"groups of {grid.group_size}",
-            found=f"--group-size {options.group_size}" if options.group_size is not None else "--asym",
-            remedy="leave --group-size and --asym out, or take one of W2A16 to W8A16",
-        )
-    return Scheme(NAME, level, grid)
-
-
-def _is_plain(scheme: Scheme) -> bool:
-    """Whether codes stand in whole bytes (int-quantized)."""
-    return scheme.level in _OTHERS and scheme.qtype.group_size == WHOLE_ROW
+def title(scheme: Scheme) -> str:
+    """Its name for people, with the form of its matrices."""
+    return f"{NAME} ({levels.form_of(scheme)})"
 
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
     """The tensors of a matrix (rows, columns). Raises UsageError naming the module where groups do not divide it."""
     if isinstance(scheme.qtype, CodebookType):
         return floats.fields(scheme, rows, columns, name=name)
-    if _is_plain(scheme):
+    if is_plain(scheme):
         return Field("weight", "int8", (rows, columns)), Field("weight_scale", scheme.qtype.scale, (rows, 1))
     bits, groups = scheme.qtype.bits, check_group(scheme, columns, name)
     found = (
@@ -187,7 +139,7 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
         return floats.pack(scheme, grid, codes)
     bits = scheme.qtype.bits
     scales, zeros = grid_numbers(scheme, grid, 0, (1 << bits) - 1)
-    if _is_plain(scheme):
+    if is_plain(scheme):
         signed = to_numpy(codes).astype(np.int16) - (1 << (bits - 1))
         return [signed.astype(np.int8), store_floats(scales, scheme.qtype.scale)]
     found: list[Array] = [
@@ -203,7 +155,7 @@ def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
     grid = scheme.qtype
     if isinstance(grid, CodebookType):
         return floats.described(scheme, rows, columns)
-    layout = PLAIN if _is_plain(scheme) else PACKED
+    layout = PLAIN if is_plain(scheme) else PACKED
     return PackedMatrix("", layout, rows, columns, grid.bits, grid.group(columns), grid.symmetric)
 
 
@@ -393,57 +345,6 @@ def level_of(matrices: Collection[PackedMatrix]) -> str:
     return f"W{widths(matrices)}A16{'_ASYM' if asymmetric else ''}"
 
 
-def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
-    """quantization_config, field for field as the package writes it; ``ignore`` names every linear module left.
-
-    Those outside of the decoder are found by how their names end: readers put them under other parents.
-    """
-    grid, group = scheme.qtype, scheme.qtype.group_size
-    form = described(scheme, 32, 32 if group == WHOLE_ROW else group).layout.name
-    inputs = _OTHERS[scheme.level].inputs if scheme.level in _OTHERS else None
-    nested = grid.nested if isinstance(grid, CodebookType) else ""
-    weights = {
-        "num_bits": grid.bits,
-        "type": "float" if isinstance(grid, CodebookType) else "int",
-        "symmetric": grid.symmetric,
-        "group_size": None if group == WHOLE_ROW else group,
-        "strategy": "channel" if group == WHOLE_ROW else "tensor_group" if nested == "e4m3" else "group",
-        "dynamic": False,
-    }
-    if nested:
-        weights["scale_dtype"] = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}[nested]
-    return {
-        "quant_method": "compressed-tensors",
-        "version": PACKAGE_VERSION,
-        "format": form,
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "kv_cache_scheme": None,
-        "moe_sparsity_config": None,
-        "sparsity_config": {},
-        "transform_config": {},
-        "ignore": [*coverage.kept, *(rf"re:.*\b{re.escape(name)}$" for name in coverage.outside), coverage.head],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": None if inputs is None else {"symmetric": True, "dynamic": True, **inputs},
-                "output_activations": None,
-                "format": form,
-            }
-        },
-    }
-
-
 def least_zero(_scheme: Scheme) -> int:
     """Every code can be a zero point."""
     return 0
-
-
-def vllm_refusal(scheme: Scheme) -> str | None:
-    """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
-    return (
-        None
-        if scheme.qtype.bits in (4, 8) or scheme.level in _OTHERS
-        else "of packed integers it takes 4 and 8 bits only"
-    )

@@ -105,6 +105,11 @@ def scheme(level: str, options: SchemeOptions) -> Scheme:
     return Scheme(NAME, f"{bits}bit", grid, "gptq" if symmetric else "gptq_v2")
 
 
+def title(_scheme: Scheme) -> str:
+    """Its name for people."""
+    return TITLE
+
+
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
     """The tensors of a matrix (rows, columns). Raises UsageError naming the module where it does not fit."""
     bits, groups = scheme.qtype.bits, check_group(scheme, columns, name)
