@@ -32,7 +32,7 @@ from llm_quantize.formats.gguf.vocabulary.reading import (
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.paths import inside, read_limited
 from llm_quantize.models.base import Model
-from llm_quantize.models.chat_template import render
+from llm_quantize.models.chat_template import ChatTemplate
 from llm_quantize.models.opening import Source
 
 _TODAY = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -82,6 +82,7 @@ class TextTokenizer:
         self._eos_text = tokens[self.eos] if self.eos is not None else ""
         self._template: str | None = self._value(Keys.Tokenizer.CHAT_TEMPLATE)
         self.has_template = self._template is not None
+        self._rendering: ChatTemplate | None = None
 
     def _value(self, key: str) -> Any:
         found: MetaValue | None = self._special.get(key)
@@ -123,15 +124,11 @@ class TextTokenizer:
             return self._render(self._template, folded)
 
     def _render(self, template: str, messages: Sequence[Message]) -> str:
-        return render(
-            template,
-            messages,
-            bos=self._bos_text,
-            eos=self._eos_text,
-            file=self.directory,
-            reply=False,
-            today=_TODAY,
-        )
+        if self._rendering is None:
+            self._rendering = ChatTemplate(
+                template, bos=self._bos_text, eos=self._eos_text, file=self.directory, today=_TODAY
+            )
+        return self._rendering.render(messages, reply=False)
 
     def _checked(self, ids: list[int]) -> list[int]:
         if ids and not 0 <= max(ids) < self.rows:
