@@ -1,4 +1,4 @@
-"""A prompt in the chat template of a model directory, for runtimes that would render it without any limit."""
+"""A prompt in the chat template of a model directory, for runtimes that would set no limits."""
 
 from __future__ import annotations
 
