@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_quantize.errors import IntegrityError, MalformedInputError
-from llm_quantize.io.paths import opened, pread_into
+from llm_quantize.errors import IntegrityError
+from llm_quantize.io.paths import opened, pread_into, refuse_larger
 
 PIECE_BYTES = 1 << 20
 
@@ -73,15 +73,7 @@ def copied_file(path: Path, limit_bytes: int) -> CopiedFile:
     """The file at ``path``, read once for its hash. Raises MalformedInputError (absent, not a regular file, more than
     ``limit_bytes``), AccessError, IntegrityError, ResourceError."""
     with opened(path) as descriptor:
-        size = os.fstat(descriptor).st_size
-    if size > limit_bytes:
-        raise MalformedInputError(
-            "this file is larger than its kind may be",
-            file=path,
-            expected=f"at most {limit_bytes:,} bytes",
-            found=f"{size:,} bytes",
-            remedy="fetch the file again; if it is really this large, it is not what its name says",
-        )
+        size = refuse_larger(path, limit_bytes, os.fstat(descriptor).st_size)
     return CopiedFile(path, size, _sha256(path, size))
 
 
