@@ -141,7 +141,7 @@ def test_a_python_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ResourceError, match="exit status 1"):
         render("x", TALK, bos="", eos="", file=FILE)
     monkeypatch.setattr(sys, "executable", "/nowhere")
-    with pytest.raises(ResourceError, match="no process"):
+    with pytest.raises(ResourceError, match="no more processes"):
         render("x", TALK, bos="", eos="", file=FILE)
 
 
