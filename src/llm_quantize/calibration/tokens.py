@@ -185,12 +185,18 @@ class _TokenizerJson:
             if type(error) is not Exception and not isinstance(error, UnicodeDecodeError):
                 raise
             _refused(path, "tokenizers", error)
+        self._file = path
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     def __call__(self, text: str, *, special: bool) -> list[int]:
         self._tokenizer.encode_special_tokens = not special
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except BaseException as error:  # a panic of the library is none: an expression that backtracks too far
+            if type(error).__name__ != "PanicException" and type(error) is not Exception:
+                raise
+            _refused(self._file, "tokenizers", error)
         return ids
 
 
@@ -227,7 +233,7 @@ class _SentencePiece:
         return ids
 
 
-def _refused(path: Path, library: str, error: Exception) -> NoReturn:
+def _refused(path: Path, library: str, error: BaseException) -> NoReturn:
     raise MalformedInputError(
         f"{library} does not read this tokenizer",
         file=path,
