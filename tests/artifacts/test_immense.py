@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from gguf.constants import GGMLQuantizationType
 
 from llm_quantize import memory
 from llm_quantize.artifacts import immense
 from llm_quantize.artifacts.manifest import manifest_bytes
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.errors import MalformedInputError, ResourceError
+from llm_quantize.formats.gguf.metadata import text
+from llm_quantize.io.gguf_file import layout_gguf
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.runtimes.base import is_model_directory
 from tests.artifacts.test_verify_directory import seal
@@ -165,3 +168,14 @@ def test_a_tokenizer_of_many_gigabytes(copy: Callable[[str], Path]) -> None:
     assert "Traceback" not in told
     with pytest.raises(MalformedInputError, match="larger than its kind"):
         is_model_directory(folder)
+
+
+def test_a_gguf_file_of_holes(tmp_path: Path) -> None:
+    name, columns = "blk.0.ffn_norm.weight", immense.MOST_COLUMNS + 1
+    layout = layout_gguf({"general.architecture": text("llama")}, [(name, (columns,), GGMLQuantizationType.F32)])
+    path = tmp_path / "m.gguf"
+    path.write_bytes(layout.header)
+    os.truncate(path, layout.size)
+    code, told = checked(path)
+    assert code == 4, told
+    assert name in told
