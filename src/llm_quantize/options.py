@@ -69,7 +69,8 @@ class MethodOptions:
 
     Of directories: ``group_size`` (-1: a whole row), ``symmetric``, None: as the format and level say; ``desc_act``;
     ``double_quant`` (scales in 8 bits) and ``compute_dtype`` (None: the checkpoint's) of bitsandbytes;
-    ``ignore``: regular expressions of modules that stay as they are; ``shard_size`` in bytes.
+    ``ignore``: regular expressions of modules that stay as they are; ``shard_size`` in bytes; ``include``: globs of
+    files of the source that are copied beside those that runtimes read.
     """
 
     method: str | None = None
@@ -83,6 +84,7 @@ class MethodOptions:
     desc_act: bool = False
     ignore: tuple[str, ...] = ()
     shard_size: int = 5_000_000_000
+    include: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, found, allowed in (

@@ -285,7 +285,7 @@ def test_scales_that_a_transform_moved(method: str, model: Path, tmp_path: Path,
         ("W4A16", {"ignore": ["lm_head", Q + ".weight"]}, "ignore list"),
         ("W4A16", {"ignore": ["re:.*q_proj"]}, "ignore list"),
         ("awq", {"modules_to_not_convert": ["q_proj"]}, "modules_to_not_convert"),
-        ("gptq", {"dynamic": {"-:.*q_proj": {}, "-:(": {}}}, "dynamic rules"),
+        ("gptq", {"dynamic": {"-:.*q_proj": {}, "+:(": {}}}, "dynamic rules"),
     ],
 )
 def test_a_configuration_that_contradicts(name: str, changes: Any, words: str, copy: Callable[[str], Path]) -> None:

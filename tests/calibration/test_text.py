@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -237,3 +238,22 @@ def test_a_name_that_is_not_utf8_is_shown_as_far_as_it_is(tmp_path: Path) -> Non
     path = os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.txt")
     Path(path).write_text("words")
     assert load_texts([path]).datasets[0].name == "a\ufffd.txt"
+
+
+def test_a_parquet_file_that_unfolds_to_gigabytes(tmp_path: Path) -> None:
+    """One long text in a dictionary, and any number of rows that are it: some kilobytes on disk."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    word = pyarrow.array(["a" * 40_000_000])
+    rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 300, pyarrow.int32()), word)
+    talk = pyarrow.array([[{"role": "user", "content": "a" * 40_000_000}] * 2])
+    long = pyarrow.array(["a" * 80_000_000])
+    for name, table in (("text", {"text": rows}), ("chat", {"messages": talk}), ("row", {"text": long})):
+        path = tmp_path / f"{name}.parquet"
+        parquet.write_table(pyarrow.table(table), path, compression="zstd")
+        assert path.stat().st_size < 100_000
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ResourceError, match="unfolds to more"):
+            read_documents(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # kilobytes

@@ -193,3 +193,16 @@ def test_it_is_tokenizers_itself(demo_model: Path) -> None:
     judge = Tokenizer.from_file(str(demo_model / "tokenizer.json"))
     text = evaluation_text()[:5000]
     assert tokenizer.encode(text) == judge.encode(text, add_special_tokens=False).ids
+
+
+def test_an_expression_that_backtracks_too_far(qwen: dict[str, Any], tmp_path: Path) -> None:
+    """The library panics, which is no Exception: it must not end as a bug of ours."""
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    save_tokenizer(tmp_path, qwen)
+    source = opened(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(qwen | {"pre_tokenizer": split}))
+    tokenizer = TextTokenizer(source)
+    assert tokenizer.encode("aaa")
+    with pytest.raises(MalformedInputError, match="tokenizers does not read this tokenizer") as caught:
+        tokenizer.encode("a" * 60 + "!")
+    assert "retry-limit" in str(caught.value.found)

@@ -146,7 +146,7 @@ def test_config_and_small_files(llama: Path, tmp_path: Path) -> None:
     (model / "odd name.txt").write_text("x")
     (model / "additional_chat_templates").mkdir()
     plan = planned(model)
-    files = {file.name: file.header for file in plan.files}
+    files = {file.name: b"".join(file.front()) for file in plan.files}
     assert set(files) == {
         *("model.safetensors", "config.json", "README.md", "generation_config.json", "tokenizer.json"),
         *("tokenizer_config.json", "chat_template.jinja", "LICENSE"),

@@ -154,10 +154,7 @@ def sealed_manifest(source: Source, target: Target) -> bytes:
         "plan_sha256": artifact.digest,
         "identity": dict(artifact.identity),
         "weights": artifact.weights,
-        "files": [
-            {"name": file.name, "size": file.size, "front_sha256": hashlib.sha256(file.header).hexdigest()}
-            for file in artifact.files
-        ],
+        "files": [{"name": file.name, "size": file.size, "front_sha256": file.front_sha256} for file in artifact.files],
         "left_out": source.left_out,
         "folded": dict(source.checkpoint.folded),
         **nonfinite_counts(tensors),

@@ -35,7 +35,7 @@ class Preflight:
 
 def rounding_sizes(artifacts: Sequence[ArtifactPlan]) -> Sizes:
     """What rounding single tensors holds: it goes by the chunk and the widest row, not by the model's size."""
-    bookkeeping = sum(len(file.header) for artifact in artifacts for file in artifact.files)
+    bookkeeping = sum(file.held_bytes for artifact in artifacts for file in artifact.files)
     bookkeeping += sum(4096 * len(artifact.tensors) for artifact in artifacts)
     return Sizes(
         margin=FIXED_WORK + bookkeeping,

@@ -39,6 +39,7 @@ from llm_quantize.artifacts.deviation import (
     judge_whole,
     made_how,
 )
+from llm_quantize.artifacts.immense import FLOATS, nonfinite, refuse_large_matrices, refuse_long_rows
 from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.artifacts.verification import StoredTensor, TensorCheck, Verification, check_stored, judge_nonfinite
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, UsageError
@@ -57,7 +58,6 @@ from llm_quantize.qtypes import QTYPES
 
 __all__ = ["TensorCheck", "Verification", "error_bound", "verify"]
 
-_FLOATS = ("F16", "BF16", "F32", "F64")
 _NAMES = {"U8": "uint8", "F8_E4M3": "float8_e4m3", "I8": "int8", "I32": "int32", "I64": "int64"}
 _SCALES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
@@ -166,6 +166,7 @@ class _Gguf:
     def __post_init__(self) -> None:
         self._entries = [(file, tensor) for file in self.files for tensor in file.tensors]
         self.total = sum(weights_of(tensor.shape) for _, tensor in self._entries)
+        refuse_long_rows((tensor.name, file.path, tensor.shape) for file, tensor in self._entries)
 
     def structure(self, manifest: Manifest | None) -> Iterator[str]:
         yield from compare_parts(self.files)
@@ -259,6 +260,7 @@ class _Directory:
             yield StoredTensor(name, kind, info.file, info.offset, info.nbytes, matrix_shape(info.shape)[0])
 
     def against(self, source: Source, manifest: Manifest | None, stack: ExitStack) -> Iterator[str]:
+        refuse_long_rows((name, info.file, info.shape) for name, info in self.files.plain.items())
         if source.checkpoint.metadata is None:  # else its tokenizer is no file
             yield from compare_tokenizer(self.path, source.checkpoint.directory, exact=manifest is not None)
         try:
@@ -284,14 +286,11 @@ class _Directory:
         yield sum(info.nbytes for info in self.files.plain.values())
 
     def _check_plain(self, name: str, info: TensorInfo, check: TensorCheck) -> None:
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             if self._is_weight(name):
                 check.problems.append(f"type {info.dtype} is no weight's; its values were not checked")
             return
-        rows, columns = matrix_shape(info.shape)
-        for first in range(0, rows, chunk_rows(columns)):
-            values = self.files.rows(name, first, min(rows, first + chunk_rows(columns)))
-            check.nonfinite += int(values.size - np.count_nonzero(np.isfinite(values)))
+        check.nonfinite += nonfinite(info)
 
     def _is_weight(self, name: str) -> bool:
         """Whether a plain tensor must be one: other models hold buffers of integers too."""
@@ -312,7 +311,7 @@ class _Directory:
         known = source.checkpoint.tensors
         for name, info in self.files.plain.items():
             same = name in known and known[name].shape == info.shape and source.checkpoint.is_readable(name)
-            if name not in seen and same and info.dtype in _FLOATS:
+            if name not in seen and same and info.dtype in FLOATS:
                 output = OutputTensor(name, info.shape, (Piece(name),))
                 yield name, output, self._compare(source, output, self._rows_of(name, info))
 
@@ -351,6 +350,7 @@ class _PackedDirectory(_Directory):
     files: PackedDirectory
 
     def structure(self, manifest: Manifest | None) -> Iterator[str]:
+        refuse_large_matrices(self.files.matrices.values(), self.files.scratch)
         yield from super().structure(manifest)
         yield from self.files.format.check_settings(self.files.settings, self.files.matrices)
 

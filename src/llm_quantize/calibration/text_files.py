@@ -6,6 +6,7 @@ Every refusal names the file and, where there is one, the byte.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llm_quantize.engine.limited import LimitedProcess
 from llm_quantize.errors import MalformedInputError, MissingExtraError, ResourceError, UsageError, printable
 from llm_quantize.io.json_file import parse_json
 from llm_quantize.io.paths import open_argument, pread_into, read_failure
@@ -22,6 +24,15 @@ LIMIT_BYTES = 512 << 20
 
 _LINE_LIMIT = 64 << 20
 _BOM = b"\xef\xbb\xbf"
+_PARQUET, _MAGIC = "llm_quantize.calibration.parquet_child", b"PAR1"
+_PARQUET_MEMORY, _PARQUET_SECONDS = 3 << 30, 300
+# One arena and few threads: address space is what is limited.
+_ARROW = {
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "ARROW_IO_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+}
 _SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 Message = Mapping[str, str]
@@ -230,48 +241,86 @@ def _message(item: Any, path: Path, where: str) -> Message:
 
 
 def _parquet(path: Path) -> Iterator[Document]:
+    """Rows as a limited process reads them: a file of some kilobytes may unfold to any size, within one row too."""
     if find_spec("pyarrow") is None:
         raise MissingExtraError("reading .parquet files", "parquet")
-    import pyarrow
-    from pyarrow import parquet
-
-    descriptor, _ = _open(path)
-    with os.fdopen(descriptor, "rb") as stream:
-        try:
-            yield from _rows(parquet.ParquetFile(stream), path)
-        except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-            raise MalformedInputError(
-                "this .parquet file cannot be read",
-                file=path,
-                found=printable(f"{type(error).__name__}: {error}", 200),
-                remedy="fetch the file again",
-            ) from error
+    if not _is_parquet(path):
+        raise _unreadable(path, "its first and last bytes are not PAR1")
+    first = {"columns": ["text", "messages", "conversations"], "most": _LINE_LIMIT}
+    process = LimitedProcess(_PARQUET, first, memory=_PARQUET_MEMORY, environment=_ARROW)
+    try:
+        process.ask({"file": str(path.absolute())}, cpu=_PARQUET_SECONDS)
+        yield from _rows(process, path)
+    finally:
+        process.close()
 
 
-def _rows(table: Any, path: Path) -> Iterator[Document]:
-    names = table.schema_arrow.names
-    column = next((name for name in ("text", "messages", "conversations") if name in names), None)
-    if column is None:
+def _rows(process: LimitedProcess, path: Path) -> Iterator[Document]:
+    column, characters = "", 0
+    while "end" not in (said := _said(process, path)):
+        if "column" in said:
+            column = said["column"]
+            continue
+        document = _document({column: json.loads(said["json"])}, path, f"row {said['row']}")
+        characters += document.characters
+        if characters > LIMIT_BYTES:
+            raise _unfolds(path, f"{characters:,} characters")
+        yield document
+
+
+def _said(process: LimitedProcess, path: Path) -> dict[str, Any]:
+    """What the process says next, unless that is an error."""
+    said = process.answer(12 * _LINE_LIMIT)
+    if said is None:
+        limited, how = process.why()
+        if limited:
+            raise _unfolds(path, how)
+        raise ResourceError(
+            "the process that reads the .parquet file ended",
+            file=path,
+            found=how,
+            remedy="check that this Python can start (memory limits), or give the text as .jsonl",
+        )
+    if "too_much" in said:
+        raise _unfolds(path, said["too_much"])
+    if "columns" in said:
         raise MalformedInputError(
             "this .parquet file has no column of text",
             file=path,
             expected="a column text, messages or conversations",
-            found=printable(", ".join(names), 200),
+            found=printable(said["columns"], 200),
             remedy="rename the column that holds the text to: text",
         )
-    row = characters = 0
-    for batch in table.iter_batches(batch_size=256, columns=[column]):
-        for value in batch.column(0).to_pylist():
-            row += 1
-            if value is None:
-                continue
-            document = _document({column: value}, path, f"row {row}")
-            characters += document.characters
-            if characters > LIMIT_BYTES:
-                raise ResourceError(
-                    "this file unfolds to more text than it may",
-                    file=path,
-                    expected=f"at most {LIMIT_BYTES:,} characters",
-                    remedy="a few megabytes are plenty: cut a part out of it",
-                )
-            yield document
+    if "refused" in said:
+        raise _unreadable(path, said["refused"])
+    return said
+
+
+def _is_parquet(path: Path) -> bool:
+    """Whether a regular file, and not too large, begins and ends as the format says."""
+    descriptor, size = _open(path)
+    try:
+        ends = bytearray(8)
+        if size >= len(ends):
+            pread_into(descriptor, memoryview(ends)[:4], 0, path)
+            pread_into(descriptor, memoryview(ends)[4:], size - 4, path)
+    finally:
+        os.close(descriptor)
+    return ends == 2 * _MAGIC
+
+
+def _unreadable(path: Path, found: str) -> MalformedInputError:
+    return MalformedInputError(
+        "this .parquet file cannot be read", file=path, found=printable(found, 200), remedy="fetch the file again"
+    )
+
+
+def _unfolds(path: Path, found: str) -> ResourceError:
+    return ResourceError(
+        "this file unfolds to more text than it may",
+        file=path,
+        expected=f"at most {LIMIT_BYTES:,} characters, {_LINE_LIMIT:,} in a row, {_PARQUET_MEMORY >> 30} GiB of "
+        f"memory and {_PARQUET_SECONDS} seconds",
+        found=printable(found, 200),
+        remedy="a few megabytes are plenty: cut a part out of it",
+    )

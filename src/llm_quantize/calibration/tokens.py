@@ -32,7 +32,7 @@ from llm_quantize.formats.gguf.vocabulary.reading import (
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.paths import inside, read_limited
 from llm_quantize.models.base import Model
-from llm_quantize.models.chat_template import render
+from llm_quantize.models.chat_template import ChatTemplate
 from llm_quantize.models.opening import Source
 
 _TODAY = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -82,6 +82,7 @@ class TextTokenizer:
         self._eos_text = tokens[self.eos] if self.eos is not None else ""
         self._template: str | None = self._value(Keys.Tokenizer.CHAT_TEMPLATE)
         self.has_template = self._template is not None
+        self._rendering: ChatTemplate | None = None
 
     def _value(self, key: str) -> Any:
         found: MetaValue | None = self._special.get(key)
@@ -123,15 +124,11 @@ class TextTokenizer:
             return self._render(self._template, folded)
 
     def _render(self, template: str, messages: Sequence[Message]) -> str:
-        return render(
-            template,
-            messages,
-            bos=self._bos_text,
-            eos=self._eos_text,
-            file=self.directory,
-            reply=False,
-            today=_TODAY,
-        )
+        if self._rendering is None:
+            self._rendering = ChatTemplate(
+                template, bos=self._bos_text, eos=self._eos_text, file=self.directory, today=_TODAY
+            )
+        return self._rendering.render(messages, reply=False)
 
     def _checked(self, ids: list[int]) -> list[int]:
         if ids and not 0 <= max(ids) < self.rows:
@@ -188,12 +185,18 @@ class _TokenizerJson:
             if type(error) is not Exception and not isinstance(error, UnicodeDecodeError):
                 raise
             _refused(path, "tokenizers", error)
+        self._file = path
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     def __call__(self, text: str, *, special: bool) -> list[int]:
         self._tokenizer.encode_special_tokens = not special
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except BaseException as error:  # a panic of the library is none: an expression that backtracks too far
+            if type(error).__name__ != "PanicException" and type(error) is not Exception:
+                raise
+            _refused(self._file, "tokenizers", error)
         return ids
 
 
@@ -230,7 +233,7 @@ class _SentencePiece:
         return ids
 
 
-def _refused(path: Path, library: str, error: Exception) -> NoReturn:
+def _refused(path: Path, library: str, error: BaseException) -> NoReturn:
     raise MalformedInputError(
         f"{library} does not read this tokenizer",
         file=path,

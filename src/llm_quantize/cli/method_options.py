@@ -40,6 +40,8 @@ def method_options(function: Function) -> Function:
                      help="Modules that stay as they are; repeatable; not for gguf."),
         click.option("--output-shard-size", "shard_size", type=Size(), default="5G", show_default=True,
                      help="Largest file of a directory; not for gguf."),
+        click.option("--include", multiple=True, metavar="GLOB",
+                     help="Files of the model to copy, beside those that runtimes read; repeatable; not for gguf."),
         click.option("--resume", is_flag=True, hidden=True, help="For scripts: every run resumes by itself."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -71,4 +73,5 @@ def build_method(arguments: Mapping[str, Any]) -> Any:
         desc_act=arguments["desc_act"],
         ignore=arguments["ignore"],
         shard_size=arguments["shard_size"],
+        include=arguments["include"],
     )

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.measures.perplexity import log_softmax
-from llm_quantize.models.chat_template import render
+from llm_quantize.models.chat_template import ChatTemplate
 from llm_quantize.runtimes.base import OpenModel
 
 _DEFAULT_ANSWER = 256  # tokens, where a task names no limit; as the harness's own models do
@@ -21,6 +21,7 @@ class Answers:
 
     def __init__(self, model: OpenModel, *, chat: bool = False) -> None:
         self._model, self._chat = model, chat
+        self._rendering: ChatTemplate | None = None
         self._kept: tuple[tuple[int, ...], int, npt.NDArray[np.float64]] | None = None
         self.truncated = 0
         self._bos = self._id("bos")
@@ -95,8 +96,10 @@ class Answers:
         template = self._model.metadata("tokenizer.chat_template")
         if template is None:
             raise UnsupportedError("this model has no chat template", file=self._model.path, remedy="leave out --chat")
-        bos, eos = self._spelled(self._bos), self._spelled(self._id("eos"))
-        return render(template, messages, bos=bos, eos=eos, file=self._model.path, reply=reply)
+        if self._rendering is None:
+            bos, eos = self._spelled(self._bos), self._spelled(self._id("eos"))
+            self._rendering = ChatTemplate(template, bos=bos, eos=eos, file=self._model.path)
+        return self._rendering.render(messages, reply=reply)
 
 
 def stop_texts(options: Mapping[str, Any]) -> tuple[list[str], int, float]:

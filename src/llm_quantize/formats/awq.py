@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.errors import UnsupportedError
+from llm_quantize.errors import UnsupportedError, printable
 from llm_quantize.formats.base import (
     MARLIN_STEPS,
     Array,
@@ -36,6 +36,7 @@ from llm_quantize.formats.base import (
     to_numpy,
 )
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
+from llm_quantize.formats.expressions import Meaning, first_meant
 from llm_quantize.formats.packed import (
     FLOATS,
     Fields,
@@ -221,11 +222,16 @@ def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, 
 
 def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> Iterator[str]:
     """As ``StoredFormat.check_settings``: modules that are not to be converted."""
-    left = settings.values.get("modules_to_not_convert")
-    for matrix in matrices.values():
-        for rule in left if isinstance(left, list) else ():
-            if isinstance(rule, str) and rule in matrix.name:
-                yield f"{matrix.name} is quantized, but the configuration's modules_to_not_convert has {rule}"
+    left, names = settings.values.get("modules_to_not_convert"), [matrix.name for matrix in matrices.values()]
+    rules = [rule for rule in left if isinstance(rule, str)] if isinstance(left, list) else []
+    within = ((rule, _part_of(rule)) for rule in dict.fromkeys(rules))
+    for rule, name in first_meant(within, names, settings.file):
+        told = printable(rule, 200)
+        yield f"{name} is quantized, but the configuration's modules_to_not_convert has {told}"
+
+
+def _part_of(rule: str) -> Meaning:
+    return lambda name: rule in name
 
 
 def layout_name(matrices: Collection[PackedMatrix]) -> str:

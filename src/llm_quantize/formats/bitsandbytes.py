@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError, printable
 from llm_quantize.formats.base import Array, Coverage, Field, Scheme, SchemeOptions, check_group, to_numpy
+from llm_quantize.formats.expressions import Meaning, first_meant
 from llm_quantize.formats.packed import (
     Fields,
     Layout,
@@ -41,7 +42,6 @@ from llm_quantize.formats.packed import (
     check_fields,
     check_matrix,
     check_present,
-    finds,
     misfit,
     modules,
     wrong_form,
@@ -388,11 +388,16 @@ def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> 
     for matrix in matrices.values():
         if matrix.layout is not _ROWS8 and said is not None and said != matrix.layout.name:
             yield f"{matrix.name} is {matrix.layout.name}, but the configuration says {printable(repr(said), 40)}"
-    skipped = settings.values.get("llm_int8_skip_modules")
-    for matrix in matrices.values():
-        for rule in skipped if isinstance(skipped, list) else ():
-            if isinstance(rule, str) and finds(rule, matrix.name):
-                yield f"{matrix.name} is quantized, but llm_int8_skip_modules has {rule}"
+    skipped, names = settings.values.get("llm_int8_skip_modules"), [matrix.name for matrix in matrices.values()]
+    rules = [rule for rule in skipped if isinstance(rule, str)] if isinstance(skipped, list) else []
+    within = ((rule, _module_of(rule)) for rule in dict.fromkeys(rules))
+    for rule, name in first_meant(within, names, settings.file):
+        yield f"{name} is quantized, but llm_int8_skip_modules has {printable(rule, 200)}"
+
+
+def _module_of(rule: str) -> Meaning:
+    """Whether a module is the one that ``rule`` names, or a part of it."""
+    return lambda name: name == rule or name.endswith(f".{rule}") or name.startswith(f"{rule}.")
 
 
 def layout_name(matrices: Collection[PackedMatrix]) -> str:

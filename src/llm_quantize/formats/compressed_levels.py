@@ -1,4 +1,4 @@
-"""compressed-tensors' levels, the package's presets by their names, and what a configuration says of each."""
+"""The levels of compressed-tensors by the names of the package, and the configuration of each."""
 
 from __future__ import annotations
 

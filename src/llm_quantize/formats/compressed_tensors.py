@@ -48,6 +48,7 @@ from llm_quantize.formats.compressed_levels import (
     scheme,
     vllm_refusal,
 )
+from llm_quantize.formats.expressions import compiled, first_meant
 from llm_quantize.formats.packed import (
     FLOATS,
     WORD,
@@ -62,7 +63,6 @@ from llm_quantize.formats.packed import (
     columns_of_group,
     contradicts,
     declared_bits,
-    finds,
     group_index,
     group_size,
     misfit,
@@ -202,13 +202,23 @@ def _matrix(
     name: str, layout: Layout, found: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
 ) -> PackedMatrix:
     n, k, bits = _sizes(layout, found, settings, numbers)
+    if bits < 2:
+        main = found[layout.required[0]]
+        raise UnsupportedError(
+            "codes of one bit are not decoded by this version",
+            file=main.file,
+            tensor=main.name,
+            expected="2 to 8 bits",
+            found=f"{bits} bit",
+            remedy="start from the model it was made from",
+        )
     declared, varies = _weight_settings(settings, bits)
     scale = found["weight_scale"]
     each = scale.shape[-1] if len(scale.shape) == 2 else 1
     group = columns_of_group(declared, k, each, varies=varies)
     matrix = PackedMatrix(name, layout, n, k, bits, group, "weight_zero_point" not in found, False, found)
     g = matrix.groups
-    by_row = {"weight_zero_point": (("I8",), ((n, g), (n,), (1,), (1, 1)))}
+    by_row = {"weight_zero_point": (("I8",), ((n, g), (1,), (1, 1), *(((n,),) if g == 1 else ())))}
     packed_zeros = {"weight_zero_point": (("I32",), ((packed_words(n, bits), g),))}
     return check_fields(
         matrix,
@@ -324,11 +334,13 @@ def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, 
 
 def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> Iterator[str]:
     """As ``StoredFormat.check_settings``: the ignore list."""
-    ignored = settings.values.get("ignore")
-    for matrix in matrices.values():
-        for rule in ignored if isinstance(ignored, list) else ():
-            if isinstance(rule, str) and finds(rule, matrix.name):
-                yield f"{matrix.name} is quantized, but the configuration's ignore list has {rule}"
+    ignored, names = settings.values.get("ignore"), {matrix.name for matrix in matrices.values()}
+    rules = [rule for rule in ignored if isinstance(rule, str)] if isinstance(ignored, list) else []
+    found = [(rule, rule) for rule in dict.fromkeys(rules) if rule in names]
+    expressions = [rule for rule in dict.fromkeys(rules) if rule.startswith("re:")]
+    matchers = ((rule, compiled(rule[3:], settings.file)) for rule in expressions)
+    for rule, name in (*found, *first_meant(matchers, sorted(names), settings.file)):
+        yield f"{name} is quantized, but the configuration's ignore list has {printable(rule, 200)}"
 
 
 def layout_name(matrices: Collection[PackedMatrix]) -> str:

@@ -76,8 +76,8 @@ class Contents:
 
     ``label``: the level as the artifact's name has it. ``groups``: the tensors, in order. ``qtype``: the grid of those
     that are matrices. ``config``: config.json. ``about``: the card. ``weights``: how many of the source it holds.
-    ``identity``: what decides the bytes beside source, level and layout. ``measured``: the card has room for what the
-    run will tell. ``too_large``: as in the plan.
+    ``identity``: what decides the bytes beside source, level and layout. ``include``: globs of further files of the
+    source to copy. ``measured``: the card has room for what the run will tell. ``too_large``: as in the plan.
     """
 
     format: str
@@ -89,6 +89,7 @@ class Contents:
     weights: int
     identity: Mapping[str, Any]
     shard_size: int
+    include: Sequence[str] = ()
     qtype: str = ""
     measured: bool = False
     warnings: Sequence[str] = ()
@@ -164,7 +165,7 @@ def _file(name: str, data: bytes) -> OutputFile:
 def _other_files(source: Source, contents: Contents, warnings: list[str]) -> list[OutputFile]:
     """config.json, what is copied, and the model card; what could not be copied is added to ``warnings``."""
     checkpoint = source.checkpoint
-    copied, problems = small_files(checkpoint.directory)
+    copied, problems = small_files(checkpoint.directory, contents.include)
     warnings += problems
     front = read_card(checkpoint.directory, warnings.append)
     text = card(
@@ -177,7 +178,7 @@ def _other_files(source: Source, contents: Contents, warnings: list[str]) -> lis
     )
     return [
         _file("config.json", json.dumps(dict(contents.config), indent=2, ensure_ascii=False).encode() + b"\n"),
-        *(_file(file, data) for file, data in copied),
+        *(OutputFile(name, file.size, b"", file) for name, file in copied),
         _file("README.md", text.encode()),
     ]
 
@@ -194,7 +195,9 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def _identity(source: Source, contents: Contents, files: Sequence[OutputFile]) -> dict[str, Any]:
     headers = hashlib.sha256()
     for file in files:
-        headers.update(file.name.encode() + b"\0" + len(file.header).to_bytes(8, "little") + file.header)
+        headers.update(file.name.encode() + b"\0" + file.front_bytes.to_bytes(8, "little"))
+        for piece in file.front():
+            headers.update(piece)
     return {
         "source": source.checkpoint.name,
         "source_revision": source.checkpoint.revision,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_quantize.io.paths import read_range
-from llm_quantize.io.safetensors_file import TensorInfo
-
-_COPIED = re.compile(r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model|"
-                     r"chat_template\..*|generation_config\.json")  # fmt: skip
+from llm_quantize.errors import AccessError, MalformedInputError, printable
+from llm_quantize.formats.gguf.vocabulary.json import LIMIT_BYTES
+from llm_quantize.formats.small_files import is_vocabulary
+from llm_quantize.io.json_file import read_json
+from llm_quantize.io.output_file import file_sha256, read_pieces
+from llm_quantize.io.paths import inside, read_range
+from llm_quantize.io.safetensors_file import MAX_HEADER_BYTES, TensorInfo
 
 CARD = "README.md"
 
@@ -23,7 +23,11 @@ def compare_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     problems = []
     planned = {entry["name"]: entry["size"] for entry in manifest["files"]}
     for name, size in planned.items():
-        file = path / name
+        try:
+            file = inside(path, name)
+        except AccessError as error:
+            problems.append(f"the manifest names {printable(name, 100)!r}, which is not opened: {error.what}")
+            continue
         if not file.is_file():
             problems.append(f"{name} is in the manifest but not in the directory")
         elif file.stat().st_size != size:
@@ -36,26 +40,31 @@ def compare_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     fronts = hashlib.sha256()
     for entry in manifest["files"]:
         name = entry["name"]
-        front = _front(path / name, entry["size"])
-        if name == CARD and "card_sha256" in manifest:
-            if hashlib.sha256(front).hexdigest() != manifest["card_sha256"]:
-                problems.append(f"{name} does not match the manifest's hash")
-            front = b""
-        elif entry.get("front_sha256") not in (None, hashlib.sha256(front).hexdigest()):
+        file = path / name
+        size = _front_bytes(file, entry["size"])
+        measured = name == CARD and "card_sha256" in manifest
+        wanted = manifest["card_sha256"] if measured else entry.get("front_sha256")
+        fronts.update(name.encode() + b"\0" + (0 if measured else size).to_bytes(8, "little"))
+        digest = hashlib.sha256()
+        for piece in read_pieces(file, size):
+            digest.update(piece)
+            if not measured:
+                fronts.update(piece)
+        if wanted not in (None, digest.hexdigest()):
             what = "the header of " if name.endswith(".safetensors") else ""
             problems.append(f"{what}{name} does not match the manifest's hash")
-        fronts.update(name.encode() + b"\0" + len(front).to_bytes(8, "little") + front)
     if not problems and fronts.hexdigest() != manifest["identity"].get("layout_sha256"):
         names = ", ".join(entry["name"] for entry in manifest["files"])
         problems.append(f"a header or a small file does not match the manifest's hash (one of {names})")
     return problems
 
 
-def _front(file: Path, size: int) -> bytes:
-    """A safetensors file's header; any other file whole."""
+def _front_bytes(file: Path, size: int) -> int:
+    """How much of a file holds no tensor: a safetensors file's header, any other file whole."""
     if file.suffix != ".safetensors":
-        return read_range(file, 0, size)
-    return read_range(file, 0, min(size, 8 + int.from_bytes(read_range(file, 0, min(8, size)), "little")))
+        return size
+    header = int.from_bytes(read_range(file, 0, min(8, size)), "little")
+    return min(size, 8 + header, 8 + MAX_HEADER_BYTES)
 
 
 def compare_tensors(tensors: Mapping[str, TensorInfo], manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -76,15 +85,15 @@ def compare_tokenizer(path: Path, source: Path, *, exact: bool) -> list[str]:
     """Files of the tokenizer, template and generation settings against the source's."""
     problems = []
     if not exact:
-        own, theirs = (_vocabulary(folder / "tokenizer.json") for folder in (path, source))
+        own, theirs = (_vocabulary(inside(folder, "tokenizer.json")) for folder in (path, source))
         return ["tokenizer.json has another vocabulary than the source's"] if own != theirs else []
     for file in sorted(source.iterdir()):
-        if not file.is_file() or not _COPIED.fullmatch(file.name):
+        if not file.is_file() or not is_vocabulary(file.name):
             continue
-        copy = path / file.name
+        copy, original = inside(path, file.name), inside(source, file.name)
         if not copy.is_file():
             problems.append(f"{file.name} of the source is missing from the artifact")
-        elif copy.read_bytes() != file.read_bytes():
+        elif copy.stat().st_size != original.stat().st_size or file_sha256(copy) != file_sha256(original):
             problems.append(f"{file.name} is not the source's, byte for byte")
     return problems
 
@@ -94,7 +103,7 @@ def _vocabulary(file: Path) -> Any:
     if not file.is_file():
         return None
     try:
-        read = json.loads(file.read_bytes())
+        read = read_json(file, limit_bytes=LIMIT_BYTES)
         return read["model"]["vocab"], [(one["id"], one["content"]) for one in read.get("added_tokens", [])]
-    except (ValueError, LookupError, TypeError):
-        return file.read_bytes()
+    except (MalformedInputError, LookupError, TypeError):
+        return file_sha256(file)

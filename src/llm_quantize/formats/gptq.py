@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 import llm_quantize
-from llm_quantize.errors import UnsupportedError
+from llm_quantize.errors import UnsupportedError, printable
 from llm_quantize.formats.base import (
     MARLIN_STEPS,
     Array,
@@ -47,6 +47,7 @@ from llm_quantize.formats.base import (
     to_numpy,
 )
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
+from llm_quantize.formats.expressions import compiled, first_meant
 from llm_quantize.formats.packed import (
     FLOATS,
     WORD,
@@ -60,7 +61,6 @@ from llm_quantize.formats.packed import (
     check_present,
     columns_of_group,
     declared_bits,
-    finds,
     flat_settings,
     group_index,
     groups_by_row,
@@ -260,11 +260,11 @@ def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, 
 
 def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> Iterator[str]:
     """As ``StoredFormat.check_settings``: the dynamic rules, and lm_head."""
-    dynamic = settings.values.get("dynamic")
-    for rule in dynamic if isinstance(dynamic, dict) else ():
-        named = [name for name in matrices if rule.startswith("-:") and finds(f"re:{rule[2:]}", name)]
-        if named:
-            yield f"{named[0]} is quantized, but the configuration's dynamic rules have {rule}"
+    dynamic, names = settings.values.get("dynamic"), [matrix.name for matrix in matrices.values()]
+    left_out = [rule for rule in dynamic if rule.startswith("-:")] if isinstance(dynamic, dict) else []
+    matchers = ((rule, compiled(rule[2:], settings.file)) for rule in left_out)
+    for rule, name in first_meant(matchers, names, settings.file):
+        yield f"{name} is quantized, but the configuration's dynamic rules have {printable(rule, 200)}"
     if "lm_head.weight" in matrices and settings.values.get("lm_head") is False:
         yield "lm_head is quantized, but the configuration says lm_head false"
 

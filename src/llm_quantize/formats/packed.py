@@ -9,7 +9,6 @@ N = out = rows, K = in = columns, G = groups, b = bits. Each format's module has
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +131,8 @@ class StoredFormat(Protocol):
 
     def check_settings(self, settings: Settings, matrices: Mapping[str, PackedMatrix]) -> Iterator[str]:
         """What readers take from the configuration and not from the tensors, where it contradicts the tensors.
-        ``matrices``: by the names of their weights."""
+        ``matrices``: by the names of their weights. Raises MalformedInputError for expressions that cannot be matched
+        (expressions.py)."""
 
     def layout_name(self, matrices: Collection[PackedMatrix]) -> str:
         """The form that the matrices have, in the format's own words."""
@@ -144,16 +144,6 @@ class StoredFormat(Protocol):
 def widths(matrices: Collection[PackedMatrix]) -> str:
     """The bits of matrices in one word: 4, 4+8."""
     return "+".join(map(str, sorted({matrix.bits for matrix in matrices}))) or "none"
-
-
-def finds(rule: str, name: str) -> bool:
-    """Whether a rule of a configuration, a name or "re:" and a regular expression, means ``name``."""
-    if not rule.startswith("re:"):
-        return rule == name
-    try:
-        return re.match(rule[3:], name) is not None
-    except re.error:
-        return False
 
 
 def modules(tensors: Mapping[str, TensorInfo], layout: Layout) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
@@ -182,9 +172,9 @@ def check_present(name: str, layout: Layout, fields: Mapping[str, TensorInfo]) -
 
 
 def check_matrix(info: TensorInfo) -> None:
-    """Raise IntegrityError unless a field has two dimensions."""
-    if len(info.shape) != 2:
-        raise misfit(info, "a matrix", info.shape)
+    """Raise IntegrityError unless a field has two dimensions, and values in it."""
+    if len(info.shape) != 2 or 0 in info.shape:
+        raise misfit(info, "a matrix with at least one row and one column", info.shape)
 
 
 def groups_by_row(scales: TensorInfo) -> int:

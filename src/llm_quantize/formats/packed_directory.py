@@ -115,6 +115,7 @@ class PackedFormat:
             weights=facts.weights,
             identity=self._identity(scheme, importance, options),
             shard_size=method.shard_size,
+            include=method.include,
             qtype=scheme.qtype.name,
             measured=options.statistics is None and method.stages(self.name).correction > 0,
             warnings=warnings,

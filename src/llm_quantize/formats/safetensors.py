@@ -100,6 +100,7 @@ class Safetensors:
             weights=weights,
             identity={"nonfinite": options.nonfinite},
             shard_size=options.method.shard_size,
+            include=options.method.include,
             warnings=[f"{tensor} is left out: {reason}" for tensor, reason in dropped.items()],
             too_large="use BF16 or F32, which hold larger magnitudes: -q BF16",
         )

@@ -14,7 +14,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +36,13 @@ from llm_quantize.io.durable import (
 )
 from llm_quantize.io.files_at import Buffer, OpenFiles, Span
 from llm_quantize.io.journal import other_identity, parse_journal, record_line, refuse_other_identity
+from llm_quantize.io.output_file import OutputFile
 from llm_quantize.io.ownership import refuse_moved, refuse_target, take_lock, taken_away
 
 __all__ = ["OpenFiles", "OutputFile", "ResumableOutput", "Span"]
 
 SYNC_BYTES = 256 << 20
 SYNC_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """One file to be written: its final name inside the artifact, its exact size, and the bytes at its front."""
-
-    name: str
-    size: int
-    header: bytes
 
 
 class ResumableOutput:
@@ -248,13 +239,16 @@ class ResumableOutput:
                 allocate(self._descriptors[number], file.size)
             except OSError as error:
                 fail_os(error, "the output cannot be allocated", path)
-            self.write(Span(number, 0, len(file.header)), 0, file.header)
+            at, front = 0, Span(number, 0, file.front_bytes)
+            for piece in file.front():
+                self.write(front, at, piece)
+                at += len(piece)
             if self.records:
                 self._clear_gaps(number, file)
 
     def _clear_gaps(self, number: int, file: OutputFile) -> None:
         """Zeros between units, which no hash covers: what an accident left there must not reach the artifact."""
-        at = len(file.header)
+        at = file.front_bytes
         spans = sorted((span.offset, span.nbytes) for span in self.spans.values() if span.file == number)
         for offset, nbytes in [*spans, (file.size, 0)]:
             if offset > at:

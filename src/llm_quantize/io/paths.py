@@ -143,18 +143,24 @@ def pread_into(descriptor: int, view: memoryview, offset: int, path: str | Path,
         done += count
 
 
+def refuse_larger(path: str | Path, limit_bytes: int, size: int | None = None) -> int:
+    """The ``size`` of the file at ``path`` (None: looked up). Raises MalformedInputError for more than the limit."""
+    found = Path(path).stat().st_size if size is None else size
+    if found > limit_bytes:
+        raise MalformedInputError(
+            "this file is larger than its kind may be",
+            file=path,
+            expected=f"at most {limit_bytes:,} bytes",
+            found=f"{found:,} bytes",
+            remedy="fetch the file again; if it is really this large, it is not what its name says",
+        )
+    return found
+
+
 def read_limited(path: str | Path, limit_bytes: int) -> bytes:
     """All bytes of a regular file of at most ``limit_bytes``; the size is checked before anything is allocated."""
     with opened(path) as descriptor:
-        size = os.fstat(descriptor).st_size
-        if size > limit_bytes:
-            raise MalformedInputError(
-                "this file is larger than its kind may be",
-                file=path,
-                expected=f"at most {limit_bytes:,} bytes",
-                found=f"{size:,} bytes",
-                remedy="fetch the file again; if it is really this large, it is not what its name says",
-            )
+        size = refuse_larger(path, limit_bytes, os.fstat(descriptor).st_size)
         data = bytearray(size)
         pread_into(descriptor, memoryview(data), 0, path)
     return bytes(data)

@@ -1,112 +1,118 @@
-"""A model's own chat template, rendered without trusting it.
+"""A model's own chat template, rendered without trusting it: in a process of its own that has few seconds and bytes.
 
-The template is a Jinja program from a downloaded file; it runs in Jinja's immutable sandbox, which forbids
-attributes and mutation beyond plain data (Hugging Face renders with the same environment and the same helpers).
-The sandbox bounds no time; here loops and calls are counted, and texts have a longest length.
+The template is a Jinja program from a downloaded file. The process (``template_child.py``) runs it in Jinja's sandbox,
+under limits that the system keeps; it is started once for a template, and renders any number of conversations.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
 
-from llm_quantize.errors import MalformedInputError, MissingExtraError, UnsupportedError
+from llm_quantize.engine.limited import LimitedProcess
+from llm_quantize.errors import MalformedInputError, MissingExtraError, ResourceError, UnsupportedError, printable
 
-_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError)
+CPU_SECONDS = 5.0  # for the process, Jinja and the template's own code
+CPU_SECONDS_EACH = 0.1  # more with each conversation; real templates take less than a hundredth of this
+MEMORY = 1 << 30  # bytes of address space
+MAX_CHARACTERS = 16 << 20
 
-MAX_STEPS = 1_000_000  # rounds of loops and calls in one rendering; real templates take a few for each message
-MAX_CHARACTERS = 64 << 20
-_WIDTH = re.compile(r"[%:][^a-zA-Z]*\d{9}")
-
-
-class _TooMuchError(Exception):
-    """A template that would take all time or memory."""
+_CHILD = "llm_quantize.models.template_child"
 
 
-def generation_block() -> type[Any]:
-    """A Jinja extension for ``{% generation %}``, with which templates mark the assistant's words for training: its
-    content stays as it is. Raises ImportError without Jinja."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension
+class ChatTemplate:
+    """A template that is ready to render. ``bos`` and ``eos``: the tokens as text; ``file``: where it comes from;
+    ``today``: the date that it may write (None: the clock's); ``seconds``: of CPU, to begin with (None: CPU_SECONDS).
 
-    class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012
+    One object serves one thread. Close it, or use it as a context manager; the process ends with the object, too.
 
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
+    Raises MissingExtraError (Jinja is not installed).
+    """
 
-    return Generation
+    def __init__(
+        self,
+        template: str,
+        *,
+        bos: str,
+        eos: str,
+        file: Path,
+        today: datetime.datetime | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        if find_spec("jinja2") is None:
+            raise MissingExtraError("rendering this model's chat template", "llamacpp")
+        self._file, self._seconds = file, CPU_SECONDS if seconds is None else seconds
+        self._first = {
+            "template": template,
+            "bos": bos,
+            "eos": eos,
+            "today": (today or datetime.datetime.now().astimezone()).isoformat(),
+            "characters": MAX_CHARACTERS,
+        }
+        self._process: LimitedProcess | None = None
 
+    def __enter__(self) -> ChatTemplate:
+        return self
 
-@cache
-def _environment() -> type[Any]:
-    """The sandbox with a budget for each rendering, which begins anew with ``steps``."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    def short(value: Any) -> Any:
-        if isinstance(value, str) and len(value) > MAX_CHARACTERS:
-            raise _TooMuchError("a text is too long")
-        return value
+    def close(self) -> None:
+        """End the process, if there is one; the next conversation would start another."""
+        if self._process is not None:
+            self._process.close()
+        self._process = None
 
-    class Bounded(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**", "%"})
-        steps = MAX_STEPS
+    def render(self, messages: Sequence[Mapping[str, str]], *, reply: bool = True) -> str:
+        """The text of ``messages``, followed by the opening of the assistant's turn if ``reply``.
 
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            self.filters.update(counted=self.counted, short=short)
+        Raises UnsupportedError (the template fails or breaks the sandbox), MalformedInputError (it takes too much time
+        or memory), ResourceError (the system gives no process).
+        """
+        if self._process is None:
+            self._process = LimitedProcess(_CHILD, self._first, memory=MEMORY)
+        process = self._process
+        self._seconds += CPU_SECONDS_EACH
+        process.ask({"messages": [dict(message) for message in messages], "reply": reply}, cpu=self._seconds)
+        said = process.answer(12 * MAX_CHARACTERS + 1000)
+        if said is None:
+            raise self._died(process)
+        if "refused" in said:
+            raise UnsupportedError(
+                "the model's chat template cannot be rendered",
+                file=self._file,
+                found=said["refused"],
+                remedy="run without --chat",
+            )
+        if "too_much" in said:
+            raise self._too_much(said["too_much"])
+        return str(said["text"])
 
-        def step(self, count: int = 1) -> None:
-            self.steps -= count
-            if self.steps < 0:
-                raise _TooMuchError(f"more than {MAX_STEPS:,} steps")
+    def _died(self, process: LimitedProcess) -> MalformedInputError | ResourceError:
+        """The error for a process that ended without an answer, or wrote too much."""
+        limited, how = process.why()
+        self._process = None
+        if limited:
+            return self._too_much(how)
+        return ResourceError(
+            "the process that renders the chat template ended",
+            file=self._file,
+            found=how,
+            remedy="check that this Python can start (memory limits), or give text without conversations",
+        )
 
-        def counted(self, values: Iterable[Any]) -> Iterator[Any]:
-            for value in values:
-                self.step()
-                yield value
-
-        def call(self, *arguments: Any, **named: Any) -> Any:
-            self.step(10)  # a macro that calls itself takes ten times as long as a round of a loop
-            wide = isinstance(getattr(arguments[1], "__self__", None), str) and _WIDTH.search(arguments[1].__self__)
-            if wide or any(isinstance(value, int) and abs(value) > MAX_CHARACTERS for value in arguments[2:]):
-                raise _TooMuchError("a text is too long")
-            return short(super().call(*arguments, **named))
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            sizes = [len(value) if isinstance(value, str | list | tuple) else 0 for value in (left, right)]
-            numbers = [abs(value) if isinstance(value, int) else 0 for value in (left, right)]
-            if operator == "*" and max(sizes) * max(numbers) > MAX_CHARACTERS:
-                raise _TooMuchError("a text or list is too long")
-            if operator == "%" and isinstance(left, str) and _WIDTH.search(left):
-                raise _TooMuchError("a text is too long")
-            if operator == "**" and numbers[1] * numbers[0].bit_length() > 1 << 16:
-                raise _TooMuchError("a number is too large")
-            return short(super().call_binop(context, operator, left, right))
-
-    return Bounded
-
-
-def _bounded(environment: Any, template: str) -> Any:
-    """The syntax tree of ``template``, in which every loop counts its rounds and every joined text is measured."""
-    from jinja2 import nodes
-
-    def through(node: Any, name: str) -> Any:
-        return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-
-    tree = environment.parse(template)
-    for loop in list(tree.find_all(nodes.For)):
-        loop.iter = through(loop.iter, "counted")
-    for joined in list(tree.find_all(nodes.Concat)):
-        joined.nodes = [through(node, "short") for node in joined.nodes]
-    return tree.set_environment(environment)
+    def _too_much(self, found: str) -> MalformedInputError:
+        self.close()
+        return MalformedInputError(
+            "the model's chat template takes too much time or memory",
+            file=self._file,
+            expected=f"at most {int(self._seconds)} seconds of CPU so far, {MEMORY >> 20:,} MiB and "
+            f"{MAX_CHARACTERS:,} characters",
+            found=printable(found, 200),
+            remedy="do without it: remove it from the model's files, or give text without conversations",
+        )
 
 
 def render(
@@ -117,65 +123,8 @@ def render(
     eos: str,
     file: Path,
     reply: bool = True,
-    today: datetime.datetime | None = None,
+    seconds: float | None = None,
 ) -> str:
-    """The text of ``messages``, followed by the opening of the assistant's turn if ``reply``. ``today``: the date that
-    templates may write into the text (None: the clock's).
-
-    Raises: MissingExtraError (Jinja is not installed), UnsupportedError (the template fails or breaks the sandbox),
-    MalformedInputError (it goes on without end).
-    """
-    try:
-        from jinja2 import TemplateError
-
-        sandbox = _environment()
-    except ImportError:
-        raise MissingExtraError("rendering this model's chat template", "llamacpp") from None
-
-    def refuse(reason: str) -> NoReturn:
-        raise TemplateError(str(reason))
-
-    def to_json(
-        value: object,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def now(layout: str) -> str:
-        return (today or datetime.datetime.now().astimezone()).strftime(layout)
-
-    environment = sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", generation_block()]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals.update(raise_exception=refuse, strftime_now=now)
-    try:
-        text: str = environment.from_string(_bounded(environment, template)).render(
-            messages=[dict(m) for m in messages],
-            tools=None,
-            documents=None,
-            bos_token=bos,
-            eos_token=eos,
-            add_generation_prompt=reply,
-        )
-        if len(text) > MAX_CHARACTERS:
-            raise _TooMuchError("the text is too long")
-        return text
-    except (_TooMuchError, MemoryError) as problem:
-        raise MalformedInputError(
-            "the model's chat template takes too much time or memory",
-            file=file,
-            expected=f"at most {MAX_STEPS:,} steps and {MAX_CHARACTERS:,} characters",
-            found=str(problem) or "memory at its end",
-            remedy="do without it: remove it from the model's files, or give text without conversations",
-        ) from problem
-    except (TemplateError, *_FAILURES) as problem:
-        raise UnsupportedError(
-            "the model's chat template cannot be rendered",
-            file=file,
-            found=f"{type(problem).__name__}: {problem}",
-            remedy="run without --chat",
-        ) from problem
+    """One conversation in ``template``. Raises as ``ChatTemplate`` and its ``render``."""
+    with ChatTemplate(template, bos=bos, eos=eos, file=file, seconds=seconds) as chat:
+        return chat.render(messages, reply=reply)

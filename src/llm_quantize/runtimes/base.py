@@ -17,8 +17,9 @@ from llm_quantize import events
 from llm_quantize.architectures.mapping import AbsentWeightError
 from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.events import EventSink
+from llm_quantize.formats.small_files import MOST_BYTES, is_read
 from llm_quantize.io.json_file import read_json_object
-from llm_quantize.io.paths import inside
+from llm_quantize.io.paths import inside, refuse_larger
 from llm_quantize.models.files import CONFIG_LIMIT
 from llm_quantize.models.opening import open_source
 
@@ -145,8 +146,9 @@ class Runtime(Protocol):
 def is_model_directory(path: Path) -> bool:
     """Whether ``path`` is a Hugging Face model directory, and not GGUF files that lie beside a configuration.
 
-    Runtimes follow any link and break off in their own ways: what our readers refuse is not shown to them. Raises
-    AccessError (a link that leaves the directory) and MalformedInputError (config.json).
+    Runtimes follow any link, read any size and break off in their own ways: what our readers refuse is not shown to
+    them. Raises AccessError (a link that leaves the directory) and MalformedInputError (config.json, or a tokenizer
+    larger than any).
     """
     if not (path.is_dir() and (path / "config.json").is_file()):
         return False
@@ -154,6 +156,9 @@ def is_model_directory(path: Path) -> bool:
         return False
     for name in sorted(entry.name for entry in path.iterdir() if entry.is_symlink()):
         inside(path, name)
+    for entry in path.iterdir():
+        if is_read(entry.name) and entry.is_file():
+            refuse_larger(entry, MOST_BYTES)
     read_json_object(inside(path, "config.json"), limit_bytes=CONFIG_LIMIT)
     return True
 

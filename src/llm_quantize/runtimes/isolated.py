@@ -37,6 +37,7 @@ from llm_quantize.errors import (
 )
 from llm_quantize.memory import available_cpus
 from llm_quantize.runtimes.base import Reply, Request, Written
+from llm_quantize.runtimes.chat import in_template
 
 __all__ = ["Worker", "continued", "incomplete", "interpreter", "run"]
 
@@ -102,7 +103,7 @@ def run(
     threads = request.threads or available_cpus()
     asked = {
         "directory": str(directory.resolve()),
-        "prompts": list(request.prompts),
+        "prompts": list(in_template(directory, request.prompts) if request.chat else request.prompts),
         "max_tokens": request.max_tokens,
         "temperature": request.temperature,
         "seed": request.seed,

@@ -28,6 +28,7 @@ from llm_quantize.runtimes.base import (
     refuse_incomplete,
     warn_beyond,
 )
+from llm_quantize.runtimes.chat import in_template
 from llm_quantize.runtimes.isolated import Worker, incomplete
 from llm_quantize.runtimes.scored import ScoredDirectory
 from llm_quantize.runtimes.workers.telling import IncompleteError, refuse_unfilled
@@ -129,14 +130,8 @@ def generate(path: Path, request: Request, on_event: EventSink) -> Iterator[str]
         ) from error
     prompt = request.prompts[0]
     if request.chat:
-        if tokenizer.chat_template is None:
-            raise UnsupportedError("this model has no chat template", file=path, remedy="run without --chat")
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        (prompt,) = in_template(path, [prompt])
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not request.chat)
     inputs.pop("token_type_ids", None)
     trained = getattr(model.config, "max_position_embeddings", None) or 0
     warn_beyond(inputs["input_ids"].shape[1], request.max_tokens, int(trained), on_event)

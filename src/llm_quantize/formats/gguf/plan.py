@@ -71,6 +71,7 @@ def _refuse_directory_options(method: MethodOptions) -> None:
         "--sym, --asym": method.symmetric is not None,
         "--desc-act": method.desc_act,
         "--ignore": bool(method.ignore),
+        "--include": bool(method.include),
         "--transform": method.transform_of(NAME).passes > 0,
     }
     named = [option for option, given in idle.items() if given]

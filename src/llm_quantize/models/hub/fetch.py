@@ -33,13 +33,14 @@ from llm_quantize.errors import (
     printable,
 )
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.formats.small_files import is_read
 from llm_quantize.io.paths import inside
 from llm_quantize.models.files import INDEX, SINGLE, conversion_command, weight_map
 from llm_quantize.models.hub.errors import UNREACHABLE, translated
 from llm_quantize.models.hub.headers import WeightFile, headers_directory
 
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "README.md", "LICENSE*")
-"""Top-level files fetched besides the weights (an adapter's and a trainer's are left out by name)."""
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "README.md")
+"""Top-level files fetched besides the weights and what runtimes read (an adapter's and a trainer's are left out)."""
 
 _NOT_WANTED = ("adapter_*", "trainer_state.json", "consolidated*", "*.index.json")
 _WORKERS = 4
@@ -172,7 +173,7 @@ def _fetch(
     small = [
         name
         for name in files
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in SMALL_FILES)
+        if (is_read(name) or any(fnmatch.fnmatchcase(name, pattern) for pattern in SMALL_FILES))
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in _NOT_WANTED)
         and re.fullmatch(r"[A-Za-z0-9._-]+", name)
     ]

@@ -118,12 +118,8 @@ def _continue(model: Any, request: dict[str, Any]) -> list[tuple[str, list[int]]
     sampling = {"do_sample": True, "temperature": request["temperature"]} if warm else {"do_sample": False}
     answers = []
     for prompt in request["prompts"]:
-        if request["chat"]:
-            inputs = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        else:
-            inputs = tokenizer(prompt, return_tensors="pt")
+        # A chat comes in its template, which writes the special tokens.
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not request["chat"])
         inputs.pop("token_type_ids", None)
         output = model.generate(**inputs, max_new_tokens=request["max_tokens"], **sampling)
         answer = output[0, inputs["input_ids"].shape[1] :]

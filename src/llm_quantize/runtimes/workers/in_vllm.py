@@ -46,11 +46,10 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         asked = SamplingParams(
             temperature=request["temperature"], max_tokens=request["max_tokens"], seed=request["seed"]
         )
+        prompts = request["prompts"]
         if request["chat"]:
-            talks = [[{"role": "user", "content": prompt}] for prompt in request["prompts"]]
-            answers = model.chat(talks, asked, use_tqdm=False)
-        else:
-            answers = model.generate(request["prompts"], asked, use_tqdm=False)
+            prompts = _chat_ids(request)
+        answers = model.generate(prompts, asked, use_tqdm=False)
     return {
         "texts": [answer.outputs[0].text for answer in answers],
         "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
@@ -58,6 +57,15 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         "kernels": model.apply_model(_kernels)[0],
         "seconds": {"load": loaded - started, "score": scored - loaded, "generate": time.monotonic() - scored},
     }
+
+
+def _chat_ids(request: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """Chats, which come in their template: it writes the special tokens, and none are put before it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(request["directory"], local_files_only=True, trust_remote_code=False)
+    texts = request["prompts"]
+    return [{"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in texts]
 
 
 def _fill(rows: np.ndarray, flat: Any, *, first: int) -> None:

@@ -1,0 +1,69 @@
+"""What a configuration says of modules: names, and expressions of strangers, matched in linear time.
+
+Quantized checkpoints name modules by Python's regular expressions, and Python's engine backtracks: one line of a
+downloaded file could hold a command for ever. Here google-re2 matches them, whose time goes by their length and the
+name's; what it has not (look-around, back-references) is refused, as is what together takes too long.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from llm_quantize.errors import MalformedInputError, printable
+
+MOST_CHARACTERS = 4096
+MOST_SECONDS = 20.0
+_MEMORY = 1 << 20  # bytes for the program and the states of one expression
+_LOOKS = 64  # names between two looks at the clock
+
+Meaning = Callable[[str], bool]
+
+
+def compiled(expression: str, file: Path) -> Meaning:
+    """Whether ``expression`` matches a name, from its first character on (as ``re.match`` does). ``file``: where it
+    stands. Raises MalformedInputError for one that cannot be matched in linear time, or is none."""
+    import re2
+
+    if len(expression) > MOST_CHARACTERS:
+        _refuse(expression, file, f"{len(expression):,} characters")
+    options = re2.Options()
+    options.max_mem, options.log_errors, options.never_capture = _MEMORY, False, True
+    try:
+        matcher = re2.compile(expression, options)
+    except re2.error as error:
+        reason = error.args[0] if error.args else ""
+        _refuse(expression, file, reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(reason))
+    return lambda name: matcher.match(name) is not None
+
+
+def first_meant(rules: Iterable[tuple[str, Meaning]], names: Collection[str], file: Path) -> Iterator[tuple[str, str]]:
+    """(rule, the first of ``names`` that it means) for every rule that means one. ``file``: where the rules stand.
+    Raises MalformedInputError where that takes more than MOST_SECONDS of CPU."""
+    end = time.process_time() + MOST_SECONDS
+    for rule, means in rules:
+        for number, name in enumerate(names):
+            if number % _LOOKS == 0 and time.process_time() > end:
+                raise MalformedInputError(
+                    "the expressions of the quantization's configuration take too long to match",
+                    file=file,
+                    expected=f"all of them and {len(names):,} modules in {MOST_SECONDS:g} seconds",
+                    found=f"no end at {printable(rule, 80)}",
+                    remedy="fetch config.json again; shorten or remove its expressions if they are really so many",
+                )
+            if means(name):
+                yield rule, name
+                break
+
+
+def _refuse(expression: str, file: Path, found: str) -> NoReturn:
+    raise MalformedInputError(
+        "an expression in the quantization's configuration cannot be matched in linear time",
+        file=file,
+        expected=f"a regular expression of at most {MOST_CHARACTERS:,} characters, without look-around and "
+        "back-references",
+        found=f"{printable(expression, 80)} ({printable(found, 80)})",
+        remedy="write it in another way, or remove it from config.json",
+    )
