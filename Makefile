@@ -97,7 +97,7 @@ $(TRANSFORMERS)/.ready: scripts/need constraints.txt constraints-transformers.tx
 	scripts/need $(PYTHON)
 	$(PYTHON) -m venv --clear $(TRANSFORMERS)
 	$(TRANSFORMERS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
-	  --constraint constraints-transformers.txt torch transformers accelerate compressed-tensors setuptools $(GPTQMODEL)
+	  --constraint constraints-transformers.txt torch transformers accelerate bitsandbytes compressed-tensors setuptools $(GPTQMODEL)
 	$(TRANSFORMERS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation \
 	  --constraint constraints-transformers.txt optimum gptqmodel
 	touch $@

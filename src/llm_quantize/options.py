@@ -68,6 +68,7 @@ class MethodOptions:
     ``gptq``: the stages of error feedback.
 
     Of directories: ``group_size`` (-1: a whole row), ``symmetric``, None: as the format and level say; ``desc_act``;
+    ``double_quant`` (scales in 8 bits) and ``compute_dtype`` (None: the checkpoint's) of bitsandbytes;
     ``ignore``: regular expressions of modules that stay as they are; ``shard_size`` in bytes; ``include``: globs of
     files of the source that are copied beside those that runtimes read.
     """
@@ -78,6 +79,8 @@ class MethodOptions:
     gptq: GptqOptions = field(default_factory=GptqOptions)
     group_size: int | None = None
     symmetric: bool | None = None
+    double_quant: bool | None = None
+    compute_dtype: str | None = None
     desc_act: bool = False
     ignore: tuple[str, ...] = ()
     shard_size: int = 5_000_000_000

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from llm_quantize.artifacts.verification import TensorCheck
 from llm_quantize.methods.table import METHODS
+from llm_quantize.qtypes.codebook import codebook_type, is_codebook
 from llm_quantize.transforms.table import TRANSFORMS
 
 # Largest plausible relative error ||Q - W|| / ||W|| of a sound tensor, by type: about twice what heavy-tailed weights
@@ -25,6 +26,8 @@ _ERROR_BOUNDS = {
 # The same for integers in groups, by bits; a whole row of one scale is coarser where it has outliers, and error
 # feedback trades a larger error of weights for a smaller one of outputs.
 _INTEGER_BOUNDS = {8: 0.1, 7: 0.15, 6: 0.25, 5: 0.4, 4: 0.6, 3: 0.85, 2: 0.98}
+# And for tables of levels with a scale for each block.
+_CODEBOOK_BOUNDS = {"nf4": 0.3, "fp4": 0.4, "row8": 0.2, "e2m1": 0.3, "e4m3": 0.1}
 _FEEDBACK = 1.5
 _MOST = 0.98
 _INTEGER = re.compile(r"int(\d)(_g\d+)?(_asym)?")
@@ -35,7 +38,9 @@ def error_bound(qtype: str, *, feedback: bool = False) -> float:
     """The relative error above which a tensor of this type is not taken for a quantization of its source. ``feedback``:
     its codes were chosen for what comes out of the layer. Raises KeyError for a type without a bound."""
     found = _INTEGER.fullmatch(qtype)
-    if found is None:
+    if is_codebook(qtype):
+        bound, plain = _CODEBOOK_BOUNDS[codebook_type(qtype).codebook], False
+    elif found is None:
         bound = _ERROR_BOUNDS[qtype]
         plain = qtype in ("f32", "f16", "bf16")
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.blockwise.segments import Segment
 from llm_quantize.blockwise.stages import parent_tap
-from llm_quantize.formats.base import Store
+from llm_quantize.formats.base import ReadRows, Store
 from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.hessian import Factor, factorize
@@ -46,7 +46,6 @@ FALLBACKS = {
 
 Fields = list[npt.NDArray[Any]]
 Floats = npt.NDArray[np.float32]
-ReadRows = Callable[[MatrixPlan, int, int], Floats]
 
 
 @dataclass
@@ -157,7 +156,7 @@ class Solver:
     def round(self, jobs: Sequence[Job]) -> None:
         """Quantize all rows of ``jobs`` without knowing any inputs."""
         work = [
-            _Rows(job, start, min(start + ROWS, segment.stop), None)
+            _Rows(job, start, min(start + ROWS, segment.stop), None, self.store.rounds)
             for job in jobs
             for segment in job.segments
             for start in range(segment.start, segment.stop, ROWS)
@@ -176,7 +175,7 @@ class Solver:
     def _rows(self, work: _Rows) -> None:
         matrix = work.job.matrix
         rows = self.read(matrix, work.start, work.stop)
-        kind = self.store.grid_type(matrix.qtype)
+        kind = self.store.grid_of(matrix, work.start, work.stop, self.read)
         factor = work.factor
         if kind is None:
             importance = None if factor is None else factor.importance.cpu().numpy()
@@ -184,7 +183,7 @@ class Solver:
             return
         weight = torch.from_numpy(rows).to(self.device)
         if work.job.on_grid or factor is None:
-            grid, codes = _rounded(kind, weight, work.job.on_grid or "fit")
+            grid, codes = _rounded(kind, weight, work.job.on_grid or work.rounds)
         else:
             found = self.method.solve(weight, kind, factor, self.options)
             grid, codes = found.grid, found.codes
@@ -260,12 +259,13 @@ def _out_of_range(grid: Grid, codes: torch.Tensor, weight: torch.Tensor) -> bool
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows [start, stop) of a job, with the factor of what they see (None: nothing known)."""
+    """Rows [start, stop) of a job, with the factor of what they see (None: nothing known, and how they are rounded)."""
 
     job: Job
     start: int
     stop: int
     factor: Factor | None
+    rounds: str = "fit"
 
 
 def _together(name: str, grams: Mapping[tuple[str, int], Gram], parent: str | None) -> tuple[torch.Tensor, int] | None:

@@ -13,7 +13,7 @@ Function = TypeVar("Function", bound=Any)
 
 
 def method_options(function: Function) -> Function:
-    """Methods, transforms, and the grids of gptq, awq and compressed-tensors."""
+    """Methods, transforms, and the grids of directories."""
     options = [
         click.option("--method", type=click.Choice(["rtn", "gptq"]),
                      help="rtn rounds to nearest; gptq feeds errors back and needs text. [default: rtn for gguf, gptq "
@@ -25,11 +25,16 @@ def method_options(function: Function) -> Function:
                      "its block, or not at all (one pass over the source)."),
         click.option("--correction", type=click.FloatRange(0, 1), default=1.0, show_default=True, metavar="X",
                      help="How far a layer makes up for the errors of those before it."),
-        click.option("--group-size", type=int, metavar="N",
-                     help="Weights that share a scale, -1: a whole row; not for gguf. [default: 128]"),
+        click.option("--group-size", "--blocksize", "group_size", type=int, metavar="N",
+                     help="Weights that share a scale, -1: a whole row; not for gguf. [default: 128; bitsandbytes: "
+                     "64]"),
         click.option("--sym/--asym", "symmetric", default=None,
                      help="Symmetric grids, or zero points; not for gguf. [default: as the format and level say]"),
         click.option("--zero-point/--no-zero-point", "zero_point", default=None, help="The same in AWQ's words."),
+        click.option("--double-quant/--no-double-quant", default=None,
+                     help="Scales in 8 bits; bitsandbytes NF4 and FP4 only. [default: no]"),
+        click.option("--compute-dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
+                     help="What bitsandbytes computes in. [default: the type of the weights]"),
         click.option("--desc-act", is_flag=True, help="For scripts of other tools: changes nothing, and says why."),
         click.option("--ignore", multiple=True, metavar="REGEX",
                      help="Modules that stay as they are; repeatable; not for gguf."),
@@ -63,6 +68,8 @@ def build_method(arguments: Mapping[str, Any]) -> Any:
         gptq=GptqOptions(correction=arguments["correction"]),
         group_size=arguments["group_size"],
         symmetric=symmetric,
+        double_quant=arguments["double_quant"],
+        compute_dtype=arguments["compute_dtype"],
         desc_act=arguments["desc_act"],
         ignore=arguments["ignore"],
         shard_size=arguments["shard_size"],

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from llm_quantize.errors import UnsupportedError, printable
 from llm_quantize.formats.base import (
+    MARLIN_STEPS,
     Array,
     Coverage,
     Field,
@@ -73,6 +74,10 @@ SYMMETRIC = False
 NEEDS = "gptqmodel"
 KERNEL = 'AwqConfig(bits={bits}, backend="torch_awq")'
 EXPERTS_IN_TRANSFORMERS = False
+DEFAULT_GROUP = 128
+PACKS_EXPERTS = True
+OWN_ROUNDING = False
+VLLM_STEPS = MARLIN_STEPS
 LEVELS: Sequence[str] = ("4bit",)
 BITS = 4
 _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
@@ -83,6 +88,11 @@ def scheme(level: str, options: SchemeOptions) -> Scheme:
     parse_bits(level, NAME, {"4bit": BITS})
     group = 128 if options.group_size is None else options.group_size
     return Scheme(NAME, "4bit", IntegerType(BITS, group, options.symmetric is True, "float16"))
+
+
+def title(_scheme: Scheme) -> str:
+    """Its name for people."""
+    return TITLE
 
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:

@@ -7,7 +7,7 @@ point z: w = s * (q - z), with q and z counted from 0 whatever the grid's levels
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.formats.packed import PackedMatrix, StoredFormat
-from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType, integer_type
+from llm_quantize.qtypes.integer import WHOLE_ROW
+from llm_quantize.qtypes.packed import PackedType, packed_type
 
 if TYPE_CHECKING:
     import torch
@@ -27,17 +28,24 @@ if TYPE_CHECKING:
     from llm_quantize.plan import ArtifactPlan, MatrixPlan, TensorPlan
 
 Array = npt.NDArray[Any]
+ReadRows = Callable[["MatrixPlan", int, int], npt.NDArray[np.float32]]
 
 NUMPY_TYPES: Mapping[str, type[np.generic]] = {
+    "float8_e4m3": np.uint8,
+    "int8": np.int8,
+    "uint8": np.uint8,
     "int32": np.int32,
     "int64": np.int64,
     "float16": np.float16,
     "bfloat16": np.uint16,
     "float32": np.float32,
 }
-"""Numpy's type of each field dtype; bfloat16 is kept as its bits."""
+"""Numpy's type of each field dtype; bfloat16 and float8_e4m3 are kept as their bits."""
 
 SAFETENSORS_TYPES: Mapping[str, str] = {
+    "float8_e4m3": "F8_E4M3",
+    "int8": "I8",
+    "uint8": "U8",
     "int32": "I32",
     "int64": "I64",
     "float16": "F16",
@@ -49,20 +57,24 @@ SAFETENSORS_TYPES: Mapping[str, str] = {
 @dataclass(frozen=True)
 class SchemeOptions:
     """What a user may choose beside the level; None leaves it to the level. ``scale``: how the checkpoint stores its
-    weights ("bfloat16" or "float16"), for formats whose scales follow it."""
+    weights ("bfloat16" or "float16"), for formats whose scales follow it. ``double_quant``, ``compute_dtype``: of
+    bitsandbytes."""
 
     group_size: int | None = None
     symmetric: bool | None = None
     scale: str = "bfloat16"
+    double_quant: bool | None = None
+    compute_dtype: str | None = None
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the matrices of one artifact are stored. ``variant``: GPTQ's checkpoint_format ("gptq", "gptq_v2")."""
+    """How the matrices of one artifact are stored. ``variant``: GPTQ's checkpoint_format ("gptq", "gptq_v2"); the type
+    that bitsandbytes computes in."""
 
     format: str
     level: str
-    qtype: IntegerType
+    qtype: PackedType
     variant: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +85,7 @@ class Scheme:
 
 def scheme_from_dict(facts: Mapping[str, Any]) -> Scheme:
     """The scheme that ``Scheme.to_dict`` described."""
-    grid = integer_type(facts["qtype"], facts["scale"])
+    grid = packed_type(facts["qtype"], facts["scale"])
     return Scheme(facts["format"], facts["level"], grid, facts.get("variant", ""))
 
 
@@ -170,8 +182,17 @@ class Store(Protocol):
     """A format, seen from a method: from codes on a grid to the bytes of its fields, and back to values. Threads may
     share it."""
 
+    @property
+    def rounds(self) -> str:
+        """How a matrix is rounded where no method chooses its codes: "plain", as the owner's encoder does, byte for
+        byte; "fit", on the grid that fits it best."""
+
     def grid_type(self, qtype: str) -> GridType | None:
         """The grids of ``qtype``; None where it has none of that form and can only be rounded plainly."""
+
+    def grid_of(self, matrix: MatrixPlan, start: int, stop: int, read: ReadRows) -> GridType | None:
+        """``grid_type`` for rows [start, stop) of ``matrix``, where what its rows share is settled first. ``read``:
+        float32 rows of it."""
 
     def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> Any:
         """Some rows of ``matrix``, in whatever form ``join`` takes."""
@@ -196,6 +217,9 @@ class Packed(StoredFormat, Protocol):
 
     ``SYMMETRIC``: whether its grids are symmetric unless asked otherwise; None: the level says so. ``TITLE``: its name
     for people. ``NEEDS``: what Transformers needs installed; ``KERNEL``: what to name on a CPU, "" for nothing.
+    ``DEFAULT_GROUP``: weights that share a scale unless asked otherwise. ``PACKS_EXPERTS``: whether anything reads
+    packed experts of it. ``OWN_ROUNDING``: rounding without a method is the owner's, byte for byte. ``VLLM_STEPS``:
+    (kernels, (rows, columns)) of which vLLM's want whole multiples.
     """
 
     NAME: str
@@ -208,8 +232,13 @@ class Packed(StoredFormat, Protocol):
     NEEDS: str
     KERNEL: str
     EXPERTS_IN_TRANSFORMERS: bool
+    DEFAULT_GROUP: int
+    PACKS_EXPERTS: bool
+    OWN_ROUNDING: bool
+    VLLM_STEPS: Sequence[tuple[str, tuple[int, int]]]
 
     def scheme(self, level: str, options: SchemeOptions) -> Scheme: ...
+    def title(self, scheme: Scheme) -> str: ...
     def fields(self, scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]: ...
     def pack(self, scheme: Scheme, grid: Grid, codes: Any) -> list[Array]: ...
     def described(self, scheme: Scheme, rows: int, columns: int) -> PackedMatrix: ...
@@ -217,6 +246,9 @@ class Packed(StoredFormat, Protocol):
     def vllm_refusal(self, scheme: Scheme) -> str | None: ...
     def least_zero(self, scheme: Scheme) -> int: ...
 
+
+MARLIN_STEPS = (("CPU", (32, 32)), ("CUDA (Marlin)", (64, 128)))
+"""VLLM_STEPS of packed integers."""
 
 _EXPERT = re.compile(r"(\.experts)\.\d+\..*$")
 

@@ -135,7 +135,7 @@ def _recipe(facts: PackedFacts) -> dict[str, Any]:
     grid = facts.scheme.qtype
     group = "one for each row" if grid.group_size == WHOLE_ROW else f"one for {grid.group_size} weights"
     found: dict[str, Any] = {
-        "Format": facts.form.TITLE,
+        "Format": facts.form.title(facts.scheme),
         "Level": facts.scheme.level,
         "Codes": f"{grid.bits} bit, {'symmetric' if grid.symmetric else 'with zero points'}",
         "Scales": f"{grid.scale}, {group}",

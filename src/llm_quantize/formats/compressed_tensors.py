@@ -1,5 +1,5 @@
-"""compressed-tensors: its ``pack-quantized`` form, as the package of that name (0.20) writes and checks it, and its
-``int-quantized`` form, which is read only.
+"""compressed-tensors: its ``pack-quantized`` and ``int-quantized`` forms, as the package of that name (0.20) writes
+and checks them. Its forms of floats are in compressed_floats.py.
 
 N = out, K = in, G = groups, b = bits, codes q and zero points z from 0; w = weight_scale * (q - z):
 
@@ -9,15 +9,14 @@ N = out, K = in, G = groups, b = bits, codes q and zero points z from 0; w = wei
     weight_zero_point  int32  (ceil(N b / 32), G)   zero points packed along N; only where the grid is asymmetric
     weight_g_idx       int32  (K,)                  the group of each column; others write it, we do not
 
-    weight             int8   (N, K)                int-quantized: signed codes, with weight_scale as above (or one
-                                                    for a row or all) and perhaps weight_zero_point int8 (N, G)
+    weight             int8   (N, K)                int-quantized: signed codes, with weight_scale (N, 1); others also
+                                                    (N, G) or one for all, and perhaps weight_zero_point int8 (N, G)
 
 The package counts codes from -2^(b-1) and adds 2^(b-1) before packing, to zero points too: the same bits.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +24,30 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import UnsupportedError, printable
+from llm_quantize.formats import compressed_floats as floats
+from llm_quantize.formats import compressed_levels as levels
 from llm_quantize.formats.base import (
+    MARLIN_STEPS,
     Array,
-    Coverage,
     Field,
     Scheme,
-    SchemeOptions,
     check_group,
     grid_numbers,
     load_floats,
-    parse_bits,
     store_floats,
     to_numpy,
 )
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
+from llm_quantize.formats.compressed_levels import (
+    LEVELS,
+    NAME,
+    PACKED_FORM,
+    PLAIN_FORM,
+    config,
+    is_plain,
+    scheme,
+    vllm_refusal,
+)
 from llm_quantize.formats.expressions import compiled, first_meant
 from llm_quantize.formats.packed import (
     FLOATS,
@@ -64,12 +73,13 @@ from llm_quantize.formats.packed import (
     wrong_form,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType
+from llm_quantize.qtypes.codebook import CodebookType
 
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
-NAME = "compressed-tensors"
+__all__ = ["LEVELS", "NAME", "config", "scheme", "vllm_refusal"]
+
 TITLE = "compressed-tensors (pack-quantized)"
 LABEL = "{level}"
 EXAMPLE = "W4A16"
@@ -78,12 +88,14 @@ SYMMETRIC = None
 NEEDS = "compressed-tensors"
 KERNEL = ""
 EXPERTS_IN_TRANSFORMERS = True
-PACKAGE_VERSION = "0.20.0"
-FORM = "pack-quantized"
-FORMS: Sequence[str] = (FORM, "int-quantized")
+DEFAULT_GROUP = 128
+PACKS_EXPERTS = True
+OWN_ROUNDING = False
+VLLM_STEPS = MARLIN_STEPS
+FORMS: Sequence[str] = (PACKED_FORM, PLAIN_FORM, *(layout.name for layout in floats.LAYOUTS.values()))
 RESCALES = True
 PACKED = Layout(
-    FORM,
+    PACKED_FORM,
     ("weight_packed", "weight_scale", "weight_shape"),
     ("weight_zero_point", "weight_g_idx"),
     telling="weight_packed",
@@ -91,24 +103,21 @@ PACKED = Layout(
     index="weight_g_idx",
 )
 PLAIN = Layout(
-    "int-quantized", ("weight", "weight_scale"), ("weight_zero_point",), telling="weight_scale", scales="weight_scale"
+    PLAIN_FORM, ("weight", "weight_scale"), ("weight_zero_point",), telling="weight_scale", scales="weight_scale"
 )
-_BITS = {f"W{bits}A16{end}": bits for end in ("", "_ASYM") for bits in range(2, 9)}
-LEVELS: Sequence[str] = tuple(_BITS)
 
 
-def scheme(level: str, options: SchemeOptions) -> Scheme:
-    """The package's preset of that name (groups of 128), changed as the options say. Raises UsageError."""
-    bits = parse_bits(level, NAME, _BITS)
-    asked = not level.upper().endswith("_ASYM")
-    symmetric = asked if options.symmetric is None else options.symmetric
-    group = 128 if options.group_size is None else options.group_size
-    name = f"W{bits}A16{'' if symmetric else '_ASYM'}"
-    return Scheme(NAME, name, IntegerType(bits, group, symmetric, options.scale))
+def title(scheme: Scheme) -> str:
+    """Its name for people, with the form of its matrices."""
+    return f"{NAME} ({levels.form_of(scheme)})"
 
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
     """The tensors of a matrix (rows, columns). Raises UsageError naming the module where groups do not divide it."""
+    if isinstance(scheme.qtype, CodebookType):
+        return floats.fields(scheme, rows, columns, name=name)
+    if is_plain(scheme):
+        return Field("weight", "int8", (rows, columns)), Field("weight_scale", scheme.qtype.scale, (rows, 1))
     bits, groups = scheme.qtype.bits, check_group(scheme, columns, name)
     found = (
         Field("weight_packed", "int32", (rows, packed_words(columns, bits))),
@@ -126,8 +135,13 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
 
     Raises NumericPolicyError for scales that are not finite, ValueError for a grid of another kind.
     """
+    if isinstance(scheme.qtype, CodebookType):
+        return floats.pack(scheme, grid, codes)
     bits = scheme.qtype.bits
     scales, zeros = grid_numbers(scheme, grid, 0, (1 << bits) - 1)
+    if is_plain(scheme):
+        signed = to_numpy(codes).astype(np.int16) - (1 << (bits - 1))
+        return [signed.astype(np.int8), store_floats(scales, scheme.qtype.scale)]
     found: list[Array] = [
         pack_bits(np.ascontiguousarray(to_numpy(codes)), bits, 1),
         store_floats(scales, scheme.qtype.scale),
@@ -139,7 +153,10 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
 def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
     """The description of a matrix (rows, columns) that ``pack`` made."""
     grid = scheme.qtype
-    return PackedMatrix("", PACKED, rows, columns, grid.bits, grid.group(columns), grid.symmetric)
+    if isinstance(grid, CodebookType):
+        return floats.described(scheme, rows, columns)
+    layout = PLAIN if is_plain(scheme) else PACKED
+    return PackedMatrix("", layout, rows, columns, grid.bits, grid.group(columns), grid.symmetric)
 
 
 def form_of(settings: Settings) -> tuple[str, bool]:
@@ -166,8 +183,19 @@ def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
         for name, found in modules(tensors, layout):
             if name not in claimed:
                 claimed.add(name)
-                check_present(name, layout, found)
-                yield _matrix(name, layout, found, settings, numbers)
+                fields = {word: tensors[f"{name}.{word}"] for word in _SUFFIXES if f"{name}.{word}" in tensors}
+                of_floats = floats.layout_of(fields)
+                check_present(name, of_floats or layout, fields)
+                if of_floats is None:
+                    yield _matrix(name, layout, found, settings, numbers)
+                else:
+                    words = (*of_floats.required, *of_floats.optional)
+                    yield floats.matrix(name, of_floats, {word: fields[word] for word in words if word in fields})
+
+
+_SUFFIXES = dict.fromkeys(
+    word for one in (PACKED, PLAIN, *floats.LAYOUTS.values()) for word in (*one.required, *one.optional)
+)
 
 
 def _matrix(
@@ -250,6 +278,8 @@ def _weight_settings(settings: Settings, bits: int) -> tuple[int, bool]:
 
 def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
     """As ``StoredFormat.codes``, signed."""
+    if packed.grid:
+        return floats.codes(packed, fields, first, last)
     if packed.layout is PLAIN:
         return fields["weight"][first:last].astype(np.int16)
     found = unpack_bits(fields["weight_packed"][first:last], packed.bits, packed.columns, 1)
@@ -270,6 +300,8 @@ def zeros(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.ND
 
 def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.scales``."""
+    if packed.grid:
+        return floats.scales(packed, fields, first, last)
     return load_floats(_by_row(packed, fields["weight_scale"])[first:last])
 
 
@@ -286,6 +318,8 @@ def _half(packed: PackedMatrix) -> np.int16:
 
 def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.unpack``."""
+    if packed.grid:
+        return floats.unpack(packed, fields, first, last)
     rows = (packed, fields, first, last)
     return values_of(codes(*rows), zeros(*rows), scales(*rows), group_index(packed, fields))
 
@@ -315,53 +349,14 @@ def layout_name(matrices: Collection[PackedMatrix]) -> str:
 
 
 def level_of(matrices: Collection[PackedMatrix]) -> str:
-    """W4A16, W4A16_ASYM."""
+    """W4A16, W4A16_ASYM, FP8, NVFP4A16."""
+    named = sorted({floats.level_name(matrix) for matrix in matrices if matrix.grid})
+    if named:
+        return "+".join(named)
     asymmetric = any(not matrix.symmetric for matrix in matrices)
     return f"W{widths(matrices)}A16{'_ASYM' if asymmetric else ''}"
-
-
-def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
-    """quantization_config, field for field as the package writes it; ``ignore`` names every linear module left.
-
-    Those outside of the decoder are found by how their names end: readers put them under other parents.
-    """
-    group = scheme.qtype.group_size
-    weights = {
-        "num_bits": scheme.qtype.bits,
-        "type": "int",
-        "symmetric": scheme.qtype.symmetric,
-        "group_size": None if group == WHOLE_ROW else group,
-        "strategy": "channel" if group == WHOLE_ROW else "group",
-        "dynamic": False,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "version": PACKAGE_VERSION,
-        "format": FORM,
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "kv_cache_scheme": None,
-        "moe_sparsity_config": None,
-        "sparsity_config": {},
-        "transform_config": {},
-        "ignore": [*coverage.kept, *(rf"re:.*\b{re.escape(name)}$" for name in coverage.outside), coverage.head],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": None,
-                "output_activations": None,
-                "format": FORM,
-            }
-        },
-    }
 
 
 def least_zero(_scheme: Scheme) -> int:
     """Every code can be a zero point."""
     return 0
-
-
-def vllm_refusal(scheme: Scheme) -> str | None:
-    """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
-    return None if scheme.qtype.bits in (4, 8) else "of packed integers it takes 4 and 8 bits only"

@@ -31,6 +31,7 @@ import numpy.typing as npt
 import llm_quantize
 from llm_quantize.errors import UnsupportedError, printable
 from llm_quantize.formats.base import (
+    MARLIN_STEPS,
     Array,
     Coverage,
     Field,
@@ -86,6 +87,10 @@ SYMMETRIC = True
 NEEDS = "optimum gptqmodel"
 KERNEL = 'GPTQConfig(bits={bits}, backend="gptq_torch")'
 EXPERTS_IN_TRANSFORMERS = False
+DEFAULT_GROUP = 128
+PACKS_EXPERTS = True
+OWN_ROUNDING = False
+VLLM_STEPS = MARLIN_STEPS
 _BITS = {"2bit": 2, "3bit": 3, "4bit": 4, "8bit": 8}
 LEVELS: Sequence[str] = tuple(_BITS)
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -98,6 +103,11 @@ def scheme(level: str, options: SchemeOptions) -> Scheme:
     symmetric = options.symmetric is not False
     grid = IntegerType(bits, group, symmetric, "float16")
     return Scheme(NAME, f"{bits}bit", grid, "gptq" if symmetric else "gptq_v2")
+
+
+def title(_scheme: Scheme) -> str:
+    """Its name for people."""
+    return TITLE
 
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:

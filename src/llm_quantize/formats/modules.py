@@ -55,6 +55,12 @@ class Selection:
         return [module for modules in self.packed.values() for module in modules]
 
 
+def joined_with(name: str) -> frozenset[str]:
+    """The modules that runtimes join with module ``name`` into one, it included; empty where it stands alone."""
+    parent, _, last = name.rpartition(".")
+    return frozenset(f"{parent}.{other}" for names in _FUSED if last in names for other in names)
+
+
 def select(source: Source, ignore: Sequence[str] = ()) -> Selection:
     """Decide about every tensor. ``ignore``: regular expressions, searched in the names of modules.
 

@@ -56,7 +56,8 @@ class Settings:
 class PackedMatrix:
     """One quantized matrix (rows, columns) of the module ``name``. ``group``: columns that share a scale (the last
     group may be shorter). ``minus_one``: stored zero points are one too small (GPTQ's first format). ``fields``:
-    {suffix: stored tensor}; none of a matrix that is not in a file yet."""
+    {suffix: stored tensor}; none of a matrix that is not in a file yet. ``grid``: the name of a grid that is not one of
+    integers."""
 
     name: str
     layout: Layout
@@ -67,6 +68,7 @@ class PackedMatrix:
     symmetric: bool
     minus_one: bool = False
     fields: Mapping[str, TensorInfo] = field(default_factory=dict)
+    grid: str = ""
 
     @property
     def groups(self) -> int:
@@ -75,7 +77,9 @@ class PackedMatrix:
 
     @property
     def qtype(self) -> str:
-        """The grid in one word: int4_g128, int8, int4_g128_asym."""
+        """The grid in one word: int4_g128, int8, int4_g128_asym, nf4_b64."""
+        if self.grid:
+            return self.grid
         group = "" if self.group >= self.columns else f"_g{self.group}"
         return f"int{self.bits}{group}{'' if self.symmetric else '_asym'}"
 
@@ -145,9 +149,9 @@ def widths(matrices: Collection[PackedMatrix]) -> str:
 def modules(tensors: Mapping[str, TensorInfo], layout: Layout) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
     """(module, its fields) of every module that has the layout's telling field, in file order."""
     for name in tensors:
-        module, dot, suffix = name.rpartition(".")
-        if suffix != layout.telling or not dot:
+        if not name.endswith(f".{layout.telling}"):
             continue
+        module = name.removesuffix(f".{layout.telling}")
         words = (*layout.required, *layout.optional)
         fields = {word: tensors[f"{module}.{word}"] for word in words if f"{module}.{word}" in tensors}
         yield module, fields

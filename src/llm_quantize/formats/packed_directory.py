@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.errors import UsageError
-from llm_quantize.formats.base import Importance, Packed, Scheme, SchemeOptions, Store, scheme_of
+from llm_quantize.errors import UnsupportedError, UsageError
+from llm_quantize.formats.base import Importance, Packed, Scheme, SchemeOptions, Store, mixture_of, scheme_of
 from llm_quantize.formats.card import PackedFacts, about_packed, transformers_caution
 from llm_quantize.formats.directory import KEPT_TYPES, Contents, Group, Stored, plain_config, plan_files, whole
 from llm_quantize.formats.modules import Module, Selection, coverage, select
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
     from llm_quantize.options import MethodOptions, Options
 
-_DEFAULT_GROUP = 128
 _SPLIT_BY_COLUMNS = ("o_proj", "down_proj", "w2", "dense", "fc2", "c_proj", "out_proj", "dense_4h_to_h")
 
 
@@ -75,7 +74,7 @@ class PackedFormat:
         """See ``Format``."""
         from llm_quantize.formats.packed_store import DirectoryStore
 
-        return DirectoryStore(self.form, scheme_of(plan))
+        return DirectoryStore(self.form, scheme_of(plan), plan.matrices)
 
     def _plan(
         self, source: Source, level: str, stem: str, importance: Importance | None, options: Options
@@ -87,7 +86,18 @@ class PackedFormat:
             raise UsageError(
                 "nothing is left to pack", found=f"{len(found.ignored)} modules ignored", remedy="see --ignore"
             )
-        scheme = form.scheme(level, SchemeOptions(method.group_size, method.symmetric, _scale_type(source, found)))
+        scheme = form.scheme(
+            level,
+            SchemeOptions(
+                method.group_size,
+                method.symmetric,
+                _scale_type(source, found),
+                method.double_quant,
+                method.compute_dtype,
+            ),
+        )
+        if not form.PACKS_EXPERTS:
+            _refuse_experts(form, found.modules)
         label = _label(form, scheme)
         groups = _groups(source, found, form, scheme)
         caution = transformers_caution(form) if source.architecture.hyper.n_expert else None
@@ -153,6 +163,17 @@ class PackedFormat:
         )
 
 
+def _refuse_experts(form: Packed, modules: Sequence[Module]) -> None:
+    packed = [module.name for module in modules if mixture_of(module.name) != module.name]
+    if packed:
+        raise UnsupportedError(
+            f"experts stored as {form.TITLE} are read by nothing: Transformers keeps those of a layer in one tensor",
+            tensor=packed[0],
+            found=f"{len(packed)} such matrices",
+            remedy=r"--ignore '\.experts\.' leaves them as they are; compressed-tensors and gguf pack them",
+        )
+
+
 def _scale_type(source: Source, found: Selection) -> str:
     """How scales are stored where the format leaves that to the checkpoint: as its weights, in 16 bit."""
     stored = [source.checkpoint.tensors[name].dtype for name in found.packed]
@@ -163,7 +184,7 @@ def _label(form: Packed, scheme: Scheme) -> str:
     """The end of the artifact's name: the level, and what differs from its default."""
     group = scheme.qtype.group_size
     label = form.LABEL.format(level=scheme.level)
-    if group != _DEFAULT_GROUP:
+    if group not in (form.DEFAULT_GROUP, WHOLE_ROW) or (group == WHOLE_ROW and form.DEFAULT_GROUP == 128):
         label += "-channel" if group == WHOLE_ROW else f"-g{group}"
     if form.SYMMETRIC is not None and scheme.qtype.symmetric != form.SYMMETRIC:
         label += "-sym" if scheme.qtype.symmetric else "-asym"
@@ -214,7 +235,7 @@ def _warnings(form: Packed, scheme: Scheme, found: Selection, method: MethodOpti
     if refusal is not None:
         return [*warnings, f"vLLM will not load this artifact: {refusal}"]
     modules = found.modules
-    for places, step in (("CPU", (32, 32)), ("CUDA (Marlin)", (64, 128))):
+    for places, step in form.VLLM_STEPS:
         odd = [m for m in modules if m.weight.shape[0] % step[0] or m.weight.shape[1] % step[1]]
         if odd:
             rows, columns = odd[0].weight.shape

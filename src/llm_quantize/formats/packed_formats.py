@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from llm_quantize.errors import UnsupportedError, printable
-from llm_quantize.formats import awq, compressed_tensors, gptq
+from llm_quantize.formats import awq, bitsandbytes, compressed_tensors, gptq
 from llm_quantize.formats.base import Packed
 from llm_quantize.formats.packed import Settings
 
-PACKED: Mapping[str, Packed] = {form.NAME: form for form in (gptq, awq, compressed_tensors)}
+PACKED: Mapping[str, Packed] = {form.NAME: form for form in (gptq, awq, compressed_tensors, bitsandbytes)}
 """By name, which is also the quant_method of their configurations."""
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from llm_quantize.architectures.rows import chunk_rows
-from llm_quantize.formats.base import NUMPY_TYPES, Packed, Scheme
+from llm_quantize.architectures.rows import chunk_rows, matrix_shape
+from llm_quantize.formats.base import NUMPY_TYPES, Packed, ReadRows, Scheme
+from llm_quantize.formats.modules import joined_with
 from llm_quantize.formats.packed import ALIGNED
 from llm_quantize.grids import grid_type
-from llm_quantize.grids.grid import Grid, GridType
+from llm_quantize.grids.codebook import CodebookGridType, block_maxima, ladder_of
+from llm_quantize.grids.grid import Grid, GridType, Ladder
 from llm_quantize.plan import MatrixPlan, TensorPlan
 
 Floats = npt.NDArray[np.float32]
@@ -27,12 +30,36 @@ class DirectoryStore:
 
     form: Packed
     scheme: Scheme
+    matrices: Sequence[MatrixPlan] = ()
+    _ladders: dict[str, Ladder] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def rounds(self) -> str:
+        return "plain" if self.form.OWN_ROUNDING else "fit"
 
     def grid_type(self, qtype: str) -> GridType:
         chosen = self.scheme.qtype
         # A negative scale gives the extra level to the larger side; every kernel that was tried reads it.
         least = self.form.least_zero(self.scheme)
         return grid_type(chosen.name, scale=chosen.scale, signed=True, least_zero=least)
+
+    def grid_of(self, matrix: MatrixPlan, start: int, stop: int, read: ReadRows) -> GridType:
+        kind = self.grid_type(matrix.qtype)
+        if not isinstance(kind, CodebookGridType) or not kind.qtype.nested:
+            return kind
+        return replace(kind, ladder=self._ladder(kind, matrix, read)).rows(start, stop)
+
+    def _ladder(self, kind: CodebookGridType, matrix: MatrixPlan, read: ReadRows) -> Ladder:
+        """Of all scales of a matrix, from its weights and those that runtimes join with it; one thread makes it, all
+        share it until ``join``."""
+        with self._lock:
+            if matrix.name not in self._ladders:
+                own = _maxima(kind, matrix, read)
+                joined = [one for one in self.matrices if one.name in joined_with(matrix.name)]
+                most = max(float(_maxima(kind, one, read).amax()) for one in joined) if joined else float(own.amax())
+                self._ladders[matrix.name] = ladder_of(kind.qtype, own, most)
+            return self._ladders[matrix.name]
 
     def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
         return grid, codes
@@ -41,6 +68,7 @@ class DirectoryStore:
         raise ValueError(f"{matrix.qtype} has a grid")
 
     def join(self, matrix: MatrixPlan, pieces: Sequence[Any]) -> Fields:
+        self._ladders.pop(matrix.name, None)
         grid = Grid.stack([grid for grid, _ in pieces])
         return self.form.pack(self.scheme, grid, torch.cat([codes for _, codes in pieces]))
 
@@ -57,3 +85,11 @@ class DirectoryStore:
             last = min(rows, first + step)
             values[first:last] = self.form.unpack(packed, named, first, last)
         return values
+
+
+def _maxima(kind: CodebookGridType, matrix: MatrixPlan, read: ReadRows) -> torch.Tensor:
+    """float32 (rows, blocks): the largest magnitude of each block of a matrix."""
+    rows, columns = matrix_shape(matrix.weight.shape)
+    starts = range(0, rows, step := chunk_rows(columns))
+    parts = (torch.from_numpy(read(matrix, first, min(rows, first + step))) for first in starts)
+    return torch.cat([block_maxima(kind.qtype, part) for part in parts])

@@ -7,22 +7,24 @@ import numpy.typing as npt
 from torch import Tensor
 
 from llm_quantize.errors import UsageError
-from llm_quantize.grids import ggml, ggml_pack, integer
+from llm_quantize.grids import codebook, ggml, ggml_pack, integer
 from llm_quantize.grids.grid import GGML_GRIDS, Grid, GridType
+from llm_quantize.qtypes.codebook import codebook_type, is_codebook
 from llm_quantize.qtypes.integer import integer_type, is_integer
 
 __all__ = ["grid_type", "has_grid", "pack_ggml", "unpack_ggml"]
 
 
 def has_grid(qtype: str) -> bool:
-    """Whether ``qtype`` is a number grid of this form; the others (codebooks, ternary, floats) are rounded plainly."""
-    return qtype in GGML_GRIDS or is_integer(qtype)
+    """Whether ``qtype`` is a number grid of this form; the others (codes for several weights, ternary, floats) are
+    rounded plainly."""
+    return qtype in GGML_GRIDS or is_integer(qtype) or is_codebook(qtype)
 
 
 def grid_type(
     qtype: str, *, scale: str = "float16", signed: bool = False, least_zero: int = 0, spread: float = 0.0
 ) -> GridType:
-    """The grid maker for ``qtype``: a ggml name, or an integer type (int4_g128, int8_asym ...).
+    """The grid maker for ``qtype``: a ggml name, a codebook (nf4_b64, row8 ...), or an integer type (int4_g128 ...).
 
     The rest is for integer types: ``scale`` how scales are stored; ``signed`` lets a symmetric scale be negative,
     which moves the extra level to the other side (not every runtime reads that); ``least_zero`` the smallest zero
@@ -31,6 +33,8 @@ def grid_type(
     """
     if qtype in GGML_GRIDS:
         return ggml.GgmlGridType(qtype)
+    if is_codebook(qtype):
+        return codebook.CodebookGridType(codebook_type(qtype, scale))
     if not is_integer(qtype):
         raise UsageError(
             "This type has no number grid", expected=f"{', '.join(sorted(GGML_GRIDS))}, intB_gN", found=qtype

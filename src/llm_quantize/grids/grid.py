@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llm_quantize.errors import UsageError
 
-__all__ = ["GGML_GRIDS", "Grid", "GridType", "row_tiles", "to_storage"]
+__all__ = ["GGML_GRIDS", "Grid", "GridType", "Ladder", "row_tiles", "to_storage"]
 
 TILE = 1 << 19  # weights worked on at once: some ten float32 or float64 arrays of this size stay below 64 MiB
 
@@ -42,12 +42,51 @@ def to_storage(values: Tensor, storage: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Ladder:
+    """Where the free floats of a grid are codes themselves: d = level * step + base.
+
+    ``base``: one number for the matrix. ``steps``: float32, the shape of d. ``levels``: float32 (n,), ascending, n <=
+    256. ``codes``: uint8, the shape of d: those of the d at hand (two rungs may be one float32).
+    """
+
+    base: float
+    steps: Tensor
+    levels: Tensor
+    codes: Tensor
+
+    @classmethod
+    def of(cls, base: float, steps: Tensor, levels: Tensor) -> Ladder:
+        """With the lowest codes."""
+        return cls(base, steps, levels, torch.zeros(steps.shape, dtype=torch.uint8, device=steps.device))
+
+    def at(self, values: Tensor) -> Ladder:
+        """The same with the rungs nearest to ``values`` (the shape of d), of two the lower."""
+        scaled = (values - self.base) * (1.0 / torch.where(self.steps > 0, self.steps, 1.0))
+        codes = torch.bucketize(scaled, (self.levels[:-1] + self.levels[1:]) / 2, out_int32=True)
+        return replace(self, codes=codes.to(torch.uint8))
+
+    def moved(self, by: int) -> Ladder:
+        """The same, so many rungs up or down."""
+        return replace(self, codes=(self.codes.to(torch.int16) + by).clamp_(0, len(self.levels) - 1).to(torch.uint8))
+
+    def decode(self) -> Tensor:
+        """d, float32, as decoders compute it."""
+        level = self.levels.index_select(0, self.codes.reshape(-1).to(torch.int32)).reshape(self.codes.shape)
+        return level * self.steps + self.base
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Ladder:
+        """The same for other rows, or elsewhere."""
+        return replace(self, steps=change(self.steps), codes=change(self.codes))
+
+
+@dataclass(frozen=True)
 class Grid:
     """What every code of a matrix stands for (see the top of this file for the formula).
 
     ``levels`` float32 (n,), ascending, at most 256. ``group`` and ``span``: weights that share u, v, z and d, m; span
     is a multiple of group. ``z``, ``m``, ``v`` may be None (no zero points, no offsets; m and v together).
-    ``storage``: the dtype that d and m were rounded to. Raises UsageError where shapes contradict each other.
+    ``storage``: the dtype that d and m were rounded to; ``ladder``: of d where it is stored as codes. Raises UsageError
+    where shapes contradict each other.
     """
 
     levels: Tensor
@@ -59,12 +98,14 @@ class Grid:
     m: Tensor | None = None
     v: Tensor | None = None
     storage: torch.dtype = torch.float16
+    ladder: Ladder | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
         groups = (rows, columns // self.group)
         right = self.span % self.group == 0 and self.d.shape == (rows, columns // self.span)
         right = right and all(part is None or part.shape == groups for part in (self.u, self.z, self.v))
+        right = right and (self.ladder is None or self.ladder.steps.shape == self.d.shape)
         right = right and (self.m is None) == (self.v is None) and (self.m is None or self.m.shape == self.d.shape)
         if not right or not 1 <= self.levels.numel() <= 256:
             found = {name: None if part is None else tuple(part.shape) for name, part in self._parts().items()}
@@ -165,9 +206,16 @@ class Grid:
         return torch.bucketize(target, (wide_levels[:-1] + wide_levels[1:]) / 2).to(torch.int16)
 
     def with_floats(self, d: Tensor, m: Tensor | None = None) -> Grid:
-        """The same grid with other free floats, rounded to ``storage`` (finite); ``m`` None keeps the old offsets."""
-        other = self.m if m is None else to_storage(m, self.storage)
-        return replace(self, d=to_storage(d, self.storage), m=other)
+        """The same grid with other free floats, as they are stored (finite); ``m`` None keeps the old offsets."""
+        m = self.m if m is None else to_storage(m, self.storage)
+        if self.ladder is None:
+            return replace(self, d=to_storage(d, self.storage), m=m)
+        ladder = self.ladder.at(d)
+        return replace(self, d=ladder.decode(), m=m, ladder=ladder)
+
+    def stored(self, d: Tensor) -> Tensor:
+        """``d`` (rows, spans) as it is after having been stored, finite."""
+        return to_storage(d, self.storage) if self.ladder is None else self.ladder.at(d).decode()
 
     def rows(self, start: int, stop: int) -> Grid:
         """The grid of rows ``start`` to ``stop`` (views of the same numbers)."""
@@ -182,11 +230,15 @@ class Grid:
             z=None if self.z is None else change(self.z),
             m=None if self.m is None else change(self.m),
             v=None if self.v is None else change(self.v),
+            ladder=None if self.ladder is None else self.ladder.mapped(change),
         )
 
     def to(self, device: torch.device | str) -> Grid:
         """The same grid on ``device``."""
-        return self._mapped(lambda part: part.to(device), levels=self.levels.to(device))
+        moved = self._mapped(lambda part: part.to(device), levels=self.levels.to(device))
+        if moved.ladder is None:
+            return moved
+        return replace(moved, ladder=replace(moved.ladder, levels=moved.ladder.levels.to(device)))
 
     @staticmethod
     def stack(grids: Sequence[Grid]) -> Grid:
@@ -197,7 +249,12 @@ class Grid:
             name: None if part is None else torch.cat([other._parts()[name] for other in grids])  # type: ignore[misc]
             for name, part in grids[0]._parts().items()
         }
-        return replace(grids[0], **parts)  # type: ignore[arg-type]
+        found = replace(grids[0], ladder=None, **parts)  # type: ignore[arg-type]
+        ladders = [other.ladder for other in grids if other.ladder is not None]
+        if not ladders:
+            return found
+        steps, codes = torch.cat([one.steps for one in ladders]), torch.cat([one.codes for one in ladders])
+        return replace(found, ladder=replace(ladders[0], steps=steps, codes=codes))
 
     def _check(self, values: Tensor) -> None:
         if values.shape != self.shape:

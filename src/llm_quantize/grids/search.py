@@ -66,18 +66,22 @@ def divided(values: Tensor, by: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Levels:
-    """The levels of a grid: consecutive integers ``lowest`` .. ``highest``, or those of ``values`` (iq4's table)."""
+    """The levels of a grid: consecutive integers ``lowest`` .. ``highest``, or those of ``values``: a table of cells
+    (iq4), or, with ``middles``, the levels themselves."""
 
     lowest: float
     highest: float
     values: Tensor | None = None
+    middles: Tensor | None = None
 
     @classmethod
     def of(cls, levels: Tensor) -> Levels:
-        """``levels`` float32 (n,), ascending: consecutive integers, or integers whose middles lie within 128."""
+        """``levels`` float32 (n,), ascending: consecutive integers, integers whose middles lie within 128, or any."""
         lowest, highest = float(levels[0]), float(levels[-1])
         if highest - lowest == levels.numel() - 1:
             return cls(lowest, highest)
+        if bool((levels != levels.round()).any()):
+            return cls(lowest, highest, levels, (levels[:-1] + levels[1:]) / 2)
         cells = (torch.arange(FINE, dtype=torch.float32, device=levels.device) + 0.5 - FINE // 2) / 2
         nearest = torch.bucketize(cells, (levels[:-1] + levels[1:]) / 2)
         return cls(lowest, highest, levels[nearest])
@@ -86,6 +90,9 @@ class Levels:
         """The level nearest to each target; ``targets`` may be overwritten."""
         if self.values is None:
             return targets.round_().clamp_(self.lowest, self.highest)
+        if self.middles is not None:
+            index = torch.bucketize(targets, self.middles, out_int32=True)
+            return self.values.index_select(0, index.reshape(-1)).reshape(targets.shape)
         cell = targets.mul_(2).add_(FINE // 2).floor_().clamp_(0, FINE - 1).to(torch.int32)
         return self.values.index_select(0, cell.reshape(-1)).reshape(targets.shape)
 

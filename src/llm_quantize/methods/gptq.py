@@ -135,7 +135,11 @@ def _choose(first: Tensor, one: Grid, other: Grid) -> Grid:
             continue
         empty = torch.zeros_like(b if a is None else a)
         chosen[name] = torch.where(first[:, None], empty if a is None else a, empty if b is None else b)
-    return replace(other, **chosen)  # type: ignore[arg-type]
+    found = replace(other, **chosen)  # type: ignore[arg-type]
+    if one.ladder is None or other.ladder is None:
+        return found
+    codes = torch.where(first[:, None], one.ladder.codes, other.ladder.codes)
+    return replace(found, ladder=replace(other.ladder, codes=codes))
 
 
 def _join(parts: list[Solution]) -> Solution:

@@ -40,7 +40,7 @@ def refit(tile: Tile, factor: Factor) -> bool:
             break
         system, right = _equations([part[:, lanes] for part in basis], hessian, gradient[:, lanes], grid.span)
         count = rows.stop - rows.start
-        new[rows] = _step(system[:count], right[:count], old[rows], grid)
+        new[rows] = _step(system[:count], right[:count], old[rows], grid.rows(rows.start, rows.stop))
     if torch.equal(new, old):
         return False
     spans = grid.d.shape[1]
@@ -91,7 +91,9 @@ def _step(system: Tensor, right: Tensor, old: Tensor, grid: Grid) -> Tensor:
     change = torch.cholesky_solve((right * unit)[:, :, None], lower)[:, :, 0] * unit
     usable = (info == 0) & torch.isfinite(change).all(1)
     change = torch.where(usable[:, None], change, 0.0)
-    new = to_storage((old.to(torch.float64) + change).to(torch.float32), grid.storage)
+    wanted = (old.to(torch.float64) + change).to(torch.float32)
+    spans = grid.d.shape[1]
+    new = torch.cat([grid.stored(wanted[:, :spans]), to_storage(wanted[:, spans:], grid.storage)], 1)
     made = new.to(torch.float64) - old
     gain = 2 * (right * made).sum(1) - torch.einsum("rk,rkl,rl->r", made, system, made)
     return torch.where((gain > 0)[:, None], new, old)

@@ -35,7 +35,7 @@ from llm_quantize.models.stored import StoredDirectory
 _STEPS = 16 << 20
 _STORED: dict[str, type[np.generic]] = {
     **{"I8": np.int8, "I32": np.int32, "I64": np.int64},
-    **{"F16": np.float16, "BF16": np.uint16, "F32": np.float32},
+    **{"U8": np.uint8, "F8_E4M3": np.uint8, "F16": np.float16, "BF16": np.uint16, "F32": np.float32},
 }
 
 

@@ -44,7 +44,8 @@ TRANSFORMERS = Worker(
     script="in_transformers.py",
     variable=VARIABLE,
     packages=("torch", "transformers"),
-    remedy="compressed-tensors: pip install compressed-tensors==0.20.0; GPTQ and AWQ: make transformers-runtime in a "
+    remedy="compressed-tensors: pip install compressed-tensors==0.20.0; bitsandbytes: pip install bitsandbytes; "
+    "GPTQ and AWQ: make transformers-runtime in a "
     "checkout, elsewhere: pip install accelerate pypcre logbar threadpoolctl device-smi tokenicer defuser pillow "
     "requests && pip install --no-deps --no-build-isolation optimum==2.3.0 gptqmodel==7.7.0",
 )

@@ -11,6 +11,7 @@ import torch
 
 from llm_quantize import kernels
 from llm_quantize.errors import NumericPolicyError
+from llm_quantize.formats.base import ReadRows
 from llm_quantize.grids import grid_type, has_grid, pack_ggml
 from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.plan import MatrixPlan, TensorPlan
@@ -23,8 +24,14 @@ Fields = list[npt.NDArray[Any]]
 class GgufStore:
     """ggml's blocks: a tensor is its packed rows."""
 
+    rounds = "fit"
+
     def grid_type(self, qtype: str) -> GridType | None:
         return grid_type(qtype) if has_grid(qtype) else None
+
+    def grid_of(self, matrix: MatrixPlan, start: int, stop: int, read: ReadRows) -> GridType | None:
+        del start, stop, read
+        return self.grid_type(matrix.qtype)
 
     def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> npt.NDArray[np.uint8]:
         return self._checked(matrix, pack_ggml(matrix.qtype, grid, codes))

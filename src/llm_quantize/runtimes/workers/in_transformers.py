@@ -95,10 +95,14 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     return {
         "texts": [text for text, _ in answers],
         "tokens": [tokens for _, tokens in answers],
-        "versions": versions("transformers", "torch", "gptqmodel", "optimum", "compressed-tensors"),
-        "kernels": sorted({type(m).__name__ for m in model.modules() if hasattr(m, "scales")}),
+        "versions": versions("transformers", "torch", "gptqmodel", "optimum", "compressed-tensors", "bitsandbytes"),
+        "kernels": sorted({type(m).__name__ for m in model.modules() if _is_kernel(m)}),
         "seconds": {"load": loaded - started, "score": scored - loaded, "generate": time.monotonic() - scored},
     }
+
+
+def _is_kernel(module: Any) -> bool:
+    return hasattr(module, "scales") or type(module).__module__.startswith("bitsandbytes.")
 
 
 def _continue(model: Any, request: dict[str, Any]) -> list[tuple[str, list[int]]]:

@@ -1,0 +1,199 @@
+"""compressed-tensors' matrices of floats, as the package (0.20) writes and checks them: FP8, NVFP4, MXFP4.
+
+N = out, K = in:
+
+    float-quantized         weight               F8_E4M3  (N, K)
+                            weight_scale         bf16, f16 or f32 (N, 1); others also (1,), (N / 128, K / 128)
+    nvfp4-pack-quantized    weight_packed        U8       (N, K / 2)    two codes a byte, the first in the low half
+                            weight_scale         F8_E4M3  (N, K / 16)
+                            weight_global_scale  F32      (1,)          w = level * weight_scale / weight_global_scale
+    mxfp4-pack-quantized    weight_packed        U8       (N, K / 2)
+                            weight_scale         U8       (N, K / 32)   w = level * 2^(weight_scale - 127)
+
+A code of four bits is a sign and a place among 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.formats.base import Array, Field, Scheme, check_group, load_floats, store_floats, to_numpy
+from llm_quantize.formats.packed import FLOATS, Fields, Layout, PackedMatrix, check_fields, check_matrix
+from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.qtypes.codebook import CODEBOOKS, CodebookType, codebook_type
+
+if TYPE_CHECKING:
+    from llm_quantize.grids.grid import Grid
+
+FP8 = Layout("float-quantized", ("weight", "weight_scale"), (), telling="weight_scale", scales="weight_scale")
+NVFP4 = Layout(
+    "nvfp4-pack-quantized",
+    ("weight_packed", "weight_scale", "weight_global_scale"),
+    ("input_global_scale",),
+    telling="weight_packed",
+    scales="weight_scale",
+)
+MXFP4 = Layout(
+    "mxfp4-pack-quantized",
+    ("weight_packed", "weight_scale"),
+    (),
+    telling="weight_packed",
+    scales="weight_scale",
+)
+LAYOUTS: Mapping[str, Layout] = {"e4m3": FP8, "e2m1_b16_e4m3": NVFP4, "e2m1_b32_e8m0": MXFP4}
+"""By grid."""
+
+_HALF = {"e2m1": 8, "e4m3": 127}
+"""Levels below zero, the negative zero among them."""
+
+
+def grid_of(scheme: Scheme) -> CodebookType:
+    """The grid of a scheme of floats."""
+    if not isinstance(scheme.qtype, CodebookType):
+        raise ValueError(f"{scheme.qtype.name} is no grid of floats")
+    return scheme.qtype
+
+
+def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
+    """As ``Packed.fields``."""
+    grid, groups = grid_of(scheme), check_group(scheme, columns, name)
+    if grid.codebook == "e4m3":
+        return Field("weight", "float8_e4m3", (rows, columns)), Field("weight_scale", grid.scale, (rows, 1))
+    packed = Field("weight_packed", "uint8", (rows, columns // 2))
+    if grid.nested == "e8m0":
+        return packed, Field("weight_scale", "uint8", (rows, groups))
+    return packed, Field("weight_scale", "float8_e4m3", (rows, groups)), Field("weight_global_scale", "float32", (1,))
+
+
+def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
+    """As ``Packed.pack``; ``codes``: places in the order of levels."""
+    kind, found = grid_of(scheme), to_numpy(codes)
+    if grid.group != kind.group(codes.shape[1]) or bool(grid.ladder) != bool(kind.nested):
+        raise ValueError(f"a grid of this kind cannot be stored as {kind.name}")
+    half = _HALF[kind.codebook]
+    sign = 1 << (kind.bits - 1)
+    stored = np.where(found < half, (half - 1 - found) | sign, found - half).astype(np.uint8)
+    if kind.codebook == "e4m3":
+        return [stored, store_floats(to_numpy(grid.d).astype(np.float32, copy=False), kind.scale)]
+    if grid.ladder is None:
+        raise ValueError(f"a grid with scales of floats cannot be stored as {kind.name}")
+    packed, scales = stored[:, ::2] | (stored[:, 1::2] << 4), to_numpy(grid.ladder.codes)
+    if kind.nested == "e8m0":
+        return [packed, scales]
+    step = float(grid.ladder.steps.reshape(-1)[0])
+    return [packed, scales, np.array([1 / step], np.float32)]
+
+
+def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
+    """As ``Packed.described``."""
+    kind = grid_of(scheme)
+    group = kind.group(columns)
+    return PackedMatrix("", LAYOUTS[kind.name], rows, columns, kind.bits, group, True, grid=kind.name)
+
+
+def layout_of(fields: Mapping[str, TensorInfo]) -> Layout | None:
+    """The layout that a module's tensors have; None: one of integers."""
+    packed, weight = fields.get("weight_packed"), fields.get("weight")
+    if packed is not None and packed.dtype == "U8":
+        return NVFP4 if "weight_global_scale" in fields else MXFP4
+    return FP8 if weight is not None and weight.dtype == "F8_E4M3" else None
+
+
+def matrix(name: str, layout: Layout, found: Mapping[str, TensorInfo]) -> PackedMatrix:
+    """As one of ``StoredFormat.read``. Raises IntegrityError."""
+    main, scale = found[layout.required[0]], found["weight_scale"]
+    check_matrix(main)
+    rows = main.shape[0]
+    if layout is FP8:
+        columns = main.shape[1]
+        across = scale.shape[1] if len(scale.shape) == 2 else 1
+        group = columns if across == 1 else -(-columns // across)
+        group = 128 if across > 1 and -(-columns // 128) == across else group
+        down = -(-rows // 128)
+        shapes: tuple[tuple[int, ...], ...] = ((rows, 1), (rows,), (1,), (1, 1), (), (down, -(-columns // 128)))
+        return check_fields(
+            PackedMatrix(name, layout, rows, columns, 8, group, True, False, found, "e4m3"),
+            {"weight": (("F8_E4M3",), ((rows, columns),)), "weight_scale": (FLOATS, shapes)},
+        )
+    grid = codebook_type(next(name for name, one in LAYOUTS.items() if one is layout))
+    columns = 2 * main.shape[1]
+    groups = columns // grid.group_size
+    return check_fields(
+        PackedMatrix(name, layout, rows, columns, 4, grid.group_size, True, False, found, grid.name),
+        {
+            "weight_packed": (("U8",), ((rows, columns // 2),)),
+            "weight_scale": (("F8_E4M3",) if layout is NVFP4 else ("U8",), ((rows, groups),)),
+            "weight_global_scale": (("F32",), ((1,), ())),
+            "input_global_scale": (("F32",), ((1,), ())),
+        },
+    )
+
+
+def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
+    """As ``StoredFormat.codes``: a place among the magnitudes, with the sign."""
+    stored = _stored(packed, fields, first, last)
+    sign = 1 << (packed.bits - 1)
+    place = (stored & (sign - 1)).astype(np.int16)
+    return np.where(stored & sign, -place, place)
+
+
+def _stored(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.uint8]:
+    """uint8 (n, K)."""
+    if packed.layout is FP8:
+        return np.asarray(fields["weight"], np.uint8)[first:last]
+    some = np.asarray(fields["weight_packed"], np.uint8)[first:last]
+    return np.stack([some & 15, some >> 4], axis=2).reshape(last - first, packed.columns)
+
+
+def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+    """As ``StoredFormat.scales``."""
+    stored = fields["weight_scale"]
+    if packed.layout is FP8:
+        return _rows_of_scales(packed, load_floats(np.asarray(stored)), first, last)
+    some = stored[first:last]
+    if packed.layout is MXFP4:
+        return np.asarray(np.exp2(some.astype(np.float32) - 127), np.float32)
+    whole = np.asarray(fields["weight_global_scale"], np.float32).reshape(-1)[0]
+    return np.asarray(_E4M3[some] / whole, np.float32)
+
+
+def _rows_of_scales(
+    packed: PackedMatrix, stored: npt.NDArray[np.float32], first: int, last: int
+) -> npt.NDArray[np.float32]:
+    """float32 (n, groups) of scales for each row, for all, or for blocks of 128 rows."""
+    if stored.size == 1:
+        return np.full((last - first, 1), stored.reshape(-1)[0], np.float32)
+    if stored.shape[0] == packed.rows:
+        return stored.reshape(packed.rows, -1)[first:last]
+    return stored[np.arange(first, last) // 128]
+
+
+def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
+    """As ``StoredFormat.unpack``."""
+    table = _E4M3 if packed.layout is FP8 else _E2M1
+    each = scales(packed, fields, first, last)
+    index = np.arange(packed.columns) // packed.group if each.shape[1] > 1 else np.zeros(packed.columns, np.intp)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.ascontiguousarray(table[_stored(packed, fields, first, last)] * each[:, index], np.float32)
+
+
+def level_name(packed: PackedMatrix) -> str:
+    """What people call its level, activations in 16 bits."""
+    return {"e4m3": "FP8", "e2m1_b16_e4m3": "NVFP4A16", "e2m1_b32_e8m0": "MXFP4A16"}[packed.grid]
+
+
+def _by_code(codebook: str) -> npt.NDArray[np.float32]:
+    """float32: what each stored code stands for; NaN where it is no number."""
+    half = _HALF[codebook]
+    levels = np.array(CODEBOOKS[codebook], np.float32)
+    sign = half + (codebook == "e4m3")
+    found = np.full(2 * sign, np.nan, np.float32)
+    found[:half], found[sign : sign + half] = levels[half:], levels[half - 1 :: -1]
+    return found
+
+
+_E2M1, _E4M3 = _by_code("e2m1"), _by_code("e4m3")
