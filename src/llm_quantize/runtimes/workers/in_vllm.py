@@ -44,11 +44,13 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     answers = []
     if request["prompts"]:
         asked = SamplingParams(
-            temperature=request["temperature"], max_tokens=request["max_tokens"], seed=request["seed"]
+            temperature=request["temperature"],
+            top_p=request["top_p"],
+            max_tokens=request["max_tokens"],
+            seed=request["seed"],
         )
         if request["chat"]:
-            talks = [[{"role": "user", "content": prompt}] for prompt in request["prompts"]]
-            answers = model.chat(talks, asked, use_tqdm=False)
+            answers = model.chat(request["talks"], asked, use_tqdm=False)
         else:
             answers = model.generate(request["prompts"], asked, use_tqdm=False)
     return {
