@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class OutputFile:
 
     name: str
     size: int
-    header: bytes
+    header: bytes = field(repr=False)
 
 
 class ResumableOutput:
