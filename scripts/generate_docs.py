@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 from gguf import MODEL_ARCH_NAMES
+from python_reference import python_page
 
 from llm_quantize import __version__
 from llm_quantize.architectures import ARCHITECTURES
@@ -298,6 +299,7 @@ def main() -> None:
         "levels.md": level_page(),
         "architectures.md": architecture_page(),
         "speed.md": speed_page(),
+        "python.md": python_page(),
     }
     if (RESULTS / "quality.json").is_file():
         pages["quality.md"] = quality_page()

@@ -15,7 +15,7 @@ import llm_quantize
 PACKAGE = Path(llm_quantize.__file__).parent
 DOOR = "__init__"
 LAYERS = (
-    (DOOR, "errors", "events"),
+    (DOOR, "errors", "events", "results"),
     ("data", "memory", "measures", "qtypes", "engine"),
     ("kernels",),
     ("grids",),
@@ -33,6 +33,7 @@ LAYERS = (
     ("pipeline", "evaluation"),
     ("reports",),
     ("compare", "advice"),
+    ("api",),
     ("cli",),
     ("__main__",),
 )

@@ -1,27 +1,122 @@
 """llm-quantize: any Hugging Face checkpoint to a quantized artifact, measured.
 
-The library beneath the command line. Names are imported on first use, so that importing the package costs nothing.
+The library beneath the command line: a function for each command, their options and their results. Names are imported
+on first use, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_quantize import errors, events
+    from llm_quantize.advice.recommend import Advice
+    from llm_quantize.api import calibrate, compare, evaluate, info, plan, quantize, recommend, run, verify
+    from llm_quantize.artifacts.result import ArtifactResult
+    from llm_quantize.artifacts.verification import Verification
+    from llm_quantize.calibration.outcome import Calibration
+    from llm_quantize.compare.assessment import Assessment
+    from llm_quantize.errors import LlmQuantizeError
+    from llm_quantize.formats.gguf.levels import Overrides, Recipe
+    from llm_quantize.formats.gguf.recipe_file import read_recipe
+    from llm_quantize.methods.gptq_options import GptqOptions
+    from llm_quantize.options import CalibrationOptions, MeasurementOptions, MethodOptions, Options
+    from llm_quantize.plan import ArtifactPlan
+    from llm_quantize.reports.findings import ComparisonResult
+    from llm_quantize.results import Generation, ModelInfo, Results
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "open_checkpoint": "llm_quantize.models.safetensors",
-    "LlmQuantizeError": "llm_quantize.errors",
-    "plan": "llm_quantize.pipeline",
-    "quantize": "llm_quantize.pipeline",
-    "verify": "llm_quantize.artifacts.verify",
+    "info": "api",
+    "plan": "api",
+    "quantize": "api",
+    "verify": "api",
+    "evaluate": "api",
+    "compare": "api",
+    "recommend": "api",
+    "calibrate": "api",
+    "run": "api",
+    "Options": "options",
+    "CalibrationOptions": "options",
+    "MethodOptions": "options",
+    "MeasurementOptions": "options",
+    "GptqOptions": "methods.gptq_options",
+    "Overrides": "formats.gguf.levels",
+    "Recipe": "formats.gguf.levels",
+    "read_recipe": "formats.gguf.recipe_file",
+    "ModelInfo": "results",
+    "ArtifactPlan": "plan",
+    "ArtifactResult": "artifacts.result",
+    "Verification": "artifacts.verification",
+    "Assessment": "compare.assessment",
+    "ComparisonResult": "reports.findings",
+    "Advice": "advice.recommend",
+    "Calibration": "calibration.outcome",
+    "Generation": "results",
+    "Results": "results",
+    "LlmQuantizeError": "errors",
+    "errors": "",
+    "events": "",
 }
+"""{public name: the module that it is in; "": it is that module}."""
 
-__all__ = ["LlmQuantizeError", "__version__", "open_checkpoint", "plan", "quantize", "verify"]
+__all__ = [
+    "Advice",
+    "ArtifactPlan",
+    "ArtifactResult",
+    "Assessment",
+    "Calibration",
+    "CalibrationOptions",
+    "ComparisonResult",
+    "Generation",
+    "GptqOptions",
+    "LlmQuantizeError",
+    "MeasurementOptions",
+    "MethodOptions",
+    "ModelInfo",
+    "Options",
+    "Overrides",
+    "Recipe",
+    "Results",
+    "Verification",
+    "__version__",
+    "calibrate",
+    "compare",
+    "errors",
+    "evaluate",
+    "events",
+    "info",
+    "plan",
+    "quantize",
+    "read_recipe",
+    "recommend",
+    "run",
+    "verify",
+]
+
+
+class _Package(ModuleType):
+    """The package, in which a public name stays what it is: importing a module of the same name (``llm_quantize.plan``
+    is a function, and a module that lies in ``sys.modules``) would put the module in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and _PUBLIC.get(name)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+    module = import_module(f"{__name__}.{_PUBLIC[name] or name}")
+    return getattr(module, name) if _PUBLIC[name] else module
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -116,6 +116,24 @@ class Finished(Event):
     status: str
 
 
+@dataclass(frozen=True)
+class Generated(Event):
+    """A text is written: ``tokens`` of it in ``seconds``, after a prompt of ``prompt_tokens`` that took
+    ``prompt_seconds`` (None: it is in ``seconds``), with ``threads``."""
+
+    kind = "generated"
+    tokens: int
+    seconds: float
+    threads: int
+    prompt_tokens: int | None = None
+    prompt_seconds: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """Tokens in a second."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+
 EventSink = Callable[[Event], None]
 
 

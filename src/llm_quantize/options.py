@@ -13,6 +13,7 @@ from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.statistics_layout import check_kinds
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.table import METHODS, Method
+from llm_quantize.results import Settings
 from llm_quantize.transforms.table import TRANSFORMS, Transform
 
 DEFAULT_SAMPLES = 256
@@ -26,14 +27,16 @@ INPUTS: Mapping[str, str] = {
 NONFINITE_POLICIES = ("refuse", "zero", "keep")
 
 
-@dataclass(frozen=True)
-class CalibrationOptions:
+@dataclass(frozen=True, repr=False)
+class CalibrationOptions(Settings):
     """Text: ``data`` (files and names of built-in sets; none: the built-in mix), at most ``samples`` windows (None:
-    DEFAULT_SAMPLES, or as many as a method needs) of ``length`` tokens (no longer than the model's context), drawn with
-    ``seed``; ``chat`` sets plain text as a conversation in the model's template. ``collect``: which statistics, of the
-    kinds in io/statistics_layout.py. ``expert_minimum``: tokens that each expert should see; more text is drawn until
-    it does or the text ends (0: never). ``threads`` and ``max_ram`` (bytes) bound the run and do not change a byte of
-    its result.
+    256, or as many as a method needs) of ``length`` tokens (no longer than the model's context), drawn with ``seed``;
+    ``chat`` sets plain text as a conversation in the model's template. ``collect``: which statistics, of "imatrix",
+    "hessian" and "absmax". ``expert_minimum``: tokens that each expert should see; more text is drawn until it does or
+    the text ends (0: never). ``device``: where the model runs, "cpu", "cuda" or "mps". ``threads`` and ``max_ram``
+    (bytes) bound the run and do not change a byte of its result.
+
+    Raises UsageError for values that mean nothing.
     """
 
     data: tuple[str, ...] = ()
@@ -59,8 +62,8 @@ class CalibrationOptions:
             raise UsageError("calibration needs at least 1 window of 2 tokens", found=f"{self.samples} x {self.length}")
 
 
-@dataclass(frozen=True)
-class MethodOptions:
+@dataclass(frozen=True, repr=False)
+class MethodOptions(Settings):
     """``method``: rtn (round to nearest) or gptq (error feedback); None: the format's own.
 
     ``transform``: awq rescales channels first; None: what the format does. ``inputs``: what a matrix is calibrated on:
@@ -137,12 +140,13 @@ PROMPTS = ("The old man looked at the sea and", "むかしむかし、あると�
 """What models continue where a comparison shows text that they write."""
 
 
-@dataclass(frozen=True)
-class MeasurementOptions:
+@dataclass(frozen=True, repr=False)
+class MeasurementOptions(Settings):
     """What was lost is measured on ``texts`` (files and names of built-in sets; none: the built-in evaluation text), in
-    at most ``windows`` at even distances (None: all) of ``context`` tokens (None: MEASURED_CONTEXT, or the model's
-    context if that is less). ``runtime``: also in the runtime of this name. ``generate``: let source and artifacts
-    write. ``speed``: run each variant of a comparison in its runtime for speed, memory and text after ``prompts``.
+    at most ``windows`` at even distances (None: all) of ``context`` tokens (None: 512, or the model's context if that
+    is less). ``runtime``: also in this one, "llama.cpp", "transformers" or "vllm". ``generate``: let source and
+    artifacts write. ``speed``: run each variant of a comparison in its runtime for speed, memory and text after
+    ``prompts``.
     """
 
     texts: tuple[str, ...] = ()
@@ -158,14 +162,22 @@ class MeasurementOptions:
         return self.context or min(MEASURED_CONTEXT, longest)
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a user may set beside model and levels. Sizes in bytes. ``engine``: a name of ENGINES.
+@dataclass(frozen=True, repr=False)
+class Options(Settings):
+    """What a user may set beside model and levels. Sizes in bytes.
+
+    ``threads`` (None: all CPUs) and ``max_ram`` bound a run and change no byte of it. ``overrides``: of the types that
+    a GGUF level gives to tensors. ``split_max_size``: files no larger than that. ``imatrix``: llama.cpp's importance
+    matrix, ``statistics``: the file of ``calibrate``; ``calibrate``: True calibrates, False never does, None does where
+    a level needs importance and no file gives it.
 
     ``calibration`` is of the text and of where the model runs (``calibration.device``), ``method`` of how codes are
-    chosen, ``measurement`` of what is found out about artifacts; threads and memory are of all of it.
+    chosen, ``measurement`` of what is found out about artifacts.
 
-    ``calibrate``: True calibrates, False never does, None does where a level needs importance and no file gives it.
+    ``nonfinite``: NaN and infinite weights are refused ("refuse"), replaced ("zero") or kept ("keep"). ``checkpoints``:
+    keep a journal, in ``checkpoint_dir`` (None: beside the output), so that a stopped run can go on. ``overwrite``:
+    take the place of an existing output. ``ignore_space``: try even if the disk looks too small. ``engine``: what does
+    plain rounding, "threads" or "processes". Raises UsageError for values that mean nothing.
     """
 
     threads: int | None = None

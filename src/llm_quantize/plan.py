@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from llm_quantize.architectures.rows import matrix_shape, unit_ranges
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.output import OutputFile, Span
 from llm_quantize.memory import Sizes
+from llm_quantize.results import Tabled
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,13 @@ class CardPlan:
     """A model card whose figures are known only at the end: file number, and its text with room for them."""
 
     file: int
-    text: bytes
+    text: bytes = field(repr=False)
 
 
-@dataclass(frozen=True)
-class ArtifactPlan:
-    """Everything about one artifact, fixed.
+@dataclass(frozen=True, repr=False)
+class ArtifactPlan(Tabled):
+    """Everything about one artifact, fixed: its ``files`` and ``tensors`` to the byte; how many ``weights`` of the
+    source it holds; ``warnings``: what is good to know before the work.
 
     ``matrices``: what a method other than plain rounding quantizes; empty where every tensor is rounded by itself.
     ``held``: further tensors that such a run writes, as a transform changes them (indices). ``phases``: what is
@@ -81,6 +83,8 @@ class ArtifactPlan:
     in the text) whose weights overflow its type. ``source_itemsize``: the most bytes of a weight as it is read;
     ``source_scratch``: see ``Model.scratch``.
     """
+
+    columns = ("name", "shape", "type", "bytes")
 
     level: str
     name: str
@@ -165,19 +169,29 @@ class ArtifactPlan:
             "files": [{"name": file.name, "size": file.size} for file in self.files],
             "types": self.type_counts(),
             "warnings": list(self.warnings),
-            "tensors": [
-                {
-                    "name": tensor.name,
-                    "shape": list(tensor.output.shape),
-                    "type": tensor.qtype,
-                    "bytes": tensor.nbytes,
-                    "file": tensor.file,
-                    "offset": tensor.offset,
-                    "sources": [piece.source for piece in tensor.output.pieces],
-                }
-                for tensor in self.tensors
-            ],
+            "tensors": self.rows(),
         }
+
+    def summary(self) -> dict[str, Any]:
+        """Level, files, size, bits per weight, and how many tensors."""
+        facts = {"level": self.level, "format": self.format, "name": self.name, "files": len(self.files)}
+        facts |= {"tensors": len(self.tensors), "size": self.size, "bits_per_weight": self.bits_per_weight}
+        return facts | ({"warnings": len(self.warnings)} if self.warnings else {})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each tensor of the artifact."""
+        return [
+            {
+                "name": tensor.name,
+                "shape": list(tensor.output.shape),
+                "type": tensor.qtype,
+                "bytes": tensor.nbytes,
+                "file": tensor.file,
+                "offset": tensor.offset,
+                "sources": [piece.source for piece in tensor.output.pieces],
+            }
+            for tensor in self.tensors
+        ]
 
 
 def unit_key(name: str, start: int, stop: int) -> str:

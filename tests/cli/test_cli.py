@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -170,7 +172,39 @@ def test_run_generates(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureF
     code, result = call_json(capsys, "run", artifact, "It is a truth", "-n", "12", "--json")
     assert code == 0
     assert len(result["text"]) > 10
-    assert call_json(capsys, "run", artifact, "It is a truth", "-n", "12", "--json")[1] == result
+    assert (result["tokens"], result["threads"] >= 1, result["tokens_per_second"] > 0) == (12, True, True)
+    again = call_json(capsys, "run", artifact, "It is a truth", "-n", "12", "--json", "--threads", "1")[1]
+    assert (again["text"], again["threads"]) == (result["text"], 1)
     code, source = call_json(capsys, "run", str(demo_model), "It is a truth", "-n", "12", "--json")
     assert code == 0
     assert len(source["text"]) > 10
+
+
+def test_run_takes_its_prompt_from_standard_input(
+    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(capsys, "-s", "quantize", str(demo_model), "-q", "Q8_0", "-o", str(tmp_path))[0] == 0
+    words = ("run", str(tmp_path / "demo-llama-Q8_0.gguf"))
+    code, text, told = call(capsys, *words, "It is a truth", "-n", "8", "--threads", "1")
+    assert code == 0
+    assert re.fullmatch(r"8 tokens, [0-9.]+ tokens/s with 1 thread; the prompt's \d+ in [0-9.]+ s\n", told)
+
+    def given(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    given(b"It is a truth\n")
+    assert call(capsys, *words, "-", "-n", "8", "--threads", "1")[:2] == (0, text)
+    assert call(capsys, "-s", *words, "It is a truth", "-n", "8", "--threads", "1") == (0, text, "")
+    given(b"\xff")
+    code, _, told = call(capsys, *words, "-")
+    assert (code, "not UTF-8" in told) == (2, True)
+    given(b"")
+    assert call(capsys, *words, "-")[0] == 2
+    # A full context ends the text; what has no effect is refused.
+    code, short, told = call(capsys, *words, "It is a truth", "-n", "500", "-c", "16", "--threads", "1")
+    assert (code, short[: len(text) - 1]) == (0, text[:-1])
+    assert int(told.split()[0]) < 16
+    for more in (("--top-p", "0.5"), ("--system", "Be kind."), ("-c", "2"), ("--gpu-layers", "2")):
+        code, _, told = call(capsys, *words, "It is a truth", *more, "--threads", "1")
+        assert code in (2, 4), more
+        assert "what to do" in told, more

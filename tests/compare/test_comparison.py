@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llm_quantize.cli import run
-from llm_quantize.compare import comparison, measurements
+from llm_quantize.compare import bench, comparison, measurements
 from llm_quantize.compare.bench import MeasuredFile, measured_file
 from llm_quantize.compare.comparison import (
     _importance_notes,
@@ -133,7 +133,7 @@ def test_what_is_stopped_between_two_measurements_goes_on(
         return speed.measure_speed(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm_quantize.compare.bench.measure_speed", stopping)
+        patch.setattr(bench, "measure_speed", stopping)
         with pytest.raises(KeyboardInterrupt):
             compare(str(demo_model), tmp_path, variants=VARIANTS, options=SMALL)
     monkeypatch.setattr(quality, "measure_quality", None)

@@ -15,7 +15,7 @@ from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.events import ignore
 from llm_quantize.models import chat_template
 from llm_quantize.runtimes import transformers
-from llm_quantize.runtimes.base import Request
+from llm_quantize.runtimes.base import Request, talk
 from llm_quantize.runtimes.chat import in_template
 
 TEMPLATE = (
@@ -44,7 +44,7 @@ def test_the_text_is_that_of_transformers(talking: Path) -> None:
     prompts = ["The old man", "a\n日本 <b>"]
     talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
     expected = [tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False) for talk in talks]
-    assert list(in_template(talking, prompts)) == expected
+    assert list(in_template(talking, [talk(prompt) for prompt in prompts])) == expected
     assert expected[0] == f"{EOS}<user>The old man{EOS}\n<assistant>"
 
 
@@ -98,4 +98,4 @@ def test_an_endless_template_does_not_hang_a_calibration(
 
 def test_a_directory_without_a_template(demo_model: Path) -> None:
     with pytest.raises(UnsupportedError, match="no chat template"):
-        in_template(demo_model, ["x"])
+        in_template(demo_model, [talk("x")])

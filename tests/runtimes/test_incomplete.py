@@ -116,4 +116,4 @@ def test_what_only_our_reader_does_not_understand_runs(tmp_path: Path) -> None:
     model = make_tiny("llama", tmp_path / "model")
     values = load_file(model / "model.safetensors") | {"model.layers.0.extra.weight": torch.zeros(4)}
     save_file(values, model / "model.safetensors", {"format": "pt"})
-    assert len(list(generate(model, "Once", max_tokens=2, threads=1))) == 1
+    assert "".join(generate(model, "Once", max_tokens=2, threads=1))

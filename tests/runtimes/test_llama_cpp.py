@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from llm_quantize.errors import MalformedInputError, MissingExtraError, UnsupportedError, UsageError
+from llm_quantize.events import Generated
 from llm_quantize.models.chat_template import render
 from llm_quantize.runtimes import llama_cpp_library
 from llm_quantize.runtimes.llama_cpp import LlamaCpp, _choose
@@ -174,6 +175,44 @@ def test_a_draw_follows_the_probabilities() -> None:
     assert _choose(logits, 0.0, random) == 1
 
 
+def test_a_draw_leaves_out_the_unlikely() -> None:
+    """The fewest tokens that have the share, by their own probabilities."""
+    random = np.random.Generator(np.random.PCG64(3))
+    logits = np.log(np.array([0.1, 0.55, 0.05, 0.3], np.float32))
+    for share, allowed in ((0.5, [0, 1, 0, 0]), (0.8, [0, 0.647, 0, 0.353]), (0.94, [0.105, 0.579, 0, 0.316])):
+        counts = np.bincount([_choose(logits, 1.0, random, share) for _ in range(4000)], minlength=4) / 4000
+        assert np.abs(counts - allowed).max() < 0.03
+        assert (counts == 0).tolist() == [part == 0 for part in allowed]
+
+
+def test_generation_tells_how_fast_it_was(model: Path) -> None:
+    heard: list[Any] = []
+    with LlamaCpp(model, context=64, threads=2) as llama:
+        pieces = list(llama.generate("abc", max_tokens=12, temperature=3.0, top_p=0.9, on_event=heard.append))
+    (told,) = heard
+    assert isinstance(told, Generated)
+    assert len(pieces) - 1 <= told.tokens <= 12
+    assert (told.threads, told.prompt_tokens) == (2, 2)
+    assert told.rate == told.tokens / told.seconds
+    assert told.prompt_seconds is not None
+    assert told.prompt_seconds > 0
+    with LlamaCpp(model) as llama, pytest.raises(UsageError, match="top-p"):
+        list(llama.generate("abc", top_p=0.0))
+
+
+def test_gpu_layers_need_a_build_for_gpus(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this build the number has no effect; that it is where it should be, the block shows."""
+    library = llama_cpp_library.load_library()
+    monkeypatch.setattr(library.call, "llama_supports_gpu_offload", lambda: False)
+    with pytest.raises(UnsupportedError, match="on the CPU only"):
+        LlamaCpp(model, gpu_layers=3)
+    monkeypatch.setattr(library.call, "llama_supports_gpu_offload", lambda: True)
+    block, _ = library.model_parameters(3)
+    assert block.read()[:24] == bytes(16) + (3).to_bytes(4, "little") + (1).to_bytes(4, "little")
+    with LlamaCpp(model, gpu_layers=3) as llama:
+        assert "".join(llama.generate("abc", max_tokens=4))
+
+
 def test_chat_uses_the_model_template(tmp_path: Path) -> None:
     known = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     own = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[reply]"
@@ -185,6 +224,9 @@ def test_chat_uses_the_model_template(tmp_path: Path) -> None:
             ids = llama._chat_tokens("ab")
             assert ids.count(258) == begins
             assert llama.detokenize(ids) == text
+            assert "[system]x[user]ab" in llama.detokenize(llama._chat_tokens("ab", system="x")).replace(
+                "<|im_start|>system\nx<|im_end|>\n<|im_start|>user\n", "[system]x[user]"
+            )
             assert isinstance("".join(llama.generate("ab", max_tokens=2, chat=True)), str)
     with (
         LlamaCpp(make_gguf(tmp_path / "none.gguf")) as llama,
@@ -235,7 +277,7 @@ def test_chat_without_jinja_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with LlamaCpp(make_gguf(tmp_path / "chatml.gguf", template=CHATML)) as llama:
         heard: list[Any] = []
         assert list(llama.generate("ab", max_tokens=2, chat=True, on_event=into(heard))) is not None
-        assert [event["event"] for event in heard] == ["warning"]
+        assert [event["event"] for event in heard] == ["warning", "generated"]
         assert "built-in template" in heard[0]["text"]
     own = make_gguf(tmp_path / "own.gguf", template="{{ messages[0].content }}!")
     with LlamaCpp(own) as llama, pytest.raises(MissingExtraError, match="llamacpp"):

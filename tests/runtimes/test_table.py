@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,3 +87,22 @@ def test_another_runtime_is_one_row(paths: SimpleNamespace, monkeypatch: pytest.
     monkeypatch.setattr("llm_quantize.runtimes.RUNTIMES", {"fifth": fifth, **RUNTIMES})
     assert list(generate(paths.plain, "Once")) == ["plain: Once"]
     assert runtime_for(paths.packed) is RUNTIMES["transformers"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"context": 64}, "no use for --context"),
+        ({"gpu_layers": 1}, "no use for --gpu-layers"),
+        ({"top_p": 0.5}, "--top-p has no effect"),
+        ({"system": "Be kind."}, "part of a chat"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(paths: SimpleNamespace, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        list(generate(paths.plain, "Once", runtime="transformers", **more))
+
+
+def test_every_runtime_says_what_it_takes() -> None:
+    asked = {item.name for item in dataclasses.fields(Request)}
+    assert all(asked >= one.TAKES for one in RUNTIMES.values())

@@ -3,14 +3,20 @@ gptqmodel (make test-transformers), as they need packages that ask for another t
 
 from __future__ import annotations
 
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from llm_quantize.errors import AccessError, UnsupportedError
+from llm_quantize.events import Event, Generated
 from llm_quantize.runtimes import generate, transformers
 from llm_quantize.runtimes.base import Reply, Request
+from llm_quantize.runtimes.workers.telling import Pieces
 from tests.oracles.reference_directories import Layout, divergence, logprobs, write_directory
 from tests.tiny_models import make_tiny
 
@@ -42,10 +48,73 @@ def test_compressed_tensors_are_exact(tiny: dict[str, Path], tmp_path: Path) -> 
     kld, reply = check(tiny["llama"], tmp_path / "model", layout)
     assert abs(kld) < 1e-9
     assert reply.versions["compressed-tensors"]
-    text = "".join(
-        generate(tmp_path / "model", "The night in the", max_tokens=6, threads=1)
-    )  # what `llm-quantize run` does, in the dtype of the model
-    assert isinstance(text, str)
+    heard: list[Event] = []
+    # What `llm-quantize run` does, in the dtype of the model.
+    pieces = list(generate(tmp_path / "model", "The night in the", max_tokens=6, threads=1, on_event=heard.append))
+    whole = transformers.run(tmp_path / "model", replace(ASK, windows=None, dtype="auto"))
+    assert "".join(pieces) == whole.texts[0]
+    assert heard == [Generated(tokens=len(whole.tokens[0]), seconds=heard[0].seconds, threads=1)]  # type: ignore[attr-defined]
+
+
+def test_a_plain_directory_writes_piece_by_piece(tiny: dict[str, Path]) -> None:
+    """The pieces are the text of all tokens together; a sampled text is that of its seed and share."""
+    heard: list[Event] = []
+    before = torch.get_num_threads()
+    pieces = list(generate(tiny["llama"], "The night in the", max_tokens=40, threads=2, on_event=heard.append))
+    whole = transformers.run(tiny["llama"], replace(ASK, windows=None, max_tokens=40, dtype="auto"))
+    assert "".join(pieces) == whole.texts[0]
+    assert len(pieces) > 5
+    (told,) = heard
+    assert isinstance(told, Generated)
+    assert (told.tokens, told.threads) == (len(whole.tokens[0]), 2)
+    assert torch.get_num_threads() == before
+    warm = {"max_tokens": 12, "threads": 1, "temperature": 3.0}
+    drawn = ["".join(generate(tiny["llama"], "The night", **warm, seed=seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    narrow = "".join(generate(tiny["llama"], "The night", **warm, seed=1, top_p=1e-6))
+    assert narrow == "".join(generate(tiny["llama"], "The night", max_tokens=12, threads=1))
+
+
+def test_who_stops_reading_stops_the_writing(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread ends with the token that it is at."""
+    written: list[float] = []
+
+    class Slow(Pieces):
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            time.sleep(0.02)
+            written.append(time.monotonic())
+
+    monkeypatch.setattr(transformers, "Pieces", Slow)
+    limit = 200
+    assert list(generate(tiny["llama"], "The night in the", max_tokens=limit, threads=1))
+    assert len(written) == 1 + limit  # it does not end by itself
+    written.clear()
+    running = threading.active_count()
+    writing = generate(tiny["llama"], "The night in the", max_tokens=limit, threads=1)
+    next(writing)
+    writing.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == running
+    assert len(written) < limit // 2
+
+
+def test_pieces_are_the_text_of_all_tokens() -> None:
+    """A tokenizer that drops the first space of a text, and characters of several tokens."""
+    words = ["\u2581One", "\u2581two", "\n", "\u2581three", b"\xe6", b"\xb5", b"\xb7", "!", b"\xff"]
+
+    def decode(ids: list[int]) -> str:
+        raw = b"".join(word if isinstance(word, bytes) else word.encode() for word in (words[i] for i in ids))
+        return raw.decode("utf-8", "replace").replace("\u2581", " ").removeprefix(" ")
+
+    said: list[str] = []
+    pieces = Pieces(decode, said.append)
+    pieces.put(torch.tensor([[5, 6, 7]]))
+    for token in range(len(words)):
+        pieces.put(torch.tensor([token]))
+    pieces.end()
+    assert said == ["One", " two", "\n", " three", "海", "!", "\ufffd"]
+    assert "".join(said) == decode(list(range(len(words))))
+    assert (pieces.prompt, pieces.count) == (3, 9)
 
 
 @pytest.mark.heavy

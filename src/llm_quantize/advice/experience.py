@@ -21,6 +21,8 @@ from llm_quantize.evaluation.speed import LEAST_SHARE
 from llm_quantize.formats.gguf.plan import NAME as RANKED
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import open_argument
+from llm_quantize.models.opening import Source
+from llm_quantize.reports.provenance import model_facts
 
 # Mean KLD by level: (without importance, with importance). None: not in the table.
 PUBLISHED: Mapping[str, tuple[float | None, float | None]] = {
@@ -163,6 +165,16 @@ def read_report(path: Path, fingerprint: str, *, given: bool = True) -> Experien
             )
             measured.setdefault(variant["level"].upper(), found)
     return Experience(measured, file)
+
+
+def experience_of(source: Source, model: str, report: Path | None = None) -> Experience:
+    """What is known of ``source``, named ``model``: from ``report``, else from a DEFAULT_REPORT of it.
+
+    Raises as ``read_report``.
+    """
+    if report is None and not DEFAULT_REPORT.is_file():
+        return Experience()
+    return read_report(report or DEFAULT_REPORT, model_facts(source, model).fingerprint, given=report is not None)
 
 
 def _number(variant: Mapping[str, Any], name: str) -> float | None:

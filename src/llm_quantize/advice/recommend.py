@@ -33,6 +33,7 @@ from llm_quantize.options import Options
 from llm_quantize.pipeline import plan_source
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.reports.numbers import bytes_text
+from llm_quantize.results import Tabled
 
 CONTEXT = 8192
 PRIORITIES = ("quality", "speed", "size")
@@ -82,8 +83,8 @@ class Choice:
         return gpu + CPU_COST * cpu * (CPU_CODEBOOK_COST if self.level.startswith(("IQ1", "IQ2", "IQ3")) else 1.0)
 
 
-@dataclass(frozen=True)
-class Advice:
+@dataclass(frozen=True, repr=False)
+class Advice(Tabled):
     """The answer. ``choices`` from the largest file to the smallest; ``excluded``: level and reason. ``take`` None:
     nothing fits. ``better`` and ``smaller``: the neighbours worth having, whether they fit or not."""
 
@@ -131,6 +132,30 @@ class Advice:
             "excluded": [{"level": level, "reason": reason} for level, reason in self.excluded],
             "notes": list(self.notes),
         }
+
+    def summary(self) -> dict[str, Any]:
+        """The model, the machine, and what to take."""
+        machine = f"{self.machine.device}, {bytes_text(self.machine.ram)}"
+        return {"model": self.name, "take": self.take.level if self.take else None, "machine": machine,
+                "context": self.context, "priority": self.priority}  # fmt: skip
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each level, from the largest file to the smallest: what it takes, where it runs, what it loses."""
+        taken = None if self.take is None else self.take.level
+        return [
+            {
+                "level": choice.level,
+                "size": choice.size,
+                "bits_per_weight": choice.bits_per_weight,
+                "memory": choice.need.total,
+                "runs_on": None if choice.placement is None else choice.placement.kind,
+                "kld": None if choice.loss is None else choice.loss.kld,
+                "kld_basis": None if choice.loss is None else choice.loss.basis,
+                "tokens_per_second": choice.speed,
+                "take": choice.level == taken,
+            }
+            for choice in self.choices
+        ]
 
     def _choice_to_dict(self, choice: Choice) -> dict[str, Any]:
         placement = choice.placement

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm_quantize.artifacts.manifest import fallbacks, nonfinite_counts, read_manifest
+from llm_quantize.artifacts.manifest import NONFINITE_FACTS, fallbacks, nonfinite_counts, read_manifest
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.plan import ArtifactPlan
+from llm_quantize.results import Shown, json_ready
 
 _DEGRADED = {
     "nonfinite_replaced": "{count} NaN or infinite weights were replaced by zero",
@@ -18,18 +19,23 @@ _DEGRADED = {
 }
 
 
-@dataclass(frozen=True)
-class ArtifactResult:
-    """A finished artifact. ``status``: "written", or "already complete".
+@dataclass(frozen=True, repr=False)
+class ArtifactResult(Shown):
+    """A finished artifact: ``path``, ``level`` and ``format``, ``size`` in bytes, ``bits_per_weight`` with everything
+    that its files hold. ``status``: "written", or "already complete".
 
     ``seconds``: CPU time of this run's units (read, hash, quantize, write), work that several artifacts share divided
-    equally among them. ``nonfinite``: {fact: {tensor: count}} as in the manifest, see ``manifest.NONFINITE_FACTS``.
+    equally among them. ``nonfinite``: {fact: {tensor: count}} as in the manifest, for NaN and infinite weights.
     ``fallbacks``: {what a method could not do as asked: the matrices}. ``measured``: what a calibrated run lost on text
-    that it was not calibrated on (blockwise/measure.py), None where it was not measured.
+    that it was not calibrated on, None where it was not measured. The fields are what fits a table.
     """
 
-    plan: ArtifactPlan
+    artifact: InitVar[ArtifactPlan]
+    level: str = field(init=False)
+    format: str = field(init=False)
     path: Path
+    size: int = field(init=False)
+    bits_per_weight: float = field(init=False)
     status: str
     seconds: float
     resumed_units: int
@@ -37,13 +43,40 @@ class ArtifactResult:
     fallbacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     measured: Mapping[str, Any] | None = None
 
-    @property
-    def level(self) -> str:
-        return self.plan.level
+    def __post_init__(self, artifact: ArtifactPlan) -> None:
+        facts = {name: getattr(artifact, name) for name in ("level", "format", "size", "bits_per_weight")}
+        self.__dict__.update(facts, _plan=artifact)
 
     @property
-    def size(self) -> int:
-        return self.plan.size
+    def plan(self) -> ArtifactPlan:
+        """What was planned: every tensor and file of the artifact."""
+        found: ArtifactPlan = self.__dict__["_plan"]
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """Level, path, size, bits per weight, and what a reader must not overlook."""
+        facts = {"level": self.level, "path": self.path, "size": self.size, "bits_per_weight": self.bits_per_weight}
+        facts["status"] = self.status
+        if self.measured is not None:
+            facts["kld"] = self.measured["kld"]
+        found = len(self.degradations())
+        return facts | ({"degraded": found} if found else {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        facts: dict[str, Any] = {
+            "level": self.level,
+            "path": str(self.path),
+            "size": self.size,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "status": self.status,
+            "cpu_seconds": round(self.seconds, 3),
+            "resumed_units": self.resumed_units,
+            **{fact: dict(self.nonfinite.get(fact, {})) for fact in NONFINITE_FACTS},
+            **({"fallbacks": {text: list(names) for text, names in self.fallbacks.items()}} if self.fallbacks else {}),
+            "degraded": self.degradations(),
+        }
+        return facts if self.measured is None else facts | {"measured": json_ready(self.measured)}
 
     @property
     def degraded(self) -> dict[str, int]:
@@ -67,10 +100,6 @@ class ArtifactResult:
             f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}"
             for text, names in self.fallbacks.items()
         ]
-
-    @property
-    def bits_per_weight(self) -> float:
-        return self.plan.bits_per_weight
 
 
 def complete_result(artifact: ArtifactPlan, path: Path) -> ArtifactResult:

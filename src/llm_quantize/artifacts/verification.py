@@ -12,6 +12,7 @@ from llm_quantize.artifacts.manifest import NONFINITE_FACTS
 from llm_quantize.errors import IntegrityError
 from llm_quantize.io.files_at import HASH_CHUNK
 from llm_quantize.io.paths import read_range
+from llm_quantize.results import Tabled, json_ready
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ class TensorCheck:
     problems: list[str] = field(default_factory=list)
 
 
-@dataclass
-class Verification:
+@dataclass(repr=False)
+class Verification(Tabled):
     """The outcome. ``problems`` are about the artifact as a whole; each tensor has its own."""
+
+    columns = ("name", "type", "hash", "relative_error", "problems")
 
     path: Path
     has_manifest: bool
@@ -56,6 +59,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing is wrong."""
         return not self.problems and not any(tensor.problems for tensor in self.tensors)
 
     def all_problems(self) -> list[str]:
@@ -89,9 +93,18 @@ class Verification:
             "manifest": self.has_manifest,
             "compared_with_source": self.compared,
             "problems": self.all_problems(),
-            "tensors": [vars(check) for check in self.tensors],
+            "tensors": self.rows(),
             **(error.to_dict() if error is not None else {}),
         }
+
+    def summary(self) -> dict[str, Any]:
+        """Whether it is right, and of how many tensors that is said."""
+        facts = {"path": self.path, "ok": self.ok, "tensors": len(self.tensors), "problems": len(self.all_problems())}
+        return facts | {"manifest": self.has_manifest, "compared": self.compared}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each tensor: its hash, its counts, its error against the source."""
+        return [json_ready(check) for check in self.tensors]
 
 
 def check_stored(stored: StoredTensor, known: Mapping[str, Any] | None) -> TensorCheck:

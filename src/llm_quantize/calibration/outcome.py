@@ -16,10 +16,25 @@ from llm_quantize.io.imatrix_writer import write_imatrix_dat, write_imatrix_gguf
 from llm_quantize.io.statistics_file import read_statistics
 from llm_quantize.io.whole_file import refuse_existing, refuse_input, write_file
 from llm_quantize.models.opening import Source
+from llm_quantize.results import Shown
+
+KINDS = ("imatrix", "dat", "json", "statistics")
+_SUFFIXES = {
+    ".gguf": "imatrix",
+    ".dat": "dat",
+    ".json": "json",
+    ".safetensors": "statistics",
+    ".statistics": "statistics",
+}
 
 
-@dataclass(frozen=True)
-class Calibration:
+def kind_of(target: Path) -> str:
+    """The kind of file that a name asks for; "imatrix" where it says nothing."""
+    return _SUFFIXES.get(target.suffix.lower(), "imatrix")
+
+
+@dataclass(frozen=True, repr=False)
+class Calibration(Shown):
     """What a calibration came to. ``reused``: nothing was run. ``short``: {layer input: experts below the minimum}.
     ``seconds``: CPU time of this run; ``memory_planned`` and ``memory_peak`` in bytes, 0 where nothing was run."""
 
@@ -41,7 +56,13 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
+        """How many were run through the model."""
         return self.windows * self.length
+
+    def summary(self) -> dict[str, Any]:
+        """The model, the text, and where the statistics are."""
+        facts = {"model": self.model, "path": self.path, "tokens": self.tokens, "kinds": " ".join(self.kinds)}
+        return facts | {"reused": self.reused}
 
     def to_dict(self) -> dict[str, Any]:
         """The same facts, JSON-ready."""

@@ -22,14 +22,6 @@ from llm_quantize.cli.sizes import Size
 if TYPE_CHECKING:
     from llm_quantize.calibration.outcome import Calibration
 
-_SUFFIXES = {
-    ".gguf": "imatrix",
-    ".dat": "dat",
-    ".json": "json",
-    ".safetensors": "statistics",
-    ".statistics": "statistics",
-}
-
 
 @click.command("importance")
 @click.argument("model")
@@ -79,7 +71,7 @@ def command(
     Example: llm-quantize analyze importance ./Llama-3.2-1B -o llama.gguf --calibration-data japanese
     """  # fmt: skip
     from llm_quantize.calibration.collect import calibrate
-    from llm_quantize.calibration.outcome import export, refuse_export
+    from llm_quantize.calibration.outcome import export, kind_of, refuse_export
     from llm_quantize.models.opening import open_source
 
     shown = mode(ctx, as_json)
@@ -90,7 +82,7 @@ def command(
         source = open_source(model, revision=arguments["revision"], on_event=sink)
         with source.checkpoint:
             target = Path(output or f"{source.checkpoint.name.rsplit('/', 1)[-1]}-imatrix.gguf")
-            kind = kind or _SUFFIXES.get(target.suffix.lower(), "imatrix")
+            kind = kind or kind_of(target)
             files = [header.path for header in source.checkpoint.headers]
             inputs = (*files, *source.checkpoint.directory.glob("*.json"), *options.data)
             refuse_export(target, kind, options.collect, inputs)

@@ -89,7 +89,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     error = terminal.strict_error(results) if arguments["strict"] else None
     if shown.json:
         facts = error.to_dict() if error is not None else {}
-        emit_json({"artifacts": [terminal.result_to_dict(result) for result in results], **facts})
+        emit_json({"artifacts": [result.to_dict() for result in results], **facts})
         return _exit_code(results, strict=arguments["strict"])
     terminal.print_results(results)
     for result in results:

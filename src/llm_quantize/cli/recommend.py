@@ -13,9 +13,7 @@ from llm_quantize.cli.sizes import Size
 from llm_quantize.errors import ResourceError
 
 if TYPE_CHECKING:
-    from llm_quantize.advice.experience import Experience
     from llm_quantize.advice.recommend import Advice, Choice
-    from llm_quantize.models.opening import Source
 
 _MARKS = {"published": "*", "estimated": "~", "measured": "", "exact": ""}
 
@@ -52,6 +50,7 @@ def command(
 
     Example: llm-quantize recommend Qwen/Qwen3-0.6B --ram 16G --vram 8G
     """
+    from llm_quantize.advice.experience import experience_of
     from llm_quantize.advice.machine import detect
     from llm_quantize.advice.recommend import recommend
     from llm_quantize.models.opening import open_source
@@ -63,7 +62,7 @@ def command(
         with source.checkpoint:
             advice = recommend(
                 source, machine, model=model, revision=revision, context=context, priority=priority,
-                experience=_experience(source, model, measured),
+                experience=experience_of(source, model, None if measured is None else Path(measured)),
             )  # fmt: skip
     error = _nothing_fits(advice)
     if shown.json:
@@ -86,16 +85,6 @@ def _nothing_fits(advice: Advice) -> ResourceError | None:
         found=f"{advice.machine.usable_ram} bytes of RAM for a model, {advice.machine.vram} of GPU memory",
         remedy="take a smaller model, a smaller --context, or more memory",
     )
-
-
-def _experience(source: Source, model: str, measured: str | None) -> Experience:
-    from llm_quantize.advice.experience import DEFAULT_REPORT, Experience, read_report
-    from llm_quantize.reports.provenance import model_facts
-
-    if measured is None and not DEFAULT_REPORT.is_file():
-        return Experience()
-    path = DEFAULT_REPORT if measured is None else Path(measured)
-    return read_report(path, model_facts(source, model).fingerprint, given=measured is not None)
 
 
 def _print(advice: Advice) -> None:

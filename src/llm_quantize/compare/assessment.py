@@ -27,6 +27,7 @@ from llm_quantize.events import EventSink, ignore
 from llm_quantize.measures import grades
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.options import Options
+from llm_quantize.results import Tabled, json_ready
 
 if TYPE_CHECKING:
     from llm_quantize.reports.findings import ComparisonResult
@@ -34,10 +35,13 @@ if TYPE_CHECKING:
 _LARGEST_ERROR = 1e9  # in a report, for a tensor of zeros that is not zeros any more
 
 
-@dataclass(frozen=True)
-class Assessment:
-    """``tensors`` and ``generation`` go with ``quality.artifacts``; ``generation`` is empty where it was not asked
-    for. ``comparison``: the same as data for a report."""
+@dataclass(frozen=True, repr=False)
+class Assessment(Tabled):
+    """What artifacts lost. ``quality``: their divergences; ``tensors``: of each artifact the errors of its tensors, the
+    worst first; ``generation``: what each wrote, empty where that was not asked for; both in the order of
+    ``quality.artifacts``. ``comparison``: the same as data for a report."""
+
+    columns = QualityResult.columns
 
     quality: QualityResult
     tensors: tuple[tuple[TensorLoss, ...], ...]
@@ -45,12 +49,20 @@ class Assessment:
     comparison: ComparisonResult
 
     def to_dict(self) -> dict[str, Any]:
-        """The same facts, JSON-ready but for NaN and infinity."""
+        """The same facts, JSON-ready."""
         written = self.quality.to_dict()
         for index, artifact in enumerate(written["artifacts"]):
-            artifact["tensors"] = [loss.to_dict() for loss in self.tensors[index]]
-            artifact["generation"] = self.generation[index].to_dict() if self.generation else None
+            artifact["tensors"] = json_ready(self.tensors[index])
+            artifact["generation"] = json_ready(self.generation[index].to_dict()) if self.generation else None
         return written
+
+    def summary(self) -> dict[str, Any]:
+        """As of ``quality``."""
+        return self.quality.summary()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each artifact, as of ``quality``."""
+        return self.quality.rows()
 
     def gate(self, max_kld: float | None) -> NumericPolicyError | None:
         """The error for what does not pass, or None: ``max_kld`` (None: no limit)."""

@@ -34,6 +34,7 @@ from llm_quantize.measures import grades
 from llm_quantize.measures.divergence import Comparison, Divergence, Paired, pair
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.models.opening import Source
+from llm_quantize.results import Tabled, json_ready
 from llm_quantize.runtimes import RUNTIMES, artifact_at, what_opens_what
 
 if TYPE_CHECKING:
@@ -100,10 +101,12 @@ class MemoryFacts:
     together: int
 
 
-@dataclass(frozen=True)
-class QualityResult:
+@dataclass(frozen=True, repr=False)
+class QualityResult(Tabled):
     """Artifacts in the order given, pairs of them in the order (0, 1), (0, 2), ..., (1, 2), ... ``tokens``: scored
     positions; ``seconds``: CPU time."""
+
+    columns = ("artifact", "size", "bits_per_weight", "kld", "kld_sem", "same_top", "perplexity", "grade")
 
     reference: str
     texts: tuple[str, ...]
@@ -119,8 +122,27 @@ class QualityResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The same facts, JSON-ready, and the thresholds of the grades."""
-        limits = [{"name": name, "max_kld": limit if math.isfinite(limit) else None} for name, limit in grades.GRADES]
-        return {**asdict(self), "grades": limits}
+        limits = [{"name": name, "max_kld": limit} for name, limit in grades.GRADES]
+        found: dict[str, Any] = json_ready({**asdict(self), "grades": limits})
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """The reference, the text, and the mean KL divergence of each artifact."""
+        losses = " ".join(f"{Path(one.path).name}:{one.divergence.kld:.5f}" for one in self.artifacts)
+        return {"reference": Path(self.reference).name, "tokens": self.tokens, "kld": losses}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each artifact: its size, its grade, and every figure of its divergence."""
+        return [
+            {
+                "artifact": Path(one.path).name,
+                "size": one.size,
+                "bits_per_weight": one.bits_per_weight,
+                "grade": one.grade,
+                **json_ready(one.divergence),
+            }
+            for one in self.artifacts
+        ]
 
     def gate(self, max_kld: float) -> NumericPolicyError | None:
         """The error for artifacts whose mean KLD is above ``max_kld``, or None."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm_quantize.errors import IntegrityError
@@ -46,7 +46,7 @@ class OutputFile:
 
     name: str
     size: int
-    header: bytes
+    header: bytes = field(repr=False)
     copied: CopiedFile | None = None
 
     def front(self) -> Iterator[bytes]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llm_quantize.errors import UsageError
+from llm_quantize.results import Settings
 
 __all__ = ["GptqOptions"]
 
 ORDERS = ("descending", "natural")
 
 
-@dataclass(frozen=True)
-class GptqOptions:
+@dataclass(frozen=True, repr=False)
+class GptqOptions(Settings):
     """Every stage is a switch of its own.
 
     ``damp``: what is added to the diagonal of the Hessian, as a share of its mean. ``shrink``: off-diagonal entries

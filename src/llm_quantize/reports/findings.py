@@ -18,6 +18,7 @@ from llm_quantize.errors import MalformedInputError
 from llm_quantize.evaluation.speed import Speed
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.measures.divergence import Divergence
+from llm_quantize.results import Shown, Tabled
 
 KIND = "llm-quantize comparison"
 VERSION = 1
@@ -94,8 +95,8 @@ class Reference:
     samples: tuple[Sample, ...] = ()
 
 
-@dataclass(frozen=True)
-class Variant:
+@dataclass(frozen=True, repr=False)
+class Variant(Shown):
     """One artifact. ``quantize_cpu_seconds`` None: it was there already, and nobody knows what it took."""
 
     format: str
@@ -115,12 +116,22 @@ class Variant:
         """What people call it."""
         return self.level or self.file
 
+    def summary(self) -> dict[str, Any]:
+        """Its level, its size, its loss."""
+        facts = {"format": self.format, "level": self.level, "size": self.size, "bits_per_weight": self.bits_per_weight}
+        return facts | {"kld": self.divergence.kld, "grade": self.grade}
 
-@dataclass(frozen=True)
-class ComparisonResult:
+
+@dataclass(frozen=True, repr=False)
+class ComparisonResult(Tabled):
     """Everything a report says. ``variants`` in the order they were asked for; ``grades``: (name, largest KLD that
     still has it) from the best on, the last without a limit being infinite; ``created`` an ISO date or empty;
     ``versions``: program to version; ``commands``: what makes these figures again."""
+
+    columns = (
+        "level", "format", "size", "bits_per_weight", "kld", "kld_sem", "same_top", "perplexity", "grade", "memory",
+        "generation_tokens_per_second",
+    )  # fmt: skip
 
     model: ModelFacts
     text: TextFacts
@@ -154,6 +165,17 @@ class ComparisonResult:
             "created": self.created,
             "notes": list(self.notes),
         }
+
+    def summary(self) -> dict[str, Any]:
+        """The model, the text, and the variants."""
+        labels = [variant.label for variant in self.variants]
+        return {"model": self.model.name, "variants": " ".join(labels), "tokens": self.text.tokens}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each variant: its size, its loss, its speed. A figure that was not measured is None."""
+        nested = ("tensor_errors", "samples")
+        found = [_variant_to_dict(variant) for variant in self.variants]
+        return [{name: value for name, value in row.items() if name not in nested} for row in found]
 
 
 def from_dict(data: Mapping[str, Any], *, file: str | Path = "comparison.json") -> ComparisonResult:

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llm_quantize.artifacts.manifest import NONFINITE_FACTS
 from llm_quantize.artifacts.result import ArtifactResult
 from llm_quantize.artifacts.verify import Verification
 from llm_quantize.errors import NumericPolicyError, printable
@@ -84,23 +83,6 @@ def _print_tensors(console: Console, plan: ArtifactPlan) -> None:
     for row in rows:
         table.add_row(*map(shown, row))
     console.print(table)
-
-
-def result_to_dict(result: ArtifactResult) -> dict[str, Any]:
-    """JSON-ready result of one artifact."""
-    return {
-        "level": result.level,
-        "path": str(result.path),
-        "size": result.size,
-        "bits_per_weight": round(result.bits_per_weight, 4),
-        "status": result.status,
-        "cpu_seconds": round(result.seconds, 3),
-        "resumed_units": result.resumed_units,
-        **{fact: dict(result.nonfinite.get(fact, {})) for fact in NONFINITE_FACTS},
-        **({"fallbacks": {text: list(names) for text, names in result.fallbacks.items()}} if result.fallbacks else {}),
-        "degraded": result.degradations(),
-        **({} if result.measured is None else {"measured": dict(result.measured)}),
-    }
 
 
 def strict_error(results: Sequence[ArtifactResult]) -> NumericPolicyError | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
@@ -69,14 +70,16 @@ def generate(
     threads: int | None = None,
     runtime: str | None = None,
     on_event: EventSink = ignore,
+    **more: Any,
 ) -> Iterator[str]:
     """Pieces of text that continue ``prompt``, from ``runtime`` (a name of RUNTIMES) or the usual one for ``artifact``.
+    ``more``: ``system``, ``top_p``, ``context`` and ``gpu_layers`` of a ``Request``.
 
     ``on_event`` hears a warning where the text may pass the context that the model was trained for, and where a chat
-    is not set in the model's own template.
+    is not set in the model's own template; at the end, how many tokens were written in which time.
 
     Raises MissingExtraError where the runtime is not installed, UsageError where there is no such artifact, the prompt
-    is empty, or the runtime is for other artifacts.
+    is empty, the runtime is for other artifacts, or a setting has no effect.
     """
     path = Path(artifact)
     if not prompt:
@@ -84,6 +87,27 @@ def generate(
     if not path.exists():
         raise UsageError("no such artifact", file=path, remedy="check the path")
     request = Request(
-        prompts=(prompt,), max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads
+        prompts=(prompt,), max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads, **more
     )
-    yield from runtime_for(path, runtime).generate(path, request, on_event)
+    chosen = runtime_for(path, runtime)
+    _refuse_idle(request, chosen)
+    yield from chosen.generate(path, request, on_event)
+
+
+def _refuse_idle(request: Request, chosen: Runtime) -> None:
+    """Raise UsageError for a setting that would do nothing."""
+    if request.system is not None and not request.chat:
+        raise UsageError("a system message is part of a chat", remedy="set the prompt as a chat, too: --chat")
+    if request.top_p < 1 and request.temperature == 0:
+        raise UsageError(
+            "nothing is drawn at the temperature 0, so that --top-p has no effect",
+            remedy="give a --temperature above 0, or leave --top-p out",
+        )
+    for name, unset in (("context", None), ("gpu_layers", 0)):
+        if getattr(request, name) != unset and name not in chosen.TAKES:
+            able = [one.LABEL for one in RUNTIMES.values() if name in one.TAKES]
+            raise UsageError(
+                f"{chosen.LABEL} has no use for --{name.replace('_', '-')}",
+                expected=f"{' or '.join(able)}, or the option left out",
+                found=getattr(request, name),
+            )

@@ -3,6 +3,7 @@ and what it is asked and answers."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,8 +29,10 @@ from llm_quantize.models.opening import open_source
 class Request:
     """What a runtime is asked. ``windows``: token ids int32 (windows, length), each scored by itself. ``prompts``:
     texts to continue by up to ``max_tokens``, greedily where ``temperature`` is 0; ``chat``: in the model's own
-    template. ``dtype``: of the computation, as torch calls it, or "auto". ``threads`` None: all CPUs. ``timeout``:
-    seconds, loading included."""
+    template, after ``system``, a message of its own, if there is one. ``top_p``: the likeliest tokens that have this
+    share of the probability are drawn from. ``context``: the most tokens of prompt and answer; None: what they need.
+    ``gpu_layers``: how many are computed by a GPU. ``dtype``: of the computation, as torch calls it, or "auto".
+    ``threads`` None: as many as find an idle processor (threads.py). ``timeout``: seconds, loading included."""
 
     windows: npt.NDArray[np.int32] | None = None
     prompts: tuple[str, ...] = ()
@@ -37,16 +40,31 @@ class Request:
     temperature: float = 0.0
     seed: int = 0
     chat: bool = False
+    system: str | None = None
+    top_p: float = 1.0
+    context: int | None = None
+    gpu_layers: int = 0
     dtype: str = "auto"
     threads: int | None = None
     timeout: float = 1800.0
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        """A chat that ends with ``prompt``, as templates take it."""
+        return talk(prompt, self.system)
+
+
+def talk(prompt: str, system: str | None = None) -> list[dict[str, str]]:
+    """A chat of ``prompt``, after a ``system`` message if there is one."""
+    own = [] if system is None else [{"role": "system", "content": system}]
+    return [*own, {"role": "user", "content": prompt}]
 
 
 @dataclass(frozen=True)
 class Reply:
     """What a runtime answered. ``logprobs``: natural log-probabilities of the token after each position, float32
     (windows, length, vocabulary). ``texts`` and ``tokens``: the continuations. ``versions`` of its packages,
-    ``kernels``: classes that compute the linears, ``seconds``: of load, score and generate."""
+    ``kernels``: classes that compute the linears, ``seconds``: of load, score and generate, with
+    ``threads``."""
 
     logprobs: npt.NDArray[np.float32] | None
     texts: tuple[str, ...]
@@ -54,6 +72,7 @@ class Reply:
     versions: Mapping[str, str]
     kernels: tuple[str, ...]
     seconds: Mapping[str, float]
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -105,13 +124,15 @@ class Opener(Protocol):
 class Runtime(Protocol):
     """A runtime: one module of this package.
 
-    ``LABEL``: its name for people. ``OPENS``: what it runs, in a few words. ``VARIABLE``: of the environment, which
+    ``LABEL``: its name for people. ``OPENS``: what it runs, in a few words. ``TAKES``: the fields of a request that not
+    every runtime has a use for, and this one has. ``VARIABLE``: of the environment, which
     names its interpreter; "": it runs in this one. ``open_model``: holds a model open in this
     process; None: each request is a process of its own, so that what it refuses is said of that artifact alone.
     """
 
     LABEL: str
     OPENS: str
+    TAKES: frozenset[str]
     VARIABLE: str
 
     @property
@@ -175,6 +196,25 @@ def refuse_incomplete(path: Path) -> None:
         raise
     except (MalformedInputError, UnsupportedError):
         return
+
+
+class Stopwatch:
+    """The time of a prompt, and of ``tokens`` after it. It begins when it is made."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._began = time.monotonic()
+        self._read: tuple[int, float] | None = None
+
+    def prompt_read(self, tokens: int) -> None:
+        """The prompt, of so many tokens, is read; what follows is writing."""
+        now = time.monotonic()
+        self._read, self._began = (tokens, now - self._began), now
+
+    def told(self, threads: int) -> events.Generated:
+        """What was written until now."""
+        prompt, seconds = self._read or (None, None)
+        return events.Generated(self.tokens, time.monotonic() - self._began, threads, prompt, seconds)
 
 
 def retokenized(text: str, tokenize: Callable[[str], list[int]], limit: int) -> Written:

@@ -12,9 +12,9 @@ from llm_quantize.formats.gguf.vocabulary.special import chat_templates, read_op
 from llm_quantize.models.chat_template import ChatTemplate
 
 
-def in_template(directory: Path, prompts: Sequence[str]) -> tuple[str, ...]:
-    """Each of ``prompts`` as a user's message in the model's own template, with the assistant's turn opened. Special
-    tokens are written out in it.
+def in_template(directory: Path, talks: Sequence[Sequence[Mapping[str, str]]]) -> tuple[str, ...]:
+    """Each of ``talks``, messages with ``role`` and ``content``, in the model's own template, with the assistant's turn
+    opened. Special tokens are written out in it.
 
     Raises UnsupportedError (no template, or it refuses), MalformedInputError (it takes too much time or memory, or is
     no text).
@@ -24,7 +24,7 @@ def in_template(directory: Path, prompts: Sequence[str]) -> tuple[str, ...]:
         raise UnsupportedError("this model has no chat template", file=directory, remedy="run without --chat")
     bos, eos = (_special(directory, name) for name in ("bos_token", "eos_token"))
     with ChatTemplate(str(found.value), bos=bos, eos=eos, file=directory) as template:
-        return tuple(template.render([{"role": "user", "content": prompt}]) for prompt in prompts)
+        return tuple(template.render(messages) for messages in talks)
 
 
 def _special(directory: Path, name: str) -> str:

@@ -5,6 +5,7 @@ versions of torch than ours; so a script of ``workers/`` runs alone, and speaks 
 
     request.json, windows.npy     what is asked; token ids int32 (windows, length)
     reply.json, logprobs.npy      what came of it; float32 (windows, length, vocabulary)
+    pieces                        text of the first prompt as it is written, where the script tells it
     error.json                    the runtime's own exception, word for word
 
 Nothing reaches the network: the hub is told to be offline, and its cache is the folder, gone with it.
@@ -12,13 +13,15 @@ Nothing reaches the network: the hub is told to be offline, and its cache is the
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_quantize import events
 from llm_quantize.errors import (
     IntegrityError,
     MissingExtraError,
@@ -35,11 +39,11 @@ from llm_quantize.errors import (
     UnsupportedError,
     UsageError,
 )
-from llm_quantize.memory import available_cpus
 from llm_quantize.runtimes.base import Reply, Request, Written
 from llm_quantize.runtimes.chat import in_template
+from llm_quantize.runtimes.threads import idle_threads
 
-__all__ = ["Worker", "continued", "incomplete", "interpreter", "run"]
+__all__ = ["Worker", "continued", "generated", "incomplete", "interpreter", "run", "spoken"]
 
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -51,6 +55,7 @@ _QUIET = {
     "TORCHDYNAMO_DISABLE": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
+POLL_SECONDS = 0.1
 _CACHES = ("HF_HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
@@ -92,22 +97,38 @@ def interpreter(runtime: Worker) -> str:
 def run(
     runtime: Worker, directory: Path, request: Request, *, settings: Mapping[str, str], options: Mapping[str, Any]
 ) -> Reply:
-    """``request`` answered by ``runtime`` for the model in ``directory``. ``settings``: variables of the environment;
-    ``options``: what else the script reads.
+    """What ``spoken`` comes to."""
+    speaking = spoken(runtime, directory, request, settings=settings, options=options)
+    while True:
+        try:
+            next(speaking)
+        except StopIteration as end:
+            reply: Reply = end.value
+            return reply
+
+
+def spoken(
+    runtime: Worker, directory: Path, request: Request, *, settings: Mapping[str, str], options: Mapping[str, Any]
+) -> Generator[str, None, Reply]:
+    """Pieces of the text that continues the first prompt, as they are written; in the end: ``request`` answered by
+    ``runtime`` for the model in ``directory``. ``settings``: variables of the environment; ``options``: what else the
+    script reads.
 
     Raises MissingExtraError (not installed), IntegrityError (weights that are not in the files), UnsupportedError (the
     runtime fails; its words are in ``found``), ResourceError (it takes longer than ``request.timeout``),
     NumericPolicyError (its logits are not numbers).
     """
     python = interpreter(runtime)
-    threads = request.threads or available_cpus()
+    threads = request.threads or idle_threads()
+    talks = [request.messages(prompt) for prompt in request.prompts]
     asked = {
         "directory": str(directory.resolve()),
-        "prompts": list(in_template(directory, request.prompts) if request.chat else request.prompts),
+        "prompts": list(in_template(directory, talks) if request.chat else request.prompts),
         "max_tokens": request.max_tokens,
         "temperature": request.temperature,
         "seed": request.seed,
         "chat": request.chat,
+        "top_p": request.top_p,
         "dtype": request.dtype,
         "threads": threads,
         **options,
@@ -121,27 +142,35 @@ def run(
         caches = dict.fromkeys(_CACHES, name)
         environment = {**own, **_QUIET, **caches, "OMP_NUM_THREADS": str(threads), **settings}
         script = Path(__file__).parent / "workers" / runtime.script
-        _wait([python, str(script), name], environment, folder, runtime, directory, request.timeout)
-        return _read(folder, runtime, directory, bool(len(windows)))
+        yield from _wait([python, str(script), name], environment, folder, runtime, directory, request.timeout)
+        return _read(folder, runtime, directory, bool(len(windows)), threads)
 
 
 def _wait(
     command: list[str], environment: dict[str, str], folder: Path, runtime: Worker, directory: Path, timeout: float
-) -> None:
-    """Run ``command`` to its end; it and its children are gone when this returns or raises."""
-    with (folder / "log").open("wb") as log:
+) -> Iterator[str]:
+    """Run ``command`` to its end, and tell what it writes meanwhile; it and its children are gone when this returns or
+    raises, or is closed."""
+    end = time.monotonic() + timeout
+    (folder / "pieces").touch()
+    whole = codecs.getincrementaldecoder("utf-8")("replace")
+    with (folder / "log").open("wb") as log, (folder / "pieces").open("rb") as pieces:
         child = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            child.wait(timeout)
-        except subprocess.TimeoutExpired as error:
-            raise ResourceError(
-                f"{runtime.name} took longer than {timeout:g} s",
-                file=directory,
-                found=_tail(folder),
-                remedy="give it more time, or fewer tokens",
-            ) from error
+            while child.poll() is None:
+                if time.monotonic() > end:
+                    raise ResourceError(
+                        f"{runtime.name} took longer than {timeout:g} s",
+                        file=directory,
+                        found=_tail(folder),
+                        remedy="give it more time, or fewer tokens",
+                    )
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(POLL_SECONDS)
+                if text := whole.decode(pieces.read()):
+                    yield text
         finally:
             with suppress(ProcessLookupError):  # all of them have ended by themselves
                 os.killpg(child.pid, signal.SIGKILL)
@@ -180,7 +209,7 @@ def _tail(folder: Path) -> str:
     return "\n".join([line for line in lines if line.strip()][-5:])
 
 
-def _read(folder: Path, runtime: Worker, directory: Path, scored: bool) -> Reply:
+def _read(folder: Path, runtime: Worker, directory: Path, scored: bool, threads: int) -> Reply:
     reply = json.loads((folder / "reply.json").read_text(encoding="utf-8"))
     logprobs = None
     if scored:
@@ -199,7 +228,13 @@ def _read(folder: Path, runtime: Worker, directory: Path, scored: bool) -> Reply
         reply["versions"],
         tuple(reply["kernels"]),
         reply["seconds"],
+        threads,
     )
+
+
+def generated(reply: Reply) -> events.Generated:
+    """How long the first text of ``reply`` took, its prompt included."""
+    return events.Generated(len(reply.tokens[0]), reply.seconds.get("generate", 0.0), reply.threads)
 
 
 def continued(reply: Reply, limit: int) -> list[Written]:

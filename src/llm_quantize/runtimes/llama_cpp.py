@@ -30,13 +30,14 @@ from llm_quantize.errors import (
 )
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_files import first_file
-from llm_quantize.memory import available_cpus
 from llm_quantize.models.chat_template import render
-from llm_quantize.runtimes.base import Request, Written, is_model_directory, retokenized, warn_beyond
+from llm_quantize.runtimes.base import Request, Stopwatch, Written, is_model_directory, retokenized, talk, warn_beyond
 from llm_quantize.runtimes.llama_cpp_library import Batch, ChatMessage, Library, load_library
+from llm_quantize.runtimes.threads import idle_threads
 
 LABEL = "llama.cpp"
 OPENS = "GGUF files"
+TAKES = frozenset({"context", "gpu_layers"})
 VARIABLE = ""
 
 _MAX_BATCH = 512
@@ -51,14 +52,16 @@ class LlamaCpp:
     """One model and one context in llama.cpp. Use it as a context manager, or call ``close``.
 
     ``path``: a GGUF file (the first one, if it is split). ``context``: the most tokens of one sequence.
-    ``threads``: None means every CPU this process may use.
+    ``threads``: None means as many as find an idle processor (threads.py). ``gpu_layers``: computed by a GPU.
 
     Raises: MissingExtraError, UnsupportedError (another interface, or an architecture llama.cpp does not know),
     MalformedInputError (llama.cpp refuses the file; its own words are in the message), UsageError (no such file,
     bad numbers), ResourceError (no memory for the context).
     """
 
-    def __init__(self, path: str | Path, *, context: int = 512, threads: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, context: int = 512, threads: int | None = None, gpu_layers: int = 0
+    ) -> None:
         self._model: int | None = None
         self._context: int | None = None
         self._batch: Batch | None = None
@@ -69,15 +72,15 @@ class LlamaCpp:
             raise UsageError("there is no such file", file=self.path)
         self._library: Library = load_library()
         try:
-            self._open(context, threads or available_cpus())
+            self._open(context, threads or idle_threads(), gpu_layers)
         except LlmQuantizeError:
             self.close()
             raise
 
-    def _open(self, context: int, threads: int) -> None:
+    def _open(self, context: int, threads: int, gpu_layers: int) -> None:
         call, library = self._library.call, self._library
         library.lines.clear()
-        parameters, keep = library.model_parameters()
+        parameters, keep = library.model_parameters(gpu_layers)
         self._model = call.llama_model_load_from_file(os.fsencode(self.path), parameters)
         del keep
         if not self._model:
@@ -86,7 +89,7 @@ class LlamaCpp:
             raise kind("llama.cpp does not load this file", file=self.path, found=words or "no message")
         self._vocab = call.llama_model_get_vocab(self._model)
         self.vocab_size = int(call.llama_vocab_n_tokens(self._vocab))
-        self.context = context
+        self.context, self.threads = context, threads
         size = min(context, _MAX_BATCH)
         self._context = call.llama_init_from_model(self._model, library.context_parameters(context, size))
         if not self._context:
@@ -265,21 +268,24 @@ class LlamaCpp:
         max_tokens: int = 64,
         temperature: float = 0.0,
         chat: bool = False,
+        system: str | None = None,
+        top_p: float = 1.0,
         seed: int = 0,
         on_event: EventSink = ignore,
     ) -> Iterator[str]:
         """Pieces of text that continue ``prompt`` (a text, or token ids as they are), ending at an end-of-generation
         token, ``max_tokens`` or a full context. ``temperature`` 0 takes the likeliest token; else one is drawn (PCG64
-        of ``seed``).
-        ``chat``: the prompt is a user's message, set in the model's own chat template. ``on_event`` hears a warning
-        where prompt and answer may pass the context the model was trained for, and where the template is not its own.
+        of ``seed``), of the likeliest ones that have the share ``top_p`` of the probability.
+        ``chat``: the prompt is a user's message, set in the model's own chat template after ``system``. ``on_event``
+        hears a warning where prompt and answer may pass the context the model was trained for, and where the template
+        is not its own; at the end, how many tokens were written in which time.
 
         Raises: UsageError (the prompt is empty, or does not fit the context), UnsupportedError (no template).
         """
-        if temperature < 0 or not np.isfinite(temperature):
-            raise UsageError("the temperature must be 0 or more", found=temperature)
+        if temperature < 0 or not np.isfinite(temperature) or not 0 < top_p <= 1:
+            raise UsageError("the temperature must be 0 or more, and top-p a share", found=f"{temperature} and {top_p}")
         if isinstance(prompt, str):
-            ids = self._chat_tokens(prompt, on_event) if chat else self.tokenize(prompt, parse_special=False)
+            ids = self._chat_tokens(prompt, on_event, system) if chat else self.tokenize(prompt, parse_special=False)
         else:
             ids = list(prompt)
         if not ids:
@@ -288,15 +294,15 @@ class LlamaCpp:
         warn_beyond(len(ids), max_tokens, int(self._library.call.llama_model_n_ctx_train(self._model)), on_event)
         random = np.random.Generator(np.random.PCG64(seed))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._reset()
-        position = 0
-        for start in range(0, len(ids), self._batch_size):
-            last = self._decode(ids[start : start + self._batch_size], start, every=False)[0]
+        clock = Stopwatch()
+        last = self.advance(ids)
+        clock.prompt_read(len(ids))
         position = len(ids)
         for step in range(max_tokens):
-            token = _choose(last, temperature, random)
+            token = _choose(last, temperature, random, top_p)
             if self._library.call.llama_vocab_is_eog(self._vocab, token):
                 break
+            clock.tokens += 1
             if text := decoder.decode(self._piece(token)):
                 yield text
             if position >= self.context or step + 1 == max_tokens:
@@ -305,6 +311,7 @@ class LlamaCpp:
             position += 1
         if text := decoder.decode(b"", final=True):
             yield text
+        on_event(clock.told(self.threads))
 
     def _piece(self, token: int) -> bytes:
         call, room = self._library.call, 64
@@ -319,8 +326,8 @@ class LlamaCpp:
         raw = self._library.call.llama_vocab_get_text(self._vocab, token) if token >= 0 else None
         return raw.decode("utf-8", "replace") if raw else ""
 
-    def _chat_tokens(self, prompt: str, on_event: EventSink = ignore) -> list[int]:
-        """The prompt as a user's message in the file's own template, rendered as transformers does.
+    def _chat_tokens(self, prompt: str, on_event: EventSink = ignore, system: str | None = None) -> list[int]:
+        """The prompt as a user's message, after ``system``, in the file's own template, rendered as transformers does.
 
         llama.cpp itself only recognises families of templates and leaves out what it does not expect (a default
         system message), so that it serves where Jinja is not installed, and a warning says so.
@@ -329,7 +336,7 @@ class LlamaCpp:
         raw = call.llama_model_chat_template(self._model, None)
         if raw is None:
             raise UnsupportedError("this model has no chat template", file=self.path, remedy="run without --chat")
-        messages: list[Mapping[str, str]] = [{"role": "user", "content": prompt}]
+        messages = talk(prompt, system)
         bos = self._token_text(call.llama_vocab_bos(self._vocab))
         eos = self._token_text(call.llama_vocab_eos(self._vocab))
         try:
@@ -357,12 +364,19 @@ class LlamaCpp:
             room = count
 
 
-def _choose(logits: npt.NDArray[np.float32], temperature: float, random: np.random.Generator) -> int:
-    """One token: the likeliest (the first of equals), or a draw from softmax(logits / temperature)."""
+def _choose(
+    logits: npt.NDArray[np.float32], temperature: float, random: np.random.Generator, top_p: float = 1.0
+) -> int:
+    """One token: the likeliest (the first of equals), or a draw from softmax(logits / temperature), from the fewest
+    tokens that together have the share ``top_p``."""
     if temperature == 0:
         return int(np.argmax(logits))
     scaled = logits.astype(np.float64) / temperature
     weights = np.exp(scaled - scaled.max())
+    if top_p < 1:
+        falling = np.argsort(-weights, kind="stable")
+        reached = np.cumsum(weights[falling])
+        weights[falling[np.searchsorted(reached, top_p * reached[-1]) + 1 :]] = 0.0
     total = np.cumsum(weights)
     return int(np.searchsorted(total, random.random() * total[-1], side="right"))
 
@@ -385,12 +399,15 @@ def open_model(path: Path, *, context: int, threads: int | None) -> LlamaCpp:
 def generate(path: Path, request: Request, on_event: EventSink) -> Iterator[str]:
     """Pieces of text that continue the first prompt, as they are made. Raises as ``LlamaCpp`` and its ``generate``."""
     prompt = request.prompts[0]
-    with open_model(path, context=context_for(prompt, request.max_tokens), threads=request.threads) as model:
+    context = request.context or context_for(prompt + (request.system or ""), request.max_tokens)
+    with LlamaCpp(first_file(path), context=context, threads=request.threads, gpu_layers=request.gpu_layers) as model:
         yield from model.generate(
             prompt,
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             chat=request.chat,
+            system=request.system,
+            top_p=request.top_p,
             seed=request.seed,
             on_event=on_event,
         )

@@ -25,6 +25,8 @@ _BLOCK_BYTES = 1024
 # the cache types K and V are two F16 enums behind the callback pointers that follow.
 _CONTEXT_HEAD = struct.pack("<4i", 512, 2048, 512, 1)
 _ENUMS_AND_YARN = struct.pack("<4i6f", -1, -1, -1, -1, 0, 0, -1, -1, -1, -1)
+# Model defaults behind the two pointers: n_gpu_layers (all), split by layer.
+_LAYERS_AND_SPLIT = struct.pack("<2i", -1, 1)
 _CACHE_TYPES = re.compile(rb"\x00{16}(\x01\x00\x00\x00\x01\x00\x00\x00)\x00{16}")
 _GGML_F32 = 0
 _LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUE = 1, 4, 5
@@ -70,6 +72,7 @@ _IDS = ctypes.POINTER(ctypes.c_int32)
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_backend_init": (None, ()),
     "llama_log_set": (None, (_LogCallback, _P)),
+    "llama_supports_gpu_offload": (_B, ()),
     "llama_model_default_params": (Block, ()),
     "llama_context_default_params": (Block, ()),
     "llama_model_load_from_file": (_P, (_S, Block)),
@@ -157,16 +160,29 @@ class Library:
             remedy="install the release named in constraints.txt",
         )
 
-    def model_parameters(self) -> tuple[Block, Any]:
-        """Model parameters for the CPU alone, and an object that must live until the model is loaded.
+    def model_parameters(self, gpu_layers: int = 0) -> tuple[Block, Any]:
+        """Model parameters for the CPU alone, or with ``gpu_layers`` on the GPUs that there are, and an object that
+        must live until the model is loaded.
 
         ``devices`` is the first field: a list of back ends, empty here, where NULL would mean "all there are".
+        Raises UnsupportedError where this build knows no GPU.
         """
         block: Block = self.call.llama_model_default_params()
         if block.read()[:16] != bytes(16):
             raise self.changed("model parameters do not open with two null pointers")
         devices = (ctypes.c_void_p * 1)(None)
-        block.put(0, "<Q", ctypes.addressof(devices))
+        if not gpu_layers:
+            block.put(0, "<Q", ctypes.addressof(devices))
+            return block, devices
+        if not self.call.llama_supports_gpu_offload():
+            raise UnsupportedError(
+                "this build of llama.cpp computes on the CPU only",
+                file=self.path,
+                remedy="install a build of xllamacpp for your GPU, or leave --gpu-layers out",
+            )
+        if block.read()[16:24] != _LAYERS_AND_SPLIT:
+            raise self.changed("the number of GPU layers does not follow the two pointers")
+        block.put(16, "<i", gpu_layers)
         return block, devices
 
     def context_parameters(self, context: int, batch: int) -> Block:

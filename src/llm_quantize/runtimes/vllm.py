@@ -16,12 +16,13 @@ import numpy.typing as npt
 
 from llm_quantize.events import EventSink
 from llm_quantize.runtimes.base import Opener, Reply, Request, Written, is_model_directory, refuse_incomplete
-from llm_quantize.runtimes.isolated import Worker, continued, interpreter
+from llm_quantize.runtimes.isolated import Worker, continued, generated, interpreter
 from llm_quantize.runtimes.isolated import run as run_isolated
 from llm_quantize.runtimes.scored import ScoredDirectory
 
 LABEL = "vLLM"
 OPENS = "model directories"
+TAKES = frozenset({"context"})
 VARIABLE = "LLM_QUANTIZE_VLLM"
 opens = is_model_directory
 open_model: Opener | None = None
@@ -43,7 +44,9 @@ def require() -> None:
 
 def generate(path: Path, request: Request, on_event: EventSink) -> Iterator[str]:
     """The text that vLLM writes after the first prompt, in one piece. Raises as ``run``."""
-    yield run(path, request).texts[0]
+    reply = run(path, request)
+    yield reply.texts[0]
+    on_event(generated(reply))
 
 
 def write(path: Path, request: Request) -> list[Written]:
@@ -94,7 +97,10 @@ def run(directory: Path, request: Request, *, context: int | None = None, eight_
 def _context(directory: Path, request: Request) -> int:
     """Positions that the request surely fits in: no text has more tokens than bytes, and its template a few."""
     scored = 0 if request.windows is None else request.windows.shape[1] + 1
-    longest = max((len(prompt.encode("utf-8", "surrogatepass")) for prompt in request.prompts), default=0)
+    if request.context is not None:
+        return max(2, request.context)
+    own = request.system or ""
+    longest = max((len((own + prompt).encode("utf-8", "surrogatepass")) for prompt in request.prompts), default=0)
     asked = longest + request.max_tokens + 512 if request.prompts else 0
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

@@ -29,6 +29,7 @@ from llm_quantize.formats.gguf.mixes import (
     Position,
 )
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.results import Settings, Shown
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,9 @@ class TensorShape:
     unquantized: str = "f32"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A user's own mix (io/recipe_file.py): the qtypes of single ``tensors`` by name, before everything else; the rest
+@dataclass(frozen=True, repr=False)
+class Recipe(Shown):
+    """A user's own mix (``read_recipe``): the qtypes of single ``tensors`` by name, before everything else; the rest
     as ``level`` says. ``model``: digest of the model that it was made for, if it says so; ``sha256``: of the file."""
 
     name: str
@@ -138,6 +139,10 @@ class Recipe:
     tensors: Mapping[str, str]
     model: str | None = None
     sha256: str = ""
+
+    def summary(self) -> dict[str, object]:
+        """Its name, its level, and how many tensors it names."""
+        return {"name": self.name, "level": self.level, "tensors": len(self.tensors)}
 
     def check(self, tensors: Sequence[TensorShape]) -> None:
         """Raise UsageError where it does not fit a model of these ``tensors``, naming the tensors."""
@@ -161,10 +166,10 @@ class Recipe:
                 )
 
 
-@dataclass(frozen=True)
-class Overrides:
+@dataclass(frozen=True, repr=False)
+class Overrides(Settings):
     """What the user fixed by hand. ``tensor_types``: (regular expression, qtype), the first that is found in the
-    name wins; case does not matter. Qtypes are lower case, as ``parse_qtype`` returns them."""
+    name wins; case does not matter. Qtypes are lower case: "q6_k"."""
 
     output_type: str | None = None
     embedding_type: str | None = None

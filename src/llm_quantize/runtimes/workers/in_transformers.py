@@ -6,10 +6,10 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
-from telling import refuse_unfilled, start, versions
+from telling import Pieces, refuse_unfilled, start, versions
 
 
 def load(directory: str, dtype: str, backend: str | None) -> Any:
@@ -91,7 +91,8 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         if rows:
             np.save(folder / "logprobs.npy", np.stack(rows))
         scored = time.monotonic()
-        answers = _continue(model, request)
+        with (folder / "pieces").open("w", encoding="utf-8", newline="") as pieces:
+            answers = _continue(model, request, pieces)
     return {
         "texts": [text for text, _ in answers],
         "tokens": [tokens for _, tokens in answers],
@@ -105,8 +106,8 @@ def _is_kernel(module: Any) -> bool:
     return hasattr(module, "scales") or type(module).__module__.startswith("bitsandbytes.")
 
 
-def _continue(model: Any, request: dict[str, Any]) -> list[tuple[str, list[int]]]:
-    """Text and token ids that follow each prompt."""
+def _continue(model: Any, request: dict[str, Any], pieces: TextIO) -> list[tuple[str, list[int]]]:
+    """Text and token ids that follow each prompt; the first text goes to ``pieces`` as it is written."""
     import torch
     from transformers import AutoTokenizer
 
@@ -115,15 +116,26 @@ def _continue(model: Any, request: dict[str, Any]) -> list[tuple[str, list[int]]
     tokenizer = AutoTokenizer.from_pretrained(request["directory"], local_files_only=True, trust_remote_code=False)
     torch.manual_seed(request["seed"])
     warm = request["temperature"] > 0
-    sampling = {"do_sample": True, "temperature": request["temperature"]} if warm else {"do_sample": False}
-    answers = []
+    sampling: dict[str, Any] = {"do_sample": warm}
+    if warm:
+        sampling |= {"temperature": request["temperature"], "top_p": request["top_p"]}
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    def say(text: str) -> None:
+        pieces.write(text)
+        pieces.flush()
+
+    answers: list[tuple[str, list[int]]] = []
     for prompt in request["prompts"]:
         # A chat comes in its template, which writes the special tokens.
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not request["chat"])
         inputs.pop("token_type_ids", None)
-        output = model.generate(**inputs, max_new_tokens=request["max_tokens"], **sampling)
-        answer = output[0, inputs["input_ids"].shape[1] :]
-        answers.append((tokenizer.decode(answer, skip_special_tokens=True), answer.tolist()))
+        streamer = None if answers else Pieces(decode, say)
+        output = model.generate(**inputs, max_new_tokens=request["max_tokens"], streamer=streamer, **sampling)
+        answer = output[0, inputs["input_ids"].shape[1] :].tolist()
+        answers.append((decode(answer), answer))
     return answers
 
 

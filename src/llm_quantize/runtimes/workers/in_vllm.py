@@ -44,7 +44,10 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     answers = []
     if request["prompts"]:
         asked = SamplingParams(
-            temperature=request["temperature"], max_tokens=request["max_tokens"], seed=request["seed"]
+            temperature=request["temperature"],
+            top_p=request["top_p"],
+            max_tokens=request["max_tokens"],
+            seed=request["seed"],
         )
         prompts = request["prompts"]
         if request["chat"]:

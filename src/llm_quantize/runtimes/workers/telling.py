@@ -53,6 +53,45 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)[:3])
 
 
+class Pieces:
+    """A streamer for transformers' ``generate``: text of one sequence, told as soon as its characters are whole.
+
+    ``decode``: token ids to text; ``say``: hears each piece; together they are the text of all ids. ``count``: ids that
+    were written. The ids before the last piece are decoded with the new ones, as a tokenizer may write the first word
+    of a text without its space.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], say: Callable[[str], None]) -> None:
+        self.decode, self.say = decode, say
+        self.ids: list[int] = []
+        self.prompt: int | None = None
+        self._from, self._told = 0, 0
+
+    @property
+    def count(self) -> int:
+        return len(self.ids)
+
+    def put(self, value: Any) -> None:
+        """Ids of the next tokens, a tensor; those of the prompt come first, once."""
+        ids = [int(token) for token in value.flatten().tolist()]
+        if self.prompt is None:
+            self.prompt = len(ids)
+            return
+        self.ids += ids
+        self._tell(whole=False)
+
+    def end(self) -> None:
+        """All that is left, if its characters are whole or not."""
+        self._tell(whole=True)
+
+    def _tell(self, *, whole: bool) -> None:
+        before = self.decode(self.ids[self._from : self._told])
+        now = self.decode(self.ids[self._from :])
+        if len(now) > len(before) and (whole or not now.endswith("\ufffd")):
+            self.say(now[len(before) :])
+            self._from, self._told = self._told, len(self.ids)
+
+
 def versions(*names: str) -> dict[str, str]:
     """Installed versions of ``names``; those that are not installed are left out."""
     found = {}
