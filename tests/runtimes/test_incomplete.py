@@ -207,7 +207,7 @@ def test_a_quantized_family_that_is_not_known_here_is_not_for_a_runtime_that_doe
     model = stranger(tmp_path / "model")
     refuse_incomplete(model, tells=True)
     config = json.loads((model / "config.json").read_text())
-    block = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    block = {"quant_method": "hqq"}
     (model / "config.json").write_text(json.dumps(config | {"quantization_config": block}))
     with pytest.raises(UnsupportedError, match="whether this model is whole cannot be known") as caught:
         vllm.run(model, ASK)
