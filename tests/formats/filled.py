@@ -43,5 +43,6 @@ def fill(source: Source, plan: ArtifactPlan, directory: Path) -> dict[str, tuple
         put(tensor, kernels.quantize(tensor.qtype, rows, None).tobytes())
     directory.mkdir()
     for file, data in zip(plan.files, contents, strict=True):
+        (directory / file.name).parent.mkdir(exist_ok=True)
         (directory / file.name).write_bytes(data)
     return found

@@ -144,7 +144,6 @@ def test_config_and_small_files(llama: Path, tmp_path: Path) -> None:
     (model / "optimizer.pt").write_bytes(b"weights")
     (model / ".hidden").write_text("x")
     (model / "odd name.txt").write_text("x")
-    (model / "additional_chat_templates").mkdir()
     plan = planned(model)
     files = {file.name: b"".join(file.front()) for file in plan.files}
     assert set(files) == {
@@ -158,7 +157,6 @@ def test_config_and_small_files(llama: Path, tmp_path: Path) -> None:
     assert list(config.items()) == list(json.loads((model / "config.json").read_text()).items())
     told = "\n".join(plan.warnings)
     assert "odd name.txt" in told
-    assert "additional_chat_templates" in told
     card = files["README.md"].decode()
     assert "license: mit" in card
     assert "old text" not in card
@@ -292,6 +290,36 @@ def test_tied_head_stored_twice_stays_stored_twice(tmp_path: Path) -> None:
     )
     assert "lm_head.weight" not in [tensor.name for tensor in planned(model).tensors]
     assert "lm_head.weight" in [tensor.name for tensor in planned(copy).tensors]
+
+
+def written_config(plan: ArtifactPlan) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(next(file.header for file in plan.files if file.name == "config.json"))
+    return found
+
+
+@pytest.mark.parametrize(("format", "level"), [("gptq", "4bit"), ("safetensors", "F16")])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_head_in_the_files_is_not_called_tied(format: str, level: str, own: bool, tmp_path: Path) -> None:
+    """vLLM reads no head where the configuration says that it is tied, and transformers 4 overwrites it."""
+
+    def with_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * (2 if own else 1)}
+
+    tied = make_tiny("llama3", tmp_path / "tied")
+    options = {"group_size": 32} if format == "gptq" else {"group_size": None}
+    assert written_config(planned(tied, format, level, **options))["tie_word_embeddings"] is True
+    plan = planned(changed(tied, tmp_path / "twice", with_head), format, level, **options)
+    assert written_config(plan)["tie_word_embeddings"] is False
+    assert ("lm_head.weight has values of its own" in "\n".join(plan.warnings)) is own
+
+
+def test_a_copy_of_the_embedding_stays_tied_where_every_runtime_ties_it(tmp_path: Path) -> None:
+    def with_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+    model = changed(make_tiny("gemma2", tmp_path / "gemma"), tmp_path / "twice", with_head)
+    before = json.loads((model / "config.json").read_text())
+    assert written_config(planned(model)).get("tie_word_embeddings") == before.get("tie_word_embeddings")
 
 
 def test_families_that_cannot_be_packed_are_refused(tmp_path: Path) -> None:

@@ -278,6 +278,19 @@ CASES: dict[str, Case] = {
     # what the model is
     "empty directory": Case(files(), 3, CONFIG, "absent"),
     "no weights": Case(files(config__json=b"{}"), 3, INDEX, "no weights"),
+    "weights of another name": Case(
+        lambda place: (one(place), (place / SAFE).rename(place / "gptq_model-4bit-128g.safetensors")),
+        3,
+        "gptq_model-4bit-128g.safetensors",
+        "no runtime looks",
+    ),
+    "one shard of two": Case(
+        lambda place: (one(place), (place / SAFE).rename(place / "model-00001-of-00002.safetensors")),
+        3,
+        INDEX,
+        "index of the shards is missing",
+    ),
+    "MLX in numpy's form": Case(files(config__json=b"{}", weights__npz=b"PK"), 4, "weights.npz", "MLX"),
     "pickled weights": Case(
         files(config__json=b"{}", pytorch_model__bin=b"\x80\x04."), 4, "pytorch_model.bin", "pickled"
     ),

@@ -135,8 +135,8 @@ def test_what_is_not_decoded_is_refused(llama: Path, tmp_path: Path) -> None:
     write(checkpoint_format="marlin")
     with pytest.raises(UnsupportedError, match="marlin"):
         open_model(str(place))
-    write(quant_method="bitsandbytes")
-    with pytest.raises(UnsupportedError, match=r"already quantized[\s\S]*bitsandbytes"):
+    write(quant_method="hqq")
+    with pytest.raises(UnsupportedError, match=r"already quantized[\s\S]*hqq"):
         open_model(str(place))
     write()
     with pytest.raises(UnsupportedError, match="already quantized"):

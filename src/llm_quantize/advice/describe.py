@@ -10,6 +10,7 @@ from typing import Any
 
 from gguf.constants import Keys
 
+from llm_quantize import events
 from llm_quantize.advice.footprint import shape_of
 from llm_quantize.architectures.rows import weights_of
 from llm_quantize.artifacts.manifest import read_manifest
@@ -19,9 +20,10 @@ from llm_quantize.formats.gguf.describe import describe as gguf_metadata
 from llm_quantize.formats.gguf.vocabulary.reading import has_tokenizer
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
-from llm_quantize.models import gguf
+from llm_quantize.models import gguf, quantized
 from llm_quantize.models.opening import Source, open_source
-from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
+from llm_quantize.models.quantized import PackedDirectory
+from llm_quantize.models.weight_sets import left_lying
 
 CONTEXT = 8192  # tokens of the cache whose memory is told, or all that the model was trained for, if fewer
 
@@ -35,8 +37,10 @@ def describe(model: str, *, revision: str | None = None, on_event: EventSink = i
     path = Path(model)
     if path.exists() and gguf.sniff(path):
         return _describe_gguf([read_gguf(part) for part in artifact_files(path)])
-    if is_packed_directory(path):
+    if quantized.sniff(path):
         with PackedDirectory(path) as packed:
+            for note in left_lying(path, packed.headers):
+                on_event(events.Caution(note))
             return _describe_packed(packed)
     source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
     with source.checkpoint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import gguf
@@ -13,7 +13,7 @@ from ..io.gguf_file import MetaValue
 from ..io.safetensors_file import TensorInfo
 from .base import Family, Form, Hyper, TensorMap
 from .config_reader import ConfigReader
-from .mapping import form_of, map_tensors
+from .mapping import form_of, head_of, map_tensors
 from .rope import Rope, read_rope, rope_constants, rope_metadata
 
 _MOST_LAYERS, _MOST_EXPERTS, _LARGEST_HEAD = 4096, 4096, 1 << 16
@@ -119,6 +119,10 @@ class Architecture:
     def form_of(self, name: str) -> Form | None:
         """See ``mapping.form_of``."""
         return form_of(self.family, self.config, name)
+
+    def head_of(self, names: Iterable[str]) -> str | None:
+        """See ``mapping.head_of``."""
+        return head_of(self.family, names)
 
     def map_tensors(self, tensors: Mapping[str, TensorInfo]) -> TensorMap:
         """Every tensor of the checkpoint mapped, or left out with the reason (see mapping.map_tensors)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import gguf
 import numpy as np
@@ -110,6 +110,18 @@ def short_name(family: Family, name: str) -> str:
         if name.startswith(old):
             return new + name[len(old) :]
     return name
+
+
+def head_of(family: Family, names: Iterable[str]) -> str | None:
+    """The first of ``names``, a checkpoint's, that is the head of its own; None where there is none."""
+    heads = {
+        form.name
+        for weight in family.weights
+        if weight.tensor == gguf.MODEL_TENSOR.OUTPUT
+        for form in weight.forms
+        if form.name.endswith(".weight")
+    }
+    return next((name for name in names if short_name(family, name) in heads), None)
 
 
 class Mapper:

@@ -57,6 +57,7 @@ from llm_quantize.formats.packed import (
     Numbers,
     PackedMatrix,
     Settings,
+    check_called_for,
     check_fields,
     check_matrix,
     check_present,
@@ -213,6 +214,7 @@ def _matrix(
             remedy="start from the model it was made from",
         )
     declared, varies = _weight_settings(settings, bits)
+    _check_called_for(name, layout, found, settings, bits)
     scale = found["weight_scale"]
     each = scale.shape[-1] if len(scale.shape) == 2 else 1
     group = columns_of_group(declared, k, each, varies=varies)
@@ -231,6 +233,17 @@ def _matrix(
             "weight_g_idx": (("I32",), ((k,),)),
         },
     )
+
+
+def _check_called_for(
+    name: str, layout: Layout, found: Mapping[str, TensorInfo], settings: Settings, bits: int
+) -> None:
+    """Raise IntegrityError where a field is absent that all groups of this width have."""
+    groups = [weights for weights in weights_of_groups(settings.values) if weights.get("num_bits") == bits]
+    if all(weights.get("symmetric", True) is False for weights in groups):
+        check_called_for(name, "weight_zero_point", found, "symmetric false")
+    if layout is PACKED and all(weights.get("actorder") == "group" for weights in groups):
+        check_called_for(name, "weight_g_idx", found, "actorder group")
 
 
 def _sizes(

@@ -42,6 +42,7 @@ KEPT_TYPES: Mapping[str, str] = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F6
 
 _WORDS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 _METADATA = {"format": "pt"}
+_TIED = "tie_word_embeddings"
 _QUANTIZATION = ("quantization_config", "compression_config")
 
 
@@ -167,6 +168,7 @@ def _other_files(source: Source, contents: Contents, warnings: list[str]) -> lis
     checkpoint = source.checkpoint
     copied, problems = small_files(checkpoint.directory, contents.include)
     warnings += problems
+    config = _config_of_files(source, contents, warnings)
     front = read_card(checkpoint.directory, warnings.append)
     text = card(
         contents.about,
@@ -177,7 +179,7 @@ def _other_files(source: Source, contents: Contents, warnings: list[str]) -> lis
         measured=room() if contents.measured else None,
     )
     return [
-        _file("config.json", json.dumps(dict(contents.config), indent=2, ensure_ascii=False).encode() + b"\n"),
+        _file("config.json", json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"),
         *(OutputFile(name, file.size, b"", file) for name, file in copied),
         _file("README.md", text.encode()),
     ]
@@ -190,6 +192,30 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(text, dict):
         found["text_config"] = {key: value for key, value in text.items() if key not in _QUANTIZATION}
     return found
+
+
+def _config_of_files(source: Source, contents: Contents, warnings: list[str]) -> dict[str, Any]:
+    """The configuration as the files are: a head that they hold is not called tied, as runtimes would then not read
+    it. ``warnings`` are told where that changes what some of them compute.
+
+    Where all runtimes tie the head of a family, a copy of the embedding in its place changes nothing.
+    """
+    config, architecture = dict(contents.config), source.architecture
+    stored = (tensor.output.name for group in contents.groups for tensor in group.tensors)
+    head = architecture.head_of(stored) if architecture.hyper.tied else None
+    copied = head in source.tensors.left_out
+    if head is None or (copied and not architecture.family.output):
+        return config
+    config[_TIED] = False
+    text = config.get("text_config")
+    if isinstance(text, dict) and (architecture.family.nested or _TIED in text):
+        config["text_config"] = text | {_TIED: False}
+    if not copied:
+        warnings.append(
+            f"the source's config.json ties the head to the embedding, but {head} has values of its own: the "
+            f"artifact's says {_TIED} false, so that every runtime reads them"
+        )
+    return config
 
 
 def _identity(source: Source, contents: Contents, files: Sequence[OutputFile]) -> dict[str, Any]:

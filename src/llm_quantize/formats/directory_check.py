@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_quantize.errors import AccessError, MalformedInputError, printable
+from llm_quantize.formats.folders import folder_files
 from llm_quantize.formats.gguf.vocabulary.json import LIMIT_BYTES
 from llm_quantize.formats.small_files import is_vocabulary
 from llm_quantize.io.json_file import read_json
@@ -41,7 +42,7 @@ def compare_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     for entry in manifest["files"]:
         name = entry["name"]
         file = path / name
-        size = _front_bytes(file, entry["size"])
+        size = _front_bytes(file, entry["size"], whole="/" in name)
         measured = name == CARD and "card_sha256" in manifest
         wanted = manifest["card_sha256"] if measured else entry.get("front_sha256")
         fronts.update(name.encode() + b"\0" + (0 if measured else size).to_bytes(8, "little"))
@@ -59,9 +60,9 @@ def compare_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _front_bytes(file: Path, size: int) -> int:
-    """How much of a file holds no tensor: a safetensors file's header, any other file whole."""
-    if file.suffix != ".safetensors":
+def _front_bytes(file: Path, size: int, *, whole: bool) -> int:
+    """How much of a file holds no tensor: a safetensors file's header; any other file, or one in a folder, whole."""
+    if whole or file.suffix != ".safetensors":
         return size
     header = int.from_bytes(read_range(file, 0, min(8, size)), "little")
     return min(size, 8 + header, 8 + MAX_HEADER_BYTES)
@@ -87,14 +88,13 @@ def compare_tokenizer(path: Path, source: Path, *, exact: bool) -> list[str]:
     if not exact:
         own, theirs = (_vocabulary(inside(folder, "tokenizer.json")) for folder in (path, source))
         return ["tokenizer.json has another vocabulary than the source's"] if own != theirs else []
-    for file in sorted(source.iterdir()):
-        if not file.is_file() or not is_vocabulary(file.name):
-            continue
-        copy, original = inside(path, file.name), inside(source, file.name)
+    named = [file.name for file in sorted(source.iterdir()) if file.is_file() and is_vocabulary(file.name)]
+    for name in (*named, *(name for name, _ in folder_files(source)[0])):
+        copy, original = inside(path, name), inside(source, name)
         if not copy.is_file():
-            problems.append(f"{file.name} of the source is missing from the artifact")
+            problems.append(f"{name} of the source is missing from the artifact")
         elif copy.stat().st_size != original.stat().st_size or file_sha256(copy) != file_sha256(original):
-            problems.append(f"{file.name} is not the source's, byte for byte")
+            problems.append(f"{name} is not the source's, byte for byte")
     return problems
 
 

@@ -56,6 +56,7 @@ from llm_quantize.formats.packed import (
     Numbers,
     PackedMatrix,
     Settings,
+    check_called_for,
     check_fields,
     check_matrix,
     check_present,
@@ -183,6 +184,9 @@ def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
         declared, symmetric, varies = flat_settings(settings, bits, "sym")
         group = columns_of_group(declared, columns, groups_by_row(found["scales"]), varies=varies)
         matrix = PackedMatrix(name, LAYOUT, rows, columns, bits, group, symmetric, form == "gptq", found)
+        ordered = settings.values.get("desc_act") is not True or settings.values.get("static_groups") is True
+        if not ordered and matrix.groups > 1:
+            check_called_for(name, "g_idx", found, "desc_act true")
         n, k, g, across = matrix.rows, matrix.columns, matrix.groups, packed_words(rows, bits)
         yield check_fields(
             matrix,

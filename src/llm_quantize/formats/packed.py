@@ -171,6 +171,21 @@ def check_present(name: str, layout: Layout, fields: Mapping[str, TensorInfo]) -
             )
 
 
+def check_called_for(name: str, suffix: str, fields: Mapping[str, TensorInfo], why: str) -> None:
+    """Raise IntegrityError where module ``name`` lacks a field, or has an empty one, that its configuration calls for:
+    ``why`` says by what. Readers would take the values without it for the model's."""
+    if suffix in fields and fields[suffix].elements:
+        return
+    raise IntegrityError(
+        "a field of a quantized matrix is absent that the configuration calls for",
+        file=next(iter(fields.values())).file,
+        tensor=f"{name}.{suffix}",
+        expected=f"{suffix}, as the configuration says {why}",
+        found=", ".join(sorted(key for key, info in fields.items() if info.elements)),
+        remedy=AGAIN,
+    )
+
+
 def check_matrix(info: TensorInfo) -> None:
     """Raise IntegrityError unless a field has two dimensions, and values in it."""
     if len(info.shape) != 2 or 0 in info.shape:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from llm_quantize.errors import UnsupportedError, printable
 from llm_quantize.formats import awq, bitsandbytes, compressed_tensors, gptq
 from llm_quantize.formats.base import Packed
+from llm_quantize.formats.foreign import refuse_settings
 from llm_quantize.formats.packed import Settings
 
 PACKED: Mapping[str, Packed] = {form.NAME: form for form in (gptq, awq, compressed_tensors, bitsandbytes)}
@@ -20,8 +21,10 @@ def format_of(settings: Settings) -> Packed:
     """
     method = settings.values.get("quant_method")
     found = PACKED.get(method) if isinstance(method, str) else None
-    form, known = ("", False) if found is None else found.form_of(settings)
-    if found is None or not known:
+    if found is None:
+        raise refuse_settings(settings.values, settings.file)
+    form, known = found.form_of(settings)
+    if not known:
         raise UnsupportedError(
             "this way of quantizing is not decoded by this version",
             file=settings.file,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_quantize.errors import AccessError, UnsupportedError, UsageError, printable
+from llm_quantize.formats.folders import folder_files
 from llm_quantize.io.output_file import CopiedFile, copied_file
 from llm_quantize.io.paths import inside
 
@@ -73,20 +74,25 @@ def is_read(name: str) -> bool:
 
 
 def small_files(directory: Path, include: Sequence[str] = ()) -> tuple[list[tuple[str, CopiedFile]], list[str]]:
-    """([(name, file)] by name, warnings about what was left out) of the files directly in ``directory``.
+    """([(name, file)] by name, warnings about what was left out) of the files directly in ``directory``, and of the
+    folders that ``folders.py`` knows.
 
     Taken: what ``is_read`` knows, and what a glob of ``include`` matches. Never taken: what is made anew, and files
     that a runtime would take for weights. What cannot be taken (a name or link that paths.inside refuses) is told; what
     stays behind is told in one line, but for weights, old READMEs and hidden files.
 
     Raises UsageError for a glob that finds nothing and for more than MOST_INCLUDED files, MalformedInputError for a
-    file of more than MOST_BYTES.
+    file of more than MOST_BYTES and for a modules.json of the wrong form.
     """
-    found, warnings, left = [], [], []
+    nested, warnings = folder_files(directory)
+    folders = {name.partition("/")[0] for name, _ in nested}
+    found, left = [], []
     matched: dict[str, list[str]] = {glob: [] for glob in include}
     for entry in sorted(directory.iterdir(), key=lambda path: path.name):
         name = entry.name
         globs = [glob for glob in include if _included(name, glob) and not entry.is_dir()]
+        if entry.is_dir() and name in folders:
+            continue
         if not globs and (entry.is_dir() or not is_read(name)):
             left += [_shown(entry)] if _is_told(entry) else []
             continue
@@ -100,6 +106,7 @@ def small_files(directory: Path, include: Sequence[str] = ()) -> tuple[list[tupl
             for glob in globs:
                 matched[glob].append(name)
     _check_included(directory, matched)
+    found += [(name, copied_file(path, MOST_BYTES)) for name, path in nested]
     return found, [*warnings, *_told(left)]
 
 

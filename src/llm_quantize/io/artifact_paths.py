@@ -71,11 +71,27 @@ def remove_stale_journal(target: Path, current: Path | None) -> None:
 
 def is_artifact_directory(path: Path, names: Collection[str] = ()) -> bool:
     """Whether ``path`` is a directory that holds a manifest, the files that it lists, GGUF files and files called as
-    one of ``names``, and nothing else."""
+    one of ``names`` (NAME or FOLDER/NAME), and nothing else."""
     if path.is_symlink() or not path.is_dir():
         return False
     known = {"manifest.json", *names, *_listed(path / "manifest.json")}
-    return all(entry.is_file() and (entry.suffix == ".gguf" or entry.name in known) for entry in path.iterdir())
+    return all(
+        _is_known_folder(entry, known)
+        if entry.is_dir() and not entry.is_symlink()
+        else entry.is_file() and (entry.suffix == ".gguf" or entry.name in known)
+        for entry in path.iterdir()
+    )
+
+
+def folders_of(names: Collection[str]) -> set[str]:
+    """The folders that ``names`` of an artifact's files lie in."""
+    return {name.partition("/")[0] for name in names if "/" in name}
+
+
+def _is_known_folder(folder: Path, known: Collection[str]) -> bool:
+    """Whether a folder of an artifact holds files of ``known`` names, and nothing else."""
+    inner = [f"{folder.name}/{entry.name}" for entry in folder.iterdir() if entry.is_file()]
+    return folder.name in folders_of(known) and set(inner) <= set(known) and len(inner) == len(list(folder.iterdir()))
 
 
 def _listed(manifest: Path) -> Iterator[str]:
@@ -125,7 +141,7 @@ def remove_artifact(directory: Path, names: Collection[str] = ()) -> None:
     """Remove an artifact directory; one that holds anything else is left alone. ``names``: of the files of one that
     has no manifest yet. Raises OSError."""
     if is_artifact_directory(directory, names):
-        remove_files(directory)
+        remove_files(directory, folders=folders_of({*names, *_listed(directory / "manifest.json")}))
         directory.rmdir()
 
 
@@ -147,6 +163,8 @@ def place_directory(target: Path, manifest: bytes) -> None:
     """Put a finished partial directory, its manifest inside, under its final name. Raises OSError."""
     partial, replaced = partial_path(target), replaced_path(target)
     write_whole(partial / "manifest.json", manifest)
+    for folder in (entry for entry in partial.iterdir() if entry.is_dir()):
+        sync_directory(folder)
     sync_directory(partial)
     if target.is_dir():
         remove_artifact(replaced)

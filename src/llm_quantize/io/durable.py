@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -136,8 +136,20 @@ def is_same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-def remove_files(directory: Path, keep: Sequence[str] = ()) -> None:
-    """Remove the files in ``directory`` but those in ``keep``; nothing beneath it. Raises OSError."""
+def make_folder(path: Path) -> None:
+    """The folder ``path`` where it is not, in a directory that is there. Raises AccessError for a link, OSError."""
+    _refuse_link(path)
+    path.mkdir(exist_ok=True)
+
+
+def remove_files(directory: Path, keep: Collection[str] = (), folders: Collection[str] = ()) -> None:
+    """Remove the files in ``directory`` and in those of ``folders`` that it has, but those in ``keep`` (NAME or
+    FOLDER/NAME), and the folders where nothing is left in them; nothing beneath. Raises OSError."""
     for path in sorted(directory.iterdir()):
-        if path.name not in keep:
+        if path.name in folders and path.is_dir() and not path.is_symlink():
+            within = [name.removeprefix(f"{path.name}/") for name in keep if name.startswith(f"{path.name}/")]
+            remove_files(path, within)
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path.name not in keep:
             path.unlink()

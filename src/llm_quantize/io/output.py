@@ -19,6 +19,7 @@ from typing import Any
 
 from llm_quantize.errors import IntegrityError, LlmQuantizeError
 from llm_quantize.io.artifact_paths import (
+    folders_of,
     partial_path,
     place_directory,
     place_file,
@@ -29,6 +30,7 @@ from llm_quantize.io.durable import (
     allocate,
     fail_os,
     is_same_file,
+    make_folder,
     open_directory,
     open_regular_output,
     read_at,
@@ -159,6 +161,8 @@ class ResumableOutput:
             self._directory = open_directory(self.partial)
             take_lock(self._directory, self.target, None)
         for path in self._paths():
+            if self._is_directory and path.parent != self.partial:
+                make_folder(path.parent)
             self._descriptors.append(open_regular_output(path))
             if len(self._descriptors) == 1:
                 take_lock(self._descriptors[0], self.target, self._warn)
@@ -226,7 +230,8 @@ class ResumableOutput:
         for descriptor in self._descriptors:
             os.ftruncate(descriptor, 0)
         if self._is_directory:
-            remove_files(self.partial, keep=[file.name for file in self.files])
+            names = [file.name for file in self.files]
+            remove_files(self.partial, keep=names, folders=folders_of(names))
         self._disposable = self._journal < 0
         remove_stale_journal(self.target, self._journal_path)
         if self._journal >= 0:

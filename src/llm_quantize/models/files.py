@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llm_quantize.errors import MalformedInputError, UnsupportedError, printable
+from llm_quantize.formats.foreign import check_config, check_tensors, refuse_settings
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
 from llm_quantize.io.safetensors_file import Header, TensorInfo, read_header
 from llm_quantize.models.float8 import is_scaled_float8
+from llm_quantize.models.weight_sets import (
+    INDEX,
+    SINGLE,
+    check_single,
+    index_counts,
+    refuse_adapter,
+    refuse_twin,
+    weight_map,
+)
 
+_SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
 CONFIG_LIMIT = 16 << 20
-INDEX_LIMIT = 100_000_000
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-_PACKED_SUFFIXES = (".qweight", ".weight_packed", ".weight.absmax", ".SCB", "_proj_blocks")
 
 
 def read_configuration(
@@ -42,6 +50,11 @@ def read_generation_config(directory: Path) -> dict[str, Any] | None:
 def _present(directory: Path, name: str) -> bool:
     """Whether the directory has an entry of this name, of whatever kind (a dangling link counts)."""
     return os.path.lexists(directory / name)
+
+
+def _declared(directory: Path, index: Path, name: str) -> bool:
+    """Whether a file that the index names is there. Raises AccessError for a name that leads elsewhere."""
+    return os.path.lexists(inside(directory, name, declared_in=index))
 
 
 def _refuse_without_config(directory: Path, model: str) -> NoReturn:
@@ -75,6 +88,7 @@ def _quantization(config: Mapping[str, Any], file: Path) -> Mapping[str, Any] | 
         candidates += [text.get("quantization_config"), text.get("compression_config")]
     found = next((candidate for candidate in candidates if candidate is not None), None)
     if found is None:
+        check_config(config, file)
         return None
     if not isinstance(found, dict):
         raise MalformedInputError(
@@ -82,28 +96,37 @@ def _quantization(config: Mapping[str, Any], file: Path) -> Mapping[str, Any] | 
         )
     if is_scaled_float8(found):
         return found
-    raise UnsupportedError(
-        "this checkpoint is already quantized; its original weights are gone",
-        file=file,
-        expected="no quantization_config, or FP8 weights",
-        found=f"quant_method {printable(repr(found.get('quant_method')), 80)}",
-        remedy="start from the model it was made from, in BF16 or F16 (its model card names it)",
-    )
+    raise refuse_settings(found, file)
 
 
 def read_headers(
     directory: Path, model: str, *, packed: bool = False
 ) -> tuple[tuple[Header, ...], dict[str, TensorInfo]]:
     """Every weight file's header, and all tensors in file order, proved to agree with the index. ``packed``: a model
-    whose weights are packed codes is wanted, not refused."""
-    if _present(directory, SINGLE):
-        header = read_header(inside(directory, SINGLE))
-        _check_weights(header.tensors, header.path, packed)
-        return (header,), header.tensors
-    if not _present(directory, INDEX):
+    whose weights are packed codes is wanted, not refused. Raises as well what ``weight_sets`` raises where more than
+    one model lies there."""
+    present = partial(_present, directory)
+    if not present(SINGLE) and not present(INDEX):
         _refuse_without_weights(directory, model)
+    refuse_adapter(directory, present)
     index = inside(directory, INDEX)
-    owners = weight_map(index)
+    owners = weight_map(index) if present(INDEX) else {}
+    if not present(SINGLE) or index_counts(owners.values(), partial(_declared, directory, index)):
+        headers, tensors = _read_indexed(directory, owners)
+        if present(SINGLE) and SINGLE not in owners.values():
+            refuse_twin(inside(directory, SINGLE), tensors)
+    else:
+        header = read_header(inside(directory, SINGLE))
+        headers, tensors = (header,), header.tensors
+        if owners:
+            check_single(tensors, index, owners)
+    _check_weights(tensors, headers[0].path if len(headers) == 1 else index, directory, packed)
+    return headers, tensors
+
+
+def _read_indexed(directory: Path, owners: Mapping[str, str]) -> tuple[tuple[Header, ...], dict[str, TensorInfo]]:
+    """The headers of the shards that the index places tensors in (``owners``), and all tensors in file order."""
+    index = inside(directory, INDEX)
     paths = {name: inside(directory, name, declared_in=index) for name in sorted(set(owners.values()))}
     headers: list[Header] = []
     tensors: dict[str, TensorInfo] = {}
@@ -133,32 +156,7 @@ def read_headers(
             found=f"{len(tensors):,}",
             remedy="fetch this shard and the index again; they are of different versions",
         )
-    _check_weights(tensors, index, packed)
     return tuple(headers), tensors
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """{tensor: file name} as the index says; the names are not yet proved harmless (``paths.inside`` does)."""
-    value = read_json_object(index, limit_bytes=INDEX_LIMIT).get("weight_map")
-    if not isinstance(value, dict) or not value or not all(isinstance(name, str) for name in value.values()):
-        raise MalformedInputError(
-            "weight_map must map tensor names to file names",
-            file=index,
-            expected='{"weight_map": {"tensor": "file.safetensors", ...}}',
-            found="nothing" if not value else type(value).__name__,
-            remedy="fetch the index again",
-        )
-    for tensor, name in value.items():
-        if not name.endswith(".safetensors"):
-            raise UnsupportedError(
-                "the index names a file that is not safetensors",
-                file=index,
-                tensor=tensor,
-                expected="NAME.safetensors",
-                found=name,
-                remedy="fetch the model's safetensors files and their index",
-            )
-    return value
 
 
 def _check_owner(
@@ -189,22 +187,13 @@ def _check_owner(
         )
 
 
-def _check_weights(tensors: Mapping[str, TensorInfo], file: Path, packed: bool) -> None:
+def _check_weights(tensors: Mapping[str, TensorInfo], file: Path, directory: Path, packed: bool) -> None:
     if not tensors:
         raise MalformedInputError(
             "this model holds no tensors", file=file, expected="weights", found="none", remedy="fetch it again"
         )
-    codes = None if packed else next((name for name in tensors if name.endswith(_PACKED_SUFFIXES)), None)
-    if codes is not None:
-        raise UnsupportedError(
-            "this checkpoint is already quantized: its weights are packed codes",
-            file=tensors[codes].file,
-            tensor=codes,
-            offset=tensors[codes].offset,
-            expected="float weights",
-            found=tensors[codes].dtype,
-            remedy="start from the model it was made from, in BF16 or F16",
-        )
+    if not packed:
+        check_tensors(tensors, directory)
 
 
 def _refuse_without_weights(directory: Path, model: str) -> NoReturn:
@@ -221,6 +210,21 @@ def _refuse_without_weights(directory: Path, model: str) -> NoReturn:
     if "adapter_config.json" in names:
         _refuse_without_config(directory, model)
     shards = [name for name in names if name.endswith(".safetensors")]
+    if len(shards) == 1 and not _SHARD.fullmatch(shards[0]):
+        raise MalformedInputError(
+            "the weights are in a file of a name under which no runtime looks for them",
+            file=directory / shards[0],
+            expected=f"{SINGLE}, or shards and {INDEX}",
+            found=printable(shards[0], 120),
+            remedy=f"if it is the whole model, call it {SINGLE}",
+        )
+    if not shards and "weights.npz" in names:
+        raise UnsupportedError(
+            "these are weights of MLX in numpy's form, which is not read",
+            file=directory / "weights.npz",
+            expected=f"{SINGLE} or {INDEX}",
+            remedy="start from the model it was made from (its model card names it)",
+        )
     raise MalformedInputError(
         "the index of the shards is missing" if shards else "no weights here",
         file=directory / INDEX,

@@ -26,8 +26,13 @@ from llm_quantize.io.safetensors_file import TensorInfo
 SCALE_DTYPES = ("F32", "F16", "BF16")
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _ACTIVATION_SUFFIXES = (".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
-_FORMS: Mapping[str, str | None] = {"fp8": None, "fbgemm_fp8": None, "compressed-tensors": "float-quantized"}
-"""Names of FP8 methods in configurations, and the format that they must say beside it, if any."""
+_FORMS: Mapping[str, tuple[str, tuple[str, ...]] | None] = {
+    "fp8": None,
+    "fbgemm_fp8": None,
+    "compressed-tensors": ("format", ("float-quantized",)),
+    "modelopt": ("quant_algo", ("FP8",)),
+}
+"""Names of FP8 methods in configurations, and (key, values) of what they must say beside it, if anything."""
 
 
 def _e4m3_values() -> npt.NDArray[np.float32]:
@@ -80,7 +85,16 @@ class ScaleLayout:
 def is_scaled_float8(quantization: Mapping[str, Any]) -> bool:
     """Whether a ``quantization_config`` is one of the FP8 forms that are decoded on reading."""
     method = quantization.get("quant_method")
-    return isinstance(method, str) and method in _FORMS and _FORMS[method] in (None, quantization.get("format"))
+    if not isinstance(method, str) or method not in _FORMS:
+        return False
+    beside = _FORMS[method]
+    return beside is None or quantization.get(beside[0]) in beside[1]
+
+
+def has_scales(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether some FP8 weight has a scale, whatever the configuration says."""
+    weights = (name.removesuffix(suffix) for suffix in _SCALE_SUFFIXES for name in tensors if name.endswith(suffix))
+    return any(name in tensors and tensors[name].dtype == "F8_E4M3" for name in weights)
 
 
 def block_size(quantization: Mapping[str, Any], file: Path) -> tuple[int, int] | None:

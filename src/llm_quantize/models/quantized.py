@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from llm_quantize.architectures import open_architecture
 from llm_quantize.architectures.rows import matrix_shape
-from llm_quantize.errors import IntegrityError, UsageError
+from llm_quantize.errors import IntegrityError, UnsupportedError, UsageError
 from llm_quantize.formats.packed import AGAIN, ALIGNED, PackedMatrix, Settings, check_index, wrong_form
 from llm_quantize.formats.packed_formats import PACKED, format_of
 from llm_quantize.io.gguf_file import MetaValue
@@ -31,6 +31,7 @@ from llm_quantize.models.float8 import is_scaled_float8
 from llm_quantize.models.hub.locate import Place
 from llm_quantize.models.safetensors import NoWeights, without_weights
 from llm_quantize.models.stored import StoredDirectory
+from llm_quantize.models.weight_sets import left_lying
 
 _STEPS = 16 << 20
 _STORED: dict[str, type[np.generic]] = {
@@ -93,6 +94,14 @@ class PackedDirectory(StoredDirectory):
 
     def _understand(self) -> None:
         self.settings = quantization_of(self.config, self.file)
+        if is_scaled_float8(self.settings.values) and self.settings.values.get("quant_method") not in PACKED:
+            raise UnsupportedError(
+                "an FP8 directory can be a MODEL to start from, but not an artifact that is verified or measured",
+                file=self.file,
+                expected="a plain directory, or one of GPTQ, AWQ or compressed-tensors with integers",
+                found="FP8",
+                remedy="give it as MODEL (info, plan, quantize), and verify or measure what is made of it",
+            )
         self.format = format_of(self.settings)
         self.method = self.format.NAME
 
@@ -275,7 +284,8 @@ class QuantizedModel(PackedRows, Opened):
         self.left_out: Mapping[str, str] = dict.fromkeys(zero, "a bias of zeros, where the model has none")
         for name in zero:
             del self.tensors[name]
-        self.notes = (f"{len(zero)} biases that this model does not have are left out, all zeros",) if zero else ()
+        biases = (f"{len(zero)} biases that this model does not have are left out, all zeros",) if zero else ()
+        self.notes = (*left_lying(place.path, packed.headers), *biases)
         self.directory, self.name, self.revision = place.path, place.name, place.revision
         self.temporary, self.headers_only = place.temporary, headers_only
         self.headers, self.generation_config, self.kind = packed.headers, generation, packed.label

@@ -27,6 +27,7 @@ from llm_quantize.models import float8
 from llm_quantize.models.base import Digest, Opened, Values, writable
 from llm_quantize.models.files import read_configuration, read_headers
 from llm_quantize.models.hub.locate import Place, locate
+from llm_quantize.models.weight_sets import left_lying
 
 READABLE_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3")
 """Element types whose values can be read; others may lie in a checkpoint as long as nobody needs them."""
@@ -66,6 +67,7 @@ class Checkpoint(Opened):
     headers_only: bool = False
     kind: str = ""
     metadata: Mapping[str, MetaValue] | None = None
+    notes: tuple[str, ...] = ()
     temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def __post_init__(self) -> None:
@@ -294,8 +296,8 @@ def open_at(place: Place, model: str, *, headers_only: bool = False) -> Checkpoi
     layouts: dict[str, float8.ScaleLayout] = {}
     folded: dict[str, str] = {}
     left_out: dict[str, str] = {}
-    if quantization is not None:
-        blocks = float8.block_size(quantization, place.path / "config.json")
+    if quantization is not None or float8.has_scales(tensors):  # ModelOpt says it in a file beside
+        blocks = float8.block_size(quantization or {}, place.path / "config.json")
         layouts, folded, left_out = float8.pair_scales(tensors, blocks)
     kept = {name: info for name, info in tensors.items() if name not in folded and name not in left_out}
     scales = {name: tensors[name] for name in folded}
@@ -313,6 +315,7 @@ def open_at(place: Place, model: str, *, headers_only: bool = False) -> Checkpoi
         scales,
         headers_only,
         temporary=place.temporary,
+        notes=left_lying(place.path, headers),
     )
 
 

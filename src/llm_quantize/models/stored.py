@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import UsageError
+from llm_quantize.formats.foreign import check_config
 from llm_quantize.formats.packed import PackedMatrix
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
@@ -55,6 +56,7 @@ class StoredDirectory:
 
     def _understand(self) -> None:
         """What the configuration says of quantization, before any weight is looked for."""
+        check_config(self.config, self.file)
 
     def _read_matrices(self) -> Mapping[str, PackedMatrix]:
         """``matrices``."""

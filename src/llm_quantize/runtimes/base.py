@@ -18,6 +18,7 @@ from llm_quantize import events
 from llm_quantize.architectures.mapping import AbsentWeightError
 from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.events import EventSink
+from llm_quantize.formats.foreign import UnknownCodesError
 from llm_quantize.formats.small_files import MOST_BYTES, is_read
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside, refuse_larger
@@ -184,18 +185,28 @@ def is_model_directory(path: Path) -> bool:
     return True
 
 
-def refuse_incomplete(path: Path) -> None:
-    """Raise MalformedInputError or IntegrityError where a weight of the model in ``path``, or a field of it, is absent.
+def refuse_incomplete(path: Path, *, tells: bool = True) -> None:
+    """Raise MalformedInputError or IntegrityError where a weight of the model in ``path``, or a field of it, is absent,
+    UnsupportedError for codes that no runtime knows for what they are.
 
-    Of quantized models runtimes compute with whatever stands in its place. What else our reader has to say against a
-    model, and every model of a family that it does not know, is the runtime's to judge.
+    Of quantized models runtimes compute with whatever stands in the place of what is absent. What else our reader has
+    to say against a model, and every model of a family that it does not know, is the runtime's to judge, if it
+    ``tells`` afterwards what it did not fill; else such a model is refused too (UnsupportedError).
     """
     try:
         open_source(str(path), headers_only=True).checkpoint.close()
-    except AbsentWeightError:
+    except (AbsentWeightError, UnknownCodesError):
         raise
-    except (MalformedInputError, UnsupportedError):
-        return
+    except (MalformedInputError, UnsupportedError) as error:
+        if tells:
+            return
+        raise UnsupportedError(
+            "whether this model is whole cannot be known here, and its runtime does not tell which weights it found",
+            file=path,
+            expected="a model that llm-quantize can read, in this runtime",
+            found=error.what,
+            remedy="run it with --runtime transformers, which tells",
+        ) from error
 
 
 class Stopwatch:

@@ -11,6 +11,7 @@ from gguf.constants import Keys
 
 from llm_quantize.architectures.rows import weights_of
 from llm_quantize.errors import MalformedInputError
+from llm_quantize.formats.folders import pooling_metadata
 from llm_quantize.formats.gguf import metadata as gguf_format
 from llm_quantize.formats.gguf.vocabulary.reading import read_vocabulary, runtime_name
 from llm_quantize.io.gguf_file import MetaValue
@@ -31,7 +32,7 @@ def describe(source: Source) -> Mapping[str, MetaValue]:
 
 
 def warnings_of(source: Source) -> tuple[str, ...]:
-    """What of the model card could not be taken over. Raises what ``describe`` does."""
+    """What of the model's files contradicts itself or could not be taken over. Raises what ``describe`` does."""
     return _described(source)[1]
 
 
@@ -54,10 +55,16 @@ def _read(source: Source) -> _Described:
     checkpoint, architecture = source.checkpoint, source.architecture
     embedding = next((output for output in source.tensors.outputs if output.name == "token_embd.weight"), None)
     rows = embedding.shape[0] if embedding is not None else None
-    vocabulary = read_vocabulary(checkpoint.directory, checkpoint.config, embedding_rows=rows)
+    told: list[str] = []
+    vocabulary = read_vocabulary(
+        checkpoint.directory,
+        checkpoint.config,
+        embedding_rows=rows,
+        generation_config=checkpoint.generation_config,
+        note=told.append,
+    )
     counted = [output for output in source.tensors.outputs if output.constant is None]
     experts = [output for output in counted if len(output.shape) == 3]
-    told: list[str] = []
     general = gguf_format.general_metadata(
         architecture=architecture.gguf_name,
         name=runtime_name(checkpoint.name, checkpoint.directory, vocabulary),
@@ -67,7 +74,8 @@ def _read(source: Source) -> _Described:
         card=gguf_format.read_card(checkpoint.directory, told.append),
         generation_config=checkpoint.generation_config,
     )
-    return {**general, **architecture.metadata(checkpoint.generation_config), **vocabulary}, tuple(told)
+    pooling = pooling_metadata(checkpoint.directory, architecture.gguf_name, told.append)
+    return {**general, **architecture.metadata(checkpoint.generation_config), **pooling, **vocabulary}, tuple(told)
 
 
 def carried(checkpoint: Model) -> Mapping[str, MetaValue]:

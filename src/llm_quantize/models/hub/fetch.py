@@ -33,14 +33,17 @@ from llm_quantize.errors import (
     printable,
 )
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.formats.folders import is_known_file
 from llm_quantize.formats.small_files import is_read
 from llm_quantize.io.paths import inside
-from llm_quantize.models.files import INDEX, SINGLE, conversion_command, weight_map
+from llm_quantize.models.files import conversion_command
 from llm_quantize.models.hub.errors import UNREACHABLE, translated
 from llm_quantize.models.hub.headers import WeightFile, headers_directory
+from llm_quantize.models.weight_sets import INDEX, SINGLE, index_counts, refuse_adapter, weight_map
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "README.md")
-"""Top-level files fetched besides the weights and what runtimes read (an adapter's and a trainer's are left out)."""
+"""Top-level files fetched besides the weights and what runtimes read (an adapter's and a trainer's are left out),
+and those in folders that ``formats/folders.py`` knows."""
 
 _NOT_WANTED = ("adapter_*", "trainer_state.json", "consolidated*", "*.index.json")
 _WORKERS = 4
@@ -116,13 +119,12 @@ def _cached(hub: Any, model_id: str, revision: str | None) -> LocalSnapshot | No
 
 def _missing(snapshot: LocalSnapshot) -> str | None:
     """The first weight file that the cached snapshot lacks, None if it has all."""
-    if (snapshot.directory / SINGLE).exists():
-        return None
-    index = snapshot.directory / INDEX
+    index, single = snapshot.directory / INDEX, (snapshot.directory / SINGLE).exists()
     if not index.exists():
-        return SINGLE
+        return None if single else SINGLE
     names = sorted(set(weight_map(index).values()))
-    return next((name for name in names if not inside(snapshot.directory, name, declared_in=index).exists()), None)
+    absent = [name for name in names if not inside(snapshot.directory, name, declared_in=index).exists()]
+    return None if single and len(absent) == len(names) else next(iter(absent), None)
 
 
 def _whole(snapshot: LocalSnapshot, model_id: str) -> LocalSnapshot:
@@ -170,6 +172,7 @@ def _fetch(
     hub: Any, model_id: str, commit: str, files: Mapping[str, RemoteFile], tell: EventSink, headers_only: bool
 ) -> LocalSnapshot:
     _refuse_without_safetensors(model_id, files)
+    refuse_adapter(Path(model_id), files.__contains__)
     small = [
         name
         for name in files
@@ -177,14 +180,16 @@ def _fetch(
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in _NOT_WANTED)
         and re.fullmatch(r"[A-Za-z0-9._-]+", name)
     ]
+    small += [name for name in files if is_known_file(name) and re.fullmatch(r"[A-Za-z0-9._/-]+", name)]
     fetcher = _Fetcher(hub, model_id, commit, tell)
-    if SINGLE in files:
+    fetcher.fetch([files[name] for name in [*small, *(name for name in (INDEX,) if name in files)]])
+    index = fetcher.path(INDEX) if INDEX in files else None
+    weights = [SINGLE] if index is None else sorted(set(weight_map(index).values()))
+    if SINGLE in files and not index_counts(weights, files.__contains__):
         weights = [SINGLE]
-        fetcher.fetch([files[name] for name in small])
-    else:
-        fetcher.fetch([files[name] for name in [*small, INDEX]])
-        index = fetcher.path(INDEX)
-        weights = sorted(set(weight_map(index).values()))
+    elif index is not None:
+        if SINGLE in files and SINGLE not in weights:
+            tell(events.Caution(f"{SINGLE} of {printable(model_id, 120)} is not fetched, as {INDEX} names other files"))
         for name in weights:
             inside(index.parent, name, declared_in=index)
         absent = next((name for name in weights if name not in files), None)

@@ -61,6 +61,7 @@ def headers_directory(
         with _local_trouble(directory):
             directory.mkdir(parents=True)
             for name, path in small.items():
+                inside(directory, name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, inside(directory, name))
         remote = _Remote(hub, model_id, commit)
         with stop_on_signals() as stop:

@@ -38,7 +38,8 @@ def refuse_unfilled(told: Mapping[str, Any]) -> None:
     IncompleteError: nothing in the files was left over for them. RuntimeError: something was, under names or in a form
     that transformers has no use for, as with the experts of GPTQ and AWQ.
     """
-    missing, unused = told["missing_keys"], told["unexpected_keys"]
+    mismatched = [key[0] for key in told.get("mismatched_keys", ())]
+    missing, unused = [*told["missing_keys"], *mismatched], [*told["unexpected_keys"], *mismatched]
     if missing and not unused:
         raise IncompleteError(f"nothing for {len(missing)} parameters ({_some(missing)})")
     if missing:

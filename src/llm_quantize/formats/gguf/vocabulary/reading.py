@@ -17,6 +17,7 @@ from typing import Any
 from gguf.constants import GGUFValueType, Keys
 
 from llm_quantize.errors import MalformedInputError, UnsupportedError
+from llm_quantize.formats.gguf.vocabulary.around import Note, ending_ids, heed_settings, mark_ends
 from llm_quantize.formats.gguf.vocabulary.bytelevel import byte_level
 from llm_quantize.formats.gguf.vocabulary.json import AddedToken, added_token, check_id, malformed, read_tokenizer_json
 from llm_quantize.formats.gguf.vocabulary.pretokenizers import is_byte_level
@@ -38,8 +39,21 @@ _OTHER_FORMATS = (
 )
 
 
-def read_vocabulary(directory: Path, config: Mapping[str, Any], *, embedding_rows: int | None) -> dict[str, MetaValue]:
+def _untold(_text: str) -> None:
+    """Notes that nobody asked for."""
+
+
+def read_vocabulary(
+    directory: Path,
+    config: Mapping[str, Any],
+    *,
+    embedding_rows: int | None,
+    generation_config: Mapping[str, Any] | None = None,
+    note: Note = _untold,
+) -> dict[str, MetaValue]:
     """All ``tokenizer.*`` keys for the checkpoint in ``directory``, in a fixed order.
+
+    ``note`` is told where the model's files contradict each other, and what llama.cpp cannot be told.
 
     ``embedding_rows``: rows of the token embedding; ids without a token up to there become unused ``[PAD…]`` tokens.
     None means not known: then the ids must be dense.
@@ -47,7 +61,7 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any], *, embedding_row
     Raises MalformedInputError (a file breaks its format, or does not fit the embedding), UnsupportedError (valid, but
     llama.cpp would give other ids), AccessError (a link out of the directory).
     """
-    vocabulary, template = _load(Path(directory))
+    vocabulary, template = _load(Path(directory), config, note)
     texts, types, scores = vocabulary.arrays(embedding_rows)
     keys = Keys.Tokenizer
     metadata = {
@@ -60,7 +74,9 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any], *, embedding_row
         metadata[keys.SCORES] = array_value(GGUFValueType.FLOAT32, scores)
     if vocabulary.merges is not None:
         metadata[keys.MERGES] = array_value(GGUFValueType.STRING, vocabulary.merges)
-    metadata |= special_ids(Path(directory), config, vocabulary, template)
+    special = special_ids(Path(directory), config, vocabulary, template)
+    mark_ends(special, ending_ids(config, generation_config), vocabulary, note)
+    metadata |= special
     metadata |= vocabulary.flags
     metadata |= chat_templates(Path(directory))
     return metadata
@@ -108,8 +124,10 @@ def read_conventions(directory: Path, config: Mapping[str, Any]) -> Conventions:
             template = template_ids(source, vocabulary)
         except UnsupportedError:  # more around a text than GGUF can say: nothing is put around it here
             template = {}
+        else:
+            heed_settings(read_optional(path.parent, "tokenizer_config.json"), config, vocabulary, template, _untold)
     else:
-        vocabulary, template = _load(Path(directory))
+        vocabulary, template = _load(Path(directory), config, _untold)
     special = special_ids(Path(directory), config, vocabulary, template) | chat_templates(Path(directory))
     return Conventions(special, vocabulary.texts, vocabulary.types)
 
@@ -147,7 +165,7 @@ def runtime_name(name: str, directory: Path, metadata: Mapping[str, MetaValue]) 
     return f"{name} Phi-3" if strips else re.sub("(?i)phi-?3", "Phi 3", name)
 
 
-def _load(directory: Path) -> tuple[Vocabulary, dict[str, int]]:
+def _load(directory: Path, config: Mapping[str, Any], note: Note) -> tuple[Vocabulary, dict[str, int]]:
     """The vocabulary, and the ids of what its post-processor adds."""
     path, model = inside(directory, "tokenizer.json"), inside(directory, "tokenizer.model")
     if path.exists():
@@ -158,7 +176,9 @@ def _load(directory: Path) -> tuple[Vocabulary, dict[str, int]]:
             vocabulary = byte_level(source)
         else:
             vocabulary = character_bpe(source, functools.partial(trained_scores, model))
-        return vocabulary, template_ids(source, vocabulary)
+        template = template_ids(source, vocabulary)
+        heed_settings(read_optional(directory, "tokenizer_config.json"), config, vocabulary, template, note)
+        return vocabulary, template
     if model.exists():
         settings = read_optional(directory, "tokenizer_config.json")
         vocabulary = sentencepiece_vocabulary(model, _added_beside(directory, settings))
