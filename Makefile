@@ -1,4 +1,5 @@
-# Everything a fresh machine needs: `make demo`, `make compare` and `make test`. Python 3.11+, pip, make and a C++ compiler are enough.
+# Everything a fresh machine needs: `make demo`, `make demo-all`, `make compare` and `make test`. Python 3.11+, pip, make
+# and a C++ compiler are enough.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,10 +11,14 @@ GPTQMODEL := defuser device-smi logbar pillow pypcre requests threadpoolctl toke
 VARIANTS := gguf:Q8_0,gguf:Q6_K,gguf:Q5_K_M,gguf:Q4_K_M,gguf:IQ4_XS,gguf:IQ3_M,gguf:IQ3_XXS,gguf:IQ2_M,gguf:IQ2_XXS,gguf:IQ1_S
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo compare test test-all vllm test-vllm transformers-runtime test-transformers develop check format bench clean
+.PHONY: demo demo-all compare test test-all vllm test-vllm transformers-runtime test-transformers develop check format bench clean
+
+# Without torch: eight GGUF levels, measured in llama.cpp. Where torch is in $(VENV) already, it does what demo-all does.
+demo: $(VENV)/.light
+	$(BIN)/llm-quantize demo
 
 # With torch and the runtime of GPTQ and AWQ: about 2 GB to install; then it takes a few minutes.
-demo: $(VENV)/.compare $(TRANSFORMERS)/.ready
+demo-all: $(VENV)/.compare $(TRANSFORMERS)/.ready
 	LLM_QUANTIZE_TRANSFORMERS=$(CURDIR)/$(TRANSFORMERS)/bin/python $(BIN)/llm-quantize demo
 
 # Calibrates, as the small levels need it; the page is report/index.html.
@@ -71,6 +76,11 @@ $(VENV)/.python: scripts/need
 $(VENV)/.wheel: $(VENV)/.python $(SOURCES) constraints.txt
 	rm -rf $(VENV)/wheel
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $(VENV)/wheel .
+	touch $@
+
+$(VENV)/.light: $(VENV)/.wheel
+	$(PIP) "llm-quantize[llamacpp] @ file://$$(echo $(CURDIR)/$(VENV)/wheel/*.whl)"
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall $(VENV)/wheel/*.whl
 	touch $@
 
 $(VENV)/.compare: $(VENV)/.wheel

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llm_quantize.data import demo_model as demo_model_path
+
+os.environ["LC_ALL"] = "C.UTF-8"  # what commands say is tested in English, whoever runs the tests
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -41,19 +41,20 @@ class LlmQuantizeError(Exception):
         self.remedy = remedy
         super().__init__(self.__str__())
 
-    def __str__(self) -> str:
-        lines = [self.what]
-        for label, value in (
+    def facts(self) -> list[tuple[str, str]]:
+        """(label, what is known), for a reader, without what is absent."""
+        known = (
             ("file", self.file),
             ("tensor", self.tensor),
             ("offset", self.offset),
             ("expected", self.expected),
             ("found", self.found),
             ("what to do", self.remedy),
-        ):
-            if value is not None:
-                lines.append(f"  {label}: {printable(str(value))}")
-        return "\n".join(lines)
+        )
+        return [(label, str(value)) for label, value in known if value is not None]
+
+    def __str__(self) -> str:
+        return "\n".join([self.what, *(f"  {label}: {printable(value)}" for label, value in self.facts())])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled with all its facts, whatever a subclass's constructor takes: it may come from another process."""
@@ -104,7 +105,7 @@ class MissingExtraError(UnsupportedError):
     def __init__(self, feature: str, extra: str, *, remedy: str | None = None) -> None:
         super().__init__(
             f"{feature} needs an optional dependency that is not installed",
-            remedy=remedy or f"pip install 'llm-quantize[{extra}]'",
+            remedy=remedy or install_command(extra),
         )
 
 
@@ -155,6 +156,12 @@ class StoppedError(LlmQuantizeError):
 
     exit_code = 75
     kind = "stopped"
+
+
+def install_command(*extras: str) -> str:
+    """How this package is installed with ``extras``, in one line: from a checkout, as no package index holds it yet."""
+    chosen = f"'.[{','.join(extras)}]'" if extras else "."
+    return f"in a checkout of llm-quantize: pip install {chosen}"
 
 
 def printable(text: str, limit: int = 400) -> str:

@@ -38,7 +38,7 @@ def test_text(files: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> Non
     told = captured.out
     assert "errors of tensors in demo-llama-Q8_0.gguf: " in captured.err
     for words in (
-        "demo-llama-Q8_0.gguf", "indistinguishable", "99.9 %", "Noise floor", "excellent < 0.01",
+        "demo-llama-Q8_0.gguf", "indistinguishable", "99.9 %", "Noise floor", "excellent below 0.010",
         "93 scored tokens in 3 windows of 64 (built-in English and Japanese prose)",
         "as its rounding of activations explains", "(paired), ratio 0.0",
         "largest errors of tensors in demo-llama-Q3_K_M.gguf", "planned",
@@ -73,7 +73,7 @@ def test_the_gate_passes_and_the_report_is_japanese(
 ) -> None:
     report = tmp_path / "page.html"
     measure(files, files.q8, "--max-kld", "0.01", "--report", str(report), "--lang", "ja")
-    assert f"report: {report}" in capsys.readouterr().out
+    assert f"レポート: {report}" in capsys.readouterr().out
     assert 'lang="ja"' in report.read_text(encoding="utf-8")
 
 

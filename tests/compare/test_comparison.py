@@ -182,7 +182,7 @@ def test_without_a_runtime_the_page_is_written_and_says_so(
         on_event=lambda event: warnings.append(event.text) if event.kind == "warning" else None,
     )
     assert result.variants[0].speed is None
-    assert len([text for text in warnings if "llm-quantize[llamacpp]" in text]) == 1
+    assert len([text for text in warnings if "[llamacpp]" in text]) == 1
     page = write_reports(result, tmp_path)["html"].read_text(encoding="utf-8")
     assert "Speed and memory were not measured: running a GGUF file needs an optional dependency" in page
 

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from llm_quantize import data
 from llm_quantize.cli.demo import command
 from llm_quantize.compare import demo
-from llm_quantize.errors import MissingExtraError
+from llm_quantize.errors import MissingExtraError, install_command
 from llm_quantize.events import Caution, Measure, Stage
 from llm_quantize.measures.divergence import Divergence, Paired
+from llm_quantize.reports.wording import speaking
 from llm_quantize.runtimes import base, transformers, vllm
 from tests.hearing import into
 
@@ -68,7 +69,7 @@ def test_run_demo_measures_what_it_wrote(tmp_path: Path) -> None:
     assert "torch" in result.agreement.problem
     assert result.methods.rows == ()
     assert result.methods.problem == "torch and transformers not installed"
-    assert result.methods.remedy == "pip install 'llm-quantize[torch]'"
+    assert result.methods.remedy == install_command("torch")
     assert [event for event in events if event["event"] == "measure"][-1] == {"event": "measure", "done": 2, "total": 2}
     assert json.loads(json.dumps(result.to_dict()))["rows"][2]["divergence"]["kld"] == small.divergence.kld
 
@@ -92,7 +93,7 @@ def test_missing_runtime_is_named_before_any_work(tmp_path: Path, monkeypatch: p
         raise MissingExtraError("running a GGUF file", "llamacpp")
 
     monkeypatch.setattr(llama_cpp, "load_library", absent)
-    with pytest.raises(MissingExtraError, match=r"pip install 'llm-quantize\[llamacpp\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[llamacpp\]'"):
         demo.run_demo(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -220,7 +221,7 @@ def example_result(checked: bool) -> demo.DemoResult:
         example_row("F32", "rounded", 23_148_000, None, text=" the old man\nwas 吾輩は猫である" * 9),
         example_row("Q4_K_M", "rounded", 2_409_472, lost, text=" [bold]markup[/bold]"),
     )
-    absent = {"problem": "torch not installed", "remedy": "pip install 'llm-quantize[torch]'"}
+    absent = {"problem": "torch not installed", "remedy": install_command("torch")}
     agreement = demo.Run("llama.cpp", "", 508, 4e-12, 1.0) if checked else demo.Run("", **absent)
     methods = example_methods(lost) if checked else demo.Methods(**absent)
     return demo.DemoResult(rows, 6096, 256, demo.PROMPT, agreement, methods, 31.2, kept=True)
@@ -255,7 +256,9 @@ def test_output_fits_the_terminal(checked: bool, columns: int, monkeypatch: pyte
     assert "[bold]markup[/bold]" in words
     assert ("not checked (torch not installed)" in words) is not checked
     if not checked:
-        assert "not shown: torch not installed. What to do: pip install 'llm-quantize[torch]'" in words
+        assert (
+            "not shown: torch not installed. What to do: in a checkout of llm-quantize: pip install '.[torch]'" in words
+        )
         return
     second = "\n".join(line for line in lines if line.startswith(("GGUF Q4_K_M", "AWQ 4bit")))
     for word in ("rounded", "feedback", "14.76 MB", "0.20131 ±0.00288", "0.71 ±0.01", "63.8 %", "117.6 s"):
@@ -265,6 +268,21 @@ def test_output_fits_the_terminal(checked: bool, columns: int, monkeypatch: pyte
     assert "99.1 %" in second
     assert "吾輩は猫である、[bold]" in second
     assert "AWQ 4bit was not run in vLLM: Running a model in vLLM: ImportError. What to do: in a checkout" in words
+
+
+def test_in_japanese_no_cell_of_the_tables_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "run_demo", lambda *_, **__: example_result(True))
+    monkeypatch.setenv("COLUMNS", "80")
+    with speaking("ja"):
+        lines = CliRunner().invoke(command, []).stdout.splitlines()
+    heads = [line for line in lines if line.startswith(("レベル", "ファイル"))]
+    assert len(heads) == 3
+    for line in heads:
+        assert "…" not in line
+        assert cell_len(line) <= 80
+    assert any("誤差補償" in line and "14.76 MB" in line for line in lines)
+    assert any(line.startswith("KL ダイバージェンス（± 標準誤差）は、") for line in lines)
+    assert not [line for line in lines if line.startswith(("KL divergence", "Ratio", "Rounding", "To decoder"))]
 
 
 def test_json_has_everything(monkeypatch: pytest.MonkeyPatch) -> None:

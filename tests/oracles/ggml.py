@@ -22,7 +22,7 @@ def library() -> ctypes.CDLL:
     """The shared object with ggml in it, initialised (ggml fills its float16 tables on the first context)."""
     spec = importlib.util.find_spec("xllamacpp")
     if spec is None or spec.submodule_search_locations is None:
-        raise RuntimeError("the oracle needs xllamacpp: pip install 'llm-quantize[llamacpp]'")
+        raise RuntimeError("the oracle needs xllamacpp: pip install '.[llamacpp]'")
     folders = [Path(p) for p in spec.submodule_search_locations]
     candidates = [p for f in folders for pattern in ("*.so", "*.dylib", "*.pyd") for p in sorted(f.rglob(pattern))]
     for path in candidates:

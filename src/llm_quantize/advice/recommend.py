@@ -414,5 +414,5 @@ def _notes(
     if trained and context > trained:
         notes.append(f"the model was made for {trained} tokens; the cache is counted for {context}")
     if take is not None and take.calibrate:
-        notes.append("--calibrate needs pip install 'llm-quantize[torch]'; without it take --imatrix FILE")
+        notes.append("--calibrate needs the extra [torch] (pip install '.[torch]'); without it take --imatrix FILE")
     return [*notes, directories_note(source)]

@@ -17,6 +17,8 @@ import click
 from llm_quantize import __version__
 from llm_quantize.cli import streams
 from llm_quantize.errors import LlmQuantizeError, ResourceError, StoppedError, printable
+from llm_quantize.reports.labels import LANGUAGES, labels
+from llm_quantize.reports.wording import error_text, language_of, said, speaking
 
 COMMANDS = {
     "info": "Show what a model is: architecture, parameters, tensors, tokenizer, memory.",
@@ -48,11 +50,23 @@ class LazyGroup(click.Group):
         if cmd_name not in self.table:
             return None
         command: click.Command = import_module(f"llm_quantize.cli.{self.prefix}{cmd_name}").command
+        if not isinstance(command, click.Group) and all(option.name != "lang" for option in command.params):
+            command.params.append(_lang_option())
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(self.table.items()))
+
+
+def _lang_option() -> click.Option:
+    """``--lang`` before and after the name of a command; ``_language`` has read it before anything is parsed."""
+    return click.Option(
+        ["--lang"],
+        type=click.Choice(LANGUAGES),
+        expose_value=False,
+        help="Language of what is said. [default: the locale's]",
+    )
 
 
 @click.group(
@@ -72,6 +86,9 @@ def group(ctx: click.Context, as_json: bool, verbose: int, quiet: bool) -> None:
     ctx.obj = {"json": as_json, "verbose": verbose, "quiet": quiet}
 
 
+group.params.insert(1, _lang_option())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code (docs/reference/exit-codes.md)."""
     streams.install()
@@ -85,11 +102,32 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
+    with speaking(_language(words)):
+        try:
+            return _dispatch(words, as_json)
+        except ResourceError as error:  # standard output failed, under a command or under the report of another error
+            print(f"llm-quantize: {_printable(error)}", file=sys.stderr)
+            return error.exit_code
+
+
+def _language(words: Sequence[str]) -> str:
+    """The language that the command line names, else that of the locale where the terminal has its characters."""
+    before = words[: words.index("--")] if "--" in words else words
+    named = [value for word, value in zip(before, [*before[1:], ""], strict=True) if word == "--lang"]
+    named += [word.partition("=")[2] for word in before if word.startswith("--lang=")]
+    if named:
+        return named[-1] if named[-1] in LANGUAGES else LANGUAGES[0]  # click says what is wrong with it
+    language = language_of(os.environ)
+    return language if _sayable(language) else LANGUAGES[0]
+
+
+def _sayable(language: str) -> bool:
+    """Whether standard error has the characters of ``language``."""
     try:
-        return _dispatch(words, as_json)
-    except ResourceError as error:  # standard output failed, under a command or under the report of another error
-        print(f"llm-quantize: {_printable(error)}", file=sys.stderr)
-        return error.exit_code
+        labels(language)["title"].encode(getattr(sys.stderr, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _dispatch(words: list[str], as_json: bool) -> int:
@@ -104,7 +142,7 @@ def _dispatch(words: list[str], as_json: bool) -> int:
         if as_json:
             _print_json({"error": "usage", "exit_code": 2, "what": error.format_message()})
         else:
-            error.show()
+            _show_usage(error)
         return 2
     except (click.Abort, KeyboardInterrupt):
         _show(StoppedError("stopped", remedy="run the same command again"), as_json)
@@ -112,6 +150,15 @@ def _dispatch(words: list[str], as_json: bool) -> int:
     except MemoryError:
         _show(ResourceError("out of memory", remedy="lower --threads or --max-ram, or raise the limit"), as_json)
         return ResourceError.exit_code
+
+
+def _show_usage(error: click.ClickException) -> None:
+    """What click says of a mistake on the command line: the usage, where help is, and the mistake."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context is not None:
+        hint = said(f"Try '{context.command_path} --help' for help.")
+        click.echo(f"{said(context.get_usage())}\n{hint}\n", err=True)
+    click.echo(said(f"Error: {error.format_message()}"), err=True)
 
 
 def _show(error: LlmQuantizeError, as_json: bool) -> None:
@@ -123,7 +170,7 @@ def _show(error: LlmQuantizeError, as_json: bool) -> None:
 
 def _printable(error: LlmQuantizeError) -> str:
     """The lines of a message without control characters; a sentence may quote what a file says."""
-    return "\n".join(printable(line, 4000) for line in str(error).split("\n"))
+    return "\n".join(printable(line, 4000) for line in error_text(error).split("\n"))
 
 
 def _print_json(value: Any) -> None:

@@ -13,7 +13,6 @@ from llm_quantize.cli.common import (
     calibration_options,
     emit_json,
     json_option,
-    line,
     mode,
 )
 from llm_quantize.cli.progress import told
@@ -102,9 +101,9 @@ def _show(result: Calibration, model: str, target: Path, kind: str) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     for text in result.sentences():
-        console.print(shown(line(text)))
+        console.print(shown(text))
     console.print(shown(f"{target}: {kind}, {human_bytes(target.stat().st_size)}"))
     option = {"imatrix": "--imatrix", "dat": "--imatrix", "statistics": "--statistics"}.get(kind)
     if option is not None and "imatrix" in result.kinds:
         words = ["llm-quantize", "quantize", model, "gguf", "-q", "IQ3_M", option, str(target)]
-        console.print(shown(f"use it: {line(shlex.join(words))}"), style="dim")
+        console.print(shown(f"use it: {shlex.join(words)}"), style="dim")

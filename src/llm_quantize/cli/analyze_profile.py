@@ -13,6 +13,7 @@ from llm_quantize import events
 from llm_quantize.cli.common import emit_json, json_option, line, mode, verbose_option
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
+from llm_quantize.reports.wording import said
 
 if TYPE_CHECKING:
     from llm_quantize.cli.common import Mode
@@ -147,7 +148,7 @@ def _profile(
     if shown.json and arguments["dry_run"]:
         emit_json(vars(plan.cost))
     elif not shown.quiet and not shown.json:
-        click.echo(f"{plan.cost.sentence()}; {plan.memory / 1e6:,.0f} MB", err=not arguments["dry_run"])
+        click.echo(f"{said(plan.cost.sentence())}; {plan.memory / 1e6:,.0f} MB", err=not arguments["dry_run"])
     if arguments["dry_run"]:
         return None
     profile = measure_profile(plan, journal=journal, on_event=on_event)

@@ -13,6 +13,8 @@ import click
 from llm_quantize.cli.common import Mode, emit_json, json_option, line, mode, verbose_option
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
+from llm_quantize.reports.labels import LANGUAGES, grade_name, labels
+from llm_quantize.reports.wording import said, spoken
 from llm_quantize.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ def _number(_ctx: click.Context, _param: click.Parameter, value: float | None) -
 )
 @click.option("--report", type=click.Path(dir_okay=False), metavar="FILE.html", help="Write a page with all figures.")
 @click.option(
-    "--lang", type=click.Choice(["en", "ja"]), default="en", show_default=True, help="Language of the report."
+    "--lang", type=click.Choice(LANGUAGES), help="Language of the report, and of what is said. [default: the locale's]"
 )
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or mps.")
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model.")
@@ -95,7 +97,7 @@ def command(
     reference: str,
     max_kld: float | None,
     report: str | None,
-    lang: str,
+    lang: str | None,
     **arguments: Any,
 ) -> int:
     """Measure what ARTIFACT lost against --reference: perplexity, KL divergence, agreement, errors of tensors.
@@ -122,7 +124,7 @@ def command(
     if report is not None:
         from llm_quantize.reports.page import write_page
 
-        write_page(found.comparison, report, lang)
+        write_page(found.comparison, report, lang or spoken())
     error = found.gate(max_kld)
     if shown.json:
         emit_json({**found.to_dict(), "report": report, **(error.to_dict() if error is not None else {})})
@@ -151,44 +153,45 @@ def _show(found: Assessment, shown: Mode, report: str | None) -> None:
     from rich.console import Console
 
     from llm_quantize.compare.assessment import runtime_sentence
-    from llm_quantize.measures.grades import describe
+    from llm_quantize.reports.page import grades_text
 
     console, quality = Console(highlight=False, soft_wrap=True), found.quality
     console.print(_table(found))
     console.print()
     console.print(_details(found))
-    texts = line(", ".join(quality.texts))
-    console.print(
+    texts = ", ".join(quality.texts)
+    scored = said(
         f"{quality.tokens:,} scored tokens in {quality.windows} windows of {quality.context} ({texts}); reference "
-        f"perplexity {quality.artifacts[0].divergence.reference_perplexity:.4f}. ± are standard errors.",
-        markup=False, style="dim",
-    )  # fmt: skip
-    console.print(f"{describe()}.", markup=False, style="dim")
-    console.print(
-        f"Noise floor: the reference against itself, every sum taken in another order: KLD {quality.noise.kld:.1e} "
-        f"({quality.noise.tokens} tokens).",
-        style="dim",
+        f"perplexity {quality.artifacts[0].divergence.reference_perplexity:.4f}. ± are standard errors."
     )
+    console.print(line(scored), markup=False, style="dim")
+    grades = labels(spoken())["method_grades"].format(grades=grades_text(found.comparison, spoken()))
+    console.print(grades, markup=False, style="dim")
+    floor = said(
+        f"Noise floor: the reference against itself, every sum taken in another order: KLD {quality.noise.kld:.1e} "
+        f"({quality.noise.tokens} tokens)."
+    )
+    console.print(floor, markup=False, style="dim")
     for one in quality.artifacts:
         if sentence := runtime_sentence(one):
-            console.print(line(sentence), markup=False)
+            console.print(line(said(sentence)), markup=False)
     _pairs(console, found)
     for index, artifact in enumerate(quality.artifacts):
         _worst(console, found, index, None if shown.verbose else _WORST)
         if found.generation:
             check = found.generation[index]
-            console.print(f"{line(Path(artifact.path).name)} {_verdict(check)}", markup=False)
+            console.print(line(said(f"{Path(artifact.path).name} {said(_verdict(check))}")), markup=False)
             for finding in check.findings:
-                console.print(f"  after “{line(finding.prompt)}”: {finding.text}", markup=False)
+                console.print(line(said(f"  after “{finding.prompt}”: {finding.text}")), markup=False)
     memory = quality.memory
     place = "on disk" if memory.on_disk else "in memory"
-    console.print(
+    spent = said(
         f"{quality.seconds:.0f} s of CPU time, {memory.threads} threads; memory {memory.peak / 1e6:,.0f} MB, planned "
-        f"{memory.planned / 1e6:,.0f} MB, hidden states {place}.",
-        style="dim",
+        f"{memory.planned / 1e6:,.0f} MB, hidden states {place}."
     )
+    console.print(spent, markup=False, style="dim")
     if report is not None:
-        console.print(f"report: {line(report)}", markup=False)
+        console.print(line(said(f"report: {report}")), markup=False)
 
 
 def _verdict(check: GenerationCheck) -> str:
@@ -205,9 +208,9 @@ def _table(found: Assessment) -> Table:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    table.add_column("artifact", overflow="fold")
+    table.add_column(said("artifact"), overflow="fold")
     for name in ("bits/w", "KL divergence", "same top", "perplexity", "grade"):
-        table.add_column(name, justify="left" if name == "grade" else "right", no_wrap=True)
+        table.add_column(said(name), justify="left" if name == "grade" else "right", no_wrap=True)
     for one in found.quality.artifacts:
         d = one.divergence
         table.add_row(
@@ -216,7 +219,7 @@ def _table(found: Assessment) -> Table:
             f"{d.kld:.5f} ± {d.kld_sem:.5f}",
             f"{100 * d.same_top:.1f} %",
             f"{d.perplexity:.3f}",
-            one.grade,
+            grade_name(one.grade, spoken()),
         )
     return table
 
@@ -229,7 +232,7 @@ def _details(found: Assessment) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("KLD", overflow="fold")
     for name in ("median", "99 %", "99.9 %", "max", "Δp RMS", "ln perplexity ratio"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(said(name), justify="right", no_wrap=True)
     for one in found.quality.artifacts:
         d = one.divergence
         table.add_row(
@@ -261,11 +264,9 @@ def _worst(console: Console, found: Assessment, index: int, count: int | None) -
     if not losses:
         return
     name = line(Path(found.quality.artifacts[index].path).name)
-    console.print(f"largest errors of tensors in {name} (relative RMS):", markup=False)
+    console.print(said(f"largest errors of tensors in {name} (relative RMS):"), markup=False)
     for loss in losses:
         weighted = "" if loss.weighted is None else f", weighted by importance {loss.weighted:.4f}"
         broken = f", {loss.nonfinite} values not finite" if loss.nonfinite else ""
-        console.print(
-            f"  {line(loss.name)} {loss.qtype} {loss.relative:.4f}{weighted}, largest {loss.largest:.2f} RMS{broken}",
-            markup=False,
-        )
+        told = f"{loss.qtype} {loss.relative:.4f}{weighted}, largest {loss.largest:.2f} RMS{broken}"
+        console.print(line(f"  {loss.name} {said(told)}"), markup=False)

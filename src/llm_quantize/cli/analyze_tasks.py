@@ -54,8 +54,8 @@ def command(
 ) -> int:  # fmt: skip
     """Run benchmark tasks of lm-evaluation-harness on ARTIFACT, a .gguf file, in llama.cpp.
 
-    Needs pip install 'llm-quantize[tasks]'. The data of a task come from the hub. Differences between artifacts of
-    four bits and more are within the noise of most tasks; analyze quality tells them apart.
+    Needs the extra [tasks] (pip install '.[tasks]'). The data of a task come from the hub. Differences between
+    artifacts of four bits and more are within the noise of most tasks; analyze quality tells them apart.
     """
     from llm_quantize.evaluation.tasks import run_tasks
 

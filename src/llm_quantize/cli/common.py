@@ -13,6 +13,7 @@ from llm_quantize.cli.method_options import build_method
 from llm_quantize.cli.sizes import Size
 from llm_quantize.cli.streams import json_text
 from llm_quantize.errors import printable
+from llm_quantize.reports.wording import said
 
 if TYPE_CHECKING:
     pass
@@ -192,4 +193,4 @@ def line(text: Any) -> str:
 def warn(shown: Mode, text: str) -> None:
     """A warning on stderr; --quiet does not hide it, with --json it is in the result."""
     if not shown.json:
-        click.secho(f"warning: {line(text)}", fg="yellow", err=True)
+        click.secho(line(said(f"warning: {text}")), fg="yellow", err=True)

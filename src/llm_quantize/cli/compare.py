@@ -12,6 +12,8 @@ import click
 from llm_quantize.cli.common import build_calibration, calibration_options, emit_json, json_option, line, mode
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
+from llm_quantize.reports.labels import LANGUAGES, grade_name
+from llm_quantize.reports.wording import said, spoken, wraps_at_spaces
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,8 +32,8 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
                      "[default without ARTIFACT: Q8_0 to Q2_K]"),
         click.option("-o", "--output-dir", default="report", show_default=True, type=click.Path(file_okay=False),
                      metavar="DIR", help="Where the report, and what is made for it, is written."),
-        click.option("--lang", type=click.Choice(["en", "ja"]), default="en", show_default=True,
-                     help="Language of the report."),
+        click.option("--lang", type=click.Choice(LANGUAGES),
+                     help="Language of the report, and of what is said. [default: the locale's]"),
         click.option("--text", "texts", multiple=True, metavar="FILE",
                      help="Text to measure on: .txt, .json, .jsonl or .parquet; repeatable. "
                      "[default: the built-in English and Japanese prose]"),
@@ -93,7 +95,7 @@ def command(
             commands=_commands(ctx, model, artifacts, variants),
             on_event=sink,
         )
-    written = comparison.write_reports(result, Path(output_dir), arguments["lang"])
+    written = comparison.write_reports(result, Path(output_dir), arguments["lang"] or spoken())
     if not arguments["keep"]:
         comparison.remove_made(Path(output_dir), result, artifacts)
     if shown.json:
@@ -144,7 +146,7 @@ def _commands(ctx: click.Context, model: str, artifacts: tuple[str, ...], varian
         words += [[option.opts[0], str(one)] for one in (value if isinstance(value, tuple) else (value,))]
     parts = [shlex.join(part) for part in words]
     wrapped = (" " if sum(map(len, parts)) < _LINE else " \\\n    ").join(parts)
-    return (f"pip install 'llm-quantize[torch,llamacpp]=={__version__}'", wrapped)
+    return (f"pip install '.[torch,llamacpp]'  # in a checkout of llm-quantize {__version__}", wrapped)
 
 
 def _show(result: ComparisonResult, page: Path) -> None:
@@ -158,8 +160,8 @@ def _show(result: ComparisonResult, page: Path) -> None:
     for table in _tables(result):
         console.print(table)
         console.print()
-    sentence = verdict(result, advise(result.variants, result.reference.noise_floor), labels("en"))
-    console.print(line(sentence.striptags()), markup=False)
+    sentence = verdict(result, advise(result.variants, result.reference.noise_floor), labels(spoken()))
+    console.print(line(sentence.striptags()), markup=False, soft_wrap=not wraps_at_spaces())
     console.print(f"\n{line(page)}", markup=False, soft_wrap=True)
 
 
@@ -175,7 +177,7 @@ def _tables(result: ComparisonResult) -> Iterator[Table]:
             f"{variant.bits_per_weight:.2f}",
             kld_text(variant),
             f"{percent(variant.divergence.same_top)} %",
-            variant.grade,
+            grade_name(variant.grade, spoken()),
         )
         for variant in result.variants
     ]
@@ -198,7 +200,7 @@ def _aligned(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
 
     table = Table(box=None, pad_edge=False)
     for head in heads:
-        table.add_column(head, justify="left" if head in ("variant", "grade") else "right", no_wrap=True)
+        table.add_column(said(head), justify="left" if head in ("variant", "grade") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(shown, row))
     return table

@@ -9,6 +9,7 @@ import click
 
 from llm_quantize.cli.common import emit_json, json_option, line, mode
 from llm_quantize.cli.progress import told
+from llm_quantize.reports.wording import said, wraps_at_spaces
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,58 +54,59 @@ def _show(result: DemoResult, output_dir: str | None) -> None:
 
     console = Console(highlight=False)
     console.print(_table(result))
-    where = (
+    where = said(
         "BF16 holds the source's own weights. Weights as our decoder reads them, in float32."
         if result.methods.rows
         else "Measured in llama.cpp, against F32: the line of BF16, which holds the source's own weights, is the noise "
         "floor of its arithmetic."
     )
-    console.print(
+    explained = said(
         f"KL divergence (± standard error) of the next-token probabilities to the source, over {result.tokens:,} "
-        f"tokens of held-out English and Japanese in windows of {result.context}. {where}",
-        style="dim",
+        f"tokens of held-out English and Japanese in windows of {result.context}."
     )
-    console.print(f"\nAfter “{result.prompt}” they write:", markup=False)
+    console.print(f"{explained} {where}", style="dim", soft_wrap=not wraps_at_spaces())
+    console.print("\n" + said(f"After “{result.prompt}” they write:"), markup=False)
     for row in result.rows:
         text = Text(f"  {row.level:8}")
         text.append(line(" ".join(row.text.split())))
         text.truncate(console.width, overflow="ellipsis")
         console.print(text)
-    agreement = line(_agreement(result.agreement))
-    console.print(f"\nF32 in llama.cpp against the source in transformers: {agreement}", markup=False)
+    agreement = said(f"F32 in llama.cpp against the source in transformers: {_agreement(result.agreement)}")
+    console.print("\n" + line(agreement), markup=False, soft_wrap=not wraps_at_spaces())
     _show_methods(console, result.methods, result.prompt)
-    console.print(
-        f"\n{result.seconds:.0f} seconds in all. {line(_next_step(output_dir))}", markup=False, soft_wrap=True
-    )
+    last = f"{said(f'{result.seconds:.0f} seconds in all.')} {said(_next_step(output_dir))}"
+    console.print("\n" + line(last), markup=False, soft_wrap=True)
 
 
 def _show_methods(console: Console, found: Methods, prompt: str) -> None:
-    console.print("\nRounding against error feedback, at the same bytes:\n", markup=False)
+    console.print("\n" + said("Rounding against error feedback, at the same bytes:") + "\n", markup=False)
     if not found.rows:
-        console.print(f"not shown: {line(found.problem)}. What to do: {line(found.remedy)}", markup=False)
+        told = said(f"not shown: {found.problem}. What to do: {found.remedy}")
+        console.print(line(told), markup=False, soft_wrap=not wraps_at_spaces())
         return
     console.print(_methods_table(found))
     took = f" (made in {found.importance_seconds:.1f} s)" if found.importance_seconds else ""
-    console.print(
+    explained = said(
         "Ratio: KL divergence with feedback over that of the rounded file, ± paired standard error; below 1, less is "
         f"lost. Over {found.tokens:,} tokens of held-out text. Feedback "
         f"saw {found.calibration_tokens:,} tokens of other text; rounded GGUF files have an importance matrix of the "
-        f"same{took}. AWQ with feedback also rescales channels.",
-        style="dim",
+        f"same{took}. AWQ with feedback also rescales channels."
     )
-    console.print(f"\nIn their runtimes, with feedback, after “{prompt}”:\n", markup=False)
+    console.print(explained, style="dim", soft_wrap=not wraps_at_spaces())
+    console.print("\n" + said(f"In their runtimes, with feedback, after “{prompt}”:") + "\n", markup=False)
     if any(row.run is not None and not row.run.problem for row in found.rows):
         console.print(_runtimes_table(found, console.width))
-        console.print(
+        explained = said(
             "To decoder: KL divergence between what the runtime predicts and what the weights say that our decoder "
             "reads from the same file. llama.cpp rounds activations to 8 bits; vLLM computes in float16, transformers "
-            "in float32.",
-            style="dim",
+            "in float32."
         )
+        console.print(explained, style="dim", soft_wrap=not wraps_at_spaces())
     for row in found.rows:
         if row.run is not None and row.run.problem:
-            told = f"{row.label} was not run in {row.run.runtime}: {line(row.run.problem)}"
-            console.print(f"{told}. What to do: {line(row.run.remedy)}" if row.run.remedy else told, markup=False)
+            told = f"{row.label} was not run in {row.run.runtime}: {row.run.problem}"
+            told = f"{told}. What to do: {row.run.remedy}" if row.run.remedy else told
+            console.print(line(said(told)), markup=False, soft_wrap=not wraps_at_spaces())
 
 
 def _columns(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
@@ -112,9 +114,9 @@ def _columns(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
 
     table = Table(box=None, pad_edge=False)
     for name in left:
-        table.add_column(name, no_wrap=True)
+        table.add_column(said(name), no_wrap=True)
     for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(said(name), justify="right", no_wrap=True)
     return table
 
 
@@ -125,7 +127,7 @@ def _methods_table(found: Methods) -> Table:
         if lost is not None:
             table.add_row(
                 row.label,
-                row.method,
+                said(row.method),
                 f"{row.size / 1e6:.2f} MB",
                 f"{lost.kld:.5f} {_plus_minus(lost.kld_sem)}",
                 "" if ratio is None else f"{ratio.kld_ratio:.2f} ±{ratio.kld_ratio_sem:.2f}",
@@ -139,7 +141,7 @@ def _runtimes_table(found: Methods, width: int) -> Table:
     from rich.text import Text
 
     table = _columns(("file", "runtime"), ("to decoder", "same top"))
-    table.add_column("first words", no_wrap=True)
+    table.add_column(said("first words"), no_wrap=True)
     for row in found.rows:
         if row.run is not None and not row.run.problem:
             run, words = row.run, Text(line(" ".join(row.run.text.split())))
@@ -158,7 +160,7 @@ def _table(result: DemoResult) -> Table:
             f"{row.bits_per_weight:.2f}",
             f"{row.seconds:.2f} s" if row.seconds else "–",
             f"{row.perplexity:.2f}",
-            "source" if lost is None else f"{lost.kld:.5f} {_plus_minus(lost.kld_sem)}",
+            said("source") if lost is None else f"{lost.kld:.5f} {_plus_minus(lost.kld_sem)}",
             "" if lost is None else f"{100 * lost.same_top:.1f} %",
         )
     return table

@@ -12,6 +12,7 @@ import click
 
 from llm_quantize import events
 from llm_quantize.cli.common import Mode, line, warn
+from llm_quantize.reports.wording import said
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -63,12 +64,12 @@ class _Work:
     def name(self, event: events.Progress | events.Measure) -> str:
         """A quantization that calibrates first counts tokens meanwhile; a measurement is called by its stage."""
         if isinstance(event, events.Measure):
-            return self.stage or self.description
-        return "calibrate" if self.description == "quantize" and event.unit == "tokens" else self.description
+            return self.stage or said(self.description)
+        return said("calibrate" if self.description == "quantize" and event.unit == "tokens" else self.description)
 
     def rate(self, event: events.Progress) -> str:
         each = event.done / max(time.monotonic() - self.began, 1e-9)
-        return f"{each:.0f} tokens/s" if event.unit == "tokens" else f"{each / 1e6:.0f} Mw/s"
+        return said(f"{each:.0f} tokens/s") if event.unit == "tokens" else f"{each / 1e6:.0f} Mw/s"
 
 
 class _Plain:
@@ -88,20 +89,20 @@ class _Plain:
     def _tell(self, event: events.Event) -> None:
         match event:
             case events.Note(text):
-                click.echo(f"note: {line(text)}", err=True)
+                click.echo(line(said(f"note: {text}")), err=True)
             case events.Stage(text):
-                self.work.stage = line(text)
+                self.work.stage = line(said(text))
                 self._last.pop(events.Measure, None)
                 click.echo(self.work.stage, err=True)
             case events.Resuming(units, _):
-                click.echo(f"resuming: reading back {units} finished units", err=True)
+                click.echo(said(f"resuming: reading back {units} finished units"), err=True)
             case events.Start():
                 self.work.began = time.monotonic()
                 self._last[events.Progress] = (self.work.began, -1)
                 if event.resumed_units:
-                    click.echo(f"resuming: {event.resumed_units} finished units kept", err=True)
+                    click.echo(said(f"resuming: {event.resumed_units} finished units kept"), err=True)
             case events.Check(what, done, total):
-                self._step(event, done, total, f"checking {what}", first=True)
+                self._step(event, done, total, said(f"checking {what}"), first=True)
             case events.Measure(done, total):
                 self._step(event, done, total, self.work.name(event), first=True)
             case events.Progress(done, total):
@@ -128,7 +129,7 @@ class _Plain:
     def _facts(self, event: events.Progress) -> str:
         percent = max(1, int(100 * event.done / max(1, event.total)))
         left = (time.monotonic() - self.work.began) * (100 - percent) / percent
-        return f"{self.work.rate(event)}, {left:.0f} s left, {_memory()}"
+        return said(f"{self.work.rate(event)}, {left:.0f} s left, {_memory()}")
 
 
 class _Drawn:
@@ -136,28 +137,30 @@ class _Drawn:
 
     def __init__(self, description: str, bar: Bar) -> None:
         self.work, self.bar = _Work(description), bar
-        self.task: TaskID = bar.add_task(description, total=None, rate="", memory="")
+        self.task: TaskID = bar.add_task(said(description), total=None, rate="", memory="")
 
     def __call__(self, event: events.Event) -> None:
         """Draw one event."""
         match event:
             case events.Caution(text):
-                self.bar.console.print(f"warning: {line(text)}", style="yellow", markup=False, highlight=False)
+                self.bar.console.print(line(said(f"warning: {text}")), style="yellow", markup=False, highlight=False)
             case events.Note(text):
-                self.bar.console.print(f"note: {line(text)}", markup=False, highlight=False)
+                self.bar.console.print(line(said(f"note: {text}")), markup=False, highlight=False)
             case events.Resuming(units, _):
-                self.bar.console.print(f"resuming: reading back {units} finished units", highlight=False)
+                self.bar.console.print(said(f"resuming: reading back {units} finished units"), highlight=False)
             case events.Start():
                 self.work.began = time.monotonic()
                 if event.resumed_units:
-                    self.bar.console.print(f"resuming: {event.resumed_units} finished units kept", highlight=False)
+                    self.bar.console.print(
+                        said(f"resuming: {event.resumed_units} finished units kept"), highlight=False
+                    )
             case events.Stage(text):
-                self.work.stage = line(text)
+                self.work.stage = line(said(text))
                 self._update(self.work.stage, 0, None)
             case events.Check(what, done, total):
-                self._update(f"checking {line(what)}", done, total)
+                self._update(line(said(f"checking {what}")), done, total)
             case events.Download(file, done, total):
-                self._update(f"download {line(file)}", done, total)
+                self._update(line(said(f"download {file}")), done, total)
             case events.Measure(done, total):
                 self._update(self.work.name(event), done, total)
             case events.Progress(done, total):

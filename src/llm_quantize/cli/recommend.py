@@ -11,6 +11,7 @@ from llm_quantize.cli.common import emit_json, json_option, line, mode
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 from llm_quantize.errors import ResourceError
+from llm_quantize.reports.wording import said
 
 if TYPE_CHECKING:
     from llm_quantize.advice.recommend import Advice, Choice
@@ -95,7 +96,7 @@ def _print(advice: Advice) -> None:
     console = Console(highlight=False, soft_wrap=True)
 
     def say(text: str, style: str = "") -> None:
-        console.print(line(text), style=style, markup=False)
+        console.print(line(said(text)), style=style, markup=False)
 
     machine = advice.machine
     gpu = f", GPU {human_bytes(machine.vram)}" if machine.vram else ""
@@ -111,7 +112,7 @@ def _print(advice: Advice) -> None:
         return
     say(f"\ntake {advice.take.level} ({human_bytes(advice.take.size)})".lstrip(), "bold green")
     for reason in advice.why:
-        say(f"  {reason}")
+        say(f"  {said(reason)}")
     for label, other in (("better", advice.better), ("smaller", advice.smaller)):
         if other is not None:
             say(f"the next {label}: {other.level} ({human_bytes(other.size)}), {_loss(other)}{_where(other)}")
@@ -142,22 +143,23 @@ def _print_table(console: Any, advice: Advice) -> None:
     rows = []
     for choice in advice.choices:
         placement = choice.placement
-        where = "does not fit" if placement is None else placement.kind
+        where = said("does not fit" if placement is None else placement.kind)
         if placement is not None and placement.kind == "split":
-            where = f"-ngl {placement.gpu_layers} of {placement.layers}"
+            where = said(f"-ngl {placement.gpu_layers} of {placement.layers}")
         mark = "take" if choice is advice.take else f"{choice.dominated} is better" if choice.dominated else ""
+        mark = said(mark)
         speed = "" if choice.speed is None else f"{choice.speed:.1f}"
         loss = "?" if choice.loss is None else f"{choice.loss.kld:.2g}{_MARKS[choice.loss.basis]}"
         rows.append((choice.level, human_bytes(choice.size), f"{choice.bits_per_weight:.2f}",
                      human_bytes(choice.need.total), where, loss, speed, mark))  # fmt: skip
     labels = ("level", "file", "bits", "memory", "runs", "KLD", "tokens/s", "")
     if not console.is_terminal:
-        for row in (labels, *rows):
+        for row in ([said(label) for label in labels], *rows):
             console.file.write("\t".join(row).rstrip() + "\n")
         return
     table = Table(box=None)
     for number, label in enumerate(labels):
-        table.add_column(label, justify="right" if number in (1, 2, 3, 5, 6) else "left", no_wrap=True)
+        table.add_column(said(label), justify="right" if number in (1, 2, 3, 5, 6) else "left", no_wrap=True)
     for choice, row in zip(advice.choices, rows, strict=True):
         table.add_row(*row, style="bold green" if choice is advice.take else "dim" if choice.placement is None else "")
     console.print(table, soft_wrap=False)

@@ -13,6 +13,7 @@ from llm_quantize.cli.common import Mode, emit_json, json_option, line, mode
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.streams import reader_gone
 from llm_quantize.errors import UsageError
+from llm_quantize.reports.wording import said
 from llm_quantize.runtimes import RUNTIMES, generate
 
 LONGEST_PROMPT = 16 << 20
@@ -125,11 +126,11 @@ def _tell(shown: Mode, written: list[events.Generated]) -> None:
     if shown.quiet:
         return
     for event in written:
-        threads = f"{event.threads} {'thread' if event.threads == 1 else 'threads'}"
-        prompt = ""
+        word = "thread" if event.threads == 1 else "threads"
+        summary = said(f"{event.tokens:,} tokens, {event.rate:.1f} tokens/s with {event.threads} {word}")
         if event.prompt_tokens is not None and event.prompt_seconds is not None:
-            prompt = f"; the prompt's {event.prompt_tokens:,} in {event.prompt_seconds:.1f} s"
-        click.echo(f"{event.tokens:,} tokens, {event.rate:.1f} tokens/s with {threads}{prompt}", err=True)
+            summary += said(f"; the prompt's {event.prompt_tokens:,} in {event.prompt_seconds:.1f} s")
+        click.echo(summary, err=True)
 
 
 def _safe(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from llm_quantize.errors import IntegrityError, UnsupportedError
+from llm_quantize.errors import IntegrityError, UnsupportedError, install_command
 
 _TEXTS = ("pride_and_prejudice.txt", "wagahai_wa_neko_de_aru.txt")
 
@@ -30,13 +30,13 @@ def _installed(folder: str, file: str) -> Path:
         raise UnsupportedError(
             "the built-in data need an installation in a directory",
             found=f"llm_quantize imported from {type(directory).__name__}",
-            remedy="pip install llm-quantize, instead of importing it from an archive",
+            remedy=f"{install_command()}, instead of importing it from an archive",
         )
     if not (directory / file).is_file():
         raise IntegrityError(
             "a built-in file is missing from this installation",
             file=directory / file,
-            remedy="pip install --force-reinstall llm-quantize",
+            remedy="in a checkout of llm-quantize: pip install --force-reinstall .",
         )
     return directory
 

@@ -37,9 +37,3 @@ MEANING = {
 def grade(kld: float) -> str:
     """The name for a mean KL divergence. NaN is "damaged"."""
     return next((name for name, limit in GRADES if kld < limit), GRADES[-1][0])
-
-
-def describe() -> str:
-    """The thresholds in one line, for the foot of a table."""
-    named = [f"{name} < {limit:g}" for name, limit in GRADES[:-1]]
-    return f"grades by mean KLD: {', '.join(named)}, {GRADES[-1][0]} from there on"

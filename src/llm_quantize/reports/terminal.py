@@ -13,11 +13,13 @@ from llm_quantize.artifacts.result import ArtifactResult
 from llm_quantize.artifacts.verify import Verification
 from llm_quantize.errors import NumericPolicyError, printable
 from llm_quantize.plan import ArtifactPlan
+from llm_quantize.reports.wording import said, said_of_many_words
 
 
 def shown(value: Any, style: str = "") -> Text:
-    """What came from input, for a cell or a line: whole, no markup, no control characters."""
-    return Text(printable(str(value), 1 << 20), style=style)
+    """A line, in the reader's language, or a cell of a table, which may come from input: whole, no markup, no control
+    characters."""
+    return Text(printable(said_of_many_words(str(value)), 1 << 20), style=style)
 
 
 def human_bytes(count: float) -> str:
@@ -61,8 +63,10 @@ def print_plans(plans: Sequence[ArtifactPlan], *, threads: int, memory_needed: i
         console.print(shown(f"  {plan.bits_per_weight:.3f} bits per weight; {types}"))
     disk = sum(plan.size for plan in plans)
     console.print(
-        f"needs {human_bytes(disk)} of disk and about {human_bytes(memory_needed)} of memory "
-        f"with {threads} {'thread' if threads == 1 else 'threads'}"
+        shown(
+            f"needs {human_bytes(disk)} of disk and about {human_bytes(memory_needed)} of memory "
+            f"with {threads} {'thread' if threads == 1 else 'threads'}"
+        )
     )
 
 
@@ -78,8 +82,8 @@ def _print_tensors(console: Console, plan: ArtifactPlan) -> None:
         return
     table = Table(title=shown(f"{plan.level}: {plan.files[0].name}"), box=None, title_justify="left")
     for label in ("tensor", "shape", "type"):
-        table.add_column(label, overflow="fold")
-    table.add_column("bytes", justify="right", no_wrap=True)
+        table.add_column(said(label), overflow="fold")
+    table.add_column(said("bytes"), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(shown, row))
     console.print(table)
@@ -105,14 +109,15 @@ def print_results(results: Sequence[ArtifactResult]) -> None:
     """One line per artifact."""
     console = Console(highlight=False, soft_wrap=True)
     for result in results:
-        note = "" if result.status == "written" else f" ({result.status})"
+        note = "" if result.status == "written" else f" ({said(result.status)})"
         console.print(
-            f"{shown(result.path)}: {human_bytes(result.size)}, {result.bits_per_weight:.3f} bits per weight, "
-            f"{result.seconds:.1f} CPU-s{' in this run' if result.resumed_units else ''}{note}",
-            markup=False,
+            shown(
+                f"{result.path}: {human_bytes(result.size)}, {result.bits_per_weight:.3f} bits per weight, "
+                f"{result.seconds:.1f} CPU-s{' in this run' if result.resumed_units else ''}{note}"
+            )
         )
         if result.measured is not None:
-            console.print(f"  {_measured(result.measured)}", markup=False)
+            console.print(shown(f"  {said(_measured(result.measured))}"))
 
 
 def _measured(facts: Mapping[str, Any]) -> str:
@@ -144,7 +149,7 @@ def print_facts(facts: Mapping[str, Any], *, tensors: bool = False) -> None:
 
 
 def _label(key: str) -> str:
-    return key.replace("_", " ")
+    return said(key.replace("_", " "))
 
 
 def _fact(key: str, value: Any) -> str:
@@ -154,11 +159,11 @@ def _fact(key: str, value: Any) -> str:
         return human_bytes(value)
     if key == "dtypes":
         return ", ".join(
-            f"{name}: {entry['tensors']} tensors, {human_bytes(entry['bytes'])}" for name, entry in value.items()
+            said(f"{name}: {entry['tensors']} tensors, {human_bytes(entry['bytes'])}") for name, entry in value.items()
         )
     if key == "memory":
         cache = value["kv_cache_f16"]
-        return (
+        return said(
             f"source weights {human_bytes(value['source_weights'])}, 16-bit weights "
             f"{human_bytes(value['weights_16bit'])}, kv cache, f16, {cache['tokens']:,} tokens "
             f"{human_bytes(cache['bytes'])}"
@@ -166,7 +171,7 @@ def _fact(key: str, value: Any) -> str:
     if key == "files":
         return f"{len(value)} ({human_bytes(sum(entry['size'] for entry in value))})"
     if key == "left_out":
-        return "nothing" if not value else "; ".join(f"{name}: {why}" for name, why in value.items())
+        return said("nothing") if not value else "; ".join(f"{name}: {why}" for name, why in value.items())
     if isinstance(value, dict):
         return ", ".join(f"{_label(name)} {_plain(item)}" for name, item in value.items())
     return _plain(value)
@@ -176,7 +181,7 @@ def _plain(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return said("yes" if value else "no")
     return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
@@ -184,13 +189,13 @@ def print_verification(outcome: Verification, *, verbose: int = 0) -> None:
     """A summary, the worst tensors by error, and every problem."""
     console = Console(highlight=False, soft_wrap=True)
     hashed = sum(check.hash == "ok" for check in outcome.tensors)
-    manifest = f"{hashed} match the manifest's hashes" if outcome.has_manifest else "no manifest"
+    manifest = said(f"{hashed} match the manifest's hashes" if outcome.has_manifest else "no manifest")
     console.print(shown(f"{outcome.path}: {len(outcome.tensors)} tensors, {manifest}"))
     if outcome.compared:
         ranked = sorted(outcome.tensors, key=lambda check: -(check.relative_error or 0.0))
-        table = Table(title="relative error against the source, worst first", box=None, title_justify="left")
+        table = Table(title=said("relative error against the source, worst first"), box=None, title_justify="left")
         for label in ("tensor", "type", "error"):
-            table.add_column(label)
+            table.add_column(said(label))
         for check in ranked if verbose else ranked[:10]:
             error = "-" if check.relative_error is None else f"{check.relative_error:.5f}"
             table.add_row(shown(check.name), shown(check.type), error)
@@ -200,6 +205,6 @@ def print_verification(outcome: Verification, *, verbose: int = 0) -> None:
             if count := getattr(check, f"nonfinite_{fact}"):
                 by = " by zero" if fact == "replaced" else ""
                 console.print(shown(f"{check.name}: {count} NaN or infinite weights were {fact}{by}"))
-    console.print("ok" if outcome.ok else "NOT OK", style="green" if outcome.ok else "red")
+    console.print(said("ok" if outcome.ok else "NOT OK"), style="green" if outcome.ok else "red")
     for problem in outcome.all_problems()[:50]:
-        console.print(shown(f"  {problem}"))
+        console.print(shown(f"  {said(problem)}"))

@@ -27,6 +27,7 @@ from llm_quantize.errors import (
     ResourceError,
     UnsupportedError,
     UsageError,
+    install_command,
 )
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_files import first_file
@@ -43,7 +44,7 @@ VARIABLE = ""
 _MAX_BATCH = 512
 _NOT_ITS_OWN = (
     "jinja2 is not installed: the chat is set in llama.cpp's built-in template of this family, which may differ from "
-    "the model's own; pip install 'llm-quantize[llamacpp]'"
+    "the model's own; " + install_command("llamacpp")
 )
 _DECODE_PROBLEMS = {1: "no free place in the cache", 2: "aborted"}
 

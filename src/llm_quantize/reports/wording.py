@@ -1,0 +1,183 @@
+"""What the command line says, in the reader's language: one table from English sentences to those of another one.
+
+The library speaks English, and so does all JSON. What is shown to people goes through ``said``, which finds the
+finished English sentence in ``words/messages.LANGUAGE.json`` and puts its values where the other language has them.
+A sentence that the table lacks stays as it is; ``tests/reports/test_wording.py`` counts them.
+
+A key has ``{0}``, ``{1}``, ... where the English sentence has values, in that order; so has its translation, in any
+order and any number of times. ``{0:t}`` is a value that is itself a sentence, and ``{0:a}`` one of any kind. The other
+values of a key that says little itself must be names, numbers, or a list of them: "download {0}" is not "download the
+model again".
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+
+from llm_quantize.errors import LlmQuantizeError, printable
+from llm_quantize.reports.labels import LANGUAGES
+
+_PLACE = re.compile(r"\{\d+\}")
+_FREE = re.compile(r"\{(\d+):[ta]\}")
+_NAMES = re.compile(r"(?:[\d.,]+ )?\S+(?:, (?:[\d.,]+ )?\S+)*|")
+_LITTLE = 16
+"""Letters; a key that has fewer could be part of many sentences."""
+_DEPTH = 4
+"""So many sentences within sentences are translated."""
+
+_spoken = LANGUAGES[0]
+
+
+def spoken() -> str:
+    """The language of this call of the command line, one of LANGUAGES."""
+    return _spoken
+
+
+@contextmanager
+def speaking(language: str) -> Iterator[None]:
+    """``said`` speaks ``language`` (one of LANGUAGES) in every thread until this ends."""
+    global _spoken
+    before, _spoken = _spoken, language
+    try:
+        yield
+    finally:
+        _spoken = before
+
+
+def wraps_at_spaces() -> bool:
+    """Whether lines of this call's language may be broken at spaces; Japanese has none between its words, and the
+    terminal breaks it better."""
+    return _spoken == LANGUAGES[0]
+
+
+def language_of(environment: Mapping[str, str]) -> str:
+    """The language that the locale asks for, as gettext reads it: LC_ALL, LC_MESSAGES or LANG, the first that is set,
+    says whether there is one; LANGUAGE, a list, then says which. English where it asks for none that is here."""
+    locale = next((environment[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if environment.get(name)), "C")
+    if re.split(r"[.@]", locale)[0] in ("C", "POSIX"):
+        return LANGUAGES[0]
+    for wish in (*environment.get("LANGUAGE", "").split(":"), locale):
+        language = re.split(r"[_.@]", wish)[0].lower()
+        if language in LANGUAGES:
+            return language
+    return LANGUAGES[0]
+
+
+@functools.cache
+def sections(language: str) -> dict[str, dict[str, str]]:
+    """The table of ``language`` as it is stored: {whose sentences, "ours" or "click": {English: translation}}."""
+    text = files("llm_quantize.reports").joinpath("words", f"messages.{language}.json").read_bytes()
+    found: dict[str, dict[str, str]] = json.loads(text)
+    return found
+
+
+@functools.cache
+def messages(language: str) -> dict[str, str]:
+    """{English sentence: the same in ``language``}; empty for English."""
+    if language == LANGUAGES[0]:
+        return {}
+    return {text: translation for section in sections(language).values() for text, translation in section.items()}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """``pieces``: the words between the values. ``free``: the values that may be anything."""
+
+    pieces: tuple[str, ...]
+    translation: str
+    free: frozenset[int]
+
+    @property
+    def letters(self) -> int:
+        return sum(character.isalpha() for piece in self.pieces for character in piece)
+
+    @property
+    def frame(self) -> int:
+        """How much stands before the first value of a sentence that holds another sentence."""
+        return len(self.pieces[0]) if self.free else 0
+
+    def values(self, text: str) -> list[str] | None:
+        """The values of ``text``, None where it is another sentence."""
+        values = values_between(self.pieces, text)
+        if values is None or self.letters >= _LITTLE:
+            return values
+        named = (number in self.free or _NAMES.fullmatch(value) for number, value in enumerate(values))
+        return values if all(named) else None
+
+
+@functools.cache
+def _rows(language: str) -> tuple[_Row, ...]:
+    """The table in the order in which it is asked: frames first, as a sentence that is held is never the one that
+    begins; then what says most itself."""
+    rows = [
+        _Row(tuple(_PLACE.split(text)), other, frozenset(map(int, _FREE.findall(other))))
+        for text, other in messages(language).items()
+    ]
+    return tuple(sorted(rows, key=lambda row: (-row.frame, -row.letters)))
+
+
+def said(text: str) -> str:
+    """``text``, a finished English sentence, in the language of this call; as it is where the table lacks it."""
+    return _said(text, _DEPTH)
+
+
+def said_of_many_words(text: str) -> str:
+    """``said`` for what may also be a name of somebody else's: a single word stays as it is."""
+    return said(text) if " " in text.strip() else text
+
+
+def _said(text: str, depth: int) -> str:
+    known = messages(_spoken)
+    if not known or not depth:
+        return text
+    if text in known:
+        return known[text]
+    for row in _rows(_spoken):
+        if (values := row.values(text)) is not None:
+            return row.translation.format(*(_Value(value, depth - 1) for value in values))
+    return text
+
+
+class _Value(str):
+    """A value of a sentence; ``{0:t}`` formats it as a sentence of its own, ``depth`` levels deep."""
+
+    depth: int
+
+    def __new__(cls, text: str, depth: int) -> _Value:
+        made = super().__new__(cls, text)
+        made.depth = depth
+        return made
+
+    def __format__(self, spec: str) -> str:
+        return _said(str(self), self.depth) if spec == "t" else str(self)
+
+
+def values_between(pieces: Sequence[str], text: str) -> list[str] | None:
+    """What stands between ``pieces`` in ``text``, in one pass over it; None where it is another sentence."""
+    first, last = pieces[0], pieces[-1]
+    if len(pieces) == 1:
+        return [] if text == first else None
+    end = len(text) - len(last)
+    if not text.startswith(first) or not text.endswith(last) or end < len(first):
+        return None
+    at, values = len(first), []
+    for piece in pieces[1:-1]:
+        found = text.find(piece, at, end)
+        if found < 0:
+            return None
+        values.append(text[at:found])
+        at = found + len(piece)
+    return [*values, text[at:end]]
+
+
+def error_text(error: LlmQuantizeError) -> str:
+    """What ``str(error)`` says, in the language of this call: the sentence, and a line for each fact."""
+    return "\n".join(
+        [said(error.what), *(f"  {said(label)}: {printable(said(value))}" for label, value in error.facts())]
+    )
