@@ -94,7 +94,7 @@ def test_a_comparison_of_every_format(tiny: SimpleNamespace, tmp_path: Path, mon
         texts = tuple(f"{prompt} and so on" for prompt in request.prompts)
         timed = {"read": 2.0, "write": 4.0, "memory": 3e8, "memory_empty": 2e8, "cpu_share": 0.9}
         told = None if request.timing is None else timed
-        return Reply(None, texts, tuple((5, 6, 7) for _ in texts), {"transformers": "5.0"}, (), {}, told)
+        return Reply(None, texts, tuple((5, 6, 7) for _ in texts), {"transformers": "5.0"}, (), {}, timed=told)
 
     monkeypatch.setattr(transformers, "run", answered)
     paths = [*tiny.paths.values(), tiny.gguf]
