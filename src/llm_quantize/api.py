@@ -226,7 +226,7 @@ def recommend(
                 revision=revision,
                 context=context,
                 priority=priority,
-                experience=experience_of(source, str(model), None if measured is None else Path(measured)),
+                experience=experience_of(source, None if measured is None else Path(measured), sink),
             )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copyreg
 from pathlib import Path
 from typing import Any, ClassVar
+from unicodedata import category
 
 
 class LlmQuantizeError(Exception):
@@ -165,6 +166,6 @@ def install_command(*extras: str) -> str:
 
 
 def printable(text: str, limit: int = 400) -> str:
-    """``text`` with control characters escaped and its length bounded, fit for a terminal."""
-    safe = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    """``text`` with control characters escaped and its length bounded, fit for a terminal. All blanks stay."""
+    safe = "".join(c if c.isprintable() or category(c) == "Zs" else f"\\x{ord(c):02x}" for c in text)
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"

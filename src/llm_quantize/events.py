@@ -5,8 +5,8 @@ The command line draws them (cli/progress.py) or prints them as JSON lines (``to
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 
@@ -39,7 +39,21 @@ class Caution(Event):
 
 
 @dataclass(frozen=True)
-class Stage(Event):
+class Step(Event):
+    """How far something is. ``whole``: the share, 0 to 1, of all that the run has to do, counted in the time that it
+    takes; None where nobody knows it (``Part`` puts it in)."""
+
+    whole: float | None = field(default=None, kw_only=True)
+
+    @property
+    def share(self) -> float:
+        """How much of what is counted here is done, 0 to 1."""
+        done, total = getattr(self, "done", 0), getattr(self, "total", 1)
+        return min(1.0, done / total) if total > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Stage(Step):
     """What begins now."""
 
     kind = "stage"
@@ -47,7 +61,7 @@ class Stage(Event):
 
 
 @dataclass(frozen=True)
-class Download(Event):
+class Download(Step):
     """Bytes of a file from the hub."""
 
     kind = "download"
@@ -66,7 +80,7 @@ class Resuming(Event):
 
 
 @dataclass(frozen=True)
-class Check(Event):
+class Check(Step):
     """How far the reading back of finished work is."""
 
     kind = "check"
@@ -87,7 +101,7 @@ class Start(Event):
 
 
 @dataclass(frozen=True)
-class Progress(Event):
+class Progress(Step):
     """How far the work is: weights times artifacts, or what ``unit`` says."""
 
     kind = "progress"
@@ -97,7 +111,7 @@ class Progress(Event):
 
 
 @dataclass(frozen=True)
-class Measure(Event):
+class Measure(Step):
     """How far a measurement is, in windows, through files or blocks."""
 
     kind = "measure"
@@ -135,6 +149,31 @@ class Generated(Event):
 
 
 EventSink = Callable[[Event], None]
+
+
+class Part:
+    """A sink for a part of a run: what it hears is told to ``parent``, with the share of the whole that it stands for.
+    The part goes from ``first`` to ``last``, of 1; parts can have parts."""
+
+    def __init__(self, parent: EventSink, first: float, last: float) -> None:
+        self._parent, self._first, self._last = parent, first, last
+
+    def __call__(self, event: Event) -> None:
+        """Tell it."""
+        if isinstance(event, Step):
+            share = event.share if event.whole is None else event.whole
+            event = replace(event, whole=self._first + (self._last - self._first) * share)
+        self._parent(event)
+
+
+def parts(parent: EventSink, costs: Sequence[float]) -> list[Part]:
+    """A sink for each part of a run, in their order; ``costs``: how long each takes, in any unit."""
+    total, before = sum(costs) or 1.0, 0.0
+    found = []
+    for cost in costs:
+        found.append(Part(parent, before / total, (before + cost) / total))
+        before += cost
+    return found
 
 
 def ignore(_event: Event) -> None:

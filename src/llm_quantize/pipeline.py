@@ -36,7 +36,7 @@ from llm_quantize.artifacts.rounding import (
     unit_records,
     unit_weights,
 )
-from llm_quantize.blockwise import solve_matrices
+from llm_quantize.blockwise import effort, solve_matrices
 from llm_quantize.blockwise.estimate import estimate, rounding_sizes
 from llm_quantize.calibration import choose
 from llm_quantize.calibration.statistics import collecting_sizes
@@ -97,6 +97,8 @@ def quantize(
     with source.checkpoint:
         importance: choose.Chosen | None = choose.foresee(source, format, levels, options)
         plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
+        costs = [effort.writing(source, artifact, importance, options) for artifact in plans]
+        collect, write = events.parts(on_event, [effort.collecting(source, importance, options), sum(costs)])
         if any(artifact.matrices for artifact in plans):
             choose.need_torch(f"--method {options.method.method_of(format).name}", "torch")
         if isinstance(importance, choose.Foreseen):
@@ -104,13 +106,13 @@ def quantize(
             preflight.check(
                 plans, Path(output_dir), threads=1, max_ram=options.max_ram, before=before, ignore_space=True
             )
-            importance = choose.collected(source, format, options, on_event, before=before)
+            importance = choose.collected(source, format, options, collect, before=before)
             plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
         for warning in (text for artifact in plans for text in artifact.warnings):
             on_event(events.Caution(warning))
         paths = [target_path(Path(output_dir), artifact) for artifact in plans]
         done = [
-            already_complete(source, artifact, path, options, on_event)
+            already_complete(source, artifact, path, options, events.Part(write, 0.0, 0.0))
             for artifact, path in zip(plans, paths, strict=True)
         ]
         todo = [(artifact, path) for artifact, path, ready in zip(plans, paths, done, strict=True) if not ready]
@@ -124,7 +126,7 @@ def quantize(
             ignore_space=options.ignore_space,
             engine=options.engine,
         )
-        written = _write_all(source, todo, importance, options, fitted, on_event) if todo else {}
+        written = _write_all(source, todo, importance, options, fitted, write) if todo else {}
     results = []
     for artifact, path in zip(plans, paths, strict=True):
         discard_hidden(path)
@@ -227,6 +229,10 @@ def _write_all(
     threads = fitted.threads
     times = source_times(source.checkpoint)
     rows = choose.rows_of(source, importance)
+    plans_todo = [artifact for artifact, _ in todo]
+    costs = [effort.solving(source, artifact, importance, options) for artifact in plans_todo]
+    rounds = sum(effort.rounding(artifact) for artifact in plans_todo)
+    round_all, *solves, finish = events.parts(on_event, [rounds, *costs, sum(map(effort.finishing, plans_todo))])
     policy = Policy(SharedModel(source.checkpoint), options.nonfinite, source.files)
     with ExitStack() as stack, stop_on_signals() as stop:
         targets = [
@@ -236,7 +242,7 @@ def _write_all(
         held = [lock for target in targets for lock in target.output.locks]
         pool = partial(ENGINES[options.engine], threads=threads, stop=stop, resumable=options.checkpoints, hold=held)
         deep = any(target.output.notes.get("source_times") != times for target in targets)
-        _recheck(source, targets, deep, pool, on_event)
+        _recheck(source, targets, deep, pool, events.Part(on_event, 0.0, 0.0))
         resumed = {path: len(target.output.records) for target, (_, path) in zip(targets, todo, strict=True)}
         for target in targets:
             target.output.note({"source_times": times})
@@ -252,14 +258,15 @@ def _write_all(
             for record in records:
                 targets[record.artifact].keep(record)
                 finished += record.weights
-            on_event(events.Progress(done=finished, total=total))
-        for target in targets:
+            round_all(events.Progress(done=finished, total=total))
+        for target, solve in zip(targets, solves, strict=True):
             if target.plan.matrices:
                 began = time.process_time()
-                solve_matrices(source, target, policy, importance, options, fitted, stop, on_event)
+                solve_matrices(source, target, policy, importance, options, fitted, stop, solve)
                 target.seconds += time.process_time() - began
             finish_card(target)
         refuse_changed(source.checkpoint, times)
+        finish(events.Stage("finish"))
         for target in targets:
             target.output.finish(sealed_manifest(source, target))
     results = {}

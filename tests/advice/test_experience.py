@@ -9,15 +9,23 @@ from typing import Any
 
 import pytest
 
-from llm_quantize.advice.experience import PUBLISHED, Experience, Loss, Measured, published_loss, read_report
+from llm_quantize.advice.experience import PUBLISHED, Experience, Loss, Measured, Wanted, published_loss, read_report
 from llm_quantize.errors import AccessError, IntegrityError, MalformedInputError, UsageError
 from llm_quantize.formats.gguf.levels import LEVELS
+from llm_quantize.reports.findings import VERSION
 
-OURS = "a" * 64
+CONTENT, HEADERS = "a" * 64, "b" * 64
+OURS = Wanted(HEADERS, lambda: CONTENT)
 
 
-def report(path: Path, variants: object, fingerprint: object = OURS) -> Path:
-    path.write_text(json.dumps({"model": {"fingerprint": fingerprint}, "variants": variants}))
+def model(fingerprint: object = CONTENT, **facts: object) -> dict[str, object]:
+    return {"fingerprint": fingerprint, "headers": HEADERS, "revision": None, **facts}
+
+
+def report(
+    path: Path, variants: object, fingerprint: object = CONTENT, version: int = VERSION, **facts: object
+) -> Path:
+    path.write_text(json.dumps({"version": version, "model": model(fingerprint, **facts), "variants": variants}))
     return path
 
 
@@ -51,7 +59,7 @@ def test_gaps_are_not_measured(tmp_path: Path) -> None:
         variant("Q4_K_S", kld=0.5, size=9),
         variant("Q4_K_S", kld=0.1),
     ]
-    text = json.dumps({"model": {"fingerprint": OURS}, "variants": variants})
+    text = json.dumps({"version": VERSION, "model": model(), "variants": variants})
     (tmp_path / "comparison.json").write_text(text.replace("1" + "0" * 400, "1e308"))
     found = read_report(tmp_path, OURS)
     empty = Measured(None, None, None)
@@ -88,10 +96,30 @@ def test_a_report_that_is_no_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused_naming_both(tmp_path: Path) -> None:
-    path = report(tmp_path / "r.json", [variant("Q8_0", kld=0.1)], "b" * 64)
+    path = report(tmp_path / "r.json", [variant("Q8_0", kld=0.1)], "c" * 64)
     with pytest.raises(IntegrityError) as refused:
         read_report(path, OURS)
-    assert (refused.value.expected, refused.value.found) == (f"model {OURS}", "model " + "b" * 64)
+    assert "c" * 64 in str(refused.value.found)
+    assert read_report(path, OURS, given=False) == Experience()
+
+
+def test_content_is_read_only_where_headers_agree(tmp_path: Path) -> None:
+    def never() -> str:
+        raise AssertionError("read")
+
+    variants = [variant("Q8_0", kld=0.1)]
+    path = report(tmp_path / "r.json", variants, headers="d" * 64)
+    assert read_report(path, Wanted(HEADERS, never), given=False) == Experience()
+    path = report(tmp_path / "r.json", variants, revision="e" * 40)  # a commit of the hub never changes
+    assert read_report(path, Wanted(HEADERS, never, "e" * 40)).measured
+    with pytest.raises(IntegrityError, match="not here to compare"):
+        read_report(path, Wanted(HEADERS, None, "f" * 40))
+
+
+def test_a_report_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = report(tmp_path / "r.json", [variant("Q8_0", kld=0.1)], version=VERSION - 1)
+    with pytest.raises(MalformedInputError, match="another version"):
+        read_report(path, OURS)
     assert read_report(path, OURS, given=False) == Experience()
 
 
@@ -103,3 +131,22 @@ def test_the_published_table_knows_levels_and_falls_with_bits() -> None:
     for level, (without, weighted) in PUBLISHED.items():
         assert without is not None or weighted is not None, level
         assert without is None or weighted is None or weighted < without, level
+
+
+@pytest.mark.parametrize(
+    ("make", "kept"),
+    [
+        (["gguf", "-q", "Q8_0"], True),
+        (["gguf", "-q", "Q8_0", "--calibration-data", "a b; rm -rf /", "--chat"], True),  # one word for the shell
+        (["gguf", "-q", "Q4_0"], False),
+        (["gguf", "-q", "Q8_0", "--overwrite"], False),
+        (["gguf", "-q", "Q8_0", "-o", "/etc"], False),
+        (["gguf", "-q", "Q8_0", "--imatrix", "a\x1b[2J"], False),
+        (["gguf", "-q", "Q8_0", 7], False),
+        ("gguf -q Q8_0", False),
+        (None, False),
+    ],
+)
+def test_only_words_that_make_the_file_are_taken_from_a_report(make: Any, kept: bool, tmp_path: Path) -> None:
+    found = read_report(report(tmp_path / "r.json", [variant("Q8_0", kld=0.1, make=make)]), OURS)
+    assert found.make("Q8_0") == (tuple(make) if kept else None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from llm_quantize.measures.grades import GRADES
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.options import MethodOptions, Options
 from llm_quantize.pipeline import quantize
+from llm_quantize.reports.findings import VERSION
 from llm_quantize.reports.provenance import model_facts
 from tests.tiny_models import make_tiny
 
@@ -213,9 +216,10 @@ def test_on_the_command_line(
     assert facts["take"] in facts["choices"]
     assert facts["take"]["kld_basis"] == "published"
     (tmp_path / "report").mkdir()
-    fingerprint = model_facts(demo, "").fingerprint
+    model = asdict(model_facts(demo, ""))
+    fingerprint = model["fingerprint"]
     measured = {"format": "gguf", "level": "Q4_K_M", "kld": 0.001}
-    text = json.dumps({"model": {"fingerprint": fingerprint}, "variants": [measured]})
+    text = json.dumps({"version": VERSION, "model": model, "variants": [measured]})
     (tmp_path / "report" / "comparison.json").write_text(text)
     code, out = call(capsys, *words, "--json")
     assert (json.loads(out)["take"]["level"], json.loads(out)["take"]["kld"]) == ("Q4_K_M", 0.001)
@@ -237,3 +241,84 @@ def test_nothing_fits(demo_model: Path, capsys: pytest.CaptureFixture[str]) -> N
     facts = json.loads(out)
     assert (code, facts["take"], facts["error"], facts["exit_code"]) == (5, None, "resources", 5)
     assert len(facts["excluded"]) == len(LEVELS)
+
+
+def test_figures_of_a_base_are_not_those_of_its_fine_tune(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Headers, names, sizes and times are the same: one weight, the rotary base or the tokenizer is not."""
+    monkeypatch.chdir(tmp_path)
+    base = shutil.copytree(demo_model, tmp_path / "base")
+    with (source := open_source(str(base), headers_only=True)).checkpoint:
+        model = asdict(model_facts(source, str(base)))
+    measured = {"format": "gguf", "level": "Q4_K_M", "kld": 0.0002}
+    (tmp_path / "report").mkdir()
+    report = {"version": VERSION, "model": model, "variants": [measured]}
+    (tmp_path / "report" / "comparison.json").write_text(json.dumps(report))
+
+    def taken(name: str) -> Any:
+        code, out = call(capsys, "recommend", str(tmp_path / name), "--ram", "8G", "--device", "cpu", "--json")
+        assert code == 0
+        return next(one["kld_basis"] for one in json.loads(out)["choices"] if one["level"] == "Q4_K_M")
+
+    for name, change in (("tuned", one_weight), ("rope", rope), ("words", tokenizer)):
+        other = shutil.copytree(base, tmp_path / name)
+        change(other)
+        for file in base.iterdir():
+            os.utime(other / file.name, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+        assert taken(name) == "published", name
+        assert run(["recommend", str(other), "--ram", "8G", "--measured", "report"]) == 8
+        capsys.readouterr()
+    assert taken("base") == "measured"
+    shutil.copytree(base, tmp_path / "moved")
+    assert taken("moved") == "measured"
+
+
+def one_weight(model: Path) -> None:
+    file = model / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[3 * len(data) // 7] ^= 1  # neither in the first nor in the last row of its tensor
+    file.write_bytes(data)
+
+
+def rope(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rope_theta": 12345.0}))
+
+
+def tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes() + b"\n")
+
+
+def test_a_guess_does_not_win_against_a_measurement(demo: Source, tmp_path: Path) -> None:
+    """Only Q4_K_M and Q2_K were measured, one so well that the estimates of all others are better still."""
+    measured = {"Q4_K_M": Measured(0.0021, 10.0, None), "Q2_K": Measured(0.002, 12.0, None)}
+    advice = advise(demo, experience=Experience(measured, tmp_path / "comparison.json"))
+    assert advice.take is not None
+    assert advice.take.level == "Q2_K"
+    assert {named(advice, level).dominated for level in ("Q4_K_M", "Q2_K")} == {"Q2_K", None}
+    assert {choice.dominated for choice in advice.choices if choice.loss and choice.loss.basis == "estimated"} & {
+        "Q2_K"
+    }
+    assert advice.untried is not None
+    assert advice.untried.loss is not None
+    assert advice.untried.loss.basis == "estimated"
+    assert any(f"gguf:{advice.untried.level},gguf:Q2_K" in note for note in advice.notes)
+
+
+def test_the_command_makes_the_file_that_was_measured(demo: Source) -> None:
+    words = ("gguf", "-q", "Q4_K_M", "--imatrix", "i.gguf", "--revision", "abc")
+    advice = advise(demo, experience=Experience({"Q4_K_M": Measured(0.001, None, None, words)}))
+    assert advice.take is not None
+    command = shlex.split(advice.commands(advice.take)["quantize"])
+    assert command == ["llm-quantize", "quantize", "MODEL", *words, "-o", "out"]
+
+
+def test_the_answer_comes_first_with_its_rule(demo_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = call(capsys, "recommend", str(demo_model), "--ram", "16", "--device", "cpu")
+    assert code == 0
+    assert out.startswith("take Q8_0 (6.21 MB)\n")
+    assert "\nto make it: llm-quantize quantize " in out
+    assert "\nto try it: llm-quantize run out/demo-llama-Q8_0.gguf " in out
+    assert "of 14.0 GB" in out  # 16 GB, less what the system keeps
+    assert out.index("The rule: ") < out.index("level\tfile")

@@ -92,7 +92,9 @@ def test_a_comparison_of_every_format(tiny: SimpleNamespace, tmp_path: Path, mon
         if directory.name == "awq":
             raise MissingExtraError("Running a model in transformers", "torch")
         texts = tuple(f"{prompt} and so on" for prompt in request.prompts)
-        return Reply(None, texts, tuple((5, 6, 7) for _ in texts), {}, (), {})
+        timed = {"read": 2.0, "write": 4.0, "memory": 3e8, "memory_empty": 2e8, "cpu_share": 0.9}
+        told = None if request.timing is None else timed
+        return Reply(None, texts, tuple((5, 6, 7) for _ in texts), {"transformers": "5.0"}, (), {}, timed=told)
 
     monkeypatch.setattr(transformers, "run", answered)
     paths = [*tiny.paths.values(), tiny.gguf]
@@ -103,7 +105,12 @@ def test_a_comparison_of_every_format(tiny: SimpleNamespace, tmp_path: Path, mon
     }  # fmt: skip
     assert facts["W4A16"].samples[0].text == "Once and so on"
     assert facts["AWQ-4bit"].samples == ()
-    assert facts["GPTQ-8bit"].speed is None
+    assert facts["GPTQ-8bit"].speed is not None
+    assert facts["GPTQ-8bit"].speed.generation_tokens_per_second == 8.0
+    assert facts["GPTQ-8bit"].speed.runtime == "transformers 5.0"
+    assert facts["GPTQ-8bit"].needs.ram == 300_000_000
+    assert facts["AWQ-4bit"].speed is None
+    assert [note.count("AWQ-4bit was not run") for note in result.notes].count(1) == 1
     assert facts["Q8_0"].speed is not None
     assert [note for note in result.notes if "AWQ-4bit was not run" in note]
     errors = {(entry.layer, entry.role): entry for entry in facts["W4A16"].tensor_errors}
@@ -114,7 +121,7 @@ def test_a_comparison_of_every_format(tiny: SimpleNamespace, tmp_path: Path, mon
     assert "W4A16" in page
     count = len(asked)
     again = compare(str(tiny.model), tmp_path, artifacts=paths, options=OPTIONS)
-    assert len(asked) == count + 1  # only what could not be run is tried again
+    assert len(asked) == count + 2  # only what could not be run is tried again
     assert [variant.divergence for variant in again.variants] == [variant.divergence for variant in result.variants]
     assert all(path.exists() for path in paths)
 
@@ -122,9 +129,9 @@ def test_a_comparison_of_every_format(tiny: SimpleNamespace, tmp_path: Path, mon
 def test_only_directories_say_why_there_is_no_speed(
     tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench.Bench, "answers", lambda self, artifact: ())
+    monkeypatch.setattr(bench.Bench, "answers", lambda self, artifact, on_event: ())
     result = compare(str(tiny.model), tmp_path, artifacts=[tiny.paths["gptq"]], options=OPTIONS)
-    assert "llama.cpp" in result.machine.runtime
+    assert "none of these ran" in result.machine.runtime
     assert result.variants[0].label == "GPTQ-8bit"
 
 

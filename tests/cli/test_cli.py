@@ -136,13 +136,15 @@ def test_refusals(demo_model: Path, capsys: pytest.CaptureFixture[str], words: l
 
 def test_sizes() -> None:
     size = Size()
-    assert [size.convert(text, None, None) for text in ("4G", "512M", "1.5k", "4GiB", "7")] == [
+    assert [size.convert(text, None, None) for text in ("4G", "512M", "1.5k", "4GiB", "16", "7.5")] == [
         4 * 10**9,
         512 * 10**6,
         1500,
         4 * 2**30,
-        7,
+        16 * 10**9,  # a bare number is what people call memory by
+        7_500_000_000,
     ]
+    assert size.convert("16000000000", None, None) == 16 * 10**9
 
 
 def test_progress_is_plain_lines_without_a_terminal(demo_model: Path, tmp_path: Path) -> None:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llm_quantize.advice.experience import MAKING
 from llm_quantize.cli import run
 from llm_quantize.compare import bench, comparison, measurements
 from llm_quantize.compare.bench import MeasuredFile, measured_file
 from llm_quantize.compare.comparison import (
-    _importance_notes,
-    _speed_notes,
     compare,
     parse_variants,
     remove_made,
     write_reports,
 )
+from llm_quantize.compare.making import make_words
 from llm_quantize.compare.measurements import Measurements, artifact_identity, key_of
+from llm_quantize.compare.notes import importance_notes, speed_notes
 from llm_quantize.errors import AccessError, IntegrityError, UnsupportedError, UsageError
 from llm_quantize.evaluation import quality, speed
 from llm_quantize.formats.gguf.metadata import importance_metadata
@@ -72,11 +75,11 @@ def test_every_figure_is_measured(whole: tuple[ComparisonResult, Path]) -> None:
 def test_the_report_says_what_was_made_with_importance(tmp_path: Path) -> None:
     kinds = {"a": None, "b": "code", "c": "", "d": "code"}
     made = [MeasuredFile(tmp_path / name, "Q2_K", name, 1, 8.0, texts) for name, texts in kinds.items()]
-    assert list(_importance_notes(made)) == [
+    assert list(importance_notes(made)) == [
         "quantized with an importance matrix: c",
         "quantized with an importance matrix (code): b, d",
     ]
-    assert list(_importance_notes(made[1:2])) == ["quantized with an importance matrix (code): every file"]
+    assert list(importance_notes(made[1:2])) == ["quantized with an importance matrix (code): every file"]
     recorded = importance_metadata(file="i.gguf", datasets=("general", "code"), entries=1, chunks=1)
     cases: list[tuple[str | None, dict[str, Any]]] = [(None, {}), ("general, code", recorded)]
     for texts, metadata in cases:
@@ -91,10 +94,10 @@ def test_the_report_says_which_speeds_were_disturbed(whole: tuple[ComparisonResu
         replace(row, speed=None if row.speed is None else replace(row.speed, cpu_share=0.99))
         for row in whole[0].variants
     ]
-    assert list(_speed_notes(rows)) == []
+    assert list(speed_notes(rows)) == []
     assert rows[0].speed is not None
     rows[0] = replace(rows[0], speed=replace(rows[0].speed, cpu_share=0.2))
-    assert [note.rpartition(": ")[2] for note in _speed_notes(rows)] == [rows[0].level]
+    assert [note.rpartition(": ")[2] for note in speed_notes(rows)] == [rows[0].level]
 
 
 def test_the_three_reports_say_the_same(whole: tuple[ComparisonResult, Path]) -> None:
@@ -118,6 +121,82 @@ def test_the_same_command_measures_nothing_twice(
         monkeypatch.setattr(place, "measure_quality", never, raising=False)
     monkeypatch.setattr(measurements.Measurements, "put", never)
     assert compare(str(demo_model), folder, variants=VARIANTS, options=SMALL, commands=COMMANDS) == result
+
+
+def test_compare_and_recommend_say_the_same(
+    whole: tuple[ComparisonResult, Path], demo_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, folder = whole
+    advice = result.advice()
+    assert advice.take is not None
+    assert run(["recommend", str(demo_model), "--measured", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["take"]["file"] == result.variants[advice.take].file == result.to_dict()["recommended"]
+    assert (found["take"]["kld_basis"], found["reason"]) == ("measured", advice.reason)
+    assert found["smaller"]["file"] == result.variants[advice.smaller or 0].file
+    # The two say the same for every machine of the page, too.
+    for choice in result.machines:
+        words = {"ram": ["--device", "cpu", "--ram"], "gpu": ["--ram", "4096G", "--vram"]}[choice.kind]
+        code = run(["recommend", str(demo_model), "--measured", str(folder), *words, str(choice.memory), "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert code == 0
+        assert (found["take"] or {}).get("file") == choice.file
+    needs = result.variants[advice.take].needs
+    assert found["take"]["memory"]["total"] == needs.ram
+
+
+def test_a_variant_is_made_again_by_its_own_command(whole: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
+    result, folder = whole
+    assert [one.make for one in result.variants] == [("gguf", "-q", "Q8_0"), ("gguf", "-q", "Q2_K")]
+    assert make_words("gguf", "Q4_K_M", Options(), None, weighed=True)[3:] == ("--calibrate",)
+    assert make_words("gguf", "Q4_K_M", Options(imatrix=Path("i")), None, weighed=True)[3:] == ("--imatrix", "i")
+    assert make_words("gguf", "Q4_K_M", Options(calibrate=False), None)[3:] == ("--no-calibration",)
+    words = make_words("gguf", "Q2_K", Options(calibrate=True, imatrix=None), "v1")
+    assert words == ("gguf", "-q", "Q2_K", "--calibrate", "--revision", "v1")
+    data = CalibrationOptions(data=("a.txt",), samples=3, length=64, chat=True)
+    words = make_words("gptq", "4bit", Options(calibrate=True, calibration=data), None)
+    assert shlex.join(words) == (
+        "gptq -q 4bit --calibration-data a.txt --calibration-samples 3 --sequence-length 64 --chat"
+    )
+    assert {word for word in words if word.startswith("--")} <= set(MAKING)
+    first = result.variants[0]
+    assert run(["quantize", result.model.source, *(first.make or ()), "-o", str(tmp_path)]) == 0
+    assert (tmp_path / first.file).read_bytes() == (folder / "artifacts" / first.file).read_bytes()
+
+
+def test_another_models_figures_are_not_taken_from_what_was_kept(
+    whole: tuple[ComparisonResult, Path], demo_model: Path, tmp_path: Path
+) -> None:
+    """A fine-tune has the names, shapes and sizes of its base: against it the same files lose something else."""
+    tuned = shutil.copytree(demo_model, tmp_path / "tuned")
+    file = tuned / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    for place in range(len(data) // 2, len(data) // 2 + 200_000, 2):
+        data[place + 1] ^= 0x80  # signs of bfloat16 weights
+    file.write_bytes(data)
+    os.utime(file, ns=(0, (demo_model / "model.safetensors").stat().st_mtime_ns))
+    folder = shutil.copytree(whole[1], tmp_path / "report")
+    artifacts = [folder / "artifacts" / variant.file for variant in whole[0].variants]
+    quiet = replace(SMALL, measurement=replace(SMALL.measurement, speed=False))
+    base = compare(str(demo_model), folder, artifacts=artifacts, options=quiet)
+    found = compare(str(tuned), folder, artifacts=artifacts, options=quiet)
+    assert [one.divergence for one in base.variants] == [one.divergence for one in whole[0].variants]
+    assert found.variants[0].divergence.kld > 10 * base.variants[0].divergence.kld
+    assert found.model.headers == base.model.headers
+    assert found.model.fingerprint != base.model.fingerprint
+
+
+def test_an_artifact_is_known_by_its_bytes_and_not_by_its_times(
+    whole: tuple[ComparisonResult, Path], tmp_path: Path
+) -> None:
+    made = whole[1] / "artifacts" / whole[0].variants[0].file
+    copy = shutil.copy2(made, tmp_path / "copy.gguf")
+    assert artifact_identity(Path(copy)) == artifact_identity(made)
+    data = bytearray(made.read_bytes())
+    data[-1000] ^= 1
+    Path(copy).write_bytes(data)
+    os.utime(copy, ns=(0, made.stat().st_mtime_ns))
+    assert artifact_identity(Path(copy)) != artifact_identity(made)
 
 
 def test_what_is_stopped_between_two_measurements_goes_on(

@@ -70,7 +70,11 @@ def test_run_demo_measures_what_it_wrote(tmp_path: Path) -> None:
     assert result.methods.rows == ()
     assert result.methods.problem == "torch and transformers not installed"
     assert result.methods.remedy == install_command("torch")
-    assert [event for event in events if event["event"] == "measure"][-1] == {"event": "measure", "done": 2, "total": 2}
+    measured = [event for event in events if event["event"] == "measure"]
+    assert (measured[-1]["done"], measured[-1]["total"]) == (2, 2)
+    shares = [event["whole"] for event in events if "whole" in event]
+    assert shares == sorted(shares)
+    assert 0.5 < shares[-1] < 1
     assert json.loads(json.dumps(result.to_dict()))["rows"][2]["divergence"]["kld"] == small.divergence.kld
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm_quantize.errors import MalformedInputError, MissingExtraError, ResourceError, UsageError
+from llm_quantize.errors import MalformedInputError, MissingExtraError, ResourceError, UnsupportedError, UsageError
 from llm_quantize.evaluation import speed
 from llm_quantize.pipeline import quantize
-from llm_quantize.runtimes import llama_cpp_library
+from llm_quantize.runtimes import llama_cpp_library, transformers
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
 
@@ -87,3 +87,18 @@ def test_tokens_one_by_one_give_the_logits_of_the_whole(artifact: Path) -> None:
         for wrong, position in (([], 3), (ids, 14), ([10**6], 0)):
             with pytest.raises(UsageError):
                 model.advance(wrong, position)
+
+
+def test_a_directory_is_timed_in_transformers(demo_model: Path) -> None:
+    found = speed.measure_speed(demo_model, threads=1)
+    assert found.prompt_tokens_per_second > found.generation_tokens_per_second > 0
+    assert 50_000_000 < found.memory_empty < found.memory  # torch, then the weights
+    assert (found.threads, found.prompt_tokens, found.new_tokens) == (1, speed.PROMPT_TOKENS, speed.NEW_TOKENS)
+    assert found.runtime.startswith("transformers ")
+    assert 0 < found.cpu_share < 1.05
+
+
+def test_a_runtime_without_a_clock_is_told(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "timer", None)
+    with pytest.raises(UnsupportedError, match="in transformers is not measured"):
+        speed.measure_speed(demo_model, threads=1)

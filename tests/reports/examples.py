@@ -11,8 +11,10 @@ from llm_quantize.measures.divergence import Divergence
 from llm_quantize.measures.grades import GRADES, grade
 from llm_quantize.reports.findings import (
     ComparisonResult,
+    MachineChoice,
     MachineFacts,
     ModelFacts,
+    Needs,
     Reference,
     Sample,
     TensorError,
@@ -80,6 +82,10 @@ def variant(
         speed=speed(3e9 / size, size + 70_000_000) if timed else None,
         tensor_errors=tuple(errors),
         samples=() if text is None else (Sample("The old man looked at the sea and", text),),
+        runs_in="llama.cpp",
+        needs=Needs(size + 80_000_000, size + 500_000_000),
+        make=("gguf", "-q", level),
+        path=f"report/artifacts/model-{level}.gguf",
     )
 
 
@@ -88,7 +94,7 @@ def comparison(
 ) -> ComparisonResult:
     text = " was very calm. He said that he was going." if source_text is None else source_text
     return ComparisonResult(
-        model=ModelFacts(name, name, None, "llama", 5_771_520, 11_547_128, "BF16", layers, "9f" * 32),
+        model=ModelFacts(name, name, None, "llama", 5_771_520, 11_547_128, "BF16", layers, "9f" * 32, "8e" * 32),
         text=TextFacts(("pride_and_prejudice.txt", "wagahai_wa_neko_de_aru.txt"), "ab" * 32, 256, 48, 6096),
         machine=MachineFacts("A processor of some kind", 2, 16_000_000_000, "Linux x86_64", "llama.cpp"),
         reference=Reference(21.4, 0.61, 16.01, 2.1e-6, (Sample("The old man looked at the sea and", text),)),
@@ -97,6 +103,14 @@ def comparison(
         versions={"llm-quantize": "0.1.0", "numpy": "2.0"},
         commands=("llm-quantize compare demo-llama --variants gguf:Q4_K_M",),
         created="2026-11-22",
+        cache=1024,
+        machines=(
+            MachineChoice("ram", 4_000_000_000, None),
+            *(MachineChoice("ram", size * 10**9, variants[0].file) for size in (8, 16, 24) if variants),
+            MachineChoice("gpu", 8_000_000_000, variants[-1].file),
+        )
+        if variants
+        else (),
     )
 
 

@@ -39,7 +39,7 @@ def test_json_says_what_recommend_needs() -> None:
     assert one["size"] == 3_576_832
     assert one["kld"] == 0.0192
     assert one["generation_tokens_per_second"] > 0
-    assert facts["recommended"] == "model-Q4_K_M.gguf"
+    assert facts["recommended"] == "model-Q6_K.gguf"
     assert facts["pareto_front"][0] == "model-Q2_K.gguf"
     assert facts["grades"][-1] == {"name": "damaged", "max_kld": None}
 

@@ -14,8 +14,11 @@ import pytest
 from llm_quantize.errors import AccessError, UsageError
 from llm_quantize.measures.grades import GRADES
 from llm_quantize.reports import labels as words
-from llm_quantize.reports.findings import ComparisonResult, Sample
+from llm_quantize.reports.findings import ComparisonResult, Needs, Sample
+from llm_quantize.reports.machines import machine_rows
 from llm_quantize.reports.markdown import markdown
+from llm_quantize.reports.notes import translated
+from llm_quantize.reports.numbers import rough_percent
 from llm_quantize.reports.page import common_length, page, write_page
 from tests.reports.examples import comparison, usual, variant
 
@@ -132,13 +135,13 @@ def test_hostile_names_are_only_text_in_markdown() -> None:
     assert "alert(1)" in prose
     assert not re.search(r"(?<!\\)[<`]", prose)
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1  # a name cannot add a column
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 2  # a name cannot add a column
 
 
 @pytest.mark.parametrize("lang", words.LANGUAGES)
 def test_markdown_has_the_table_and_the_command(lang: str) -> None:
     text = markdown(usual(), lang)
-    assert "| **Q4_K_M** | 3.58 MB |" in text
+    assert "| **Q6_K** | 4.81 MB |" in text
     assert "```sh\nllm-quantize compare demo-llama --variants gguf:Q4_K_M\n```" in text
     assert "<" not in text
     assert words.labels(lang)["method_kld"].split("。")[0].split("(")[0] in text
@@ -169,10 +172,112 @@ def test_one_variant_and_none() -> None:
 
 
 def test_verdict_follows_from_the_figures() -> None:
-    text = Seen(page(usual())).text.replace("\N{NO-BREAK SPACE}%", " %")
-    assert "Take Q4_K_M. 3.58 MB, 31 % of the source" in text
-    assert "Q5_K_M is 17 % larger and divides the divergence by 3.1" in text
-    assert "Q3_K_M is 16 % smaller and multiplies it by 4.3" in text
+    text = Seen(page(usual())).text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "Take Q6_K. 4.81 MB, 42 % of the source" in text
+    assert "the smallest that fits this machine and is indistinguishable" in text
+    assert "Q8_0 is 29 % larger and divides the divergence by 7.6" in text
+    assert "Q5_K_M is 13 % smaller and multiplies it by 3.8" in text
+
+
+def test_a_small_difference_is_not_shown_as_none() -> None:
+    close = comparison(variant("A", 5_000_000, 0.01), variant("B", 5_010_000, 0.0099), variant("C", 5_030_000, 0.009))
+    assert close.advice().take == 2
+    text = Seen(page(close)).text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "B is 0.4 % smaller and multiplies it by 1.1" in text
+    alike = comparison(variant("A", 5_000_000, 0.0101), variant("B", 5_020_000, 0.01))
+    assert "A is 0.4 % smaller and loses as much" in Seen(page(alike)).text.replace("\N{NO-BREAK SPACE}", " ")
+    assert (rough_percent(0.42), rough_percent(0.0), rough_percent(0.0036), rough_percent(0.00996)) == (
+        "42", "0", "0.4", "1",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lang", words.LANGUAGES)
+def test_page_and_markdown_say_which_file_for_which_machine(lang: str) -> None:
+    result = usual()
+    rows = machine_rows(result, lang)
+    assert [row.label for row in rows] == ["", "Q8_0", "Q2_K"]
+    assert ["8 GB" in row.machine for row in rows] == [False, True, True]
+    seen, text = Seen(page(result, lang)).text, markdown(result, lang)
+    make = "llm-quantize quantize demo-llama gguf -q Q8_0 -o out"
+    for shown in (seen, text):
+        assert make in shown
+        assert words.labels(lang)["rule_quality"][:40] in shown
+    for row in rows:
+        assert row.machine in seen
+        assert row.grade in seen
+    taken = dataclasses.replace(result.variants[0], make=None)
+    alone = dataclasses.replace(result, variants=(taken, *result.variants[1:]))
+    assert "llm-quantize run report/artifacts/model-Q8_0.gguf" in markdown(alone, lang)
+
+
+@pytest.mark.parametrize("lang", words.LANGUAGES)
+def test_markdown_has_no_escaped_blanks(lang: str) -> None:
+    result = dataclasses.replace(
+        usual(), commands=("llm-quantize compare m --prompt むかし\N{IDEOGRAPHIC SPACE}むかし",)
+    )
+    text = markdown(result, lang)
+    assert "\\x" not in text
+    assert "むかし\N{IDEOGRAPHIC SPACE}むかし" in text
+    assert "\N{NO-BREAK SPACE}" not in text
+
+
+def test_what_fits_nowhere_is_said() -> None:
+    result = usual()
+    lost = [dataclasses.replace(one, needs=dataclasses.replace(one.needs, here="")) for one in result.variants]
+    result = dataclasses.replace(result, variants=tuple(lost))
+    assert words.labels("en")["verdict_none"] in Seen(page(result)).text
+    assert words.labels("en")["verdict_none"] in markdown(result)
+    assert result.to_dict()["recommended"] is None
+
+
+def test_directories_have_a_choice_of_their_own() -> None:
+    result = usual()
+    directory = dataclasses.replace(
+        variant("GPTQ-4bit", 4_000_000, 0.0001), format="gptq", runs_in="Transformers", needs=Needs()
+    )
+    result = dataclasses.replace(result, variants=(directory, *result.variants))
+    assert result.runtimes() == ["llama.cpp", "Transformers"]
+    assert result.variants[result.advice().take or 0].label == "Q6_K"
+    assert "For Transformers, take GPTQ-4bit." in Seen(page(result)).text
+
+
+NOTES = (
+    "quantized with an importance matrix (general, code): every file",
+    "quantized with an importance matrix: a.gguf, b.gguf",
+    "the machine was busy while the speed of these was measured, which says little: Q8_0",
+    "GPTQ-4bit was not run: torch",
+    "a.gguf: llama.rope.freq_base is 1.0 in the artifact, 2.0 in the reference",
+    "a.gguf: 3 tokens of the artifact's vocabulary are spelled otherwise than the reference's",
+    "a: 12 biases that this model does not have are left out, all zeros",
+    "a: 12 biases that the reference has not are in the artifact, all zeros",
+    "a: lm_head is in the artifact, but its configuration ties the head to the embedding",
+    "a.gguf, after “Once”: does not end within the limit, the source does after 12",
+    "a.gguf, after “Once”: 80% of the answer is one phrase over and over, 3% in the source",
+    "a.gguf in llama.cpp: KLD 0.1, +0.2 ± 0.3 from the streamed 0.4; the two are KLD 0.5 apart, as its rounding of "
+    "activations explains",
+)
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_notes_are_translated(note: str) -> None:
+    assert translated(note, "en") == note
+    found = translated(note, "ja")
+    assert re.search(r"[\u3040-\u30ff]", found)
+    assert not re.search(r"[a-z]+ [a-z]+ [a-z]+", found)
+    assert found in Seen(page(dataclasses.replace(usual(), notes=(note,)), "ja")).text
+    assert set(re.findall(r"\d+", note)) == set(re.findall(r"\d+", found))
+
+
+def test_what_no_pattern_knows_stays_as_it_is() -> None:
+    assert translated("something that a runtime said", "ja") == "something that a runtime said"
+
+
+def test_note_patterns_have_the_same_places() -> None:
+    english, japanese = words.note_patterns("en"), words.note_patterns("ja")
+    assert list(english) == list(japanese)
+    for key, text in english.items():
+        places = {name for _, name, _, _ in string.Formatter().parse(text) if name}
+        assert places == {name for _, name, _, _ in string.Formatter().parse(japanese[key]) if name}, key
 
 
 @pytest.mark.parametrize(

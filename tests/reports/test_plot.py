@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from llm_quantize.reports import heatmap, plot
 from llm_quantize.reports.findings import Variant
-from llm_quantize.reports.pareto import advise
-from tests.reports.examples import GRADES, usual, variant
+from tests.reports.examples import GRADES, comparison, usual, variant
 
 SHAPES: list[dict[str, Any]] = [
     {"width": 1040.0, "height": 470.0, "font": 13.0, "margins": (52.0, 14.0, 124.0, 52.0)},
@@ -23,7 +22,7 @@ AREA = (50.0, 10.0, 850.0, 420.0)
 
 
 def drawn(variants: tuple[Variant, ...], shape: dict[str, Any], floor: float | None = 2e-6) -> plot.Plot:
-    return plot.draw(variants, advise(variants, floor), noise_floor=floor, grades=GRADES, **shape)
+    return plot.draw(variants, comparison(*variants).advice(), noise_floor=floor, grades=GRADES, **shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

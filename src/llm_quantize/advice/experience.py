@@ -11,18 +11,21 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llm_quantize.errors import IntegrityError, MalformedInputError
 from llm_quantize.evaluation.speed import LEAST_SHARE
+from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.gguf.plan import NAME as RANKED
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import open_argument
+from llm_quantize.models.identity import header_digest
 from llm_quantize.models.opening import Source
-from llm_quantize.reports.provenance import model_facts
+from llm_quantize.reports.findings import VERSION
+from llm_quantize.reports.provenance import fingerprint
 
 # Mean KLD by level: (without importance, with importance). None: not in the table.
 PUBLISHED: Mapping[str, tuple[float | None, float | None]] = {
@@ -56,6 +59,12 @@ PUBLISHED: Mapping[str, tuple[float | None, float | None]] = {
 }
 PUBLISHED_SOURCE = "llama.cpp's table for Llama 3 8B (tools/perplexity/README.md)"
 
+MAKING = (
+    *("--imatrix", "--statistics", "--calibrate", "--no-calibration", "--calibration-data", "--calibration-samples"),
+    *("--sequence-length", "--device", "--chat", "--revision"),
+)
+"""Options of a comparison that make a file what it is (compare/making.py)."""
+
 REPORT_BYTES = 256 << 20
 DEFAULT_REPORT = Path("report") / "comparison.json"
 
@@ -63,11 +72,13 @@ DEFAULT_REPORT = Path("report") / "comparison.json"
 @dataclass(frozen=True)
 class Measured:
     """One artifact of an earlier comparison. ``kld``: mean, nats; ``speed``: generated tokens per second there, None
-    where other work disturbed the measurement."""
+    where other work disturbed the measurement. ``make``: what made it, behind ``llm-quantize quantize MODEL``; None: it
+    was taken as it was."""
 
     kld: float | None
     speed: float | None
     size: int | None
+    make: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,11 @@ class Experience:
         found = self.measured.get(level)
         return None if found is None else found.speed
 
+    def make(self, level: str) -> tuple[str, ...] | None:
+        """What makes the file that was measured; None where that is not known."""
+        found = self.measured.get(level)
+        return None if found is None else found.make
+
     def _ratio(self) -> float | None:
         """The typical ratio of measured to published loss, of the levels that have both."""
         ratios = [
@@ -125,12 +141,30 @@ def gains_from_importance(level: str) -> bool:
     return PUBLISHED.get(level, (None, None))[1] is not None
 
 
-def read_report(path: Path, fingerprint: str, *, given: bool = True) -> Experience:
-    """The figures of ``comparison.json`` (or of the directory that holds it) for the model with this fingerprint.
+@dataclass(frozen=True)
+class Wanted:
+    """The model whose figures are wanted: its ``headers`` (models/identity.py), its hub ``commit`` if it has one, and
+    how to tell its ``content``, which is asked for only where a report has the same headers (None: its weights are not
+    here)."""
+
+    headers: str
+    content: Callable[[], str] | None
+    commit: str | None = None
+
+    def is_of(self, model: Mapping[str, Any]) -> bool:
+        """Whether a report whose ``model`` is this is surely of the same content. Raises what ``content`` raises."""
+        if model.get("headers") != self.headers:
+            return False
+        same_commit = self.commit is not None and model.get("revision") == self.commit
+        return same_commit or (self.content is not None and model["fingerprint"] == self.content())
+
+
+def read_report(path: Path, wanted: Wanted, *, given: bool = True) -> Experience:
+    """The figures of ``comparison.json`` (or of the directory that holds it) for the model that is ``wanted``.
 
     Fields that are absent or null count as not measured. Raises MalformedInputError for another kind of file,
     IntegrityError for a comparison of another model, and what reading raises; with ``given`` False, a report that just
-    lies there, a comparison of another model is nothing known.
+    lies there, a comparison of another model or of another version is nothing known.
     """
     file = path / "comparison.json" if path.is_dir() else path
     os.close(open_argument(file, "report of a comparison")[0])
@@ -143,15 +177,29 @@ def read_report(path: Path, fingerprint: str, *, given: bool = True) -> Experien
             expected="a model with its fingerprint, and variants",
             remedy="make it again with llm-quantize compare, or leave --measured out",
         )
-    if model["fingerprint"] != fingerprint:
+    if report.get("version") != VERSION:
+        if not given:
+            return Experience()
+        raise MalformedInputError(
+            "this report was written by another version",
+            file=file,
+            expected=f"version {VERSION}",
+            found=report.get("version"),
+            remedy="make it again with llm-quantize compare, or leave --measured out",
+        )
+    if not wanted.is_of(model):
         if not given:
             return Experience()
         raise IntegrityError(
-            "this report is of another model",
+            "this report is of another model, or of other weights, configuration or tokenizer",
             file=file,
-            expected=f"model {fingerprint}",
-            found=f"model {model['fingerprint'][:100]}",
-            remedy="give the report of this model, or leave --measured out",
+            expected=f"headers {wanted.headers}, and the same weights"
+            + (f", commit {wanted.commit}" * bool(wanted.commit)),
+            found=f"headers {str(model.get('headers'))[:100]}, weights {model['fingerprint'][:100]}, "
+            f"commit {str(model.get('revision'))[:100]}",
+            remedy="give the report of this model"
+            + ("" if wanted.content else ", or the model's directory: its weights are not here to compare")
+            + ", or leave --measured out",
         )
     measured: dict[str, Measured] = {}
     for variant in variants:
@@ -162,19 +210,33 @@ def read_report(path: Path, fingerprint: str, *, given: bool = True) -> Experien
                 _number(variant, "kld"),
                 None if disturbed else _number(variant, "generation_tokens_per_second"),
                 None if size is None else int(size),
+                _make(variant.get("make"), variant["level"]),
             )
             measured.setdefault(variant["level"].upper(), found)
     return Experience(measured, file)
 
 
-def experience_of(source: Source, model: str, report: Path | None = None) -> Experience:
-    """What is known of ``source``, named ``model``: from ``report``, else from a DEFAULT_REPORT of it.
+def experience_of(source: Source, report: Path | None = None, on_event: EventSink = ignore) -> Experience:
+    """What is known of ``source``: from ``report``, else from a DEFAULT_REPORT of it. ``on_event`` hears how far the
+    reading of its weights is, where that has to decide.
 
     Raises as ``read_report``.
     """
     if report is None and not DEFAULT_REPORT.is_file():
         return Experience()
-    return read_report(report or DEFAULT_REPORT, model_facts(source, model).fingerprint, given=report is not None)
+    model = source.checkpoint
+    content = None if model.temporary is not None else lambda: fingerprint(source, on_event)
+    wanted = Wanted(header_digest(model), content, model.revision)
+    return read_report(report or DEFAULT_REPORT, wanted, given=report is not None)
+
+
+def _make(words: Any, level: str) -> tuple[str, ...] | None:
+    """The words of a report that make ``level``, if they are such words: a report may come from anybody."""
+    if not isinstance(words, list) or not all(isinstance(word, str) and word.isprintable() for word in words):
+        return None
+    if words[:3] != [RANKED, "-q", level] or any(word.startswith("-") and word not in MAKING for word in words[3:]):
+        return None
+    return tuple(words)
 
 
 def _number(variant: Mapping[str, Any], name: str) -> float | None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from llm_quantize.advice.machine import Machine
 from llm_quantize.models.opening import Source
 
+CONTEXT = 8192  # tokens of the cache that is counted, where nobody says how many
 BATCH = 512  # tokens computed at once (llama.cpp's n_ubatch)
 CELLS = 256
 RUNTIME, RUNTIME_PER_TOKEN = 64 << 20, 512
@@ -80,6 +81,11 @@ def shape_of(source: Source) -> Shape:
         vocab=hyper.vocab_size,
         windows=tuple(architecture.window if slides else 0 for slides in architecture.sliding),
     )
+
+
+def context_of(source: Source) -> int:
+    """Tokens of the cache, where nobody says how many: CONTEXT, or what the model was made for, if that is less."""
+    return min(CONTEXT, source.architecture.hyper.context_length or CONTEXT)
 
 
 def _blocks(cells: int) -> int:

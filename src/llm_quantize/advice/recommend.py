@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_quantize.advice.experience import PUBLISHED_SOURCE, Experience, Loss, gains_from_importance
-from llm_quantize.advice.footprint import Footprint, Placement, footprint, place, shape_of, weights_of
+from llm_quantize.advice.footprint import Footprint, Placement, context_of, footprint, place, shape_of, weights_of
 from llm_quantize.advice.machine import Machine
 from llm_quantize.advice.other_formats import directories_note
 from llm_quantize.architectures import rows
@@ -27,18 +27,14 @@ from llm_quantize.formats.gguf.levels import LEVELS
 from llm_quantize.formats.gguf.plan import FLOAT_LEVELS
 from llm_quantize.formats.gguf.plan import NAME as RANKED
 from llm_quantize.formats.table import FORMATS
-from llm_quantize.measures.grades import GRADES, grade
+from llm_quantize.measures.advisor import GOOD, PRIORITIES, USABLE, Offer, advise, beaten_by
+from llm_quantize.measures.grades import grade
 from llm_quantize.models.opening import Source
-from llm_quantize.options import Options
+from llm_quantize.options import PROMPTS, Options
 from llm_quantize.pipeline import plan_source
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.reports.numbers import bytes_text
 from llm_quantize.results import Tabled
-
-CONTEXT = 8192
-PRIORITIES = ("quality", "speed", "size")
-_LIMITS = dict(GRADES)
-INDISTINGUISHABLE, GOOD, USABLE = _LIMITS["indistinguishable"], _LIMITS["good"], _LIMITS["noticeable loss"]
 
 # Only for an order where nothing was measured: memory of a GPU is about ten times as fast as a computer's, and the
 # codebooks of the I-quants cost a CPU about half as much again.
@@ -51,7 +47,7 @@ _FLOAT_LEVEL_OF = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 class Choice:
     """One level: its file (bytes), the memory it takes when it runs, where it lies (None: it does not fit), what it
     loses (None: nobody measured it), generated tokens per second if they were measured. ``dominated``: a level that is
-    no larger and loses no more."""
+    no larger and loses no more. ``make``: what makes the very file that was measured, behind ``quantize MODEL``."""
 
     level: str
     file: str
@@ -63,16 +59,26 @@ class Choice:
     speed: float | None = None
     calibrate: bool = False
     dominated: str | None = None
+    make: tuple[str, ...] | None = None
 
     @property
     def kld(self) -> float:
         """The mean KLD, infinite where it is not known."""
         return float("inf") if self.loss is None else self.loss.kld
 
-    @property
-    def judged(self) -> float:
-        """The mean KLD that a limit is held against: an estimate counts twice."""
-        return self.kld * (2 if self.loss is not None and self.loss.basis == "estimated" else 1)
+    def offer(self) -> Offer:
+        """As the rule of ``measures.advisor`` sees it."""
+        basis = "" if self.loss is None else self.loss.basis
+        return Offer(
+            size=self.size,
+            kld=self.kld,
+            measured=basis == "measured",
+            estimated=basis == "estimated",
+            fits=self.placement is not None,
+            split=self.placement is not None and self.placement.kind == "split",
+            cost=self.cost if self.speed is None else 1 / max(self.speed, 1e-9),
+            timed=self.speed is not None,
+        )
 
     @property
     def cost(self) -> float:
@@ -86,7 +92,8 @@ class Choice:
 @dataclass(frozen=True, repr=False)
 class Advice(Tabled):
     """The answer. ``choices`` from the largest file to the smallest; ``excluded``: level and reason. ``take`` None:
-    nothing fits. ``better`` and ``smaller``: the neighbours worth having, whether they fit or not."""
+    nothing fits; ``reason``: why it, as ``measures.advisor.Advice`` has it. ``better`` and ``smaller``: the neighbours
+    worth having, whether they fit or not. ``untried``: what may be better, but was not measured, as others were."""
 
     model: str
     revision: str | None
@@ -94,23 +101,30 @@ class Advice(Tabled):
     machine: Machine
     context: int
     priority: str
+    reason: str
     take: Choice | None
     better: Choice | None
     smaller: Choice | None
+    untried: Choice | None
     why: tuple[str, ...]
     choices: tuple[Choice, ...]
     excluded: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
 
     def commands(self, choice: Choice) -> dict[str, str]:
-        """How to make the file, and how to run it in llama.cpp; lines for a shell."""
-        words = ["llm-quantize", "quantize", self.model, "gguf", "-q", choice.level]
-        words += ["--calibrate"] if choice.calibrate else []
-        words += ["--revision", self.revision] if self.revision else []
+        """How to make the file, to let it write, and to run it in llama.cpp; lines for a shell."""
+        calibrate = ["--calibrate"] if choice.calibrate else []
+        revision = ["--revision", self.revision] if self.revision else []
+        make = choice.make or (RANKED, "-q", choice.level, *calibrate, *revision)
+        words = ["llm-quantize", "quantize", self.model, *make]
         run = ["llama-server", "-m", f"out/{choice.file}", "-c", str(self.context)]
         if choice.placement is not None and self.machine.vram:
             run += ["-ngl", str(choice.placement.gpu_layers)]
-        return {"quantize": shlex.join([*words, "-o", "out"]), "run": shlex.join(run)}
+        return {
+            "quantize": shlex.join([*words, "-o", "out"]),
+            "try": shlex.join(["llm-quantize", "run", f"out/{choice.file}", PROMPTS[0]]),
+            "run": shlex.join(run),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; sizes in bytes."""
@@ -124,9 +138,11 @@ class Advice(Tabled):
             "machine": machine,
             "context": self.context,
             "priority": self.priority,
+            "reason": self.reason,
             "take": shown(self.take),
             "better": shown(self.better),
             "smaller": shown(self.smaller),
+            "untried": shown(self.untried),
             "why": list(self.why),
             "choices": [self._choice_to_dict(choice) for choice in self.choices],
             "excluded": [{"level": level, "reason": reason} for level, reason in self.excluded],
@@ -200,7 +216,7 @@ def recommend(
     if priority not in PRIORITIES:
         raise UsageError("unknown priority", expected=", ".join(PRIORITIES), found=priority)
     if context is None:
-        context = min(CONTEXT, source.architecture.hyper.context_length or CONTEXT)
+        context = context_of(source)
     if context < 1:
         raise UsageError("the context must be 1 token or more", found=context)
     experience = experience or Experience()
@@ -224,11 +240,15 @@ def recommend(
                 loss=experience.loss(plan.level, exact=plan.level == exact),
                 speed=experience.speed(plan.level),
                 calibrate=calibrate,
+                make=experience.make(plan.level),
             )
         )
     choices = with_dominated(sorted(found, key=lambda choice: (-choice.size, choice.kld)))
-    front = [choice for choice in choices if choice.loss is not None and choice.dominated is None]
-    take = _take([choice for choice in front if choice.placement is not None], machine, priority)
+    advice = advise([choice.offer() for choice in choices], priority)
+    take, better, smaller, untried = (
+        None if place is None else choices[place]
+        for place in (advice.take, advice.larger, advice.smaller, advice.untried)
+    )
     for choice in choices:
         if choice.placement is None:
             excluded[choice.level] = _too_large(choice, machine)
@@ -239,13 +259,15 @@ def recommend(
         machine=machine,
         context=context,
         priority=priority,
+        reason=advice.reason,
         take=take,
-        better=_better(front, take),
-        smaller=_smaller(front, take),
-        why=() if take is None else tuple(_why(take, front, machine, priority)),
+        better=better,
+        smaller=smaller,
+        untried=untried,
+        why=() if take is None else tuple(_why(take, advice.reason, machine)),
         choices=tuple(choices),
         excluded=tuple(excluded.items()),
-        notes=tuple(_notes(source, experience, choices, context, take)),
+        notes=tuple(_notes(source, experience, choices, context, take, untried)),
     )
 
 
@@ -290,54 +312,12 @@ def _plans(source: Source, levels: Sequence[str]) -> list[tuple[ArtifactPlan, bo
 
 
 def with_dominated(choices: Sequence[Choice]) -> list[Choice]:
-    """Each with the level that makes it pointless, if there is one: no larger (but for a thousandth) and better, or
-    smaller and no worse."""
-
-    def beats(other: Choice, one: Choice) -> bool:
-        if other.loss is None:
-            return False
-        return (other.size <= one.size * 1.001 and other.kld < one.kld) or (
-            other.size < one.size and other.kld <= one.kld
-        )
-
-    marked = []
-    for one in choices:
-        better = [other for other in choices if one.loss is not None and beats(other, one)]
-        best = min(better, key=lambda other: (other.kld, other.size), default=None)
-        marked.append(replace(one, dominated=None if best is None else best.level))
-    return marked
-
-
-def _take(fitting: Sequence[Choice], machine: Machine, priority: str) -> Choice | None:
-    """The choice for a priority, of levels that fit and that no other makes pointless."""
-    if not fitting:
-        return None
-    best = min(fitting, key=lambda choice: (choice.kld, choice.size))
-    if priority == "size":
-        return min((c for c in fitting if c.judged < USABLE), key=lambda choice: choice.size, default=best)
-    if priority == "speed":
-        pool = [choice for choice in fitting if choice.judged < GOOD] or [best]
-        timed = [choice for choice in pool if choice.speed is not None]
-        return max(timed, key=lambda c: c.speed or 0.0) if timed else min(pool, key=lambda choice: choice.cost)
-    # Quality: a good level that runs whole on the GPU is worth more than a better one that is split.
-    whole = [choice for choice in fitting if choice.placement and choice.placement.kind == "gpu"]
-    pool = whole if any(choice.judged < GOOD for choice in whole) else list(fitting)
-    clean = [choice for choice in pool if choice.judged < INDISTINGUISHABLE]
-    if clean:
-        return min(clean, key=lambda choice: choice.size)
-    return min(pool, key=lambda choice: (choice.kld, choice.size))
-
-
-def _better(front: Sequence[Choice], take: Choice | None) -> Choice | None:
-    """The next level that loses less; where nothing fits, none."""
-    above = [choice for choice in front if take is not None and choice.kld < take.kld]
-    return min(above, key=lambda choice: choice.size, default=None)
-
-
-def _smaller(front: Sequence[Choice], take: Choice | None) -> Choice | None:
-    """The next smaller level."""
-    below = [choice for choice in front if take is not None and choice.size < take.size]
-    return max(below, key=lambda choice: choice.size, default=None)
+    """Each with the level that makes it pointless, if there is one."""
+    beaten = beaten_by([choice.offer() for choice in choices])
+    return [
+        replace(one, dominated=None if place is None else choices[place].level)
+        for one, place in zip(choices, beaten, strict=True)
+    ]
 
 
 def _too_large(choice: Choice, machine: Machine) -> str:
@@ -347,7 +327,7 @@ def _too_large(choice: Choice, machine: Machine) -> str:
     return f"takes {bytes_text(choice.need.total)} when it runs; there is {room}"
 
 
-def _why(take: Choice, front: Sequence[Choice], machine: Machine, priority: str) -> list[str]:
+def _why(take: Choice, reason: str, machine: Machine) -> list[str]:
     """The reasons, in sentences."""
     text, need, placement, loss = bytes_text, take.need, take.placement, take.loss
     if placement is None or loss is None:
@@ -370,31 +350,29 @@ def _why(take: Choice, front: Sequence[Choice], machine: Machine, priority: str)
         "exact": "the source's own weights",
     }[loss.basis]
     found = [where, f"loss: {grade(loss.kld)}, mean KLD {loss.kld:.2g} ({known})"]
-    fitting = [choice for choice in front if choice.placement is not None]
-    if priority == "speed":
-        limit = f"of the levels that fit with a loss that is still good (mean KLD below {GOOD:g})"
-        how = f"{take.speed:.1f} tokens per second, measured" if take.speed else "fewest bytes to read; not measured"
-        found.append(
-            f"the fastest {limit}: {how}" if take.judged < GOOD else "no level that fits is good; it loses least"
-        )
-    elif priority == "size":
-        limit = f"whose loss stays below a mean KLD of {USABLE:g}"
-        found.append(
-            f"the smallest {limit}" if take.judged < USABLE else "no level that fits stays usable; it loses least"
-        )
-    elif take.judged < INDISTINGUISHABLE:
-        found.append("the smallest that is indistinguishable from the source: more bits would show in nothing")
-    elif any(choice.kld < take.kld for choice in fitting):
-        found.append("the best that runs whole on the GPU; better ones would be split between GPU and RAM, and slow")
-    else:
-        found.append("the best that fits")
-    if take.judged >= USABLE:
+    good = f"of those that fit with a loss that is still good (mean KLD below {GOOD:g})"
+    speed = f"{take.speed:.1f} tokens per second, measured" if take.speed else "fewest bytes to read; not measured"
+    found.append(
+        {
+            "clean": "the smallest that is indistinguishable from the source: more bits would show in nothing",
+            "least": "of those that fit, it loses least",
+            "whole": "the best that runs whole on the GPU; better ones would be split between GPU and RAM, and slow",
+            "fast": f"the fastest {good}: {speed}",
+            "small": f"the smallest of those that fit whose loss stays below a mean KLD of {USABLE:g}",
+        }[reason]
+    )
+    if take.offer().judged >= USABLE:
         found.append("a smaller model at more bits may well be better: compare the two")
     return found
 
 
 def _notes(
-    source: Source, experience: Experience, choices: Sequence[Choice], context: int, take: Choice | None
+    source: Source,
+    experience: Experience,
+    choices: Sequence[Choice],
+    context: int,
+    take: Choice | None,
+    untried: Choice | None,
 ) -> list[str]:
     """What the reader must know beside."""
     notes = []
@@ -413,6 +391,12 @@ def _notes(
     trained = source.architecture.hyper.context_length
     if trained and context > trained:
         notes.append(f"the model was made for {trained} tokens; the cache is counted for {context}")
-    if take is not None and take.calibrate:
+    if take is not None and untried is not None and untried.loss is not None:
+        notes.append(
+            f"{untried.level} was not measured on this model; by estimates (mean KLD {untried.loss.kld:.2g}) it may be "
+            f"the better choice: measure it with llm-quantize compare --variants {RANKED}:{untried.level},"
+            f"{RANKED}:{take.level}"
+        )
+    if take is not None and take.calibrate and not take.make:
         notes.append("--calibrate needs the extra [torch] (pip install '.[torch]'); without it take --imatrix FILE")
     return [*notes, directories_note(source)]

@@ -13,11 +13,10 @@ from llm_quantize import events
 from llm_quantize.cli.common import emit_json, json_option, line, mode, verbose_option
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
-from llm_quantize.reports.wording import said
 
 if TYPE_CHECKING:
-    from llm_quantize.cli.common import Mode
     from llm_quantize.evaluation.allocation import Choice, Target
+    from llm_quantize.evaluation.profile import ProfilePlan
     from llm_quantize.evaluation.sensitivity import Profile
     from llm_quantize.events import EventSink
     from llm_quantize.io.imatrix_file import Imatrix
@@ -80,6 +79,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, **ar
     Example: llm-quantize analyze profile ./Llama-3.2-1B --preset balanced
     """
     from llm_quantize.evaluation.allocation import choose
+    from llm_quantize.evaluation.profile import ProfilePlan
     from llm_quantize.formats.gguf.recipe_file import write_recipe
     from llm_quantize.io.whole_file import refuse_existing
     from llm_quantize.models.opening import open_source
@@ -93,12 +93,14 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, **ar
             kept = Path(arguments["profile_path"] or f"{stem}.profile.json")
             output = Path(arguments["output"] or f"{stem}-{arguments['name'] or target.name}.recipe.json")
             refuse_existing(output, replace=arguments["overwrite"])
-            profile = _profile(source, kept, arguments, shown, sink)
-            if profile is None:
-                return 0
-            choice = choose(source, profile, target, name=arguments["name"])
-            made = {"summed_kld": choice.allocation.kld, "size": choice.size, "text": dict(profile.text)}
-            write_recipe(output, choice.recipe, model_name=profile.name, made=made, replace=arguments["overwrite"])
+            profile = _profile(source, kept, arguments, sink)
+            if not isinstance(profile, ProfilePlan):
+                choice = choose(source, profile, target, name=arguments["name"])
+                made = {"summed_kld": choice.allocation.kld, "size": choice.size, "text": dict(profile.text)}
+                write_recipe(output, choice.recipe, model_name=profile.name, made=made, replace=arguments["overwrite"])
+    if isinstance(profile, ProfilePlan):
+        emit_json(vars(profile.cost)) if shown.json else click.echo(said(_cost(profile)))
+        return 0
     if shown.json:
         emit_json(_facts(profile, choice, kept, output))
     else:
@@ -129,10 +131,8 @@ def _types(arguments: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(parse_qtype(name) for name in (arguments["types"] or "").split(",") if name.strip())
 
 
-def _profile(
-    source: Source, kept: Path, arguments: Mapping[str, Any], shown: Mode, on_event: EventSink
-) -> Profile | None:
-    """The figures: those that are kept, or measured now. None after --dry-run."""
+def _profile(source: Source, kept: Path, arguments: Mapping[str, Any], on_event: EventSink) -> Profile | ProfilePlan:
+    """The figures: those that are kept, or measured now; after --dry-run what measuring them takes."""
     from llm_quantize.evaluation.profile import measure_profile
     from llm_quantize.evaluation.sensitivity import read_profile, refuse_other_model, write_profile
     from llm_quantize.models.identity import model_digest
@@ -145,16 +145,17 @@ def _profile(
         return profile
     journal = kept.with_name(kept.name + ".journal")
     plan = _plan(source, arguments, journal, on_event)
-    if shown.json and arguments["dry_run"]:
-        emit_json(vars(plan.cost))
-    elif not shown.quiet and not shown.json:
-        click.echo(f"{said(plan.cost.sentence())}; {plan.memory / 1e6:,.0f} MB", err=not arguments["dry_run"])
     if arguments["dry_run"]:
-        return None
+        return plan
+    on_event(events.Note(_cost(plan)))
     profile = measure_profile(plan, journal=journal, on_event=on_event)
     write_profile(kept, profile, replace=arguments["overwrite"])
     journal.unlink(missing_ok=True)
     return profile
+
+
+def _cost(plan: ProfilePlan) -> str:
+    return f"{plan.cost.sentence()}; {plan.memory / 1e6:,.0f} MB"
 
 
 def _check_kept(source: Source, kept: Path, profile: Profile, arguments: Mapping[str, Any]) -> None:
@@ -172,7 +173,7 @@ def _check_kept(source: Source, kept: Path, profile: Profile, arguments: Mapping
         )
 
 
-def _plan(source: Source, arguments: Mapping[str, Any], journal: Path, on_event: EventSink) -> Any:
+def _plan(source: Source, arguments: Mapping[str, Any], journal: Path, on_event: EventSink) -> ProfilePlan:
     import numpy as np
 
     from llm_quantize.calibration.text import load_texts

@@ -13,7 +13,7 @@ from llm_quantize.cli.common import build_calibration, calibration_options, emit
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 from llm_quantize.reports.labels import LANGUAGES, grade_name
-from llm_quantize.reports.wording import said, spoken, wraps_at_spaces
+from llm_quantize.reports.wording import said, spoken
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -150,26 +150,37 @@ def _commands(ctx: click.Context, model: str, artifacts: tuple[str, ...], varian
 
 
 def _show(result: ComparisonResult, page: Path) -> None:
+    """The answer first, and how to get it; then the figures."""
     from rich.console import Console
 
     from llm_quantize.reports.labels import labels
+    from llm_quantize.reports.machines import commands_of
     from llm_quantize.reports.page import verdict
-    from llm_quantize.reports.pareto import advise
 
     console = Console(highlight=False)
+    words, advice = labels(spoken()), result.advice()
+    console.print(line(verdict(result, advice, words).striptags()), markup=False)
+    if advice.take is not None:
+        for name, text in commands_of(result, result.variants[advice.take]).items():
+            console.print(f"{words[f'command_{name}']}: {line(text)}", markup=False, soft_wrap=True)
+    console.print(words["rule_quality"] + "\n", style="dim", markup=False)
     for table in _tables(result):
         console.print(table)
         console.print()
-    sentence = verdict(result, advise(result.variants, result.reference.noise_floor), labels(spoken()))
-    console.print(line(sentence.striptags()), markup=False, soft_wrap=not wraps_at_spaces())
-    console.print(f"\n{line(page)}", markup=False, soft_wrap=True)
+    console.print(line(page), markup=False, soft_wrap=True)
 
 
 def _tables(result: ComparisonResult) -> Iterator[Table]:
-    """What was lost; then what it takes to run. Both fit 80 columns."""
+    """What to take where; what was lost; then what it takes to run. All fit 80 columns."""
+    from llm_quantize.reports.machines import machine_rows
     from llm_quantize.reports.numbers import bytes_text, percent, rate_text, significant
     from llm_quantize.reports.page import kld_text
 
+    machines = [
+        (row.machine, row.label or "–", row.size, row.needs, row.grade) for row in machine_rows(result, spoken())
+    ]
+    if machines:
+        yield _aligned(("machine", "take", "size", "memory it takes", "grade"), machines)
     rows = [
         (
             variant.label,
@@ -200,7 +211,9 @@ def _aligned(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
 
     table = Table(box=None, pad_edge=False)
     for head in heads:
-        table.add_column(said(head), justify="left" if head in ("variant", "grade") else "right", no_wrap=True)
+        table.add_column(
+            said(head), justify="left" if head in ("variant", "grade", "machine", "take") else "right", no_wrap=True
+        )
     for row in rows:
         table.add_row(*map(shown, row))
     return table

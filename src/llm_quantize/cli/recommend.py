@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +12,21 @@ from llm_quantize.cli.common import emit_json, json_option, line, mode
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 from llm_quantize.errors import ResourceError
-from llm_quantize.reports.wording import said
+from llm_quantize.reports.wording import said, spoken
 
 if TYPE_CHECKING:
     from llm_quantize.advice.recommend import Advice, Choice
 
+_STEPS = {"quantize": "make", "try": "try", "run": "serve"}
 _MARKS = {"published": "*", "estimated": "~", "measured": "", "exact": ""}
 
 
 @click.command("recommend")
 @click.argument("model")
-@click.option("--ram", type=Size(), help="Memory of the computer, for example 16G. [default: this one's]")
-@click.option("--vram", type=Size(), help="Memory of the GPU, for example 8G. [default: what is free on this one's]")
+@click.option("--ram", type=Size(), help="Memory of the computer in GB, for example 16. [default: this one's]")
+@click.option(
+    "--vram", type=Size(), help="Memory of the GPU in GB, for example 8. [default: what is free on this one's]"
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "apple"]), default="auto", show_default=True)
 @click.option(
     "--context",
@@ -63,7 +67,7 @@ def command(
         with source.checkpoint:
             advice = recommend(
                 source, machine, model=model, revision=revision, context=context, priority=priority,
-                experience=experience_of(source, model, None if measured is None else Path(measured)),
+                experience=experience_of(source, None if measured is None else Path(measured), sink),
             )  # fmt: skip
     error = _nothing_fits(advice)
     if shown.json:
@@ -96,10 +100,12 @@ def _print(advice: Advice) -> None:
     console = Console(highlight=False, soft_wrap=True)
 
     def say(text: str, style: str = "") -> None:
-        console.print(line(said(text)), style=style, markup=False)
+        console.print(*map(line, said(text).split("\n")), sep="\n", style=style, markup=False)
 
     machine = advice.machine
     gpu = f", GPU {human_bytes(machine.vram)}" if machine.vram else ""
+    if advice.take is not None:
+        _answer(advice, advice.take, say)
     say(f"{advice.name} on {machine.device}: RAM {human_bytes(machine.ram)}{gpu}, {advice.context:,} tokens of context")
     say(f"  ({'; '.join(machine.sources)})")
     _print_table(console, advice)
@@ -108,16 +114,22 @@ def _print(advice: Advice) -> None:
             say(f"not {level}: {reason}")
     for note in advice.notes:
         say(f"note: {note}")
-    if advice.take is None:
-        return
-    say(f"\ntake {advice.take.level} ({human_bytes(advice.take.size)})".lstrip(), "bold green")
+
+
+def _answer(advice: Advice, take: Choice, say: Callable[..., None]) -> None:
+    """What to take, why, how to make and run it, and the rule that says so."""
+    from llm_quantize.reports.labels import labels
+    from llm_quantize.reports.terminal import human_bytes
+
+    say(f"take {take.level} ({human_bytes(take.size)})", "bold green")
     for reason in advice.why:
         say(f"  {said(reason)}")
     for label, other in (("better", advice.better), ("smaller", advice.smaller)):
         if other is not None:
             say(f"the next {label}: {other.level} ({human_bytes(other.size)}), {_loss(other)}{_where(other)}")
-    for name, text in advice.commands(advice.take).items():
-        say(f"to {'make' if name == 'quantize' else 'run'} it: {text}")
+    for name, text in advice.commands(take).items():
+        say(f"to {_STEPS[name]} it: {text}")
+    say(labels(spoken())[f"rule_{advice.priority}"] + "\n", "dim")
 
 
 def _loss(choice: Choice) -> str:

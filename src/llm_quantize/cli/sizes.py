@@ -10,8 +10,13 @@ import click
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
+LEAST_BYTES = 1_000_000
+"""A bare number from here on is of bytes: nobody has a million gigabytes, and nothing here fits in a megabyte."""
+
+
 class Size(click.ParamType[int]):
-    """Bytes with a unit: 512M, 4G (powers of ten), 4GiB (powers of two)."""
+    """Bytes with a unit: 512M, 4G (powers of ten), 4GiB (powers of two). A number without one is of gigabytes, as
+    people speak of memory, and of bytes where it is too large for that."""
 
     name = "SIZE"
 
@@ -21,4 +26,6 @@ class Size(click.ParamType[int]):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
         if match is None or match[2] == "I" or float(match[1]) <= 0:
             self.fail(f"{value!r} is not a size; write for example 512M, 4G or 4GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2]])
+        number = float(match[1])
+        unit = "G" if not match[2] and number < LEAST_BYTES else match[2]
+        return int(number * _UNITS[unit])

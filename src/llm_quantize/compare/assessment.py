@@ -8,15 +8,18 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
 from llm_quantize import events, memory
+from llm_quantize.advice.footprint import context_of
+from llm_quantize.advice.machines import choices, needs_of, this_machine
 from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.calibration.tokens import TextTokenizer
+from llm_quantize.compare import effort
 from llm_quantize.compare.bench import measured_file
 from llm_quantize.errors import NumericPolicyError
 from llm_quantize.evaluation.generation_check import Answer, GenerationCheck, check_generation, source_answers
@@ -26,11 +29,13 @@ from llm_quantize.evaluation.texts import EvaluationText, evaluation_text
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.measures import grades
 from llm_quantize.models.opening import Source, open_source
-from llm_quantize.options import Options
+from llm_quantize.options import PROMPTS, Options
+from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
 from llm_quantize.results import Tabled, json_ready
+from llm_quantize.runtimes import artifact_at, runtime_for
 
 if TYPE_CHECKING:
-    from llm_quantize.reports.findings import ComparisonResult
+    from llm_quantize.reports.findings import ComparisonResult, ModelFacts
 
 _LARGEST_ERROR = 1e9  # in a report, for a tensor of zeros that is not zeros any more
 
@@ -95,7 +100,13 @@ def assess(
             on_event=on_event,
         )
         importance = _importance(source, options.statistics)
-        on_event(events.Stage("divergence"))
+        count, prompts = len(artifacts), len(PROMPTS) if asked.generate else 0
+        errors, *_ = costs = effort.on_the_bench(source, count, prompts, runs=asked.generate)
+        measured, compared, wrote = events.parts(
+            on_event,
+            [effort.measuring(source, text.windows, count), count * errors, sum(costs[2 * count :])],
+        )
+        measured(events.Stage("divergence"))
         quality = measure_quality(
             source,
             artifacts,
@@ -105,17 +116,18 @@ def assess(
             device=options.calibration.device,
             runtime=asked.runtime,
             texts=[Path(name).name for name in text.names],
-            on_event=on_event,
+            on_event=measured,
         )
         tensors = []
-        for path in artifacts:
-            on_event(events.Stage(f"errors of tensors in {Path(path).name}"))
+        for path, part in zip(artifacts, events.parts(compared, [1.0] * count), strict=True):
+            part(events.Stage(f"errors of tensors in {Path(path).name}"))
             threads = quality.memory.threads
             with closing(open_decoded(source, path)) as decoded:
-                losses = tensor_errors(source, decoded, importance=importance, threads=threads, on_event=on_event)
+                losses = tensor_errors(source, decoded, importance=importance, threads=threads, on_event=part)
             tensors.append(tuple(losses))
-        generation = _generation(source, artifacts, options, on_event) if asked.generate else ()
-        comparison = _comparison(source, model, text, quality, tensors, generation, commands, options)
+        generation = _generation(source, artifacts, options, wrote) if asked.generate else ()
+        facts = model_facts(source, model, on_event=on_event)
+        comparison = _comparison(source, facts, text, quality, tensors, generation, commands, options)
     return Assessment(quality, tuple(tensors), generation, comparison)
 
 
@@ -154,7 +166,7 @@ def _generation(
 
 def _comparison(
     source: Source,
-    model: str,
+    facts: ModelFacts,
     text: EvaluationText,
     quality: QualityResult,
     tensors: Sequence[Sequence[TensorLoss]],
@@ -163,14 +175,13 @@ def _comparison(
     options: Options,
 ) -> ComparisonResult:
     from llm_quantize.reports.findings import ComparisonResult, Reference, TextFacts
-    from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
 
-    facts = model_facts(source, model)
     first = quality.artifacts[0].divergence
-    return ComparisonResult(
+    here, cache = this_machine(), context_of(source)
+    result = ComparisonResult(
         model=facts,
         text=TextFacts(quality.texts, quality.text_sha256, quality.context, quality.windows, quality.tokens),
-        machine=machine_facts("analyze quality measures no speed", options.threads),
+        machine=replace(machine_facts("analyze quality measures no speed", options.threads), vram=here.vram),
         reference=Reference(
             perplexity=first.reference_perplexity,
             perplexity_sem=first.reference_perplexity_sem,
@@ -179,7 +190,10 @@ def _comparison(
             samples=_samples(generation[0].reference) if generation else (),
         ),
         variants=tuple(
-            _variant(one, tensors[index], generation[index] if generation else None)
+            replace(
+                _variant(one, tensors[index], generation[index] if generation else None),
+                needs=needs_of(source, Path(one.path), here, cache, None),
+            )
             for index, one in enumerate(quality.artifacts)
         ),
         grades=grades.GRADES,
@@ -187,7 +201,9 @@ def _comparison(
         commands=tuple(commands),
         created=datetime.datetime.now(datetime.UTC).date().isoformat(),
         notes=tuple(_notes(quality, generation)),
+        cache=cache,
     )
+    return replace(result, machines=choices(result))
 
 
 def _samples(answers: Sequence[Any]) -> tuple[Any, ...]:
@@ -215,6 +231,8 @@ def _variant(one: ArtifactQuality, losses: Sequence[TensorLoss], written: Genera
             if loss.relative > 0
         ),
         samples=() if written is None else _samples(written.answers),
+        runs_in=runtime_for(artifact_at(Path(one.path))).LABEL,
+        path=one.path,
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from gguf.constants import Keys, LlamaFileType
 
 from llm_quantize import events
 from llm_quantize.compare.measurements import Measurements, artifact_identity, key_of
-from llm_quantize.errors import MissingExtraError, UnsupportedError
+from llm_quantize.errors import MissingExtraError, UnsupportedError, UsageError
 from llm_quantize.evaluation.generation_check import Answer, check_generation, judge, source_answers
 from llm_quantize.evaluation.speed import Speed, measure_speed
 from llm_quantize.events import EventSink
@@ -24,7 +25,7 @@ from llm_quantize.memory import memory_limit
 from llm_quantize.models.opening import Source
 from llm_quantize.models.quantized import is_stored_directory, open_directory
 from llm_quantize.reports.findings import Sample, TensorError
-from llm_quantize.reports.provenance import model_facts
+from llm_quantize.reports.provenance import machine_facts
 from llm_quantize.runtimes import artifact_at, runtime_for
 
 NEW_TOKENS = 64
@@ -83,9 +84,25 @@ def _level(file: GgufFile, path: Path) -> str:
     return known.get(kind.value, path.stem) if kind is not None and isinstance(kind.value, int) else path.stem
 
 
+def refuse_twice(found: Sequence[MeasuredFile]) -> None:
+    """Raise UsageError where two are at one place."""
+    for path, count in Counter(artifact.path.resolve() for artifact in found).items():
+        if count > 1:
+            raise UsageError("an artifact is given twice", file=path, remedy="name it once")
+
+
+def with_labels(found: Sequence[MeasuredFile]) -> list[MeasuredFile]:
+    """Levels as labels, file names where a level stands twice, with their suffixes where that is not enough."""
+    for suffix in (".gguf", ""):
+        counts = Counter(artifact.level for artifact in found)
+        found = [
+            replace(one, level=one.path.name.removesuffix(suffix)) if counts[one.level] > 1 else one for one in found
+        ]
+    return list(found)
+
+
 def _asked_alone(artifact: MeasuredFile) -> bool:
-    """Whether its runtime is a process of its own for each request: not to be timed, and what it refuses is said of
-    this artifact."""
+    """Whether its runtime is a process of its own for each request: what it refuses is said of this artifact."""
     return runtime_for(artifact_at(artifact.path)).open_model is None
 
 
@@ -93,7 +110,8 @@ class Bench:
     """Measures one artifact after another. ``absent``: why none ran in its runtime, empty where they did. ``notes``:
     which of those that are no GGUF files were not run, and why.
 
-    ``prompts``: what each artifact continues, NEW_TOKENS tokens each.
+    ``fingerprint``: of the source's content (reports/provenance.py). ``prompts``: what each artifact continues,
+    NEW_TOKENS tokens each.
     """
 
     def __init__(
@@ -101,56 +119,67 @@ class Bench:
         source: Source,
         kept: Measurements,
         *,
+        fingerprint: str,
         prompts: Sequence[str],
         speed: bool,
         threads: int | None,
         max_ram: int | None,
-        on_event: EventSink,
     ) -> None:
         self._source, self._kept = source, kept
         self._prompts, self._threads, self._max_ram = tuple(prompts), threads, max_ram
-        self._on_event = on_event
-        self._fingerprint = model_facts(source, "").fingerprint
+        self._fingerprint = fingerprint
+        self._machine = machine_facts("", threads)
         self.absent = "" if speed else "--no-speed"
         self.notes: list[str] = []
 
-    def _known(self, key: str, stage: str, measure: Callable[[], Any]) -> Any:
+    def _known(self, key: str, stage: str, on_event: EventSink, measure: Callable[[], Any]) -> Any:
         if self._kept.get(key) is None:
-            self._on_event(events.Stage(stage))
+            on_event(events.Stage(stage))
             self._kept.put(key, measure())
         return self._kept.get(key)
 
-    def tensor_errors(self, artifact: MeasuredFile) -> list[TensorError]:
+    def tensor_errors(self, artifact: MeasuredFile, on_event: EventSink) -> list[TensorError]:
         """Relative error of every tensor that is not exact, in the order of the artifact's names."""
         from llm_quantize.artifacts.decoded_directory import open_decoded
         from llm_quantize.evaluation.tensor_errors import tensor_errors
 
         def measure() -> list[Any]:
             with closing(open_decoded(self._source, artifact.path)) as decoded:
-                found = tensor_errors(self._source, decoded, threads=self._threads)
+                found = tensor_errors(self._source, decoded, threads=self._threads, on_event=on_event)
             kept = sorted((one for one in found if one.relative > 0), key=lambda one: one.name)
             return [[one.name, one.layer, one.role, one.qtype, min(one.relative, 1e9)] for one in kept]
 
         key = key_of("errors", artifact=artifact.identity, model=self._fingerprint)
-        return [TensorError(*fact) for fact in self._known(key, f"{artifact.level}: errors of tensors", measure)]
+        stage = f"{artifact.level}: errors of tensors"
+        return [TensorError(*fact) for fact in self._known(key, stage, on_event, measure)]
 
-    def speed(self, artifact: MeasuredFile) -> Speed | None:
+    def speed(self, artifact: MeasuredFile, on_event: EventSink) -> Speed | None:
         """Tokens per second and memory in the runtime; None where nothing can run."""
         threads = self._threads
 
         def measure() -> Mapping[str, Any]:
             return asdict(measure_speed(artifact.path, threads=threads))
 
-        if self.absent or _asked_alone(artifact):
+        if self.absent:
             return None
         try:
-            key = key_of("speed", artifact=artifact.identity, threads=threads)
-            return Speed(**self._known(key, f"{artifact.level}: speed", measure))
-        except MissingExtraError as error:
-            self._without_runtime(error)
+            key = key_of("speed", artifact=artifact.identity, threads=threads, machine=asdict(self._machine))
+            return Speed(**self._known(key, f"{artifact.level}: speed", on_event, measure))
+        except UnsupportedError as error:
+            self._refused(artifact, error, on_event)
             return None
 
-    def answers(self, artifact: MeasuredFile) -> tuple[Answer, ...]:
+    def _refused(self, artifact: MeasuredFile, error: UnsupportedError, on_event: EventSink) -> None:
+        """Say once why an artifact does not run. Raises what is no word about this artifact or its runtime."""
+        if _asked_alone(artifact):
+            note = f"{artifact.level} was not run: {error.what}; {error.remedy or error.found or ''}"
+            self.notes += [note] if note not in self.notes else []
+        elif isinstance(error, MissingExtraError):
+            self._without_runtime(error, on_event)
+        else:
+            raise error
+
+    def answers(self, artifact: MeasuredFile, on_event: EventSink) -> tuple[Answer, ...]:
         """What the artifact writes after each prompt, in the runtime; nothing where nothing can run."""
 
         def measure() -> list[Any]:
@@ -161,17 +190,12 @@ class Bench:
             return ()
         key = key_of("answers", artifact=artifact.identity, prompts=self._prompts, tokens=NEW_TOKENS)
         try:
-            return tuple(Answer(**fact) for fact in self._known(key, f"{artifact.level}: write", measure))
+            return tuple(Answer(**fact) for fact in self._known(key, f"{artifact.level}: write", on_event, measure))
         except UnsupportedError as error:
-            if _asked_alone(artifact):
-                self.notes.append(f"{artifact.level} was not run: {error.what}; {error.remedy or error.found or ''}")
-            elif isinstance(error, MissingExtraError):
-                self._without_runtime(error)
-            else:
-                raise
+            self._refused(artifact, error, on_event)
             return ()
 
-    def source_answers(self) -> tuple[Answer, ...]:
+    def source_answers(self, on_event: EventSink) -> tuple[Answer, ...]:
         """What the source writes, in transformers, where it fits in memory twice over; otherwise nothing."""
         checkpoint, limit = self._source.checkpoint, memory_limit(self._max_ram)
         size = sum(header.file_size for header in checkpoint.headers)
@@ -190,11 +214,11 @@ class Bench:
             return [asdict(answer) for answer in found]
 
         key = key_of("source", model=self._fingerprint, prompts=self._prompts, tokens=NEW_TOKENS)
-        return tuple(Answer(**fact) for fact in self._known(key, "source: write", measure))
+        return tuple(Answer(**fact) for fact in self._known(key, "source: write", on_event, measure))
 
-    def _without_runtime(self, error: MissingExtraError) -> None:
+    def _without_runtime(self, error: MissingExtraError, on_event: EventSink) -> None:
         self.absent = f"{error.what}; {error.remedy}"
-        self._on_event(events.Caution(f"speed and samples are not measured: {self.absent}"))
+        on_event(events.Caution(f"speed and samples are not measured: {self.absent}"))
 
 
 def samples_of(answers: Sequence[Answer], own: Sequence[Answer] = ()) -> tuple[Sample, ...]:

@@ -12,8 +12,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,11 +20,16 @@ from pathlib import Path
 import numpy as np
 
 from llm_quantize import events
+from llm_quantize.advice.footprint import context_of
+from llm_quantize.advice.machines import choices, needs_of, this_machine
 from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.artifacts.preflight import refuse_unwritable
 from llm_quantize.calibration.tokens import TextTokenizer
-from llm_quantize.compare.bench import Bench, MeasuredFile, measured_file, samples_of
+from llm_quantize.compare import effort
+from llm_quantize.compare.bench import Bench, MeasuredFile, measured_file, refuse_twice, samples_of, with_labels
+from llm_quantize.compare.making import make_words
 from llm_quantize.compare.measurements import Measurements, key_of
+from llm_quantize.compare.notes import importance_notes, speed_notes
 from llm_quantize.errors import MissingExtraError, UsageError
 from llm_quantize.evaluation.texts import BUILT_IN, EvaluationText, evaluation_text
 from llm_quantize.events import EventSink, ignore
@@ -48,10 +52,11 @@ from llm_quantize.reports.findings import (
     divergence_to_dict,
 )
 from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
+from llm_quantize.runtimes import artifact_at, runtime_for
 
 DEFAULT_VARIANTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 REPORTS = {"json": "comparison.json", "html": "index.html", "markdown": "comparison.md"}
-_NO_SPEED = "speed is measured in llama.cpp only, and none of these is a GGUF file"
+_NO_SPEED = "none of these ran in its runtime"
 
 
 def parse_variants(text: str) -> list[tuple[str, str]]:
@@ -115,47 +120,68 @@ def compare(
             limit=asked.windows,
             on_event=on_event,
         )
-        found = _make(model, folder / "artifacts", variants, options, revision, kept, on_event) + taken
-        _refuse_twice(found)
-        found = _with_labels(found)
-        quality = _quality(source, found, text, options, kept, folder, on_event)
+        levels = {format: [level for other, level in variants if other == format] for format, _ in variants}
+        told, *makes, measured, benched = _parts(source, levels, len(taken), text, options, on_event)
+        facts = model_facts(source, model, on_event=told)
+        made = _make(model, folder / "artifacts", levels, options, revision, kept, makes)
+        found = made + taken
+        refuse_twice(found)
+        words = [
+            make_words(one.format, one.level, options, revision, weighed=one.importance is not None) for one in made
+        ] + [None] * len(taken)
+        found = with_labels(found)
+        quality = _quality(source, facts.fingerprint, found, text, options, kept, folder, measured)
         bench = Bench(
             source,
             kept,
+            fingerprint=facts.fingerprint,
             prompts=asked.prompts,
             speed=asked.speed,
             threads=options.threads,
             max_ram=options.max_ram,
-            on_event=on_event,
         )
-        rows, own = _on_the_bench(bench, found, quality, kept)
-        facts = model_facts(source, model)
-    notes = (*quality.notes, *_importance_notes(found), *_speed_notes(rows), *bench.notes)
-    return _result(facts, text, replace(quality, notes=notes), rows, own, bench.absent, options, commands)
+        bench_costs = effort.on_the_bench(source, len(found), len(asked.prompts), runs=asked.speed)
+        rows, own = _on_the_bench(bench, found, quality, kept, words, events.parts(benched, bench_costs))
+        here, cache = this_machine(), context_of(source)
+        rows = tuple(
+            replace(row, needs=needs_of(source, one.path, here, cache, row.speed))
+            for row, one in zip(rows, found, strict=True)
+        )
+    notes = (*quality.notes, *importance_notes(found), *speed_notes(rows), *bench.notes)
+    result = _result(facts, text, replace(quality, notes=notes), rows, own, bench.absent, options, commands)
+    result = replace(result, machine=replace(result.machine, vram=here.vram), cache=cache)
+    return replace(result, machines=choices(result))
 
 
-def _importance_notes(found: Sequence[MeasuredFile]) -> Iterator[str]:
-    """Which files were made with an importance matrix: the same level without it is another one."""
-    for texts in sorted({one.importance for one in found if one.importance is not None}):
-        names = [one.path.name for one in found if one.importance == texts]
-        which = "every file" if len(names) == len(found) else ", ".join(names)
-        yield f"quantized with an importance matrix{f' ({texts})' if texts else ''}: {which}"
-
-
-def _speed_notes(rows: Sequence[Variant]) -> Iterator[str]:
-    """Which speeds were taken while other work ran: they say little of the file."""
-    names = [row.level for row in rows if row.speed is not None and row.speed.disturbed]
-    if names:
-        yield f"the machine was busy while the speed of these was measured, which says little: {', '.join(names)}"
+def _parts(
+    source: Source,
+    levels: Mapping[str, Sequence[str]],
+    taken: int,
+    text: EvaluationText,
+    options: Options,
+    on_event: EventSink,
+) -> list[events.Part]:
+    """A sink for each part of the run: telling which model it is, making each format, measuring, and the bench."""
+    count, asked = sum(map(len, levels.values())) + taken, options.measurement
+    makes = [effort.making(source, format, wanted, options) for format, wanted in levels.items()]
+    bench = effort.on_the_bench(source, count, len(asked.prompts), runs=asked.speed)
+    measure = effort.measuring(source, text.windows, count)
+    return events.parts(on_event, [effort.telling(source), *makes, measure, sum(bench)])
 
 
 def _on_the_bench(
-    bench: Bench, found: Sequence[MeasuredFile], quality: _Quality, kept: Measurements
+    bench: Bench,
+    found: Sequence[MeasuredFile],
+    quality: _Quality,
+    kept: Measurements,
+    words: Sequence[tuple[str, ...] | None],
+    parts: Sequence[EventSink],
 ) -> tuple[tuple[Variant, ...], tuple[Sample, ...]]:
     """Every variant with all its figures, and what the source writes."""
-    errors = [bench.tensor_errors(artifact) for artifact in found]
-    speeds = [bench.speed(artifact) for artifact in found]
-    own = bench.source_answers()
+    sinks = iter(parts)  # in the order of effort.on_the_bench
+    errors = [bench.tensor_errors(artifact, next(sinks)) for artifact in found]
+    speeds = [bench.speed(artifact, next(sinks)) for artifact in found]
+    own = bench.source_answers(next(sinks))
     rows = tuple(
         Variant(
             format=artifact.format,
@@ -168,9 +194,14 @@ def _on_the_bench(
             grade=grades.grade(divergence.kld),
             speed=speed,
             tensor_errors=tuple(tensors),
-            samples=samples_of(bench.answers(artifact), own),
+            samples=samples_of(bench.answers(artifact, next(sinks)), own),
+            runs_in=runtime_for(artifact_at(artifact.path)).LABEL,
+            make=make,
+            path=str(artifact.path),
         )
-        for artifact, divergence, speed, tensors in zip(found, quality.divergences, speeds, errors, strict=True)
+        for artifact, divergence, speed, tensors, make in zip(
+            found, quality.divergences, speeds, errors, words, strict=True
+        )
     )
     return rows, samples_of(own)
 
@@ -285,21 +316,21 @@ def _sha256(windows: Tokens) -> str:
 def _make(
     model: str,
     folder: Path,
-    variants: Sequence[tuple[str, str]],
+    levels: Mapping[str, Sequence[str]],
     options: Options,
     revision: str | None,
     kept: Measurements,
-    on_event: EventSink,
+    sinks: Sequence[EventSink],
 ) -> list[MeasuredFile]:
     """Quantize to every level of each format in one read of the source; what is there already is reused."""
     from llm_quantize.pipeline import quantize
 
     found: list[MeasuredFile] = []
-    for format in dict.fromkeys(format for format, _ in variants):
+    for (format, wanted), on_event in zip(levels.items(), sinks, strict=True):
         results = quantize(
             model,
             format,
-            levels=[level for other, level in variants if other == format],
+            levels=wanted,
             output_dir=folder,
             revision=revision,
             options=options,
@@ -313,22 +344,6 @@ def _make(
     return found
 
 
-def _refuse_twice(found: Sequence[MeasuredFile]) -> None:
-    for path, count in Counter(artifact.path.resolve() for artifact in found).items():
-        if count > 1:
-            raise UsageError("an artifact is given twice", file=path, remedy="name it once")
-
-
-def _with_labels(found: Sequence[MeasuredFile]) -> list[MeasuredFile]:
-    """Levels as labels, file names where a level stands twice, with their suffixes where that is not enough."""
-    for suffix in (".gguf", ""):
-        counts = Counter(artifact.level for artifact in found)
-        found = [
-            replace(one, level=one.path.name.removesuffix(suffix)) if counts[one.level] > 1 else one for one in found
-        ]
-    return list(found)
-
-
 @dataclass(frozen=True)
 class _Quality:
     """``divergences`` in the order of the artifacts; ``notes``: where their metadata differ from the source's."""
@@ -340,6 +355,7 @@ class _Quality:
 
 def _quality(
     source: Source,
+    fingerprint: str,
     found: Sequence[MeasuredFile],
     text: EvaluationText,
     options: Options,
@@ -350,7 +366,7 @@ def _quality(
     """Divergences of all artifacts, those that are not known yet in one streamed pass."""
     from llm_quantize.evaluation.quality import measure_quality
 
-    about = {"model": model_facts(source, "").fingerprint, "text": _sha256(text.windows)}
+    about = {"model": fingerprint, "text": _sha256(text.windows)}
     keys = [key_of("quality", artifact=artifact.identity, **about) for artifact in found]
     floor = key_of("noise", **about)
     missing = [index for index, key in enumerate(keys) if kept.get(key) is None or kept.get(floor) is None]

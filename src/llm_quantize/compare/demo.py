@@ -48,6 +48,10 @@ RUNTIME_WINDOWS = 2
 NEW_TOKENS = 40
 _REFUSALS = (MissingExtraError, UnsupportedError, ResourceError)
 
+SHARES = (1.0, 10.0, 6.0, 4.0)
+"""How long the parts take beside one another, for progress: levels, pairs, measuring, and running files."""
+FED_BACK, SHARE_OF_RUNTIMES = 3.0, 0.8
+
 
 @dataclass(frozen=True)
 class Run:
@@ -167,24 +171,25 @@ def run_demo(
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-quantize-demo-")))
         folder.mkdir(parents=True, exist_ok=True)
         windows = evaluation_text(TextTokenizer(source), context=CONTEXT, limit=WINDOWS).windows
-        levels = _levels(folder, threads, on_event)
+        plain, paired, measured, run = events.parts(on_event, SHARES)
+        levels = _levels(folder, threads, plain)
         paths = [one.result.path for one in levels]
         if missing:
             problem, remedy = f"{' and '.join(missing)} not installed", MissingExtraError("", "torch").remedy or ""
             agreement, methods = Run("", problem=problem, remedy=remedy), Methods(problem=problem, remedy=remedy)
-            lost = _in_runtime(paths, windows, threads, on_event)
+            lost = _in_runtime(paths, windows, threads, measured)
         else:
-            pairs, seconds = _pairs(source, folder, threads, on_event)
-            on_event(events.Stage("measure every file against the source"))
+            pairs, seconds = _pairs(source, folder, threads, paired)
+            measured(events.Stage("measure every file against the source"))
             everything = [*paths, *(one.result.path for one in pairs)]
-            quality = measure_quality(source, everything, windows, threads=threads, on_event=on_event)
+            quality = measure_quality(source, everything, windows, threads=threads, on_event=measured)
             lost = [one.divergence for one in quality.artifacts]
             few = windows[:RUNTIME_WINDOWS]
-            rows = _pair_rows(source, pairs, lost[len(levels) :], quality.pairs, few, threads, on_event)
+            rows = _pair_rows(source, pairs, lost[len(levels) :], quality.pairs, few, threads, run)
             count = (CALIBRATION.samples or 0) * CALIBRATION.length
             methods = Methods(rows, quality.tokens, CONTEXT, count, seconds)
             agreement = _run(source, paths[0], few, threads)
-        on_event(events.Stage("generate"))
+        run(events.Stage("generate", whole=SHARE_OF_RUNTIMES))
         texts = [_text(path, threads=1) for path in paths]  # a token at a time: threads would only wait
     shown = tuple(one.row(found, text=text) for one, found, text in zip(levels, lost, texts, strict=False))
     kept = output_dir is not None
@@ -214,15 +219,17 @@ def _pairs(source: Source, folder: Path, threads: int | None, on_event: EventSin
     from llm_quantize.calibration.collect import calibrate
 
     calibration = replace(CALIBRATION, threads=threads)
-    on_event(events.Stage("importance matrix"))
+    first, *sinks = events.parts(on_event, [1.0, *([FED_BACK, 1.0] * len(PAIRS))])
+    parts = iter(sinks)
+    first(events.Stage("importance matrix"))
     began = time.process_time()
-    statistics = calibrate(source, calibration, on_event=_work(on_event, "importance matrix"))
+    statistics = calibrate(source, calibration, on_event=_work(first, "importance matrix"))
     importance_seconds = 0.0 if statistics.reused else time.process_time() - began
     made = []
     for label, format, level in PAIRS:
         for name, method in METHODS.items():
-            title = f"{label}, {name}"
-            on_event(events.Stage(title))
+            title, part = f"{label}, {name}", next(parts)
+            part(events.Stage(title))
             weighed = FORMATS[format].weighs and name == "rounded"
             options = Options(
                 threads=threads,
@@ -238,7 +245,7 @@ def _pairs(source: Source, folder: Path, threads: int | None, on_event: EventSin
                 output_dir=folder,
                 name=f"demo-llama-{name}",
                 options=options,
-                on_event=_work(on_event, title),
+                on_event=_work(part, title),
             )
             seconds = 0.0 if result.status == "already complete" else time.process_time() - began
             made.append(_Made(label, format, name, result, seconds))
@@ -271,9 +278,10 @@ def _pair_rows(
     rows: list[DemoRow] = []
     places = {(pair.first, pair.second): pair for pair in ratios}
     for index in range(0, len(pairs), 2):
+        whole = SHARE_OF_RUNTIMES * index / len(pairs)
         feedback, rounded = pairs[index : index + 2]
         at = len(LEVELS) + index
-        on_event(events.Stage(f"{feedback.label} in its runtime"))
+        on_event(events.Stage(f"{feedback.label} in its runtime", whole=whole))
         run = _run(source, feedback.result.path, windows, threads)
         rows.append(rounded.row(lost[index + 1]))
         rows.append(feedback.row(lost[index], ratio=places[at, at + 1], run=run))

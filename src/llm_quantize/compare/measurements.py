@@ -13,14 +13,15 @@ from typing import Any
 import llm_quantize
 from llm_quantize.errors import MalformedInputError
 from llm_quantize.io.artifact_files import artifact_files
+from llm_quantize.io.content import contents
 from llm_quantize.io.durable import fail_os, sync_directory, write_whole
-from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.json_file import read_json_object
-from llm_quantize.io.paths import opened, pread_into
 from llm_quantize.io.whole_file import refuse_existing
 from llm_quantize.models.files import read_headers
+from llm_quantize.models.identity import small_files_digest
 from llm_quantize.models.quantized import is_stored_directory
+from llm_quantize.reports.provenance import kept_hashes
 
 MAX_BYTES = 256 << 20
 SEAL = "facts_sha256"
@@ -76,21 +77,13 @@ def key_of(kind: str, **facts: Any) -> str:
 
 
 def artifact_identity(path: Path) -> str:
-    """SHA-256 of what tells an artifact from another without reading its tensors: headers, sizes, times of writing.
+    """SHA-256 over all that an artifact holds: a copy of it is the same, and nothing else is.
 
     Raises what reading raises.
     """
-    digest = hashlib.sha256()
-    if is_stored_directory(path):
-        digest.update((path / "config.json").read_bytes())
-        for packed in read_headers(path, str(path), packed=True)[0]:
-            digest.update(f"{packed.path.name} {packed.sha256} {packed.file_size} {packed.mtime_ns}".encode())
-        return digest.hexdigest()
-    for file in artifact_files(path):
-        header = read_gguf(file)
-        data = bytearray(header.data_start)
-        with opened(file) as descriptor:
-            pread_into(descriptor, memoryview(data), 0, file)
-        digest.update(data)
-        digest.update(f"{header.file_size} {file.stat().st_mtime_ns}".encode())
-    return digest.hexdigest()
+    if not is_stored_directory(path):
+        return key_of("gguf", files=contents(artifact_files(path), kept=kept_hashes()))
+    headers = read_headers(path, str(path), packed=True)[0]
+    config = hashlib.sha256((path / "config.json").read_bytes()).hexdigest()
+    weights = contents([header.path for header in headers], kept=kept_hashes())
+    return key_of("directory", config=config, beside=small_files_digest(path), files=weights)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize import events, memory
+from llm_quantize.architectures.rows import weights_of
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.decoded import Decoded
 from llm_quantize.artifacts.decoded_directory import open_decoded
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 NOISE_WINDOWS = 4
 """Windows that the source runs a second time, in another order of arithmetic."""
 
+SCORED = 500  # comparing the probabilities of a word takes as long as so many products
 ROUNDING_LIMIT = 0.01
 """Mean KLD between an artifact streamed and the same one in llama.cpp up to which the rounding of activations to 8
 bits explains it: 1e-5 to 2e-3 is what it costs, by the model; a wrong tensor or position costs more than 0.1."""
@@ -200,14 +202,16 @@ def measure_quality(
     plan = QualityPlan(source, network, decoded, windows, runtime is not None)
     fitted, together = plan.fit(again, threads=threads, max_ram=max_ram, device=device)
     groups = [range(i, min(i + together, len(decoded))) for i in range(0, len(decoded), together)]
-    passes = (1 + len(decoded)) * network.n_blocks + len(groups) + len(decoded)
+    head = _head_steps(source, network.n_blocks, network.vocab_size)
+    blocks = ((1 + len(decoded)) * len(windows) + again) * network.n_blocks
+    steps = blocks + head * len(windows) * (len(groups) + len(decoded))
     with ExitStack() as stack:
         for one in decoded:
             stack.callback(one.close)
         pool = Pool(fitted.threads, stack.enter_context(stop_on_signals()), resumable=None)
         directory = None if fitted.in_memory else _scratch(stack, scratch, fitted.hidden_bytes)
         origin, streams, noise = _streams(stack, source, decoded, windows, network.width, again, directory)
-        work = Evaluation(network, windows, pool, passes * len(windows), on_event)
+        work = Evaluation(network, windows, pool, steps, on_event, head=head)
         for stream in (origin, *streams):
             work.embed(stream)
         for index in range(again):
@@ -233,6 +237,13 @@ def measure_quality(
         memory=MemoryFacts(limit, fitted.peak, peak, fitted.threads, not fitted.in_memory, together),
         seconds=time.process_time() - began,
     )
+
+
+def _head_steps(source: Source, n_blocks: int, vocabulary: int) -> int:
+    """How many windows through a block take as long as one through a head, half of whose positions are scored."""
+    weights = sum(weights_of(output.shape) for output in source.tensors.outputs if output.name.startswith("blk."))
+    width = source.architecture.hyper.embedding_length
+    return max(1, round(vocabulary * (width + SCORED) / 2 * n_blocks / max(1, weights)))
 
 
 def _scratch(stack: ExitStack, parent: Path | None, needed: int) -> Path:

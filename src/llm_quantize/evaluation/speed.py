@@ -21,9 +21,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llm_quantize.errors import LlmQuantizeError, MalformedInputError, ResourceError
+from llm_quantize.errors import LlmQuantizeError, MalformedInputError, ResourceError, UnsupportedError
 from llm_quantize.memory import available_cpus, resident_bytes
+
+if TYPE_CHECKING:
+    from llm_quantize.runtimes.base import Runtime
 
 PROMPT_TOKENS = 256
 NEW_TOKENS = 32
@@ -59,16 +63,20 @@ class Speed:
 
 
 def measure_speed(artifact: str | Path, *, threads: int | None = None) -> Speed:
-    """Run a GGUF file (or a split one) in llama.cpp and time it; a child process does the work.
+    """Run an artifact in its usual runtime and time it: GGUF files in llama.cpp, directories in transformers; a child
+    process does the work.
 
-    ``threads`` None: every CPU this process may use. Raises MissingExtraError without xllamacpp, UsageError where
-    there is no such artifact, MalformedInputError where llama.cpp refuses it or dies of it, and ResourceError where
-    the system ends the child.
+    ``threads`` None: every CPU this process may use. Raises MissingExtraError where the runtime is not installed,
+    UsageError where there is no such artifact, MalformedInputError (llama.cpp) or UnsupportedError (others) where the
+    runtime refuses it or dies of it, and ResourceError where the system ends the child.
     """
     from llm_quantize.runtimes import artifact_at, runtime_for
 
     path = artifact_at(Path(artifact))
-    runtime_for(path).require()
+    runtime = runtime_for(path)
+    runtime.require()
+    if runtime.open_model is None:
+        return _timed_alone(runtime, path, threads or available_cpus())
     command = [sys.executable, "-m", "llm_quantize.evaluation.speed", str(path), str(threads or available_cpus())]
     parts = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, parts))}
@@ -89,6 +97,31 @@ def measure_speed(artifact: str | Path, *, threads: int | None = None) -> Speed:
             remedy="free some memory, or leave the speed out with --no-speed",
         )
     return Speed(**json.loads(child.stdout.splitlines()[-1]))
+
+
+def _timed_alone(runtime: Runtime, path: Path, threads: int) -> Speed:
+    """Timed by a runtime each of whose requests is a process of its own."""
+    from llm_quantize.runtimes.base import Request, Timing
+
+    asked = Request(timing=Timing(PROMPT_TOKENS, NEW_TOKENS, _LEAD, REPEATS), threads=threads, timeout=_TIMEOUT)
+    reply = None if runtime.timer is None else runtime.timer(path, asked)
+    if reply is None or reply.timed is None:
+        raise UnsupportedError(
+            f"the speed of models in {runtime.LABEL} is not measured", file=path, remedy="leave it out, or --no-speed"
+        )
+    timed, named = reply.timed, next(iter(reply.versions.items()), None)
+    return Speed(
+        prompt_tokens_per_second=PROMPT_TOKENS / timed["read"],
+        generation_tokens_per_second=NEW_TOKENS / timed["write"],
+        memory=int(timed["memory"]),
+        memory_empty=int(timed["memory_empty"]),
+        prompt_tokens=PROMPT_TOKENS,
+        new_tokens=NEW_TOKENS,
+        repeats=REPEATS,
+        threads=threads,
+        runtime=runtime.LABEL if named is None else f"{runtime.LABEL} {named[1]}",
+        cpu_share=timed["cpu_share"],
+    )
 
 
 def time_here(path: Path, threads: int) -> Speed:

@@ -60,15 +60,17 @@ class RuntimeStream:
 
 class Evaluation:
     """The windows (n, length) of one evaluation on their way; ``total``: how many steps that is, in windows through
-    blocks and heads."""
+    blocks; ``head``: how many of these a window through a head is."""
 
-    def __init__(self, network: Network, windows: Tokens, pool: Pool, total: int, on_event: EventSink) -> None:
+    def __init__(
+        self, network: Network, windows: Tokens, pool: Pool, total: int, on_event: EventSink, *, head: int
+    ) -> None:
         self.network, self.windows, self.pool = network, windows, pool
-        self._pass = Pass(network, torch.from_numpy(windows.astype(np.int64)), pool)
-        self._done, self._total, self._on_event = 0, total, on_event
+        self._pass = Pass(network, torch.from_numpy(windows.astype(np.int64)), pool, lambda: self._advance(1))
+        self._done, self._total, self._head, self._on_event = 0, total, head, on_event
 
-    def _advance(self, windows: int) -> None:
-        self._done += windows
+    def _advance(self, steps: int) -> None:
+        self._done += steps
         self._on_event(events.Measure(done=self._done, total=self._total))
 
     def embed(self, stream: Stream) -> None:
@@ -86,7 +88,6 @@ class Evaluation:
             if number == 0:
                 moves.append(Move(noise, noise, Finite(stream.path), _reordered))
             self._pass.through(block, moves)
-            self._advance(len(self.windows))
 
         self._pass.run(range(self.network.n_blocks), [stream.weights for stream in streams], on_block)
 
@@ -110,7 +111,7 @@ class Evaluation:
                 part = partial(_compare_part, heads, (source, *artifacts), states, other, told, targets)
                 for found in self.pool.in_order(part, range(0, len(targets), POSITIONS)):
                     _collect(found, artifacts, noise, models)
-                self._advance(1 + len(artifacts))
+                self._advance(self._head * (1 + len(artifacts)))
         give_back_memory()
 
 

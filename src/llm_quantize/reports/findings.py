@@ -17,17 +17,24 @@ from typing import Any
 from llm_quantize.errors import MalformedInputError
 from llm_quantize.evaluation.speed import Speed
 from llm_quantize.io.json_file import read_json_object
+from llm_quantize.measures import advisor
+from llm_quantize.measures.advisor import Advice, Offer
 from llm_quantize.measures.divergence import Divergence
 from llm_quantize.results import Shown, Tabled
+from llm_quantize.runtimes import RUNTIMES
 
 KIND = "llm-quantize comparison"
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 256 << 20
+
+LEAST_KLD = 1e-7
+"""What counts as no loss where no noise floor is known: float32 arithmetic shows no less on real text."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The source. ``fingerprint``: SHA-256 over names, sizes and header hashes of its weight files."""
+    """The source. ``fingerprint``: SHA-256 over its content, ``headers``: over what can be told without its weights
+    (models/identity.py)."""
 
     name: str
     source: str
@@ -38,6 +45,7 @@ class ModelFacts:
     dtype: str
     layers: int
     fingerprint: str
+    headers: str
 
 
 @dataclass(frozen=True)
@@ -53,13 +61,15 @@ class TextFacts:
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """Where speed and memory were measured. ``runtime``: name and version, or why there was none."""
+    """Where speed and memory were measured. ``runtime``: name and version, or why there was none. ``vram``: bytes that
+    its GPUs have for a model."""
 
     cpu: str
     threads: int
     memory: int
     system: str
     runtime: str
+    vram: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,9 +105,21 @@ class Reference:
     samples: tuple[Sample, ...] = ()
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a running artifact takes, in bytes: ``ram`` on the CPU alone, ``gpu`` where all of it is there; None: not
+    known. ``here``: where it runs on the machine of the comparison, "cpu", "gpu" or "split"; "": it does not fit."""
+
+    ram: int | None = None
+    gpu: int | None = None
+    here: str = "cpu"
+
+
 @dataclass(frozen=True, repr=False)
 class Variant(Shown):
-    """One artifact. ``quantize_cpu_seconds`` None: it was there already, and nobody knows what it took."""
+    """One artifact. ``quantize_cpu_seconds`` None: it was there already, and nobody knows what it took.
+    ``runs_in``: the runtime that usually runs it. ``make``: what stands behind ``llm-quantize quantize MODEL`` to make
+    it, None where it was taken as it was; ``path``: where it lies."""
 
     format: str
     level: str
@@ -110,6 +132,10 @@ class Variant(Shown):
     speed: Speed | None = None
     tensor_errors: tuple[TensorError, ...] = ()
     samples: tuple[Sample, ...] = ()
+    runs_in: str = ""
+    needs: Needs = Needs()
+    make: tuple[str, ...] | None = None
+    path: str = ""
 
     @property
     def label(self) -> str:
@@ -122,11 +148,22 @@ class Variant(Shown):
         return facts | {"kld": self.divergence.kld, "grade": self.grade}
 
 
+@dataclass(frozen=True)
+class MachineChoice:
+    """The ``file`` to take for a machine with so much ``memory`` (bytes): of the computer ("ram"), or of a GPU that
+    holds all of it ("gpu"). ``file`` None: none of those measured fits."""
+
+    kind: str
+    memory: int
+    file: str | None
+
+
 @dataclass(frozen=True, repr=False)
 class ComparisonResult(Tabled):
     """Everything a report says. ``variants`` in the order they were asked for; ``grades``: (name, largest KLD that
     still has it) from the best on, the last without a limit being infinite; ``created`` an ISO date or empty;
-    ``versions``: program to version; ``commands``: what makes these figures again."""
+    ``versions``: program to version; ``commands``: what makes these figures again; ``machines``: what to take where,
+    with ``cache`` tokens of context."""
 
     columns = (
         "level", "format", "size", "bits_per_weight", "kld", "kld_sem", "same_top", "perplexity", "grade", "memory",
@@ -143,12 +180,45 @@ class ComparisonResult(Tabled):
     commands: tuple[str, ...]
     created: str = ""
     notes: tuple[str, ...] = ()
+    machines: tuple[MachineChoice, ...] = ()
+    cache: int = 0
+
+    def offers(self) -> list[Offer]:
+        """The variants as the rule of ``measures.advisor`` sees them, on the machine of the comparison."""
+        floor = max(self.reference.noise_floor or 0.0, LEAST_KLD)
+        return [
+            Offer(
+                size=variant.size,
+                kld=math.nan if math.isnan(variant.divergence.kld) else max(variant.divergence.kld, floor),
+                fits=variant.needs.here != "",
+                split=variant.needs.here == "split",
+            )
+            for variant in self.variants
+        ]
+
+    def advice(self, runtime: str | None = None) -> Advice:
+        """What to take of the variants that ``runtime`` runs (None: the first one's that runs any), by their places.
+        ``front``: of all variants, whatever runs them."""
+        offers = self.offers()
+        runtime = self.runtimes()[0] if runtime is None and self.variants else runtime
+        own = [index for index, variant in enumerate(self.variants) if variant.runs_in == runtime]
+        found = advisor.advise([offers[index] for index in own])
+
+        def place(index: int | None) -> int | None:
+            return None if index is None else own[index]
+
+        front = advisor.advise([dataclasses.replace(one, fits=True) for one in offers]).front
+        return Advice(front, place(found.take), place(found.smaller), place(found.larger), found.reason)
+
+    def runtimes(self) -> list[str]:
+        """The runtimes that run the variants, in the order of RUNTIMES."""
+        known = [one.LABEL for one in RUNTIMES.values()]
+        found = dict.fromkeys(variant.runs_in for variant in self.variants)
+        return sorted(found, key=lambda name: known.index(name) if name in known else len(known))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``from_dict`` is its inverse."""
-        from llm_quantize.reports.pareto import advise
-
-        advice = advise(self.variants, self.reference.noise_floor)
+        advice = self.advice()
         return {
             "kind": KIND,
             "version": VERSION,
@@ -158,7 +228,9 @@ class ComparisonResult(Tabled):
             "reference": _plain(self.reference),
             "variants": [_variant_to_dict(variant) for variant in self.variants],
             "pareto_front": [self.variants[index].file for index in advice.front],
-            "recommended": None if advice.knee is None else self.variants[advice.knee].file,
+            "recommended": None if advice.take is None else self.variants[advice.take].file,
+            "machines": [dataclasses.asdict(choice) for choice in self.machines],
+            "cache": self.cache,
             "grades": [{"name": name, "max_kld": _number(limit)} for name, limit in self.grades],
             "versions": dict(self.versions),
             "commands": list(self.commands),
@@ -200,6 +272,8 @@ def from_dict(data: Mapping[str, Any], *, file: str | Path = "comparison.json") 
             commands=tuple(data["commands"]),
             created=data["created"],
             notes=tuple(data["notes"]),
+            machines=tuple(MachineChoice(**entry) for entry in data["machines"]),
+            cache=data["cache"],
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MalformedInputError(
@@ -217,7 +291,7 @@ def read_comparison(path: str | Path) -> ComparisonResult:
 
 _DIVERGENCE = tuple(field.name for field in dataclasses.fields(Divergence))
 _SPEED = tuple(field.name for field in dataclasses.fields(Speed))
-_OWN = ("format", "level", "file", "size", "bits_per_weight", "quantize_cpu_seconds", "grade")
+_OWN = ("format", "level", "file", "size", "bits_per_weight", "quantize_cpu_seconds", "grade", "runs_in", "path")
 
 
 def _variant_to_dict(variant: Variant) -> dict[str, Any]:
@@ -226,6 +300,8 @@ def _variant_to_dict(variant: Variant) -> dict[str, Any]:
         **{name: getattr(variant, name) for name in _OWN},
         **divergence_to_dict(variant.divergence),
         **speed,
+        "needs": dataclasses.asdict(variant.needs),
+        "make": None if variant.make is None else list(variant.make),
         "tensor_errors": [_plain(entry) for entry in variant.tensor_errors],
         "samples": [_plain(entry) for entry in variant.samples],
     }
@@ -238,6 +314,8 @@ def _variant_from_dict(data: Mapping[str, Any]) -> Variant:
         divergence=divergence_from_dict(data),
         speed=None if all(value is None for value in speed.values()) else Speed(**speed),
         tensor_errors=tuple(TensorError(**_with_nan(entry)) for entry in data["tensor_errors"]),
+        needs=Needs(**data["needs"]),
+        make=None if data["make"] is None else tuple(data["make"]),
         samples=_samples(data["samples"]),
     )
 

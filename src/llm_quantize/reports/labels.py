@@ -1,7 +1,7 @@
 """Every word of the reports, in English and Japanese (``words/LANGUAGE.json``).
 
 Both files have the same keys with the same placeholders, and under "grades" a name for each of
-``evaluation.grades.GRADES``; a test holds them to it.
+``measures.grades.GRADES``; a test holds them to it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ def labels(lang: str) -> dict[str, str]:
 
 
 def grade_name(name: str, lang: str) -> str:
-    """A grade of ``evaluation.grades`` in the reader's language; an unknown one as it is."""
+    """A grade of ``measures.grades`` in the reader's language; an unknown one as it is."""
     known: dict[str, str] = _words(lang)["grades"]
     return known.get(name, name)
+
+
+def note_patterns(lang: str) -> dict[str, str]:
+    """Sentences that notes are, by kind, with {places}; in the order in which they are tried."""
+    known: dict[str, str] = _words(lang)["note_patterns"]
+    return known

@@ -64,3 +64,10 @@ def rate_text(rate: float) -> str:
 def percent(share: float, places: int = 1) -> str:
     """0.874 as 87.4."""
     return f"{100 * share:.{places}f}" if math.isfinite(share) else ABSENT
+
+
+def rough_percent(share: float) -> str:
+    """0.874 as 87, and as many digits as it takes below one per cent: nothing that is there is shown as 0."""
+    if not math.isfinite(share):
+        return ABSENT
+    return f"{100 * share:.0f}" if share >= 0.00995 or share <= 0 else significant(100 * share, 1)

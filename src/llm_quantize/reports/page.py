@@ -7,7 +7,7 @@ models and files is escaped, and a content security policy in the page forbids l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,22 @@ from markupsafe import Markup
 
 from llm_quantize.evaluation.texts import BUILT_IN
 from llm_quantize.io.whole_file import write_file
+from llm_quantize.measures.advisor import Advice
 from llm_quantize.reports import heatmap, plot
-from llm_quantize.reports.findings import ComparisonResult, Sample, Variant
+from llm_quantize.reports.findings import LEAST_KLD, ComparisonResult, Sample, Variant
 from llm_quantize.reports.labels import grade_name, labels
+from llm_quantize.reports.machines import commands_of, machine_rows
+from llm_quantize.reports.notes import translated
 from llm_quantize.reports.numbers import (
     ABSENT,
     bytes_text,
     count_text,
     percent,
     rate_text,
+    rough_percent,
     significant,
     with_error,
 )
-from llm_quantize.reports.pareto import Advice, advise
 
 _MARGINS = (52.0, 14.0, 124.0, 52.0)
 _NARROW_MARGINS = (34.0, 10.0, 8.0, 44.0)
@@ -65,8 +68,8 @@ def page(result: ComparisonResult, lang: str = "en") -> str:
 def context(result: ComparisonResult, lang: str) -> dict[str, Any]:
     """What the template needs, every number as text."""
     words = labels(lang)
-    advice = advise(result.variants, result.reference.noise_floor)
-    chosen = None if advice.knee is None else result.variants[advice.knee]
+    advice = result.advice()
+    chosen = None if advice.take is None else result.variants[advice.take]
     scale = heatmap.scale_of(result.variants)
     maps = [heatmap.draw(variant, scale) for variant in result.variants] if scale else []
     return {
@@ -75,15 +78,18 @@ def context(result: ComparisonResult, lang: str) -> dict[str, Any]:
         "advice": advice,
         "chosen": chosen,
         "verdict": verdict(result, advice, words),
+        "take": [] if chosen is None else [(words[f"command_{k}"], v) for k, v in commands_of(result, chosen).items()],
+        "machines": machine_rows(result, lang),
+        "machines_lead": machines_lead(result, words),
         "tiles": _tiles(chosen, lang),
         "plots": _plots(result, advice, lang),
         "rows": [
-            _row(variant, result, lang, chosen=index == advice.knee, front=index in advice.front)
+            _row(variant, result, lang, chosen=index == advice.take, front=index in advice.front)
             for index, variant in enumerate(result.variants)
         ],
         "source_row": _source_row(result),
         "speed": next((variant.speed for variant in result.variants if variant.speed), None),
-        "speed_empty": next((bytes_text(v.speed.memory_empty) for v in result.variants if v.speed), ""),
+        "speed_empty": ", ".join(_empty(result)),
         "maps": [found for found in maps if found is not None],
         "scale": scale and (significant(scale[0], 2), significant(scale[1], 2)),
         "steps": range(heatmap.STEPS),
@@ -91,8 +97,15 @@ def context(result: ComparisonResult, lang: str) -> dict[str, Any]:
         "method": method(result, lang),
         "commands": result.commands,
         "footer": _footer(result, words),
-        "notes": result.notes,
+        "notes": [translated(note, lang) for note in result.notes],
     }
+
+
+def _empty(result: ComparisonResult) -> Iterator[str]:
+    """What the process of each runtime held before it loaded anything."""
+    found = {variant.runs_in: variant.speed.memory_empty for variant in result.variants if variant.speed}
+    for runtime, held in found.items():
+        yield f"{bytes_text(held)} ({runtime})" if len(found) > 1 else bytes_text(held)
 
 
 def _facts(result: ComparisonResult, words: Mapping[str, str]) -> str:
@@ -107,16 +120,18 @@ def _facts(result: ComparisonResult, words: Mapping[str, str]) -> str:
 
 
 def kld_text(variant: Variant) -> str:
-    """Mean KLD ± its standard error."""
+    """Mean KLD ± its standard error; 0 where it is no more than arithmetic."""
+    if variant.divergence.kld < LEAST_KLD:
+        return "0"
     value, error = with_error(variant.divergence.kld, variant.divergence.kld_sem)
     return f"{value} ± {error}" if error else value
 
 
 def verdict(result: ComparisonResult, advice: Advice, words: Mapping[str, str]) -> Markup:
     """What to take and why, in sentences that follow from the figures alone."""
-    if advice.knee is None:
-        return Markup("")
-    chosen = result.variants[advice.knee]
+    if advice.take is None:
+        return Markup(words["verdict_none"]) if result.variants else Markup("")
+    chosen = result.variants[advice.take]
     divergence = chosen.divergence
     alone = len(result.variants) == 1
     parts = [
@@ -125,16 +140,20 @@ def verdict(result: ComparisonResult, advice: Advice, words: Mapping[str, str]) 
         ),
         words["verdict_figures"].format(
             size=bytes_text(chosen.size),
-            share=percent(chosen.size / result.model.size, 0) if result.model.size else ABSENT,
+            share=rough_percent(chosen.size / result.model.size) if result.model.size else ABSENT,
             kld=kld_text(chosen),
             same=percent(divergence.same_top),
             tokens=f"{divergence.tokens:,}",
         ),
     ]
-    reasons = _neighbours(result, advice, chosen, words)
-    if reasons:
-        parts += [words[f"verdict_{advice.reason}"], words["join"].join(reasons)]
-        parts[-1] = Markup("{}{}").format(parts[-1], words["stop"])
+    if not alone:
+        parts.append(words[f"verdict_{advice.reason}"])
+    if reasons := _neighbours(result, advice, chosen, words):
+        parts.append(Markup("{}{}").format(words["join"].join(reasons), words["stop"]))
+    for runtime in result.runtimes()[1:]:
+        other = result.advice(runtime).take
+        if other is not None:
+            parts.append(words["verdict_other"].format(runtime=runtime, label=result.variants[other].label))
     return Markup(words["space"]).join(parts)
 
 
@@ -147,10 +166,19 @@ def _neighbours(result: ComparisonResult, advice: Advice, chosen: Variant, words
             continue
         other = result.variants[index]
         there = max(other.divergence.kld, floor)
-        change = abs(other.size / chosen.size - 1)
+        change = rough_percent(abs(other.size / chosen.size - 1))
         ratio = here / there if key == "verdict_larger" else there / here
-        reasons.append(words[key].format(label=other.label, percent=percent(change, 0), ratio=significant(ratio, 2)))
+        alike = "_alike" if significant(ratio, 2) == "1.0" else ""
+        reasons.append(words[key + alike].format(label=other.label, percent=change, ratio=significant(ratio, 2)))
     return reasons
+
+
+def machines_lead(result: ComparisonResult, words: Mapping[str, str]) -> list[str]:
+    """What the table of machines rests on, in sentences: how memory is counted, and the rule."""
+    found = [words["machines_lead"].format(cache=f"{result.cache:,}")]
+    if len(result.runtimes()) > 1:
+        found.append(words["machines_only"].format(runtime=result.runtimes()[0]))
+    return [words["space"].join(found), words["rule_quality"]]
 
 
 def _tiles(chosen: Variant | None, lang: str) -> list[tuple[str, str, str]]:
@@ -203,7 +231,7 @@ def _row(variant: Variant, result: ComparisonResult, lang: str, *, chosen: bool,
         "chosen": chosen,
         "front": front,
         "size": bytes_text(variant.size),
-        "share": percent(share, 0),
+        "share": rough_percent(share),
         "bpw": f"{variant.bits_per_weight:.2f}",
         "kld": (kld, kld_error),
         "same": percent(measured.same_top),
@@ -284,11 +312,12 @@ def method(result: ComparisonResult, lang: str) -> list[str]:
     ]
     if result.grades:
         paragraphs.append(words["method_grades"].format(grades=grades_text(result, lang)))
-    speed = next((variant.speed for variant in result.variants if variant.speed), None)
-    if speed is None:
-        paragraphs.append(words["method_no_speed"].format(why=machine.runtime))
+    timed = {variant.speed.runtime: variant.speed for variant in result.variants if variant.speed}
+    if not timed:
+        paragraphs.append(words["method_no_speed"].format(why=translated(machine.runtime, lang)))
     else:
-        facts = {"runtime": speed.runtime, "cpu": machine.cpu, "threads": speed.threads, "repeats": speed.repeats}
+        speed = next(iter(timed.values()))
+        facts = {"runtime": ", ".join(timed), "cpu": machine.cpu, "threads": speed.threads, "repeats": speed.repeats}
         counts = {"prompt": speed.prompt_tokens, "new": speed.new_tokens}
         paragraphs.append(words["method_speed"].format(**facts, **counts))
     return paragraphs

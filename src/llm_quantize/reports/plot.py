@@ -12,9 +12,9 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llm_quantize.reports.findings import Variant
+from llm_quantize.measures.advisor import Advice
+from llm_quantize.reports.findings import LEAST_KLD, Variant
 from llm_quantize.reports.numbers import bytes_text, significant, tick_text
-from llm_quantize.reports.pareto import LEAST_KLD, Advice
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom"""
@@ -174,7 +174,7 @@ def draw(
     )
     marks = []
     for index, (variant, (x, y), place) in enumerate(zip(variants, points, placed, strict=True)):
-        state = "chosen" if index == advice.knee else "front" if index in advice.front else "beaten"
+        state = "chosen" if index == advice.take else "front" if index in advice.front else "beaten"
         sem = variant.divergence.kld_sem
         spread = sem if math.isfinite(sem) else 0.0
         kld = variant.divergence.kld

@@ -27,13 +27,25 @@ from llm_quantize.models.opening import open_source
 
 
 @dataclass(frozen=True)
+class Timing:
+    """What is timed: ``prompt`` tokens read at once into an empty cache; ``new`` tokens written one by one behind
+    ``lead`` tokens. Each once to warm up, then ``repeats`` times."""
+
+    prompt: int
+    new: int
+    lead: int
+    repeats: int
+
+
+@dataclass(frozen=True)
 class Request:
     """What a runtime is asked. ``windows``: token ids int32 (windows, length), each scored by itself. ``prompts``:
     texts to continue by up to ``max_tokens``, greedily where ``temperature`` is 0; ``chat``: in the model's own
     template, after ``system``, a message of its own, if there is one. ``top_p``: the likeliest tokens that have this
     share of the probability are drawn from. ``context``: the most tokens of prompt and answer; None: what they need.
     ``gpu_layers``: how many are computed by a GPU. ``dtype``: of the computation, as torch calls it, or "auto".
-    ``threads`` None: as many as find an idle processor (threads.py). ``timeout``: seconds, loading included."""
+    ``threads`` None: as many as find an idle processor (threads.py). ``timing``: what is timed, before
+    all else. ``timeout``: seconds, loading included."""
 
     windows: npt.NDArray[np.int32] | None = None
     prompts: tuple[str, ...] = ()
@@ -47,6 +59,7 @@ class Request:
     gpu_layers: int = 0
     dtype: str = "auto"
     threads: int | None = None
+    timing: Timing | None = None
     timeout: float = 1800.0
 
     def messages(self, prompt: str) -> list[dict[str, str]]:
@@ -65,7 +78,8 @@ class Reply:
     """What a runtime answered. ``logprobs``: natural log-probabilities of the token after each position, float32
     (windows, length, vocabulary). ``texts`` and ``tokens``: the continuations. ``versions`` of its packages,
     ``kernels``: classes that compute the linears, ``seconds``: of load, score and generate, with
-    ``threads``."""
+    ``threads``. ``timed``: seconds to "read" and to "write" (medians), "memory" and "memory_empty" in bytes, and the
+    "cpu_share" of the threads."""
 
     logprobs: npt.NDArray[np.float32] | None
     texts: tuple[str, ...]
@@ -74,6 +88,7 @@ class Reply:
     kernels: tuple[str, ...]
     seconds: Mapping[str, float]
     threads: int = 1
+    timed: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,13 +137,18 @@ class Opener(Protocol):
     def __call__(self, path: Path, *, context: int, threads: int | None) -> OpenModel: ...
 
 
+class Timer(Protocol):
+    def __call__(self, path: Path, request: Request, /) -> Reply: ...
+
+
 class Runtime(Protocol):
     """A runtime: one module of this package.
 
     ``LABEL``: its name for people. ``OPENS``: what it runs, in a few words. ``TAKES``: the fields of a request that not
     every runtime has a use for, and this one has. ``VARIABLE``: of the environment, which
     names its interpreter; "": it runs in this one. ``open_model``: holds a model open in this
-    process; None: each request is a process of its own, so that what it refuses is said of that artifact alone.
+    process; None: each request is a process of its own, so that what it refuses is said of that artifact alone, and
+    ``timer`` answers one that has a ``timing`` (None: this runtime is not timed).
     """
 
     LABEL: str
@@ -138,6 +158,9 @@ class Runtime(Protocol):
 
     @property
     def open_model(self) -> Opener | None: ...
+
+    @property
+    def timer(self) -> Timer | None: ...
 
     def opens(self, path: Path) -> bool:
         """Whether this runtime is for what lies at ``path``. Raises what reading its configuration raises."""

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,7 @@ def spoken(
         "top_p": request.top_p,
         "dtype": request.dtype,
         "threads": threads,
+        "timing": None if request.timing is None else asdict(request.timing),
         **options,
     }
     windows = np.zeros((0, 1), np.int32) if request.windows is None else np.asarray(request.windows, np.int32)
@@ -229,6 +230,7 @@ def _read(folder: Path, runtime: Worker, directory: Path, scored: bool, threads:
         tuple(reply["kernels"]),
         reply["seconds"],
         threads,
+        reply.get("timed"),
     )
 
 

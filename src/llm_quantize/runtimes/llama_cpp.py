@@ -32,7 +32,16 @@ from llm_quantize.errors import (
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_files import first_file
 from llm_quantize.models.chat_template import render
-from llm_quantize.runtimes.base import Request, Stopwatch, Written, is_model_directory, retokenized, talk, warn_beyond
+from llm_quantize.runtimes.base import (
+    Request,
+    Stopwatch,
+    Timer,
+    Written,
+    is_model_directory,
+    retokenized,
+    talk,
+    warn_beyond,
+)
 from llm_quantize.runtimes.llama_cpp_library import Batch, ChatMessage, Library, load_library
 from llm_quantize.runtimes.threads import idle_threads
 
@@ -40,6 +49,7 @@ LABEL = "llama.cpp"
 OPENS = "GGUF files"
 TAKES = frozenset({"context", "gpu_layers"})
 VARIABLE = ""
+timer: Timer | None = None  # it is held open, and timed in evaluation/speed.py
 
 _MAX_BATCH = 512
 _NOT_ITS_OWN = (

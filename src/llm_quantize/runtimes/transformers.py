@@ -79,6 +79,11 @@ def run(directory: Path, request: Request, *, backend: str | None = None) -> Rep
     return isolated.run(TRANSFORMERS, directory, request, settings=_SETTINGS, options={"backend": backend})
 
 
+def timer(path: Path, request: Request) -> Reply:
+    """As ``run``."""
+    return run(path, request)
+
+
 def require() -> None:
     """Raises MissingExtraError where no interpreter has transformers."""
     isolated.interpreter(TRANSFORMERS)

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 import numpy as np
 from telling import Pieces, refuse_unfilled, start, versions
+from timing import resident, time_model
 
 
 def load(directory: str, dtype: str, backend: str | None) -> Any:
@@ -81,7 +82,11 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     logging.disable_progress_bar()
     torch.set_num_threads(request["threads"])
     windows = np.load(folder / "windows.npy", allow_pickle=False)
+    empty = resident()
     model = load(request["directory"], request["dtype"], request["backend"])
+    timed = None
+    if request["timing"] is not None:
+        timed = {**time_model(model, request["timing"], request["threads"]), "memory_empty": empty}
     loaded = time.monotonic()
     with torch.inference_mode():
         rows = []
@@ -98,6 +103,7 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         "tokens": [tokens for _, tokens in answers],
         "versions": versions("transformers", "torch", "gptqmodel", "optimum", "compressed-tensors", "bitsandbytes"),
         "kernels": sorted({type(m).__name__ for m in model.modules() if _is_kernel(m)}),
+        "timed": timed,
         "seconds": {"load": loaded - started, "score": scored - loaded, "generate": time.monotonic() - scored},
     }
 
