@@ -13,6 +13,7 @@ from llm_quantize import events
 from llm_quantize.cli.common import emit_json, json_option, line, mode, verbose_option
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
+from llm_quantize.reports.wording import said
 
 if TYPE_CHECKING:
     from llm_quantize.evaluation.allocation import Choice, Target
