@@ -160,6 +160,11 @@ def sealed_manifest(source: Source, target: Target) -> bytes:
         **nonfinite_counts(tensors),
         "tensors": tensors,
         **({"matrices": matrices} if matrices else {}),
+        **(
+            {"fallbacks": {text: list(names) for text, names in artifact.fallbacks.items()}}
+            if artifact.fallbacks
+            else {}
+        ),
         **({"measured": measured} if measured else {}),
         **({"card_sha256": card["sha256"]} if card else {}),
     }

@@ -34,6 +34,7 @@ from llm_quantize.artifacts.manifest import NONFINITE_FACTS
 from llm_quantize.errors import IntegrityError, NumericPolicyError
 from llm_quantize.events import EventSink
 from llm_quantize.io.output import OpenFiles, ResumableOutput, Span
+from llm_quantize.kernels.weighing import vector_for
 from llm_quantize.plan import CARD_UNIT, ArtifactPlan, TensorPlan, unit_key
 from llm_quantize.qtypes import QTYPES
 
@@ -256,7 +257,7 @@ class Rounding:
     ) -> tuple[npt.NDArray[np.uint8], int]:
         """Packed rows, and how many float16 scales overflowed in them (only under "keep"; else that is refused)."""
         qtype = QTYPES[tensor.qtype]
-        packed = kernels.quantize(tensor.qtype, rows, importance if qtype.uses_importance else None)
+        packed = kernels.quantize(tensor.qtype, rows, vector_for(tensor.qtype, importance))
         bad = qtype.infinite_blocks(packed)
         if not bad.size:
             return packed, 0

@@ -44,6 +44,10 @@ class Foreseen:
     file: str = CALIBRATED_NAME.format("0" * 16)
     sha256: str = ""
 
+    def silence(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Not known yet."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Text:
@@ -64,6 +68,10 @@ class Text:
     def chunks(self) -> int:
         """Windows."""
         return self.windows.samples
+
+    def silence(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The method tells what became of each matrix."""
+        return {}
 
 
 Chosen = Imatrix | Foreseen | Text
@@ -193,17 +201,19 @@ def from_statistics(path: Path, source: Source) -> Imatrix:
     Raises IntegrityError for statistics of another model (a source opened for its headers cannot tell), and what
     reading raises.
     """
-    from llm_quantize.calibration.imatrix import importance
+    from llm_quantize.calibration.imatrix import tensor_statistics
     from llm_quantize.models.identity import model_digest
 
     with read_statistics(path) as statistics:
         if not source.checkpoint.headers_only:
             refuse_other_model(statistics, model_digest(source.checkpoint))
-        values = importance(statistics, source.tensors.outputs)
+        known = tensor_statistics(statistics, source.tensors.outputs)
         text = statistics.identity.text
+    values = {name: found.importance for name, found in known.items()}
+    unreached = {name: found.unreached for name, found in known.items() if found.unreached}
     digest = _digest(values)
     name = Path(CALIBRATED_NAME.format(digest[:16]))
-    return Imatrix(name, values, tuple(text["datasets"]), int(text["windows"]), digest)
+    return Imatrix(name, values, tuple(text["datasets"]), int(text["windows"]), digest, unreached)
 
 
 def _digest(values: Mapping[str, npt.NDArray[np.float32]]) -> str:
