@@ -154,7 +154,7 @@ def _hessians(source: Source, format: str, options: Options) -> Imatrix:
                 found=", ".join(statistics.kinds),
                 remedy="collect them: llm-quantize analyze importance --collect imatrix,hessian",
             )
-    return from_statistics(statistics.path, source)
+    return from_statistics(statistics.path, source, whole=True)
 
 
 def _refuse_idle(options: Options, why: str) -> None:
@@ -194,10 +194,11 @@ def need_torch(feature: str, *packages: str) -> None:
         raise MissingExtraError(feature, "torch")
 
 
-def from_statistics(path: Path, source: Source) -> Imatrix:
+def from_statistics(path: Path, source: Source, *, whole: bool = False) -> Imatrix:
     """The importance matrix in a file of statistics: the values that llama.cpp would read from our imatrix of them.
 
-    Its name and hash follow from the values alone, so that the artifact does not depend on where the file lies.
+    Its name and hash follow from the values alone, so that the artifact does not depend on where the file lies;
+    ``whole``: from all values in the file, Hessians too.
     Raises IntegrityError for statistics of another model (a source opened for its headers cannot tell), and what
     reading raises.
     """
@@ -208,10 +209,10 @@ def from_statistics(path: Path, source: Source) -> Imatrix:
         if not source.checkpoint.headers_only:
             refuse_other_model(statistics, model_digest(source.checkpoint))
         known = tensor_statistics(statistics, source.tensors.outputs)
-        text = statistics.identity.text
+        text, content = statistics.identity.text, statistics.content_sha256
     values = {name: found.importance for name, found in known.items()}
     unreached = {name: found.unreached for name, found in known.items() if found.unreached}
-    digest = _digest(values)
+    digest = content if whole else _digest(values)
     name = Path(CALIBRATED_NAME.format(digest[:16]))
     return Imatrix(name, values, tuple(text["datasets"]), int(text["windows"]), digest, unreached)
 
