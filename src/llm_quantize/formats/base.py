@@ -196,6 +196,9 @@ class Store(Protocol):
         """``grid_type`` for rows [start, stop) of ``matrix``, where what its rows share is settled first. ``read``:
         float32 rows of it."""
 
+    def largest(self, qtype: str) -> float:
+        """The largest magnitude that ``qtype`` holds."""
+
     def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> Any:
         """Some rows of ``matrix``, in whatever form ``join`` takes."""
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 NAME = "gguf"
 FLOAT_LEVELS = ("F32", "F16", "BF16")
-_TOO_LARGE = "keep this tensor in BF16, from the start: --tensor-type '^TENSOR$=bf16' --overwrite"
+TOO_LARGE_FLOAT = "use BF16 or F32, which hold larger magnitudes: -q BF16"
+TOO_LARGE = "keep this tensor in BF16, from the start: --tensor-type '^TENSOR$=bf16' --overwrite"
 
 
 class Gguf:
@@ -138,7 +139,14 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
         ],
     )
     matrices = tuple(_matrices(plan)) if options.method.method_of(NAME).reads_text else ()
-    return replace(plan, matrices=matrices, fallbacks=fallbacks, source_scratch=source.checkpoint.scratch)
+    too_large = TOO_LARGE_FLOAT if name in FLOAT_LEVELS else TOO_LARGE
+    return replace(
+        plan,
+        matrices=matrices,
+        fallbacks=fallbacks,
+        too_large=too_large,
+        source_scratch=source.checkpoint.scratch,
+    )
 
 
 def _metadata(
@@ -316,5 +324,4 @@ def plan_artifact(
         warnings=tuple(warnings),
         source_itemsize=source_itemsize,
         alike=True,
-        too_large=_TOO_LARGE,
     )
