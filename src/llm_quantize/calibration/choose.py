@@ -27,6 +27,7 @@ from llm_quantize.models.opening import Source
 from llm_quantize.options import CalibrationOptions, Options
 from llm_quantize.streams.sizes import block_matrices
 
+LEAST_MEASURED = 3  # tokens of a window: one to begin with, one in the half that is read, one that is predicted
 CALIBRATED_NAME = "calibration-{}.safetensors"
 
 TOKENS_PER_COLUMN = 16
@@ -98,6 +99,7 @@ def foresee(source: Source, format: str, levels: Sequence[str], options: Options
                 remedy="leave it out, or round to nearest: --method rtn --transform none",
             )
         _refuse_idle(options, f"--method {method.name} runs the text through the model itself")
+        _refuse_short(source, options)
     elif not form.weighs:
         _refuse_idle(options, f"{format} with --method {method.name} needs no text")
         return None
@@ -130,6 +132,17 @@ def rows_of(source: Source, importance: Chosen | None) -> dict[str, npt.NDArray[
         return {}
     found = {output.name: importance.rows(output.name, output.shape) for output in source.tensors.outputs}
     return {name: rows for name, rows in found.items() if rows is not None}
+
+
+def _refuse_short(source: Source, options: Options) -> None:
+    """Raise UsageError for windows of which nothing could be measured: the second half of each is predicted."""
+    if min(options.calibration.length, source.architecture.hyper.context_length) < LEAST_MEASURED:
+        raise UsageError(
+            "windows as short as this leave nothing to measure the result on",
+            expected=f"--sequence-length of {LEAST_MEASURED} or more",
+            found=options.calibration.length,
+            remedy="give a larger --sequence-length; a few hundred tokens are usual",
+        )
 
 
 def _matrices(source: Source) -> frozenset[str]:
