@@ -9,6 +9,7 @@ vocabulary of a GGUF file is llama.cpp's own form, and goes through it.
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -187,6 +188,7 @@ class _TokenizerJson:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer
 
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads are none of those that the user allowed
         try:
             self._tokenizer = Tokenizer.from_str(read_limited(path, LIMIT_BYTES).decode("utf-8"))
         except Exception as error:  # tokenizers raises Exception itself; anything narrower is not its refusal

@@ -55,8 +55,9 @@ def source_changed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str |
     Small files (configuration, tokenizer) show in the layout only, and in what the text became by them.
     """
     differing = [key for key in dict.fromkeys([*wanted, *sorted(found)]) if found.get(key) != wanted.get(key)]
-    if differing and differing[0].startswith("source"):
-        return differing[0]
+    told = [key for key in differing if key.startswith("source")]
+    if told:
+        return told[0]
     return "layout_sha256" if "layout_sha256" in differing and set(differing) <= _BY_FILES else None
 
 
