@@ -317,7 +317,7 @@ def test_an_overflowing_scale_is_named(demo_model: Path, tmp_path: Path) -> None
     model = broken_copy(demo_model, tmp_path, 1e30)
     with pytest.raises(NumericPolicyError, match="float16 scale overflows") as caught:
         pipeline.quantize(str(model), levels=["Q4_K_M"], output_dir=tmp_path / "out")
-    assert "row 5" in str(caught.value)
+    assert "1e+30 at row 5, column 7" in str(caught.value)
     options = Options(overrides=Overrides(tensor_types=(("blk.2.ffn_up", "bf16"),)))
     (result,) = pipeline.quantize(str(model), levels=["Q4_K_M"], output_dir=tmp_path / "bf16", options=options)
     assert result.status == "written"

@@ -227,7 +227,12 @@ def foreseen(sizes: Sizes, *, threads: int | None, max_ram: int | None) -> int:
     try:
         return fit(sizes, threads=threads, max_ram=max_ram).peak
     except ResourceError:
-        return peak(sizes, 1, hidden=False, inputs=False)
+        return least(sizes)
+
+
+def least(sizes: Sizes, *, before: int | None = None) -> int:
+    """The peak with one thread and everything else in files: what a refusal asks for."""
+    return peak(sizes, 1, hidden=False, inputs=False, before=before)
 
 
 def _addressed(sizes: Sizes, threads: int, *, hidden: bool, inputs: bool) -> int:
@@ -240,7 +245,7 @@ def _addressed(sizes: Sizes, threads: int, *, hidden: bool, inputs: bool) -> int
 def _refusal(sizes: Sizes, limit: int | None, address: int | None, before: int | None) -> ResourceError:
     """The error that says what one thread needs, of the limit that it breaks."""
     what, remedy = sizes.refusal
-    needed = peak(sizes, 1, hidden=False, inputs=False, before=before)
+    needed = least(sizes, before=before)
     if limit is None or needed <= limit:
         needed, limit = _addressed(sizes, 1, hidden=False, inputs=False), address
         remedy = "raise the limit of address space (ulimit -v)"

@@ -272,6 +272,6 @@ def _write_all(
     results = {}
     for target, (artifact, path) in zip(targets, todo, strict=True):
         counts = nonfinite_counts(unit_records(target))
-        told, measured = fallbacks(matrix_records(target)), target.output.notes.get("measured")
+        told, measured = fallbacks(artifact.fallbacks, matrix_records(target)), target.output.notes.get("measured")
         results[path] = ArtifactResult(artifact, path, "written", target.seconds, resumed[path], counts, told, measured)
     return results

@@ -80,7 +80,8 @@ class ArtifactPlan(Tabled):
     ``held``: further tensors that such a run writes, as a transform changes them (indices). ``phases``: what is
     held beside the rounding of single tensors, before it or after. ``alike``: all levels of this format list the same
     tensors in the same order, so that one read serves several. ``too_large``: what a user can do about a tensor (TENSOR
-    in the text) whose weights overflow its type. ``source_itemsize``: the most bytes of a weight as it is read;
+    in the text) whose weights overflow its type. ``fallbacks``: {what cannot be done as asked: the tensors}, as far as
+    that is known before the work. ``source_itemsize``: the most bytes of a weight as it is read;
     ``source_scratch``: see ``Model.scratch``.
     """
 
@@ -102,6 +103,7 @@ class ArtifactPlan(Tabled):
     phases: tuple[Sizes, ...] = ()
     card: CardPlan | None = None
     too_large: str = "use another level"
+    fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -169,6 +171,7 @@ class ArtifactPlan(Tabled):
             "files": [{"name": file.name, "size": file.size} for file in self.files],
             "types": self.type_counts(),
             "warnings": list(self.warnings),
+            **({"fallbacks": {text: list(names) for text, names in self.fallbacks.items()}} if self.fallbacks else {}),
             "tensors": self.rows(),
         }
 

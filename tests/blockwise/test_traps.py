@@ -305,8 +305,9 @@ def test_an_activation_that_is_not_finite_names_its_place_and_keeps_finished_blo
     model = make_tiny("llama", tmp_path / "model", dtype="float32")
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.1.mlp.up_proj.weight"] *= 1e20
-        tensors["model.layers.1.mlp.gate_proj.weight"] *= 1e20
+        tensors["model.layers.1.mlp.up_proj.weight"] *= 1e5
+        tensors["model.layers.1.mlp.gate_proj.weight"] *= 1e5
+        tensors["model.layers.1.post_attention_layernorm.weight"] *= 1e16
 
     change(model, edit)
     with pytest.raises(NumericPolicyError) as caught:
@@ -330,12 +331,11 @@ def test_failed_runs_leave_the_same_bytes_when_they_go_on(text: Path, tmp_path: 
 # scales that float16 cannot hold
 
 
-@pytest.mark.parametrize("factor", [1e30, 1e-12])
-def test_weights_beyond_the_scales_are_told(factor: float, text: Path, tmp_path: Path) -> None:
+def test_weights_below_the_scales_are_told(text: Path, tmp_path: Path) -> None:
     model = make_tiny("llama", tmp_path / "model", dtype="float32")
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.1.mlp.down_proj.weight"] *= factor
+        tensors["model.layers.1.mlp.down_proj.weight"] *= 1e-12
         tensors["model.layers.0.mlp.up_proj.weight"][3] = 0
 
     change(model, edit)

@@ -49,7 +49,7 @@ def stream(source: Source, windows: torch.Tensor, path: Path) -> StatisticsFile:
     states = list(network.embed(weights, windows))
     taps = [network.taps(index) for index in range(network.n_blocks)]
     layout = layout_statistics(StatisticsIdentity({"sha256": "m"}, TEXT), [*taps, [network.head_tap()]], KINDS)
-    data = [layout.header]
+    data, digests = [layout.header], list[bytes]()
     for index in range(network.n_blocks):
         sums = BlockSums(taps[index], KINDS)
         with network.block(index, weights) as block, ThreadPoolExecutor(2) as pool:
@@ -59,13 +59,15 @@ def stream(source: Source, windows: torch.Tensor, path: Path) -> StatisticsFile:
                     return block(states[number])
 
             states = list(pool.map(run, range(len(states))))
-        data += [piece.tobytes() for _, piece in layout.block_pieces(index, sums.arrays())]
+        data += [piece.tobytes() for _, piece in layout.block_pieces(index, sums.arrays().__getitem__, digests)]
     sums = BlockSums([network.head_tap()], KINDS)
     with network.head(weights) as head:
         for number, state in enumerate(states):
             with sums.window(number) as sink, head.observe(sink):
                 head(state)
-    data += [piece.tobytes() for _, piece in layout.block_pieces(network.n_blocks, sums.arrays())]
+    arrays = sums.arrays().__getitem__
+    data += [piece.tobytes() for _, piece in layout.block_pieces(network.n_blocks, arrays, digests)]
+    data.append(layout.content_bytes(digests))
     assert write_file(path, data) == layout.size
     return read_statistics(path)
 

@@ -34,6 +34,9 @@ class Letters:
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
     def encode_chat(self, messages: list[Message]) -> list[int]:
         if not self.has_template or any(message["role"] == "tool" for message in messages):
             raise UnsupportedError("refused", found="no such role")

@@ -132,7 +132,7 @@ def statistics_of(source: Source, path: Path, *, seed: int = 5) -> StatisticsFil
         arrays[f"{tap.name}.counts"] = counts
         spread = random.lognormal(0.0, 2.0, (tap.matrices, tap.columns))
         arrays[f"{tap.name}.sum_squares"] = spread * counts[:, None]
-    write_file(path, [layout.header, *(piece.data for _, piece in layout.block_pieces(0, arrays))])
+    write_file(path, layout.whole(arrays.__getitem__))
     return read_statistics(path)
 
 
@@ -187,7 +187,7 @@ def test_sums_beyond_float32_are_refused(tmp_path: Path) -> None:
     tap = StoredTap("t", 0, 2, 1, {"w": None})
     layout = layout_statistics(StatisticsIdentity({"sha256": "m"}, TEXT), [[tap]], ("imatrix",))
     arrays = {"t.counts": np.ones(1, np.int64), "t.sum_squares": np.array([[1.0, 1e39]])}
-    write_file(tmp_path / "s", [layout.header, *(piece.data for _, piece in layout.block_pieces(0, arrays))])
+    write_file(tmp_path / "s", layout.whole(arrays.__getitem__))
     source = open_source(str(make_tiny("llama", tmp_path / "model")))
     output = next(o for o in source.tensors.outputs if o.name == "blk.0.attn_q.weight")
     with source.checkpoint, read_statistics(tmp_path / "s") as found:

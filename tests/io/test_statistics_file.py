@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -23,6 +24,7 @@ from llm_quantize.errors import (
     UnsupportedError,
     UsageError,
 )
+from llm_quantize.io.safetensors_file import read_header
 from llm_quantize.io.statistics_file import (
     KINDS,
     StatisticsIdentity,
@@ -34,6 +36,7 @@ from llm_quantize.io.statistics_file import (
     read_statistics,
     refuse_other_model,
 )
+from llm_quantize.io.statistics_layout import CONTENT
 from llm_quantize.io.whole_file import write_file
 
 # Odd columns, so that the four-byte arrays end off the eight-byte grid; a block without taps between two with.
@@ -66,14 +69,8 @@ def write(path: Path, *, seed: int = 1, kinds: tuple[str, ...] = KINDS, **text: 
     layout = layout_statistics(identity(**text), BLOCKS, kinds)
     arrays = values_of(layout, seed)
     with path.open("wb") as file:
-        file.write(layout.header)
-        for block, (offset, nbytes) in enumerate(layout.spans):
-            written = 0
-            for position, piece in layout.block_pieces(block, arrays):
-                file.seek(offset + position)
-                file.write(piece.data)
-                written += piece.nbytes
-            assert written == nbytes
+        for piece in layout.whole(arrays.__getitem__):
+            file.write(piece)
     assert path.stat().st_size == layout.size
     return arrays
 
@@ -107,7 +104,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_the_containers_owner_reads_it(tmp_path: Path) -> None:
     arrays = write(tmp_path / "s.safetensors")
     theirs = load_file(tmp_path / "s.safetensors")
-    assert theirs.keys() == arrays.keys()
+    assert theirs.keys() == arrays.keys() | {CONTENT}
     for name, values in arrays.items():
         np.testing.assert_array_equal(theirs[name], values.astype(theirs[name].dtype))
 
@@ -120,7 +117,7 @@ def test_blocks_are_contiguous_and_cover_the_file() -> None:
     for offset, nbytes in layout.spans:
         assert offset == at
         at += nbytes
-    assert at == layout.size
+    assert (layout.content.offset, layout.size) == (at, at + layout.content.nbytes)
     assert layout == layout_statistics(identity(), BLOCKS, ("absmax", "imatrix", "imatrix"))
 
 
@@ -128,7 +125,10 @@ def test_large_arrays_are_written_in_pieces_without_copies() -> None:
     tap = StoredTap("wide", 0, 2048, 1, {"w": None})
     layout = layout_statistics(identity(), [[tap]], ("hessian",))
     hessian = np.ones((1, 2048, 2048), np.float32)
-    pieces = list(layout.block_pieces(0, {"wide.counts": np.ones(1, np.int64), "wide.hessian": hessian}))
+    arrays = {"wide.counts": np.ones(1, np.int64), "wide.hessian": hessian}
+    digests: list[bytes] = []
+    pieces = list(layout.block_pieces(0, arrays.__getitem__, digests))
+    assert digests == [hashlib.sha256(values).digest() for values in arrays.values()]
     assert len(pieces) == 3
     assert max(piece.nbytes for _, piece in pieces) <= 8 << 20
     assert all(np.shares_memory(piece, hessian) for _, piece in pieces[1:])
@@ -138,7 +138,9 @@ def test_a_wrong_shape_is_a_bug_of_the_caller() -> None:
     layout = layout_statistics(identity(), BLOCKS, ("imatrix",))
     arrays = values_of(layout, 1) | {"l2.down.counts": np.ones(2, np.int64)}
     with pytest.raises(ValueError, match=r"l2\.down\.counts"):
-        list(layout.block_pieces(2, arrays))
+        list(layout.block_pieces(2, arrays.__getitem__, []))
+    with pytest.raises(ValueError, match="0 hashes of 10"):
+        layout.content_bytes([])
     twice = [[StoredTap("a", 0, 2, 1, {"w": None}), StoredTap("b", 0, 2, 1, {"w": None})]]
     with pytest.raises(ValueError, match="w stands in two places"):
         layout_statistics(identity(), twice, ("imatrix",))
@@ -165,6 +167,21 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
 
 
+def reseal(path: Path) -> None:
+    """The hashes of what stands in the file now, as if it had been written so."""
+    header = read_header(path)
+    digests = [hashlib.sha256(path.read_bytes()[: header.header_bytes]).digest()]
+    data = bytearray(path.read_bytes())
+    for name, info in header.tensors.items():
+        if name != CONTENT:
+            each = info.nbytes // info.shape[0]
+            parts = [data[info.offset + i * each :][:each] for i in range(info.shape[0])]
+            digests += [hashlib.sha256(part).digest() for part in parts]
+    at = header.tensors[CONTENT].offset
+    data[at:] = b"".join(digests)
+    path.write_bytes(data)
+
+
 def edit_taps(path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
     def apply(fields: dict[str, Any]) -> None:
         taps = json.loads(fields["__metadata__"]["taps"])
@@ -188,6 +205,10 @@ def put(key: str, value: object) -> Callable[[dict[str, Any]], None]:
         (put("taps", "{}"), "not a number and a list"),
         (put("blocks", -1), "not a number and a list"),
         (put("blocks", True), "not a number and a list"),
+        (put("blocks", 0), "not a number and a list"),
+        (put("taps", []), "not a number and a list"),
+        (lambda fields: fields.update({"other": fields.pop(CONTENT)}), "do not belong together"),
+        (lambda fields: fields.update({"other": fields.pop("l0.q.counts")}), "do not belong together"),
         (put("model", {"name": "x"}), "model has no sha256"),
         (put("text", []), "text has no sha256"),
         (put("text", {"sha256": "t", "datasets": [3]}), "datasets"),
@@ -230,7 +251,7 @@ def test_damaged_taps_are_refused(path: Path, change: Callable[[list[dict[str, A
 
 
 def test_a_later_version_is_refused(path: Path) -> None:
-    edit(path, put("format_version", "2"))
+    edit(path, put("format_version", "3"))
     with pytest.raises(UnsupportedError, match="another version"):
         read_statistics(path)
 
@@ -256,6 +277,10 @@ def test_impossible_values_are_refused_with_their_place(path: Path, suffix: str,
     with path.open("r+b") as file:
         file.seek(at)
         file.write(struct.pack(dtype, value))
+    with read_statistics(path) as found, pytest.raises(IntegrityError, match="changed") as changed:
+        found.array("l0.experts", suffix)
+    assert changed.value.tensor == f"l0.experts.{suffix}"
+    reseal(path)
     with read_statistics(path) as found:
         if value == -1 and suffix in ("sums", "hessian"):
             found.array("l0.experts", suffix)
@@ -323,6 +348,7 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
     write(tmp_path / "kinds", text="two", kinds=("imatrix",))
     write(tmp_path / "model", text="three")
     edit(tmp_path / "model", put("model", {"sha256": "b" * 64}))
+    reseal(tmp_path / "model")
     with pytest.raises(UsageError, match="two files"):
         merge_statistics([tmp_path / "one"], tmp_path / "out")
     with pytest.raises(UsageError, match="count twice"):
@@ -334,22 +360,74 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def read_all(path: Path) -> None:
+    with read_statistics(path) as found:
+        for tap in found.taps:
+            for suffix in ("counts", "sum_squares", "sums", "absmax", "hessian"):
+                found.array(tap, suffix)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_any_flipped_byte_is_refused_or_read(path: Path, data: st.DataObject) -> None:
-    """Whatever is changed, reading ends in values or in one of our errors."""
+def test_any_flipped_byte_is_refused(path: Path, data: st.DataObject) -> None:
+    """Whatever is changed, in header, values or hashes, reading everything ends in one of our errors."""
     whole = bytearray(path.read_bytes())
     at = data.draw(st.integers(0, len(whole) - 1))
     whole[at] ^= data.draw(st.integers(1, 255))
     other = path.with_name("flipped")
     other.write_bytes(whole)
-    try:
-        with read_statistics(other) as found:
-            for tap in found.taps:
-                for suffix in ("counts", "sum_squares", "sums", "absmax", "hessian"):
-                    found.array(tap, suffix)
-    except LlmQuantizeError:
-        pass
+    with pytest.raises(LlmQuantizeError):
+        read_all(other)
+
+
+def test_a_flipped_bit_of_a_hessian_is_named(path: Path) -> None:
+    header = read_header(path)
+    info = header.tensors["l0.experts.hessian"]
+    data = bytearray(path.read_bytes())
+    data[info.offset + 100 + 7] ^= 1  # of the second of three matrices of 100 bytes
+    path.write_bytes(data)
+    with read_statistics(path) as found:
+        found.hessian("l0.experts", 0)
+        found.hessian("l0.experts", 2)
+        with pytest.raises(IntegrityError, match="changed") as refused:
+            found.hessian("l0.experts", 1)
+    assert (refused.value.tensor, refused.value.offset) == ("l0.experts.hessian", info.offset + 100)
+    assert refused.value.exit_code == 8
+
+
+def test_the_hash_of_the_content_is_of_all_values_and_of_nothing_else(tmp_path: Path) -> None:
+    def content(name: str, **more: Any) -> str:
+        write(tmp_path / name, **more)
+        with read_statistics(tmp_path / name) as found:
+            return found.content_sha256
+
+    first = content("one")
+    assert content("two", text="another name of the text") == first
+    assert content("three", seed=2) != first
+    data = bytearray((tmp_path / "one").read_bytes())
+    data[read_header(tmp_path / "one").tensors["l2.down.hessian"].offset + 4] ^= 1  # not on the diagonal
+    (tmp_path / "one").write_bytes(data)
+    reseal(tmp_path / "one")
+    with read_statistics(tmp_path / "one") as found:
+        assert found.content_sha256 != first
+
+
+def test_a_dense_input_that_saw_no_token_is_refused(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    info = read_header(path).tensors["l0.q.counts"]
+    data[info.offset : info.offset + 8] = bytes(8)
+    path.write_bytes(data)
+    reseal(path)
+    with read_statistics(path) as found, pytest.raises(MalformedInputError, match="no token") as refused:
+        found.counts("l0.q")
+    assert (refused.value.tensor, refused.value.exit_code) == ("l0.q.counts", 3)
+
+
+def test_statistics_of_version_1_are_refused_saying_why(path: Path) -> None:
+    edit(path, put("format_version", "1"))
+    with pytest.raises(UnsupportedError, match="version 1 had no hashes") as refused:
+        read_statistics(path)
+    assert "analyze importance" in str(refused.value)
 
 
 def test_a_whole_file_or_none(tmp_path: Path) -> None:

@@ -64,9 +64,9 @@ def nonfinite_counts(tensors: Iterable[Mapping[str, Any]]) -> dict[str, dict[str
     return counts
 
 
-def fallbacks(matrices: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """{what could not be done as asked: the matrices}, from a manifest's "matrices"."""
-    found: dict[str, list[str]] = {}
+def fallbacks(planned: Mapping[str, Iterable[str]], matrices: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """{what could not be done as asked: the tensors or matrices}, from a manifest's "fallbacks" and "matrices"."""
+    found = {text: [str(name) for name in names] for text, names in planned.items()}
     for entry in matrices:
         told = entry.get("fallbacks", {})
         for text in sorted(told) if isinstance(told, dict) else ():
@@ -79,6 +79,8 @@ def _is_manifest(value: Mapping[str, Any]) -> bool:
         isinstance(value.get("identity"), dict)
         and _all(value.get("files"), lambda entry: _has(entry, name=str, size=int))
         and _all(value.get("tensors"), _is_tensor)
+        and isinstance(value.get("fallbacks", {}), dict)
+        and all(isinstance(names, list) for names in value.get("fallbacks", {}).values())
         and _all(value.get("matrices", []), lambda entry: _has(entry, name=str, type=str, fields=list))
     )
 

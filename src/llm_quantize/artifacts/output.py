@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from llm_quantize.errors import IntegrityError, MalformedInputError, UsageError
 from llm_quantize.events import EventSink
 from llm_quantize.formats.card import fill_card
 from llm_quantize.io.artifact_paths import discard_partial, journal_path, manifest_path, partial_path
+from llm_quantize.io.journal import source_changed
 from llm_quantize.io.output import ResumableOutput
 from llm_quantize.models.base import Model
 from llm_quantize.models.opening import Source
@@ -101,17 +103,25 @@ def already_complete(source: Source, artifact: ArtifactPlan, path: Path, options
     manifest = manifest_path(path)
     files = [path / file.name for file in artifact.files] if path.is_dir() else [path]
     sizes = [file.stat().st_size if file.is_file() else -1 for file in files]
-    if manifest.is_file() and sizes == [file.size for file in artifact.files]:
-        try:
-            known = read_manifest(manifest) or {}
-        except (MalformedInputError, IntegrityError):
-            known = {}
-        if known.get("plan_sha256") == artifact.digest:
-            made = manifest.stat().st_mtime_ns
-            if any(max(times[1], times[2]) >= made for times in source_times(source.checkpoint)):
-                refuse_other_source(source.checkpoint, artifact, known, on_event)
-            discard_partial(path, _journal_path(path, options))
-            return True
+    known: Mapping[str, Any] = {}
+    with suppress(MalformedInputError, IntegrityError):  # a damaged manifest vouches for nothing
+        known = read_manifest(manifest) or {}
+    if sizes == [file.size for file in artifact.files] and known.get("plan_sha256") == artifact.digest:
+        made = manifest.stat().st_mtime_ns
+        if any(max(times[1], times[2]) >= made for times in source_times(source.checkpoint)):
+            refuse_other_source(source.checkpoint, artifact, known, on_event)
+        discard_partial(path, _journal_path(path, options))
+        return True
+    before, now = known.get("identity", {}), artifact.identity
+    key = source_changed(before, now) if before.get("source") == now.get("source") else None
+    if key is not None:
+        raise IntegrityError(
+            "the source changed since the artifact was made: its weights, its configuration or its tokenizer",
+            file=path,
+            expected=f"{key} = {before.get(key)} (the artifact)",
+            found=f"{key} = {now.get(key)} (this run)",
+            remedy="restore the source, choose another directory with -o, or replace it with --overwrite",
+        )
     raise UsageError(
         "the output exists and was not made by this command from this source",
         file=path,
@@ -160,6 +170,11 @@ def sealed_manifest(source: Source, target: Target) -> bytes:
         **nonfinite_counts(tensors),
         "tensors": tensors,
         **({"matrices": matrices} if matrices else {}),
+        **(
+            {"fallbacks": {text: list(names) for text, names in artifact.fallbacks.items()}}
+            if artifact.fallbacks
+            else {}
+        ),
         **({"measured": measured} if measured else {}),
         **({"card_sha256": card["sha256"]} if card else {}),
     }

@@ -78,8 +78,11 @@ def fit(
     sizes = rounding_sizes(artifacts)
     if engine in ISOLATED:  # a worker opens the model for itself, and takes what this process has taken for that
         sizes = replace(sizes, each=sizes.each + memory.before_libraries())
-    rounding = memory.fit(sizes, threads=threads, max_ram=max_ram, before=before)
     phases = dict.fromkeys(phase for artifact in artifacts for phase in artifact.phases)
+    # The most demanding first: what a refusal asks for is then enough for the whole run.
+    for phase in sorted((sizes, *phases), key=lambda one: memory.least(one, before=before), reverse=True):
+        memory.fit(phase, threads=1, max_ram=max_ram, before=before)
+    rounding = memory.fit(sizes, threads=threads, max_ram=max_ram, before=before)
     heights = [memory.fit(phase, threads=rounding.threads, max_ram=max_ram, before=before).peak for phase in phases]
     return rounding.threads, max(rounding.peak, *heights, 0)
 

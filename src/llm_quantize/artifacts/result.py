@@ -26,8 +26,8 @@ class ArtifactResult(Shown):
 
     ``seconds``: CPU time of this run's units (read, hash, quantize, write), work that several artifacts share divided
     equally among them. ``nonfinite``: {fact: {tensor: count}} as in the manifest, for NaN and infinite weights.
-    ``fallbacks``: {what a method could not do as asked: the matrices}. ``measured``: what a calibrated run lost on text
-    that it was not calibrated on, None where it was not measured. The fields are what fits a table.
+    ``fallbacks``: {what could not be done as asked: the tensors or matrices}. ``measured``: what a calibrated run lost
+    on text that it was not calibrated on, None where it was not measured. The fields are what fits a table.
     """
 
     artifact: InitVar[ArtifactPlan]
@@ -88,8 +88,8 @@ class ArtifactResult(Shown):
         return dict(sorted(counts.items()))
 
     def degradations(self) -> list[str]:
-        """What the user should know, as sentences: tensors, counts and what became of values; then what a method could
-        not do as asked, each with the first of its matrices."""
+        """What the user should know, as sentences: tensors, counts and what became of values; then what could not be
+        done as asked, each with the first of its tensors or matrices."""
         types = {tensor.name: tensor.qtype for tensor in self.plan.tensors}
         values = [
             f"{name}: " + text.format(count=count, type=types[name])
@@ -105,5 +105,6 @@ class ArtifactResult(Shown):
 def complete_result(artifact: ArtifactPlan, path: Path) -> ArtifactResult:
     """The result of an artifact that an earlier run finished: as degraded as its manifest says."""
     manifest = read_manifest(manifest_path(path)) or {}
-    counts, told = nonfinite_counts(manifest.get("tensors", [])), fallbacks(manifest.get("matrices", []))
+    counts = nonfinite_counts(manifest.get("tensors", []))
+    told = fallbacks(manifest.get("fallbacks", {}), manifest.get("matrices", []))
     return ArtifactResult(artifact, path, "already complete", 0.0, 0, counts, told, manifest.get("measured"))

@@ -34,8 +34,10 @@ from llm_quantize.artifacts.manifest import NONFINITE_FACTS
 from llm_quantize.errors import IntegrityError, NumericPolicyError
 from llm_quantize.events import EventSink
 from llm_quantize.io.output import OpenFiles, ResumableOutput, Span
+from llm_quantize.kernels.weighing import vector_for
 from llm_quantize.plan import CARD_UNIT, ArtifactPlan, TensorPlan, unit_key
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.qtypes.range import DIVIDED, first_beyond, refusal
 
 Importance = Mapping[str, npt.NDArray[np.float32]]
 
@@ -254,24 +256,28 @@ class Rounding:
     def _quantize(
         self, number: int, tensor: TensorPlan, rows: Rows, importance: npt.NDArray[np.float32] | None, start: int
     ) -> tuple[npt.NDArray[np.uint8], int]:
-        """Packed rows, and how many float16 scales overflowed in them (only under "keep"; else that is refused)."""
+        """Packed rows, and how many blocks hold weights that are too large for the type (only under "keep"; else that
+        is refused)."""
         qtype = QTYPES[tensor.qtype]
-        packed = kernels.quantize(tensor.qtype, rows, importance if qtype.uses_importance else None)
-        bad = qtype.infinite_blocks(packed)
-        if not bad.size:
+        vector = vector_for(tensor.qtype, importance)
+        packed = kernels.quantize(tensor.qtype, rows, vector)
+        told = vector is None and tensor.qtype in DIVIDED
+        bad, beyond = qtype.infinite_blocks(packed), -1 if told else first_beyond(rows, qtype.largest)
+        if not bad.size and beyond < 0:
             return packed, 0
         if self.policy.nonfinite == "keep":
             # A block that held NaN or infinity before is counted by its weights, not here.
-            weights = to_float32(rows).reshape(-1, qtype.block_size)[bad]
-            return packed, int(np.count_nonzero(np.isfinite(weights).all(axis=1)))
-        row = start + int(bad[0]) * qtype.block_size // max(1, tensor.output.shape[-1])
-        raise NumericPolicyError(
-            f"the weights are too large for {tensor.qtype}: a float16 scale overflows",
-            tensor=tensor.name,
-            found=f"row {row}",
-            expected="magnitudes below about 65504",
-            remedy=self.remedies[number].replace("TENSOR", tensor.name),
-        )
+            blocks = to_float32(rows).reshape(-1, qtype.block_size)
+            lost = np.union1d(bad, np.flatnonzero((np.abs(blocks) > qtype.largest).any(axis=1)))
+            return packed, int(np.count_nonzero(np.isfinite(blocks[lost]).all(axis=1)))
+        if beyond < 0:
+            first = int(bad[0]) * qtype.block_size
+            weights = to_float32(rows).reshape(-1)[first : first + qtype.block_size]
+            beyond = first + int(np.argmax(np.abs(weights)))
+        row, column = divmod(beyond, rows.shape[-1])
+        value = float(to_float32(rows[row : row + 1])[0, column])
+        remedy = self.remedies[number]
+        raise refusal(tensor.name, tensor.qtype, start + row, column, value, limit=qtype.largest, remedy=remedy)
 
 
 def _importance(unit: Unit, output: OutputTensor, matrix: int) -> npt.NDArray[np.float32] | None:

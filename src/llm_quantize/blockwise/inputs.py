@@ -139,8 +139,12 @@ def collect(
         if not all(grams[key].finite() for key in grams):
             for index in chunk:
                 _blame(index, capture(block, hidden.read(index), taps)[0], full)
+            tap, matrix = next(key for key, gram in grams.items() if not gram.finite())
+            expert = f", expert {matrix}" if known[tap].matrices > 1 else ""
             raise NumericPolicyError(
-                "the squares of activations overflow float32",
+                f"the squares of the activations of layer input {tap}{expert} overflow float32",
+                tensor=tap,
+                expected=f"sums of squares below {torch.finfo(torch.float32).max:.3g}",
                 found=f"samples {chunk[0]} to {chunk[-1]}",
                 remedy="check the checkpoint with `llm-quantize info`; finished blocks are kept",
             )

@@ -19,6 +19,7 @@ from llm_quantize.architectures.rows import unit_ranges
 from llm_quantize.architectures.scaling import ScaleGroup, scale_groups
 from llm_quantize.artifacts.rounding import source_hash
 from llm_quantize.blockwise.inputs import collect
+from llm_quantize.errors import NumericPolicyError
 from llm_quantize.plan import TensorPlan, unit_key
 from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Tap
@@ -76,6 +77,8 @@ def rescale(
         return {}
     weights = matrices.weights
     tensors = {name: weights.read(name) for group in groups for name in group.tensors}
+    for name, values in tensors.items():
+        _refuse_nonfinite(matrices, name, values)
     used = {homes[group.seen_at].name for group in groups}
     grams = collect(way, [tap for tap in taps if tap.name in used], hidden, block, None, windows=windows)
 
@@ -101,6 +104,21 @@ def rescale(
         for tap in single
         if any(part.name in tap.tensors for part in group.multiplied)
     }
+
+
+def _refuse_nonfinite(matrices: Matrices, name: str, values: Tensor) -> None:
+    """Raise NumericPolicyError, naming the weight, before its NaN is met as one of an activation."""
+    if bool(torch.isfinite(values).all()):
+        return
+    places = torch.nonzero(~torch.isfinite(values))
+    raise NumericPolicyError(
+        "a weight is NaN or infinite",
+        file=matrices.policy.files.get(name),
+        tensor=name,
+        expected="finite weights",
+        found=f"{len(places)} such values, the first at {places[0].tolist()}",
+        remedy="check the source; --nonfinite=zero --overwrite replaces them by zero",
+    )
 
 
 def _all_quantized(matrices: Matrices, group: ScaleGroup, homes: dict[str, Tap]) -> bool:

@@ -32,12 +32,13 @@ from llm_quantize.blockwise.solver import Fields, Job, Solver
 from llm_quantize.blockwise.stages import routers, stages
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.events import EventSink
-from llm_quantize.formats.base import Store
+from llm_quantize.formats.base import Store, mixture_of
 from llm_quantize.io.artifact_paths import hidden_directory
 from llm_quantize.memory import Fitted
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
 from llm_quantize.plan import MatrixPlan, unit_key
+from llm_quantize.qtypes.range import first_beyond, refusal
 from llm_quantize.streams.hidden import Activations, Kept, close
 from llm_quantize.streams.network import Block, Network, Tap
 from llm_quantize.streams.passes import Pass
@@ -61,7 +62,19 @@ class Matrices:
     changed: dict[str, Floats] = field(default_factory=dict)
 
     def rows(self, matrix: MatrixPlan, start: int, stop: int) -> Floats:
-        """float32 rows [start, stop) of the weight. Raises NumericPolicyError for values that are not finite."""
+        """float32 rows [start, stop) of the weight. Raises NumericPolicyError for values that are not finite, and for
+        those that are too large for its type."""
+        rows = self._finite(matrix, start, stop)
+        limit = self.store.largest(matrix.qtype)
+        beyond = first_beyond(rows, limit)
+        if beyond >= 0:
+            row, column = divmod(beyond, rows.shape[-1])
+            remedy = self.target.plan.too_large.replace("TENSOR", mixture_of(matrix.name))
+            value = float(rows[row, column])
+            raise refusal(matrix.name, matrix.qtype, start + row, column, value, limit=limit, remedy=remedy)
+        return rows
+
+    def _finite(self, matrix: MatrixPlan, start: int, stop: int) -> Floats:
         weight = matrix.weight
         if any(piece.source in self.changed for piece in weight.pieces):
             return to_float32(read_output_rows(Arrays(self.present), weight, start, stop))

@@ -27,6 +27,7 @@ from llm_quantize.models.opening import Source
 from llm_quantize.options import CalibrationOptions, Options
 from llm_quantize.streams.sizes import block_matrices
 
+LEAST_MEASURED = 3  # tokens of a window: one to begin with, one in the half that is read, one that is predicted
 CALIBRATED_NAME = "calibration-{}.safetensors"
 
 TOKENS_PER_COLUMN = 16
@@ -43,6 +44,10 @@ class Foreseen:
     chunks: int
     file: str = CALIBRATED_NAME.format("0" * 16)
     sha256: str = ""
+
+    def silence(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Not known yet."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,10 @@ class Text:
     def chunks(self) -> int:
         """Windows."""
         return self.windows.samples
+
+    def silence(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The method tells what became of each matrix."""
+        return {}
 
 
 Chosen = Imatrix | Foreseen | Text
@@ -90,6 +99,7 @@ def foresee(source: Source, format: str, levels: Sequence[str], options: Options
                 remedy="leave it out, or round to nearest: --method rtn --transform none",
             )
         _refuse_idle(options, f"--method {method.name} runs the text through the model itself")
+        _refuse_short(source, options)
     elif not form.weighs:
         _refuse_idle(options, f"{format} with --method {method.name} needs no text")
         return None
@@ -124,6 +134,17 @@ def rows_of(source: Source, importance: Chosen | None) -> dict[str, npt.NDArray[
     return {name: rows for name, rows in found.items() if rows is not None}
 
 
+def _refuse_short(source: Source, options: Options) -> None:
+    """Raise UsageError for windows of which nothing could be measured: the second half of each is predicted."""
+    if min(options.calibration.length, source.architecture.hyper.context_length) < LEAST_MEASURED:
+        raise UsageError(
+            "windows as short as this leave nothing to measure the result on",
+            expected=f"--sequence-length of {LEAST_MEASURED} or more",
+            found=options.calibration.length,
+            remedy="give a larger --sequence-length; a few hundred tokens are usual",
+        )
+
+
 def _matrices(source: Source) -> frozenset[str]:
     """Every matrix of the blocks."""
     return frozenset(output.name for output in source.tensors.outputs if is_block_matrix(output))
@@ -146,7 +167,7 @@ def _hessians(source: Source, format: str, options: Options) -> Imatrix:
                 found=", ".join(statistics.kinds),
                 remedy="collect them: llm-quantize analyze importance --collect imatrix,hessian",
             )
-    return from_statistics(statistics.path, source)
+    return from_statistics(statistics.path, source, whole=True)
 
 
 def _refuse_idle(options: Options, why: str) -> None:
@@ -186,24 +207,27 @@ def need_torch(feature: str, *packages: str) -> None:
         raise MissingExtraError(feature, "torch")
 
 
-def from_statistics(path: Path, source: Source) -> Imatrix:
+def from_statistics(path: Path, source: Source, *, whole: bool = False) -> Imatrix:
     """The importance matrix in a file of statistics: the values that llama.cpp would read from our imatrix of them.
 
-    Its name and hash follow from the values alone, so that the artifact does not depend on where the file lies.
+    Its name and hash follow from the values alone, so that the artifact does not depend on where the file lies;
+    ``whole``: from all values in the file, Hessians too.
     Raises IntegrityError for statistics of another model (a source opened for its headers cannot tell), and what
     reading raises.
     """
-    from llm_quantize.calibration.imatrix import importance
+    from llm_quantize.calibration.imatrix import tensor_statistics
     from llm_quantize.models.identity import model_digest
 
     with read_statistics(path) as statistics:
         if not source.checkpoint.headers_only:
             refuse_other_model(statistics, model_digest(source.checkpoint))
-        values = importance(statistics, source.tensors.outputs)
-        text = statistics.identity.text
-    digest = _digest(values)
+        known = tensor_statistics(statistics, source.tensors.outputs)
+        text, content = statistics.identity.text, statistics.content_sha256
+    values = {name: found.importance for name, found in known.items()}
+    unreached = {name: found.unreached for name, found in known.items() if found.unreached}
+    digest = content if whole else _digest(values)
     name = Path(CALIBRATED_NAME.format(digest[:16]))
-    return Imatrix(name, values, tuple(text["datasets"]), int(text["windows"]), digest)
+    return Imatrix(name, values, tuple(text["datasets"]), int(text["windows"]), digest, unreached)
 
 
 def _digest(values: Mapping[str, npt.NDArray[np.float32]]) -> str:

@@ -43,7 +43,7 @@ from llm_quantize.io.artifact_paths import (
 )
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.output import OutputFile, ResumableOutput, Span
-from llm_quantize.io.statistics_file import merge_statistics, read_statistics
+from llm_quantize.io.statistics_file import merge_statistics, merged_identity, read_statistics
 from llm_quantize.io.statistics_layout import (
     StatisticsIdentity,
     StatisticsLayout,
@@ -64,6 +64,8 @@ if TYPE_CHECKING:
 
     from llm_quantize.streams.hidden import Kept
     from llm_quantize.streams.network import Block, Network
+
+_CONTENT = "content"  # the unit of the hashes
 
 MAX_PARTS = 4
 """Parts of text drawn for experts that saw too little; each is as long as all before it: at most 8 times the text."""
@@ -188,7 +190,7 @@ def _short(path: Path, minimum: int) -> dict[str, tuple[int, ...]]:
 
 def _merge(paths: Sequence[Path], on_event: EventSink) -> Path:
     target = _cached(hashlib.sha256(canonical_json([path.name for path in paths])).hexdigest())
-    if not is_kept(target, on_event):
+    if not is_kept(target, merged_identity(paths), on_event):
         merge_statistics(paths, target)
         facts = {"identity": {"parts": [path.name for path in paths]}}
         write_file(manifest_path(target), [manifest_of(target, target.name, facts)], replace=True)
@@ -231,7 +233,8 @@ class _Part:
 def _collect(state: _Run, start: int, count: int) -> Path:
     """The statistics of windows [start, start + count), collected where they are missing."""
     target = _part_path(state, start, count)
-    if is_kept(target, state.on_event):
+    identity = state.identity(start, count)
+    if is_kept(target, identity, state.on_event):
         discard_partial(target, journal_path(target))
         discard_hidden(target)
         return target
@@ -244,7 +247,6 @@ def _collect(state: _Run, start: int, count: int) -> Path:
         state.on_event(events.Stage("build the network"))
         state.network = open_network(state.source, dtype=state.dtype, device=options.device)
     network = state.network
-    identity = state.identity(start, count)
     taps = [network.taps(index) for index in range(network.n_blocks)]
     layout = layout_statistics(identity, taps, state.kinds)
     ids = torch.from_numpy(state.windows.draw(start, count))
@@ -257,13 +259,17 @@ def _collect(state: _Run, start: int, count: int) -> Path:
         target,
         [OutputFile(target.name, layout.size, layout.header)],
         identity={"version": llm_quantize.__version__, "model": dict(identity.model), "text": dict(identity.text)},
-        spans={key: Span(0, *layout.spans[index]) for index, key in keys.items()},
+        spans={
+            **{key: Span(0, *layout.spans[index]) for index, key in keys.items()},
+            _CONTENT: Span(0, layout.content.offset, layout.content.nbytes),
+        },
         journal_path=journal_path(target),
         on_warning=lambda text: state.on_event(events.Caution(text)),
     )
     with output, stop_on_signals() as stop:
         job = _Part(state, network, layout, taps, output, keys, ids.shape[0], ids.shape[1], fitted, stop)
         _run_blocks(job, ids)
+        _write_content(job)
         blocks = {key: record["sha256"] for key, record in sorted(output.records.items())}
         facts = {"identity": {"model": dict(identity.model), "text": dict(identity.text)}, "blocks": blocks}
         output.sync()  # says so where the cache was taken away meanwhile
@@ -344,9 +350,18 @@ def _summed(sums: BlockSums | None, block: Block, hidden: Tensor, window: int) -
 
 def _write(job: _Part, index: int, sums: BlockSums) -> None:
     """Write and record a block's statistics."""
-    output, digest = job.output, hashlib.sha256()
+    output, digest, digests = job.output, hashlib.sha256(), list[bytes]()
     span = output.spans[job.keys[index]]
-    for position, piece in job.layout.block_pieces(index, sums.arrays()):
+    for position, piece in job.layout.block_pieces(index, sums.arrays().__getitem__, digests):
         digest.update(piece.data)
         output.write(span, position, piece.data)
-    output.record(job.keys[index], {"sha256": digest.hexdigest()})
+    output.record(job.keys[index], {"sha256": digest.hexdigest(), "arrays": [one.hex() for one in digests]})
+
+
+def _write_content(job: _Part) -> None:
+    """Write and record the hashes of all blocks, which are recorded."""
+    output = job.output
+    digests = [bytes.fromhex(one) for key in job.keys.values() for one in output.records[key]["arrays"]]
+    data = job.layout.content_bytes(digests)
+    output.write(output.spans[_CONTENT], 0, data)
+    output.record(_CONTENT, {"sha256": hashlib.sha256(data).hexdigest()})

@@ -33,6 +33,11 @@ class TensorStatistics:
         found[~seen] = 1.0
         return found
 
+    @property
+    def unreached(self) -> tuple[int, ...]:
+        """The matrices that saw no token."""
+        return tuple(int(matrix) for matrix in np.flatnonzero(self.counts <= 0))
+
 
 def importance(statistics: StatisticsFile, outputs: Sequence[OutputTensor]) -> dict[str, Floats]:
     """Mean squares of the inputs of every output tensor that has them: GGUF name -> float32 (matrices, columns).

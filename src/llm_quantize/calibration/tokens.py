@@ -9,6 +9,7 @@ vocabulary of a GGUF file is llama.cpp's own form, and goes through it.
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ Ids = npt.NDArray[np.int32]
 
 class _Encoder(Protocol):
     def __call__(self, text: str, *, special: bool) -> list[int]: ...
+    def plain_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
 
 def need_tokenizer(checkpoint: Model) -> None:
@@ -94,6 +96,10 @@ class TextTokenizer:
         Raises MalformedInputError for an id that the embedding has no row for.
         """
         return self._checked(self._encode(text, special=False))
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """As ``encode`` of each of ``texts``."""
+        return [self._checked(ids) for ids in self._encode.plain_batch(texts)]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation as ``render_chat`` sets it, special tokens as such.
@@ -172,6 +178,9 @@ class _LlamaCppVocabulary:
     def __call__(self, text: str, *, special: bool) -> list[int]:
         return self._model.tokenize(text, add_special=False, parse_special=special)
 
+    def plain_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self(text, special=False) for text in texts]
+
 
 class _TokenizerJson:
     """tokenizer.json in ``tokenizers``, without the truncation and padding that a file may ask for."""
@@ -179,6 +188,7 @@ class _TokenizerJson:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer
 
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads are none of those that the user allowed
         try:
             self._tokenizer = Tokenizer.from_str(read_limited(path, LIMIT_BYTES).decode("utf-8"))
         except Exception as error:  # tokenizers raises Exception itself; anything narrower is not its refusal
@@ -198,6 +208,10 @@ class _TokenizerJson:
                 raise
             _refused(self._file, "tokenizers", error)
         return ids
+
+    def plain_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        self._tokenizer.encode_special_tokens = True
+        return [found.ids for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 class _SentencePiece:
@@ -227,6 +241,9 @@ class _SentencePiece:
             if part:
                 ids.extend([known[part]] if part in known else self._pieces(part))
         return ids
+
+    def plain_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self(text, special=False) for text in texts]
 
     def _pieces(self, text: str) -> list[int]:
         ids: list[int] = self._processor.EncodeAsIds(text)

@@ -32,6 +32,7 @@ PART_CHARACTERS = 4 << 20
 _PIECE_CHARACTERS = 1 << 18  # a tokenizer without word boundaries takes more than linear time
 _TURN_CHARACTERS = 2000
 _TURNS = 4
+_BATCH = 1024  # documents tokenized at once
 _LEAST_LENGTH = 2
 
 Ids = npt.NDArray[np.int64]
@@ -234,16 +235,20 @@ class _Pieces:
         tokenizer = self._tokenizer
         end = [tokenizer.eos] if tokenizer.eos is not None else tokenizer.encode("\n\n")
         found = []
-        for index in part:
-            piece = self._items[index]
-            if piece.messages:
-                ids = self._conversation(piece.messages)
-            else:
-                ids = tokenizer.encode(piece.text[piece.start : piece.stop])
+        for piece, ids in self._encoded(part):
             if piece.last and ids[-len(end) :] != end:  # templates often end with the token themselves
                 ids += end
             found.append(np.asarray(ids, np.int32))
         return np.concatenate(found)
+
+    def _encoded(self, part: range) -> Iterator[tuple[_Piece, list[int]]]:
+        """Pieces and their ids, plain text by the batch: there may be millions of short ones."""
+        for first in range(part.start, part.stop, _BATCH):
+            pieces = self._items[first : min(first + _BATCH, part.stop)]
+            plain_text = [piece.text[piece.start : piece.stop] for piece in pieces if not piece.messages]
+            encoded = iter(self._tokenizer.encode_all(plain_text))
+            for piece in pieces:
+                yield piece, self._conversation(piece.messages) if piece.messages else next(encoded)
 
     def _conversation(self, messages: Sequence[Message]) -> list[int]:
         """In the model's template; as plain text where it has none or refuses this one (counted, for the warning)."""

@@ -130,6 +130,7 @@ class Importance(Protocol):
 
     ``file``: the name under which an artifact records it. ``names``: tensors of the map that it covers. ``datasets``
     and ``chunks``: of its text. ``sha256``: what decides its values, "" where they are still to be collected.
+    ``silence``: {what it says nothing of, and what that means: which matrices} of a tensor of a row-major shape.
     """
 
     @property
@@ -142,6 +143,7 @@ class Importance(Protocol):
     def chunks(self) -> int: ...
     @property
     def sha256(self) -> str: ...
+    def silence(self, name: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]: ...
 
 
 class Format(Protocol):
@@ -193,6 +195,9 @@ class Store(Protocol):
     def grid_of(self, matrix: MatrixPlan, start: int, stop: int, read: ReadRows) -> GridType | None:
         """``grid_type`` for rows [start, stop) of ``matrix``, where what its rows share is settled first. ``read``:
         float32 rows of it."""
+
+    def largest(self, qtype: str) -> float:
+        """The largest magnitude that ``qtype`` holds."""
 
     def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> Any:
         """Some rows of ``matrix``, in whatever form ``join`` takes."""

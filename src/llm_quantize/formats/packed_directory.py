@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
     from llm_quantize.options import MethodOptions, Options
 
+_TOO_LARGE = "leave this matrix as it is, from the start: --ignore '^TENSOR' --overwrite"
 _SPLIT_BY_COLUMNS = ("o_proj", "down_proj", "w2", "dense", "fc2", "c_proj", "out_proj", "dense_4h_to_h")
 
 
@@ -119,6 +120,7 @@ class PackedFormat:
             qtype=scheme.qtype.name,
             measured=options.statistics is None and method.stages(self.name).correction > 0,
             warnings=warnings,
+            too_large=_TOO_LARGE,
         )
         plan = plan_files(source, contents)
         floats = method.transform_of(self.name).changes(source)

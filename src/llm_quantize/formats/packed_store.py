@@ -61,6 +61,9 @@ class DirectoryStore:
                 self._ladders[matrix.name] = ladder_of(kind.qtype, own, most)
             return self._ladders[matrix.name]
 
+    def largest(self, qtype: str) -> float:
+        return self.scheme.qtype.largest
+
     def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
         return grid, codes
 

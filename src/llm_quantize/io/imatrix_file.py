@@ -18,7 +18,7 @@ import math
 import os
 import struct
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +29,7 @@ from gguf.constants import GGMLQuantizationType
 from llm_quantize.errors import MalformedInputError, ResourceError, printable
 from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
 from llm_quantize.io.paths import open_argument, read_failure
+from llm_quantize.kernels.weighing import Weighed, weigh
 
 Floats = npt.NDArray[np.float32]
 
@@ -40,13 +41,18 @@ _REMEDY = "make it again with llama-imatrix, or download it again"
 # llama-quantize lets these two be of another size, because they are looked up, not multiplied.
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 
+ZERO = "its importance is zero: it was rounded without, every channel weighs the same"
+UNREACHED = "no token reached it when importance was collected: every channel weighs the same"
+PARTLY = "the importance of whole blocks of its channels is zero: those weigh as much as the mean of the others"
+
 
 @dataclass(frozen=True)
 class Imatrix:
     """``values``: GGUF tensor name to float32 (matrices, columns), the mean square of each input.
 
     ``datasets`` and ``chunks`` are what the file says of its text; ``sha256`` is of the file's bytes. A legacy file
-    does not say how many matrices a tensor has: there all values stand in one row.
+    does not say how many matrices a tensor has: there all values stand in one row. ``unreached``: matrices of which the
+    file says that no token reached them; they have ones.
     """
 
     path: Path
@@ -54,6 +60,8 @@ class Imatrix:
     datasets: tuple[str, ...]
     chunks: int
     sha256: str
+    unreached: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    _weighed: dict[tuple[str, int], Weighed] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def file(self) -> str:
@@ -68,14 +76,32 @@ class Imatrix:
     def rows(self, name: str, shape: tuple[int, ...]) -> Floats | None:
         """The importance of a tensor of row-major ``shape``: float32 (matrices, shape[-1]), or None without one.
 
-        Raises MalformedInputError where the file holds another number of values than the tensor has inputs.
+        Mended where the file's values would erase weights (kernels/weighing.py); a matrix of which the file says
+        nothing has zeros. Raises MalformedInputError where the file holds another number of values than the tensor has
+        inputs.
         """
+        weighed = self._weigh(name, shape)
+        return None if weighed is None else weighed.rows
+
+    def silence(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """What of a tensor of row-major ``shape`` this file says nothing of: {what that means: matrices}. Raises as
+        ``rows``."""
+        weighed = self._weigh(name, shape)
+        if weighed is None:
+            return {}
+        told = {ZERO: weighed.silent, UNREACHED: self.unreached.get(name, ()), PARTLY: weighed.partly}
+        return {text: matrices for text, matrices in told.items() if matrices}
+
+    def _weigh(self, name: str, shape: tuple[int, ...]) -> Weighed | None:
         found = self.values.get(name)
         if found is None:
             return None
         matrices, columns = math.prod(shape[:-2]), shape[-1]
         if found.size == matrices * columns:
-            return found.reshape(matrices, columns)
+            key = (name, matrices)
+            if key not in self._weighed:
+                self._weighed[key] = weigh(found.reshape(matrices, columns))
+            return self._weighed[key]
         if name in _EMBEDDINGS:
             return None
         raise MalformedInputError(
@@ -102,13 +128,14 @@ def read_imatrix(path: str | Path) -> Imatrix:
                 digest.update(piece)
             file.seek(0)
             if file.read(4) == b"GGUF":
-                values, datasets, chunks = _read_gguf(read_gguf(path), file)
+                values, datasets, chunks, unreached = _read_gguf(read_gguf(path), file)
             else:
                 file.seek(0)
                 values, datasets, chunks = _read_legacy(path, file)
+                unreached = {}
     except OSError as error:
         raise read_failure(error, path) from error
-    return Imatrix(path, values, datasets, chunks, digest.hexdigest())
+    return Imatrix(path, values, datasets, chunks, digest.hexdigest(), unreached)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -126,7 +153,10 @@ def _open(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def _read_gguf(header: GgufFile, file: BinaryIO) -> tuple[dict[str, Floats], tuple[str, ...], int]:
+def _read_gguf(
+    header: GgufFile, file: BinaryIO
+) -> tuple[dict[str, Floats], tuple[str, ...], int, dict[str, tuple[int, ...]]]:
+    """Values, datasets, chunks, and which matrices no token reached."""
     path = header.path
     kind = header.metadata.get("general.type")
     if kind is not None and kind.value != "imatrix":
@@ -152,8 +182,12 @@ def _read_gguf(header: GgufFile, file: BinaryIO) -> tuple[dict[str, Floats], tup
             found=len(pairs),
             remedy=_REMEDY,
         )
-    values = {name: _mean_squares(path, file, name, pair) for name, pair in pairs.items()}
-    return values, tuple(str(name) for name in datasets), chunks
+    values, unreached = {}, {}
+    for name, pair in pairs.items():
+        values[name], unseen = _mean_squares(path, file, name, pair)
+        if unseen:
+            unreached[name] = unseen
+    return values, tuple(str(name) for name in datasets), chunks, unreached
 
 
 def _metadata(header: GgufFile, key: str, kind: type) -> Any:
@@ -169,8 +203,10 @@ def _metadata(header: GgufFile, key: str, kind: type) -> Any:
     return value.value
 
 
-def _mean_squares(path: Path, file: BinaryIO, name: str, pair: Mapping[str, TensorEntry]) -> Floats:
-    """s / n of one tensor: float32 (matrices, columns)."""
+def _mean_squares(
+    path: Path, file: BinaryIO, name: str, pair: Mapping[str, TensorEntry]
+) -> tuple[Floats, tuple[int, ...]]:
+    """s / n of one tensor: float32 (matrices, columns); and the matrices whose n is 0."""
     if len(pair) < 2 or any(entry.type != GGMLQuantizationType.F32 for entry in pair.values()):
         raise MalformedInputError(
             "an entry of the importance matrix is not a pair of F32 tensors",
@@ -182,7 +218,7 @@ def _mean_squares(path: Path, file: BinaryIO, name: str, pair: Mapping[str, Tens
         )
     sums = _floats(path, file, name, pair["in_sum2"].offset, pair["in_sum2"].nbytes)
     counts = _floats(path, file, name, pair["counts"].offset, pair["counts"].nbytes)
-    if sums.size % counts.size:
+    if not counts.size or not sums.size or sums.size % counts.size:
         raise MalformedInputError(
             "an entry of the importance matrix has sums and counts that do not fit together",
             file=path,
@@ -198,7 +234,7 @@ def _mean_squares(path: Path, file: BinaryIO, name: str, pair: Mapping[str, Tens
     seen = counts > 0
     means[seen] /= counts[seen, None]
     means[~seen] = 1.0
-    return means
+    return means, tuple(int(matrix) for matrix in np.flatnonzero(~seen))
 
 
 def _floats(path: Path, file: BinaryIO, name: str, offset: int, nbytes: int) -> Floats:

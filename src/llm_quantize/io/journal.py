@@ -40,10 +40,25 @@ def parse_journal(data: bytes) -> tuple[list[dict[str, Any]], int]:
     return records, damaged
 
 
+_BY_FILES = {"layout_sha256", "text", "imatrix", "importance_gaps"}
+
+
 def other_identity(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     """The first key in which two identities differ."""
     keys = dict.fromkeys([*wanted, *sorted(found)])
     return next((key for key in keys if found.get(key) != wanted.get(key)), None)
+
+
+def source_changed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The key by which two identities show that the source changed, None where an argument (or the version) did.
+
+    Small files (configuration, tokenizer) show in the layout only, and in what the text became by them.
+    """
+    differing = [key for key in dict.fromkeys([*wanted, *sorted(found)]) if found.get(key) != wanted.get(key)]
+    told = [key for key in differing if key.startswith("source")]
+    if told:
+        return told[0]
+    return "layout_sha256" if "layout_sha256" in differing and set(differing) <= _BY_FILES else None
 
 
 def refuse_other_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], file: Path) -> None:
@@ -51,13 +66,15 @@ def refuse_other_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], f
     key = other_identity(found, wanted)
     if key is None:
         return
+    changed = source_changed(found, wanted)
+    key = changed or key
     facts: dict[str, Any] = {
         "file": file,
         "expected": f"{key} = {found.get(key)} (the unfinished run)",
         "found": f"{key} = {wanted.get(key)} (this run)",
         "remedy": "use the same arguments and source as before, or start again with --overwrite",
     }
-    if key.startswith("source"):
+    if changed:
         raise IntegrityError("the source changed since the unfinished run", **facts)
     raise UsageError(f"an unfinished run with another {key} holds this output", **facts)
 

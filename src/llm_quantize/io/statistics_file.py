@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from llm_quantize.io.paths import open_argument
 from llm_quantize.io.safetensors_file import Header, TensorInfo, read_header
 from llm_quantize.io.statistics_layout import (
     ARRAYS,
+    CONTENT,
     FORMAT,
     KINDS,
     NUMPY_TYPES,
@@ -43,6 +44,7 @@ __all__ = [
     "check_kinds",
     "layout_statistics",
     "merge_statistics",
+    "merged_identity",
     "read_statistics",
     "refuse_other_model",
 ]
@@ -68,7 +70,8 @@ class StatisticsFile:
     """An opened file; arrays are read when they are asked for, and checked then. Threads may share it.
 
     Every method that takes a tap takes its name, and raises KeyError for one that the file does not have, UsageError
-    for a kind that was not collected, MalformedInputError for values that no statistics can have.
+    for a kind that was not collected, IntegrityError for bytes that are not those that were written,
+    MalformedInputError for values that no statistics can have.
     """
 
     path: Path
@@ -78,6 +81,15 @@ class StatisticsFile:
     n_blocks: int
     _header: Header
     _reader: TensorReader = field(repr=False)
+    _digests: Mapping[str, Sequence[bytes]] = field(repr=False)
+
+    @property
+    def content_sha256(self) -> str:
+        """SHA-256 of the hashes of all arrays, Hessians too: what any use of these statistics depends on."""
+        digest = hashlib.sha256()
+        for name, digests in self._digests.items():
+            digest.update(name.encode() + b"\0" + b"".join(digests))
+        return digest.hexdigest()
 
     def counts(self, tap: str) -> npt.NDArray[np.int64]:
         """Tokens that each matrix saw: int64 (matrices,)."""
@@ -128,8 +140,35 @@ class StatisticsFile:
             shape if matrix is not None else (stored.matrices, *shape), NUMPY_TYPES[dtype]
         )
         self._reader.read(info, first, values.reshape(-1).view(np.uint8).data)
+        self._check_digests(info, values if matrix is None else values[None], first, matrix or 0)
         _check_values(info, suffix, values, first)
+        if suffix == "counts" and stored.matrices == 1 and not values[0]:
+            raise MalformedInputError(
+                "these statistics say that an input saw no token, though every token goes through it",
+                file=self.path,
+                tensor=info.name,
+                offset=info.offset,
+                expected="1 token or more",
+                found=0,
+                remedy=_REMEDY,
+            )
         return values
+
+    def _check_digests(self, info: TensorInfo, matrices: npt.NDArray[Any], first: int, number: int) -> None:
+        """Raise IntegrityError unless ``matrices``, read from byte ``first`` on, are what was written. ``number``: of
+        the first."""
+        for index, values in enumerate(matrices):
+            known, found = self._digests[info.name][number + index], hashlib.sha256(values.data).digest()
+            if known != found:
+                raise IntegrityError(
+                    "these statistics were changed since they were written",
+                    file=self.path,
+                    tensor=info.name,
+                    offset=info.offset + first + index * values.nbytes,
+                    expected=f"SHA-256 {known.hex()} of the {values.nbytes} bytes there",
+                    found=found.hex(),
+                    remedy=_REMEDY,
+                )
 
     def close(self) -> None:
         """Close the file; later reads raise ValueError."""
@@ -164,8 +203,8 @@ def _check_values(info: TensorInfo, suffix: str, values: npt.NDArray[Any], first
 def read_statistics(path: str | Path) -> StatisticsFile:
     """Open a file of statistics: header, metadata and the place of every array are proved; no array is read.
 
-    Raises MalformedInputError (not such a file, damaged or truncated), UnsupportedError (a later version),
-    UsageError (no such file), AccessError.
+    Raises MalformedInputError (not such a file, damaged or truncated), UnsupportedError (of another version),
+    IntegrityError (its header is not the one that was written), UsageError (no such file), AccessError.
     """
     path = Path(path)
     os.close(open_argument(path, "file of statistics")[0])
@@ -185,7 +224,7 @@ def read_statistics(path: str | Path) -> StatisticsFile:
             file=path,
             expected=VERSION,
             found=printable(found.get("format_version", "none"), 80),
-            remedy=_REMEDY,
+            remedy=f"{_REMEDY}; version 1 had no hashes by which damage could be seen",
         )
     model, text, kinds, n_blocks, taps = (
         _field(found, path, key) for key in ("model", "text", "kinds", "blocks", "taps")
@@ -201,14 +240,39 @@ def read_statistics(path: str | Path) -> StatisticsFile:
             raise _refuse(path, f"text does not say its number of {key}", text.get(key))
     if not isinstance(kinds, list) or not kinds or any(kind not in KINDS for kind in kinds):
         raise _refuse(path, "kinds are not what they may be", kinds)
-    if type(n_blocks) is not int or not 0 <= n_blocks <= 1 << 16 or not isinstance(taps, list):
-        raise _refuse(path, "blocks and taps are not a number and a list", n_blocks)
+    if type(n_blocks) is not int or not 1 <= n_blocks <= 1 << 16 or not isinstance(taps, list) or not taps:
+        raise _refuse(path, "blocks and taps are not a number and a list, of one or more", n_blocks)
     stored = [_tap(path, entry, n_blocks) for entry in taps]
     ordered = tuple(kind for kind in KINDS if kind in kinds)
     _check_arrays(header, stored, ordered)
     identity = StatisticsIdentity(model, text)
     by_name = {tap.name: tap for tap in stored}
-    return StatisticsFile(path, identity, ordered, by_name, n_blocks, header, TensorReader([header]))
+    reader = TensorReader([header])
+    digests = _digests(header, reader)
+    return StatisticsFile(path, identity, ordered, by_name, n_blocks, header, reader, digests)
+
+
+def _digests(header: Header, reader: TensorReader) -> dict[str, list[bytes]]:
+    """{array: the hash of each of its matrices}, in file order. Raises IntegrityError for another header."""
+    info = header.tensors[CONTENT]
+    data = np.empty(info.nbytes, np.uint8)
+    reader.read(info, 0, data.data)
+    rows = [row.tobytes() for row in data.reshape(-1, 32)]
+    if rows[0].hex() != header.sha256:
+        raise IntegrityError(
+            "the header of these statistics was changed since they were written",
+            file=header.path,
+            offset=0,
+            expected=f"SHA-256 {rows[0].hex()} of the first {header.header_bytes} bytes",
+            found=header.sha256,
+            remedy=_REMEDY,
+        )
+    digests, at = {}, 1
+    for name, tensor in header.tensors.items():
+        if name != CONTENT:
+            digests[name] = rows[at : at + tensor.shape[0]]
+            at += tensor.shape[0]
+    return digests
 
 
 def _refuse(path: Path, what: str, found: object) -> MalformedInputError:
@@ -249,6 +313,7 @@ def _check_arrays(header: Header, taps: Sequence[StoredTap], kinds: Sequence[str
     if len({tap.name for tap in taps}) != len(taps) or len(set(names)) != len(names):
         raise _refuse(header.path, "a tap or a tensor stands twice", len(taps))
     expected = {name: (dtype, shape) for tap in taps for name, dtype, shape in array_shapes(tap, kinds)}
+    expected[CONTENT] = ("U8", (1 + sum(shape[0] for _, shape in expected.values()), 32))
     odd = sorted(expected.keys() ^ header.tensors.keys())
     if odd:
         raise _refuse(header.path, "arrays and taps do not belong together", odd[0])
@@ -297,17 +362,15 @@ def merge_statistics(
         _refuse_unlike(parts)
         first = parts[0]
         layout = layout_statistics(identity or _together(parts), first.blocks(), first.kinds)
-
-        def pieces() -> Iterator[memoryview]:
-            yield memoryview(layout.header)
-            for block, places in enumerate(layout.places):
-                for place in places:
-                    values = _add(parts, *place.name.rsplit(".", 1))
-                    for _, piece in layout.array_pieces(block, place, values):
-                        yield piece.data
-
-        write_file(target, pieces(), replace=replace)
+        pieces = layout.whole(lambda name: _add(parts, *name.rsplit(".", 1)))
+        write_file(target, pieces, replace=replace)
         return layout
+
+
+def merged_identity(paths: Sequence[str | Path]) -> StatisticsIdentity:
+    """What ``merge_statistics`` of ``paths`` is of. Raises as ``read_statistics``."""
+    with ExitStack() as stack:
+        return _together([stack.enter_context(read_statistics(path)) for path in paths])
 
 
 def _refuse_unlike(parts: Sequence[StatisticsFile]) -> None:

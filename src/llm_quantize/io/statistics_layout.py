@@ -8,19 +8,23 @@ one X for each of its ``matrices``. n = tokens, per matrix.
     TAP.sums         F64 (matrices, columns)             sum over tokens of x                        kind absmax
     TAP.absmax       F32 (matrices, columns)             largest |x|, 0 where nothing was seen       kind absmax
     TAP.hessian      F32 (matrices, columns, columns)    X^T X, not divided by n                     kind hessian
+    content.sha256   U8  (1 + matrices of all arrays, 32)
+                                                         SHA-256 of the header, then of each matrix of each array
 
 The container is safetensors; ``__metadata__`` holds format, version, and canonical JSON for model, text, kinds, taps.
 Arrays stand block by block, so that a block is one contiguous piece of the file, and every place follows from the
-layout before any work. Hessians are kept in float32: they are sums of float32 products (relative error about 1e-6), so
-the last rounding (6e-8) costs nothing that twice the disk would buy; sums run in float64 (calibration/statistics.py).
+layout before any work; the hashes stand last, as they are known last. Hessians are kept in float32: they are sums of
+float32 products (relative error about 1e-6), so the last rounding (6e-8) costs nothing that twice the disk would buy;
+sums run in float64 (calibration/statistics.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,10 +34,16 @@ from llm_quantize.errors import UsageError
 from llm_quantize.io.journal import canonical_json
 
 FORMAT = "llm-quantize-statistics"
-VERSION = 1
+VERSION = 2  # 1 had no hashes
+CONTENT = "content.sha256"
 KINDS = ("imatrix", "hessian", "absmax")
 _PIECE_BYTES = 8 << 20
-NUMPY_TYPES: Mapping[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "F64": np.dtype("<f8"), "F32": np.dtype("<f4")}
+NUMPY_TYPES: Mapping[str, np.dtype[Any]] = {
+    "I64": np.dtype("<i8"),
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "U8": np.dtype("u1"),
+}
 
 # suffix -> (kind that asks for it, None: every one; element type; dimensions after (matrices,) that are columns).
 # Eight-byte values stand first in a block, so that they are aligned.
@@ -84,36 +94,54 @@ class ArrayPlace:
 
 @dataclass(frozen=True)
 class StatisticsLayout:
-    """Where every byte goes. ``spans[block]``: (absolute offset, bytes), contiguous; (offset, 0) without taps."""
+    """Where every byte goes. ``spans[block]``: (absolute offset, bytes), contiguous; (offset, 0) without taps.
+    ``content``: the place of the hashes, after all blocks."""
 
     header: bytes
     size: int
     spans: tuple[tuple[int, int], ...]
     places: tuple[tuple[ArrayPlace, ...], ...]
+    content: ArrayPlace
 
     def block_pieces(
-        self, block: int, arrays: Mapping[str, npt.NDArray[Any]]
+        self, block: int, array: Callable[[str], npt.NDArray[Any]], digests: list[bytes]
     ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """(position in the block, contiguous array to write there), in order, at most some MB at a time.
+        """(position in the block, contiguous array to write there), in order, at most some MB at a time. The hash of
+        every matrix that was handed out is added to ``digests``; ``content_bytes`` wants those of all blocks in order.
 
-        ``arrays``: array name -> values of the place's shape, in any numeric type; what has the place's type already
-        is not copied. Raises ValueError for an array that is absent or of another shape.
+        ``array``: array name -> values of the place's shape, in any numeric type; what has the place's type already
+        is not copied. Raises ValueError for an array of another shape.
         """
         for place in self.places[block]:
-            yield from self.array_pieces(block, place, arrays[place.name])
+            values, dtype = array(place.name), NUMPY_TYPES[place.dtype]
+            if values.shape != place.shape:
+                raise ValueError(f"{place.name}: {values.shape} where the layout has {place.shape}")
+            at = place.offset - self.spans[block][0]
+            for matrix in values.reshape(place.shape[0], -1):
+                digest = hashlib.sha256()
+                step = _PIECE_BYTES // dtype.itemsize
+                for first in range(0, matrix.size, step):
+                    piece = np.ascontiguousarray(matrix[first : first + step], dtype).view(np.uint8)
+                    digest.update(piece.data)
+                    yield at, piece
+                    at += piece.nbytes
+                digests.append(digest.digest())
 
-    def array_pieces(
-        self, block: int, place: ArrayPlace, values: npt.NDArray[Any]
-    ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """``block_pieces`` of one array."""
-        if values.shape != place.shape:
-            raise ValueError(f"{place.name}: {values.shape} where the layout has {place.shape}")
-        dtype = NUMPY_TYPES[place.dtype]
-        flat = values.reshape(-1)
-        step = _PIECE_BYTES // dtype.itemsize
-        for first in range(0, flat.size, step):
-            piece = np.ascontiguousarray(flat[first : first + step], dtype)
-            yield place.offset - self.spans[block][0] + first * dtype.itemsize, piece.view(np.uint8)
+    def content_bytes(self, digests: Sequence[bytes]) -> bytes:
+        """What stands at ``content``. Raises ValueError where hashes of blocks are missing."""
+        data = b"".join((hashlib.sha256(self.header).digest(), *digests))
+        if len(data) != self.content.nbytes:
+            raise ValueError(f"{len(digests)} hashes of {self.content.shape[0] - 1}")
+        return data
+
+    def whole(self, array: Callable[[str], npt.NDArray[Any]]) -> Iterator[memoryview]:
+        """The whole file, piece by piece. Raises as ``block_pieces``."""
+        digests: list[bytes] = []
+        yield memoryview(self.header)
+        for block in range(len(self.places)):
+            for _, piece in self.block_pieces(block, array, digests):
+                yield piece.data
+        yield memoryview(self.content_bytes(digests))
 
 
 def array_shapes(tap: TapLike, kinds: Sequence[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -150,6 +178,10 @@ def layout_statistics(
             fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + place.nbytes]}
             relative[-1].append(place)
             at += place.nbytes
+    hashes = 1 + sum(place.shape[0] for block in relative for place in block)
+    content = ArrayPlace(CONTENT, "U8", (hashes, 32), at)
+    at += content.nbytes
+    fields[CONTENT] = {"dtype": "U8", "shape": list(content.shape), "data_offsets": [content.offset, at]}
     text = canonical_json(fields)
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
@@ -163,7 +195,8 @@ def layout_statistics(
         nbytes = sum(place.nbytes for place in found)
         spans.append((start, nbytes))
         start += nbytes
-    return StatisticsLayout(header, len(header) + at, tuple(spans), places)
+    content = replace(content, offset=len(header) + content.offset)
+    return StatisticsLayout(header, len(header) + at, tuple(spans), places, content)
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Sizes come from the owner of the format (``gguf.GGML_QUANT_SIZES``); the layouts
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llm_quantize.errors import UsageError
+from llm_quantize.qtypes.range import FACTORS, HALF
 
 __all__ = ["QTYPES", "QType"]
 
@@ -51,6 +53,11 @@ class QType:
         if self.name == "iq1_m":  # four bits in each of the last four words
             return (((53, 0xC0), (55, 0x70)),)
         return tuple(((offset + 1, 0x7C),) for offset in self.half_offsets)
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude that it holds; infinite where that is every finite float32."""
+        return HALF * FACTORS[self.name] if self.name in FACTORS else math.inf
 
     def infinite_blocks(self, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
         """Blocks in which a float16 scale (or value) is infinite or NaN: it poisons the whole block in silence."""

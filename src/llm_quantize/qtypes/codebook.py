@@ -11,12 +11,14 @@ A pure description; how scales are found is in ``llm_quantize.grids.codebook``.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llm_quantize.errors import UsageError
 from llm_quantize.qtypes.integer import WHOLE_ROW
+from llm_quantize.qtypes.range import HALF
 
 __all__ = ["BLOCKS", "CODEBOOKS", "NESTED_BLOCK", "CodebookType", "codebook_type", "is_codebook"]
 
@@ -91,6 +93,11 @@ class CodebookType:
         if self.group_size == WHOLE_ROW:
             return self.codebook
         return f"{self.codebook}_b{self.group_size}{f'_{self.nested}' if self.nested else ''}"
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude that it holds; infinite where its scales are no float16."""
+        return HALF * CODEBOOKS[self.codebook][-1] if self.scale == "float16" and not self.nested else math.inf
 
     def group(self, columns: int) -> int:
         """Weights that share a scale in a row of ``columns``. UsageError where the row is not whole blocks."""

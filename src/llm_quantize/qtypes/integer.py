@@ -5,10 +5,12 @@ A pure description of names, bits and groups; the mathematics is in ``llm_quanti
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
 from llm_quantize.errors import UsageError
+from llm_quantize.qtypes.range import HALF
 
 __all__ = ["SCALE_TYPES", "WHOLE_ROW", "IntegerType", "integer_type", "is_integer"]
 
@@ -50,6 +52,12 @@ class IntegerType:
         """For example ``int4_g128``, ``int3_g64_asym``, ``int8``; :func:`integer_type` reads it back."""
         group = "" if self.group_size == WHOLE_ROW else f"_g{self.group_size}"
         return f"int{self.bits}{group}{'' if self.symmetric else '_asym'}"
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude that it holds; infinite where its scales are no float16."""
+        levels = 1 << (self.bits - 1) if self.symmetric else (1 << self.bits) - 1
+        return HALF * levels if self.scale == "float16" else math.inf
 
     def group(self, columns: int) -> int:
         """Weights that share a scale in a row of ``columns``. UsageError where the row is not whole groups."""

@@ -57,6 +57,9 @@ def print_plans(plans: Sequence[ArtifactPlan], *, threads: int, memory_needed: i
             _print_tensors(console, plan)
         for warning in plan.warnings:
             console.print(shown(f"warning: {warning}", "yellow"))
+        for text, names in plan.fallbacks.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            console.print(shown(f"warning: {names[0]}{more}: {text}", "yellow"))
         types = ", ".join(f"{count} {name}" for name, count in plan.type_counts().items())
         files = f"{len(plan.files)} files" if len(plan.files) > 1 else plan.files[0].name
         console.print(shown(f"{plan.level}: {files}, {plan.size:,} bytes ({human_bytes(plan.size)})"))

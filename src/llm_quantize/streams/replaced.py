@@ -13,6 +13,7 @@ import torch
 from llm_quantize import kernels
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import chunk_ranges, matrix_shape, read_output_rows, scatter, to_float32
+from llm_quantize.kernels.weighing import vector_for
 from llm_quantize.models.base import Model
 from llm_quantize.streams.weights import ReadsRows, Weights
 
@@ -42,7 +43,7 @@ def hold(
         matrix, start, stop = job
         source = np.ascontiguousarray(read_output_rows(checkpoint, output, start, stop))
         vector = None if importance is None else np.ascontiguousarray(importance[matrix])
-        packed = kernels.quantize(qtype, to_float32(source), vector)
+        packed = kernels.quantize(qtype, to_float32(source), vector_for(qtype, vector))
         scatter(checkpoint, output, start, kernels.dequantize(qtype, packed, columns), values)
 
     for _ in run(chunk, chunk_ranges(output.shape, 0, rows)):

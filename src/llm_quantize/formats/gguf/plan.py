@@ -15,6 +15,7 @@ from llm_quantize.errors import IntegrityError, UsageError
 from llm_quantize.formats.base import Importance, Store
 from llm_quantize.formats.gguf import metadata as gguf_format
 from llm_quantize.formats.gguf.describe import describe, warnings_of
+from llm_quantize.formats.gguf.importance import gaps_digest, silent, uncovered
 from llm_quantize.formats.gguf.levels import LEVELS, Recipe, TensorShape, assign, needs_importance, parse_level
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf
 from llm_quantize.io.output import OutputFile
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 NAME = "gguf"
 FLOAT_LEVELS = ("F32", "F16", "BF16")
-_SELDOM_COVERED = ("token_embd.weight", "output.weight")
-_TOO_LARGE = "keep this tensor in BF16, from the start: --tensor-type '^TENSOR$=bf16' --overwrite"
+TOO_LARGE_FLOAT = "use BF16 or F32, which hold larger magnitudes: -q BF16"
+TOO_LARGE = "keep this tensor in BF16, from the start: --tensor-type '^TENSOR$=bf16' --overwrite"
 
 
 class Gguf:
@@ -115,6 +116,12 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
     )
     recipe = options.overrides.recipe
     called = name if recipe is None else recipe.name
+    rounded = [
+        (output, qtype)
+        for output, qtype in zip(outputs, assigned.qtypes, strict=True)
+        if not (options.method.method_of(NAME).reads_text and _solved(output, qtype))
+    ]
+    fallbacks = {} if importance is None else silent(importance, rounded)
     plan = plan_artifact(
         level=called,
         name=f"{stem}-{called}",
@@ -122,7 +129,7 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
         qtypes=assigned.qtypes,
         metadata=_metadata(source, name, called, importance, options),
         source_identity=_source_identity(source),
-        options=_chosen(importance, options),
+        options=_chosen(importance, options) | gaps_digest(fallbacks),
         split_max_bytes=options.split_max_size,
         source_itemsize=source.itemsize,
         warnings=[
@@ -132,7 +139,14 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
         ],
     )
     matrices = tuple(_matrices(plan)) if options.method.method_of(NAME).reads_text else ()
-    return replace(plan, matrices=matrices, source_scratch=source.checkpoint.scratch)
+    too_large = TOO_LARGE_FLOAT if name in FLOAT_LEVELS else TOO_LARGE
+    return replace(
+        plan,
+        matrices=matrices,
+        fallbacks=fallbacks,
+        too_large=too_large,
+        source_scratch=source.checkpoint.scratch,
+    )
 
 
 def _metadata(
@@ -222,15 +236,7 @@ def _advice(
         if size > limit:
             advice.append(f"--split-max-size {limit}: {largest} alone takes {size} bytes; its file is larger")
     if importance is not None:
-        pairs = [(output.name, qtype) for output, qtype in zip(outputs, qtypes, strict=True)]
-        using = [name for name, qtype in pairs if QTYPES[qtype].uses_importance and name not in _SELDOM_COVERED]
-        left = [name for name in using if name not in importance.names]
-        if left:
-            covered = f"covers {len(using) - len(left)} of the {len(using)} tensors that could use it"
-            advice.append(f"the importance matrix {covered}; the first without: {left[0]}")
-        unknown = sorted(set(importance.names) - {output.name for output in outputs})
-        if unknown:
-            advice.append(f"the importance matrix names {len(unknown)} tensors not in this model, such as {unknown[0]}")
+        advice += uncovered(importance, outputs, qtypes)
     return advice
 
 
@@ -239,8 +245,13 @@ def _matrices(plan: ArtifactPlan) -> tuple[MatrixPlan, ...]:
     return tuple(
         MatrixPlan(tensor.name, tensor.output, tensor.qtype, (index,))
         for index, tensor in enumerate(plan.tensors)
-        if is_block_matrix(tensor.output) and QTYPES[tensor.qtype].block_size > 1
+        if _solved(tensor.output, tensor.qtype)
     )
+
+
+def _solved(output: OutputTensor, qtype: str) -> bool:
+    """Whether a method that reads text quantizes this tensor as a whole."""
+    return is_block_matrix(output) and QTYPES[qtype].block_size > 1
 
 
 def is_block_matrix(output: OutputTensor) -> bool:
@@ -313,5 +324,4 @@ def plan_artifact(
         warnings=tuple(warnings),
         source_itemsize=source_itemsize,
         alike=True,
-        too_large=_TOO_LARGE,
     )

@@ -10,12 +10,13 @@ import numpy.typing as npt
 import torch
 
 from llm_quantize import kernels
-from llm_quantize.errors import NumericPolicyError
 from llm_quantize.formats.base import ReadRows
+from llm_quantize.formats.gguf.plan import TOO_LARGE
 from llm_quantize.grids import grid_type, has_grid, pack_ggml
 from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.plan import MatrixPlan, TensorPlan
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.qtypes.range import refusal
 
 Floats = npt.NDArray[np.float32]
 Fields = list[npt.NDArray[Any]]
@@ -33,20 +34,22 @@ class GgufStore:
         del start, stop, read
         return self.grid_type(matrix.qtype)
 
+    def largest(self, qtype: str) -> float:
+        return QTYPES[qtype].largest
+
     def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> npt.NDArray[np.uint8]:
-        return self._checked(matrix, pack_ggml(matrix.qtype, grid, codes))
+        return pack_ggml(matrix.qtype, grid, codes)
 
     def plain(self, matrix: MatrixPlan, rows: Floats, importance: Floats | None) -> npt.NDArray[np.uint8]:
-        return self._checked(matrix, kernels.quantize(matrix.qtype, rows, importance))
-
-    def _checked(self, matrix: MatrixPlan, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        if QTYPES[matrix.qtype].infinite_blocks(packed).size:
-            raise NumericPolicyError(
-                f"the weights are too large for {matrix.qtype}: a float16 scale overflows",
-                tensor=matrix.name,
-                expected="magnitudes below about 65504",
-                remedy=f"keep this tensor in BF16: --tensor-type '^{matrix.name}$=bf16' --overwrite",
-            )
+        packed = kernels.quantize(matrix.qtype, rows, importance)
+        qtype = QTYPES[matrix.qtype]
+        bad = qtype.infinite_blocks(packed)
+        if bad.size:
+            block = rows.reshape(-1, qtype.block_size)[bad[0]]
+            worst = int(np.argmax(np.abs(block)))
+            row, column = divmod(int(bad[0]) * qtype.block_size + worst, rows.shape[1])
+            value = float(block[worst])
+            raise refusal(matrix.name, qtype.name, row, column, value, limit=qtype.largest, remedy=TOO_LARGE)
         return packed
 
     def join(self, matrix: MatrixPlan, pieces: Sequence[Any]) -> Fields:
