@@ -24,18 +24,20 @@ class Event:
 
 @dataclass(frozen=True)
 class Note(Event):
-    """Something good to know."""
+    """Something good to know; ``details``: the whole list behind it."""
 
     kind = "note"
     text: str
+    details: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Caution(Event):
-    """Something that the user should know even where all else is silent."""
+    """Something that the user should know; ``details``: the whole list behind it."""
 
     kind = "warning"
     text: str
+    details: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

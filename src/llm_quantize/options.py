@@ -70,7 +70,7 @@ class MethodOptions(Settings):
     "sequential" (the model as quantized up to this very matrix), "block" (up to this block), "source" (not at all).
     ``gptq``: the stages of error feedback.
 
-    Of directories: ``group_size`` (-1: a whole row), ``symmetric``, None: as the format and level say; ``desc_act``;
+    Of directories: ``group_size`` (-1: a whole row), ``symmetric``, None: as the format and level say;
     ``double_quant`` (scales in 8 bits) and ``compute_dtype`` (None: the checkpoint's) of bitsandbytes;
     ``ignore``: regular expressions of modules that stay as they are; ``shard_size`` in bytes; ``include``: globs of
     files of the source that are copied beside those that runtimes read.
@@ -84,7 +84,6 @@ class MethodOptions(Settings):
     symmetric: bool | None = None
     double_quant: bool | None = None
     compute_dtype: str | None = None
-    desc_act: bool = False
     ignore: tuple[str, ...] = ()
     shard_size: int = 5_000_000_000
     include: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ from llm_quantize.artifacts.output import (
     open_output,
     partial_bytes,
     refuse_changed,
+    refuse_other,
     sealed_manifest,
     source_times,
     target_path,
@@ -37,20 +38,18 @@ from llm_quantize.artifacts.rounding import (
     unit_weights,
 )
 from llm_quantize.blockwise import effort, solve_matrices
-from llm_quantize.blockwise.estimate import estimate, rounding_sizes
+from llm_quantize.blockwise.estimate import estimate
 from llm_quantize.calibration import choose
-from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.engine import ENGINES, stop_on_signals
-from llm_quantize.errors import UnsupportedError, UsageError
+from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.base import Importance
-from llm_quantize.formats.table import FORMATS
+from llm_quantize.formats.table import FORMATS, format_name
 from llm_quantize.io.artifact_paths import discard_hidden
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.shared import SharedModel
 from llm_quantize.options import Options
-from llm_quantize.plan import ArtifactPlan
-from llm_quantize.streams.sizes import from_headers
+from llm_quantize.plan import ArtifactPlan, spoken
 
 __all__ = ["ArtifactResult", "Options", "Source", "open_source", "plan", "plan_source", "quantize"]
 
@@ -68,7 +67,7 @@ def plan(
     on_event: EventSink = ignore,
 ) -> list[ArtifactPlan]:
     """Exact plans for each level, from headers alone; no weight is read (or fetched) and nothing is written."""
-    options = options or Options()
+    options, format = options or Options(), format_name(format)
     source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
     with source.checkpoint:
         importance = choose.foresee(source, format, levels, options)
@@ -91,25 +90,22 @@ def quantize(
     The same call after any interruption continues, and ends in the same bytes. Raises the error tree; StoppedError
     after SIGINT or SIGTERM (resumable).
     """
-    options = options or Options()
+    options, format = options or Options(), format_name(format)
     source = open_source(model, revision=revision, on_event=on_event)
-    before = memory.before_libraries()
+    before, told = memory.before_libraries(), frozenset[str]()
     with source.checkpoint:
         importance: choose.Chosen | None = choose.foresee(source, format, levels, options)
         plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
-        costs = [effort.writing(source, artifact, importance, options) for artifact in plans]
+        costs = [effort.writing(artifact) for artifact in plans]
         collect, write = events.parts(on_event, [effort.collecting(source, importance, options), sum(costs)])
         if any(artifact.matrices for artifact in plans):
             choose.need_torch(f"--method {options.method.method_of(format).name}", "torch")
         if isinstance(importance, choose.Foreseen):
-            # What cannot succeed is refused before hours of calibration, not after.
-            preflight.check(
-                plans, Path(output_dir), threads=1, max_ram=options.max_ram, before=before, ignore_space=True
-            )
+            _refuse_early(source, plans, Path(output_dir), options, importance, before)
+            told = _tell(plans, told, on_event)
             importance = choose.collected(source, format, options, collect, before=before)
             plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
-        for warning in (text for artifact in plans for text in artifact.warnings):
-            on_event(events.Caution(warning))
+        _tell(plans, told, on_event)
         paths = [target_path(Path(output_dir), artifact) for artifact in plans]
         done = [
             already_complete(source, artifact, path, options, events.Part(write, 0.0, 0.0))
@@ -136,6 +132,29 @@ def quantize(
     return results
 
 
+def _refuse_early(
+    source: Source,
+    plans: Sequence[ArtifactPlan],
+    directory: Path,
+    options: Options,
+    importance: choose.Foreseen,
+    before: int,
+) -> None:
+    """Refuse what cannot succeed before hours of calibration, not after."""
+    preflight.check(plans, directory, threads=1, max_ram=options.max_ram, before=before, ignore_space=True)
+    for artifact in plans:
+        refuse_other(source, artifact, target_path(directory, artifact), options, importance.datasets)
+
+
+def _tell(plans: Sequence[ArtifactPlan], told: frozenset[str], on_event: EventSink) -> frozenset[str]:
+    """Say what ``plans`` have to say beside what was ``told``; returns what is told by now."""
+    said = spoken(plans)
+    for kind, text, details in said:
+        if text not in told:
+            on_event((events.Caution if kind == "warning" else events.Note)(text, details or None))
+    return told | {text for _, text, _ in said}
+
+
 def plan_source(
     source: Source,
     format: str,
@@ -146,17 +165,14 @@ def plan_source(
     importance: Importance | None,
 ) -> list[ArtifactPlan]:
     """``plan`` for an opened source and the importance that it will be quantized with."""
-    if format not in FORMATS:
-        known = FORMATS.get(format.lower()) or next(iter(FORMATS.values()))
-        raise UnsupportedError(
-            f"this version does not write the format {format[:40]!r}",
-            expected=", ".join(FORMATS),
-            found=format[:40],
-            remedy=f"write {known.name}, for example: llm-quantize quantize MODEL {known.name} -q {known.example}",
-        )
-    form = FORMATS[format]
+    form = FORMATS[format_name(format)]
+    levels = levels or tuple(filter(None, [form.default]))
     if not levels:
-        raise UsageError("no level given", remedy=f"name one or more with -q, for example -q {form.example}")
+        raise UsageError(
+            "no level given",
+            expected=f"one or more of {', '.join(form.levels)}",
+            remedy=f"name one or more with -q, for example -q {form.example}",
+        )
     stem = _file_stem(name or source.checkpoint.name)
     plans = form.plan(source, levels, stem, importance, options)
     return _named([_estimated(source, plan, importance, options) for plan in plans], stem, name)
@@ -170,30 +186,10 @@ def _named(plans: list[ArtifactPlan], stem: str, name: str | None) -> list[Artif
 
 
 def _estimated(source: Source, plan: ArtifactPlan, importance: Importance | None, options: Options) -> ArtifactPlan:
-    """``plan`` with what a method that runs text through the model will take, in memory and in time."""
-    if importance is None or not options.method.calibrates(plan.format):
-        return replace(plan, phases=(*rounding_sizes(plan), *_collecting(source, importance, options)))
-    need = estimate(source, plan, options, importance.chunks)
-    height = memory.foreseen(need.sizes, threads=options.threads, max_ram=options.max_ram)
-    minutes = need.operations / 100e9 / 60
-    length = min(options.calibration.length, source.architecture.hyper.context_length)
-    told = (
-        f"{importance.chunks} windows of {length} tokens run through the model, one block in memory at a time: about "
-        f"{need.operations / 1e12:,.1f} TFLOP, {max(1, round(minutes)):,} minutes at 100 GFLOP/s, and "
-        f"{height / 1e9:.1f} GB of memory (this needs the extra [torch])"
-    )
-    warnings = plan.warnings if importance.sha256 else (*plan.warnings, told)
-    return replace(plan, warnings=warnings, phases=(need.sizes,))
-
-
-def _collecting(source: Source, importance: Importance | None, options: Options) -> tuple[memory.Sizes, ...]:
-    """What a calibration that is still to be run will hold, if there is one."""
-    if importance is None or importance.sha256:
-        return ()
-    chosen = options.calibration
-    length = min(chosen.length, source.architecture.hyper.context_length)
-    network = from_headers(source, chosen.device)
-    return (collecting_sizes(network, chosen.collect, (importance.chunks, length), device=chosen.device),)
+    """``plan`` with what it will take, in memory and in time; where text is still to be run, a note says so."""
+    phases, cost = estimate(source, plan, options, importance)
+    told = None if importance is None or importance.sha256 else cost.text
+    return replace(plan, notes=(*plan.notes, *filter(None, [told])), phases=phases, cost=cost)
 
 
 def _file_stem(name: str) -> str:
@@ -230,7 +226,7 @@ def _write_all(
     times = source_times(source.checkpoint)
     rows = choose.rows_of(source, importance)
     plans_todo = [artifact for artifact, _ in todo]
-    costs = [effort.solving(source, artifact, importance, options) for artifact in plans_todo]
+    costs = [effort.solving(artifact) for artifact in plans_todo]
     rounds = sum(effort.rounding(artifact) for artifact in plans_todo)
     round_all, *solves, finish = events.parts(on_event, [rounds, *costs, sum(map(effort.finishing, plans_todo))])
     policy = Policy(SharedModel(source.checkpoint), options.nonfinite, source.files)
@@ -272,6 +268,6 @@ def _write_all(
     results = {}
     for target, (artifact, path) in zip(targets, todo, strict=True):
         counts = nonfinite_counts(unit_records(target))
-        told, measured = fallbacks(artifact.fallbacks, matrix_records(target)), target.output.notes.get("measured")
+        told, measured = fallbacks(artifact.fallbacks(), matrix_records(target)), target.output.notes.get("measured")
         results[path] = ArtifactResult(artifact, path, "written", target.seconds, resumed[path], counts, told, measured)
     return results

@@ -6,16 +6,18 @@ Size, ``--dry-run``, preflight, resume, verify and report all read it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.architectures.rows import matrix_shape, unit_ranges
+from llm_quantize.architectures.rows import matrix_shape, unit_ranges, weights_of
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.output import OutputFile, Span
+from llm_quantize.measures.amounts import bytes_text, counted, time_text
 from llm_quantize.memory import Sizes
+from llm_quantize.qtypes import QTYPES
 from llm_quantize.results import Tabled
 
 
@@ -60,6 +62,73 @@ class MatrixPlan:
     fields: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Substitution:
+    """A tensor of ``shape`` whose rows do not divide into the blocks of ``asked``, the type that it should have; it has
+    ``taken`` instead."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    asked: str
+    taken: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return round(weights_of(self.shape) * QTYPES[self.taken].bits_per_weight / 8)
+
+    @property
+    def more(self) -> int:
+        """Bytes that it takes beyond those that ``asked`` would have taken."""
+        return self.nbytes - round(weights_of(self.shape) * QTYPES[self.asked].bits_per_weight / 8)
+
+    @property
+    def text(self) -> str:
+        """What could not be done as asked, the same for every such tensor."""
+        return f"the rows do not divide into the blocks of {self.asked}; {self.taken} is used instead"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an artifact takes to make, estimated before: CPU seconds on a core as in docs/reference/speed.md.
+
+    ``windows`` and ``length``: the text at most; ``tokens``: what it probably has; 0 where none is run. ``collecting``:
+    the calibration, once for all levels of a run; ``feedback``: the text through the model for this level alone; both
+    None where a graphics processor does them. ``memory``: bytes at the height of what runs text.
+    """
+
+    rounding: float
+    windows: int = 0
+    length: int = 0
+    tokens: int = 0
+    collecting: float | None = 0.0
+    feedback: float | None = 0.0
+    memory: int = 0
+
+    @property
+    def text(self) -> str | None:
+        """What is run through the model before the artifact is there, as a sentence; None where nothing is."""
+        if not self.windows:
+            return None
+        feeds = self.feedback != 0.0
+        first = "feeds errors back" if feeds else "calibrates first, unless an earlier run did with this text"
+        seconds = self.feedback if feeds else self.collecting
+        memory = f"{bytes_text(self.memory)} of memory"
+        costs = memory if seconds is None else f"{time_text(seconds)} of CPU time and {memory}"
+        return (
+            f"{first}: {counted(self.tokens, 'token')} in at most {counted(self.windows, 'window')} of {self.length:,} "
+            f"run through the model, one block in memory at a time: about {costs} (this needs the extra [torch])"
+        )
+
+
+def cpu_seconds(costs: Sequence[Cost]) -> float | None:
+    """CPU seconds of all of a run's artifacts; None where a graphics processor does a part that cannot be told."""
+    if any(cost.collecting is None or cost.feedback is None for cost in costs):
+        return None
+    own = sum(cost.rounding + (cost.feedback or 0.0) for cost in costs)
+    return own + max((cost.collecting or 0.0 for cost in costs), default=0.0)
+
+
 CARD_UNIT = "model card"
 
 
@@ -80,9 +149,11 @@ class ArtifactPlan(Tabled):
     ``held``: further tensors that such a run writes, as a transform changes them (indices). ``phases``: what is
     held beside the rounding of single tensors, before it or after. ``alike``: all levels of this format list the same
     tensors in the same order, so that one read serves several. ``too_large``: what a user can do about a tensor (TENSOR
-    in the text) whose weights overflow its type. ``fallbacks``: {what cannot be done as asked: the tensors}, as far as
-    that is known before the work. ``source_itemsize``: the most bytes of a weight as it is read;
-    ``source_scratch``: see ``Model.scratch``.
+    in the text) whose weights overflow its type. ``source_itemsize``: the most bytes of a weight as it is read;
+    ``source_scratch``: see ``Model.scratch``. ``warnings`` and ``notes``: a sentence for each thing that the user
+    should know, or may like to; ``details``: {such a sentence: the whole list behind it}. ``substituted``: tensors that
+    have not the type of the level. ``silent``: {what an importance says nothing of, and what that means: the
+    tensors}. ``cost``: what making it takes.
     """
 
     columns = ("name", "shape", "type", "bytes")
@@ -103,7 +174,11 @@ class ArtifactPlan(Tabled):
     phases: tuple[Sizes, ...] = ()
     card: CardPlan | None = None
     too_large: str = "use another level"
-    fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    substituted: tuple[Substitution, ...] = ()
+    silent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    cost: Cost | None = None
 
     @property
     def size(self) -> int:
@@ -153,6 +228,13 @@ class ArtifactPlan(Tabled):
         taken = self.held.union(*(matrix.fields for matrix in self.matrices))
         return [index for index in range(len(self.tensors)) if index not in taken]
 
+    def fallbacks(self) -> dict[str, list[str]]:
+        """{what of types and importance could not be as asked: the tensors}."""
+        found = {text: list(names) for text, names in self.silent.items()}
+        for one in self.substituted:
+            found.setdefault(one.text, []).append(one.tensor)
+        return dict(sorted(found.items()))
+
     def type_counts(self) -> dict[str, int]:
         """How many tensors have each qtype."""
         counts: dict[str, int] = {}
@@ -171,7 +253,9 @@ class ArtifactPlan(Tabled):
             "files": [{"name": file.name, "size": file.size} for file in self.files],
             "types": self.type_counts(),
             "warnings": list(self.warnings),
-            **({"fallbacks": {text: list(names) for text, names in self.fallbacks.items()}} if self.fallbacks else {}),
+            **({"notes": list(self.notes)} if self.notes else {}),
+            **({"fallbacks": self.fallbacks()} if self.fallbacks() else {}),
+            **({"cost": asdict(self.cost)} if self.cost is not None else {}),
             "tensors": self.rows(),
         }
 
@@ -195,6 +279,37 @@ class ArtifactPlan(Tabled):
             }
             for tensor in self.tensors
         ]
+
+
+def substituted_text(substituted: Sequence[Substitution], matrices: int) -> str:
+    """One sentence for all of ``substituted``, of the ``matrices`` that a level gives its types: how many, how large,
+    what they became, and what that means."""
+    kinds: dict[str, int] = {}
+    for one in substituted:
+        kind = f"{one.asked} became {one.taken}"
+        kinds[kind] = kinds.get(kind, 0) + 1
+    told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+    size, more = sum(one.nbytes for one in substituted), sum(one.more for one in substituted)
+    return (
+        f"the rows of {len(substituted):,} of {counted(matrices, 'matrix', 'matrices')}, {bytes_text(size)}, do not "
+        f"divide into the blocks of this level's types: {told}; the file is {bytes_text(more)} larger for it, and no "
+        "less precise (-v lists them)"
+    )
+
+
+def spoken(plans: Sequence[ArtifactPlan]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """What ``plans`` have to say, each thing once: ("warning" or "note", text, the list behind it), what concerns only
+    some of several levels with the level in front."""
+    found: list[tuple[str, str, tuple[str, ...]]] = []
+    for kind in ("warning", "note"):
+        told = [plan.warnings if kind == "warning" else plan.notes for plan in plans]
+        for plan, texts in zip(plans, told, strict=True):
+            for text in texts:
+                common = all(text in others for others in told)
+                said = (kind, text if common else f"{plan.level}: {text}", tuple(plan.details.get(text, ())))
+                if said not in found:
+                    found.append(said)
+    return found
 
 
 def unit_key(name: str, start: int, stop: int) -> str:

@@ -11,6 +11,7 @@ import pytest
 from llm_quantize import memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.cli import run
+from llm_quantize.measures.amounts import bytes_text
 
 from ..tiny_models import make_tiny
 from .tiny import write_text
@@ -57,7 +58,7 @@ def test_one_figure(
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
     starts = [event["memory_needed"] for event in events if event["event"] == "start"]
     needed = plan["memory_needed"]
-    assert f" {needed / 1e9:.1f} GB of memory" in " ".join(plan["artifacts"][0]["warnings"])
+    assert f"{bytes_text(needed)} of memory" in " ".join(plan["artifacts"][0]["notes"])
     assert len(starts) == 2
     # The text is drawn and the network built by now: a window fewer, a bias that headers count elsewhere.
     assert [*starts, *figures] == [pytest.approx(needed, rel=1e-3)] * 4

@@ -136,3 +136,9 @@ def test_experts_without_tokens_are_named(tmp_path: Path) -> None:
         assert tuple(down["short_matrices"]) == next(r.short for r in experts if r.block == 0)
         assert down["tokens"] == 6
         assert 0 < down["top_1_percent_share"] < 1
+
+
+def test_a_dense_model_has_no_experts(tmp_path: Path) -> None:
+    source = open_source(str(make_tiny("llama", tmp_path / "model")))
+    with source.checkpoint, stream(source, windows_of(1, 3), tmp_path / "s.safetensors") as statistics:
+        assert coverage(statistics, 16) == []

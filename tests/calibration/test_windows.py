@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_quantize.calibration import windows as module
+from llm_quantize.calibration.enough import coverage_advice
 from llm_quantize.calibration.text import Corpus, Dataset, load_texts
 from llm_quantize.calibration.text_files import Document, Message
 from llm_quantize.calibration.tokens import TextTokenizer
-from llm_quantize.calibration.windows import Windows, coverage_advice, exchanges, sample_windows, split_text
+from llm_quantize.calibration.windows import Windows, exchanges, sample_windows, split_text
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.models.opening import open_source
 from tests.hearing import into
@@ -158,14 +159,19 @@ def test_fewer_windows_than_asked_is_told_with_numbers() -> None:
 
 
 def test_text_shorter_than_a_window() -> None:
-    with pytest.raises(UsageError, match="shorter than one window") as caught:
-        sample(corpus(30, 20), length=60)
-    assert (caught.value.expected, caught.value.found) == ("at least 60 tokens", "52 tokens")
+    events: list[Any] = []
+    short = sample(corpus(30, 20), length=60, on_event=into(events))
+    assert short.ids.shape == (1, 52)
+    assert short.ids.tolist() == sample(corpus(30, 20), length=52).ids.tolist()
+    assert "52 tokens, less than one window of 60: it is one window of 52" in events[0]["text"]
+    assert events[0]["event"] == "warning"
+    with pytest.raises(UsageError, match="too short to calibrate on"):
+        sample(Corpus((Dataset("nothing", ()),)), length=60)
     # Small sets are joined; one that is too short beside a large one is named.
     joined = sample(corpus(30, 20, 25, 5), length=60)
     assert joined.samples == 1
     assert joined.datasets == ("set 0 + set 1 + set 2 and 1 more",)
-    events: list[Any] = []
+    events.clear()
     found = sample(corpus(500, 20), length=60, on_event=into(events))
     assert found.datasets == ("set 0",)
     assert "set 1: 21 tokens are less than one window of 60" in events[0]["text"]

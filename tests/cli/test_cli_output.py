@@ -121,15 +121,19 @@ def test_options_of_a_calibration_that_is_none_are_named(
     assert "had no effect" not in call(capsys, *words)[2]
     err = call(capsys, *words, "--calibration-samples", "256", "--chat")[2]
     assert "--calibration-samples, --chat had no effect: nothing was calibrated (no level here needs it" in err
+    err = call(capsys, *words, "--inputs", "block", "--correction", "0.5")[2]
+    assert "--inputs, --correction had no effect: no errors are fed back" in err
+    assert '"text": "--chat had no effect' in call(capsys, *words, "--chat", "--json")[2]
 
 
-def test_quiet_keeps_warnings(
-    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], artifacts: Path
-) -> None:
-    code, _, err = call(capsys, "-s", "run", artifacts / "demo-llama-Q8_0.gguf", "a b " * 600, "-n", "1")
+def test_quiet_is_quiet(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], artifacts: Path) -> None:
+    words = ("run", artifacts / "demo-llama-Q8_0.gguf", "a b " * 600, "-n", "1")
+    code, _, err = call(capsys, *words)
     assert code == 0
     assert err.startswith("warning: ")
     assert "1024" in err
+    code, _, err = call(capsys, "-s", *words)
+    assert (code, err) == (0, "")
 
 
 @pytest.mark.parametrize("given", ["directory", "first", "last"])

@@ -88,7 +88,7 @@ def test_what_it_takes_is_told_first(model: str, capsys: pytest.CaptureFixture[s
     ("more", "message"),
     [
         (["--size", "1G", "--bpw", "4"], "--size and --bpw"),
-        (["--like", "Q9"], "no level"),
+        (["--like", "Q9"], "no gguf level"),
         (["--types", "q9"], "no type"),
         (["--types", "f16"], "no such type to measure"),
         (["--imatrix", "a", "--statistics", "b"], "--imatrix and --statistics"),

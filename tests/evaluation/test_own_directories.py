@@ -58,7 +58,6 @@ GPTQ_ELSEWHERE = (
     Made("gptq-2bit", "qwen3", ("gptq", "-q", "2bit", "--group-size", "32", *PLAIN)),
     Made("gptq-8bit", "llama", ("gptq", "-q", "8bit", *PLAIN)),
     Made("gptq-4bit-asym", "demo", ("gptq", "-q", "4bit", "--asym", *PLAIN)),
-    Made("gptq-4bit-desc-act", "llama", ("gptq", "-q", "4bit", "--desc-act", *PLAIN)),
 )
 AWQ = (
     Made("awq-4bit", "demo", ("awq", "-q", "4bit", *CALIBRATE)),

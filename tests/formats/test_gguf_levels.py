@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gguf
@@ -59,7 +59,7 @@ def assigned(case: Case) -> recipes.Assignment:
         overrides=case.overrides,
     )
     back = {shape.name: qtype for shape, qtype in zip(shapes, found.qtypes, strict=True)}
-    return recipes.Assignment(found.level, [back[t.name] for t in case.model.tensors()], found.warnings)
+    return replace(found, qtypes=[back[t.name] for t in case.model.tensors()])
 
 
 def number(qtype: str | None) -> int | None:
@@ -118,7 +118,7 @@ def _difference(case: Case, outcome: Outcome) -> str:
         return "" if refused.tensor in needed else f"we refuse: {refused}"
     if outcome.error:
         # Where llama.cpp has no fallback for a row length it fails; we fall back to f16 and say so.
-        return "" if any("do not divide" in warning for warning in ours.warnings) else outcome.error[-300:]
+        return "" if ours.substituted else outcome.error[-300:]
     found = {
         tensor.name: (ours_, theirs)
         for tensor, ours_ in zip(case.model.tensors(), ours.qtypes, strict=True)
@@ -259,4 +259,5 @@ def test_a_bad_expression_is_refused_and_an_idle_one_is_named() -> None:
 
 def test_a_fallback_is_named() -> None:
     found = assigned(Case(Model(columns=288), "Q4_K_S"))
-    assert any("rows of 288" in w and "attn_q" in w and "q5_0" in w for w in found.warnings)
+    assert any(one.shape[-1] == 288 and "attn_q" in one.tensor and one.taken == "q5_0" for one in found.substituted)
+    assert found.warnings == []

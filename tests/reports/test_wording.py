@@ -82,17 +82,17 @@ def test_each_sentence_is_found_by_its_own_row(japanese: None) -> None:
 
 
 def test_values_keep_their_places_and_what_is_unknown_stays() -> None:
-    text = "there is no level 'Q9'"
+    text = "there is no gguf level 'Q9'"
     assert said(text) == text
     with speaking("ja"):
-        assert said(text) == "レベル 'Q9' はありません"
+        assert said(text) == "gguf にレベル 'Q9' はありません"
         assert said("warning: a tale of no importance") == "警告: a tale of no importance"
         assert said("a tale of no importance") == "a tale of no importance"
     assert spoken() == "en"
 
 
 def test_a_sentence_within_a_sentence(japanese: None) -> None:
-    assert said("warning: x is left out: y") == "警告: x は除外します: y"
+    assert said("warning: x is shorter than one window of 5: left out").startswith("警告: x は窓 1 つ（5 トークン）")
     shown = said("Error: Invalid value for '--max-ram': '1x' is not a size; write for example 512M, 4G or 4GiB")
     assert shown.startswith("エラー: '--max-ram' の値が正しくありません: '1x' はサイズではありません。")
 
@@ -164,7 +164,7 @@ def test_the_option_wins_over_the_locale(
     assert run(["plan", str(demo_model), "-q", "Q4_K_M"]) == 0
     assert "必要なもの: ディスク" in capsys.readouterr().out
     assert run(["--lang", "en", "plan", str(demo_model), "-q", "Q4_K_M"]) == 0
-    assert "of disk and" in capsys.readouterr().out
+    assert "of disk, about" in capsys.readouterr().out
     assert run(["--lang", "fr", "plan", str(demo_model)]) == 2
 
 
@@ -192,6 +192,9 @@ def test_json_is_the_same_in_every_language(
         assert not JAPANESE.search(out + err)
         facts = json.loads(out)
         facts.pop("memory_needed", None)  # counts what this process holds already
+        for artifact in facts.get("artifacts", []):
+            artifact.pop("notes", None)  # as does the memory that they tell
+            artifact.get("cost", {}).pop("memory", None)
         said_so.append((code, json.dumps(facts)))
     assert said_so[0] == said_so[1]
 

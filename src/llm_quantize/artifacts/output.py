@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 from llm_quantize import events
 from llm_quantize.artifacts.manifest import manifest_bytes, nonfinite_counts, read_manifest
 from llm_quantize.artifacts.rounding import Target, matrix_records, refuse_other_source, unit_records
-from llm_quantize.errors import IntegrityError, MalformedInputError, UsageError
+from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.events import EventSink
 from llm_quantize.formats.card import fill_card
+from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.artifact_paths import discard_partial, journal_path, manifest_path, partial_path
-from llm_quantize.io.journal import source_changed
+from llm_quantize.io.journal import canonical_json, source_changed
 from llm_quantize.io.output import ResumableOutput
 from llm_quantize.models.base import Model
 from llm_quantize.models.opening import Source
@@ -122,7 +124,33 @@ def already_complete(source: Source, artifact: ArtifactPlan, path: Path, options
             found=f"{key} = {now.get(key)} (this run)",
             remedy="restore the source, choose another directory with -o, or replace it with --overwrite",
         )
-    raise UsageError(
+    raise _exists(path)
+
+
+_OPEN = ("imatrix", "text", "layout_sha256")
+"""What of an identity is not known before the importance is collected."""
+
+
+def refuse_other(source: Source, artifact: ArtifactPlan, path: Path, options: Options, texts: Sequence[str]) -> None:
+    """Raise UsageError where something else than ``artifact`` has its name, as far as that can be told before its
+    importance is collected on ``texts``: so that hours of calibration do not end in a refusal."""
+    _refuse_source(source, path)
+    if not path.exists() or options.overwrite:
+        return
+    try:
+        known = (read_manifest(manifest_path(path)) or {}).get("identity", {})
+        found = FORMATS[artifact.format].texts_of(path)
+    except (MalformedInputError, UnsupportedError, IntegrityError, UsageError):
+        known, found = {}, None
+    asked = json.loads(canonical_json(dict(artifact.identity)))
+    same = all(known.get(key) == value for key, value in asked.items() if key not in _OPEN)
+    collected = any(known.get(key) for key in _OPEN[:2])
+    if not same or not collected or (found is not None and list(found) != list(texts)):
+        raise _exists(path)
+
+
+def _exists(path: Path) -> UsageError:
+    return UsageError(
         "the output exists and was not made by this command from this source",
         file=path,
         remedy="choose another name with -n or directory with -o, or replace it with --overwrite",
@@ -167,14 +195,10 @@ def sealed_manifest(source: Source, target: Target) -> bytes:
         "files": [{"name": file.name, "size": file.size, "front_sha256": file.front_sha256} for file in artifact.files],
         "left_out": source.left_out,
         "folded": dict(source.checkpoint.folded),
+        **({"fallbacks": artifact.fallbacks()} if artifact.fallbacks() else {}),
         **nonfinite_counts(tensors),
         "tensors": tensors,
         **({"matrices": matrices} if matrices else {}),
-        **(
-            {"fallbacks": {text: list(names) for text, names in artifact.fallbacks.items()}}
-            if artifact.fallbacks
-            else {}
-        ),
         **({"measured": measured} if measured else {}),
         **({"card_sha256": card["sha256"]} if card else {}),
     }

@@ -13,6 +13,7 @@ from llm_quantize import memory
 from llm_quantize.architectures.rows import chunk_rows, matrix_shape
 from llm_quantize.engine import ISOLATED
 from llm_quantize.errors import AccessError, ResourceError
+from llm_quantize.measures.amounts import bytes_text
 from llm_quantize.memory import Sizes
 from llm_quantize.plan import ArtifactPlan
 
@@ -107,8 +108,8 @@ def check(
         raise ResourceError(
             "not enough disk space for the output",
             file=parent,
-            expected=f"{needed} bytes",
-            found=f"{free} bytes free",
+            expected=f"{bytes_text(needed)} ({needed} bytes)",
+            found=f"{bytes_text(free)} ({free} bytes) free",
             remedy="free some space, choose another directory with -o, or a smaller level; --ignore-space tries anyway",
         )
     _check_file_size(artifacts)
@@ -124,8 +125,8 @@ def check_disk(directory: Path, needed: int) -> None:
         raise ResourceError(
             "not enough disk space for the statistics and the hidden states",
             file=directory,
-            expected=f"{needed:,} bytes",
-            found=f"{free:,} bytes free",
+            expected=f"{bytes_text(needed)} ({needed:,} bytes)",
+            found=f"{bytes_text(free)} ({free:,} bytes) free",
             remedy="free some space, set LLM_QUANTIZE_CACHE to another directory, or take fewer --calibration-samples",
         )
 

@@ -26,7 +26,7 @@ class ArtifactResult(Shown):
 
     ``seconds``: CPU time of this run's units (read, hash, quantize, write), work that several artifacts share divided
     equally among them. ``nonfinite``: {fact: {tensor: count}} as in the manifest, for NaN and infinite weights.
-    ``fallbacks``: {what could not be done as asked: the tensors or matrices}. ``measured``: what a calibrated run lost
+    ``fallbacks``: {what plan or method could not do as asked: the tensors or matrices}. ``measured``: what a calibrated run lost
     on text that it was not calibrated on, None where it was not measured. The fields are what fits a table.
     """
 
@@ -88,18 +88,29 @@ class ArtifactResult(Shown):
         return dict(sorted(counts.items()))
 
     def degradations(self) -> list[str]:
-        """What the user should know, as sentences: tensors, counts and what became of values; then what could not be
-        done as asked, each with the first of its tensors or matrices."""
+        """What the user should know, a sentence for each kind of thing: what became of values, then what could not be
+        done as asked; each with how many tensors it concerns and the first of them."""
         types = {tensor.name: tensor.qtype for tensor in self.plan.tensors}
+        found: dict[str, dict[str, int]] = {}
+        for fact, text in _DEGRADED.items():
+            for name, count in self.nonfinite.get(fact, {}).items():
+                found.setdefault(text.replace("{type}", types[name]), {})[name] = count
         values = [
-            f"{name}: " + text.format(count=count, type=types[name])
-            for fact, text in _DEGRADED.items()
-            for name, count in self.nonfinite.get(fact, {}).items()
+            f"{_first(list(counts))}: {text.format(count=f'{sum(counts.values()):,}')}"
+            for text, counts in found.items()
         ]
-        return values + [
-            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}"
-            for text, names in self.fallbacks.items()
-        ]
+        planned = self.plan.fallbacks()
+        other = [one.tensor for one in self.plan.substituted]
+        types_told = (
+            [f"{_first(other)}: not in the type of the level, whose blocks do not divide the rows"] if other else []
+        )
+        told = [f"{_first(names)}: {text}" for text, names in self.fallbacks.items() if text not in planned]
+        return values + types_told + told
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first of ``names``, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more"
 
 
 def complete_result(artifact: ArtifactPlan, path: Path) -> ArtifactResult:

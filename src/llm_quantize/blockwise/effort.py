@@ -6,7 +6,7 @@ Rounding, reading and hashing are counted as the operations that a processor doe
 from __future__ import annotations
 
 from llm_quantize.architectures.rows import weights_of
-from llm_quantize.blockwise.estimate import estimate
+from llm_quantize.blockwise.estimate import FEEDBACK_RATE
 from llm_quantize.formats.base import Importance
 from llm_quantize.models.opening import Source
 from llm_quantize.options import Options
@@ -42,12 +42,10 @@ def rounding(plan: ArtifactPlan) -> float:
     )
 
 
-def solving(source: Source, plan: ArtifactPlan, importance: Importance | None, options: Options) -> float:
+def solving(plan: ArtifactPlan) -> float:
     """All matrices of a plan, which a method sees whole."""
-    if not plan.matrices:
-        return 0.0
-    if importance is not None and options.method.calibrates(plan.format):
-        return estimate(source, plan, options, importance.chunks).operations
+    if plan.matrices and plan.cost is not None and plan.cost.feedback:
+        return plan.cost.feedback * FEEDBACK_RATE
     return sum(ROUNDED * weights_of(matrix.weight.shape) for matrix in plan.matrices)
 
 
@@ -56,6 +54,6 @@ def finishing(plan: ArtifactPlan) -> float:
     return FINISHED * plan.size
 
 
-def writing(source: Source, plan: ArtifactPlan, importance: Importance | None, options: Options) -> float:
+def writing(plan: ArtifactPlan) -> float:
     """All of an artifact but a calibration before it."""
-    return rounding(plan) + solving(source, plan, importance, options) + finishing(plan)
+    return rounding(plan) + solving(plan) + finishing(plan)

@@ -5,19 +5,22 @@ A plan asks with the sizes that headers tell, the run again with those of its ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import weights_of
 from llm_quantize.blockwise.stages import routers, stages
+from llm_quantize.calibration.statistics import collecting_sizes
+from llm_quantize.formats.base import Importance
 from llm_quantize.io.statistics_layout import TapLike
-from llm_quantize.memory import TORCH_BYTES, Sizes
+from llm_quantize.memory import TORCH_BYTES, Sizes, foreseen
 from llm_quantize.methods.sizes import WORKING_BYTES, factor_bytes, solve_bytes
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
-from llm_quantize.plan import ArtifactPlan
+from llm_quantize.plan import ArtifactPlan, Cost
+from llm_quantize.qtypes.rates import rounding_seconds
 from llm_quantize.streams.sizes import NetworkSizes, block_matrices, from_headers
 
 if TYPE_CHECKING:
@@ -32,27 +35,122 @@ HELD_OUT_WINDOWS = 4
 TORCH_ALONE_BYTES = 240 << 20
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """``sizes``: what the run will hold; ``operations``: floating-point, in all."""
+FEEDBACK_RATE = 60e9
+"""Floating-point operations in a CPU second of error feedback: 64e9 in the run of benchmarks/results/gptq.json."""
 
-    sizes: Sizes
-    operations: float
+COLLECTING_RATE = 100e9
+"""The same where importance is collected: 173e9 in benchmarks/results/calibration.json, where the processor multiplies
+bfloat16 quickly, half of that or less elsewhere."""
 
 
-def estimate(source: Source, artifact: ArtifactPlan, options: Options, windows: int) -> Estimate:
-    """See ``Estimate``: ``windows`` run through the model; with statistics, whose Hessians are known, none do."""
-    method, length = options.method, min(options.calibration.length, source.architecture.hyper.context_length)
+STARTING = 2.0
+"""CPU seconds until torch is there; as many again until transformers is."""
+
+FITTING_RATE = 10e6
+"""Weights per CPU second whose grids are fitted and that are rounded to them, in torch: 34e6 took 3.3 s."""
+
+RESCALING = 1.5
+"""How much longer error feedback takes where channels are rescaled first (docs/concepts/methods.md)."""
+
+
+def estimate(
+    source: Source, artifact: ArtifactPlan, options: Options, importance: Importance | None
+) -> tuple[tuple[Sizes, ...], Cost]:
+    """What making ``artifact`` will hold, phase by phase, beside the rounding of single tensors; and what it costs.
+
+    ``importance``: what the run has, or will have. With statistics, whose Hessians are known, no text is run.
+    """
+    fed_back = options.method.calibrates(artifact.format)
+    rounding = _rounding(artifact, weighted=importance is not None, fitting=not fed_back)
+    if importance is None:
+        return rounding_sizes(artifact), Cost(rounding)
+    if fed_back:
+        return _fed_back(source, artifact, options, importance, rounding)
+    if importance.sha256:
+        return rounding_sizes(artifact), Cost(rounding)
+    chosen, length = options.calibration, _length(source, options)
+    sizes = collecting_sizes(
+        from_headers(source, chosen.device), chosen.collect, (importance.chunks, length), device=chosen.device
+    )
+    tokens = _tokens(importance, length)
+    cost = Cost(
+        rounding,
+        windows=importance.chunks,
+        length=length,
+        tokens=tokens,
+        collecting=_seconds(_forward(source, tokens), COLLECTING_RATE, chosen.device),
+        memory=foreseen(sizes, threads=options.threads, max_ram=options.max_ram),
+    )
+    return (*rounding_sizes(artifact), sizes), cost
+
+
+def _fed_back(
+    source: Source, artifact: ArtifactPlan, options: Options, importance: Importance, rounding: float
+) -> tuple[tuple[Sizes, ...], Cost]:
+    """``estimate`` where errors are fed back."""
+    method, length, device = options.method, _length(source, options), options.calibration.device
     paired = method.stages(artifact.format).correction > 0
-    network = from_headers(source, options.calibration.device)
-    chosen, device = routers(source.tensors.outputs), options.calibration.device
-    if options.statistics is None:
-        together = (windows + HELD_OUT_WINDOWS, length)
-        sizes = feedback_sizes(network, artifact, method, together, chosen, paired=paired, device=device)
-    else:
+    network = from_headers(source, device)
+    known = options.statistics is not None
+    if known:
         sizes = known_sizes(network, artifact)
-    outputs = list(block_matrices(source.tensors.outputs))
-    return Estimate(sizes, _operations(outputs, windows * length, method, paired=paired))
+    else:
+        together = (importance.chunks + HELD_OUT_WINDOWS, length)
+        chosen = routers(source.tensors.outputs)
+        sizes = feedback_sizes(network, artifact, method, together, chosen, paired=paired, device=device)
+    tokens = 0 if known else _tokens(importance, length)
+    operations = _operations(source, tokens, method, paired=paired)
+    operations *= RESCALING if method.transform_of(artifact.format).passes else 1.0
+    cost = Cost(
+        rounding,
+        windows=0 if known else importance.chunks,
+        length=length,
+        tokens=tokens,
+        feedback=_seconds(operations, FEEDBACK_RATE, device),
+        memory=foreseen(sizes, threads=options.threads, max_ram=options.max_ram),
+    )
+    return (sizes,), cost
+
+
+def forward_seconds(source: Source, tokens: float) -> float:
+    """CPU seconds in which ``tokens`` go through all blocks once, without what torch takes to start."""
+    return _forward(source, tokens) / COLLECTING_RATE
+
+
+def _forward(source: Source, tokens: float) -> float:
+    """Floating-point operations of ``tokens`` in the matrices of all blocks."""
+    return 2.0 * sum(_used_weights(source, output) for output in block_matrices(source.tensors.outputs)) * tokens
+
+
+def _length(source: Source, options: Options) -> int:
+    return min(options.calibration.length, source.architecture.hyper.context_length)
+
+
+def _tokens(importance: Importance, length: int) -> int:
+    """How many tokens the text of ``importance`` probably has, in at most so many windows."""
+    return min(importance.chunks * length, importance.tokens or importance.chunks * length)
+
+
+def _seconds(operations: float, rate: float, device: str) -> float | None:
+    """CPU seconds, those that torch takes to start included; None on a graphics processor, whose speed is not known."""
+    return 2 * STARTING + operations / rate if device == "cpu" else None
+
+
+def _rounding(artifact: ArtifactPlan, *, weighted: bool, fitting: bool) -> float:
+    """CPU seconds to round every tensor by itself, and (``fitting``) every matrix of a directory on a fitted grid."""
+    rounded = sum(
+        rounding_seconds(weights_of(tensor.output.shape), tensor.qtype, weighted=weighted)
+        for tensor in artifact.tensors
+    )
+    fitted = sum(weights_of(matrix.weight.shape) for matrix in artifact.matrices) if fitting else 0
+    return rounded + (STARTING + fitted / FITTING_RATE if fitted else 0.0)
+
+
+def _used_weights(source: Source, output: OutputTensor) -> float:
+    """Weights of ``output`` that a token is multiplied with: of stacked experts those that it uses."""
+    hyper = source.architecture.hyper
+    share = hyper.n_expert_used / hyper.n_expert if len(output.shape) > 2 and hyper.n_expert else 1.0
+    return weights_of(output.shape) * share
 
 
 def feedback_sizes(
@@ -138,12 +236,16 @@ def _used(network: NetworkSizes, tap: TapLike) -> int:
     return network.hyper.n_expert_used if tap.matrices > 1 else 1
 
 
-def _operations(outputs: list[OutputTensor], tokens: int, options: MethodOptions, *, paired: bool) -> float:
+def _operations(source: Source, tokens: int, options: MethodOptions, *, paired: bool) -> float:
     """Forward passes, sums of products, and about eight products of each matrix with its Hessian."""
-    weights = sum(weights_of(output.shape) for output in outputs)
+    outputs = list(block_matrices(source.tensors.outputs))
     passes = (2.2 if options.inputs == "sequential" else 1.75) + paired
-    taps = {(output.name.split(".")[1], output.shape[-1]): output.shape[-1] for output in outputs}
-    products = sum(columns**2 for columns in taps.values()) * tokens * (1.25 + 2 * paired)
+    forward = _forward(source, tokens) * passes
+    inputs = {(output.name.split(".")[1], output.shape[-1]): math.prod(output.shape[:-2]) for output in outputs}
+    used = max(1, source.architecture.hyper.n_expert_used)
+    products = factors = 0.0
+    for (_, columns), matrices in inputs.items():
+        products += columns**2 * tokens * (used if matrices > 1 else 1) * (1.25 + 2 * paired)
+        factors += 3.0 * columns**3 * matrices
     solved = sum(16.0 * weights_of(output.shape) * output.shape[-1] for output in outputs)
-    factors = sum(3.0 * columns**3 for columns in taps.values())
-    return 2.0 * weights * tokens * passes + products + solved + factors
+    return forward + products + solved + factors

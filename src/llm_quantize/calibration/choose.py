@@ -35,13 +35,22 @@ TOKENS_PER_COLUMN = 16
 divergence of a 2-bit file by 6 % for half as much time again (docs/concepts/methods.md)."""
 
 
+CHARACTERS_OF_TOKEN = 3
+"""About how many characters a token has, in a mix of languages and code."""
+
+BYTES_OF_CHARACTER = 4
+"""At most; and a token has at least a byte."""
+
+
 @dataclass(frozen=True)
 class Foreseen:
-    """Importance that this run has still to collect: its tensors and its text are known, its values are not."""
+    """Importance that this run has still to collect: its tensors and its text are known, its values are not.
+    ``chunks``: windows at most; ``tokens``: about how many the text has."""
 
     names: frozenset[str]
     datasets: tuple[str, ...]
     chunks: int
+    tokens: int = 0
     file: str = CALIBRATED_NAME.format("0" * 16)
     sha256: str = ""
 
@@ -73,6 +82,11 @@ class Text:
     def silence(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The method tells what became of each matrix."""
         return {}
+
+    @property
+    def tokens(self) -> int:
+        """See ``formats.base.Importance``."""
+        return self.windows.tokens
 
 
 Chosen = Imatrix | Foreseen | Text
@@ -106,8 +120,18 @@ def foresee(source: Source, format: str, levels: Sequence[str], options: Options
     elif not _calibrates(source, form, levels, options):
         return _given(source, options)
     need_tokenizer(source.checkpoint)
-    names = tuple(dataset.name for dataset in load_texts(options.calibration.data).datasets)
-    return Foreseen(_matrices(source), names, calibration_of(source, format, options).settled().samples or 0)
+    return _foreseen(source, calibration_of(source, format, options).settled())
+
+
+def _foreseen(source: Source, options: CalibrationOptions) -> Foreseen:
+    """What can be told of the text before it is tokenized: no more tokens than bytes, and about a third of them."""
+    found = load_texts(options.data).datasets
+    size = sum(dataset.characters for dataset in found)
+    length = min(options.length, source.architecture.hyper.context_length)
+    windows = min(options.samples or 0, max(1, BYTES_OF_CHARACTER * size // length))
+    return Foreseen(
+        _matrices(source), tuple(one.name for one in found), windows, max(1, round(size / CHARACTERS_OF_TOKEN))
+    )
 
 
 def collected(

@@ -27,10 +27,11 @@ from llm_quantize import events, memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.calibration.cache import cache_directory, is_kept, manifest_of, prepare_directory
 from llm_quantize.calibration.drawing import draw_windows
+from llm_quantize.calibration.enough import coverage_advice
 from llm_quantize.calibration.imatrix import coverage
 from llm_quantize.calibration.outcome import Calibration
 from llm_quantize.calibration.statistics import BlockSums, collecting_sizes
-from llm_quantize.calibration.windows import Windows, coverage_advice
+from llm_quantize.calibration.windows import Windows
 from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError
 from llm_quantize.events import EventSink, ignore

@@ -37,4 +37,4 @@ def draw_windows(source: Source, options: CalibrationOptions, on_event: EventSin
     if corpus.built_in and not options.data:
         on_event(events.Note("no text was given: calibrating on the built-in mix of texts"))
     names = [dataset.name for dataset in corpus.datasets]
-    return windows, {"datasets": names, "length": length, "seed": options.seed, "chat": options.chat}
+    return windows, {"datasets": names, "length": windows.length, "seed": options.seed, "chat": options.chat}

@@ -138,13 +138,12 @@ class TapCoverage:
 
 
 def coverage(statistics: StatisticsFile, minimum: int) -> list[TapCoverage]:
-    """How many tokens each expert of each tap saw, in file order; a dense tap is one matrix and listed as well where
-    it saw fewer than ``minimum``."""
+    """How many tokens each expert of each tap saw, in file order; a tap without experts is not listed."""
     table = []
     for tap in statistics.taps.values():
         tokens = tuple(int(count) for count in statistics.counts(tap.name))
         short = tuple(index for index, count in enumerate(tokens) if count < minimum)
-        if tap.matrices > 1 or short:
+        if tap.matrices > 1:
             table.append(TapCoverage(tap.name, tap.block, tokens, short))
     return table
 

@@ -15,6 +15,7 @@ from llm_quantize.errors import UsageError
 from llm_quantize.io.imatrix_writer import write_imatrix_dat, write_imatrix_gguf
 from llm_quantize.io.statistics_file import read_statistics
 from llm_quantize.io.whole_file import refuse_existing, refuse_input, write_file
+from llm_quantize.measures.amounts import counted
 from llm_quantize.models.opening import Source
 from llm_quantize.results import Shown
 
@@ -75,10 +76,11 @@ class Calibration(Shown):
             "advice": list(self.advice),
         }
 
-    def sentences(self) -> list[str]:
-        """What a person wants to know, a line each; ``advice`` was told as a warning."""
+    def sentences(self, *, in_full: bool = False) -> list[str]:
+        """What a person wants to know, a line each; ``advice`` was told as a warning. ``in_full``: the experts that saw
+        too little are listed."""
         text = ", ".join(f"{share.dataset} {share.tokens:,}" for share in self.shares if share.tokens)
-        lines = [f"{self.model}: {self.tokens:,} tokens in {self.windows} windows of {self.length} ({text})"]
+        lines = [f"{self.model}: {self.tokens:,} tokens in {counted(self.windows, 'window')} of {self.length} ({text})"]
         if self.reused:
             lines.append("nothing was run: these statistics were there already")
         elif self.seconds > 0:
@@ -87,7 +89,13 @@ class Calibration(Shown):
                 f"{self.seconds:.1f} s of CPU time in {self.dtype}, {rate:,.0f} tokens per CPU second; memory "
                 f"{self.memory_peak / 1e6:,.0f} MB, planned {self.memory_planned / 1e6:,.0f} MB"
             )
-        for tap, experts in self.short.items():
+        if self.short:
+            count, (first, least) = sum(map(len, self.short.values())), next(iter(self.short.items()))
+            lines.append(
+                f"{counted(count, 'expert')} at {counted(len(self.short), 'input')} of layers saw fewer than "
+                f"{self.expert_minimum} tokens, the first: {least[0]} of {first} (-v lists them)"
+            )
+        for tap, experts in self.short.items() if in_full else ():
             named = ", ".join(map(str, experts[:8])) + (" and more" if len(experts) > 8 else "")
             lines.append(f"{tap}: experts {named} saw fewer than {self.expert_minimum} tokens")
         return [*lines, f"statistics: {self.path}"]

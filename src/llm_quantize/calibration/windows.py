@@ -27,6 +27,7 @@ from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.journal import canonical_json
+from llm_quantize.measures.amounts import counted
 
 PART_CHARACTERS = 4 << 20
 _PIECE_CHARACTERS = 1 << 18  # a tokenizer without word boundaries takes more than linear time
@@ -308,8 +309,9 @@ def sample_windows(
     """``samples`` windows of ``length`` tokens, or as many as the text gives without repeating it (a warning with the
     numbers; a note where all text is built in). ``chat``: plain text is set as conversations in the model's template.
 
-    Data sets shorter than one window are joined into one. Raises UsageError (numbers out of range, or all the text is
-    shorter than one window), UnsupportedError (``chat`` for a model without template).
+    Data sets shorter than one window are joined into one; where all the text is shorter, the window is (a warning).
+    Raises UsageError (numbers out of range, or text of fewer than 2 tokens), UnsupportedError (``chat`` for a model
+    without template).
     """
     if samples < 1 or length < _LEAST_LENGTH or seed < 0:
         raise UsageError(
@@ -320,28 +322,61 @@ def sample_windows(
         raise UnsupportedError(
             "this model has no chat template", file=tokenizer.directory, remedy="calibrate without --chat"
         )
-    body = length if tokenizer.bos is None else length - 1
+    front = 0 if tokenizer.bos is None else 1
+    pieces = [_Pieces(dataset.documents, tokenizer, chat) for dataset in corpus.datasets]
+    streams, rest = _streams(corpus, tokenizer, pieces, body=length - front, seed=seed, chat=chat)
+    if not streams and rest is not None:
+        samples = 1
+        length = _shortened(rest, length, front, on_event)
+        pieces = [_Pieces(dataset.documents, tokenizer, chat) for dataset in corpus.datasets]
+        streams, rest = _streams(corpus, tokenizer, pieces, body=length - front, seed=seed, chat=chat)
+    if rest is not None and not rest.available_windows():
+        text = f"{rest.available_tokens():,} tokens are less than one window of {length - front:,}"
+        on_event(events.Caution(f"{rest.name}: {text}; this text is not used"))
+    windows = Windows(streams, samples=samples, length=length, bos=tokenizer.bos)
+    _tell(windows, samples, corpus.built_in, pieces, on_event)
+    return windows
+
+
+def _streams(
+    corpus: Corpus, tokenizer: TextTokenizer, pieces: Sequence[_Pieces], *, body: int, seed: int, chat: bool
+) -> tuple[list[_Stream], _Stream | None]:
+    """A stream for each data set that gives a window of ``body`` tokens; the others joined, as one of them where that
+    gives one, else apart."""
     streams: list[_Stream] = []
     short: list[Dataset] = []
-    pieces = []
     for index, dataset in enumerate(corpus.datasets):
-        pieces.append(_Pieces(dataset.documents, tokenizer, chat))
-        stream = _Stream(dataset.name, dataset.weight, pieces[-1], body=body, seed=(seed, index))
+        stream = _Stream(dataset.name, dataset.weight, pieces[index], body=body, seed=(seed, index))
         if stream.available_windows() == 0:
             short.append(dataset)
         else:
             streams.append(stream)
-    if short:
-        joined = _Pieces([document for dataset in short for document in dataset.documents], tokenizer, chat)
-        weight = sum(dataset.weight for dataset in short)
-        stream = _Stream(_names(short), weight, joined, body=body, seed=(seed, len(corpus.datasets)))
-        if stream.available_windows():
-            streams.append(stream)
-        else:
-            _too_short(stream, body, alone=not streams, on_event=on_event)
-    windows = Windows(streams, samples=samples, length=length, bos=tokenizer.bos)
-    _tell(windows, samples, corpus.built_in, pieces, on_event)
-    return windows
+    if not short:
+        return streams, None
+    joined = _Pieces([document for dataset in short for document in dataset.documents], tokenizer, chat)
+    weight = sum(dataset.weight for dataset in short)
+    rest = _Stream(_names(short), weight, joined, body=body, seed=(seed, len(corpus.datasets)))
+    return ([*streams, rest], None) if rest.available_windows() else (streams, rest)
+
+
+def _shortened(rest: _Stream, length: int, front: int, on_event: EventSink) -> int:
+    """The length of a window that holds all of a text that is shorter than one; a warning. Raises UsageError where no
+    window can be made of it."""
+    found = rest.available_tokens() + front
+    if found < _LEAST_LENGTH:
+        raise UsageError(
+            "the text is too short to calibrate on",
+            expected=f"at least {_LEAST_LENGTH} tokens",
+            found=f"{found:,} tokens",
+            remedy="give more text",
+        )
+    on_event(
+        events.Caution(
+            f"the text has {found:,} tokens, less than one window of {length:,}: it is one window of {found:,}, which "
+            "is little to calibrate on"
+        )
+    )
+    return found
 
 
 def _names(datasets: Sequence[Dataset]) -> str:
@@ -349,24 +384,11 @@ def _names(datasets: Sequence[Dataset]) -> str:
     return named if len(datasets) <= 3 else f"{named} and {len(datasets) - 3} more"
 
 
-def _too_short(stream: _Stream, body: int, *, alone: bool, on_event: EventSink) -> None:
-    tokens = stream.available_tokens()
-    if alone:
-        raise UsageError(
-            "the text is shorter than one window",
-            expected=f"at least {body:,} tokens",
-            found=f"{tokens:,} tokens",
-            remedy="give more text, or a smaller --sequence-length",
-        )
-    text = f"{stream.name}: {tokens:,} tokens are less than one window of {body:,}; this text is not used"
-    on_event(events.Caution(text))
-
-
 def _tell(windows: Windows, asked: int, built_in: bool, pieces: Sequence[_Pieces], on_event: EventSink) -> None:
     if windows.samples < asked:
         text = (
-            f"the text gives {windows.samples:,} windows of {windows.length:,} tokens without repeating itself; "
-            f"{asked:,} were asked for"
+            f"the text gives {counted(windows.samples, 'window')} of {windows.length:,} tokens without repeating "
+            f"itself; {asked:,} were asked for"
         )
         on_event((events.Note if built_in else events.Caution)(text))
     told = [item.plain_layout for item in pieces if item.plain_layout]
@@ -375,25 +397,3 @@ def _tell(windows: Windows, asked: int, built_in: bool, pieces: Sequence[_Pieces
         count = sum(number for number, _ in told)
         text = f"{count:,} conversations are laid out as plain text, not in the model's chat template: {reason}"
         on_event((events.Note if built_in else events.Caution)(text))
-
-
-_HESSIAN_LEAST, _HESSIAN_ENOUGH = 4, 18  # tokens per input channel
-_IMATRIX_LEAST = 10_000
-
-
-def coverage_advice(tokens: int, widest_input: int, *, hessian: bool = True) -> str | None:
-    """What to say when ``tokens`` are too few for a layer with ``widest_input`` inputs, else None.
-
-    A Hessian has widest_input² unknowns: below about 4 tokens per input its off-diagonal part is mostly noise, and
-    beyond about 18 more text changed nothing in our measurements. An imatrix has one mean per input, whatever the
-    width; with 10,000 tokens nine tenths of the demo model's are within 13 % of their final value.
-    """
-    if hessian and tokens < _HESSIAN_LEAST * widest_input:
-        return (
-            f"{tokens:,} tokens are {tokens / widest_input:.1f} for each of the {widest_input:,} inputs of the widest "
-            f"layer: little for a Hessian; {_HESSIAN_LEAST * widest_input:,} would do, and more than "
-            f"{_HESSIAN_ENOUGH * widest_input:,} gain nothing (an imatrix needs {_IMATRIX_LEAST:,})"
-        )
-    if tokens < _IMATRIX_LEAST:
-        return f"{tokens:,} tokens are few for an imatrix: {_IMATRIX_LEAST:,} would do"
-    return None

@@ -16,6 +16,7 @@ import click
 
 from llm_quantize import __version__
 from llm_quantize.cli import streams
+from llm_quantize.cli.words import did_you_mean, explained, ours
 from llm_quantize.errors import LlmQuantizeError, ResourceError, StoppedError, printable
 from llm_quantize.reports.labels import LANGUAGES, labels
 from llm_quantize.reports.wording import error_text, language_of, said, speaking
@@ -54,6 +55,19 @@ class LazyGroup(click.Group):
             command.params.append(_lang_option())
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does it; a command that there is not is answered with the nearest."""
+        word = args[0]
+        if (
+            not word.startswith("-")
+            and self.get_command(ctx, word) is None
+            and self.get_command(ctx, ours(word)) is None
+        ):
+            raise click.UsageError(f"No such command {word!r}.{did_you_mean(word, self.table)}", ctx=ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(self.table.items()))
@@ -70,11 +84,22 @@ def _lang_option() -> click.Option:
 
 
 @click.group(
-    cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=LazyGroup,
+    table=COMMANDS,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "token_normalize_func": ours,
+    },
 )
 @click.option("--json", "as_json", is_flag=True, help="Print results as JSON, progress as JSON lines on stderr.")
-@click.option("-v", "--verbose", count=True, help="Say more: every tensor of a plan or a verification.")
-@click.option("-s", "--quiet", is_flag=True, help="Print results and warnings only: no progress, no notes.")
+@click.option(
+    "-v",
+    "--verbose",
+    count=True,
+    help="Say more: every tensor of a plan or a verification, the whole list behind a warning.",
+)
+@click.option("-s", "--quiet", is_flag=True, help="Print results and errors only: no progress, no notes, no warnings.")
 @click.version_option(__version__, prog_name="llm-quantize")
 @click.pass_context
 def group(ctx: click.Context, as_json: bool, verbose: int, quiet: bool) -> None:
@@ -139,10 +164,11 @@ def _dispatch(words: list[str], as_json: bool) -> int:
         _show(error, as_json)
         return error.exit_code
     except click.ClickException as error:
+        told = explained(error)
         if as_json:
-            _print_json({"error": "usage", "exit_code": 2, "what": error.format_message()})
+            _print_json({"error": "usage", "exit_code": 2, "what": told.format_message()})
         else:
-            _show_usage(error)
+            _show_usage(told)
         return 2
     except (click.Abort, KeyboardInterrupt):
         _show(StoppedError("stopped", remedy="run the same command again"), as_json)

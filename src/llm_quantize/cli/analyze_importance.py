@@ -90,17 +90,17 @@ def command(
     if shown.json:
         emit_json({**result.to_dict(), "output": str(target), "format": kind})
     else:
-        _show(result, model, target, kind)
+        _show(result, model, target, kind, in_full=shown.verbose > 0)
     return 0
 
 
-def _show(result: Calibration, model: str, target: Path, kind: str) -> None:
+def _show(result: Calibration, model: str, target: Path, kind: str, *, in_full: bool) -> None:
     from rich.console import Console
 
     from llm_quantize.reports.terminal import human_bytes, shown
 
     console = Console(highlight=False, soft_wrap=True)
-    for text in result.sentences():
+    for text in result.sentences(in_full=in_full):
         console.print(shown(text))
     console.print(shown(f"{target}: {kind}, {human_bytes(target.stat().st_size)}"))
     option = {"imatrix": "--imatrix", "dat": "--imatrix", "statistics": "--statistics"}.get(kind)

@@ -100,7 +100,10 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, **ar
                 made = {"summed_kld": choice.allocation.kld, "size": choice.size, "text": dict(profile.text)}
                 write_recipe(output, choice.recipe, model_name=profile.name, made=made, replace=arguments["overwrite"])
     if isinstance(profile, ProfilePlan):
-        emit_json(vars(profile.cost)) if shown.json else click.echo(said(_cost(profile)))
+        if shown.json:
+            emit_json({**vars(profile.cost), "cpu_seconds_needed": _seconds(source, profile)})
+        else:
+            click.echo(said(_cost(source, profile)))
         return 0
     if shown.json:
         emit_json(_facts(profile, choice, kept, output))
@@ -148,15 +151,24 @@ def _profile(source: Source, kept: Path, arguments: Mapping[str, Any], on_event:
     plan = _plan(source, arguments, journal, on_event)
     if arguments["dry_run"]:
         return plan
-    on_event(events.Note(_cost(plan)))
+    on_event(events.Note(_cost(source, plan)))
     profile = measure_profile(plan, journal=journal, on_event=on_event)
     write_profile(kept, profile, replace=arguments["overwrite"])
     journal.unlink(missing_ok=True)
     return profile
 
 
-def _cost(plan: ProfilePlan) -> str:
-    return f"{plan.cost.sentence()}; {plan.memory / 1e6:,.0f} MB"
+def _seconds(source: Source, plan: ProfilePlan) -> float:
+    from llm_quantize.blockwise.estimate import forward_seconds
+
+    return forward_seconds(source, plan.cost.forwards * plan.cost.tokens)
+
+
+def _cost(source: Source, plan: ProfilePlan) -> str:
+    from llm_quantize.measures.amounts import bytes_text, time_text
+
+    costs = f"about {time_text(_seconds(source, plan))} of CPU time and {bytes_text(plan.memory)} of memory"
+    return f"{plan.cost.sentence()}: {costs}"
 
 
 def _check_kept(source: Source, kept: Path, profile: Profile, arguments: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,8 +42,16 @@ def mode(ctx: click.Context, as_json: bool, verbose: int = 0) -> Mode:
 
 
 def json_option(function: Function) -> Function:
-    """``--json`` after the command's name, too."""
+    """``--json`` and ``--quiet`` after the command's name, too."""
+    function = click.option(
+        "-s", "--quiet", is_flag=True, expose_value=False, callback=_be_quiet, help="Print results and errors only."
+    )(function)
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+
+
+def _be_quiet(ctx: click.Context, _param: click.Parameter, given: bool) -> None:
+    if given:
+        ctx.obj = {**(ctx.obj or {}), "quiet": True}
 
 
 def verbose_option(function: Function) -> Function:
@@ -65,7 +74,7 @@ def recipe_options(function: Function) -> Function:
     """Options that change the plan."""
     options = [
         click.option("-q", "--level", "levels", multiple=True, metavar="LEVEL",
-                     help="Level, for example Q4_K_M; repeat for several in one read."),
+                     help="Level, for example Q4_K_M (all are listed below); repeat for several in one read."),
         click.option("--recipe", type=click.Path(dir_okay=False), metavar="FILE",
                      help="Instead of a level: a type for each tensor, as analyze profile writes it."),
         click.option("-n", "--name", help="Name of the output without level and suffix. [default: the model's name]"),
@@ -191,6 +200,10 @@ def line(text: Any) -> str:
 
 
 def warn(shown: Mode, text: str) -> None:
-    """A warning on stderr; --quiet does not hide it, with --json it is in the result."""
-    if not shown.json:
+    """A warning on stderr, with --json as the event that it is; with --quiet none."""
+    if shown.quiet:
+        return
+    if shown.json:
+        click.echo(json.dumps({"event": "warning", "text": text}), err=True)
+    else:
         click.secho(line(said(f"warning: {text}")), fg="yellow", err=True)

@@ -35,14 +35,12 @@ def method_options(function: Function) -> Function:
                      help="Scales in 8 bits; bitsandbytes NF4 and FP4 only. [default: no]"),
         click.option("--compute-dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
                      help="What bitsandbytes computes in. [default: the type of the weights]"),
-        click.option("--desc-act", is_flag=True, help="For scripts of other tools: changes nothing, and says why."),
         click.option("--ignore", multiple=True, metavar="REGEX",
                      help="Modules that stay as they are; repeatable; not for gguf."),
         click.option("--output-shard-size", "shard_size", type=Size(), default="5G", show_default=True,
                      help="Largest file of a directory; not for gguf."),
         click.option("--include", multiple=True, metavar="GLOB",
                      help="Files of the model to copy, beside those that runtimes read; repeatable; not for gguf."),
-        click.option("--resume", is_flag=True, hidden=True, help="For scripts: every run resumes by itself."),
     ]  # fmt: skip
     for option in reversed(options):
         function = option(function)
@@ -70,7 +68,6 @@ def build_method(arguments: Mapping[str, Any]) -> Any:
         symmetric=symmetric,
         double_quant=arguments["double_quant"],
         compute_dtype=arguments["compute_dtype"],
-        desc_act=arguments["desc_act"],
         ignore=arguments["ignore"],
         shard_size=arguments["shard_size"],
         include=arguments["include"],

@@ -17,9 +17,10 @@ from llm_quantize.cli.common import (
 )
 from llm_quantize.cli.method_options import method_options
 from llm_quantize.cli.progress import told
+from llm_quantize.cli.words import LevelsCommand
 
 
-@click.command("plan")
+@click.command("plan", cls=LevelsCommand)
 @click.argument("model")
 @click.argument("format", metavar="FORMAT", default="gguf")
 @recipe_options
@@ -48,5 +49,5 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     if shown.json:
         emit_json(terminal.plans_to_dict(plans, threads=threads, memory_needed=needed))
     else:
-        terminal.print_plans(plans, threads=threads, memory_needed=needed, verbose=shown.verbose)
+        terminal.print_plans(plans, threads=threads, memory_needed=needed, verbose=shown.verbose, quiet=shown.quiet)
     return 0

@@ -32,32 +32,35 @@ LEAST_MOVED, LEAST_SECONDS = 0.02, 2.0
 def told(shown: Mode, description: str, *, live: bool = True) -> Iterator[events.EventSink]:
     """A sink for the library's events. ``description``: what is called progress where nothing else names it.
 
-    ``live`` False: plain lines on a terminal too, for a command that writes text there meanwhile. With --quiet only
-    warnings are told. Progress that cannot be written stops no job.
+    ``live`` False: plain lines on a terminal too, for a command that writes text there meanwhile. With --quiet nothing
+    is told: the result says what is not as asked. Progress that cannot be written stops no job.
     """
-    if shown.json:
-        yield _sheltered(_json_sink(shown))
+    if shown.quiet:
+        yield events.ignore
+    elif shown.json:
+        yield _sheltered(_tell_json, in_full=False)
     elif shown.live and live:
         with _bar() as bar:
-            yield _sheltered(_Drawn(description, bar))
+            yield _sheltered(_Drawn(description, bar), in_full=shown.verbose > 0)
     else:
-        yield _sheltered(_Plain(description, shown))
+        yield _sheltered(_Plain(description, shown), in_full=shown.verbose > 0)
 
 
-def _sheltered(sink: events.EventSink) -> events.EventSink:
+def _sheltered(sink: events.EventSink, *, in_full: bool) -> events.EventSink:
+    """``sink`` without its OSErrors; ``in_full``: the list behind a warning or a note comes after it, a note each."""
+
     def safe(event: events.Event) -> None:
         with suppress(OSError):
             sink(event)
+            if in_full and isinstance(event, events.Caution | events.Note):
+                for detail in event.details or ():
+                    sink(events.Note(detail))
 
     return safe
 
 
-def _json_sink(shown: Mode) -> events.EventSink:
-    def sink(event: events.Event) -> None:
-        if not shown.quiet or isinstance(event, events.Caution):
-            click.echo(json.dumps(event.to_dict()), err=True)
-
-    return sink
+def _tell_json(event: events.Event) -> None:
+    click.echo(json.dumps(event.to_dict()), err=True)
 
 
 class _Whole:
@@ -136,7 +139,7 @@ class _Plain:
         """Tell one event."""
         if isinstance(event, events.Caution):
             warn(self.shown, event.text)
-        elif not self.shown.quiet:
+        else:
             self._tell(event)
 
     def _tell(self, event: events.Event) -> None:

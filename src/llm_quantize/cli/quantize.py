@@ -20,6 +20,7 @@ from llm_quantize.cli.common import (
 )
 from llm_quantize.cli.method_options import method_options
 from llm_quantize.cli.progress import told
+from llm_quantize.cli.words import LevelsCommand
 from llm_quantize.errors import NumericPolicyError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 DEGRADED = 20
 
 
-@click.command("quantize")
+@click.command("quantize", cls=LevelsCommand)
 @click.argument("model")
 @click.argument("format", metavar="FORMAT", default="gguf")
 @recipe_options
@@ -79,7 +80,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
         if shown.json:
             emit_json(terminal.plans_to_dict(plans, threads=threads, memory_needed=needed))
         else:
-            terminal.print_plans(plans, threads=threads, memory_needed=needed, verbose=shown.verbose)
+            terminal.print_plans(plans, threads=threads, memory_needed=needed, verbose=shown.verbose, quiet=shown.quiet)
         return 0
     with told(shown, "quantize") as sink:
         results = pipeline.quantize(
@@ -92,24 +93,29 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
         emit_json({"artifacts": [result.to_dict() for result in results], **facts})
         return _exit_code(results, strict=arguments["strict"])
     terminal.print_results(results)
-    for result in results:
-        for text in result.degradations():
-            warn(shown, f"{result.path.name}: {text}")
     if error is not None:
         raise error
     return _exit_code(results, strict=False)
 
 
 def _warn_idle(ctx: click.Context, shown: Mode, results: Sequence[ArtifactResult]) -> None:
-    """Say which options of a calibration had no effect, as there was none."""
+    """Say which options of a calibration or of error feedback had no effect, as there was none."""
     options = ("calibration_samples", "sequence_length", "chat", "device")
-    idle = [name for name in options if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    idle, fed = _given(ctx, *options), _given(ctx, "inputs", "correction")
+    if fed and not any("inputs" in result.plan.identity for result in results):
+        warn(shown, f"{', '.join(fed)} had no effect: no errors are fed back (--method gptq does)")
     given = ctx.params["imatrix"] or ctx.params["statistics"]
     texts = any(result.plan.identity.get("imatrix") or result.plan.identity.get("text") for result in results)
     if idle and (given or not texts):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        names = ", ".join(idle)
         why = "importance was given" if given else "no level here needs it; --calibrate does it all the same"
         warn(shown, f"{names} had no effect: nothing was calibrated ({why})")
+
+
+def _given(ctx: click.Context, *names: str) -> list[str]:
+    """Which of these options stand on the command line, as they are written there."""
+    found = [name for name in names if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    return [f"--{name.replace('_', '-')}" for name in found]
 
 
 def _exit_code(results: Any, *, strict: bool) -> int:

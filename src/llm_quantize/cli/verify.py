@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from llm_quantize.cli.common import emit_json, json_option, mode, verbose_option
@@ -9,30 +11,45 @@ from llm_quantize.cli.progress import told
 
 
 @click.command("verify")
-@click.argument("artifact", type=click.Path())
+@click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT...", type=click.Path())
 @click.option("--source", metavar="MODEL", help="Also compare every tensor with the model it was made from.")
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a hub source.")
 @verbose_option
 @json_option
 @click.pass_context
 def command(
-    ctx: click.Context, as_json: bool, verbose: int, artifact: str, source: str | None, revision: str | None
+    ctx: click.Context,
+    as_json: bool,
+    verbose: int,
+    artifacts: tuple[str, ...],
+    source: str | None,
+    revision: str | None,
 ) -> int:
-    """Check every tensor of ARTIFACT: structure, manifest hashes, finite values, and the error against --source.
+    """Check every tensor of each ARTIFACT: structure, manifest hashes, finite values, and the error against --source.
 
-    ARTIFACT is a .gguf file, the directory of a split one, or a model directory (safetensors, GPTQ, AWQ,
-    compressed-tensors). Exits with 8 where something does not match.
+    ARTIFACT is a .gguf file, the directory of a split one, a model directory (safetensors, GPTQ, AWQ,
+    compressed-tensors), or a directory that holds several of these. Exits with 8 where something does not match.
     """
     from llm_quantize.artifacts.verify import verify
     from llm_quantize.errors import IntegrityError
+    from llm_quantize.io.artifact_files import artifacts_in
     from llm_quantize.reports import terminal
 
     shown = mode(ctx, as_json, verbose)
-    with told(shown, "verify") as sink:
-        outcome = verify(artifact, source=source, revision=revision, on_event=sink)
+    paths = list(dict.fromkeys(path for artifact in artifacts for path in artifacts_in(Path(artifact))))
+    outcomes = []
+    for path in paths:
+        with told(shown, "verify") as sink:
+            outcomes.append(verify(path, source=source, revision=revision, on_event=sink))
+        if not shown.json:
+            terminal.print_verification(outcomes[-1], verbose=shown.verbose)
+    wrong = [outcome for outcome in outcomes if not outcome.ok]
     if shown.json:
-        emit_json(outcome.to_dict())
-        return 0 if outcome.ok else IntegrityError.exit_code
-    terminal.print_verification(outcome, verbose=shown.verbose)
-    outcome.raise_on_problems()
+        facts = [outcome.to_dict() for outcome in outcomes]
+        emit_json(facts[0] if len(facts) == 1 else {"ok": not wrong, "artifacts": facts})
+        return IntegrityError.exit_code if wrong else 0
+    if len(outcomes) > 1:
+        click.echo(f"{len(outcomes) - len(wrong)} of {len(outcomes)} artifacts are ok")
+    for outcome in wrong:
+        outcome.raise_on_problems()
     return 0

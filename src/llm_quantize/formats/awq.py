@@ -68,7 +68,7 @@ LABEL = "AWQ-{level}"
 FORMS: Sequence[str] = ("gemm",)
 RESCALES = True
 LAYOUT = Layout("awq", ("qweight", "qzeros", "scales"), (), "qweight", "scales")
-EXAMPLE = "4bit"
+EXAMPLE = DEFAULT = "4bit"
 TRANSFORM = "awq"
 SYMMETRIC = False
 NEEDS = "gptqmodel"

@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UsageError
+from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import PackedMatrix, StoredFormat
 from llm_quantize.qtypes.integer import WHOLE_ROW
 from llm_quantize.qtypes.packed import PackedType, packed_type
@@ -131,6 +133,7 @@ class Importance(Protocol):
     ``file``: the name under which an artifact records it. ``names``: tensors of the map that it covers. ``datasets``
     and ``chunks``: of its text. ``sha256``: what decides its values, "" where they are still to be collected.
     ``silence``: {what it says nothing of, and what that means: which matrices} of a tensor of a row-major shape.
+    ``tokens``: about how many its text has; 0 where its windows are full.
     """
 
     @property
@@ -144,14 +147,16 @@ class Importance(Protocol):
     @property
     def sha256(self) -> str: ...
     def silence(self, name: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def tokens(self) -> int: ...
 
 
 class Format(Protocol):
     """A format: a row of FORMATS (table.py).
 
-    ``levels``: what may follow -q; ``example``: one of them. ``method``, ``transform``: its own, where the user asks
-    for none; the transform goes only with a method that reads text. ``weighs``: rounding uses importance where there
-    is any.
+    ``levels``: what may follow -q; ``example``: one of them; ``default``: the one that is meant without -q. ``method``,
+    ``transform``: its own, where the user asks for none; the transform goes only with a method that reads text.
+    ``weighs``: rounding uses importance where there is any.
     """
 
     @property
@@ -160,6 +165,8 @@ class Format(Protocol):
     def levels(self) -> Sequence[str]: ...
     @property
     def example(self) -> str: ...
+    @property
+    def default(self) -> str | None: ...
     @property
     def method(self) -> str: ...
     @property
@@ -178,6 +185,10 @@ class Format(Protocol):
 
     def store(self, plan: ArtifactPlan) -> Store:
         """How one of its artifacts keeps a matrix. Needs torch."""
+
+    def texts_of(self, path: Path) -> Sequence[str] | None:
+        """Names of the texts that the importance of its artifact at ``path`` was collected on; None where it does not
+        say."""
 
 
 class Store(Protocol):
@@ -232,6 +243,7 @@ class Packed(StoredFormat, Protocol):
     LABEL: str
     LEVELS: Sequence[str]
     EXAMPLE: str
+    DEFAULT: str | None
     TRANSFORM: str
     SYMMETRIC: bool | None
     NEEDS: str
@@ -263,12 +275,11 @@ def mixture_of(name: str) -> str:
     return _EXPERT.sub(r"\1", name)
 
 
-def parse_bits(level: str, form: str, choices: Mapping[str, int]) -> int:
-    """Bits of a level of ``choices``, in any case. Raises UsageError."""
-    named = {name.lower(): bits for name, bits in choices.items()}
-    if level.lower() not in named:
-        raise UsageError(f"there is no {form} level {level[:40]!r}", expected=", ".join(choices), found=level[:40])
-    return named[level.lower()]
+def parse_bits(level: str, form: str, choices: Mapping[str, int]) -> tuple[str, int]:
+    """The level of ``choices`` that a user means, in any case or by its bits alone, and its bits. Raises UsageError."""
+    usual = {bits: name for name, bits in reversed(tuple(choices.items()))}
+    found = known_level(level, form, tuple(choices), usual=usual)
+    return found, choices[found]
 
 
 def check_group(scheme: Scheme, columns: int, name: str | None) -> int:

@@ -33,6 +33,7 @@ import numpy.typing as npt
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError, printable
 from llm_quantize.formats.base import Array, Coverage, Field, Scheme, SchemeOptions, check_group, to_numpy
 from llm_quantize.formats.expressions import Meaning, first_meant
+from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import (
     Fields,
     Layout,
@@ -57,6 +58,7 @@ NAME = "bitsandbytes"
 TITLE = "bitsandbytes"
 LABEL = "BNB-{level}"
 EXAMPLE = "NF4"
+DEFAULT: str | None = None
 TRANSFORM = "none"
 SYMMETRIC = None
 NEEDS = "bitsandbytes"
@@ -109,10 +111,8 @@ def scheme(level: str, options: SchemeOptions) -> Scheme:
 
     Raises UsageError.
     """
-    known = {name.lower(): name for name in LEVELS}
-    if level.lower() not in known:
-        raise UsageError(f"there is no {NAME} level {level[:40]!r}", expected=", ".join(LEVELS), found=level[:40])
-    level, compute = known[level.lower()], options.compute_dtype or options.scale
+    level = known_level(level, NAME, LEVELS, usual={4: "NF4", 8: "INT8"})
+    compute = options.compute_dtype or options.scale
     if compute not in _DTYPES:
         raise UsageError("bitsandbytes does not compute in this type", expected=", ".join(_DTYPES), found=compute)
     if options.symmetric is False:

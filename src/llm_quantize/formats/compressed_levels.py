@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_quantize.errors import UsageError
-from llm_quantize.formats.base import Coverage, Scheme, SchemeOptions, parse_bits
+from llm_quantize.formats.base import Coverage, Scheme, SchemeOptions
 from llm_quantize.formats.compressed_floats import LAYOUTS
+from llm_quantize.formats.level_names import known_level
 from llm_quantize.qtypes.codebook import CodebookType
 from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType
 from llm_quantize.qtypes.packed import packed_type
@@ -46,10 +47,10 @@ LEVELS: Sequence[str] = (*_BITS, *_OTHERS)
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """The package's preset of that name (groups of 128), changed as the options say. Raises UsageError."""
-    if level.upper() in _OTHERS:
-        return _other(level.upper(), options)
-    bits = parse_bits(level, NAME, _BITS | dict.fromkeys(_OTHERS, 0))
-    asked = not level.upper().endswith("_ASYM")
+    known = known_level(level, NAME, LEVELS, usual={bits: f"W{bits}A16" for bits in _BITS.values()})
+    if known in _OTHERS:
+        return _other(known, options)
+    bits, asked = _BITS[known], not known.endswith("_ASYM")
     symmetric = asked if options.symmetric is None else options.symmetric
     group = 128 if options.group_size is None else options.group_size
     name = f"W{bits}A16{'' if symmetric else '_ASYM'}"

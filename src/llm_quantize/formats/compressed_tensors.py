@@ -84,6 +84,7 @@ __all__ = ["LEVELS", "NAME", "config", "scheme", "vllm_refusal"]
 TITLE = "compressed-tensors (pack-quantized)"
 LABEL = "{level}"
 EXAMPLE = "W4A16"
+DEFAULT: str | None = None
 TRANSFORM = "none"
 SYMMETRIC = None
 NEEDS = "compressed-tensors"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import llm_quantize
@@ -78,7 +78,8 @@ class Contents:
     ``label``: the level as the artifact's name has it. ``groups``: the tensors, in order. ``qtype``: the grid of those
     that are matrices. ``config``: config.json. ``about``: the card. ``weights``: how many of the source it holds.
     ``identity``: what decides the bytes beside source, level and layout. ``include``: globs of further files of the
-    source to copy. ``measured``: the card has room for what the run will tell. ``too_large``: as in the plan.
+    source to copy. ``measured``: the card has room for what the run will tell. ``dropped``: {tensor of the
+    source that is not taken over: why}. ``too_large``: as in the plan.
     """
 
     format: str
@@ -94,6 +95,7 @@ class Contents:
     qtype: str = ""
     measured: bool = False
     warnings: Sequence[str] = ()
+    dropped: Mapping[str, str] = field(default_factory=dict)
     too_large: str = ArtifactPlan.too_large
 
 
@@ -110,6 +112,7 @@ def plan_files(source: Source, contents: Contents) -> ArtifactPlan:
     files, tensors, matrices = _lay_out(contents.groups, shards, contents.qtype)
     warnings = list(contents.warnings)
     files += _other_files(source, contents, warnings)
+    left_out = _left_out(contents.dropped)
     room_left = None
     if contents.measured:  # its figures are no part of what the artifact is
         room_left = CardPlan(len(files) - 1, files[-1].header)
@@ -128,7 +131,20 @@ def plan_files(source: Source, contents: Contents) -> ArtifactPlan:
         matrices=tuple(matrices),
         card=room_left,
         too_large=contents.too_large,
+        notes=tuple(left_out),
+        details=left_out,
     )
+
+
+def _left_out(dropped: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """{a sentence for each reason why tensors are left out: the tensors}."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in dropped.items():
+        reasons.setdefault(why, []).append(name)
+    return {
+        f"{names[0]}{f' and {len(names) - 1:,} more' if len(names) > 1 else ''}: left out, {why}": tuple(names)
+        for why, names in reasons.items()
+    }
 
 
 def _lay_out(

@@ -16,7 +16,7 @@ refused in format 1.
 *Order of activations.* The optimiser visits columns in the order of their importance on grids fixed before, so g_idx
 stays sequential, no kernel has to permute anything, and ``desc_act`` is false in the file (static ordering). A file
 that said true with this g_idx would mean the same, but vLLM refuses it, and others take a slower path for nothing;
-``--desc-act`` therefore changes no byte.
+so there is no option for it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ LABEL = "GPTQ-{level}"
 FORMS: Sequence[str] = ("gptq", "gptq_v2")
 RESCALES = False
 LAYOUT = Layout("gptq", ("qweight", "qzeros", "scales"), ("g_idx",), "qweight", "scales", "g_idx")
-EXAMPLE = "4bit"
+EXAMPLE = DEFAULT = "4bit"
 TRANSFORM = "none"
 SYMMETRIC = True
 NEEDS = "optimum gptqmodel"
@@ -99,11 +99,11 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """Symmetric with groups of 128 unless the options say otherwise. Raises UsageError."""
-    bits = parse_bits(level, NAME, _BITS)
+    name, bits = parse_bits(level, NAME, _BITS)
     group = 128 if options.group_size is None else options.group_size
     symmetric = options.symmetric is not False
     grid = IntegerType(bits, group, symmetric, "float16")
-    return Scheme(NAME, f"{bits}bit", grid, "gptq" if symmetric else "gptq_v2")
+    return Scheme(NAME, name, grid, "gptq" if symmetric else "gptq_v2")
 
 
 def title(_scheme: Scheme) -> str:

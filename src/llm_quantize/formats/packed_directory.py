@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize.architectures.base import OutputTensor
@@ -49,6 +50,10 @@ class PackedFormat:
         return self.form.EXAMPLE
 
     @property
+    def default(self) -> str | None:
+        return self.form.DEFAULT
+
+    @property
     def transform(self) -> str:
         return self.form.TRANSFORM
 
@@ -76,6 +81,10 @@ class PackedFormat:
         from llm_quantize.formats.packed_store import DirectoryStore
 
         return DirectoryStore(self.form, scheme_of(plan), plan.matrices)
+
+    def texts_of(self, path: Path) -> Sequence[str] | None:
+        """See ``Format``: text goes through the model itself, no importance is collected."""
+        return None
 
     def _plan(
         self, source: Source, level: str, stem: str, importance: Importance | None, options: Options
@@ -121,6 +130,7 @@ class PackedFormat:
             measured=options.statistics is None and method.stages(self.name).correction > 0,
             warnings=warnings,
             too_large=_TOO_LARGE,
+            dropped=found.dropped,
         )
         plan = plan_files(source, contents)
         floats = method.transform_of(self.name).changes(source)
@@ -227,12 +237,7 @@ def _splits(scheme: Scheme, module: Module, devices: int) -> bool:
 
 def _warnings(form: Packed, scheme: Scheme, found: Selection, method: MethodOptions) -> list[str]:
     """What is legal but may surprise."""
-    warnings = [f"{name} is left out: {reason}" for name, reason in found.dropped.items()]
-    if method.desc_act:
-        warnings.append(
-            "--desc-act changes nothing: columns are visited in the order of their activations in any case, on grids "
-            "fixed before, so the file needs no permutation and says desc_act false"
-        )
+    warnings: list[str] = []
     refusal = form.vllm_refusal(scheme)
     if refusal is not None:
         return [*warnings, f"vLLM will not load this artifact: {refusal}"]

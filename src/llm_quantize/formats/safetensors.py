@@ -10,12 +10,14 @@ What is no weight (buffers of integers) is left out and told. Rounding is to nea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.base import Importance, Store
 from llm_quantize.formats.card import About, bytes_words
 from llm_quantize.formats.directory import Contents, plain_config, plan_files, whole
+from llm_quantize.formats.level_names import FLOATS, known_level
 from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.plan import ArtifactPlan
@@ -36,6 +38,7 @@ class Safetensors:
     name = "safetensors"
     levels: Sequence[str] = tuple(_DTYPES)
     example = "BF16"
+    default: str | None = None
     method = "rtn"
     transform = "none"
     weighs = False
@@ -58,12 +61,12 @@ class Safetensors:
         """See ``Format``: no method ever asks, as nothing here is a matrix of codes."""
         raise UsageError("weights in a float type have no codes to choose", expected="--method rtn")
 
+    def texts_of(self, path: Path) -> Sequence[str] | None:
+        """See ``Format``: nothing is weighed."""
+        return None
+
     def _level(self, level: str) -> str:
-        if level.upper() not in _DTYPES:
-            raise UsageError(
-                f"there is no safetensors level {level[:40]!r}", expected=", ".join(_DTYPES), found=level[:40]
-            )
-        return level.upper()
+        return known_level(level, self.name, self.levels, usual={32: "F32"}, others=FLOATS)
 
     def _refuse(self, options: Options) -> None:
         method = options.method
@@ -72,7 +75,6 @@ class Safetensors:
             "--transform": method.transform_of(self.name).passes > 0,
             "--group-size": method.group_size is not None,
             "--sym, --asym": method.symmetric is not None,
-            "--desc-act": method.desc_act,
             "--ignore": bool(method.ignore),
             "--split-max-size": options.split_max_size is not None,
             "types of single tensors, recipes": options.overrides.given,
@@ -101,7 +103,7 @@ class Safetensors:
             identity={"nonfinite": options.nonfinite},
             shard_size=options.method.shard_size,
             include=options.method.include,
-            warnings=[f"{tensor} is left out: {reason}" for tensor, reason in dropped.items()],
+            dropped=dropped,
             too_large="use BF16 or F32, which hold larger magnitudes: -q BF16",
         )
         return plan_files(source, contents)

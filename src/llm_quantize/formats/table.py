@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 
+from llm_quantize.errors import UnsupportedError, printable
 from llm_quantize.formats.base import Format
 from llm_quantize.formats.gguf.plan import Gguf
 from llm_quantize.formats.packed_directory import PackedFormat
@@ -15,3 +17,21 @@ FORMATS: Mapping[str, Format] = {
     **{name: PackedFormat(form) for name, form in PACKED.items()},
     Safetensors.name: Safetensors(),
 }
+
+
+def format_name(text: str) -> str:
+    """The format that a user named, in any case. Raises UnsupportedError, which names the nearest."""
+    name = text.strip().lower().replace("_", "-")
+    if name in FORMATS:
+        return name
+    levels = ((form.name, level) for form in FORMATS.values() for level in form.levels)
+    close = ((other, FORMATS[other].example) for other in difflib.get_close_matches(name, FORMATS, n=1))
+    first = next(iter(FORMATS.values()))
+    meant = ((form, level) for form, level in levels if level.lower() == text.strip().lower())
+    near, level = next(meant, None) or next(close, (first.name, first.example))
+    raise UnsupportedError(
+        f"this version does not write the format {printable(text, 40)!r}",
+        expected=", ".join(FORMATS),
+        found=printable(text, 40),
+        remedy=f"write {near}, for example: llm-quantize quantize MODEL {near} -q {level}",
+    )

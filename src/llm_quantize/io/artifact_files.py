@@ -7,6 +7,9 @@ from pathlib import Path
 
 from llm_quantize.errors import UsageError
 
+_OWN = ("config.json", "manifest.json")
+"""What makes a directory one artifact."""
+
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -16,6 +19,20 @@ def first_file(artifact: str | Path) -> Path:
     Raises UsageError where there is no such artifact, or a directory holds several.
     """
     return artifact_files(Path(artifact))[0]
+
+
+def artifacts_in(path: Path) -> list[Path]:
+    """The artifacts at ``path``: itself, or each that lies in it where it is a directory of several: GGUF files, of a
+    split one its first part, and model directories."""
+    if not path.is_dir() or any((path / name).is_file() for name in _OWN):
+        return [path]
+    wholes: dict[str, Path] = {}
+    for entry in sorted(path.glob("*.gguf")):
+        part = _PART.fullmatch(entry.name)
+        wholes.setdefault(f"{part[1]} of {part[3]}" if part else entry.name, entry)
+    folders = sorted(entry for entry in path.iterdir() if any((entry / name).is_file() for name in _OWN))
+    found = [*wholes.values(), *(entry for entry in folders if entry.suffix != ".partial")]
+    return [path] if not found or (len(found) == 1 and wholes) else found
 
 
 def artifact_files(path: Path) -> list[Path]:

@@ -73,6 +73,11 @@ class Imatrix:
         """The tensors that it covers."""
         return self.values.keys()
 
+    @property
+    def tokens(self) -> int:
+        """See ``formats.base.Importance``: its windows were full."""
+        return 0
+
     def rows(self, name: str, shape: tuple[int, ...]) -> Floats | None:
         """The importance of a tensor of row-major ``shape``: float32 (matrices, shape[-1]), or None without one.
 

@@ -4,21 +4,9 @@ from __future__ import annotations
 
 import math
 
-ABSENT = "–"
+from llm_quantize.measures.amounts import ABSENT, bytes_text, significant
 
-
-def significant(value: float, digits: int = 3) -> str:
-    """``value`` with that many significant digits, never in powers of ten above 1e-7: 0.00123, 45.6, 1230."""
-    if not math.isfinite(value):
-        return ABSENT
-    if value == 0:
-        return "0"
-    power = math.floor(math.log10(abs(value)))
-    if power < -7:
-        return f"{value:.{digits - 1}e}"
-    rounded = round(value, digits - 1 - power)
-    power = math.floor(math.log10(abs(rounded)))  # 9.999 became 10.0
-    return f"{rounded:.{max(0, digits - 1 - power)}f}"
+__all__ = ["ABSENT", "bytes_text", "count_text", "percent", "rate_text", "significant", "tick_text", "with_error"]
 
 
 def with_error(value: float, sem: float) -> tuple[str, str]:
@@ -31,15 +19,6 @@ def with_error(value: float, sem: float) -> tuple[str, str]:
     power = math.floor(math.log10(sem))
     places = min(12, max(0, -power + (1 if sem / 10**power < 1.95 else 0)))
     return f"{value:.{places}f}".replace("-", "−"), f"{sem:.{places}f}"
-
-
-def bytes_text(count: float) -> str:
-    """3.58 MB, in powers of ten, three significant digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 999.5:
-            return f"{significant(count)} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{significant(count)} TB"
 
 
 def tick_text(count: float) -> str:

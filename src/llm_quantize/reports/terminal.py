@@ -12,7 +12,8 @@ from rich.text import Text
 from llm_quantize.artifacts.result import ArtifactResult
 from llm_quantize.artifacts.verify import Verification
 from llm_quantize.errors import NumericPolicyError, printable
-from llm_quantize.plan import ArtifactPlan
+from llm_quantize.measures.amounts import bytes_text, counted, time_text
+from llm_quantize.plan import ArtifactPlan, cpu_seconds, spoken
 from llm_quantize.reports.wording import said, said_of_many_words
 
 
@@ -23,12 +24,8 @@ def shown(value: Any, style: str = "") -> Text:
 
 
 def human_bytes(count: float) -> str:
-    """1.23 GB, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
+    """3.58 MB, in powers of ten, three significant digits."""
+    return bytes_text(count)
 
 
 def human_count(count: float) -> str:
@@ -40,36 +37,45 @@ def human_count(count: float) -> str:
 
 
 def plans_to_dict(plans: Sequence[ArtifactPlan], *, threads: int, memory_needed: int) -> dict[str, Any]:
-    """JSON-ready plans, with the disk that all of them together need, and what ``preflight.fit`` found."""
+    """JSON-ready plans, with the disk and the CPU seconds (None: not known) that all of them together need, and what
+    ``preflight.fit`` found."""
     return {
         "disk_needed": sum(plan.size for plan in plans),
+        "cpu_seconds_needed": cpu_seconds([plan.cost for plan in plans if plan.cost]),
         "memory_needed": memory_needed,
         "threads": threads,
         "artifacts": [plan.to_dict() for plan in plans],
     }
 
 
-def print_plans(plans: Sequence[ArtifactPlan], *, threads: int, memory_needed: int, verbose: int = 0) -> None:
-    """The plan: each tensor (``verbose``), the warnings, and the totals."""
+def print_plans(
+    plans: Sequence[ArtifactPlan], *, threads: int, memory_needed: int, verbose: int = 0, quiet: bool = False
+) -> None:
+    """The plan: each tensor (``verbose``), warnings and notes (unless ``quiet``), and the totals."""
     console = Console(highlight=False, soft_wrap=True)
+    for kind, text, details in () if quiet else spoken(plans):
+        console.print(shown(f"{kind}: {text}", "yellow" if kind == "warning" else ""))
+        for detail in details if verbose else ():
+            console.print(shown(f"  {detail}"))
     for plan in plans:
         if verbose:
             _print_tensors(console, plan)
-        for warning in plan.warnings:
-            console.print(shown(f"warning: {warning}", "yellow"))
-        for text, names in plan.fallbacks.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            console.print(shown(f"warning: {names[0]}{more}: {text}", "yellow"))
         types = ", ".join(f"{count} {name}" for name, count in plan.type_counts().items())
         files = f"{len(plan.files)} files" if len(plan.files) > 1 else plan.files[0].name
-        console.print(shown(f"{plan.level}: {files}, {plan.size:,} bytes ({human_bytes(plan.size)})"))
+        console.print(shown(f"{plan.level}: {files}, {human_bytes(plan.size)} ({plan.size:,} bytes)"))
         console.print(shown(f"  {plan.bits_per_weight:.3f} bits per weight; {types}"))
-    disk = sum(plan.size for plan in plans)
-    console.print(
-        shown(
-            f"needs {human_bytes(disk)} of disk and about {human_bytes(memory_needed)} of memory "
-            f"with {threads} {'thread' if threads == 1 else 'threads'}"
-        )
+    console.print(shown(_needs(plans, threads, memory_needed)))
+
+
+def _needs(plans: Sequence[ArtifactPlan], threads: int, memory_needed: int) -> str:
+    """Disk, memory and time of all of ``plans`` together, as a line."""
+    disk, seconds = sum(plan.size for plan in plans), cpu_seconds([plan.cost for plan in plans if plan.cost])
+    time = "the time of a graphics processor" if seconds is None else f"about {time_text(seconds)} of CPU time"
+    if seconds is not None and threads > 1 and seconds >= threads:
+        time += f" ({time_text(seconds / threads)} if all of it runs in parallel)"
+    return (
+        f"needs {human_bytes(disk)} of disk, {time}, and about {human_bytes(memory_needed)} of memory with "
+        f"{counted(threads, 'thread')}"
     )
 
 
@@ -103,13 +109,13 @@ def strict_error(results: Sequence[ArtifactResult]) -> NumericPolicyError | None
         file=found[0][0].path,
         expected="every finite weight quantized, none replaced or lost, by the method that was asked for",
         found=found[0][1] + more,
-        remedy="mend the source; keep the tensor in BF16 with --tensor-type; give a method that fell back more text "
-        "with --calibration-samples; or leave out --strict",
+        remedy="mend the source; keep the tensor in BF16 with --tensor-type; take a level whose blocks divide the "
+        "rows, such as Q8_0; give a method that fell back more text with --calibration-samples; or leave out --strict",
     )
 
 
 def print_results(results: Sequence[ArtifactResult]) -> None:
-    """One line per artifact."""
+    """One line per artifact, and one for each kind of thing in it that is not as asked."""
     console = Console(highlight=False, soft_wrap=True)
     for result in results:
         note = "" if result.status == "written" else f" ({said(result.status)})"
@@ -119,6 +125,8 @@ def print_results(results: Sequence[ArtifactResult]) -> None:
                 f"{result.seconds:.1f} CPU-s{' in this run' if result.resumed_units else ''}{note}"
             )
         )
+        for text in result.degradations():
+            console.print(shown(f"  degraded: {text}", "yellow"))
         if result.measured is not None:
             console.print(shown(f"  {said(_measured(result.measured))}"))
 
@@ -203,11 +211,14 @@ def print_verification(outcome: Verification, *, verbose: int = 0) -> None:
             error = "-" if check.relative_error is None else f"{check.relative_error:.5f}"
             table.add_row(shown(check.name), shown(check.type), error)
         console.print(table)
-    for check in outcome.tensors:
-        for fact in ("replaced", "kept", "lost"):
-            if count := getattr(check, f"nonfinite_{fact}"):
-                by = " by zero" if fact == "replaced" else ""
-                console.print(shown(f"{check.name}: {count} NaN or infinite weights were {fact}{by}"))
+    for fact in ("replaced", "kept", "lost"):
+        found = [(check.name, count) for check in outcome.tensors if (count := getattr(check, f"nonfinite_{fact}"))]
+        by = " by zero" if fact == "replaced" else ""
+        if len(found) > 1 and not verbose:
+            total = sum(count for _, count in found)
+            found = [(f"{found[0][0]} and {len(found) - 1:,} more (-v lists them)", total)]
+        for name, count in found:
+            console.print(shown(f"{name}: {count:,} NaN or infinite weights were {fact}{by}"))
     console.print(said("ok" if outcome.ok else "NOT OK"), style="green" if outcome.ok else "red")
     for problem in outcome.all_problems()[:50]:
         console.print(shown(f"  {said(problem)}"))

@@ -24,7 +24,20 @@ def compare_parts(files: Sequence[GgufFile]) -> list[str]:
     wanted = [(number, len(files), tensors) for number in range(len(files))]
     if declared == wanted:
         return []
-    return [f"parts of a split model are missing or mixed: (number, parts, tensors) {declared}, expected {wanted}"]
+    return [
+        f"parts of a split model are missing or mixed: {file.path.name} is {_part_text(found)}, "
+        f"where {_part_text(expected)} should be"
+        for file, found, expected in zip(files, declared, wanted, strict=True)
+        if found != expected
+    ][:3]
+
+
+def _part_text(declared: tuple[Any, ...]) -> str:
+    """What a file says of itself: its number, the parts and the tensors of the whole."""
+    number, parts, tensors = declared
+    if number is None:
+        return "no part of a split model"
+    return f"part {number + 1 if isinstance(number, int) else number} of {parts} with {tensors} tensors in all"
 
 
 def compare_plan(files: Sequence[GgufFile], manifest: Mapping[str, Any]) -> list[str]:

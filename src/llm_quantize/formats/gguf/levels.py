@@ -28,6 +28,8 @@ from llm_quantize.formats.gguf.mixes import (
     NEED_IMPORTANCE,
     Position,
 )
+from llm_quantize.formats.level_names import FLOATS, known_level
+from llm_quantize.plan import Substitution
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.results import Settings, Shown
 
@@ -80,18 +82,19 @@ _LEVELS = (
 LEVELS: Mapping[str, Level] = {name: Level(name, base, int(number), about) for name, base, number, about in _LEVELS}
 
 ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
+USUAL: Mapping[int, str] = {
+    **{2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 5: "Q5_K_M"},
+    **{6: "Q6_K", 8: "Q8_0", 32: "F32"},
+}
+"""What people mean who give a number of bits."""
 
 # qtypes that users may name for single tensors, in falling order of bits.
 TENSOR_TYPES = tuple(sorted(QTYPES, key=lambda name: -QTYPES[name].bits_per_weight))
 
 
 def parse_level(text: str) -> Level:
-    """The level a user named, in any case. Raises UsageError where there is none of that name."""
-    name = text.strip().upper()
-    name = ALIASES.get(name, name)
-    if name not in LEVELS:
-        raise UsageError(f"there is no level {text!r}", expected="one of " + ", ".join(LEVELS), found=text)
-    return LEVELS[name]
+    """The level a user named, in any case, or by its bits. Raises UsageError where there is none of that name."""
+    return LEVELS[known_level(text, "gguf", LEVELS, usual=USUAL, others={**FLOATS, **ALIASES})]
 
 
 def parse_qtype(text: str) -> str:
@@ -185,11 +188,13 @@ class Overrides(Settings):
 
 @dataclass(frozen=True)
 class Assignment:
-    """``qtypes[i]`` belongs to ``tensors[i]``. ``warnings``: one sentence for each thing that is not as asked."""
+    """``qtypes[i]`` belongs to ``tensors[i]``. ``substituted``: the tensors that have not the type that rules or user
+    ask for; ``warnings``: a sentence for each thing else that is not as asked."""
 
     level: Level
     qtypes: list[str]
     warnings: list[str] = field(default_factory=list)
+    substituted: list[Substitution] = field(default_factory=list)
 
 
 _ROLES = (
@@ -243,7 +248,7 @@ def assign(
             if importance_names
             else "--imatrix FILE, --statistics FILE, or leave out --no-calibration",
         )
-    return Assignment(recipe.level, qtypes, recipe.warnings + recipe.unused_expressions())
+    return Assignment(recipe.level, qtypes, recipe.unused_expressions(), recipe.substituted)
 
 
 def needs_importance(
@@ -272,7 +277,7 @@ class _Recipe:
     arch: str
     importance_names: Collection[str]
     overrides: Overrides
-    warnings: list[str] = field(default_factory=list)
+    substituted: list[Substitution] = field(default_factory=list)
     uncovered: list[tuple[str, str]] = field(default_factory=list)  # tensor, qtype: importance is needed and missing
 
     def __post_init__(self) -> None:
@@ -299,10 +304,7 @@ class _Recipe:
         if columns % QTYPES[qtype].block_size:
             other = FALLBACKS.get(qtype, "f16")
             other = other if columns % QTYPES[other].block_size == 0 else "f16"
-            self.warnings.append(
-                f"{tensor.name}: rows of {columns} weights do not divide into {qtype}'s blocks of "
-                f"{QTYPES[qtype].block_size}; {other} is used instead"
-            )
+            self.substituted.append(Substitution(tensor.name, tensor.shape, qtype, other))
             qtype = other
         if self._needs_importance(tensor.name, qtype) and tensor.name not in self.importance_names:
             self.uncovered.append((tensor.name, qtype))

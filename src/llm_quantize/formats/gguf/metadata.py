@@ -154,11 +154,15 @@ def recipe_metadata(*, file_type: int, quantized: bool, level: str, version: str
     return metadata
 
 
+TEXTS = "quantize.imatrix.dataset"
+TEXTS_JOINED = ", "
+
+
 def importance_metadata(*, file: str, datasets: Sequence[str], entries: int, chunks: int) -> dict[str, MetaValue]:
     """What llama.cpp's quantizer records about the imatrix it used, under the same keys."""
     metadata = {"quantize.imatrix.file": text(file)}
     if datasets:
-        metadata["quantize.imatrix.dataset"] = text(", ".join(datasets))
+        metadata[TEXTS] = text(TEXTS_JOINED.join(datasets))
     metadata["quantize.imatrix.entries_count"] = unsigned(entries)
     if chunks > 0:
         metadata["quantize.imatrix.chunks_count"] = unsigned(chunks)

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llm_quantize
@@ -16,10 +17,20 @@ from llm_quantize.formats.base import Importance, Store
 from llm_quantize.formats.gguf import metadata as gguf_format
 from llm_quantize.formats.gguf.describe import describe, warnings_of
 from llm_quantize.formats.gguf.importance import gaps_digest, silent, uncovered
-from llm_quantize.formats.gguf.levels import LEVELS, Recipe, TensorShape, assign, needs_importance, parse_level
-from llm_quantize.io.gguf_file import MetaValue, layout_gguf
+from llm_quantize.formats.gguf.levels import (
+    LEVELS,
+    Recipe,
+    TensorShape,
+    assign,
+    is_quantizable,
+    needs_importance,
+    parse_level,
+)
+from llm_quantize.io.artifact_files import first_file
+from llm_quantize.io.gguf_file import MetaValue, layout_gguf, read_gguf
 from llm_quantize.io.output import OutputFile
-from llm_quantize.plan import ArtifactPlan, MatrixPlan, TensorPlan
+from llm_quantize.measures.amounts import counted
+from llm_quantize.plan import ArtifactPlan, MatrixPlan, Substitution, TensorPlan, substituted_text
 from llm_quantize.qtypes import QTYPES
 
 if TYPE_CHECKING:
@@ -38,6 +49,7 @@ class Gguf:
     name = NAME
     levels: Sequence[str] = tuple(LEVELS)
     example = "Q4_K_M"
+    default: str | None = None
     method = "rtn"
     transform = "none"
     weighs = True
@@ -64,13 +76,17 @@ class Gguf:
 
         return GgufStore()
 
+    def texts_of(self, path: Path) -> Sequence[str] | None:
+        """See ``Format``. Raises what reading the file raises."""
+        entry = read_gguf(first_file(path)).metadata.get(gguf_format.TEXTS)
+        return str(entry.value).split(gguf_format.TEXTS_JOINED) if entry is not None else None
+
 
 def _refuse_directory_options(method: MethodOptions) -> None:
     """Raise UsageError for an option that GGUF has no use for."""
     idle = {
         "--group-size": method.group_size is not None,
         "--sym, --asym": method.symmetric is not None,
-        "--desc-act": method.desc_act,
         "--ignore": bool(method.ignore),
         "--include": bool(method.include),
         "--transform": method.transform_of(NAME).passes > 0,
@@ -121,7 +137,7 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
         for output, qtype in zip(outputs, assigned.qtypes, strict=True)
         if not (options.method.method_of(NAME).reads_text and _solved(output, qtype))
     ]
-    fallbacks = {} if importance is None else silent(importance, rounded)
+    quiet = {} if importance is None else silent(importance, rounded)
     plan = plan_artifact(
         level=called,
         name=f"{stem}-{called}",
@@ -129,7 +145,7 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
         qtypes=assigned.qtypes,
         metadata=_metadata(source, name, called, importance, options),
         source_identity=_source_identity(source),
-        options=_chosen(importance, options) | gaps_digest(fallbacks),
+        options=_chosen(importance, options) | gaps_digest(quiet),
         split_max_bytes=options.split_max_size,
         source_itemsize=source.itemsize,
         warnings=[
@@ -140,12 +156,29 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
     )
     matrices = tuple(_matrices(plan)) if options.method.method_of(NAME).reads_text else ()
     too_large = TOO_LARGE_FLOAT if name in FLOAT_LEVELS else TOO_LARGE
+    scratch = source.checkpoint.scratch
+    plan = replace(plan, matrices=matrices, silent=quiet, too_large=too_large, source_scratch=scratch)
+    return _with_silence(_with_substitutions(plan, assigned.substituted))
+
+
+def _with_silence(plan: ArtifactPlan) -> ArtifactPlan:
+    """``plan``, which says in one sentence for each kind of which tensors the importance says nothing."""
+    told = {f"{counted(len(names), 'tensor')}: {text} (-v lists them)": names for text, names in plan.silent.items()}
+    return replace(plan, warnings=(*plan.warnings, *told), details={**plan.details, **told})
+
+
+def _with_substitutions(plan: ArtifactPlan, substituted: Sequence[Substitution]) -> ArtifactPlan:
+    """``plan``, which says in one sentence which of its tensors have not the type of the level."""
+    if not substituted:
+        return plan
+    quantizable = (is_quantizable(TensorShape(tensor.name, tensor.output.shape)) for tensor in plan.tensors)
+    text = substituted_text(substituted, sum(quantizable))
+    lines = tuple(f"{one.tensor}: rows of {one.shape[-1]}: {one.taken}, not {one.asked}" for one in substituted)
     return replace(
         plan,
-        matrices=matrices,
-        fallbacks=fallbacks,
-        too_large=too_large,
-        source_scratch=source.checkpoint.scratch,
+        warnings=(*plan.warnings, text),
+        details={**plan.details, text: lines},
+        substituted=tuple(substituted),
     )
 
 
@@ -205,16 +238,6 @@ def _chosen(importance: Importance | None, options: Options) -> dict[str, object
     }
 
 
-def _text_advice(importance: Importance | None, options: Options) -> list[str]:
-    """What a calibration that is still to be run will need, if there is one."""
-    if importance is None or importance.sha256:
-        return []
-    return [
-        f"quantize calibrates first: at most {importance.chunks} windows of {options.calibration.length} tokens run "
-        "through the model, one block in memory at a time (this needs the extra [torch])"
-    ]
-
-
 def _advice(
     source: Source, level: str, qtypes: Sequence[str], importance: Importance | None, options: Options
 ) -> list[str]:
@@ -225,8 +248,6 @@ def _advice(
         advice.append("MXFP4_MOE: this model has no expert tensors, so nothing is stored as mxfp4; this is Q8_0")
     if level.startswith("TQ"):
         advice.append(f"{level} is for models trained with ternary weights; any other model loses nearly everything")
-    if not options.method.method_of(NAME).reads_text:
-        advice += _text_advice(importance, options)
     limit = options.split_max_size
     if limit is not None:
         size, largest = max(
