@@ -26,8 +26,9 @@ class ArtifactResult(Shown):
 
     ``seconds``: CPU time of this run's units (read, hash, quantize, write), work that several artifacts share divided
     equally among them. ``nonfinite``: {fact: {tensor: count}} as in the manifest, for NaN and infinite weights.
-    ``fallbacks``: {what plan or method could not do as asked: the tensors or matrices}. ``measured``: what a calibrated run lost
-    on text that it was not calibrated on, None where it was not measured. The fields are what fits a table.
+    ``fallbacks``: {what plan or method could not do as asked: the tensors or matrices}. ``measured``: what a
+    calibrated run lost on text that it was not calibrated on, None where it was not measured. The fields are what fits
+    a table.
     """
 
     artifact: InitVar[ArtifactPlan]

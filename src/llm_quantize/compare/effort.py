@@ -24,7 +24,7 @@ def making(source: Source, format: str, levels: Sequence[str], options: Options)
     """All levels of a format. Raises what planning them raises."""
     importance = choose.foresee(source, format, levels, options)
     plans = plan_source(source, format, levels=levels, name=None, options=options, importance=importance)
-    written = sum(writing(source, plan, importance, options) for plan in plans)
+    written = sum(writing(plan) for plan in plans)
     return collecting(source, importance, options) + written
 
 
