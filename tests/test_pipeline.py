@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from llm_quantize import kernels, pipeline
 from llm_quantize.architectures.rows import chunk_ranges, matrix_shape, to_float32
+from llm_quantize.artifacts import clock
 from llm_quantize.artifacts import rounding as work
 from llm_quantize.cli import run
 from llm_quantize.errors import NumericPolicyError, ResourceError, StoppedError, UnsupportedError, UsageError
@@ -283,7 +284,8 @@ def test_cpu_seconds_are_divided_by_use(demo_model: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(work, "read_output_rows", reading)
     monkeypatch.setattr(work, "kernels", SimpleNamespace(quantize=quantizing, scan_nonfinite=kernels.scan_nonfinite))
-    monkeypatch.setattr(work, "time", SimpleNamespace(thread_time=lambda: float(ticks[0])))
+    for module in (work, clock):
+        monkeypatch.setattr(module, "time", SimpleNamespace(thread_time=lambda: float(ticks[0])))
     results = pipeline.quantize(
         str(demo_model), levels=["Q4_K_M", "Q8_0", "Q4_K_S"], output_dir=tmp_path, options=Options(threads=1)
     )

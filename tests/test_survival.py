@@ -89,10 +89,18 @@ def test_killed_at_random_instants(scenario: Scenario) -> None:
     assert scenario.kills >= 5
 
 
-@pytest.mark.parametrize("split", [(), ("--split-max-size", "300K")], ids=["file", "split"])
-def test_killed_while_overwriting(scenario: Scenario, tmp_path: Path, split: tuple[str, ...]) -> None:
+OVERWRITTEN = {
+    "file": ("gguf", VARIANTS["one file"]),
+    "split": ("gguf", (*VARIANTS["one file"], "--split-max-size", "300K")),
+    "directory": ("safetensors", ("-q", "F32", "--threads", "1")),
+}
+
+
+@pytest.mark.parametrize("kind", OVERWRITTEN)
+def test_killed_while_overwriting(command_line: CommandLine, model: Path, tmp_path: Path, kind: str) -> None:
     """The old artifact stays until the new one is whole, and either is right."""
-    scenario = Scenario(scenario.command_line, scenario.model, tmp_path / "split", (*scenario.arguments, *split))
+    format, arguments = OVERWRITTEN[kind]
+    scenario = Scenario(command_line, model, tmp_path / kind, arguments, format=format)
     resumed: list[int] = []
     last = scenario.calls + 1  # where the old artifact is removed and the new one is put in place, call by call
     for call in [*range(2, last - 13, 13), *range(last - 13, last + 9)]:
@@ -117,6 +125,24 @@ def test_killed_while_overwriting(scenario: Scenario, tmp_path: Path, split: tup
         resumed.append(before)
     assert call > 50
     assert max(resumed) == scenario.units
+
+
+def test_a_plain_command_after_a_killed_overwrite_of_a_directory(
+    command_line: CommandLine, model: Path, tmp_path: Path
+) -> None:
+    """It finds the old artifact complete, or goes on with the new one, and leaves nothing else."""
+    format, arguments = OVERWRITTEN["directory"]
+    scenario = Scenario(command_line, model, tmp_path, arguments, format=format)
+    last = scenario.calls + 1
+    for call in [2, 4, 7, *range(12, last - 5, 9), *range(last - 5, last + 12)]:
+        directory = tmp_path / f"{call}"
+        assert scenario.run(directory).code == 0
+        if scenario.run(directory, "--overwrite", kill_call=call).code == 0:
+            break
+        outcome = scenario.run(directory)
+        assert outcome.code == 0, outcome.out
+        assert hashes(directory) == scenario.expected, call
+    assert call > last
 
 
 def test_without_checkpoints_a_killed_run_starts_again(scenario: Scenario, tmp_path: Path) -> None:
@@ -301,6 +327,63 @@ def test_changed_weights_are_refused_by_name(
     assert 0 < outcome.resumed < count  # parts of tensors that did not change are kept
     assert command_line.run("quantize", own_model, "-q", "Q4_K", "-o", tmp_path / "anew").code == 0
     assert hashes(out) == hashes(tmp_path / "anew")
+
+
+def _checked(outcome: Outcome) -> bool:
+    """Whether the source was read once more."""
+    return any(event["event"] == "check" for event in outcome.events)
+
+
+@pytest.mark.parametrize("way", ["a clock that ran ahead", "copied", "no cache"])
+def test_complete_is_what_hashes_say_and_not_which_time_is_younger(
+    command_line: CommandLine, own_model: Path, tmp_path: Path, way: str
+) -> None:
+    """A manifest younger than the source proves nothing."""
+    out, environment = tmp_path / "out", {"LLM_QUANTIZE_CACHE": str(tmp_path / "cache")}
+    command = ("quantize", own_model, "-q", "Q4_K", "-q", "F16", "-o")
+    assert command_line.run(*command, out, environment=environment).code == 0
+    _edit(own_model / FIRST_SHARD, _first_weight(own_model) + 5, keep_time=False)
+    if way == "copied":
+        out = Path(shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copyfile))
+    elif way == "a clock that ran ahead":
+        for path in out.iterdir():
+            os.utime(path, (4e9, 4e9))
+    else:
+        shutil.rmtree(tmp_path / "cache")
+    for _ in range(2):
+        outcome = command_line.run(*command, out, environment=environment)
+        assert outcome.code == 8, outcome.out
+        assert outcome.error["tensor"] == "token_embd.weight"
+
+
+def test_complete_costs_a_reading_only_where_nothing_vouches_for_the_source(
+    command_line: CommandLine, own_model: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+
+    def again(out: str = "out") -> bool:
+        words = ("quantize", own_model, "-q", "Q4_K", "-q", "F16", "-o", tmp_path / out)
+        outcome = command_line.run(*words, environment={"LLM_QUANTIZE_CACHE": str(cache)})
+        assert outcome.code == 0, outcome.out
+        assert outcome.made == 0
+        return _checked(outcome)
+
+    words = ("quantize", own_model, "-q", "Q4_K", "-q", "F16", "-o", tmp_path / "out")
+    assert command_line.run(*words, environment={"LLM_QUANTIZE_CACHE": str(cache)}).code == 0
+    assert not again()
+    shutil.copytree(tmp_path / "out", tmp_path / "copy", copy_function=shutil.copyfile)
+    assert not again("copy")
+    os.utime(own_model / FIRST_SHARD)
+    assert again()
+    assert not again()
+    for record in cache.rglob("*.json"):
+        _edit(record, 20)
+    assert again()
+    assert not again()
+    shutil.rmtree(cache)
+    cache.write_text("no directory")
+    assert again()
+    assert again()
 
 
 def test_a_damaged_note_of_the_times_means_a_full_check(

@@ -16,40 +16,41 @@ from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.manifest import fallbacks, nonfinite_counts
 from llm_quantize.artifacts.output import (
     already_complete,
+    as_begun,
     finish_card,
     open_output,
-    partial_bytes,
     refuse_changed,
     refuse_other,
     sealed_manifest,
     source_times,
     target_path,
 )
+from llm_quantize.artifacts.recheck import Recheck, recorded_units, settle
 from llm_quantize.artifacts.result import ArtifactResult, complete_result
 from llm_quantize.artifacts.rounding import (
     Policy,
-    Recheck,
     Rounding,
     Target,
     matrix_records,
     missing_units,
-    recorded_units,
     unit_records,
     unit_weights,
 )
+from llm_quantize.artifacts.vouched import Vouched
 from llm_quantize.blockwise import effort, solve_matrices
 from llm_quantize.blockwise.estimate import estimate
 from llm_quantize.calibration import choose
+from llm_quantize.calibration.cache import cache_directory
 from llm_quantize.engine import ENGINES, stop_on_signals
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.base import Importance
 from llm_quantize.formats.table import FORMATS, format_name
-from llm_quantize.io.artifact_paths import discard_hidden
+from llm_quantize.io.leftovers import allocated_bytes
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.shared import SharedModel
 from llm_quantize.options import Options
-from llm_quantize.plan import ArtifactPlan, spoken
+from llm_quantize.plan import ARITHMETIC, ArtifactPlan, spoken
 
 __all__ = ["ArtifactResult", "Options", "Source", "open_source", "plan", "plan_source", "quantize"]
 
@@ -107,8 +108,10 @@ def quantize(
             plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
         _tell(plans, told, on_event)
         paths = [target_path(Path(output_dir), artifact) for artifact in plans]
+        plans = [as_begun(plan, path, options, on_event) for plan, path in zip(plans, paths, strict=True)]
+        vouched = Vouched(cache_directory() / "complete", source, source_times(source.checkpoint))
         done = [
-            already_complete(source, artifact, path, options, events.Part(write, 0.0, 0.0))
+            already_complete(source, artifact, path, options, vouched, events.Part(write, 0.0, 0.0))
             for artifact, path in zip(plans, paths, strict=True)
         ]
         todo = [(artifact, path) for artifact, path, ready in zip(plans, paths, done, strict=True) if not ready]
@@ -118,14 +121,15 @@ def quantize(
             threads=options.threads,
             max_ram=options.max_ram,
             before=before,
-            already_allocated=sum(partial_bytes(path) for _, path in todo),
+            already_allocated=sum(allocated_bytes(path) for _, path in todo),
             ignore_space=options.ignore_space,
             engine=options.engine,
         )
-        written = _write_all(source, todo, importance, options, fitted, write) if todo else {}
+        written = _write_all(source, todo, importance, options, fitted, vouched.times, write) if todo else {}
+        for path in written:
+            vouched.keep(path)
     results = []
     for artifact, path in zip(plans, paths, strict=True):
-        discard_hidden(path)
         result = written.get(path) or complete_result(artifact, path)
         on_event(events.Finished(result.level, str(path), result.size, result.status))
         results.append(result)
@@ -175,6 +179,8 @@ def plan_source(
         )
     stem = _file_stem(name or source.checkpoint.name)
     plans = form.plan(source, levels, stem, importance, options)
+    if isinstance(importance, choose.Text):
+        plans = [replace(plan, identity={**plan.identity, ARITHMETIC: importance.dtype}) for plan in plans]
     return _named([_estimated(source, plan, importance, options) for plan in plans], stem, name)
 
 
@@ -204,12 +210,11 @@ def _recheck(source: Source, targets: Sequence[Target], deep: bool, pool: Pool, 
     checks = recorded_units(targets, deep=deep)
     if not checks:
         return
-    done, total = 0, sum(check.span.nbytes for check in checks)
+    done, total = 0, sum(check.nbytes for check in checks)
     on_event(events.Resuming(units=len(checks), total=total))
     recheck = Recheck(SharedModel(source.checkpoint), tuple(target.output.opened for target in targets))
-    for verdict in pool(recheck, checks):
-        targets[verdict.artifact].judge(verdict)
-        done += verdict.nbytes
+    for nbytes in settle(targets, pool(recheck, checks)):
+        done += nbytes
         on_event(events.Check(what="finished parts", done=done, total=total))
 
 
@@ -219,11 +224,11 @@ def _write_all(
     importance: choose.Chosen | None,
     options: Options,
     fitted: preflight.Preflight,
+    times: list[list[Any]],
     on_event: EventSink,
 ) -> dict[Path, ArtifactResult]:
-    """Quantize what is missing into every open output, then put each in place."""
+    """Quantize what is missing into every open output, then put each in place. ``times``: of the source's files."""
     threads = fitted.threads
-    times = source_times(source.checkpoint)
     rows = choose.rows_of(source, importance)
     plans_todo = [artifact for artifact, _ in todo]
     costs = [effort.solving(artifact) for artifact in plans_todo]

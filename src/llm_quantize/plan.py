@@ -130,6 +130,8 @@ def cpu_seconds(costs: Sequence[Cost]) -> float | None:
 
 
 CARD_UNIT = "model card"
+ARITHMETIC = "compute_dtype"
+"""The key of an identity that says in which type text was run through the model."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,11 @@ class ArtifactPlan(Tabled):
         if weight is None:
             return tensor.output, start, stop
         return weight, 0, matrix_shape(weight.shape)[0]
+
+    @property
+    def chained(self) -> bool:
+        """Whether text runs through the model while it is made, so that all of its matrices follow from all weights."""
+        return bool(self.matrices) and "inputs" in self.identity
 
     def rounded(self) -> list[int]:
         """The tensors (indices) that are rounded by themselves, a few rows at a time."""

@@ -41,6 +41,9 @@ def test_the_highest_phase_counts_and_each_must_fit(demo_model: Path, monkeypatc
 
 def test_a_full_disk_is_refused_before_work(tmp_path: Path) -> None:
     facts = os.statvfs(tmp_path)
-    preflight.check_disk(tmp_path, 1)
-    with pytest.raises(ResourceError, match="not enough disk space"):
-        preflight.check_disk(tmp_path, 2 * facts.f_blocks * facts.f_frsize)
+    more = 2 * facts.f_blocks * facts.f_frsize
+    preflight.check_disk(tmp_path, 1, remedy="take less")
+    preflight.check_disk(tmp_path, more, held=more, remedy="take less")
+    with pytest.raises(ResourceError, match="not enough disk space") as caught:
+        preflight.check_disk(tmp_path, more, remedy="take less")
+    assert caught.value.remedy == "free some space, take less"

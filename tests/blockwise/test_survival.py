@@ -9,18 +9,27 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from llm_quantize import events, memory
+from llm_quantize.artifacts import preflight
+from llm_quantize.calibration.collect import calibrate
+from llm_quantize.errors import ResourceError
+from llm_quantize.events import EventSink
 from llm_quantize.io.journal import parse_journal
+from llm_quantize.pipeline import open_source, quantize
 
 from ..faults.forking import CommandLine, Outcome, hashes, recorded
 from ..faults.scenario import Scenario
 from ..tiny_models import make_tiny
-from .tiny import left_behind, write_text
+from .tiny import left_behind, options, write_text
 
 ON_DISK = {
     "constants": [
@@ -197,6 +206,50 @@ def test_a_changed_source_is_refused_by_name(scenario: Scenario) -> None:
     assert not left_behind(directory)
 
 
+def _change(model: Path, tensor: str, at: int = 2) -> None:
+    """Flip a bit of one weight; size and header stay."""
+    weights = model / "model.safetensors"
+    size = int.from_bytes(weights.read_bytes()[:8], "little")
+    offsets = json.loads(weights.read_bytes()[8 : 8 + size])[tensor]["data_offsets"]
+    flip(weights, 8 + size + offsets[0] + at)
+
+
+MADE_OF_AN_OLDER_SOURCE = [
+    # a weight of which no matrix is made, but whose values all of them have seen
+    ("gguf on disk", "note hidden", "model.layers.0.input_layernorm.weight"),
+    ("awq on disk", "model.layers.1.self_attn.k_proj.qweight", "model.layers.0.mlp.up_proj.weight"),
+    # a matrix that is not made yet, but is one of those whose scales were found together
+    ("awq in memory", "model.layers.0.self_attn.q_proj.qweight", "model.layers.0.self_attn.v_proj.weight"),
+    # what was measured, and the model card that says it
+    ("gptq on disk", "note measured", "model.layers.0.mlp.down_proj.weight"),
+    ("gptq on disk", "model card", "lm_head.weight"),
+]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "after", "tensor"), MADE_OF_AN_OLDER_SOURCE, ids=lambda value: str(value), indirect=["scenario"]
+)
+@pytest.mark.parametrize("killed", [False, True], ids=["at once", "killed again"])
+def test_nothing_that_depended_on_the_older_source_is_kept(
+    scenario: Scenario, after: str, tensor: str, killed: bool
+) -> None:
+    scenario.model = Path(shutil.copytree(scenario.model, scenario.root / "own" / "tiny"))
+    directory = half_done(scenario, "changed", after=after.removeprefix("note "))
+    _change(scenario.model, tensor)
+    outcome = scenario.run(directory)
+    assert outcome.code == 8, outcome.out
+    assert "--overwrite" in outcome.error["remedy"]
+    if killed:  # what was forgotten once stays forgotten, though the source does not change any more
+        assert scenario.run(directory, "--overwrite", kill_after_write='"source_times"').code == -9
+    outcome = scenario.run(directory, *([] if killed else ["--overwrite"]))
+    assert outcome.code == 0, outcome.out
+    anew = scenario.root / "anew"
+    assert scenario.run(anew).code == 0
+    assert hashes(anew) != scenario.expected
+    assert hashes(directory) == hashes(anew)
+    assert not left_behind(directory)
+
+
 @on("gptq on disk")
 def test_a_touched_source_is_read_again_and_the_run_goes_on(scenario: Scenario) -> None:
     """Killed when all is written, the model card too, which is no part of the source."""
@@ -259,3 +312,82 @@ def test_what_a_finished_run_could_not_take_away_goes_with_the_next(scenario: Sc
     (hidden / "mine").write_text("stays")
     assert scenario.run(directory).code == 0
     assert (hidden / "mine").exists()
+
+
+def _child_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+def _wait_until_stopped(pid: int) -> None:
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@on("gguf on disk")
+def test_a_second_command_leaves_the_hidden_states_of_the_running_one(scenario: Scenario) -> None:
+    """It finds the old artifact complete while another is being made in its place."""
+    directory = scenario.root / "both"
+    assert scenario.run(directory).code == 0
+    stop = [[scenario.calls * 3 // 4, signal.SIGSTOP]]
+    with CommandLine("tests.blockwise.warm") as other, ThreadPoolExecutor(1) as pool:
+        scenario.command_line, first = other, scenario.command_line
+        running = pool.submit(scenario.run, directory, "--overwrite", signal_call=stop)
+        while not list((directory / "out").glob("*.hidden/?")):
+            time.sleep(0.01)
+        child = _child_of(other.pid)
+        try:
+            _wait_until_stopped(child)
+            scenario.command_line = first
+            states = hashes(directory)
+            assert any(".hidden" in name for name in states)
+            outcome = scenario.run(directory)
+            assert (outcome.code, outcome.made) == (0, 0)
+            assert hashes(directory) == states
+            assert scenario.run(directory, "--overwrite").code == 10
+            assert hashes(directory) == states
+        finally:
+            os.kill(child, signal.SIGCONT)
+        assert running.result(60).code == 0
+    assert hashes(directory) == scenario.expected
+
+
+class _StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("what", ["artifact", "statistics"])
+def test_a_resume_needs_no_space_that_it_holds_already(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setenv("LLM_QUANTIZE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
+    file = write_text(tmp_path)
+    chosen = options(file, samples=3, length=32)
+    free = os.statvfs(tmp_path)
+
+    def make(on_event: EventSink) -> None:
+        if what == "artifact":
+            quantize(str(model), "gguf", levels=["Q4_0"], output_dir=tmp_path, options=chosen, on_event=on_event)
+            return
+        source = open_source(str(model))
+        with source.checkpoint:
+            calibrate(source, chosen.calibration, on_event=on_event)
+
+    def stop(event: object) -> None:
+        if isinstance(event, events.Progress) and event.unit == "tokens" and 2 * event.done > event.total:
+            raise _StoppedError
+
+    with pytest.raises(_StoppedError):
+        make(stop)
+    held = sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*") if path.is_file())
+    assert list(tmp_path.rglob("*.hidden/?"))
+    found = SimpleNamespace(f_bavail=held // 4, f_frsize=1, f_blocks=free.f_blocks)
+    monkeypatch.setattr(preflight.os, "statvfs", lambda path: found)
+    make(lambda event: None)
+    found.f_bavail = 1
+    chosen = options(file, samples=4, length=32, overwrite=True, ignore_space=True)
+    with pytest.raises(ResourceError, match="not enough disk space") as caught:
+        make(lambda event: None)
+    assert ("-o" if what == "artifact" else "LLM_QUANTIZE_CACHE") in str(caught.value.remedy)

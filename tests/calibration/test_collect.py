@@ -22,7 +22,8 @@ from llm_quantize.calibration.collect import calibrate
 from llm_quantize.calibration.imatrix import importance
 from llm_quantize.calibration.outcome import Calibration, export, refuse_export
 from llm_quantize.cli import run as command
-from llm_quantize.errors import AccessError, BusyError, NumericPolicyError, ResourceError, UsageError
+from llm_quantize.errors import AccessError, BusyError, IntegrityError, NumericPolicyError, ResourceError, UsageError
+from llm_quantize.events import Progress
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.imatrix_file import read_imatrix
 from llm_quantize.io.journal import parse_journal, record_line
@@ -284,6 +285,55 @@ def test_a_damaged_block_is_collected_again(killed: Killed) -> None:
     data[spans[0][1] + spans[0][2] // 2] ^= 1
     partial.write_bytes(data)
     killed.recover("block")
+
+
+class _StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["between two runs", "during a run"])
+def test_a_source_that_changed_is_not_mixed_with_what_was_collected(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Not even where the change is in no row that the model's name is made of."""
+    monkeypatch.setattr(memory, "HIDDEN_BYTES", 0)
+    monkeypatch.setenv("LLM_QUANTIZE_CACHE", str(tmp_path / "cache"))
+    own = Path(shutil.copytree(model, tmp_path / "own"))
+    chosen, before = options(text), _digest(own)
+
+    def stop(event: Any) -> None:
+        if isinstance(event, Progress) and 3 * event.done > 2 * event.total:
+            _change_row(own / "model.safetensors", "model.layers.0.mlp.down_proj.weight", 1)
+            if moment == "between two runs":
+                raise _StoppedError
+
+    source = open_source(str(own))
+    with source.checkpoint, pytest.raises(_StoppedError if moment == "between two runs" else IntegrityError):
+        calibrate(source, chosen, on_event=stop)
+    assert _digest(own) == before
+    events: list[Any] = []
+    path = run(own, chosen, events).path
+    assert any("collected anew" in event.get("text", "") for event in events)
+    monkeypatch.setenv("LLM_QUANTIZE_CACHE", str(tmp_path / "other"))
+    assert run(own, chosen).path.read_bytes() == path.read_bytes()
+
+
+def _digest(model: Path) -> str:
+    source = open_source(str(model))
+    with source.checkpoint:
+        return model_digest(source.checkpoint)
+
+
+def _change_row(file: Path, tensor: str, row: int) -> None:
+    """Make every value of a row another (bfloat16)."""
+    data = bytearray(file.read_bytes())
+    front = 8 + int.from_bytes(data[:8], "little")
+    info = json.loads(data[8:front])[tensor]
+    first = front + info["data_offsets"][0] + 2 * row * info["shape"][1]
+    for at in range(first, first + 2 * info["shape"][1], 2):
+        data[at] ^= 0x40
+    with file.open("r+b") as written:
+        written.write(data)
 
 
 def test_statistics_of_another_arithmetic_are_others(

@@ -70,6 +70,11 @@ class CommandLine:
             assert server.stdin is not None
             server.stdin.close()
 
+    @property
+    def pid(self) -> int:
+        """Of the process whose children run the commands."""
+        return self._server.pid
+
     def run(self, *arguments: object, **faults: Any) -> Outcome:
         """Run one command with ``--json``; ``faults`` as server.py describes them."""
         request = {"arguments": ["--json", *map(str, arguments)], **faults}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,15 @@ def _content(label: str, nbytes: int) -> bytes:
 class SmallOutput:
     """``files`` files of three units each, with gaps between them. ``done``: the units made last, in order."""
 
-    def __init__(self, target: Path, files: int = 1, *, journal: bool = True, sizes: tuple[int, ...] = (37, 300, 64)):
+    def __init__(
+        self,
+        target: Path,
+        files: int = 1,
+        *,
+        journal: bool = True,
+        sizes: tuple[int, ...] = (37, 300, 64),
+        suffix: str = ".gguf",
+    ):
         self.target = target
         self.journal = target.with_name(target.name + ".journal") if journal else None
         self.units: dict[str, tuple[Span, bytes]] = {}
@@ -42,9 +51,11 @@ class SmallOutput:
                 self.units[f"t{number}.{index}[0:1]"] = (Span(number, offset, nbytes), data)
                 body += data + bytes(-nbytes % 32)
                 offset += nbytes + -nbytes % 32
-            name = target.name if files == 1 else f"part-{number + 1:05d}-of-{files:05d}.gguf"
+            name = target.name if files == 1 else f"part-{number + 1:05d}-of-{files:05d}{suffix}"
             self.files.append(OutputFile(name, len(body), header))
             self.expected[name] = bytes(body)
+        listed = {"files": [{"name": name} for name in self.expected]}
+        self.manifest = MANIFEST if suffix == ".gguf" else json.dumps(listed).encode()
 
     def open(self, identity: Mapping[str, Any] = IDENTITY, *, replace: bool = False) -> ResumableOutput:
         return ResumableOutput(
@@ -84,7 +95,7 @@ class SmallOutput:
                 self.done.append(unit)
                 each(output)
             if finish:
-                output.finish(MANIFEST)
+                output.finish(self.manifest)
 
     @property
     def partial(self) -> Path:
@@ -103,5 +114,5 @@ class SmallOutput:
             manifest = self.target / "manifest.json"
             found = {path.name: path for path in self.target.iterdir() if path.name != "manifest.json"}
         assert {name: path.read_bytes() for name, path in found.items()} == self.expected
-        assert manifest.read_bytes() == MANIFEST
+        assert manifest.read_bytes() == self.manifest
         return True

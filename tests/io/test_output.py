@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,15 @@ from llm_quantize.errors import (
     ResourceError,
     UsageError,
 )
+from llm_quantize.io import leftovers
 from llm_quantize.io import output as output_module
-from llm_quantize.io.artifact_paths import discard_partial, journal_path
+from llm_quantize.io.artifact_paths import hidden_directory, journal_path
 from llm_quantize.io.durable import fail_os
 from llm_quantize.io.journal import parse_journal, record_line
+from llm_quantize.io.leftovers import discard_hidden, discard_partial, hidden_bytes
+from llm_quantize.io.output import ResumableOutput
 
-from ..faults.injection import Disk, PowerLoss, failing, short_writes, wrapped
+from ..faults.injection import Disk, PowerLoss, failing, killing, short_writes, wrapped
 from ..faults.small_output import IDENTITY, MANIFEST, SmallOutput
 
 BOTH = pytest.mark.parametrize("files", [1, 2], ids=["file", "directory"])
@@ -727,6 +731,105 @@ def test_discard_removes_what_is_left_and_only_that(tmp_path: Path) -> None:
     (kept.partial / "notes.txt").write_text("mine")
     discard_partial(kept.target, kept.journal)
     assert (kept.partial / "notes.txt").exists()
+
+
+def _killed(run: Callable[[], None], nth: int) -> bool:
+    """Whether ``run``, in a process of its own, was killed ahead of its ``nth`` persistence call; else it ended."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with wrapped(killing(nth)):
+                run()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
+    return bool(os.waitstatus_to_exitcode(status))
+
+
+def _model_directory(tmp_path: Path, files: int = 2) -> SmallOutput:
+    """A directory whose files only its manifest, which comes before them in the alphabet, calls ours."""
+    return SmallOutput(tmp_path / "model", files, suffix=".safetensors")
+
+
+@pytest.mark.parametrize("then", ["overwritten", "discarded", "overwritten by another"])
+def test_a_directory_whose_replacement_was_killed_at_any_call(tmp_path: Path, no_fsync: None, then: str) -> None:
+    """Overwriting again ends whole; finding the old one complete, or another in its place, leaves nothing beside it."""
+    wanted = 3 if then == "overwritten by another" else 2
+    call, killed = 0, True
+    while killed:
+        call += 1
+        here = tmp_path / str(call)
+        _model_directory(here).make()
+        small = _model_directory(here, wanted)
+        killed = _killed(partial(small.make, {**IDENTITY, "files": wanted}, replace=True), call)
+        if then != "discarded":
+            small.make({**IDENTITY, "files": wanted}, replace=True)
+            assert small.whole(), call
+        elif small.target.exists():
+            discard_partial(small.target, small.journal)
+            assert small.whole(), call
+        else:  # killed between taking the old one away and putting the new one in its place
+            small.make({**IDENTITY, "files": wanted})
+        assert [path.name for path in here.iterdir()] == ["model"], call
+    assert call > 30
+
+
+def test_an_unfinished_directory_of_other_files_is_discarded(tmp_path: Path, no_fsync: None) -> None:
+    """Its journal says what they are called."""
+    _model_directory(tmp_path).make()
+    other = _model_directory(tmp_path, 3)
+    other.make({**IDENTITY, "files": 3}, replace=True, stop_after=4)
+    discard_partial(other.target, other.journal, _model_directory(tmp_path).expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_something_else_where_the_replaced_has_to_wait_is_refused_before_work(tmp_path: Path) -> None:
+    small = _model_directory(tmp_path)
+    small.make()
+    waiting = tmp_path / "model.replaced.partial"
+    waiting.mkdir()
+    (waiting / "notes.txt").write_text("mine")
+    with pytest.raises(AccessError) as caught:
+        small.make(replace=True)
+    assert caught.value.file == str(waiting)
+    assert small.done == []
+    (waiting / "notes.txt").rename(waiting / "part-00001-of-00002.safetensors")  # half of an earlier one of ours
+    small.make(replace=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_hidden_states_of_a_living_run_stay(tmp_path: Path) -> None:
+    small = SmallOutput(tmp_path / "m.gguf")
+    small.make()
+
+    def tidied(output: ResumableOutput) -> None:
+        place = output.hidden()
+        (place / "0").write_bytes(b"states" * 1000)
+        discard_partial(small.target, small.journal)
+        discard_hidden(small.target)
+        assert (place / "0").exists()
+        assert hidden_bytes(small.target) >= 6000
+
+    small.make(replace=True, each=tidied)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "m.gguf.manifest.json"]
+    hidden_directory(small.target).mkdir()
+    (hidden_directory(small.target) / "0").write_bytes(b"states")
+    discard_hidden(small.target)
+    assert not hidden_directory(small.target).exists()
+
+
+def test_hidden_states_that_another_process_keeps_make_it_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leftovers, "_PAUSE", 0.0)
+    small = SmallOutput(tmp_path / "m.gguf")
+    descriptor = leftovers.hold_hidden(small.target)
+    with small.open() as output, pytest.raises(BusyError):
+        output.hidden()
+    os.close(descriptor)
+    with small.open() as output:
+        assert output.hidden().is_dir()
 
 
 def test_journal_lines() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from llm_quantize.io.artifact_paths import discard_hidden, hidden_directory, journal_path
+from llm_quantize.io.artifact_paths import hidden_directory, journal_path
+from llm_quantize.io.leftovers import discard_hidden
 from llm_quantize.io.output import OutputFile, ResumableOutput
 from llm_quantize.streams.hidden import Activations, Kept, close
 

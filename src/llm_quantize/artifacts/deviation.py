@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy.typing as npt
 
 from llm_quantize.artifacts.verification import TensorCheck
 from llm_quantize.methods.table import METHODS
+from llm_quantize.qtypes import QTYPES
 from llm_quantize.qtypes.codebook import codebook_type, is_codebook
 from llm_quantize.transforms.table import TRANSFORMS
 
@@ -29,14 +32,25 @@ _INTEGER_BOUNDS = {8: 0.1, 7: 0.15, 6: 0.25, 5: 0.4, 4: 0.6, 3: 0.85, 2: 0.98}
 # And for tables of levels with a scale for each block.
 _CODEBOOK_BOUNDS = {"nf4": 0.3, "fp4": 0.4, "row8": 0.2, "e2m1": 0.3, "e4m3": 0.1}
 _FEEDBACK = 1.5
+# Where a few channels are a billion times as important as the others, the others' weights may be cut.
+_WEIGHED = 2.5
 _MOST = 0.98
 _INTEGER = re.compile(r"int(\d)(_g\d+)?(_asym)?")
 _STEPS = 6
 
+RESCALED = (
+    "of {n} matrices the errors are those of the function: scales that a transform moved between weights are taken out"
+)
+LAYER = (
+    "{n} matrices lie further from the source than rounding does: their codes were chosen for what comes out of their "
+    "layers, and there, as the manifest says, they lose no more than plain rounding"
+)
 
-def error_bound(qtype: str, *, feedback: bool = False) -> float:
+
+def error_bound(qtype: str, *, feedback: bool = False, weighed: bool = False) -> float:
     """The relative error above which a tensor of this type is not taken for a quantization of its source. ``feedback``:
-    its codes were chosen for what comes out of the layer. Raises KeyError for a type without a bound."""
+    its codes were chosen for what comes out of the layer; ``weighed``: its scales for channels by their importance.
+    Raises KeyError for a type without a bound."""
     found = _INTEGER.fullmatch(qtype)
     if is_codebook(qtype):
         bound, plain = _CODEBOOK_BOUNDS[codebook_type(qtype).codebook], False
@@ -45,16 +59,24 @@ def error_bound(qtype: str, *, feedback: bool = False) -> float:
         plain = qtype in ("f32", "f16", "bf16")
     else:
         bound, plain = _INTEGER_BOUNDS[int(found[1])] * (1 if found[2] else 2), False
-    return min(_MOST, bound * _FEEDBACK) if feedback and not plain else min(_MOST, bound)
+    if plain:
+        return bound
+    weighs = weighed and qtype in QTYPES and QTYPES[qtype].uses_importance
+    return min(_MOST, bound * max(_FEEDBACK if feedback else 1.0, _WEIGHED if weighs else 1.0))
 
 
 @dataclass(frozen=True)
 class Made:
-    """How an artifact was made: ``feedback``: codes were chosen for what comes out of a layer; ``rescaled``: a
-    transform moved scales between tensors."""
+    """How an artifact was made: ``feedback``: codes were chosen for what comes out of a layer; ``weighed``: scales were
+    chosen for channels by their importance; ``rescaled``: a transform moved scales between tensors."""
 
     feedback: bool = False
     rescaled: bool = False
+    weighed: bool = False
+
+    def bound(self, qtype: str) -> float:
+        """``error_bound`` of a type made so."""
+        return error_bound(qtype, feedback=self.feedback, weighed=self.weighed)
 
 
 def made_how(manifest: Mapping[str, Any] | None, unmarked: Made) -> Made:
@@ -63,7 +85,9 @@ def made_how(manifest: Mapping[str, Any] | None, unmarked: Made) -> Made:
         return unmarked
     identity = manifest["identity"]
     method, transform = METHODS.get(identity.get("method", "rtn")), TRANSFORMS.get(identity.get("transform", "none"))
-    return Made(method is None or method.reads_text, transform is None or transform.passes > 0)
+    feedback = method is None or method.reads_text
+    weighed = identity.get("imatrix") is not None and not feedback
+    return Made(feedback, transform is None or transform.passes > 0, weighed)
 
 
 class Deviation:
@@ -71,10 +95,12 @@ class Deviation:
 
     ``relative``: ||Q - W|| / ||W|| (||Q - W|| where W is zero). ``rescaled``: the same after the scale of every row
     and column that fits best, the columns' in closed form: what is left where a transform like AWQ moved scales. The
-    rows' scales follow from columns' that the first rows give, alternating.
+    rows' scales follow from columns' that the first rows give, alternating. ``known``: the scales were known, and are
+    taken out of Q already.
     """
 
-    def __init__(self, *, rescaled: bool = False) -> None:
+    def __init__(self, *, rescaled: bool = False, known: bool = False) -> None:
+        self.known = known
         self.error = self.norm = 0.0
         self.unequal = 0
         self._free = rescaled
@@ -128,39 +154,60 @@ def _ratio(over: npt.NDArray[np.float64], under: npt.NDArray[np.float64]) -> npt
     return np.divide(over, under, out=np.zeros_like(over), where=under != 0)
 
 
-def judge_whole(check: TensorCheck, found: Sequence[Deviation], made: Made) -> None:
-    """The error of all matrices of a tensor together; rescaled, of the worst of them."""
+def judge_whole(check: TensorCheck, found: Sequence[Deviation], made: Made, keeps: Callable[[str], bool]) -> str:
+    """The error of all matrices of a tensor together; rescaled, of the worst of them. Returns as ``judge_part``."""
     norm, error = sum(one.norm for one in found), sum(one.error for one in found)
-    check.relative_error = float(np.sqrt(error / norm)) if norm > 0 else float(np.sqrt(error))
-    bound = error_bound(check.type, feedback=made.feedback)
-    if made.rescaled and not check.relative_error <= bound:
-        if not any(one.rescaled_rows for one in found):
-            return  # a vector that the transform divides: any factor is possible
-        check.relative_error = max(one.rescaled for one in found)
-        bound = max(bound, error_bound("bf16"))
-    if not check.relative_error <= bound:
-        check.problems.append(f"relative error {check.relative_error:.4g} is above {bound:.4g} for {check.type}")
+    whole, note = float(np.sqrt(error / norm)) if norm > 0 else float(np.sqrt(error)), ""
+    bound = made.bound(check.type)
+    if made.rescaled and not any(one.rescaled_rows for one in found) and not whole <= bound:
+        check.relative_error = whole
+        return ""  # a vector that the transform divides: any factor is possible
+    straight = max((one.rescaled for one in found), default=whole)
+    if made.rescaled and straight < whole:
+        whole, note, bound = straight, RESCALED, max(bound, error_bound("bf16"))
+    return _judge(check, whole, bound, check.type, note, made, keeps)
 
 
-def judge_part(check: TensorCheck, found: Deviation, qtype: str, made: Made) -> None:
-    """The error of one part of a tensor, or of a matrix that is spread over several."""
-    bound = error_bound(qtype, feedback=made.feedback)
-    error = found.relative
-    if made.rescaled and not error <= bound:
-        error = found.rescaled
+def judge_part(
+    check: TensorCheck, found: Deviation, qtype: str, made: Made, keeps: Callable[[str], bool] = lambda name: False
+) -> str:
+    """The error of one part of a tensor, or of a matrix that is spread over several. ``keeps``: whether the run kept
+    what it promises of a matrix (promise.py). Returns what a reader of the error should know: RESCALED, LAYER or ""."""
+    error, note = found.relative, RESCALED if found.known else ""
+    if made.rescaled and found.rescaled < error:
+        error, note = found.rescaled, RESCALED
+    return _judge(check, error, made.bound(qtype), qtype, note, made, keeps)
+
+
+def _judge(
+    check: TensorCheck, error: float, bound: float, qtype: str, note: str, made: Made, keeps: Callable[[str], bool]
+) -> str:
     check.relative_error = max(error, check.relative_error or 0.0)
-    if not error <= bound:
-        check.problems.append(f"relative error {error:.4g} is above {bound:.4g} for {qtype}")
+    if error <= bound:
+        return note
+    if made.feedback and math.isfinite(error) and keeps(check.name):
+        return LAYER
+    check.problems.append(f"relative error {error:.4g} is above {bound:.4g} for {qtype}")
+    return note
 
 
-def judge_kept(check: TensorCheck, found: Deviation, free: bool, *, is_vector: bool) -> None:
-    """A tensor that is not quantized is the source's, value for value, unless a transform moved scales."""
+def judge_kept(check: TensorCheck, found: Deviation, free: bool, *, is_vector: bool) -> str:
+    """A tensor that is not quantized is the source's, value for value, unless a transform moved scales. Returns as
+    ``judge_part``."""
     check.relative_error = max(found.relative, check.relative_error or 0.0)
     if not found.unequal:
-        return
+        return ""
     if not free:
         check.problems.append(f"{found.unequal} values are not the source's, and nothing says that they were changed")
     elif not is_vector:
         check.relative_error = found.rescaled
         if not found.rescaled <= error_bound("bf16"):
             check.problems.append(f"relative error {found.rescaled:.4g}, scales of rows and columns taken out")
+        return RESCALED
+    return ""
+
+
+def told(notes: Iterable[str]) -> list[str]:
+    """What readers should know, each sentence once, with how many matrices it is about."""
+    counts = Counter(note for note in notes if note)
+    return [sentence.format(n=counts[sentence]) for sentence in (RESCALED, LAYER) if sentence in counts]

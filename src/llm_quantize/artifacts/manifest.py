@@ -36,6 +36,18 @@ def read_manifest(file: Path) -> dict[str, Any] | None:
     """
     if not file.is_file():
         return None
+    manifest = unsealed(file)
+    if not _is_manifest(manifest):
+        expected = "an object with identity, files and tensors as llm-quantize writes them"
+        raise MalformedInputError("the manifest has the wrong form", file=file, expected=expected, remedy=_REMEDY)
+    return manifest
+
+
+def unsealed(file: Path) -> dict[str, Any]:
+    """What ``manifest_bytes`` wrote, whatever it is of.
+
+    Raises MalformedInputError (not JSON) and IntegrityError (changed since it was written).
+    """
     manifest = read_json_object(file, limit_bytes=MAX_MANIFEST_BYTES)
     seal = manifest.pop(SEAL, None)
     found = hashlib.sha256(canonical_json(manifest)).hexdigest()
@@ -47,9 +59,6 @@ def read_manifest(file: Path) -> dict[str, Any] | None:
             found=seal,
             remedy=_REMEDY,
         )
-    if not _is_manifest(manifest):
-        expected = "an object with identity, files and tensors as llm-quantize writes them"
-        raise MalformedInputError("the manifest has the wrong form", file=file, expected=expected, remedy=_REMEDY)
     return manifest
 
 

@@ -6,23 +6,30 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llm_quantize import events
 from llm_quantize.artifacts.manifest import manifest_bytes, nonfinite_counts, read_manifest
-from llm_quantize.artifacts.rounding import Target, matrix_records, refuse_other_source, unit_records
+from llm_quantize.artifacts.recheck import refuse_other_source
+from llm_quantize.artifacts.rounding import Target, matrix_records, unit_records
+from llm_quantize.artifacts.vouched import Vouched
 from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.events import EventSink
 from llm_quantize.formats.card import fill_card
 from llm_quantize.formats.table import FORMATS
-from llm_quantize.io.artifact_paths import discard_partial, journal_path, manifest_path, partial_path
-from llm_quantize.io.journal import canonical_json, source_changed
+from llm_quantize.io.artifact_paths import journal_path, manifest_path
+from llm_quantize.io.journal import canonical_json, other_identity, parse_journal, source_changed
+from llm_quantize.io.leftovers import discard_hidden, discard_partial
 from llm_quantize.io.output import ResumableOutput
 from llm_quantize.models.base import Model
 from llm_quantize.models.opening import Source
 from llm_quantize.options import Options
-from llm_quantize.plan import CARD_UNIT, ArtifactPlan
+from llm_quantize.plan import ARITHMETIC, CARD_UNIT, ArtifactPlan
+
+DTYPES = ("float32", "bfloat16")
+"""Types in which text is run through a model (calibration/collect.py)."""
 
 
 def refuse_changed(checkpoint: Model, before: Sequence[Sequence[Any]]) -> None:
@@ -87,17 +94,43 @@ def open_output(artifact: ArtifactPlan, path: Path, options: Options, on_event: 
     )
 
 
-def partial_bytes(path: Path) -> int:
-    """Bytes that an unfinished run has already allocated on disk."""
-    partial = partial_path(path)
-    files = list(partial.iterdir()) if partial.is_dir() else [partial]
-    return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
+def as_begun(artifact: ArtifactPlan, path: Path, options: Options, on_event: EventSink) -> ArtifactPlan:
+    """``artifact`` in the arithmetic in which it was begun or made, perhaps on another machine: two kinds of it are not
+    mixed, and either is right."""
+    begun = _begun(path, options)
+    dtype = begun.get(ARITHMETIC)
+    if dtype not in DTYPES or other_identity({**artifact.identity, ARITHMETIC: dtype}, begun) is not None:
+        return artifact
+    if artifact.identity.get(ARITHMETIC) == dtype:
+        return artifact
+    on_event(events.Note(f"{path.name} was begun in {dtype}, and goes on so: this machine would choose another type"))
+    return replace(artifact, identity=begun)
 
 
-def already_complete(source: Source, artifact: ArtifactPlan, path: Path, options: Options, on_event: EventSink) -> bool:
+def _begun(path: Path, options: Options) -> Mapping[str, Any]:
+    """The identity of the unfinished artifact, else of the finished one that is not to be replaced; empty for none."""
+    journal = _journal_path(path, options)
+    if journal is not None and journal.is_file() and not journal.is_symlink():
+        records, _ = parse_journal(journal.read_bytes())
+        found = records[0].get("identity") if records else None
+        if isinstance(found, dict):
+            return found
+    if options.overwrite or not path.exists():
+        return {}
+    try:
+        manifest = read_manifest(manifest_path(path))
+    except (MalformedInputError, IntegrityError):  # told where it is asked whether the artifact is complete
+        return {}
+    return {} if manifest is None else dict(manifest["identity"])
+
+
+def already_complete(
+    source: Source, artifact: ArtifactPlan, path: Path, options: Options, vouched: Vouched, on_event: EventSink
+) -> bool:
     """Whether ``path`` is this very artifact, finished. Anything else under that name is refused.
 
-    A source that was written or replaced after the artifact is read once more: its hashes stand in the manifest.
+    A source of which ``vouched`` does not know that it is the one that the artifact was made of is read once more: its
+    hashes stand in the manifest.
     """
     _refuse_source(source, path)
     if not path.exists() or options.overwrite:
@@ -109,10 +142,12 @@ def already_complete(source: Source, artifact: ArtifactPlan, path: Path, options
     with suppress(MalformedInputError, IntegrityError):  # a damaged manifest vouches for nothing
         known = read_manifest(manifest) or {}
     if sizes == [file.size for file in artifact.files] and known.get("plan_sha256") == artifact.digest:
-        made = manifest.stat().st_mtime_ns
-        if any(max(times[1], times[2]) >= made for times in source_times(source.checkpoint)):
-            refuse_other_source(source.checkpoint, artifact, known, on_event)
-        discard_partial(path, _journal_path(path, options))
+        if not vouched.knows(path):
+            refuse_other_source(source.checkpoint, artifact, known, vouched.hashes, on_event)
+            refuse_changed(source.checkpoint, vouched.times)
+            vouched.keep(path)
+        discard_partial(path, _journal_path(path, options), [file.name for file in artifact.files])
+        discard_hidden(path)
         return True
     before, now = known.get("identity", {}), artifact.identity
     key = source_changed(before, now) if before.get("source") == now.get("source") else None

@@ -117,17 +117,19 @@ def check(
     return Preflight(count, height, memory.memory_limit(max_ram), needed, free, before)
 
 
-def check_disk(directory: Path, needed: int) -> None:
-    """Raise ResourceError where ``directory`` (which exists) has not ``needed`` bytes to give to a run's own files."""
+def check_disk(directory: Path, needed: int, *, held: int = 0, remedy: str) -> None:
+    """Raise ResourceError where ``directory`` (which exists) has not ``needed`` bytes to give to a run's own files.
+    ``held``: bytes of them that an earlier run has on disk already; ``remedy``: what helps beside freeing space."""
     facts = os.statvfs(directory)
     free = facts.f_bavail * facts.f_frsize
-    if needed > free:
+    there = f", beside {bytes_text(held)} that are there already" if held else ""
+    if needed - held > free:
         raise ResourceError(
-            "not enough disk space for the statistics and the hidden states",
+            "not enough disk space for what the run keeps on its way (statistics and hidden states)",
             file=directory,
-            expected=f"{bytes_text(needed)} ({needed:,} bytes)",
+            expected=f"{bytes_text(needed - held)} ({needed - held:,} bytes){there}",
             found=f"{bytes_text(free)} ({free:,} bytes) free",
-            remedy="free some space, set LLM_QUANTIZE_CACHE to another directory, or take fewer --calibration-samples",
+            remedy=f"free some space, {remedy}",
         )
 
 

@@ -1,8 +1,8 @@
 """One unit of work: read some rows once, quantize them for every artifact that lacks them, write.
 
-Jobs (``Unit``, ``Check``) and results (``Record``, ``Verdict``) are plain data; what does them (``Rounding``,
-``Recheck``) opens model and outputs in any process that it comes to. Only the driver, which has the ``Target``s, writes
-journals.
+Jobs (``Unit``) and results (``Record``) are plain data; what does them (``Rounding``) opens model and outputs in any
+process that it comes to. Only the driver, which has the ``Target``s, writes journals. What an earlier run did is
+checked in recheck.py.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize import events, kernels
+from llm_quantize import kernels
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import (
     CHUNK_WEIGHTS,
@@ -30,12 +30,12 @@ from llm_quantize.architectures.rows import (
     to_float32,
     unit_ranges,
 )
+from llm_quantize.artifacts.clock import Clock
 from llm_quantize.artifacts.manifest import NONFINITE_FACTS
-from llm_quantize.errors import IntegrityError, NumericPolicyError
-from llm_quantize.events import EventSink
-from llm_quantize.io.output import OpenFiles, ResumableOutput, Span
+from llm_quantize.errors import NumericPolicyError
+from llm_quantize.io.output import OpenFiles, ResumableOutput
 from llm_quantize.kernels.weighing import vector_for
-from llm_quantize.plan import CARD_UNIT, ArtifactPlan, TensorPlan, unit_key
+from llm_quantize.plan import ArtifactPlan, TensorPlan, unit_key
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.qtypes.range import DIVIDED, first_beyond, refusal
 
@@ -58,18 +58,6 @@ class Target:
         began = time.thread_time()
         self.output.record(record.unit, record.facts)
         self.seconds += record.seconds + time.thread_time() - began
-
-    def judge(self, verdict: Verdict) -> None:
-        """Forget a recorded unit that is not sound. Raises IntegrityError where the source changed."""
-        self.seconds += verdict.seconds
-        if verdict.flaw is not None:
-            self.output.doubt(verdict.unit, verdict.flaw)
-        elif verdict.found is not None:
-            known = self.output.records[verdict.unit]["source_sha256"]
-            if not self.output.replace:
-                tensor, _, _ = _parse_key(self.plan, verdict.unit)
-                raise _source_changed("since the unfinished run", tensor, known, verdict.found)
-            self.output.forget(verdict.unit)
 
 
 @dataclass(frozen=True)
@@ -172,21 +160,6 @@ def unit_weights(targets: Sequence[Target], unit: Unit) -> int:
     return (unit.stop - unit.start) * matrix_shape(shape)[1] * len(unit.artifacts)
 
 
-class _Clock:
-    """Divides this thread's CPU time among artifacts: each span since the last charge goes to those it served."""
-
-    def __init__(self, artifacts: Sequence[int]) -> None:
-        self.seconds = dict.fromkeys(artifacts, 0.0)
-        self._last = time.thread_time()
-
-    def charge(self, *artifacts: int) -> None:
-        """The time since the last charge, in equal parts."""
-        now = time.thread_time()
-        for artifact in artifacts:
-            self.seconds[artifact] += (now - self._last) / len(artifacts)
-        self._last = now
-
-
 _scratch = threading.local()
 
 
@@ -212,7 +185,7 @@ class Rounding:
     def __call__(self, unit: Unit) -> tuple[Record, ...]:
         """Do one unit: a record for each artifact that wants it. Raises NumericPolicyError for NaN, infinity or an
         overflowing scale."""
-        clock = _Clock(unit.artifacts)
+        clock = Clock(unit.artifacts)
         plans = {number: self.tensors[number][unit.tensor] for number in unit.artifacts}
         output = plans[unit.artifacts[0]].output
         source_digest = hashlib.sha256()
@@ -286,114 +259,6 @@ def _importance(unit: Unit, output: OutputTensor, matrix: int) -> npt.NDArray[np
         return None
     per_matrix = output.shape[-2] if len(output.shape) > 1 else 1
     return np.ascontiguousarray(unit.importance[matrix - unit.start // per_matrix])
-
-
-@dataclass(frozen=True, eq=False)
-class Check:
-    """A unit that an earlier run recorded for ``artifact``: its place and hash. ``origin``: what it was made of, and
-    ``source_sha256`` of that; None where the source need not be read again."""
-
-    artifact: int
-    unit: str
-    span: Span
-    sha256: str
-    origin: tuple[OutputTensor, int, int] | None = None
-    source_sha256: str = ""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a recorded unit: ``flaw`` of its bytes, or the hash ``found`` for a source that changed; sound
-    where both are None. ``nbytes`` were read back."""
-
-    artifact: int
-    unit: str
-    nbytes: int
-    flaw: str | None
-    found: str | None
-    seconds: float
-
-
-def recorded_units(targets: Sequence[Target], *, deep: bool) -> list[Check]:
-    """All units that earlier runs recorded; ``deep``: whether the source still hashes the same is asked too."""
-    checks = []
-    for number, target in enumerate(targets):
-        for key, record in target.output.records.items():
-            check = Check(number, key, target.output.spans[key], str(record.get("sha256", "")))
-            if deep and key != CARD_UNIT:
-                origin = target.plan.origin(*_parse_key(target.plan, key))
-                check = replace(check, origin=origin, source_sha256=str(record["source_sha256"]))
-            checks.append(check)
-    return checks
-
-
-@dataclass(frozen=True)
-class Recheck:
-    """Checks units that an earlier run recorded: their bytes, and that the source still hashes the same. As fit for
-    threads and processes as ``Rounding``."""
-
-    source: RowSource
-    files: tuple[OpenFiles, ...]
-    known: dict[tuple[str, int, int], str] = field(default_factory=dict)
-
-    def __call__(self, check: Check) -> Verdict:
-        """Read one unit back, and where it is sound what it was made of."""
-        clock = _Clock([check.artifact])
-        flaw, found = self.files[check.artifact].flaw(check.span, check.sha256), None
-        if flaw is None and check.origin is not None:
-            found = self._hash(*check.origin)
-        clock.charge(check.artifact)
-        found = None if found == check.source_sha256 else found
-        return Verdict(check.artifact, check.unit, check.span.nbytes, flaw, found, clock.seconds[check.artifact])
-
-    def _hash(self, output: OutputTensor, start: int, stop: int) -> str:
-        """``source_hash`` of what a unit was made of; that of a matrix, which several units share, is kept."""
-        key = (output.name, start, stop)
-        if key not in self.known:
-            self.known[key] = source_hash(self.source, output, start, stop)
-        return self.known[key]
-
-
-def refuse_other_source(
-    source: RowSource, plan: ArtifactPlan, manifest: Mapping[str, Any], on_event: EventSink
-) -> None:
-    """Raise IntegrityError naming the first tensor whose weights are not those that ``manifest``'s artifact holds."""
-    tensors = {tensor.name: tensor for tensor in plan.tensors}
-    done, what = 0, "the source, changed since the artifact was made"
-    on_event(events.Check(what, 0, plan.weights))
-    for entry in manifest.get("tensors", []):
-        tensor = tensors[entry["name"]]
-        for unit in entry["units"]:
-            found = source_hash(source, *plan.origin(tensor, *unit["rows"]))
-            if found != unit["source_sha256"]:
-                raise _source_changed("since the artifact was made", tensor, unit["source_sha256"], found)
-            done += (unit["rows"][1] - unit["rows"][0]) * matrix_shape(tensor.output.shape)[1]
-            on_event(events.Check(what, done, plan.weights))
-
-
-def source_hash(source: RowSource, output: OutputTensor, start: int, stop: int) -> str:
-    """SHA-256 of the source's bytes of rows [start, stop), as ``read_output_rows`` reads them."""
-    digest = hashlib.sha256()
-    for _, first, last in chunk_ranges(output.shape, start, stop):
-        read_output_rows(source, output, first, last, digest=digest)
-    return digest.hexdigest()
-
-
-def _source_changed(when: str, tensor: TensorPlan, expected: str, found: str) -> IntegrityError:
-    return IntegrityError(
-        f"the source's weights changed {when}",
-        tensor=tensor.name,
-        expected=f"source bytes with SHA-256 {expected}",
-        found=found,
-        remedy="restore the source, or start again with --overwrite",
-    )
-
-
-def _parse_key(plan: ArtifactPlan, key: str) -> tuple[TensorPlan, int, int]:
-    name, _, rows = key.rpartition("[")
-    start, _, stop = rows.rstrip("]").partition(":")
-    tensor = next(tensor for tensor in plan.tensors if tensor.name == name)
-    return tensor, int(start), int(stop)
 
 
 def matrix_records(target: Target) -> list[dict[str, Any]]:

@@ -47,7 +47,8 @@ class TensorCheck:
 
 @dataclass(repr=False)
 class Verification(Tabled):
-    """The outcome. ``problems`` are about the artifact as a whole; each tensor has its own."""
+    """The outcome. ``problems`` are about the artifact as a whole; each tensor has its own. ``notes``: what a reader of
+    the errors should know."""
 
     columns = ("name", "type", "hash", "relative_error", "problems")
 
@@ -56,6 +57,7 @@ class Verification(Tabled):
     compared: bool
     tensors: list[TensorCheck]
     problems: list[str]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -93,6 +95,7 @@ class Verification(Tabled):
             "manifest": self.has_manifest,
             "compared_with_source": self.compared,
             "problems": self.all_problems(),
+            **({"notes": self.notes} if self.notes else {}),
             "tensors": self.rows(),
             **(error.to_dict() if error is not None else {}),
         }

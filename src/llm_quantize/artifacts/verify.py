@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +25,9 @@ from llm_quantize.architectures.rows import (
     chunk_ranges,
     chunk_rows,
     matrix_shape,
-    read_output_rows,
-    to_float32,
     weights_of,
 )
+from llm_quantize.artifacts.compared import Compared
 from llm_quantize.artifacts.decoded_directory import DecodedDirectory
 from llm_quantize.artifacts.deviation import (
     Deviation,
@@ -38,9 +37,11 @@ from llm_quantize.artifacts.deviation import (
     judge_part,
     judge_whole,
     made_how,
+    told,
 )
 from llm_quantize.artifacts.immense import FLOATS, nonfinite, refuse_large_matrices, refuse_long_rows
 from llm_quantize.artifacts.manifest import read_manifest
+from llm_quantize.artifacts.promise import MovedScales, Promises
 from llm_quantize.artifacts.verification import StoredTensor, TensorCheck, Verification, check_stored, judge_nonfinite
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, UsageError
 from llm_quantize.events import EventSink, ignore
@@ -64,6 +65,8 @@ _SCALES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 Floats = npt.NDArray[np.float32]
 Manifest = Mapping[str, Any]
 Checks = Mapping[str, TensorCheck]
+Keeps = Callable[[str], bool]
+Notes = Iterable[str]
 
 
 def verify(
@@ -93,8 +96,11 @@ def verify(
             on_event(events.Progress(done=done, total=subject.total))
         for name, check in checks.items():
             judge_nonfinite(check, poisoned.get(name, 0), has_manifest=name in known)
-        subject.judge(checks)
-    return Verification(subject.path, manifest is not None, model is not None, list(checks.values()), problems)
+        promises = Promises(manifest, model)
+        notes = subject.judge(checks, promises.keeps)
+    return Verification(
+        subject.path, manifest is not None, model is not None, list(checks.values()), problems, list(notes)
+    )
 
 
 class Subject(Protocol):
@@ -118,8 +124,9 @@ class Subject(Protocol):
         """Look at every value, and at the source's: counts and impossible numbers go into ``checks``, values that are
         not finite where the source's are into ``poisoned``. Yields how much was done."""
 
-    def judge(self, checks: Checks) -> None:
-        """The errors that ``values`` found, into ``checks``."""
+    def judge(self, checks: Checks, keeps: Keeps) -> Notes:
+        """The errors that ``values`` found, into ``checks``. ``keeps``: whether the run kept what it promises of a
+        matrix (promise.py). Returns what a reader of the errors should know."""
 
 
 def _open(path: Path, stack: ExitStack) -> Subject:
@@ -130,30 +137,6 @@ def _open(path: Path, stack: ExitStack) -> Subject:
     return _Gguf(*_open_gguf(path))
 
 
-class _Compared:
-    """Chunks of a tensor held against the source's rows; ``found``: by the matrix that they are part of."""
-
-    def __init__(self, source: Source, output: OutputTensor, *, rescaled: bool) -> None:
-        self._source, self._output, self._rescaled = source, output, rescaled
-        self.found: dict[int, Deviation] = {}
-        self.source_nonfinite = self.poisoned = 0
-
-    def add(self, start: int, values: Floats, matrix: int = 0) -> None:
-        """Rows from ``start`` on, counted to the matrix of that number."""
-        rows = read_output_rows(self._source.checkpoint, self._output, start, start + len(values))
-        exact = to_float32(rows).reshape(values.shape)
-        known, finite = np.isfinite(exact), np.isfinite(values)
-        self.source_nonfinite += int(exact.size - np.count_nonzero(known))
-        self.poisoned += int(np.count_nonzero(known & ~finite))
-        wanted = np.where(known, exact, 0)
-        deviation = self.found.setdefault(matrix, Deviation(rescaled=self._rescaled))
-        deviation.add(np.where(finite & known, values, wanted), wanted)
-
-    def tell(self, check: TensorCheck) -> None:
-        """The source's values that are not finite, into ``check``."""
-        check.source_nonfinite = (check.source_nonfinite or 0) + self.source_nonfinite
-
-
 @dataclass
 class _Gguf:
     """The file or files of a GGUF artifact."""
@@ -161,12 +144,13 @@ class _Gguf:
     path: Path
     files: list[GgufFile]
     unmarked: Made = field(default_factory=Made)
-    _found: dict[str, tuple[_Compared, Made]] = field(default_factory=dict)
+    _found: dict[str, tuple[Compared, Made]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._entries = [(file, tensor) for file in self.files for tensor in file.tensors]
         self.total = sum(weights_of(tensor.shape) for _, tensor in self._entries)
         refuse_long_rows((tensor.name, file.path, tensor.shape) for file, tensor in self._entries)
+        self.unmarked = Made(weighed=any("quantize.imatrix.file" in file.metadata for file in self.files))
 
     def structure(self, manifest: Manifest | None) -> Iterator[str]:
         yield from compare_parts(self.files)
@@ -192,7 +176,7 @@ class _Gguf:
             else:
                 compared = None
                 if source is not None and output is not None and squeezed(output.shape) == squeezed(tensor.shape):
-                    compared = _Compared(source, output, rescaled=made.rescaled and per_matrix > 1)
+                    compared = Compared(source, output, rescaled=made.rescaled and per_matrix > 1)
                     self._found[tensor.name] = compared, made
                 for start, values in _decoded(file, tensor):
                     check.nonfinite += int(values.size - np.count_nonzero(np.isfinite(values)))
@@ -203,9 +187,11 @@ class _Gguf:
                     poisoned[tensor.name] = compared.poisoned
             yield weights_of(tensor.shape)
 
-    def judge(self, checks: Checks) -> None:
-        for name, (compared, made) in self._found.items():
-            judge_whole(checks[name], list(compared.found.values()), made)
+    def judge(self, checks: Checks, keeps: Keeps) -> Notes:
+        return told(
+            judge_whole(checks[name], list(compared.found.values()), made, keeps)
+            for name, (compared, made) in self._found.items()
+        )
 
 
 def _open_gguf(path: Path) -> tuple[Path, list[GgufFile]]:
@@ -296,7 +282,7 @@ class _Directory:
         """Whether a plain tensor must be one: other models hold buffers of integers too."""
         return self.files.floats.is_readable(name)
 
-    def _compared(self, source: Source, decoded: DecodedDirectory) -> Iterator[tuple[str, OutputTensor, _Compared]]:
+    def _compared(self, source: Source, decoded: DecodedDirectory) -> Iterator[tuple[str, OutputTensor, Compared]]:
         """(tensor, what it is in the source, the two compared) of every tensor of the map, and of whatever the source
         has beside them under the same name (vision towers)."""
         seen = set()
@@ -319,8 +305,12 @@ class _Directory:
         for _, first, last in chunk_ranges(info.shape, 0, matrix_shape(info.shape)[0]):
             yield first, self.files.rows(name, first, last)
 
-    def _compare(self, source: Source, output: OutputTensor, rows: Iterable[tuple[int, Floats]]) -> _Compared:
-        compared = _Compared(source, output, rescaled=self._made.rescaled and matrix_shape(output.shape)[0] > 1)
+    def _compare(self, source: Source, output: OutputTensor, rows: Iterable[tuple[int, Floats]]) -> Compared:
+        rescaled, one_row = self._made.rescaled, matrix_shape(output.shape)[0] == 1
+        scale = None
+        if rescaled and one_row and len(output.shape) > 1 and self._decoded is not None:
+            scale = MovedScales(source, self._decoded).of(output)
+        compared = Compared(source, output, rescaled=rescaled and not one_row, scale=scale)
         for start, values in rows:
             compared.add(start, values)
         return compared
@@ -329,18 +319,21 @@ class _Directory:
         matrix = self.files.matrices.get(name)
         return self.files.plain[name] if matrix is None else matrix.main
 
-    def judge(self, checks: Checks) -> None:
+    def judge(self, checks: Checks, keeps: Keeps) -> Notes:
+        return told(self._judged(checks, keeps))
+
+    def _judged(self, checks: Checks, keeps: Keeps) -> Iterator[str]:
         known = {} if self._decoded is None else self._decoded.reference
         for deviation, name, in_block in self._found:
             main, matrix = self._main(name), self.files.matrices.get(name)
             check = checks[main.name]
             if matrix is not None:
-                judge_part(check, deviation, matrix.qtype, self._made)
+                yield judge_part(check, deviation, matrix.qtype, self._made, keeps)
             elif name in known and known[name].dtype == main.dtype:
-                judge_kept(check, deviation, self._made.rescaled and in_block, is_vector=len(main.shape) < 2)
+                yield judge_kept(check, deviation, self._made.rescaled and in_block, is_vector=len(main.shape) < 2)
             else:
                 qtype = check.type if check.type != "f64" else "f32"
-                judge_part(check, deviation, qtype, Made(False, self._made.rescaled))
+                yield judge_part(check, deviation, qtype, Made(False, self._made.rescaled), keeps)
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from llm_quantize import events
 from llm_quantize.events import EventSink
-from llm_quantize.io.artifact_paths import hidden_directory
-from llm_quantize.plan import CARD_UNIT
+from llm_quantize.io.leftovers import hidden_bytes
+from llm_quantize.plan import ARITHMETIC, CARD_UNIT
 
 if TYPE_CHECKING:
     from llm_quantize.artifacts.preflight import Preflight
@@ -56,22 +56,24 @@ def solve_matrices(
         return
     windows = importance.windows
     written = {CARD_UNIT, *target.output.records}
-    if "measured" in target.output.notes and written.issuperset(plan.units()):
+    if target.output.notes.get("measured") is not None and written.issuperset(plan.units()):
         return
     import numpy as np
     import torch
 
     from llm_quantize import memory
     from llm_quantize.artifacts.preflight import check_disk
+    from llm_quantize.artifacts.recheck import note_sources
     from llm_quantize.blockwise.estimate import HELD_OUT_WINDOWS, feedback_sizes
     from llm_quantize.blockwise.stages import routers
-    from llm_quantize.calibration.collect import compute_dtype
     from llm_quantize.streams.network import open_network
     from llm_quantize.streams.sizes import from_network
 
     device = options.calibration.device
+    note_sources(target, source.checkpoint)
     on_event(events.Stage("build the network"))
-    network = open_network(source, dtype=compute_dtype(source, device), device=device)
+    network = open_network(source, dtype=plan.identity[ARITHMETIC], device=device)
+    _note_processor(target, on_event)
     further = windows.draw(windows.samples, HELD_OUT_WINDOWS)
     ids = torch.from_numpy(np.concatenate([windows.ids, further]) if len(further) else windows.ids)
     need = feedback_sizes(
@@ -85,7 +87,23 @@ def solve_matrices(
     )
     found = memory.fit(need, threads=fitted.threads, max_ram=options.max_ram, before=fitted.before)
     if found.disk_bytes:
-        check_disk(target.output.target.parent, found.disk_bytes)
-        hidden_directory(target.output.target).mkdir(parents=True, exist_ok=True)
+        check_disk(
+            target.output.target.parent,
+            found.disk_bytes,
+            held=0 if found.in_memory else hidden_bytes(target.output.target),
+            remedy="choose another directory with -o, or take fewer --calibration-samples",
+        )
     pool = Pool(found.threads, stop, resumable=options.checkpoints)
     Blocks(matrices, network, ids, len(windows.ids), method, found, pool, on_event).run()
+
+
+def _note_processor(target: Target, on_event: EventSink) -> None:
+    """Remember whose sums these are, and say so where those of an earlier run were another's."""
+    import torch
+
+    now = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+    begun = target.output.notes.get("processor", now)
+    if begun != now:
+        text = f"{target.output.target.name} was begun with {begun} and goes on with {now}: it will be as good"
+        on_event(events.Caution(f"{text}, but its bytes may be neither's own"))
+    target.output.note({"processor": now})

@@ -22,7 +22,8 @@ import torch
 from llm_quantize import events
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import Arrays, matrix_shape, read_output_rows, to_float32, unit_ranges
-from llm_quantize.artifacts.rounding import Policy, Target, source_hash
+from llm_quantize.artifacts.recheck import source_hash
+from llm_quantize.artifacts.rounding import Policy, Target
 from llm_quantize.blockwise import rescaling
 from llm_quantize.blockwise.embedding import WrittenTable
 from llm_quantize.blockwise.inputs import FullInputs, Streams, collect, propagate
@@ -33,7 +34,6 @@ from llm_quantize.blockwise.stages import routers, stages
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.formats.base import Store, mixture_of
-from llm_quantize.io.artifact_paths import hidden_directory
 from llm_quantize.memory import Fitted
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
@@ -184,7 +184,7 @@ class Blocks:
         self.matrices, self.network, self.ids, self.calibrated = matrices, network, ids, calibrated
         self.fitted, self.on_event = fitted, on_event
         self.way = Pass(network, ids, pool, self._advance)
-        self.directory = hidden_directory(matrices.target.output.target)
+        self.directory = matrices.target.output.hidden() if fitted.disk_bytes else None
         shape = (*ids.shape, network.width)
         place = None if fitted.in_memory else self.directory
         self.kept = Kept(matrices.target.output, shape, network.dtype, place)
@@ -226,7 +226,7 @@ class Blocks:
         """Quantize every matrix that is not done. Raises StoppedError after a signal: finished matrices are kept."""
         missing = [index for index, held in enumerate(self.members) if not all(self._done(m) for m, _ in held)]
         missing += [index for index in range(len(self.taps)) if not self._held_done(index)]
-        self.measures = self.measures and "measured" not in self.matrices.target.output.notes
+        self.measures = self.measures and self.matrices.target.output.notes.get("measured") is None
         if self.measures:
             missing.append(self.network.n_blocks - 1)
         if not missing:

@@ -62,12 +62,13 @@ class Foreseen:
 @dataclass(frozen=True)
 class Text:
     """Text that a method runs through the model itself, in the place of an importance matrix. ``sha256``: of its tokens
-    and of what else decides their inputs."""
+    and of what else decides their inputs, but for ``dtype``, in which this machine computes them."""
 
     names: frozenset[str]
     datasets: tuple[str, ...]
     windows: Windows
     sha256: str
+    dtype: str
 
     @property
     def file(self) -> str:
@@ -215,6 +216,7 @@ def _drawn(source: Source, format: str, options: Options, on_event: EventSink) -
 
     Raises MissingExtraError without torch, and what reading the text raises.
     """
+    from llm_quantize.calibration.collect import compute_dtype
     from llm_quantize.calibration.drawing import draw_windows
     from llm_quantize.streams.network import require_device
 
@@ -222,7 +224,8 @@ def _drawn(source: Source, format: str, options: Options, on_event: EventSink) -
     require_device(options.calibration.device)
     windows, facts = draw_windows(source, calibration_of(source, format, options), on_event)
     digest = hashlib.sha256(canonical_json([facts, windows.sha256, options.calibration.device])).hexdigest()
-    return Text(_matrices(source), tuple(facts["datasets"]), windows, digest)
+    dtype = compute_dtype(source, options.calibration.device)
+    return Text(_matrices(source), tuple(facts["datasets"]), windows, digest, dtype)
 
 
 def need_torch(feature: str, *packages: str) -> None:

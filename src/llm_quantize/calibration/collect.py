@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import llm_quantize
 from llm_quantize import events, memory
 from llm_quantize.artifacts import preflight
+from llm_quantize.artifacts.output import refuse_changed, source_times
 from llm_quantize.calibration.cache import cache_directory, is_kept, manifest_of, prepare_directory
 from llm_quantize.calibration.drawing import draw_windows
 from llm_quantize.calibration.enough import coverage_advice
@@ -35,14 +36,9 @@ from llm_quantize.calibration.windows import Windows
 from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.io.artifact_paths import (
-    discard_hidden,
-    discard_partial,
-    hidden_directory,
-    journal_path,
-    manifest_path,
-)
+from llm_quantize.io.artifact_paths import journal_path, manifest_path
 from llm_quantize.io.journal import canonical_json
+from llm_quantize.io.leftovers import allocated_bytes, discard_hidden, discard_partial, hidden_bytes
 from llm_quantize.io.output import OutputFile, ResumableOutput, Span
 from llm_quantize.io.statistics_file import merge_statistics, merged_identity, read_statistics
 from llm_quantize.io.statistics_layout import (
@@ -227,7 +223,7 @@ class _Part:
         from llm_quantize.streams.hidden import Kept
 
         shape = (self.windows, self.length, self.network.width)
-        directory = None if self.fitted.in_memory else hidden_directory(self.output.target)
+        directory = None if self.fitted.in_memory else self.output.hidden()
         return Kept(self.output, shape, getattr(torch, self.state.dtype), directory)
 
 
@@ -254,7 +250,12 @@ def _collect(state: _Run, start: int, count: int) -> Path:
     fitted = _fit(state, network, taps, ids)
     state.planned = max(state.planned, fitted.peak)
     prepare_directory(target.parent)
-    preflight.check_disk(target.parent, layout.size + (0 if fitted.in_memory else 2 * fitted.hidden_bytes))
+    preflight.check_disk(
+        target.parent,
+        layout.size + fitted.disk_bytes,
+        held=allocated_bytes(target) + hidden_bytes(target),
+        remedy="set LLM_QUANTIZE_CACHE to another directory, or take fewer --calibration-samples",
+    )
     keys = {index: f"block {index}" for index, (_, nbytes) in enumerate(layout.spans) if nbytes}
     output = ResumableOutput(
         target,
@@ -267,16 +268,28 @@ def _collect(state: _Run, start: int, count: int) -> Path:
         journal_path=journal_path(target),
         on_warning=lambda text: state.on_event(events.Caution(text)),
     )
+    times = source_times(state.source.checkpoint)
     with output, stop_on_signals() as stop:
+        _begin(output, times, state.on_event)
         job = _Part(state, network, layout, taps, output, keys, ids.shape[0], ids.shape[1], fitted, stop)
         _run_blocks(job, ids)
         _write_content(job)
         blocks = {key: record["sha256"] for key, record in sorted(output.records.items())}
         facts = {"identity": {"model": dict(identity.model), "text": dict(identity.text)}, "blocks": blocks}
+        refuse_changed(state.source.checkpoint, times)
         output.sync()  # says so where the cache was taken away meanwhile
         output.finish(manifest_of(output.partial, target.name, facts))
-        discard_hidden(target)
     return target
+
+
+def _begin(output: ResumableOutput, times: list[list[Any]], on_event: EventSink) -> None:
+    """Note when the source's files were written; what was collected before one of them was is collected again: its name
+    is made of the model's samples, which may be the same."""
+    if output.notes.get("source_times") not in (None, times) and (output.records or output.notes.get("hidden")):
+        on_event(events.Caution("the source was written since the unfinished calibration; it is collected anew"))
+        output.forget(*output.records)
+        output.note({"hidden": None})
+    output.note({"source_times": times})
 
 
 def _fit(state: _Run, network: Network, taps: Sequence[Sequence[TapLike]], ids: Tensor) -> memory.Fitted:

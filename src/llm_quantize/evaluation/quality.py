@@ -252,7 +252,7 @@ def _scratch(stack: ExitStack, parent: Path | None, needed: int) -> Path:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-quantize-", dir=parent)))
     except OSError as error:
         fail_os(error, "there is no place for hidden states", parent or Path(tempfile.gettempdir()))
-    preflight.check_disk(folder, needed)
+    preflight.check_disk(folder, needed, remedy="set TMPDIR to another directory, or take fewer --windows")
     return folder
 
 

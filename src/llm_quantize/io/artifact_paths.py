@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from llm_quantize.errors import MalformedInputError
-from llm_quantize.io.durable import fail_os, open_regular_output, remove_files, sync_directory, write_whole
+from llm_quantize.io.durable import remove_files, sync_directory, write_whole
 from llm_quantize.io.json_file import read_json_object
 
+MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 256 << 20
 
 
@@ -29,7 +28,7 @@ def replaced_path(target: Path) -> Path:
 def manifest_path(target: Path) -> Path:
     """Where an artifact's manifest stands: inside a directory, beside a single file."""
     if target.is_dir():
-        return target / "manifest.json"
+        return target / MANIFEST
     return target.with_name(target.name + ".manifest.json")
 
 
@@ -50,18 +49,6 @@ def hidden_directory(target: Path) -> Path:
     return target.with_name(target.name + ".hidden")
 
 
-def discard_hidden(target: Path) -> None:
-    """Remove the hidden states of a finished artifact, also those of a process that was killed before it could take
-    their name away."""
-    directory = hidden_directory(target)
-    if directory.is_dir() and not directory.is_symlink():
-        with suppress(OSError):  # another process was quicker, or something of another's lies there: it may stay
-            left = [path for path in directory.glob("llm-quantize-*.activations") if not path.is_symlink()]
-            for path in [*(directory / str(slot) for slot in range(4)), *left]:
-                path.unlink(missing_ok=True)
-            directory.rmdir()
-
-
 def remove_stale_journal(target: Path, current: Path | None) -> None:
     """Remove the journal beside ``target`` if the run keeps another one, or none. Raises OSError."""
     beside = journal_path(target)
@@ -74,7 +61,7 @@ def is_artifact_directory(path: Path, names: Collection[str] = ()) -> bool:
     one of ``names`` (NAME or FOLDER/NAME), and nothing else."""
     if path.is_symlink() or not path.is_dir():
         return False
-    known = {"manifest.json", *names, *_listed(path / "manifest.json")}
+    known = {MANIFEST, *names, *_listed(path / MANIFEST)}
     return all(
         _is_known_folder(entry, known)
         if entry.is_dir() and not entry.is_symlink()
@@ -107,41 +94,14 @@ def _listed(manifest: Path) -> Iterator[str]:
             yield entry["name"]
 
 
-def discard_partial(target: Path, current: Path | None) -> None:
-    """Remove what an unfinished run of ``target`` left, unless a process is writing there now.
-
-    ``current``: its journal; one that an earlier run left beside the target goes too.
-    """
-    partial, beside = partial_path(target), journal_path(target)
-    is_directory = partial.is_dir() and not partial.is_symlink()
-    first = sorted(partial.glob("*.gguf"))[:1] if is_directory else [partial]
-    journal = [path for path in {beside, current or beside} if path.is_file() and not path.is_symlink()]
-    held: list[int] = []
-    try:
-        for path in (*first, *journal):
-            if path.is_file() and not path.is_symlink():
-                held.append(open_regular_output(path))
-                fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if is_directory:
-            remove_artifact(partial)
-        for path in (partial, partial_path(manifest_path(target)), *journal):
-            if path.is_symlink() or path.is_file():
-                path.unlink()
-        remove_artifact(replaced_path(target))
-    except BlockingIOError:
-        return
-    except OSError as error:
-        fail_os(error, "an unfinished output cannot be removed", partial)
-    finally:
-        for descriptor in held:
-            os.close(descriptor)
-
-
 def remove_artifact(directory: Path, names: Collection[str] = ()) -> None:
     """Remove an artifact directory; one that holds anything else is left alone. ``names``: of the files of one that
-    has no manifest yet. Raises OSError."""
+    has no manifest yet. The manifest goes last: a removal that is killed can be ended by the next. Raises OSError."""
     if is_artifact_directory(directory, names):
-        remove_files(directory, folders=folders_of({*names, *_listed(directory / "manifest.json")}))
+        folders = folders_of({*names, *_listed(directory / MANIFEST)})
+        remove_files(directory, keep=[MANIFEST], folders=folders)
+        sync_directory(directory)
+        remove_files(directory)
         directory.rmdir()
 
 
@@ -159,16 +119,17 @@ def place_file(target: Path, manifest: bytes) -> None:
     sync_directory(target.parent)
 
 
-def place_directory(target: Path, manifest: bytes) -> None:
-    """Put a finished partial directory, its manifest inside, under its final name. Raises OSError."""
+def place_directory(target: Path, manifest: bytes, names: Collection[str] = ()) -> None:
+    """Put a finished partial directory, its manifest inside, under its final name. ``names``: of its files, which an
+    earlier attempt may have left half removed in the place for what is replaced. Raises OSError."""
     partial, replaced = partial_path(target), replaced_path(target)
-    write_whole(partial / "manifest.json", manifest)
+    write_whole(partial / MANIFEST, manifest)
     for folder in (entry for entry in partial.iterdir() if entry.is_dir()):
         sync_directory(folder)
     sync_directory(partial)
     if target.is_dir():
-        remove_artifact(replaced)
+        remove_artifact(replaced, names)
         target.rename(replaced)
     partial.rename(target)
     sync_directory(target.parent)
-    remove_artifact(replaced)
+    remove_artifact(replaced, names)

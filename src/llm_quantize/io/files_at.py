@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,16 @@ class Span:
     file: int
     offset: int
     nbytes: int
+
+
+def gaps(spans: Iterable[Span], file: int, start: int, size: int) -> Iterator[Span]:
+    """What of file number ``file``, from ``start`` to its end at ``size``, no span covers."""
+    for span in sorted((span for span in spans if span.file == file), key=lambda span: span.offset):
+        if span.offset > start:
+            yield Span(file, start, span.offset - start)
+        start = max(start, span.offset + span.nbytes)
+    if size > start:
+        yield Span(file, start, size - start)
 
 
 class OpenFiles:

@@ -20,24 +20,24 @@ from typing import Any
 from llm_quantize.errors import IntegrityError, LlmQuantizeError
 from llm_quantize.io.artifact_paths import (
     folders_of,
+    hidden_directory,
     partial_path,
     place_directory,
     place_file,
-    remove_artifact,
     remove_stale_journal,
 )
 from llm_quantize.io.durable import (
     allocate,
     fail_os,
-    is_same_file,
     make_folder,
     open_directory,
     open_regular_output,
     read_at,
     remove_files,
 )
-from llm_quantize.io.files_at import Buffer, OpenFiles, Span
+from llm_quantize.io.files_at import Buffer, OpenFiles, Span, gaps
 from llm_quantize.io.journal import other_identity, parse_journal, record_line, refuse_other_identity
+from llm_quantize.io.leftovers import discard_hidden, discard_own, hold_hidden
 from llm_quantize.io.output_file import OutputFile
 from llm_quantize.io.ownership import refuse_moved, refuse_target, take_lock, taken_away
 
@@ -82,6 +82,7 @@ class ResumableOutput:
         self._descriptors: list[int] = []
         self._directory = -1
         self._journal = -1
+        self._hidden = -1
         self._disposable = False
         self._lock = threading.Lock()
         self._failure: LlmQuantizeError | None = None
@@ -105,40 +106,34 @@ class ResumableOutput:
     def _close(self) -> None:
         if self._disposable:
             self._dispose()
-        for descriptor in (*self._descriptors, self._directory, self._journal):
+        for descriptor in (*self._descriptors, self._directory, self._journal, self._hidden):
             if descriptor >= 0:
                 os.close(descriptor)
         self._descriptors.clear()  # in place: who was given ``opened`` must not write into what is opened next
-        self._directory, self._journal = -1, -1
+        self._directory = self._journal = self._hidden = -1
 
     def _dispose(self) -> None:
         """Remove a partial that no later run could resume, while its lock is still ours."""
         self._disposable = False
         try:
-            if not is_same_file(self._holder, self.partial):
-                return
-            if self._is_directory:
-                remove_artifact(self.partial, [file.name for file in self.files])
-            else:
-                self.partial.unlink()
+            discard_own(self._directory if self._is_directory else self._descriptors[0], self.partial, self._names)
         except OSError as error:
             self._warn(f"{self.partial}: cannot be removed ({error.strerror})")
 
     @property
-    def _holder(self) -> int:
-        """The descriptor of what stands under the partial name: a directory, or the only file."""
-        return self._directory if self._is_directory else self._descriptors[0]
+    def _names(self) -> list[str]:
+        return [file.name for file in self.files]
 
     def _paths(self) -> list[Path]:
         return [self.partial / file.name for file in self.files] if self._is_directory else [self.partial]
 
     def _open(self) -> None:
         try:
-            refuse_target(self.target, is_directory=self._is_directory, replace=self.replace)
+            self._refuse_target()
             self.target.parent.mkdir(parents=True, exist_ok=True)
             created = not self.partial.exists()
             self._open_partial()
-            refuse_target(self.target, is_directory=self._is_directory, replace=self.replace)
+            self._refuse_target()
             refuse_moved(self._places())
             self._disposable = created
             if self._journal_path is not None:
@@ -153,6 +148,9 @@ class ResumableOutput:
             named = isinstance(error.filename, str | Path)
             fail_os(error, "the output cannot be created", Path(error.filename) if named else self.target)
 
+    def _refuse_target(self) -> None:
+        refuse_target(self.target, is_directory=self._is_directory, replace=self.replace, names=self._names)
+
     def _open_partial(self) -> None:
         """Open and lock what stands, or shall stand, under the partial name; a refused writer leaves nothing there."""
         if self._is_directory:
@@ -166,6 +164,15 @@ class ResumableOutput:
             self._descriptors.append(open_regular_output(path))
             if len(self._descriptors) == 1:
                 take_lock(self._descriptors[0], self.target, self._warn)
+
+    def hidden(self) -> Path:
+        """A directory for the hidden states of this run, ours as long as the output is open, gone when it is finished.
+
+        Raises BusyError, AccessError, ResourceError.
+        """
+        if self._hidden < 0:
+            self._hidden = hold_hidden(self.target)
+        return hidden_directory(self.target)
 
     @property
     def opened(self) -> OpenFiles:
@@ -197,6 +204,8 @@ class ResumableOutput:
         for record in records[1:]:
             note = record.get("note")
             self.notes |= note if isinstance(note, dict) else {}
+            for unit in record.get("forget", ()):
+                self.records.pop(unit, None)
             span = self.spans.get(record.get("unit", ""))
             if span is not None and [span.file, span.offset, span.nbytes] == record.get("span"):
                 self.records[record["unit"]] = record
@@ -218,8 +227,7 @@ class ResumableOutput:
         if not begun and len(records) > 1:
             # Where the artifact is in place already the journal is only what was not yet taken away.
             return "" if self.target.exists() else f"{self.partial}: the unfinished output is gone; starting again"
-        key = other_identity(records[0]["identity"], self._identity)
-        if self.replace and key is not None:
+        if self.replace and (key := other_identity(records[0]["identity"], self._identity)) is not None:
             return f"{self.partial}: an unfinished run with another {key} is discarded, as --overwrite asks"
         return None
 
@@ -230,12 +238,11 @@ class ResumableOutput:
         for descriptor in self._descriptors:
             os.ftruncate(descriptor, 0)
         if self._is_directory:
-            names = [file.name for file in self.files]
-            remove_files(self.partial, keep=names, folders=folders_of(names))
+            remove_files(self.partial, keep=self._names, folders=folders_of(self._names))
         self._disposable = self._journal < 0
         remove_stale_journal(self.target, self._journal_path)
         if self._journal >= 0:
-            self._append({"identity": self._identity})
+            self._append({"identity": self._identity, "files": self._names})
             self._synced_journal_length = os.fstat(self._journal).st_size
 
     def _allocate(self) -> None:
@@ -253,12 +260,8 @@ class ResumableOutput:
 
     def _clear_gaps(self, number: int, file: OutputFile) -> None:
         """Zeros between units, which no hash covers: what an accident left there must not reach the artifact."""
-        at = file.front_bytes
-        spans = sorted((span.offset, span.nbytes) for span in self.spans.values() if span.file == number)
-        for offset, nbytes in [*spans, (file.size, 0)]:
-            if offset > at:
-                self.write(Span(number, at, offset - at), 0, bytes(offset - at))
-            at = max(at, offset + nbytes)
+        for gap in gaps(self.spans.values(), number, file.front_bytes, file.size):
+            self.write(gap, 0, bytes(gap.nbytes))
 
     # what an earlier run left
 
@@ -271,17 +274,21 @@ class ResumableOutput:
 
     def doubt(self, unit: str, flaw: str) -> None:
         """Forget a unit whose bytes are not those of its record, and tell ``flaw`` (see ``OpenFiles.flaw``)."""
-        self.forget(unit)
+        with self._lock:
+            del self.records[unit]
         self._warn(f"{self.partial}: {unit} {flaw}; doing it again")
 
     def read(self, unit: str) -> bytes:
         """The bytes of a recorded unit, found sound before."""
         return self.opened.read(self.spans[unit])
 
-    def forget(self, unit: str) -> None:
-        """Drop a unit's record; it will be done again."""
+    def forget(self, *units: str) -> None:
+        """Drop the records of ``units``, in the journal too: no later run takes what was made of another source."""
         with self._lock:
-            del self.records[unit]
+            for unit in units:
+                del self.records[unit]
+            if units:
+                self._append({"forget": list(units)})
 
     # writing
 
@@ -379,7 +386,11 @@ class ResumableOutput:
         try:
             refuse_moved(self._places())
             self._disposable = False
-            (place_directory if self._is_directory else place_file)(self.target, manifest)
+            if self._is_directory:
+                place_directory(self.target, manifest, self._names)
+            else:
+                place_file(self.target, manifest)
+            discard_hidden(self.target, held=self._hidden >= 0)
             if self._journal_path is not None:
                 self._journal_path.unlink(missing_ok=True)
             remove_stale_journal(self.target, self._journal_path)

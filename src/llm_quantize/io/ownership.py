@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from llm_quantize.errors import AccessError, BusyError
-from llm_quantize.io.artifact_paths import is_artifact_directory
+from llm_quantize.io.artifact_paths import is_artifact_directory, replaced_path
 from llm_quantize.io.durable import is_same_file
 
 Places = Sequence[tuple[int, Path]]
 """(descriptor, the path it was opened under); a negative descriptor is not open."""
 
 
-def refuse_target(target: Path, *, is_directory: bool, replace: bool) -> None:
+def refuse_target(target: Path, *, is_directory: bool, replace: bool, names: Collection[str] = ()) -> None:
     """What stands under the final name may be replaced only by its own kind; no foreign file is ever removed.
+    ``names``: of the artifact's files, where one that was replaced before may have lost its manifest.
 
     Raises BusyError where an artifact was not there when the run began, AccessError for anything else.
     """
     if not target.exists() and not target.is_symlink():
         return
+    replaced = replaced_path(target)
+    if is_directory and (replaced.exists() or replaced.is_symlink()) and not is_artifact_directory(replaced, names):
+        raise AccessError(
+            "something that is no artifact stands where what is replaced has to wait for an instant",
+            file=replaced,
+            expected="nothing, or a directory of a manifest and the files that it lists",
+            remedy="move it away, and run the same command again",
+        )
     if target.exists() and not replace:
         raise BusyError("another process has just finished this output", file=target)
     if not (is_artifact_directory(target) if is_directory else target.is_file()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from llm_quantize.errors import AccessError, UsageError
@@ -79,5 +80,6 @@ def _fill(descriptor: int, partial: Path, path: Path, pieces: Iterable[Buffer]) 
         fail_os(error, "writing failed", path)
     finally:
         if not placed:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # what failed first is told; the next attempt empties this file
+                partial.unlink(missing_ok=True)
     return offset

@@ -211,6 +211,8 @@ def print_verification(outcome: Verification, *, verbose: int = 0) -> None:
             error = "-" if check.relative_error is None else f"{check.relative_error:.5f}"
             table.add_row(shown(check.name), shown(check.type), error)
         console.print(table)
+    for note in outcome.notes:
+        console.print(shown(note))
     for fact in ("replaced", "kept", "lost"):
         found = [(check.name, count) for check in outcome.tensors if (count := getattr(check, f"nonfinite_{fact}"))]
         by = " by zero" if fact == "replaced" else ""
