@@ -285,7 +285,7 @@ def test_a_hostile_weight_shape(shape: tuple[int, ...], llama: Path, tmp_path: P
         ({"checkpoint_format": "marlin"}, UnsupportedError, "marlin"),
         ({"pack_dtype": "int64"}, UnsupportedError, "gptq"),
         ({"quant_method": "awq", "version": "gemv"}, UnsupportedError, "gemv"),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, UnsupportedError, "nvfp4"),
+        ({"quant_method": "compressed-tensors", "format": "mxfp8-quantized"}, UnsupportedError, "mxfp8"),
         ({"quant_method": "compressed-tensors", "config_groups": [1]}, LlmQuantizeError, ""),
         ({"bits": 8}, IntegrityError, "8 bits"),
         ({"group_size": 16}, IntegrityError, "does not fit"),

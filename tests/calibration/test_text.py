@@ -97,7 +97,7 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert caught.value.file == str(path)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setattr(text_files, "find_spec", lambda _name: None)
-    with pytest.raises(MissingExtraError, match=r"llm-quantize\[parquet\]"):
+    with pytest.raises(MissingExtraError, match=r"\.\[parquet\]"):
         read_documents(path)
 
 

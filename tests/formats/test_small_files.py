@@ -177,7 +177,7 @@ def test_a_changed_small_file_is_another_artifact(model: Path, tmp_path: Path) -
     quantized(model, tmp_path / "out")
     quantized(model, tmp_path / "out")
     (model / "generation_config.json").write_text('{"temperature": 0.5}')
-    with pytest.raises(UsageError, match="exists"):
+    with pytest.raises(IntegrityError, match="source changed"):
         quantized(model, tmp_path / "out")
 
 

@@ -63,6 +63,9 @@ def test_every_read_fails_once(
         if len(seen) < nth:  # units finished by earlier runs are not read again
             assert code == 0
             break
+        if code == 0:  # what is read last only says how the source looked: the artifact stands, and nothing is lost
+            assert (out / "model-Q8_0.gguf").read_bytes() == wanted
+            break
         assert (code, result["exit_code"]) == (FAILURES[number],) * 2, result
         assert result["file"] == seen[nth - 1]
         assert result["remedy"]

@@ -100,7 +100,7 @@ class ArtifactResult(Shown):
             f"{_first(list(counts))}: {text.format(count=f'{sum(counts.values()):,}')}"
             for text, counts in found.items()
         ]
-        planned = self.plan.fallbacks()
+        planned = {one.text for one in self.plan.substituted}
         other = [one.tensor for one in self.plan.substituted]
         types_told = (
             [f"{_first(other)}: not in the type of the level, whose blocks do not divide the rows"] if other else []
