@@ -285,11 +285,13 @@ def run(
     gpu_layers: int = 0,
     threads: int | None = None,
     runtime: str | None = None,
+    revision: str | None = None,
     on_text: Callable[[str], object] | None = None,
     on_event: EventSink | None = None,
 ) -> Generation:
     """The text that ``artifact`` writes after ``prompt`` in its real runtime: GGUF in llama.cpp, a model directory in
-    transformers or vLLM (``runtime``).
+    transformers or vLLM (``runtime``). A hub id is fetched first (``revision``); ``ORG/NAME:Q4_K_M`` names one of its
+    GGUF files.
 
     ``temperature`` 0 takes the likeliest token, else one is drawn with ``seed``, from the likeliest that together have
     the share ``top_p``. ``chat``: the prompt is a message, set in the model's own template; ``system``: one before it.
@@ -324,6 +326,7 @@ def run(
             gpu_layers=gpu_layers,
             threads=threads,
             runtime=runtime,
+            revision=revision,
             on_event=hear,
         ):
             pieces.append(piece)

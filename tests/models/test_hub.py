@@ -29,7 +29,9 @@ from llm_quantize.errors import (
 )
 from llm_quantize.models.hub import fetch as module
 from llm_quantize.models.hub.fetch import resolve
+from llm_quantize.models.hub.runnable import fetch_runnable, is_hub_id
 from llm_quantize.models.safetensors import open_checkpoint
+from llm_quantize.runtimes import generate
 from tests.fake_hub import COMMIT, FakeHub
 from tests.hearing import into
 from tests.safetensors_by_hand import write_model
@@ -328,3 +330,66 @@ def test_environment_is_honoured(single: dict[str, bytes], tmp_path: Path) -> No
     assert done.stdout.startswith(str(tmp_path / "home"))
     assert TOKEN not in done.stdout + done.stderr
     assert run("", HF_HUB_OFFLINE="1").stdout == done.stdout
+
+
+GGUF_FILES = {
+    "m-Q4_K_M.gguf": b"four",
+    "m-Q4_K_S.gguf": b"small",
+    "big/m-Q8_0-00001-of-00002.gguf": b"one",
+    "big/m-Q8_0-00002-of-00002.gguf": b"two",
+    "mmproj-m.gguf": b"eyes",
+    "README.md": b"",
+}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        (":Q4_K_M", ["m-Q4_K_M.gguf"]),
+        (":q4_k_s", ["m-Q4_K_S.gguf"]),
+        (":Q8_0", ["big/m-Q8_0-00001-of-00002.gguf", "big/m-Q8_0-00002-of-00002.gguf"]),
+        (":m-Q4_K_M.gguf", ["m-Q4_K_M.gguf"]),
+    ],
+)
+def test_a_gguf_file_of_a_repository_is_fetched_to_be_run(
+    wanted: str, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeHub(GGUF_FILES) as hub:
+        point_to(hub.url, monkeypatch)
+        path = fetch_runnable(f"org/model{wanted}", None, lambda _event: None)
+        fetched = {path.split(COMMIT + "/")[1] for _, path in hub.requests if COMMIT in path}
+        assert fetched == set(names)
+        assert path.read_bytes() == GGUF_FILES[names[0]]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert fetch_runnable(f"org/model{wanted}", None, lambda _event: None) == path
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"), [("", "several"), (":Q4_K", "no such"), (":m", "several"), (":Q5", "no such")]
+)
+def test_what_file_is_meant_is_asked(wanted: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeHub(GGUF_FILES) as hub:
+        point_to(hub.url, monkeypatch)
+        with pytest.raises(UsageError, match=says) as caught:
+            fetch_runnable(f"org/model{wanted}", None, lambda _event: None)
+        assert "m-Q4_K_M.gguf, m-Q4_K_S.gguf" in str(caught.value.expected)
+        assert "mmproj" not in str(caught.value.expected)
+        assert not [path for _, path in hub.requests if COMMIT in path]
+
+
+def test_a_model_directory_is_fetched_to_be_run(single: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeHub({**single, **GGUF_FILES}) as hub:
+        point_to(hub.url, monkeypatch)
+        found = fetch_runnable("org/model", None, lambda _event: None)
+        assert (found / "model.safetensors").is_file()
+        assert not list(found.glob("*.gguf"))
+
+
+def test_paths_are_not_taken_for_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    assert [is_hub_id(text) for text in ("out/model", "org/m.gguf", "./org/m", "a/b/c", "model", "org/")] == [False] * 6
+    assert is_hub_id("org/model")
+    assert is_hub_id("TheBloke/zephyr-7B-beta-GGUF:Q4_K_M")
+    with pytest.raises(UsageError, match="no revisions"):
+        list(generate("out", "x", revision="main"))

@@ -12,6 +12,7 @@ from typing import Any
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_files import first_file
+from llm_quantize.models.hub.runnable import fetch_runnable, is_hub_id
 from llm_quantize.models.quantized import is_stored_directory
 from llm_quantize.runtimes import llama_cpp, transformers, vllm
 from llm_quantize.runtimes.base import OpenModel, Request, Runtime
@@ -69,11 +70,13 @@ def generate(
     chat: bool = False,
     threads: int | None = None,
     runtime: str | None = None,
+    revision: str | None = None,
     on_event: EventSink = ignore,
     **more: Any,
 ) -> Iterator[str]:
     """Pieces of text that continue ``prompt``, from ``runtime`` (a name of RUNTIMES) or the usual one for ``artifact``.
-    ``more``: ``system``, ``top_p``, ``context`` and ``gpu_layers`` of a ``Request``.
+    ``artifact``: a path, or a hub id as ``fetch_runnable`` takes it, with ``revision``. ``more``: ``system``,
+    ``top_p``, ``context`` and ``gpu_layers`` of a ``Request``.
 
     ``on_event`` hears a warning where the text may pass the context that the model was trained for, and where a chat
     is not set in the model's own template; at the end, how many tokens were written in which time.
@@ -81,9 +84,13 @@ def generate(
     Raises MissingExtraError where the runtime is not installed, UsageError where there is no such artifact, the prompt
     is empty, the runtime is for other artifacts, or a setting has no effect.
     """
-    path = Path(artifact)
     if not prompt:
         raise UsageError("the prompt is empty", remedy="give the text to continue")
+    path, text = Path(artifact), str(artifact)
+    if is_hub_id(text):
+        path = fetch_runnable(text, revision, on_event)
+    elif revision is not None:
+        raise UsageError("a path has no revisions", file=path, found=f"--revision {revision}", remedy="leave it out")
     if not path.exists():
         raise UsageError("no such artifact", file=path, remedy="check the path")
     request = Request(

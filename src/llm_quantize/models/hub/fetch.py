@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -103,6 +103,34 @@ def resolve(
     snapshot = _fetch(hub, model_id, commit, files, tell, headers_only)
     _remember(hub, model_id, revision or "main", commit)
     return snapshot
+
+
+def fetch_chosen(
+    model_id: str, revision: str | None, choose: Callable[[Collection[str]], Sequence[str]], *, on_event: EventSink
+) -> list[Path]:
+    """The files that ``choose`` picks of the repository's names, fetched and proved, in the cache; offline, of those that
+    it holds. Raises as ``resolve``, and what ``choose`` raises."""
+    hub = importlib.import_module("huggingface_hub")
+    if _offline(hub):
+        folder = _snapshot_folder(hub, model_id, revision)
+        held = [] if folder is None else [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+        return [] if folder is None else [folder / name for name in choose(held)]
+    commit, files = _listing(hub, model_id, revision)
+    wanted = [files[name] for name in choose([name for name in files if re.fullmatch(r"[A-Za-z0-9._/-]+", name)])]
+    fetcher = _Fetcher(hub, model_id, commit, on_event)
+    fetcher.check_space(wanted)
+    fetcher.fetch(wanted)
+    _remember(hub, model_id, revision or "main", commit)
+    return [fetcher.path(file.name) for file in wanted]
+
+
+def _snapshot_folder(hub: Any, model_id: str, revision: str | None) -> Path | None:
+    """Where the cache keeps a commit of a repository, or what a branch of it was when it was last asked for."""
+    place = Path(hub.constants.HF_HUB_CACHE) / ("models--" + model_id.replace("/", "--"))
+    reference = place / "refs" / (revision or "main")
+    commit = reference.read_text(encoding="ascii").strip() if reference.is_file() else revision or ""
+    folder = place / "snapshots" / commit
+    return folder if commit and folder.is_dir() else None
 
 
 def _offline(hub: Any) -> bool:
