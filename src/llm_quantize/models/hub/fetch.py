@@ -108,8 +108,8 @@ def resolve(
 def fetch_chosen(
     model_id: str, revision: str | None, choose: Callable[[Collection[str]], Sequence[str]], *, on_event: EventSink
 ) -> list[Path]:
-    """The files that ``choose`` picks of the repository's names, fetched and proved, in the cache; offline, of those that
-    it holds. Raises as ``resolve``, and what ``choose`` raises."""
+    """The files that ``choose`` picks of the repository's names, fetched and proved, in the cache; offline, of those
+    that it holds. Raises as ``resolve``, and what ``choose`` raises."""
     hub = importlib.import_module("huggingface_hub")
     if _offline(hub):
         folder = _snapshot_folder(hub, model_id, revision)
