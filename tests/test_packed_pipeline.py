@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_quantize import memory
-from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.artifacts.manifest import read_manifest
+from llm_quantize.artifacts.opening import open_decoded
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.calibration import choose
 from llm_quantize.errors import IntegrityError, MissingExtraError

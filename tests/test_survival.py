@@ -77,6 +77,17 @@ def test_killed_at_persistence_calls(command_line: CommandLine, model: Path, tmp
     assert scenario.resumed > 0
 
 
+@pytest.mark.parametrize("words", ["-q int8 --method rtn", "-q float16"])
+def test_killed_while_a_ctranslate2_model_is_made(
+    command_line: CommandLine, model: Path, tmp_path: Path, words: str
+) -> None:
+    """Headers stand between the data, and are written like the front of a file."""
+    scenario = Scenario(command_line, model, tmp_path, (*words.split(), "--threads", "1"), format="ctranslate2")
+    assert scenario.calls > 100
+    scenario.kill_at_calls([*range(1, scenario.calls - 9, 71), *range(scenario.calls - 9, scenario.calls + 1, 4)])
+    assert scenario.resumed > 0
+
+
 def test_killed_with_several_split_levels(command_line: CommandLine, model: Path, tmp_path: Path) -> None:
     arguments = ("-q", "Q2_K", "-q", "F16", "--split-max-size", "400K", "--threads", "3")
     scenario = Scenario(command_line, model, tmp_path, arguments)

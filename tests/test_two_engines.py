@@ -82,6 +82,7 @@ def test_several_files(tmp_path: Path) -> None:
     kinds = {
         "gguf": (["Q8_0", "Q4_0"], Options(threads=2, split_max_size=400_000)),
         "safetensors": (["F16"], Options(threads=2, method=MethodOptions(shard_size=500_000))),
+        "ctranslate2": (["int8", "float16"], Options(threads=2, method=MethodOptions(method="rtn"))),
     }
     for engine in ENGINES:
         for format, (levels, options) in kinds.items():

@@ -53,13 +53,15 @@ class MatrixPlan:
 
     ``name``: the module's (or, in GGUF, the tensor's). ``weight``: where its rows come from, in the order stored;
     stacked experts are one weight. ``qtype``: its number grid. ``fields``: the tensors of the artifact that hold the
-    result, as indices, in the order in which the format packs them.
+    result, as indices, in the order in which the format packs them. ``seen``: it stands in a block, where its inputs
+    can be observed; others are rounded, whatever the method.
     """
 
     name: str
     weight: OutputTensor
     qtype: str
     fields: tuple[int, ...]
+    seen: bool = True
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,11 @@ class ArtifactPlan(Tabled):
     def size(self) -> int:
         """Bytes of all files together."""
         return sum(file.size for file in self.files)
+
+    @property
+    def observed(self) -> bool:
+        """Whether a method that reads text has anything to choose."""
+        return any(matrix.seen for matrix in self.matrices)
 
     @property
     def bits_per_weight(self) -> float:

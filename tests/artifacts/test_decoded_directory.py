@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from llm_quantize.architectures.rows import to_float32
 from llm_quantize.artifacts.decoded import DecodedArtifact
-from llm_quantize.artifacts.decoded_directory import DecodedDirectory, open_decoded
+from llm_quantize.artifacts.decoded_directory import DecodedDirectory
+from llm_quantize.artifacts.opening import open_decoded
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.evaluation.tensor_errors import tensor_errors
 from llm_quantize.models.opening import Source, open_source

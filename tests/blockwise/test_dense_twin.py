@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm_quantize.artifacts.decoded_directory import open_decoded
+from llm_quantize.artifacts.opening import open_decoded
 from llm_quantize.formats.table import FORMATS
 from llm_quantize.grids import grid_type
 from llm_quantize.methods.gptq_options import GptqOptions

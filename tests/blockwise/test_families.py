@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_quantize.artifacts.decoded_directory import open_decoded
+from llm_quantize.artifacts.opening import open_decoded
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.models.opening import open_source

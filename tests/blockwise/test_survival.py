@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "gptq on disk": ("gptq", DIRECTORY, ON_DISK),
     "awq in memory": ("awq", DIRECTORY, {}),
     "awq on disk": ("awq", DIRECTORY, ON_DISK),
+    "ctranslate2 on disk": ("ctranslate2", ("-q", "int8", "--threads", "1"), ON_DISK),
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_quantize.artifacts.decoded_directory import open_decoded
+from llm_quantize.artifacts.opening import open_decoded
 from llm_quantize.artifacts.result import ArtifactResult
 from llm_quantize.blockwise.solver import FALLBACKS, OUT_OF_RANGE, STARVED, UNREACHED
 from llm_quantize.cli import run as command_line

@@ -35,6 +35,8 @@ def call(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, s
         (("compressed_tensors", "-q", "w4a16-asym"), "W4A16_ASYM"),
         (("compressed-tensors", "--bits", "4", "--group_size", "64"), "W4A16-g64"),
         (("safetensors", "-q", "bfloat16"), "BF16"),
+        (("CTranslate2",), "CT2-int8"),
+        (("ctranslate2", "-q", "INT8-Float16"), "CT2-int8_float16"),
     ],
 )
 def test_what_people_write(
@@ -50,7 +52,7 @@ def test_every_level_in_any_case_and_what_a_wrong_one_is_told(form: str, demo_mo
     for level in FORMATS[form].levels if form != "gguf" else ("F16", "Q2_K", "IQ4_XS"):
         for written in (level, level.lower(), level.upper(), level.replace("_", "-")):
             assert pipeline.plan(str(demo_model), form, levels=[written])[0].level.startswith(
-                ("GPTQ", "AWQ", "BNB", level)
+                ("GPTQ", "AWQ", "BNB", "CT2", level)
             )
     with pytest.raises(UsageError) as caught:
         pipeline.plan(str(demo_model), form, levels=[FORMATS[form].example + "x"])

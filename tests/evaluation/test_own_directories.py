@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quantize.artifacts.decoded_directory import open_decoded
+from llm_quantize.artifacts.opening import open_decoded
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.models.opening import open_source
 from llm_quantize.runtimes import transformers, vllm

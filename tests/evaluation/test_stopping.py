@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llm_quantize import memory
-from llm_quantize.artifacts.decoded_directory import open_decoded
+from llm_quantize.artifacts.opening import open_decoded
 from llm_quantize.compare.comparison import compare
 from llm_quantize.errors import StoppedError
 from llm_quantize.evaluation.profile import measure_profile, plan_profile

@@ -25,7 +25,8 @@ def _content(label: str, nbytes: int) -> bytes:
 
 
 class SmallOutput:
-    """``files`` files of three units each, with gaps between them. ``done``: the units made last, in order."""
+    """``files`` files of three units each, with gaps between them; the first gap is known like a header. ``done``: the
+    units made last, in order."""
 
     def __init__(
         self,
@@ -46,13 +47,16 @@ class SmallOutput:
         for number in range(files):
             header = _content(f"header {number}", 96)
             body, offset = bytearray(header), 96
+            between: list[tuple[int, bytes]] = []
             for index, nbytes in enumerate(sizes):
                 data = _content(f"{number} {index}", nbytes)
                 self.units[f"t{number}.{index}[0:1]"] = (Span(number, offset, nbytes), data)
-                body += data + bytes(-nbytes % 32)
-                offset += nbytes + -nbytes % 32
+                gap = bytes(-nbytes % 32) if index else _content(f"between {number}", -nbytes % 32)
+                between += [] if index or not gap else [(offset + nbytes, gap)]
+                body += data + gap
+                offset += nbytes + len(gap)
             name = target.name if files == 1 else f"part-{number + 1:05d}-of-{files:05d}{suffix}"
-            self.files.append(OutputFile(name, len(body), header))
+            self.files.append(OutputFile(name, len(body), header, between=tuple(between)))
             self.expected[name] = bytes(body)
         listed = {"files": [{"name": name} for name in self.expected]}
         self.manifest = MANIFEST if suffix == ".gguf" else json.dumps(listed).encode()

@@ -21,11 +21,14 @@ def fill(source: Source, plan: ArtifactPlan, directory: Path) -> dict[str, tuple
     """Write the files of ``plan``, and return {module: (grid, codes)} of what stands in them."""
     scheme = scheme_of(plan)
     form = PACKED[plan.format]
-    contents = [bytearray(b"".join(file.front()) + bytes(file.size - file.front_bytes)) for file in plan.files]
+    contents = [
+        bytearray(b"".join(piece for _, piece in file.known()) + bytes(file.size - file.known_bytes))
+        for file in plan.files
+    ]
 
     def put(tensor: TensorPlan, data: bytes) -> None:
         assert len(data) == tensor.nbytes, tensor.name
-        assert tensor.offset >= plan.files[tensor.file].front_bytes
+        assert tensor.offset >= plan.files[tensor.file].known_bytes
         contents[tensor.file][tensor.offset : tensor.offset + len(data)] = data
 
     found = {}

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from llm_quantize.advice.describe import describe
 from llm_quantize.architectures.rows import read_output_rows, to_float32
 from llm_quantize.artifacts import preflight
-from llm_quantize.artifacts.decoded_directory import open_decoded
 from llm_quantize.artifacts.manifest import read_manifest
+from llm_quantize.artifacts.opening import open_decoded
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError, UsageError

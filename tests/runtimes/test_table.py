@@ -44,13 +44,20 @@ def paths(tmp_path: Path) -> SimpleNamespace:
 def test_who_opens_what(paths: SimpleNamespace) -> None:
     opened = {name: [one.opens(path) for path in vars(paths).values()] for name, one in RUNTIMES.items()}
     directories = [False, True, True, False]
-    assert opened == {"llama.cpp": [True, False, False, True], "transformers": directories, "vllm": directories}
+    assert opened == {
+        "llama.cpp": [True, False, False, True],
+        "transformers": directories,
+        "vllm": directories,
+        "ctranslate2": [False] * 4,
+    }
     usual = [runtime_for(path) for path in vars(paths).values()]
     assert usual == [RUNTIMES["llama.cpp"], RUNTIMES["transformers"], RUNTIMES["transformers"], RUNTIMES["llama.cpp"]]
     assert runtime_for(paths.packed, "vllm") is RUNTIMES["vllm"]
     with pytest.raises(UsageError, match=r"expected: llama\.cpp"):
         runtime_for(paths.file, "vllm")
-    assert what_opens_what() == "GGUF files with llama.cpp, model directories with transformers or vllm"
+    assert what_opens_what() == (
+        "GGUF files with llama.cpp, model directories with transformers or vllm, CTranslate2 models with ctranslate2"
+    )
 
 
 def test_what_is_measured_at_a_path(paths: SimpleNamespace) -> None:
@@ -72,7 +79,7 @@ def test_a_runtime_that_is_absent_says_what_to_install(monkeypatch: pytest.Monke
     llama_cpp_library.load_library.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", absent)
     monkeypatch.setattr(isolated, "find_spec", absent)
-    for variable in ("LLM_QUANTIZE_VLLM", "LLM_QUANTIZE_TRANSFORMERS"):
+    for variable in ("LLM_QUANTIZE_VLLM", "LLM_QUANTIZE_TRANSFORMERS", "LLM_QUANTIZE_CTRANSLATE2"):
         monkeypatch.delenv(variable, raising=False)
     for one in RUNTIMES.values():
         with pytest.raises(MissingExtraError, match="pip install"):

@@ -21,6 +21,7 @@ from llm_quantize.formats.gguf.vocabulary.reading import has_tokenizer
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
 from llm_quantize.models import gguf, quantized
+from llm_quantize.models.ctranslate2 import CTranslate2Directory, is_ctranslate2
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.quantized import PackedDirectory
 from llm_quantize.models.weight_sets import left_lying
@@ -37,6 +38,8 @@ def describe(model: str, *, revision: str | None = None, on_event: EventSink = i
     path = Path(model)
     if path.exists() and gguf.sniff(path):
         return _describe_gguf([read_gguf(part) for part in artifact_files(path)])
+    if is_ctranslate2(path):
+        return _describe_ctranslate2(CTranslate2Directory(path))
     if quantized.sniff(path):
         with PackedDirectory(path) as packed:
             for note in left_lying(path, packed.headers):
@@ -129,6 +132,29 @@ def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:
             "tokens": len(words) if isinstance(words, Sequence) else 0,
             "chat_template": keys.CHAT_TEMPLATE in metadata,
         }
+    }
+
+
+def _describe_ctranslate2(found: CTranslate2Directory) -> dict[str, Any]:
+    dtypes: dict[str, dict[str, int]] = {}
+    for variable in found.variables.values():
+        entry = dtypes.setdefault(variable.dtype, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += variable.nbytes
+    return {
+        "name": found.path.resolve().name,
+        "directory": str(found.path),
+        "files": [{"name": found.file.path.name, "size": found.size}],
+        "size": found.size,
+        "format": found.method,
+        "level": found.label,
+        "network": found.file.kind,
+        "parameters": found.weights,
+        "bits_per_weight": round(8 * found.size / max(1, found.weights), 4),
+        "variables": len(found.file.variables),
+        "aliases": dict(found.file.aliases),
+        "dtypes": dtypes,
+        **_origin(found.path),
     }
 
 

@@ -145,6 +145,9 @@ def read_output_rows(
         rows, columns = matrix_shape(tensor.shape)
         return np.ascontiguousarray(tensor.constant, dtype=np.float32).reshape(rows, columns)[start:stop]
     parts: list[Rows] = []
+    if is_joined(tensor):
+        parts = [_read_piece(source, piece, 0, 1, None, digest) for piece in tensor.pieces]
+        return _together(parts, axis=1)
     for base, count, piece in placed(source, tensor):
         first, last = max(start, base) - base, min(stop, base + count) - base
         if first < last:
@@ -152,9 +155,18 @@ def read_output_rows(
             parts.append(_read_piece(source, piece, first, last, buffer if alone else None, digest))
     if len(parts) == 1:
         return parts[0]
+    return _together(parts, axis=0)
+
+
+def is_joined(tensor: OutputTensor) -> bool:
+    """Whether ``tensor`` is a vector of several, one behind the other: it is one row, and pieces of it are columns."""
+    return len(tensor.shape) == 1 and len(tensor.pieces) > 1
+
+
+def _together(parts: list[Rows], *, axis: int) -> Rows:
     if len({part.dtype for part in parts}) > 1:
         parts = [to_float32(part) for part in parts]
-    return np.concatenate(parts)
+    return np.concatenate(parts, axis=axis)
 
 
 def scatter(source: Shapes, tensor: OutputTensor, start: int, rows: Floats, into: Mapping[str, Floats]) -> None:
@@ -179,6 +191,10 @@ def inverse(shapes: Mapping[str, tuple[int, ...]], outputs: Iterable[OutputTenso
     back: dict[str, dict[int, Piece]] = {}
     source = Shaped(shapes)
     for output in outputs:
+        if is_joined(output):
+            for name, part in _columns_of(source, output):
+                back.setdefault(name, {}).setdefault(0, part)
+            continue
         for base, count, piece in placed(source, output):
             back.setdefault(piece.source, {}).setdefault(piece.start, _back(output.name, base, count, piece))
     found = {}
@@ -189,6 +205,16 @@ def inverse(shapes: Mapping[str, tuple[int, ...]], outputs: Iterable[OutputTenso
             raise ValueError(f"{rows} rows of {name}, of shape {shape}, are in the outputs")
         found[name] = OutputTensor(name, shape, pieces)
     return found
+
+
+def _columns_of(source: Shapes, output: OutputTensor) -> Iterator[tuple[str, Piece]]:
+    """(name, where it stands in ``output``) of each of the vectors that ``output`` consists of."""
+    first = 0
+    for piece in output.pieces:
+        count = source.matrix(piece.source)[1]
+        order = np.arange(count) if piece.columns is None else np.argsort(piece.columns)
+        yield piece.source, Piece(output.name, columns=order + first, add=-piece.add)
+        first += count
 
 
 def _back(output: str, base: int, count: int, piece: Piece) -> Piece:

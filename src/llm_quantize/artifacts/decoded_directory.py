@@ -8,83 +8,47 @@ the map of the source is undone as for a GGUF file (decoded.py). What stands und
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.architectures import open_architecture
 from llm_quantize.architectures.base import OutputTensor, Piece
-from llm_quantize.architectures.rows import chunk_rows, placed, read_output_rows, to_float32, weights_of
-from llm_quantize.artifacts.decoded import EMBEDDING, HEAD, Decoded, DecodedArtifact, Stored, Use, differences
+from llm_quantize.architectures.rows import RowSource, chunk_rows, placed, read_output_rows, to_float32, weights_of
+from llm_quantize.artifacts.decoded import EMBEDDING, HEAD, Decoded, Stored, Use, differences
 from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError
 from llm_quantize.formats.packed import ALIGNED
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.opening import Source
-from llm_quantize.models.quantized import PackedRows, is_stored_directory, open_directory, zero_biases
+from llm_quantize.models.quantized import PackedRows, open_directory, zero_biases
+from llm_quantize.models.stored import StoredDirectory
 
 _HEADS = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight")
 _READABLE = ("F16", "BF16", "F32", "F64")
 
 
-def open_decoded(source: Source, path: str | Path) -> Decoded:
-    """The artifact at ``path``: a model directory, or a GGUF file or the directory of a split one.
+class DecodedRows(Decoded):
+    """An artifact that can be read under the names of its source's checkpoint: ``_rows`` (``models.base.Rows``) gives
+    rows of its tensors, ``_infos`` says what they are; ``_held``: the source's map, of these. ``differs``: where its
+    configuration is not the source's, in words. A subclass opens it (``_open``)."""
 
-    Raises what ``DecodedDirectory`` and ``DecodedArtifact`` raise.
-    """
-    path = Path(path)
-    if is_stored_directory(path):
-        return DecodedDirectory(source, path)
-    return DecodedArtifact(source, path)
-
-
-class DecodedDirectory(Decoded):
-    """The weights of the model in the directory ``path``, which was made from ``source``: its matrices decoded, every
-    other tensor as it stands there (AWQ changes norms), all in float32. ``differs``: where its configuration is not the
-    source's, in words.
-
-    Raises UsageError (no such directory), MalformedInputError (damaged files), UnsupportedError
-    (a way of quantizing that is not decoded), IntegrityError (fields that do not fit each other; a tensor that the
-    source has and this has not, or the reverse, or one of another shape; another architecture).
-    """
+    packed: Any
+    differs: tuple[str, ...]
+    _rows: RowSource
+    _infos: dict[str, TensorInfo]
 
     def __init__(self, source: Source, path: str | Path) -> None:
         super().__init__(source)
         self.path = Path(path)
-        self.packed = open_directory(self.path)
-        try:
-            self._open()
-        except BaseException:
-            self.close()
-            raise
+        self._open()
 
-    def close(self) -> None:
-        """Close its files."""
-        self.packed.close()
-
+    @abstractmethod
     def _open(self) -> None:
-        packed, source = self.packed, self._source
-        self.size = packed.size
-        self._transposed = {
-            piece.source for output in source.tensors.outputs for piece in output.pieces if piece.transpose
-        }
-        try:
-            self._rows = PackedRows(packed, self._transposed)
-        except IntegrityError as error:
-            raise self._misfit(error.what, error.tensor, error.expected, error.found) from error
-        self._infos = self._rows.tensors
-        self.differs = tuple(self._config_notes())
-        notes = [*packed.notes, *self.differs, *self._drop_zero_biases()]
-        own_head = self._own_head()
-        self.scratch = packed.scratch
-        self.weights = sum(weights_of(info.shape) for info in self._infos.values())
-        mapped = {name: info for name, info in self._infos.items() if name != own_head}
-        self._held = {output.name: output for output in self._mapped(mapped)}
-        self._invert_all(own_head)
-        if own_head is not None and not self._head_uses:
-            notes.append(f"{own_head} is in the artifact, but its configuration ties the head to the embedding")
-        self.notes = tuple(notes)
+        """Read what it is."""
 
     def types(self) -> dict[str, str]:
         """As ``Decoded.types``: int4_g128 and the like, and the element types of what is not quantized."""
@@ -122,6 +86,61 @@ class DecodedDirectory(Decoded):
             last = min(stop, base + per_matrix, base + ((first - base) // step + 1) * step)
             yield first, to_float32(read_output_rows(self._rows, held, first, last))
             first = last
+
+    def _as_it_stands(self, name: str, target: str, transpose: bool) -> tuple[Use, ...]:
+        """The source's tensor ``target`` from the artifact's ``name``, whole and without the map."""
+        shape = self._infos[name].shape
+        shape = (*shape[:-2], shape[-1], shape[-2]) if transpose else shape
+        held, output = (OutputTensor(name, shape, (Piece(one, transpose=transpose),)) for one in (name, target))
+        return tuple(self._uses_of(output, held))
+
+
+class DecodedDirectory(DecodedRows):
+    """The weights of the model in the directory ``path``, which was made from ``source``: its matrices decoded, every
+    other tensor as it stands there (AWQ changes norms), all in float32. ``differs``: where its configuration is not the
+    source's, in words.
+
+    Raises UsageError (no such directory), MalformedInputError (damaged files), UnsupportedError
+    (a way of quantizing that is not decoded), IntegrityError (fields that do not fit each other; a tensor that the
+    source has and this has not, or the reverse, or one of another shape; another architecture).
+    """
+
+    packed: StoredDirectory
+
+    def close(self) -> None:
+        """Close its files."""
+        self.packed.close()
+
+    def _open(self) -> None:
+        self.packed = open_directory(self.path)
+        try:
+            self._understand()
+        except BaseException:
+            self.close()
+            raise
+
+    def _understand(self) -> None:
+        packed, source = self.packed, self._source
+        self.size = packed.size
+        self._transposed = {
+            piece.source for output in source.tensors.outputs for piece in output.pieces if piece.transpose
+        }
+        try:
+            self._rows = PackedRows(packed, self._transposed)
+        except IntegrityError as error:
+            raise self._misfit(error.what, error.tensor, error.expected, error.found) from error
+        self._infos = self._rows.tensors
+        self.differs = tuple(self._config_notes())
+        notes = [*packed.notes, *self.differs, *self._drop_zero_biases()]
+        own_head = self._own_head()
+        self.scratch = packed.scratch
+        self.weights = sum(weights_of(info.shape) for info in self._infos.values())
+        mapped = {name: info for name, info in self._infos.items() if name != own_head}
+        self._held = {output.name: output for output in self._mapped(mapped)}
+        self._invert_all(own_head)
+        if own_head is not None and not self._head_uses:
+            notes.append(f"{own_head} is in the artifact, but its configuration ties the head to the embedding")
+        self.notes = tuple(notes)
 
     def _mapped(self, infos: Mapping[str, TensorInfo]) -> Iterator[OutputTensor]:
         """The source's map, of the artifact's tensors. Raises IntegrityError where they are not the source's."""
@@ -194,13 +213,6 @@ class DecodedDirectory(Decoded):
         untied = self.packed.config.get("tie_word_embeddings") is False
         if own_head is not None and untied and table is not None:
             self._head_uses[table] = self._as_it_stands(own_head, table, False)
-
-    def _as_it_stands(self, name: str, target: str, transpose: bool) -> tuple[Use, ...]:
-        """The source's tensor ``target`` from the artifact's ``name``, whole and without the map."""
-        shape = self._infos[name].shape
-        shape = (*shape[:-2], shape[-1], shape[-2]) if transpose else shape
-        held, output = (OutputTensor(name, shape, (Piece(one, transpose=transpose),)) for one in (name, target))
-        return tuple(self._uses_of(output, held))
 
 
 def _starred(names: list[str]) -> str:

@@ -24,13 +24,14 @@ _ERROR_BOUNDS = {
     **{"f32": 0.0, "f16": 0.005, "bf16": 0.005, "q8_0": 0.03, "q6_k": 0.08},
     **{"q5_0": 0.15, "q5_1": 0.12, "q5_k": 0.12, "q4_0": 0.25, "q4_1": 0.22, "q4_k": 0.22, "iq4_nl": 0.22},
     **{"iq4_xs": 0.22, "mxfp4": 0.3, "q3_k": 0.4, "q2_k": 0.6, "tq1_0": 0.98, "tq2_0": 0.98},
+    "line16": 0.3,  # one scale for a whole matrix, of 1024 levels to each side
     **{"iq3_s": 0.6, "iq3_xxs": 0.65, "iq2_s": 0.85, "iq2_xs": 0.85, "iq2_xxs": 0.95, "iq1_m": 0.98, "iq1_s": 0.98},
 }
 # The same for integers in groups, by bits; a whole row of one scale is coarser where it has outliers, and error
 # feedback trades a larger error of weights for a smaller one of outputs.
 _INTEGER_BOUNDS = {8: 0.1, 7: 0.15, 6: 0.25, 5: 0.4, 4: 0.6, 3: 0.85, 2: 0.98}
 # And for tables of levels with a scale for each block.
-_CODEBOOK_BOUNDS = {"nf4": 0.3, "fp4": 0.4, "row8": 0.2, "e2m1": 0.3, "e4m3": 0.1}
+_CODEBOOK_BOUNDS = {"nf4": 0.3, "fp4": 0.4, "row8": 0.2, "line8": 0.2, "e2m1": 0.3, "e4m3": 0.1}
 _FEEDBACK = 1.5
 # Where a few channels are a billion times as important as the others, the others' weights may be cut.
 _WEIGHED = 2.5

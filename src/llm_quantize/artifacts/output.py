@@ -227,7 +227,7 @@ def sealed_manifest(source: Source, target: Target) -> bytes:
         "plan_sha256": artifact.digest,
         "identity": dict(artifact.identity),
         "weights": artifact.weights,
-        "files": [{"name": file.name, "size": file.size, "front_sha256": file.front_sha256} for file in artifact.files],
+        "files": [{"name": file.name, "size": file.size, "front_sha256": file.known_sha256} for file in artifact.files],
         "left_out": source.left_out,
         "folded": dict(source.checkpoint.folded),
         **({"fallbacks": artifact.fallbacks()} if artifact.fallbacks() else {}),

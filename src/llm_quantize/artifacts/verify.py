@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from llm_quantize import events, kernels
 from llm_quantize.architectures.base import OutputTensor, Piece
@@ -42,7 +40,9 @@ from llm_quantize.artifacts.deviation import (
 from llm_quantize.artifacts.immense import FLOATS, nonfinite, refuse_large_matrices, refuse_long_rows
 from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.artifacts.promise import MovedScales, Promises
+from llm_quantize.artifacts.subject import Checks, Floats, Keeps, Manifest, Notes, Subject
 from llm_quantize.artifacts.verification import StoredTensor, TensorCheck, Verification, check_stored, judge_nonfinite
+from llm_quantize.artifacts.verify_ctranslate2 import CTranslate2Subject
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.directory_check import compare_files, compare_tensors, compare_tokenizer
@@ -52,6 +52,7 @@ from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
 from llm_quantize.io.paths import read_range
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.models.ctranslate2 import is_ctranslate2
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.quantized import PackedDirectory, is_packed_directory, is_stored_directory
 from llm_quantize.models.stored import StoredDirectory
@@ -61,12 +62,6 @@ __all__ = ["TensorCheck", "Verification", "error_bound", "verify"]
 
 _NAMES = {"U8": "uint8", "F8_E4M3": "float8_e4m3", "I8": "int8", "I32": "int32", "I64": "int64"}
 _SCALES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-
-Floats = npt.NDArray[np.float32]
-Manifest = Mapping[str, Any]
-Checks = Mapping[str, TensorCheck]
-Keeps = Callable[[str], bool]
-Notes = Iterable[str]
 
 
 def verify(
@@ -103,33 +98,9 @@ def verify(
     )
 
 
-class Subject(Protocol):
-    """An artifact as it is verified. ``total``: how much there is to check, in whatever it counts. ``unmarked``: how it
-    may have been made where no manifest says so."""
-
-    path: Path
-    total: int
-    unmarked: Made
-
-    def structure(self, manifest: Manifest | None) -> Iterable[str]:
-        """What is wrong beside the values of tensors."""
-
-    def stored(self) -> Iterator[StoredTensor]:
-        """Its tensors as they lie in files, each once."""
-
-    def against(self, source: Source, manifest: Manifest | None, stack: ExitStack) -> Iterable[str]:
-        """What the source has and this has not, or otherwise; opens on ``stack`` what comparing values takes."""
-
-    def values(self, checks: Checks, source: Source | None, made: Made, poisoned: dict[str, int]) -> Iterator[int]:
-        """Look at every value, and at the source's: counts and impossible numbers go into ``checks``, values that are
-        not finite where the source's are into ``poisoned``. Yields how much was done."""
-
-    def judge(self, checks: Checks, keeps: Keeps) -> Notes:
-        """The errors that ``values`` found, into ``checks``. ``keeps``: whether the run kept what it promises of a
-        matrix (promise.py). Returns what a reader of the errors should know."""
-
-
 def _open(path: Path, stack: ExitStack) -> Subject:
+    if is_ctranslate2(path):
+        return CTranslate2Subject(path)
     if is_packed_directory(path):
         return _PackedDirectory(path, stack.enter_context(PackedDirectory(path)))
     if is_stored_directory(path):

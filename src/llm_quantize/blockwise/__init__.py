@@ -47,9 +47,10 @@ def solve_matrices(
     plan, method = target.plan, options.method
     chosen = method.stages(plan.format)
     matrices = Matrices(source, target, FORMATS[plan.format].store(plan), policy)
-    if not isinstance(importance, Text):
+    if not isinstance(importance, Text) or not plan.observed:
         pool = Pool(fitted.threads, stop, resumable=options.checkpoints)
-        if options.statistics is not None and method.calibrates(plan.format):
+        if options.statistics is not None and method.calibrates(plan.format) and plan.observed:
+            round_matrices(matrices, pool, method, on_event, seen=False)
             solve_known(matrices, options.statistics, pool, method, options.calibration.device, on_event)
         else:
             round_matrices(matrices, pool, method, on_event)
@@ -94,6 +95,7 @@ def solve_matrices(
             remedy="choose another directory with -o, or take fewer --calibration-samples",
         )
     pool = Pool(found.threads, stop, resumable=options.checkpoints)
+    round_matrices(matrices, pool, method, on_event, seen=False)
     Blocks(matrices, network, ids, len(windows.ids), method, found, pool, on_event).run()
 
 

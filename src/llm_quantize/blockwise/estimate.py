@@ -62,7 +62,7 @@ def estimate(
     """
     fed_back = options.method.calibrates(artifact.format)
     rounding = _rounding(artifact, weighted=importance is not None, fitting=not fed_back)
-    if importance is None:
+    if importance is None or (fed_back and not artifact.observed):
         return rounding_sizes(artifact), Cost(rounding)
     if fed_back:
         return _fed_back(source, artifact, options, importance, rounding)

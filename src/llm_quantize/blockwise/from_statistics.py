@@ -35,7 +35,7 @@ def solve_known(
     format = matrices.target.plan.format
     method, stages = options.method_of(format), options.stages(format)
     solver = Solver(method, matrices.store, matrices.rows, stages, pool, device, chosen)
-    todo = [matrix for matrix in matrices.target.plan.matrices if not matrices.done(matrix)]
+    todo = [matrix for matrix in matrices.target.plan.matrices if matrix.seen and not matrices.done(matrix)]
     total = sum(matrix_rows(matrix) * matrix.weight.shape[-1] for matrix in todo)
     done = 0
     with read_statistics(path) as statistics:

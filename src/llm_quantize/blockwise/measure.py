@@ -12,7 +12,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from llm_quantize.blockwise.embedding import WrittenTable
+from llm_quantize.blockwise.embedding import written_head
 from llm_quantize.blockwise.inputs import Streams
 from llm_quantize.measures.divergence import Comparison, Scores, log_softmax_like, score
 from llm_quantize.measures.perplexity import log_softmax, scored
@@ -28,7 +28,7 @@ def measure(matrices: Matrices, way: Pass, streams: Streams, first: int) -> dict
     """KL divergence (nats per token, mean and its standard error) and agreement of windows ``first`` and later, JSON-
     ready; the second half of each window counts. Raises NumericPolicyError for predictions that are not finite."""
     weights, network, ids = matrices.weights, way.network, way.ids
-    own = WrittenTable.head(matrices.source, matrices.target, weights)
+    own = written_head(matrices)
     comparison = Comparison()
     with ExitStack() as stack:
         reference = stack.enter_context(network.head(weights))

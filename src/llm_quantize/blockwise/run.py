@@ -25,7 +25,7 @@ from llm_quantize.architectures.rows import Arrays, matrix_shape, read_output_ro
 from llm_quantize.artifacts.recheck import source_hash
 from llm_quantize.artifacts.rounding import Policy, Target
 from llm_quantize.blockwise import rescaling
-from llm_quantize.blockwise.embedding import WrittenTable
+from llm_quantize.blockwise.embedding import written_embedding
 from llm_quantize.blockwise.inputs import FullInputs, Streams, collect, propagate
 from llm_quantize.blockwise.measure import measure
 from llm_quantize.blockwise.segments import Segment, Sources, segments
@@ -150,12 +150,16 @@ def matrix_rows(matrix: MatrixPlan) -> int:
     return matrix_shape(matrix.weight.shape)[0]
 
 
-def round_matrices(matrices: Matrices, pool: Pool, options: MethodOptions, on_event: EventSink) -> None:
-    """Quantize every matrix that is not done by rounding alone, without text."""
+def round_matrices(
+    matrices: Matrices, pool: Pool, options: MethodOptions, on_event: EventSink, *, seen: bool = True
+) -> None:
+    """Quantize every matrix that is not done by rounding alone, without text; ``seen`` False: those alone whose inputs
+    nothing observes."""
     format = matrices.target.plan.format
     method, stages_left = options.method_of(format), options.stages(format)
     solver = Solver(method, matrices.store, matrices.rows, stages_left, pool, "cpu")
-    todo = [matrix for matrix in matrices.target.plan.matrices if not matrices.done(matrix)]
+    plan = matrices.target.plan
+    todo = [matrix for matrix in plan.matrices if (seen or not matrix.seen) and not matrices.done(matrix)]
     total = sum(matrix_rows(matrix) * matrix.weight.shape[-1] for matrix in todo)
     done = 0
     for matrix in todo:
@@ -210,7 +214,7 @@ class Blocks:
         found: list[list[tuple[MatrixPlan, list[Segment]]]] = [[] for _ in self.taps]
         checkpoint = self.matrices.source.checkpoint
         homes = {name: index for index, taps in enumerate(self.taps) for tap in taps for name in tap.tensors}
-        for matrix in self.matrices.target.plan.matrices:
+        for matrix in [matrix for matrix in self.matrices.target.plan.matrices if matrix.seen]:
             index = homes.get(matrix.weight.pieces[0].source)
             seen = None if index is None else segments(checkpoint, matrix.weight, self.taps[index])
             if index is None or seen is None:
@@ -279,7 +283,7 @@ class Blocks:
             states, first = found
             return Streams(states[0], states[-1]), first
         weights = self.matrices.weights
-        own = WrittenTable.embedding(self.matrices.source, self.matrices.target, weights) if self.quantized else None
+        own = written_embedding(self.matrices) if self.quantized else None
         quantized = self.kept.entering(0, QUANTIZED)
         self.way.embed(own or weights, quantized)
         if not self.paired:

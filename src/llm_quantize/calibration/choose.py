@@ -105,7 +105,7 @@ def foresee(source: Source, format: str, levels: Sequence[str], options: Options
     if form is None:
         return None  # the plan refuses it
     method = options.method.method_of(format)
-    if options.method.calibrates(format):
+    if options.method.calibrates(format) and any(form.calibrated(level) for level in levels):
         if options.statistics is not None:
             return _hessians(source, format, options)
         if options.calibrate is False:

@@ -56,7 +56,7 @@ LONGEST_PROMPT = 16 << 20
 @click.option(
     "--runtime",
     type=click.Choice(list(RUNTIMES)),
-    help="[default: llama.cpp for .gguf, transformers for a directory]",
+    help="[default: llama.cpp for .gguf, ctranslate2 for its models, transformers for other directories]",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: as many as there are idle CPUs]")
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a hub repository.")
@@ -64,8 +64,8 @@ LONGEST_PROMPT = 16 << 20
 @click.pass_context
 def command(ctx: click.Context, /, as_json: bool, artifact: str, prompt: str, **asked: Any) -> int:
     """Generate text: a .gguf file (or the directory of a split one) runs in llama.cpp, a Hugging Face directory
-    in transformers or vLLM. A hub id is fetched first; of several GGUF files one is named, as in ORG/NAME:Q4_K_M.
-    Quantized directories may need `make transformers-runtime` or `make vllm` first.
+    in transformers or vLLM, a CTranslate2 model in CTranslate2. A hub id is fetched first; of several GGUF files one
+    is named, as in ORG/NAME:Q4_K_M. Quantized directories may need `make transformers-runtime` or `make vllm` first.
 
     The PROMPT - is read from standard input. How fast the text came is told at the end, on standard error.
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from llm_quantize import events, memory
 from llm_quantize.advice.footprint import context_of
 from llm_quantize.advice.machines import choices, needs_of, this_machine
-from llm_quantize.artifacts.decoded_directory import open_decoded
+from llm_quantize.artifacts.opening import open_decoded
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.compare import effort
 from llm_quantize.compare.bench import measured_file

@@ -22,8 +22,9 @@ from llm_quantize.formats.gguf.metadata import PROVENANCE
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
 from llm_quantize.memory import memory_limit
+from llm_quantize.models.directories import open_artifact_directory
 from llm_quantize.models.opening import Source
-from llm_quantize.models.quantized import is_stored_directory, open_directory
+from llm_quantize.models.quantized import is_stored_directory
 from llm_quantize.reports.findings import Sample, TensorError
 from llm_quantize.reports.provenance import machine_facts
 from llm_quantize.runtimes import artifact_at, runtime_for
@@ -59,10 +60,8 @@ def measured_file(path: Path) -> MeasuredFile:
 
 def _measured_directory(path: Path) -> MeasuredFile:
     """Its size is that of its weights, without tokenizer and card."""
-    with open_directory(path) as packed:
-        weights = sum(matrix.rows * matrix.columns for matrix in packed.matrices.values())
-        weights += sum(math.prod(info.shape) for info in packed.plain.values())
-        bits = 8 * packed.size / max(1, weights)
+    with open_artifact_directory(path) as packed:
+        bits = 8 * packed.size / max(1, packed.weights)
         return MeasuredFile(path, packed.label, artifact_identity(path), packed.size, bits, format=packed.method)
 
 
@@ -140,7 +139,7 @@ class Bench:
 
     def tensor_errors(self, artifact: MeasuredFile, on_event: EventSink) -> list[TensorError]:
         """Relative error of every tensor that is not exact, in the order of the artifact's names."""
-        from llm_quantize.artifacts.decoded_directory import open_decoded
+        from llm_quantize.artifacts.opening import open_decoded
         from llm_quantize.evaluation.tensor_errors import tensor_errors
 
         def measure() -> list[Any]:

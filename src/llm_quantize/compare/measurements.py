@@ -18,7 +18,7 @@ from llm_quantize.io.durable import fail_os, sync_directory, write_whole
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.whole_file import refuse_existing
-from llm_quantize.models.files import read_headers
+from llm_quantize.models.directories import weight_files
 from llm_quantize.models.identity import small_files_digest
 from llm_quantize.models.quantized import is_stored_directory
 from llm_quantize.reports.provenance import kept_hashes
@@ -83,7 +83,6 @@ def artifact_identity(path: Path) -> str:
     """
     if not is_stored_directory(path):
         return key_of("gguf", files=contents(artifact_files(path), kept=kept_hashes()))
-    headers = read_headers(path, str(path), packed=True)[0]
     config = hashlib.sha256((path / "config.json").read_bytes()).hexdigest()
-    weights = contents([header.path for header in headers], kept=kept_hashes())
+    weights = contents(weight_files(path), kept=kept_hashes())
     return key_of("directory", config=config, beside=small_files_digest(path), files=weights)

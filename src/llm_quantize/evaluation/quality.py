@@ -25,7 +25,7 @@ from llm_quantize import events, memory
 from llm_quantize.architectures.rows import weights_of
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.decoded import Decoded
-from llm_quantize.artifacts.decoded_directory import open_decoded
+from llm_quantize.artifacts.opening import open_decoded
 from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError, NumericPolicyError, UsageError
 from llm_quantize.evaluation.quality_plan import QualityPlan

@@ -36,6 +36,7 @@ NUMPY_TYPES: Mapping[str, type[np.generic]] = {
     "float8_e4m3": np.uint8,
     "int8": np.int8,
     "uint8": np.uint8,
+    "int16": np.int16,
     "int32": np.int32,
     "int64": np.int64,
     "float16": np.float16,
@@ -182,6 +183,9 @@ class Format(Protocol):
 
     def needs_importance(self, source: Source, level: str, options: Options) -> bool:
         """Whether the level cannot be made without importance."""
+
+    def calibrated(self, level: str) -> bool:
+        """Whether the level has codes that a method which reads text may choose."""
 
     def store(self, plan: ArtifactPlan) -> Store:
         """How one of its artifacts keeps a matrix. Needs torch."""

@@ -76,17 +76,17 @@ class Contents:
     """What a format puts into a directory called NAME.
 
     ``label``: the level as the artifact's name has it. ``groups``: the tensors, in order. ``qtype``: the grid of those
-    that are matrices. ``config``: config.json. ``about``: the card. ``weights``: how many of the source it holds.
-    ``identity``: what decides the bytes beside source, level and layout. ``include``: globs of further files of the
-    source to copy. ``measured``: the card has room for what the run will tell. ``dropped``: {tensor of the
-    source that is not taken over: why}. ``too_large``: as in the plan.
+    that are matrices. ``config``: config.json, what it says or its very bytes. ``about``: the card. ``weights``: how
+    many of the source it holds. ``identity``: what decides the bytes beside source, level and layout. ``include``:
+    globs of further files of the source to copy. ``measured``: the card has room for what the run will tell.
+    ``dropped``: {tensor of the source that is not taken over: why}. ``too_large``: as in the plan.
     """
 
     format: str
     label: str
     name: str
     groups: Sequence[Group]
-    config: Mapping[str, Any]
+    config: Mapping[str, Any] | bytes
     about: About
     weights: int
     identity: Mapping[str, Any]
@@ -109,7 +109,17 @@ def plan_files(source: Source, contents: Contents) -> ArtifactPlan:
     if contents.shard_size < 1:
         raise UsageError("--output-shard-size must be positive", found=contents.shard_size)
     shards = split_shards([group.nbytes for group in contents.groups], contents.shard_size)
-    files, tensors, matrices = _lay_out(contents.groups, shards, contents.qtype)
+    return plan_around(source, contents, *_lay_out(contents.groups, shards, contents.qtype))
+
+
+def plan_around(
+    source: Source,
+    contents: Contents,
+    files: list[OutputFile],
+    tensors: Sequence[TensorPlan],
+    matrices: Sequence[MatrixPlan],
+) -> ArtifactPlan:
+    """The plan of a directory that holds ``files`` of weights, and around them what every directory has."""
     warnings = list(contents.warnings)
     files += _other_files(source, contents, warnings)
     left_out = _left_out(contents.dropped)
@@ -184,7 +194,10 @@ def _other_files(source: Source, contents: Contents, warnings: list[str]) -> lis
     checkpoint = source.checkpoint
     copied, problems = small_files(checkpoint.directory, contents.include)
     warnings += problems
-    config = _config_of_files(source, contents, warnings)
+    config = contents.config
+    if not isinstance(config, bytes):
+        found = _config_of_files(source, config, contents, warnings)
+        config = json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n"
     front = read_card(checkpoint.directory, warnings.append)
     text = card(
         contents.about,
@@ -195,7 +208,7 @@ def _other_files(source: Source, contents: Contents, warnings: list[str]) -> lis
         measured=room() if contents.measured else None,
     )
     return [
-        _file("config.json", json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"),
+        _file("config.json", config),
         *(OutputFile(name, file.size, b"", file) for name, file in copied),
         _file("README.md", text.encode()),
     ]
@@ -210,13 +223,15 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _config_of_files(source: Source, contents: Contents, warnings: list[str]) -> dict[str, Any]:
-    """The configuration as the files are: a head that they hold is not called tied, as runtimes would then not read
-    it. ``warnings`` are told where that changes what some of them compute.
+def _config_of_files(
+    source: Source, said: Mapping[str, Any], contents: Contents, warnings: list[str]
+) -> dict[str, Any]:
+    """The configuration ``said`` as the files are: a head that they hold is not called tied, as runtimes would then not
+    read it. ``warnings`` are told where that changes what some of them compute.
 
     Where all runtimes tie the head of a family, a copy of the embedding in its place changes nothing.
     """
-    config, architecture = dict(contents.config), source.architecture
+    config, architecture = dict(said), source.architecture
     stored = (tensor.output.name for group in contents.groups for tensor in group.tensors)
     head = architecture.head_of(stored) if architecture.hyper.tied else None
     copied = head in source.tensors.left_out
@@ -237,8 +252,8 @@ def _config_of_files(source: Source, contents: Contents, warnings: list[str]) ->
 def _identity(source: Source, contents: Contents, files: Sequence[OutputFile]) -> dict[str, Any]:
     headers = hashlib.sha256()
     for file in files:
-        headers.update(file.name.encode() + b"\0" + file.front_bytes.to_bytes(8, "little"))
-        for piece in file.front():
+        headers.update(file.name.encode() + b"\0" + file.known_bytes.to_bytes(8, "little"))
+        for _, piece in file.known():
             headers.update(piece)
     return {
         "source": source.checkpoint.name,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_quantize.errors import AccessError, MalformedInputError, printable
+from llm_quantize.errors import AccessError, MalformedInputError, UnsupportedError, printable
 from llm_quantize.formats.folders import folder_files
 from llm_quantize.formats.gguf.vocabulary.json import LIMIT_BYTES
 from llm_quantize.formats.small_files import is_vocabulary
+from llm_quantize.io.ctranslate2_file import MODEL_FILE, read_model_file
 from llm_quantize.io.json_file import read_json
 from llm_quantize.io.output_file import file_sha256, read_pieces
 from llm_quantize.io.paths import inside, read_range
@@ -42,17 +43,18 @@ def compare_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     for entry in manifest["files"]:
         name = entry["name"]
         file = path / name
-        size = _front_bytes(file, entry["size"], whole="/" in name)
+        spans = _known_spans(file, entry["size"], whole="/" in name)
+        size = sum(nbytes for _, nbytes in spans)
         measured = name == CARD and "card_sha256" in manifest
         wanted = manifest["card_sha256"] if measured else entry.get("front_sha256")
         fronts.update(name.encode() + b"\0" + (0 if measured else size).to_bytes(8, "little"))
         digest = hashlib.sha256()
-        for piece in read_pieces(file, size):
+        for piece in _pieces(file, spans):
             digest.update(piece)
             if not measured:
                 fronts.update(piece)
         if wanted not in (None, digest.hexdigest()):
-            what = "the header of " if name.endswith(".safetensors") else ""
+            what = "the header of " if size < entry["size"] else ""
             problems.append(f"{what}{name} does not match the manifest's hash")
     if not problems and fronts.hexdigest() != manifest["identity"].get("layout_sha256"):
         names = ", ".join(entry["name"] for entry in manifest["files"])
@@ -60,26 +62,57 @@ def compare_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _front_bytes(file: Path, size: int, *, whole: bool) -> int:
-    """How much of a file holds no tensor: a safetensors file's header; any other file, or one in a folder, whole."""
-    if whole or file.suffix != ".safetensors":
-        return size
+def _known_spans(file: Path, size: int, *, whole: bool) -> Sequence[tuple[int, int]]:
+    """(offset, bytes) of what in a file holds no tensor: of most files, and of those in a folder, all of it."""
+    kind = None if whole else _HOLDERS.get(file.suffix)
+    return [(0, size)] if kind is None else kind(file, size)
+
+
+def _safetensors_header(file: Path, size: int) -> Sequence[tuple[int, int]]:
     header = int.from_bytes(read_range(file, 0, min(8, size)), "little")
-    return min(size, 8 + header, 8 + MAX_HEADER_BYTES)
+    return [(0, min(size, 8 + header, 8 + MAX_HEADER_BYTES))]
+
+
+def _between_variables(file: Path, size: int) -> Sequence[tuple[int, int]]:
+    try:
+        return read_model_file(file).known
+    except (MalformedInputError, UnsupportedError):
+        return [(0, size)]  # the hash tells
+
+
+_HOLDERS: Mapping[str, Callable[[Path, int], Sequence[tuple[int, int]]]] = {
+    ".safetensors": _safetensors_header,
+    Path(MODEL_FILE).suffix: _between_variables,
+}
+"""Files that hold tensors, by suffix: where they hold none."""
+
+
+def _pieces(file: Path, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    if len(spans) == 1 and spans[0][0] == 0:
+        yield from read_pieces(file, spans[0][1])
+        return
+    for at, nbytes in spans:
+        yield read_range(file, at, nbytes)
 
 
 def compare_tensors(tensors: Mapping[str, TensorInfo], manifest: Mapping[str, Any]) -> Iterator[str]:
     """Names and files of tensors against the manifest."""
+    yield from compare_names(tensors, manifest)
     known = {entry["name"]: entry for entry in manifest["tensors"]}
     names = [entry["name"] for entry in manifest["files"]]
-    for name in sorted(known.keys() - tensors.keys()):
-        yield f"tensor {name} is in the manifest but not in the files"
-    for name in sorted(tensors.keys() - known.keys()):
-        yield f"tensor {name} is in the files but not in the manifest"
     for name, info in tensors.items():
         number = known.get(name, {}).get("file")
         if type(number) is int and not (0 <= number < len(names) and names[number] == info.file.name):
             yield f"tensor {name} is in {info.file.name}, not where the manifest says"
+
+
+def compare_names(tensors: Collection[str], manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Names of tensors against the manifest."""
+    known = {entry["name"] for entry in manifest["tensors"]}
+    for name in sorted(known - set(tensors)):
+        yield f"tensor {name} is in the manifest but not in the files"
+    for name in sorted(set(tensors) - known):
+        yield f"tensor {name} is in the files but not in the manifest"
 
 
 def compare_tokenizer(path: Path, source: Path, *, exact: bool) -> list[str]:

@@ -76,6 +76,10 @@ class PackedFormat:
         """See ``Format``: a directory is rounded without any."""
         return False
 
+    def calibrated(self, level: str) -> bool:
+        """See ``Format``."""
+        return True
+
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
         from llm_quantize.formats.packed_store import DirectoryStore

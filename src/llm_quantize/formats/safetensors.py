@@ -57,6 +57,10 @@ class Safetensors:
         """See ``Format``: nothing is weighed."""
         return False
 
+    def calibrated(self, level: str) -> bool:
+        """See ``Format``."""
+        return False
+
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``: no method ever asks, as nothing here is a matrix of codes."""
         raise UsageError("weights in a float type have no codes to choose", expected="--method rtn")

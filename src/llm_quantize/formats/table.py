@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from llm_quantize.errors import UnsupportedError, printable
 from llm_quantize.formats.base import Format
+from llm_quantize.formats.ctranslate2.format import CTranslate2
 from llm_quantize.formats.gguf.plan import Gguf
 from llm_quantize.formats.packed_directory import PackedFormat
 from llm_quantize.formats.packed_formats import PACKED
@@ -15,6 +16,7 @@ from llm_quantize.formats.safetensors import Safetensors
 FORMATS: Mapping[str, Format] = {
     Gguf.name: Gguf(),
     **{name: PackedFormat(form) for name, form in PACKED.items()},
+    CTranslate2.name: CTranslate2(),
     Safetensors.name: Safetensors(),
 }
 

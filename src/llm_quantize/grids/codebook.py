@@ -2,6 +2,7 @@
 
 The plain rules are the owners' own. bitsandbytes (0.50): the scale is the largest magnitude of the block, the code the
 level nearest to the weight times 1 / scale (NF4, FP4), or round(w * (127 / scale)) of the weight in float16 (LLM.int8).
+CTranslate2 (4.8): the same in float32.
 compressed-tensors (0.20): the largest magnitude over the largest level, as its scales can hold it, and ties to the
 level of even mantissa. A decoder multiplies whatever scale is stored, so ``fit`` searches for the scale of small
 importance-weighted error instead.
@@ -21,7 +22,7 @@ from torch import Tensor
 from llm_quantize.grids.grid import Grid, Ladder, row_tiles, to_storage
 from llm_quantize.grids.integer import TILE, channel_importance
 from llm_quantize.grids.search import Levels, fine_factors, from_lanes, lanes, symmetric_scales, weighted_error
-from llm_quantize.qtypes.codebook import CODEBOOKS, NESTED_BLOCK, SCALES, CodebookType
+from llm_quantize.qtypes.codebook import CODEBOOKS, NESTED_BLOCK, OF_127, SCALES, CodebookType
 
 __all__ = ["CodebookGridType", "block_maxima", "dynamic_map", "ladder_of"]
 
@@ -68,6 +69,9 @@ class CodebookGridType:
             half = weight.to(torch.float16)
             scaled = half * torch.where(maxima > 0, 127.0 / maxima, 0.0)
             return grid, (scaled.round() + 127).to(torch.uint8)
+        if self.qtype.codebook == "line8":
+            scale = torch.full_like(grid.d, 127.0) / grid.d  # a number over a tensor would be its reciprocal times it
+            return grid, ((weight * scale).round() + 127).to(torch.uint8)
         blocks, table = weight.reshape(rows, -1, block), self._levels(weight.device)
         if self.qtype.codebook in _OWNERS_SCALES:
             scaled = blocks / torch.where(grid.d > 0, grid.d, 1.0)[:, :, None]
@@ -102,6 +106,8 @@ class CodebookGridType:
 
     def _owners(self, maxima: Tensor) -> Tensor:
         """d of the blocks' largest magnitudes, before it is stored."""
+        if self.qtype.codebook == "line8":
+            return torch.where(maxima == 0, 127.0, maxima).clamp(min=127 / torch.finfo(torch.float32).max)
         most = _OWNERS_SCALES.get(self.qtype.codebook)
         if most is None:
             return maxima
@@ -112,7 +118,7 @@ class CodebookGridType:
 
     def _top(self) -> float:
         """What d is worth in units of a level."""
-        return float(CODEBOOKS[self.qtype.codebook][-1]) if self.qtype.codebook == "row8" else 1.0
+        return float(CODEBOOKS[self.qtype.codebook][-1]) if self.qtype.codebook in OF_127 else 1.0
 
     def _grid(self, scales: Tensor, block: int) -> Grid:
         unit = torch.full((1, 1), 1 / self._top(), dtype=torch.float32, device=scales.device).expand(scales.shape)

@@ -251,16 +251,15 @@ class ResumableOutput:
                 allocate(self._descriptors[number], file.size)
             except OSError as error:
                 fail_os(error, "the output cannot be allocated", path)
-            at, front = 0, Span(number, 0, file.front_bytes)
-            for piece in file.front():
-                self.write(front, at, piece)
-                at += len(piece)
+            for at, piece in file.known():
+                self.write(Span(number, at, len(piece)), 0, piece)
             if self.records:
                 self._clear_gaps(number, file)
 
     def _clear_gaps(self, number: int, file: OutputFile) -> None:
         """Zeros between units, which no hash covers: what an accident left there must not reach the artifact."""
-        for gap in gaps(self.spans.values(), number, file.front_bytes, file.size):
+        known = [Span(number, at, nbytes) for at, nbytes in file.known_spans]
+        for gap in gaps([*self.spans.values(), *known], number, 0, file.size):
             self.write(gap, 0, bytes(gap.nbytes))
 
     # what an earlier run left

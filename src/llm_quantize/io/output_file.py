@@ -42,31 +42,49 @@ class CopiedFile:
 @dataclass(frozen=True)
 class OutputFile:
     """One file to be written: its final name inside the artifact, its exact size, and the bytes at its front; of one
-    that is ``copied``, all of them."""
+    that is ``copied``, all of them. ``between``: (offset, bytes) of what else is known before any work, where headers
+    stand between the data: in order, behind the front, each apart from the next."""
 
     name: str
     size: int
     header: bytes = field(repr=False)
     copied: CopiedFile | None = None
+    between: tuple[tuple[int, bytes], ...] = ()
 
-    def front(self) -> Iterator[bytes]:
-        """The bytes at its front, in order. Raises as ``CopiedFile.pieces`` does."""
-        return iter((self.header,)) if self.copied is None else self.copied.pieces()
+    def known(self) -> Iterator[tuple[int, bytes]]:
+        """(offset, bytes) of all that is known, in order, in pieces. Raises as ``CopiedFile.pieces`` does."""
+        at = 0
+        for piece in (self.header,) if self.copied is None else self.copied.pieces():
+            yield at, piece
+            at += len(piece)
+        yield from self.between
 
     @property
-    def front_bytes(self) -> int:
+    def known_spans(self) -> tuple[tuple[int, int], ...]:
+        """(offset, bytes) of the front, and of what stands between."""
+        front = len(self.header) if self.copied is None else self.copied.size
+        return ((0, front), *((at, len(piece)) for at, piece in self.between))
+
+    @property
+    def known_bytes(self) -> int:
         """How many those are."""
-        return len(self.header) if self.copied is None else self.copied.size
+        return sum(nbytes for _, nbytes in self.known_spans)
 
     @property
     def held_bytes(self) -> int:
         """How much memory they take: those of a copied file come in pieces."""
-        return len(self.header) + (0 if self.copied is None else min(self.copied.size, PIECE_BYTES))
+        held = len(self.header) + sum(len(piece) for _, piece in self.between)
+        return held + (0 if self.copied is None else min(self.copied.size, PIECE_BYTES))
 
     @property
-    def front_sha256(self) -> str:
-        """Their hash."""
-        return hashlib.sha256(self.header).hexdigest() if self.copied is None else self.copied.sha256
+    def known_sha256(self) -> str:
+        """Their hash, one after the other."""
+        if self.copied is not None:
+            return self.copied.sha256
+        digest = hashlib.sha256()
+        for _, piece in self.known():
+            digest.update(piece)
+        return digest.hexdigest()
 
 
 def copied_file(path: Path, limit_bytes: int) -> CopiedFile:

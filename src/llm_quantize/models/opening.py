@@ -10,12 +10,12 @@ from llm_quantize.architectures import Architecture, open_architecture
 from llm_quantize.architectures.base import TensorMap
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.models import gguf, quantized, safetensors
+from llm_quantize.models import ctranslate2, gguf, quantized, safetensors
 from llm_quantize.models.base import Model, Reader, itemsize
 from llm_quantize.models.hub.locate import locate
 from llm_quantize.models.identity import model_digest
 
-READERS: tuple[Reader, ...] = (quantized, gguf, safetensors)
+READERS: tuple[Reader, ...] = (ctranslate2, quantized, gguf, safetensors)
 """Ways in which models are stored; the first that knows a path opens it."""
 
 

@@ -78,7 +78,7 @@ def _places(config: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
 
 
 def open_directory(path: Path) -> StoredDirectory:
-    """The model in the directory ``path``, quantized or not. Raises what ``PackedDirectory`` raises."""
+    """The Hugging Face model in the directory ``path``, quantized or not. Raises what ``PackedDirectory`` raises."""
     return PackedDirectory(path) if is_packed_directory(path) else StoredDirectory(path)
 
 

@@ -68,6 +68,12 @@ class StoredDirectory:
         return sum(header.file_size for header in self.headers)
 
     @property
+    def weights(self) -> int:
+        """How many it holds, those of matrices counted once."""
+        packed = sum(matrix.rows * matrix.columns for matrix in self.matrices.values())
+        return packed + sum(info.elements for info in self.plain.values())
+
+    @property
     def label(self) -> str:
         """What people call its level: BF16; of several types the one that most weights have."""
         weights: Counter[str] = Counter()

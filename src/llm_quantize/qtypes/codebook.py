@@ -3,6 +3,7 @@
     nf4   16 quantiles of the normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E)
     fp4   sign, two bits of exponent, one of mantissa: 0, 1/16, 2, 3, 4, 6, 8, 12, of 12 (bitsandbytes)
     row8  the whole numbers -127 .. 127, of 127, one scale for a row: LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339)
+    line8 the same levels, of weights in float32, with a scale that divides: CTranslate2
     e2m1  four bits: 0, 0.5, 1, 1.5, 2, 3, 4, 6 (OCP Microscaling Formats 1.0, section 5.3.3)
     e4m3  eight bits up to 448, one scale for a row (OCP 8-bit Floating Point 1.0)
 
@@ -40,10 +41,14 @@ CODEBOOKS: Mapping[str, tuple[float, ...]] = {
     "nf4": _NF4,
     "fp4": _both_signs(tuple(part / 12 for part in _FP4)),
     "row8": tuple(float(level) for level in range(-127, 128)),
+    "line8": tuple(float(level) for level in range(-127, 128)),
     "e2m1": _both_signs(_E2M1),
     "e4m3": _both_signs(_E4M3),
 }
-"""Levels by name, ascending; the floats have two zeros. Those of row8 count in units of 1/127."""
+"""Levels by name, ascending; the floats have two zeros. Those of row8 and line8 count in units of 1/127."""
+
+OF_127 = ("row8", "line8")
+"""Whole numbers from -127."""
 
 SCALES: Mapping[str, tuple[float, ...]] = {
     "e4m3": _E4M3,
@@ -57,7 +62,7 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
 """Scales that share a scale of their own, in bitsandbytes' double quantization."""
 
-_NAME = re.compile(r"(nf4|fp4)_b([1-9][0-9]*)(?:_(dq))?|(e2m1)_b(16)_(e4m3)|(e2m1)_b(32)_(e8m0)|(row8|e4m3)")
+_NAME = re.compile(r"(nf4|fp4)_b([1-9][0-9]*)(?:_(dq))?|(e2m1)_b(16)_(e4m3)|(e2m1)_b(32)_(e8m0)|(row8|line8|e4m3)")
 
 
 @dataclass(frozen=True)
@@ -122,13 +127,13 @@ def is_codebook(name: str) -> bool:
 
 
 def codebook_type(name: str, scale: str = "float32") -> CodebookType:
-    """The type called ``name``: nf4_b64, fp4_b64_dq, e2m1_b16_e4m3, e4m3, row8. ``scale``: the type of scales that are
-    floats. Raises UsageError for another name."""
+    """The type called ``name``: nf4_b64, fp4_b64_dq, e2m1_b16_e4m3, e4m3, row8, line8. ``scale``: the type of scales
+    that are floats. Raises UsageError for another name."""
     found = _NAME.fullmatch(name)
     if found is None:
         raise UsageError(
             "there is no such codebook type",
-            expected="nf4_bN, fp4_bN, e2m1_b16_e4m3, e2m1_b32_e8m0, e4m3, row8",
+            expected="nf4_bN, fp4_bN, e2m1_b16_e4m3, e2m1_b32_e8m0, e4m3, row8, line8",
             found=name,
         )
     parts = [part for part in found.groups() if part is not None]

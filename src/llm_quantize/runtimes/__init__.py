@@ -14,12 +14,17 @@ from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_files import first_file
 from llm_quantize.models.hub.runnable import fetch_runnable, is_hub_id
 from llm_quantize.models.quantized import is_stored_directory
-from llm_quantize.runtimes import llama_cpp, transformers, vllm
+from llm_quantize.runtimes import ctranslate2, llama_cpp, transformers, vllm
 from llm_quantize.runtimes.base import OpenModel, Request, Runtime
 
 __all__ = ["RUNTIMES", "artifact_at", "generate", "open_model", "runtime_for", "what_opens_what"]
 
-RUNTIMES: Mapping[str, Runtime] = {"llama.cpp": llama_cpp, "transformers": transformers, "vllm": vllm}
+RUNTIMES: Mapping[str, Runtime] = {
+    "llama.cpp": llama_cpp,
+    "transformers": transformers,
+    "vllm": vllm,
+    "ctranslate2": ctranslate2,
+}
 
 
 def runtime_for(path: Path, name: str | None = None) -> Runtime:

@@ -22,6 +22,7 @@ from llm_quantize.formats.foreign import UnknownCodesError
 from llm_quantize.formats.small_files import MOST_BYTES, is_read
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside, refuse_larger
+from llm_quantize.models.ctranslate2 import is_ctranslate2
 from llm_quantize.models.files import CONFIG_LIMIT
 from llm_quantize.models.opening import open_source
 
@@ -189,7 +190,8 @@ class Runtime(Protocol):
 
 
 def is_model_directory(path: Path) -> bool:
-    """Whether ``path`` is a Hugging Face model directory, and not GGUF files that lie beside a configuration.
+    """Whether ``path`` is a Hugging Face model directory, and neither GGUF files that lie beside a configuration nor a
+    CTranslate2 model.
 
     Runtimes follow any link, read any size and break off in their own ways: what our readers refuse is not shown to
     them. Raises AccessError (a link that leaves the directory) and MalformedInputError (config.json, or a tokenizer
@@ -197,15 +199,21 @@ def is_model_directory(path: Path) -> bool:
     """
     if not (path.is_dir() and (path / "config.json").is_file()):
         return False
-    if any(path.glob("*.gguf")) and not any(path.glob("*.safetensors")):
+    if is_ctranslate2(path) or (any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))):
         return False
+    refuse_hostile(path)
+    return True
+
+
+def refuse_hostile(path: Path) -> None:
+    """Raise AccessError for a link that leaves the directory ``path``, MalformedInputError for a config.json, or files
+    of a tokenizer, that our readers would not read."""
     for name in sorted(entry.name for entry in path.iterdir() if entry.is_symlink()):
         inside(path, name)
     for entry in path.iterdir():
         if is_read(entry.name) and entry.is_file():
             refuse_larger(entry, MOST_BYTES)
     read_json_object(inside(path, "config.json"), limit_bytes=CONFIG_LIMIT)
-    return True
 
 
 def refuse_incomplete(path: Path, *, tells: bool = True) -> None:

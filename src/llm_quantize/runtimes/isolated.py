@@ -63,17 +63,18 @@ _CACHES = ("HF_HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR")
 class Worker:
     """A runtime in a process of its own: its ``name`` as people know it, its ``script`` in workers/, the ``variable``
     of the environment that names its interpreter, the ``packages`` without which it cannot be, and how to get them
-    (``remedy``)."""
+    (``remedy``; "": by our ``extra``)."""
 
     name: str
     script: str
     variable: str
     packages: tuple[str, ...]
-    remedy: str
+    remedy: str = ""
+    extra: str = "torch"
 
     def missing(self, found: str | None = None) -> MissingExtraError:
         """The error that tells how to install this runtime; ``found``: what it said itself."""
-        error = MissingExtraError(f"Running a model in {self.name}", "torch", remedy=self.remedy)
+        error = MissingExtraError(f"Running a model in {self.name}", self.extra, remedy=self.remedy or None)
         error.found = found
         return error
 

@@ -32,6 +32,7 @@ from llm_quantize.errors import (
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_files import first_file
 from llm_quantize.models.chat_template import render
+from llm_quantize.models.ctranslate2 import is_ctranslate2
 from llm_quantize.runtimes.base import (
     Request,
     Stopwatch,
@@ -394,7 +395,7 @@ def _choose(
 
 def opens(path: Path) -> bool:
     """Whether ``path`` is no model directory: a file, or the directory of a split one."""
-    return not is_model_directory(path)
+    return not is_model_directory(path) and not is_ctranslate2(path)
 
 
 def require() -> None:

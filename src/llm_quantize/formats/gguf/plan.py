@@ -70,6 +70,10 @@ class Gguf:
         shapes = tensor_shapes(source, level)
         return bool(needs_importance(level, shapes, hyper, arch=arch, overrides=options.overrides))
 
+    def calibrated(self, level: str) -> bool:
+        """See ``Format``."""
+        return True
+
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
         from llm_quantize.formats.gguf.store import GgufStore

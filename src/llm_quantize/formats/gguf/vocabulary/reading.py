@@ -181,7 +181,7 @@ def _load(directory: Path, config: Mapping[str, Any], note: Note) -> tuple[Vocab
         return vocabulary, template
     if model.exists():
         settings = read_optional(directory, "tokenizer_config.json")
-        vocabulary = sentencepiece_vocabulary(model, _added_beside(directory, settings))
+        vocabulary = sentencepiece_vocabulary(model, added_beside(directory, settings))
         # Without tokenizer.json the tokenizer's class decides; Llama's and its kin put bos before a text unless told.
         vocabulary.add_bos = settings.get("add_bos_token") is not False and vocabulary.model == "llama"
         vocabulary.add_eos = settings.get("add_eos_token", vocabulary.model == "t5") is True
@@ -198,7 +198,7 @@ def _load(directory: Path, config: Mapping[str, Any], note: Note) -> tuple[Vocab
     raise no_tokenizer(directory)
 
 
-def _added_beside(directory: Path, settings: Mapping[str, Any]) -> tuple[AddedToken, ...]:
+def added_beside(directory: Path, settings: Mapping[str, Any]) -> tuple[AddedToken, ...]:
     """Added tokens of tokenizer_config.json and added_tokens.json, for directories without tokenizer.json."""
     found: dict[int, AddedToken] = {}
     path = directory / "added_tokens.json"

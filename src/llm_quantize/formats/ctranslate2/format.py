@@ -1,0 +1,246 @@
+"""CTranslate2 models, as its own converter (4.8) makes them of a Hugging Face directory:
+
+    model.bin         every variable, by name (io/ctranslate2_file.py)
+    config.json       special tokens, the epsilon of norms
+    vocabulary.json   the text of each token, by id
+    the rest          as in every directory (directory.py): the tokenizer's files, the card
+
+Of a matrix W (N, K), the embedding and the head among them:
+
+    NAME/weight        int8   (N, K)   w = q / s of its row, q from -127
+    NAME/weight_scale  float32 (N,)    s = 127 / max|w| of the row (rounding plainly)
+
+    NAME/weight        int16  (N, K)   w = q / s
+    NAME/weight_scale  float32 ()      s = 1024 / max|w| of the matrix
+
+A tied head is an alias of the embedding. The converter makes an alias of any two variables whose values happen to be
+equal; here only of those that are the same weight of the source.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.architectures.rows import weights_of
+from llm_quantize.errors import UsageError
+from llm_quantize.formats.base import Importance, Store
+from llm_quantize.formats.card import About, bytes_words
+from llm_quantize.formats.ctranslate2.families import Family
+from llm_quantize.formats.ctranslate2.levels import CODES, FED, LEVELS, VARIABLE_TYPES, Level, level_of
+from llm_quantize.formats.ctranslate2.network import KIND, REVISION, Network, Weight, family_of, network_of
+from llm_quantize.formats.ctranslate2.vocabulary import special_tokens, tokens_of
+from llm_quantize.formats.directory import KEPT_TYPES, Contents, plan_around
+from llm_quantize.formats.gguf.vocabulary.special import chat_templates
+from llm_quantize.formats.small_files import need_small_files
+from llm_quantize.io.ctranslate2_file import MODEL_FILE, Variable, layout_model
+from llm_quantize.io.output import OutputFile
+from llm_quantize.plan import ArtifactPlan, MatrixPlan, TensorPlan
+
+if TYPE_CHECKING:
+    from llm_quantize.models.opening import Source
+    from llm_quantize.options import Options
+
+_DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+
+class CTranslate2:
+    """The row."""
+
+    name = "ctranslate2"
+    levels: Sequence[str] = tuple(LEVELS)
+    example = "int8"
+    default = "int8"
+    method = "gptq"
+    transform = "none"
+    weighs = False
+
+    def plan(
+        self, source: Source, levels: Sequence[str], stem: str, importance: Importance | None, options: Options
+    ) -> list[ArtifactPlan]:
+        """See ``Format``. Raises UsageError (no such level, options of other formats), UnsupportedError (a family or
+        variant that CTranslate2's converter or network does not know, a model without tokenizer files)."""
+        need_small_files(source.checkpoint)
+        self._refuse(options)
+        family, network = family_of(source), network_of(source)
+        names = list(dict.fromkeys(level_of(level) for level in levels))
+        return [self._plan(source, family, network, name, stem, importance, options) for name in names]
+
+    def needs_importance(self, source: Source, level: str, options: Options) -> bool:
+        """See ``Format``: nothing is weighed."""
+        return False
+
+    def calibrated(self, level: str) -> bool:
+        """See ``Format``."""
+        return LEVELS[level_of(level)].matrix == FED
+
+    def store(self, plan: ArtifactPlan) -> Store:
+        """See ``Format``."""
+        from llm_quantize.formats.ctranslate2.store import CTranslate2Store
+
+        return CTranslate2Store()
+
+    def texts_of(self, path: Path) -> Sequence[str] | None:
+        """See ``Format``: text goes through the model itself, no importance is collected."""
+        return None
+
+    def _refuse(self, options: Options) -> None:
+        method = options.method
+        idle = {
+            "--transform": method.transform_of(self.name).passes > 0,
+            "--group-size": method.group_size is not None,
+            "--sym, --asym": method.symmetric is not None,
+            "--double-quant": method.double_quant is not None,
+            "--compute-dtype": method.compute_dtype is not None,
+            "--ignore": bool(method.ignore),
+            "--output-shard-size": method.shard_size != type(method).shard_size,
+            "--split-max-size": options.split_max_size is not None,
+            "types of single tensors, recipes": options.overrides.given,
+        }
+        named = [option for option, given in idle.items() if given]
+        if named:
+            raise UsageError(
+                "options of other formats were given for ctranslate2",
+                found=", ".join(named),
+                remedy="one file holds everything, rounded as the level says: take another level",
+            )
+
+    def _plan(
+        self,
+        source: Source,
+        family: Family,
+        network: Network,
+        name: str,
+        stem: str,
+        importance: Importance | None,
+        options: Options,
+    ) -> ArtifactPlan:
+        level, method = LEVELS[name], options.method
+        loaded, warnings = _loaded(source)
+        window = source.architecture.config.get("sliding_window")
+        if family.window == "none" and window is not None:
+            warnings.append(
+                f"CTranslate2 has no sliding window in this family: beyond {window} tokens it attends to more than the "
+                "source does"
+            )
+        file, tensors, matrices = _lay_out(network, level, loaded)
+        label = f"CT2-{name}"
+        fed = self.calibrated(name)
+        text = {"text": importance.sha256} if fed and importance is not None else {}
+        texts = () if importance is None else importance.datasets
+        words = method.words(self.name, texts) if fed else {}
+        weights = sum(weights_of(weight.output.shape) for weight in network.weights)
+        contents = Contents(
+            format=self.name,
+            label=label,
+            name=f"{stem}-{label}",
+            groups=(),
+            config=_config(source, family),
+            about=_about(f"{stem}-{label}", name, len(matrices), file.size, weights, words),
+            weights=weights,
+            identity={**(method.identity(self.name) if fed else {}), "nonfinite": options.nonfinite, **text},
+            shard_size=method.shard_size,
+            include=method.include,
+            measured=fed and options.statistics is None and method.stages(self.name).correction > 0,
+            warnings=warnings,
+            dropped=source.left_out,
+            too_large="use bfloat16 or float32, which hold larger magnitudes: -q bfloat16",
+        )
+        return plan_around(source, contents, [file, _vocabulary(source)], tensors, matrices)
+
+
+def _loaded(source: Source) -> tuple[str, list[str]]:
+    """The type that the converter loads the model in: the configuration's, else the one of its embedding; and a warning
+    where tensors are stored in another one."""
+    tensors, config = source.checkpoint.tensors, source.checkpoint.config
+    text = config.get("text_config")
+    said = [where.get(key) for where in (config, text) if isinstance(where, dict) for key in ("dtype", "torch_dtype")]
+    stored = {KEPT_TYPES.get(tensors[p.source].dtype, "f32") for o in source.tensors.outputs for p in o.pieces}
+    loaded = next((_DTYPES[word] for word in said if isinstance(word, str) and word in _DTYPES), None)
+    if loaded is None:
+        return min(stored, default="f32"), []
+    if stored - {loaded}:
+        return loaded, [
+            f"some weights are stored in {', '.join(sorted(stored - {loaded}))}, the configuration says {loaded}: they "
+            "are rounded as they are stored, where CTranslate2's converter rounds them to that type first"
+        ]
+    return loaded, []
+
+
+def _lay_out(network: Network, level: Level, loaded: str) -> tuple[OutputFile, list[TensorPlan], list[MatrixPlan]]:
+    """model.bin, and the place of every variable of it that holds data."""
+    variables, stored = list(network.scalars), dict[str, list[tuple[OutputTensor, str]]]()
+    for weight in network.weights:
+        name = weight.output.name
+        stored[name] = _stored(weight, level, loaded)
+        variables += [Variable(one.name, VARIABLE_TYPES.get(kind, kind), one.shape) for one, kind in stored[name]]
+    layout = layout_model(KIND, REVISION, variables, network.aliases)
+    tensors: list[TensorPlan] = []
+    matrices: list[MatrixPlan] = []
+    sizes = {variable.name: variable.nbytes for variable in variables}
+    for weight in network.weights:
+        first = len(tensors)
+        for output, kind in stored[weight.output.name]:
+            tensors.append(TensorPlan(output, kind, 0, layout.offsets[output.name], sizes[output.name]))
+        if weight.quantized and level.rounds:
+            name, fields = weight.output.name.removesuffix("/weight"), (first, first + 1)
+            seen = weight.seen and level.matrix == FED
+            matrices.append(MatrixPlan(name, weight.output, level.matrix, fields, seen))
+    return OutputFile(MODEL_FILE, layout.size, layout.header, between=layout.between), tensors, matrices
+
+
+def _stored(weight: Weight, level: Level, loaded: str) -> list[tuple[OutputTensor, str]]:
+    """What is stored of a weight: a type as in TensorPlan for each."""
+    output = weight.output
+    if not weight.quantized:
+        return [(output, level.rest or loaded)]
+    if not level.rounds:
+        return [(output, level.matrix)]
+    scales = () if level.matrix == "line16" else output.shape[:1]
+    codes = OutputTensor(output.name, output.shape)
+    return [(codes, CODES[level.matrix]), (OutputTensor(f"{output.name}_scale", scales), "float32")]
+
+
+def _config(source: Source, family: Family) -> bytes:
+    """config.json, byte for byte the converter's, but for a token that there is not: it writes null, which the runtime
+    does not load, where "" means none."""
+    directory = source.checkpoint.directory
+    tokens = special_tokens(directory, source.architecture.family.model_type)
+    chats = bool(family.chat_eos) and bool(chat_templates(directory))
+    known: dict[str, Any] = {
+        "bos_token": next((tokens[role] for role in family.bos if role in tokens), ""),
+        "eos_token": family.chat_eos if chats else tokens.get("eos_token", ""),
+        "layer_norm_epsilon": source.architecture.config.number(family.epsilon) if family.epsilon else None,
+        "multi_query_attention": True,  # of models with as many key heads as query heads, too
+        "unk_token": next((tokens[role] for role in family.unk if role in tokens), ""),
+    }
+    return json.dumps(known, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def _vocabulary(source: Source) -> OutputFile:
+    tokens = tokens_of(source.checkpoint.directory, source.architecture.hyper.vocab_size)
+    data = json.dumps(tokens, indent=2).encode()
+    return OutputFile("vocabulary.json", len(data), data)
+
+
+def _about(name: str, level: str, matrices: int, nbytes: int, weights: int, method: Mapping[str, str]) -> About:
+    recipe: dict[str, Any] = {"Format": "CTranslate2", "Level": level}
+    if matrices:
+        recipe["Rounded"] = f"{matrices} matrices, embedding and head among them"
+    return About(
+        tags=("ctranslate2", level),
+        recipe=recipe | dict(method),
+        sizes={"Weights": f"{bytes_words(nbytes)}, {8 * nbytes / max(1, weights):.2f} bits per weight"},
+        loading=(
+            "## Loading\n\n`pip install ctranslate2 tokenizers`\n\n```python\nimport ctranslate2\n"
+            "from tokenizers import Tokenizer\n\n"
+            f'generator = ctranslate2.Generator("{name}")\n'
+            f'tokenizer = Tokenizer.from_file("{name}/tokenizer.json")\n'
+            'prompt = tokenizer.encode("Once upon a time").tokens\n'
+            "found = generator.generate_batch([prompt], max_length=64, include_prompt_in_result=False)\n"
+            "print(tokenizer.decode(found[0].sequences_ids[0]))\n```\n"
+        ),
+    )

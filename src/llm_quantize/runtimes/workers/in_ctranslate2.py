@@ -1,0 +1,77 @@
+"""The child's side of runtimes/ctranslate2.py: CTranslate2 in an interpreter that need not know llm_quantize."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from telling import start, versions
+
+
+def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Load, score the windows, continue the prompts; see runtimes/isolated.py."""
+    started = time.monotonic()
+    import ctranslate2
+
+    windows = np.load(folder / "windows.npy", allow_pickle=False)
+    ctranslate2.set_random_seed(request["seed"])
+    model = ctranslate2.Generator(request["directory"], device="cpu", intra_threads=request["threads"])
+    loaded = time.monotonic()
+    rows = [_scored(model, window) for window in windows]
+    if rows:
+        np.save(folder / "logprobs.npy", np.stack(rows))
+    scored = time.monotonic()
+    answers = _continue(model, request)
+    return {
+        "texts": [text for text, _ in answers],
+        "tokens": [tokens for _, tokens in answers],
+        "versions": versions("ctranslate2"),
+        "kernels": [model.compute_type],
+        "seconds": {"load": loaded - started, "score": scored - loaded, "generate": time.monotonic() - scored},
+    }
+
+
+def _scored(model: Any, window: Any) -> Any:
+    """float32 (length, vocabulary): logits less the logarithm of the sum of their exponentials."""
+    logits = np.array(model.forward_batch([window.tolist()]))[0].astype(np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    return (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))).astype(np.float32)
+
+
+def _continue(model: Any, request: dict[str, Any]) -> list[tuple[str, list[int]]]:
+    """Text and token ids that follow each prompt."""
+    from tokenizers import Tokenizer
+
+    if not request["prompts"]:
+        return []
+    directory = Path(request["directory"])
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    words = json.loads((directory / "vocabulary.json").read_text(encoding="utf-8"))
+    warm = request["temperature"] > 0
+    sampling = {"sampling_topk": 1}
+    if warm:
+        sampling = {
+            "sampling_topk": 0,
+            "sampling_topp": request["top_p"],
+            "sampling_temperature": request["temperature"],
+        }
+    answers = []
+    for prompt in request["prompts"]:
+        # A chat comes in its template, which writes the special tokens.
+        ids = tokenizer.encode(prompt, add_special_tokens=not request["chat"]).ids
+        found = model.generate_batch(
+            [[words[index] for index in ids]],
+            max_length=request["max_tokens"],
+            include_prompt_in_result=False,
+            **sampling,
+        )
+        answer = list(found[0].sequences_ids[0])
+        answers.append((tokenizer.decode(answer, skip_special_tokens=True), answer))
+    return answers
+
+
+if __name__ == "__main__":
+    start(main)
