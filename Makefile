@@ -7,11 +7,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # Real runtimes live in environments of their own: they pin other versions of torch and transformers than ours.
 VLLM := .venv-vllm
 TRANSFORMERS := .venv-transformers
+MLX := .venv-mlx
 GPTQMODEL := defuser device-smi logbar pillow pypcre requests threadpoolctl tokenicer
 VARIANTS := gguf:Q8_0,gguf:Q6_K,gguf:Q5_K_M,gguf:Q4_K_M,gguf:IQ4_XS,gguf:IQ3_M,gguf:IQ3_XXS,gguf:IQ2_M,gguf:IQ2_XXS,gguf:IQ1_S
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo demo-all compare test test-all vllm test-vllm transformers-runtime test-transformers develop check format bench clean
+.PHONY: demo demo-all compare test test-all vllm test-vllm transformers-runtime test-transformers mlx-runtime test-mlx develop check format bench clean
 
 # Without torch: eight GGUF levels, measured in llama.cpp. Where torch is in $(VENV) already, it does what demo-all does.
 demo: $(VENV)/.light
@@ -42,6 +43,12 @@ transformers-runtime: $(TRANSFORMERS)/.ready
 
 test-transformers: $(VENV)/.test $(TRANSFORMERS)/.ready
 	LLM_QUANTIZE_TRANSFORMERS=$(CURDIR)/$(TRANSFORMERS)/bin/python $(BIN)/python -m pytest -m gptqmodel
+
+# mlx_lm, with mlx-cpu where there is no Apple silicon. To use it: export LLM_QUANTIZE_MLX=$$PWD/.venv-mlx/bin/python
+mlx-runtime: $(MLX)/.ready
+
+test-mlx: $(VENV)/.test $(MLX)/.ready
+	LLM_QUANTIZE_MLX=$(CURDIR)/$(MLX)/bin/python $(BIN)/python -m pytest -m mlx
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/kernels.py
@@ -112,5 +119,12 @@ $(TRANSFORMERS)/.ready: scripts/need constraints.txt constraints-transformers.tx
 	  --constraint constraints-transformers.txt optimum gptqmodel
 	touch $@
 
+$(MLX)/.ready: scripts/need constraints.txt constraints-mlx.txt
+	scripts/need $(PYTHON)
+	$(PYTHON) -m venv --clear $(MLX)
+	$(MLX)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+	  --constraint constraints-mlx.txt "mlx-lm$$(test "$$(uname -s)" = Darwin || echo '[cpu]')"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM) $(TRANSFORMERS) _build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(TRANSFORMERS) $(MLX) _build .pytest_cache .mypy_cache .ruff_cache .hypothesis

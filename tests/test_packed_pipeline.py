@@ -36,6 +36,7 @@ MADE = [
     ("awq", "4bit", {}),
     ("compressed-tensors", "W4A16", {}),
     ("compressed-tensors", "W3A16", {}),
+    ("mlx", "5bit", {}),
     ("compressed-tensors", "W8A16_ASYM", {}),
 ]
 

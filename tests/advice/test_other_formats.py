@@ -19,7 +19,7 @@ def test_sizes_are_those_of_the_plans() -> None:
     source = open_source(model)
     with source.checkpoint:
         note = directories_note(source)
-    assert len(PACKED) == 4
+    assert len(PACKED) == 5
     for format, level in ((form.NAME, form.EXAMPLE) for form in PACKED.values()):
         (planned,) = plan(model, format, levels=[level])
         assert f"{format} -q {level}: {bytes_text(planned.size)}" in note
@@ -31,4 +31,4 @@ def test_a_model_that_the_grids_do_not_divide(tmp_path: Path) -> None:
     source = open_source(str(tmp_path))
     with source.checkpoint:
         note = directories_note(source)
-    assert note.count("cannot be made of this model") == 4
+    assert note.count("cannot be made of this model") == 5

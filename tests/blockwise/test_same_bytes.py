@@ -18,6 +18,7 @@ from .tiny import left_behind, options, run, write_text
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama to gguf": ("llama", "gguf", "Q4_0", {}),
     "experts to gguf": ("mixtral", "gguf", "IQ4_NL", {"inputs": "block"}),
+    "tied head to mlx": ("qwen3", "mlx", "3bit", {"group_size": 32}),
     "llama to awq": ("llama", "awq", "4bit", {"group_size": 32}),
     "experts to compressed-tensors": ("qwen3_moe", "compressed-tensors", "W4A16", {"group_size": 16}),
 }

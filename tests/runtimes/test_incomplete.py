@@ -191,12 +191,16 @@ def test_codes_of_mlx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = load_file(model / "model.safetensors")
     values |= {f"{UP}.weight": torch.zeros((96, 8), dtype=torch.uint32), f"{UP}.scales": torch.zeros((96, 1))}
     save_file(values, model / "model.safetensors", {"format": "pt"})
-    for settings in ({}, {"quantization": {"group_size": 64, "bits": 4}},
-                     {"quantization_config": {"group_size": 64, "bits": 4}}):  # fmt: skip
-        config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text())
+    said = {"group_size": 64, "bits": 4}
+    for settings, kind, words in (
+        ({}, UnsupportedError, "MLX"),
+        ({"quantization_config": said}, UnsupportedError, "MLX"),
+        ({"quantization": said}, IntegrityError, "a field of a quantized matrix is absent"),
+    ):
         (model / "config.json").write_text(json.dumps(config | settings))
         for runtime in ALL:
-            with pytest.raises(UnsupportedError, match="MLX"):
+            with pytest.raises(kind, match=words):
                 ask(runtime, model)
 
 

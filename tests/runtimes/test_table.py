@@ -27,36 +27,41 @@ from llm_quantize.runtimes.base import Request
 
 @pytest.fixture
 def paths(tmp_path: Path) -> SimpleNamespace:
-    """A GGUF file, a float model's directory, a quantized one's, and one of GGUF files beside a configuration."""
+    """A GGUF file, directories of a float model, a quantized one, one of MLX, and GGUF files beside a configuration."""
     file, beside, plain, packed = tmp_path / "a.gguf", tmp_path / "beside", tmp_path / "plain", tmp_path / "packed"
+    apple = tmp_path / "apple"
     file.write_bytes(b"")
     for folder, config in (
         (plain, "{}"),
         (beside, "{}"),
+        (apple, '{"quantization": {"group_size": 64, "bits": 4}}'),
         (packed, '{"quantization_config": {"quant_method": "gptq"}}'),
     ):
         folder.mkdir()
         (folder / "config.json").write_text(config)
     (beside / "b.gguf").write_bytes(b"")
-    return SimpleNamespace(file=file, plain=plain, packed=packed, beside=beside)
+    return SimpleNamespace(file=file, plain=plain, packed=packed, apple=apple, beside=beside)
 
 
 def test_who_opens_what(paths: SimpleNamespace) -> None:
     opened = {name: [one.opens(path) for path in vars(paths).values()] for name, one in RUNTIMES.items()}
-    directories = [False, True, True, False]
+    directories = [False, True, True, False, False]
     assert opened == {
-        "llama.cpp": [True, False, False, True],
+        "llama.cpp": [True, False, False, False, True],
         "transformers": directories,
         "vllm": directories,
-        "ctranslate2": [False] * 4,
+        "ctranslate2": [False] * 5,
+        "mlx": [False, False, False, True, False],
     }
     usual = [runtime_for(path) for path in vars(paths).values()]
-    assert usual == [RUNTIMES["llama.cpp"], RUNTIMES["transformers"], RUNTIMES["transformers"], RUNTIMES["llama.cpp"]]
+    names = ("llama.cpp", "transformers", "transformers", "mlx", "llama.cpp")
+    assert usual == [RUNTIMES[name] for name in names]
     assert runtime_for(paths.packed, "vllm") is RUNTIMES["vllm"]
     with pytest.raises(UsageError, match=r"expected: llama\.cpp"):
         runtime_for(paths.file, "vllm")
     assert what_opens_what() == (
-        "GGUF files with llama.cpp, model directories with transformers or vllm, CTranslate2 models with ctranslate2"
+        "GGUF files with llama.cpp, model directories with transformers or vllm, CTranslate2 models with ctranslate2, "
+        "MLX directories with mlx"
     )
 
 
@@ -79,7 +84,8 @@ def test_a_runtime_that_is_absent_says_what_to_install(monkeypatch: pytest.Monke
     llama_cpp_library.load_library.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", absent)
     monkeypatch.setattr(isolated, "find_spec", absent)
-    for variable in ("LLM_QUANTIZE_VLLM", "LLM_QUANTIZE_TRANSFORMERS", "LLM_QUANTIZE_CTRANSLATE2"):
+    names = ("VLLM", "TRANSFORMERS", "CTRANSLATE2", "MLX")
+    for variable in (f"LLM_QUANTIZE_{name}" for name in names):
         monkeypatch.delenv(variable, raising=False)
     for one in RUNTIMES.values():
         with pytest.raises(MissingExtraError, match="pip install"):

@@ -1,6 +1,6 @@
 """Model directories beside GGUF: what they would take, exactly, for those who ask what to take.
 
-They are not ranked: what fits depends on the memory of vLLM or Transformers, which was not measured.
+They are not ranked: what fits depends on the memory of vLLM, Transformers or mlx_lm, which was not measured.
 """
 
 from __future__ import annotations
@@ -28,6 +28,6 @@ def directories_note(source: Source) -> str:
         else:
             told.append(f"{name} -q {level}: {bytes_text(plan.size)}")
     return (
-        "for vLLM and Transformers, quantize also writes directories; they are not ranked here, as the memory they "
-        f"take there was not measured: {'; '.join(told)}"
+        "for vLLM, Transformers and mlx_lm, quantize also writes directories; they are not ranked here, as the memory "
+        f"they take there was not measured: {'; '.join(told)}"
     )

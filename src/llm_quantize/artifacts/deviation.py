@@ -36,7 +36,7 @@ _FEEDBACK = 1.5
 # Where a few channels are a billion times as important as the others, the others' weights may be cut.
 _WEIGHED = 2.5
 _MOST = 0.98
-_INTEGER = re.compile(r"int(\d)(_g\d+)?(_asym)?")
+_INTEGER = re.compile(r"(?:int|affine)(\d)(_g\d+)?(_asym)?")
 _STEPS = 6
 
 RESCALED = (

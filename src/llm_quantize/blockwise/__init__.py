@@ -39,7 +39,8 @@ def solve_matrices(
     StoppedError after a signal: what is finished is kept.
     """
     from llm_quantize.blockwise.from_statistics import solve_known
-    from llm_quantize.blockwise.run import Blocks, Matrices, round_matrices
+    from llm_quantize.blockwise.plainly import round_matrices
+    from llm_quantize.blockwise.run import Blocks, Matrices
     from llm_quantize.calibration.choose import Text
     from llm_quantize.formats.table import FORMATS
     from llm_quantize.streams.pool import Pool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,7 +43,7 @@ def written_head(matrices: Matrices) -> WrittenTable | WrittenMatrix | None:
 def _written_matrix(matrices: Matrices, name: str) -> WrittenMatrix | None:
     wanted = next((output for output in matrices.source.tensors.outputs if output.name == name), None)
     for matrix in matrices.target.plan.matrices:
-        same = wanted is not None and matrix.weight.pieces == wanted.pieces
+        same = wanted is not None and matrix.weight.pieces[0].source == wanted.pieces[0].source
         if same and not matrix.seen and _is_plain(matrices.source, matrix.weight):
             return WrittenMatrix(matrices, matrix)
     return None
@@ -83,8 +84,12 @@ class WrittenMatrix:
         for at in range(0, len(wanted), _CHUNK):
             some = wanted[at : at + _CHUNK]
             fields = [field[some] if field.shape[:1] == (total,) else field for field in self._fields]
-            found[at : at + len(some)] = self._matrices.store.decode(self._matrix, fields)
+            found[at : at + len(some)] = self._matrices.store.decode(self._part(len(some)), fields)
         return torch.from_numpy(found)
+
+    def _part(self, rows: int) -> MatrixPlan:
+        weight = replace(self._matrix.weight, shape=(rows, self._matrix.weight.shape[-1]))
+        return replace(self._matrix, weight=weight)
 
 
 class WrittenTable:

@@ -150,26 +150,6 @@ def matrix_rows(matrix: MatrixPlan) -> int:
     return matrix_shape(matrix.weight.shape)[0]
 
 
-def round_matrices(
-    matrices: Matrices, pool: Pool, options: MethodOptions, on_event: EventSink, *, seen: bool = True
-) -> None:
-    """Quantize every matrix that is not done by rounding alone, without text; ``seen`` False: those alone whose inputs
-    nothing observes."""
-    format = matrices.target.plan.format
-    method, stages_left = options.method_of(format), options.stages(format)
-    solver = Solver(method, matrices.store, matrices.rows, stages_left, pool, "cpu")
-    plan = matrices.target.plan
-    todo = [matrix for matrix in plan.matrices if (seen or not matrix.seen) and not matrices.done(matrix)]
-    total = sum(matrix_rows(matrix) * matrix.weight.shape[-1] for matrix in todo)
-    done = 0
-    for matrix in todo:
-        job = Job(matrix, [Segment(0, matrix_rows(matrix), "", 0)])
-        solver.round([job])
-        matrices.write(matrix, solver.join(job), job.summary())
-        done += matrix_rows(matrix) * matrix.weight.shape[-1]
-        on_event(events.Progress(done=done, total=total))
-
-
 class Blocks:
     """One artifact's way through the blocks. ``ids``: int64 (windows, length) tokens; the first ``calibrated`` windows
     are calibrated on, the others tell at the end what was lost, where the source's stream goes along."""

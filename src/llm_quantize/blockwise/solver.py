@@ -153,10 +153,13 @@ class Solver:
         for _ in self.pool.each(expert, experts):
             pass
 
-    def round(self, jobs: Sequence[Job]) -> None:
-        """Quantize all rows of ``jobs`` without knowing any inputs."""
+    def round(self, jobs: Sequence[Job], *, fits: bool = False) -> None:
+        """Quantize all rows of ``jobs`` without knowing any inputs: as the store rounds; with ``fits``, on the grids
+        that fit best, but for weights that are on the grid already."""
+        for job in jobs if fits else ():
+            job.on_grid = self._trained_on_grid(job.matrix)
         work = [
-            _Rows(job, start, min(start + ROWS, segment.stop), None, self.store.rounds)
+            _Rows(job, start, min(start + ROWS, segment.stop), None, "fit" if fits else self.store.rounds)
             for job in jobs
             for segment in job.segments
             for start in range(segment.start, segment.stop, ROWS)

@@ -33,7 +33,9 @@ from llm_quantize.formats.base import (
     mixture_of,
     parse_bits,
     store_floats,
+    takes_any,
     to_numpy,
+    with_quantization,
 )
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
 from llm_quantize.formats.expressions import Meaning, first_meant
@@ -78,6 +80,12 @@ DEFAULT_GROUP = 128
 PACKS_EXPERTS = True
 OWN_ROUNDING = False
 VLLM_STEPS = MARLIN_STEPS
+OFFSETS = "zero points"
+EDGES = False
+UNNAMED = None
+RUNTIME = None
+refuse = takes_any
+configured = with_quantization
 LEVELS: Sequence[str] = ("4bit",)
 BITS = 4
 _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])

@@ -38,6 +38,7 @@ NUMPY_TYPES: Mapping[str, type[np.generic]] = {
     "uint8": np.uint8,
     "int16": np.int16,
     "int32": np.int32,
+    "uint32": np.uint32,
     "int64": np.int64,
     "float16": np.float16,
     "bfloat16": np.uint16,
@@ -50,6 +51,7 @@ SAFETENSORS_TYPES: Mapping[str, str] = {
     "int8": "I8",
     "uint8": "U8",
     "int32": "I32",
+    "uint32": "U32",
     "int64": "I64",
     "float16": "F16",
     "bfloat16": "BF16",
@@ -204,6 +206,10 @@ class Store(Protocol):
         """How a matrix is rounded where no method chooses its codes: "plain", as the owner's encoder does, byte for
         byte; "fit", on the grid that fits it best."""
 
+    @property
+    def fits_unseen(self) -> bool:
+        """Whether matrices that nothing observes are rounded on grids that fit, where others get a method's codes."""
+
     def grid_type(self, qtype: str) -> GridType | None:
         """The grids of ``qtype``; None where it has none of that form and can only be rounded plainly."""
 
@@ -239,7 +245,10 @@ class Packed(StoredFormat, Protocol):
     for people. ``NEEDS``: what Transformers needs installed; ``KERNEL``: what to name on a CPU, "" for nothing.
     ``DEFAULT_GROUP``: weights that share a scale unless asked otherwise. ``PACKS_EXPERTS``: whether anything reads
     packed experts of it. ``OWN_ROUNDING``: rounding without a method is the owner's, byte for byte. ``VLLM_STEPS``:
-    (kernels, (rows, columns)) of which vLLM's want whole multiples.
+    (kernels, (rows, columns)) of which vLLM's want whole multiples. ``OFFSETS``: what asymmetric groups have, in words.
+    ``EDGES``: embedding and output matrix are packed too. ``UNNAMED``: (key of config.json, what it holds at least) of
+    a configuration that names no quant_method. ``RUNTIME``: (name, how a directory NAME is loaded) of the one runtime
+    that reads it, where Transformers and vLLM do not.
     """
 
     NAME: str
@@ -257,6 +266,10 @@ class Packed(StoredFormat, Protocol):
     PACKS_EXPERTS: bool
     OWN_ROUNDING: bool
     VLLM_STEPS: Sequence[tuple[str, tuple[int, int]]]
+    OFFSETS: str
+    EDGES: bool
+    UNNAMED: tuple[str, Sequence[str]] | None
+    RUNTIME: tuple[str, str] | None
 
     def scheme(self, level: str, options: SchemeOptions) -> Scheme: ...
     def title(self, scheme: Scheme) -> str: ...
@@ -266,6 +279,22 @@ class Packed(StoredFormat, Protocol):
     def config(self, scheme: Scheme, coverage: Coverage) -> dict[str, Any]: ...
     def vllm_refusal(self, scheme: Scheme) -> str | None: ...
     def least_zero(self, scheme: Scheme) -> int: ...
+    def refuse(self, source: Source, names: Sequence[str]) -> None:
+        """Raise UnsupportedError for a model, or modules ``names`` of it, that nothing would read packed so."""
+
+    def configured(self, source: Source, config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json: the source's ``config``, which says nothing of quantization, and ``own`` where runtimes look."""
+
+
+def takes_any(source: Source, names: Sequence[str]) -> None:
+    """``Packed.refuse`` of a format that has nothing to refuse."""
+    del source, names
+
+
+def with_quantization(source: Source, config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """``Packed.configured`` as Transformers reads it."""
+    del source
+    return {**config, "quantization_config": own}
 
 
 MARLIN_STEPS = (("CPU", (32, 32)), ("CUDA (Marlin)", (64, 128)))

@@ -31,7 +31,17 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError, printable
-from llm_quantize.formats.base import Array, Coverage, Field, Scheme, SchemeOptions, check_group, to_numpy
+from llm_quantize.formats.base import (
+    Array,
+    Coverage,
+    Field,
+    Scheme,
+    SchemeOptions,
+    check_group,
+    takes_any,
+    to_numpy,
+    with_quantization,
+)
 from llm_quantize.formats.expressions import Meaning, first_meant
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import (
@@ -67,6 +77,12 @@ EXPERTS_IN_TRANSFORMERS = False
 PACKS_EXPERTS = False
 OWN_ROUNDING = True
 VLLM_STEPS: Sequence[tuple[str, tuple[int, int]]] = ()
+OFFSETS = "zero points"
+EDGES = False
+UNNAMED = None
+RUNTIME = None
+refuse = takes_any
+configured = with_quantization
 RESCALES = False
 LEVELS: Sequence[str] = ("NF4", "FP4", "INT8")
 DEFAULT_GROUP = 64

@@ -7,7 +7,7 @@ and, where it is known beforehand, in the card.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -21,12 +21,14 @@ _COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag"
 
 @dataclass(frozen=True)
 class About:
-    """What a format tells of an artifact: the tags of the card, its tables, and how it is loaded (Markdown)."""
+    """What a format tells of an artifact: the tags of the card, its tables, how it is loaded (Markdown), and with what
+    library."""
 
     tags: Sequence[str]
     recipe: Mapping[str, Any]
     sizes: Mapping[str, str]
     loading: str
+    library: str = "transformers"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class PackedFacts:
     experts: bool = False
 
 
+_OF_BLOCKS = " of the decoder's blocks"
 _ROOM = 14
 _ROWS = {
     "KL divergence": "kld",
@@ -114,7 +117,7 @@ def _metadata(about: About, source: str, revision: str | None, front: Mapping[st
         value = front.get(name)
         if isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             found[name] = value
-    found["library_name"] = "transformers"
+    found["library_name"] = about.library
     found["tags"] = ["llm-quantize", *about.tags]
     return found
 
@@ -128,7 +131,8 @@ def _origin(source: str, revision: str | None) -> str:
 def about_packed(facts: PackedFacts) -> About:
     """The card of a directory of packed integers."""
     tags = ("quantized", facts.scheme.format, f"{facts.scheme.qtype.bits}-bit")
-    return About(tags, _recipe(facts), _sizes(facts), _loading(facts))
+    about = About(tags, _recipe(facts), _sizes(facts), _loading(facts))
+    return about if facts.form.RUNTIME is None else replace(about, library=facts.form.NAME)
 
 
 def _recipe(facts: PackedFacts) -> dict[str, Any]:
@@ -137,9 +141,9 @@ def _recipe(facts: PackedFacts) -> dict[str, Any]:
     found: dict[str, Any] = {
         "Format": facts.form.title(facts.scheme),
         "Level": facts.scheme.level,
-        "Codes": f"{grid.bits} bit, {'symmetric' if grid.symmetric else 'with zero points'}",
+        "Codes": f"{grid.bits} bit, {'symmetric' if grid.symmetric else f'with {facts.form.OFFSETS}'}",
         "Scales": f"{grid.scale}, {group}",
-        "Packed": f"{facts.matrices} matrices of the decoder's blocks",
+        "Packed": f"{facts.matrices} matrices{' of the whole model' if facts.form.EDGES else _OF_BLOCKS}",
     }
     if facts.ignored:
         found["Left as they are"] = f"{len(facts.ignored)} modules, the first {facts.ignored[0]}"
@@ -169,6 +173,9 @@ def _cell(value: Any) -> str:
 
 
 def _loading(facts: PackedFacts) -> str:
+    if facts.form.RUNTIME is not None:
+        reader, how = facts.form.RUNTIME
+        return f"## Loading\n\n{reader}:\n\n{how.format(name=facts.name)}\n"
     refusal = facts.form.vllm_refusal(facts.scheme)
     if refusal is None:
         vllm = f"```sh\nvllm serve {facts.name}\n```\nTensor parallel over up to {facts.tensor_parallel} devices."

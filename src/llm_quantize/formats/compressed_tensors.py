@@ -35,7 +35,9 @@ from llm_quantize.formats.base import (
     grid_numbers,
     load_floats,
     store_floats,
+    takes_any,
     to_numpy,
+    with_quantization,
 )
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
 from llm_quantize.formats.compressed_levels import (
@@ -94,6 +96,12 @@ DEFAULT_GROUP = 128
 PACKS_EXPERTS = True
 OWN_ROUNDING = False
 VLLM_STEPS = MARLIN_STEPS
+OFFSETS = "zero points"
+EDGES = False
+UNNAMED = None
+RUNTIME = None
+refuse = takes_any
+configured = with_quantization
 FORMS: Sequence[str] = (PACKED_FORM, PLAIN_FORM, *(layout.name for layout in floats.LAYOUTS.values()))
 RESCALES = True
 PACKED = Layout(

@@ -43,7 +43,7 @@ KEPT_TYPES: Mapping[str, str] = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F6
 _WORDS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 _METADATA = {"format": "pt"}
 _TIED = "tie_word_embeddings"
-_QUANTIZATION = ("quantization_config", "compression_config")
+_QUANTIZATION = ("quantization_config", "compression_config", "quantization")
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def _lay_out(
                 tensors.append(TensorPlan(tensor.output, tensor.qtype, number, place, spec.nbytes))
             if group.module is not None:
                 fields = tuple(range(first, len(tensors)))
-                matrices.append(MatrixPlan(group.module.name, group.module.weight, qtype, fields))
+                module = group.module
+                matrices.append(MatrixPlan(module.name, module.weight, qtype, fields, module.seen))
     if len(shards) > 1:
         data = index_bytes(weight_map, sum(group.nbytes for group in groups))
         files.append(_file("model.safetensors.index.json", data))

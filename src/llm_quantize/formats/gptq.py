@@ -44,7 +44,9 @@ from llm_quantize.formats.base import (
     mixture_of,
     parse_bits,
     store_floats,
+    takes_any,
     to_numpy,
+    with_quantization,
 )
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
 from llm_quantize.formats.expressions import compiled, first_meant
@@ -92,6 +94,12 @@ DEFAULT_GROUP = 128
 PACKS_EXPERTS = True
 OWN_ROUNDING = False
 VLLM_STEPS = MARLIN_STEPS
+OFFSETS = "zero points"
+EDGES = False
+UNNAMED = None
+RUNTIME = None
+refuse = takes_any
+configured = with_quantization
 _BITS = {"2bit": 2, "3bit": 3, "4bit": 4, "8bit": 8}
 LEVELS: Sequence[str] = tuple(_BITS)
 _LAYER = re.compile(r"\.(\d+)\.")

@@ -25,15 +25,20 @@ if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
+EDGES = ("token_embd.weight", "output.weight")
+"""Embedding and output matrix, as the map of tensors calls them."""
+
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 @dataclass(frozen=True)
 class Module:
-    """``name`` as runtimes know it; ``weight``: its rows, an OutputTensor called NAME.weight."""
+    """``name`` as runtimes know it; ``weight``: its rows, an OutputTensor called NAME.weight. ``seen``: a block holds
+    it, so that text shows what goes into it."""
 
     name: str
     weight: OutputTensor
+    seen: bool = True
 
 
 @dataclass
@@ -61,8 +66,9 @@ def joined_with(name: str) -> frozenset[str]:
     return frozenset(f"{parent}.{other}" for names in _FUSED if last in names for other in names)
 
 
-def select(source: Source, ignore: Sequence[str] = ()) -> Selection:
-    """Decide about every tensor. ``ignore``: regular expressions, searched in the names of modules.
+def select(source: Source, ignore: Sequence[str] = (), *, edges: bool = False) -> Selection:
+    """Decide about every tensor. ``ignore``: regular expressions, searched in the names of modules. ``edges``: the
+    embedding and the output matrix are packed too.
 
     Raises UsageError (a bad expression), UnsupportedError (matrices stored (in, out), or experts in one tensor that no
     runtime has single names for).
@@ -70,7 +76,7 @@ def select(source: Source, ignore: Sequence[str] = ()) -> Selection:
     expressions = [_compile(text) for text in ignore]
     used = [False] * len(expressions)
     found = Selection()
-    for name, modules in _packable(source, expressions).items():
+    for name, modules in _packable(source, expressions, edges).items():
         wanted = []
         for module in modules:
             hits = [index for index, expression in enumerate(expressions) if expression.search(module.name)]
@@ -110,18 +116,24 @@ def _compile(text: str) -> re.Pattern[str]:
         raise UsageError(f"{text!r} is not a regular expression: {error}", remedy="see --ignore") from error
 
 
-def _packable(source: Source, ignore: Sequence[re.Pattern[str]]) -> dict[str, list[Module]]:
-    """{tensor: its modules} for everything that blocks multiply with and recipes may quantize, in checkpoint order."""
+def _packable(source: Source, ignore: Sequence[re.Pattern[str]], edges: bool) -> dict[str, list[Module]]:
+    """{tensor: its modules} for everything that blocks multiply with and recipes may quantize, and with ``edges`` for
+    what stands before and after them, in checkpoint order."""
     found: dict[str, dict[str, Module]] = {}
     tensors = source.checkpoint.tensors
     for output in source.tensors.outputs:
         block = _BLOCK.match(output.name)
-        if block is None or not is_quantizable(TensorShape(output.name, output.shape)):
+        edge = edges and output.name in EDGES
+        if (block is None and not edge) or not is_quantizable(TensorShape(output.name, output.shape)):
             continue
         for piece in output.pieces:
             info = tensors[piece.source]
-            modules = [_whole(info)]
-            if len(info.shape) == 3 and not any(expression.search(modules[0].name) for expression in ignore):
+            modules = [_whole(info, seen=block is not None)]
+            if (
+                block is not None
+                and len(info.shape) == 3
+                and not any(expression.search(modules[0].name) for expression in ignore)
+            ):
                 modules = list(_experts(source, output, int(block[1]), piece, info))
             found.setdefault(info.name, {}).update({module.name: module for module in modules})
     transposed = {piece.source for output in source.tensors.outputs for piece in output.pieces if piece.transpose}
@@ -132,9 +144,9 @@ def _packable(source: Source, ignore: Sequence[re.Pattern[str]]) -> dict[str, li
     }
 
 
-def _whole(info: TensorInfo) -> Module:
+def _whole(info: TensorInfo, *, seen: bool) -> Module:
     name = info.name.removesuffix(".weight")
-    return Module(name, OutputTensor(f"{name}.weight", info.shape, (Piece(info.name),)))
+    return Module(name, OutputTensor(f"{name}.weight", info.shape, (Piece(info.name),)), seen)
 
 
 def _oriented(module: Module, info: TensorInfo, transposed: set[str]) -> Module:

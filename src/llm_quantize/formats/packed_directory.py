@@ -95,7 +95,7 @@ class PackedFormat:
     ) -> ArtifactPlan:
         """The artifact STEM-LABEL (LABEL: GPTQ-4bit, AWQ-4bit, W4A16, ...)."""
         form, method = self.form, options.method
-        found = select(source, method.ignore)
+        found = select(source, method.ignore, edges=form.EDGES)
         if not found.packed:
             raise UsageError(
                 "nothing is left to pack", found=f"{len(found.ignored)} modules ignored", remedy="see --ignore"
@@ -110,14 +110,15 @@ class PackedFormat:
                 method.compute_dtype,
             ),
         )
+        form.refuse(source, [module.name for module in found.modules])
         if not form.PACKS_EXPERTS:
             _refuse_experts(form, found.modules)
         label = _label(form, scheme)
         groups = _groups(source, found, form, scheme)
         caution = transformers_caution(form) if source.architecture.hyper.n_expert else None
         warnings = [*found.warnings, *_warnings(form, scheme, found, method), *([caution] if caution else [])]
-        config = plain_config(source.checkpoint.config)
-        config["quantization_config"] = form.config(scheme, coverage(source, found))
+        own = form.config(scheme, coverage(source, found))
+        config = form.configured(source, plain_config(source.checkpoint.config), own)
         facts = self._facts(source, found, scheme, groups, f"{stem}-{label}", importance, options)
         contents = Contents(
             format=form.NAME,
@@ -242,6 +243,8 @@ def _splits(scheme: Scheme, module: Module, devices: int) -> bool:
 def _warnings(form: Packed, scheme: Scheme, found: Selection, method: MethodOptions) -> list[str]:
     """What is legal but may surprise."""
     warnings: list[str] = []
+    if form.RUNTIME is not None:
+        return warnings
     refusal = form.vllm_refusal(scheme)
     if refusal is not None:
         return [*warnings, f"vLLM will not load this artifact: {refusal}"]

@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from llm_quantize.errors import UnsupportedError, printable
-from llm_quantize.formats import awq, bitsandbytes, compressed_tensors, gptq
+from llm_quantize.formats import awq, bitsandbytes, compressed_tensors, gptq, mlx
 from llm_quantize.formats.base import Packed
 from llm_quantize.formats.foreign import refuse_settings
 from llm_quantize.formats.packed import Settings
 
-PACKED: Mapping[str, Packed] = {form.NAME: form for form in (gptq, awq, compressed_tensors, bitsandbytes)}
+PACKED: Mapping[str, Packed] = {form.NAME: form for form in (gptq, awq, compressed_tensors, bitsandbytes, mlx)}
 """By name, which is also the quant_method of their configurations."""
+
+
+_NAMED = ("quantization_config", "compression_config")
+
+
+def said_of(config: Mapping[str, Any]) -> Any:
+    """What a config.json says of quantization, its own or in its text_config, with the name of the method where it
+    follows from the form; None where it says nothing."""
+    text = config.get("text_config")
+    wheres = [config] + ([text] if isinstance(text, dict) else [])
+    found = next((where[key] for where in wheres for key in _NAMED if where.get(key) is not None), None)
+    if isinstance(found, dict) and isinstance(found.get("quant_method"), str):
+        return found
+    for name, form in PACKED.items():
+        key, least = form.UNNAMED or ("", ())
+        own = config.get(key)
+        if isinstance(own, dict) and own and all(word in own for word in least):
+            return {**own, "quant_method": name}
+    return found
+
+
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what it says of quantization."""
+    own = {*_NAMED, *(form.UNNAMED[0] for form in PACKED.values() if form.UNNAMED is not None)}
+    found = {key: value for key, value in config.items() if key not in own}
+    if isinstance(text := found.get("text_config"), dict):
+        found["text_config"] = {key: value for key, value in text.items() if key not in own}
+    return found
 
 
 def format_of(settings: Settings) -> Packed:

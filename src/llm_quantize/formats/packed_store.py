@@ -34,6 +34,8 @@ class DirectoryStore:
     _ladders: dict[str, Ladder] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    fits_unseen = True
+
     @property
     def rounds(self) -> str:
         return "plain" if self.form.OWN_ROUNDING else "fit"

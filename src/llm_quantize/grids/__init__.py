@@ -7,8 +7,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from llm_quantize.errors import UsageError
-from llm_quantize.grids import codebook, ggml, ggml_pack, integer
+from llm_quantize.grids import affine, codebook, ggml, ggml_pack, integer
 from llm_quantize.grids.grid import GGML_GRIDS, Grid, GridType
+from llm_quantize.qtypes.affine import affine_type, is_affine
 from llm_quantize.qtypes.codebook import codebook_type, is_codebook
 from llm_quantize.qtypes.integer import integer_type, is_integer
 
@@ -18,13 +19,14 @@ __all__ = ["grid_type", "has_grid", "pack_ggml", "unpack_ggml"]
 def has_grid(qtype: str) -> bool:
     """Whether ``qtype`` is a number grid of this form; the others (codes for several weights, ternary, floats) are
     rounded plainly."""
-    return qtype in GGML_GRIDS or is_integer(qtype) or is_codebook(qtype)
+    return qtype in GGML_GRIDS or is_integer(qtype) or is_codebook(qtype) or is_affine(qtype)
 
 
 def grid_type(
     qtype: str, *, scale: str = "float16", signed: bool = False, least_zero: int = 0, spread: float = 0.0
 ) -> GridType:
-    """The grid maker for ``qtype``: a ggml name, a codebook (nf4_b64, row8 ...), or an integer type (int4_g128 ...).
+    """The grid maker for ``qtype``: a ggml name, a codebook (nf4_b64, row8 ...), an affine type (affine4_g64 ...) or an
+    integer type (int4_g128 ...).
 
     The rest is for integer types: ``scale`` how scales are stored; ``signed`` lets a symmetric scale be negative,
     which moves the extra level to the other side (not every runtime reads that); ``least_zero`` the smallest zero
@@ -35,6 +37,8 @@ def grid_type(
         return ggml.GgmlGridType(qtype)
     if is_codebook(qtype):
         return codebook.CodebookGridType(codebook_type(qtype, scale))
+    if is_affine(qtype):
+        return affine.AffineGridType(affine_type(qtype, scale))
     if not is_integer(qtype):
         raise UsageError(
             "This type has no number grid", expected=f"{', '.join(sorted(GGML_GRIDS))}, intB_gN", found=qtype

@@ -268,18 +268,23 @@ TRIMS = (-0.02, 0.03, 0.08, 0.14)  # parts of the range that are cut off at an e
 
 
 def affine_scales(
-    x: Tensor, w: Tensor, levels: Levels, start: tuple[Tensor, Tensor], storage: torch.dtype
+    x: Tensor,
+    w: Tensor,
+    levels: Levels,
+    start: tuple[Tensor, Tensor],
+    storage: torch.dtype,
+    trims: Sequence[float] = TRIMS,
 ) -> tuple[Tensor, Tensor]:
     """Scales and offsets (N,), as ``storage`` holds them: value = scale * level + offset, levels from 0 up.
 
-    x, w float32 (n, N). Tries the range of the group with both ends moved, each refitted by least squares; the answer
-    is not worse than ``start``.
+    x, w float32 (n, N). Tries the range of the group with both ends moved by ``trims``, each refitted by least squares;
+    the answer is not worse than ``start``.
     """
     low, high = x.amin(dim=0), x.amax(dim=0)
     reach = high - low
     best, least = start, torch.full_like(low, torch.inf)
-    for below in TRIMS:
-        for above in TRIMS:
+    for below in trims:
+        for above in trims:
             scale = reach * ((1 - below - above) / levels.highest)
             scale, offset, error = _affine_refitted(x, w, scale, low + below * reach, levels)
             better = error < least

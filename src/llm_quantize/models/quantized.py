@@ -19,7 +19,7 @@ from llm_quantize.architectures import open_architecture
 from llm_quantize.architectures.rows import matrix_shape
 from llm_quantize.errors import IntegrityError, UnsupportedError, UsageError
 from llm_quantize.formats.packed import AGAIN, ALIGNED, PackedMatrix, Settings, check_index, wrong_form
-from llm_quantize.formats.packed_formats import PACKED, format_of
+from llm_quantize.formats.packed_formats import PACKED, format_of, said_of, unquantized
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
@@ -35,7 +35,7 @@ from llm_quantize.models.weight_sets import left_lying
 
 _STEPS = 16 << 20
 _STORED: dict[str, type[np.generic]] = {
-    **{"I8": np.int8, "I32": np.int32, "I64": np.int64},
+    **{"I8": np.int8, "I32": np.int32, "U32": np.uint32, "I64": np.int64},
     **{"U8": np.uint8, "F8_E4M3": np.uint8, "F16": np.float16, "BF16": np.uint16, "F32": np.float32},
 }
 
@@ -46,7 +46,7 @@ def is_packed_directory(path: Path) -> bool:
     if not path.is_dir() or not (path / "config.json").is_file():
         return False
     config = read_json_object(inside(path, "config.json"), limit_bytes=CONFIG_LIMIT)
-    return any(isinstance(where, dict) and (where.get(key) is not None) for where, key in _places(config))
+    return said_of(config) is not None
 
 
 def is_stored_directory(path: Path) -> bool:
@@ -57,7 +57,7 @@ def is_stored_directory(path: Path) -> bool:
 
 def quantization_of(config: Mapping[str, Any], file: Path) -> Settings:
     """The quantization_config. Raises UsageError where there is none, MalformedInputError where it is no object."""
-    found = next((where[key] for where, key in _places(config) if where.get(key) is not None), None)
+    found = said_of(config)
     if found is None:
         raise UsageError(
             "this model is not quantized",
@@ -69,12 +69,6 @@ def quantization_of(config: Mapping[str, Any], file: Path) -> Settings:
     if not isinstance(found, dict):
         raise wrong_form(file, "quantization_config", "an object", found)
     return Settings(found, file)
-
-
-def _places(config: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
-    text = config.get("text_config")
-    wheres = [config] + ([text] if isinstance(text, dict) else [])
-    return [(where, key) for where in wheres for key in ("quantization_config", "compression_config")]
 
 
 def open_directory(path: Path) -> StoredDirectory:
@@ -276,7 +270,7 @@ class QuantizedModel(PackedRows, Opened):
     metadata: Mapping[str, MetaValue] | None = None
 
     def __init__(self, packed: PackedDirectory, place: Place, generation: dict[str, Any] | None, headers_only: bool):
-        self.config = _unquantized(packed.config)
+        self.config = unquantized(packed.config)
         architecture = open_architecture(self.config, file=packed.file)
         forms = {name: architecture.form_of(name) for name in packed.matrices}
         super().__init__(packed, {name for name, form in forms.items() if form is not None and form.transpose})
@@ -335,7 +329,7 @@ def sniff(path: Path) -> bool:
     if not os.path.lexists(path / "config.json"):
         return False
     config = read_json_object(inside(path, "config.json"), limit_bytes=CONFIG_LIMIT)
-    found = next((where[key] for where, key in _places(config) if where.get(key) is not None), None)
+    found = said_of(config)
     if not isinstance(found, dict) or is_scaled_float8(found):
         return False
     method = found.get("quant_method")
@@ -360,12 +354,3 @@ def open_at(place: Place, model: str, *, headers_only: bool = False) -> Quantize
     except BaseException:
         packed.close()
         raise
-
-
-def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what it says of quantization."""
-    own = ("quantization_config", "compression_config")
-    found = {key: value for key, value in config.items() if key not in own}
-    if isinstance(text := found.get("text_config"), dict):
-        found["text_config"] = {key: value for key, value in text.items() if key not in own}
-    return found

@@ -14,7 +14,7 @@ from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_files import first_file
 from llm_quantize.models.hub.runnable import fetch_runnable, is_hub_id
 from llm_quantize.models.quantized import is_stored_directory
-from llm_quantize.runtimes import ctranslate2, llama_cpp, transformers, vllm
+from llm_quantize.runtimes import ctranslate2, llama_cpp, mlx, transformers, vllm
 from llm_quantize.runtimes.base import OpenModel, Request, Runtime
 
 __all__ = ["RUNTIMES", "artifact_at", "generate", "open_model", "runtime_for", "what_opens_what"]
@@ -24,6 +24,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "transformers": transformers,
     "vllm": vllm,
     "ctranslate2": ctranslate2,
+    "mlx": mlx,
 }
 
 

@@ -19,6 +19,7 @@ from llm_quantize.architectures.mapping import AbsentWeightError
 from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.formats.foreign import UnknownCodesError
+from llm_quantize.formats.packed_formats import PACKED, said_of
 from llm_quantize.formats.small_files import MOST_BYTES, is_read
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside, refuse_larger
@@ -214,6 +215,21 @@ def refuse_hostile(path: Path) -> None:
         if is_read(entry.name) and entry.is_file():
             refuse_larger(entry, MOST_BYTES)
     read_json_object(inside(path, "config.json"), limit_bytes=CONFIG_LIMIT)
+
+
+def own_format(path: Path) -> str | None:
+    """The format of the model directory ``path`` where only its own runtime reads it; else None. Raises what reading
+    its configuration raises."""
+    said = said_of(read_json_object(inside(path, "config.json"), limit_bytes=CONFIG_LIMIT))
+    name = said.get("quant_method") if isinstance(said, dict) else None
+    form = PACKED.get(name) if isinstance(name, str) else None
+    return form.NAME if form is not None and form.RUNTIME is not None else None
+
+
+def is_torch_directory(path: Path) -> bool:
+    """Whether ``path`` is a model directory of those that Transformers and vLLM read. Raises as
+    ``is_model_directory``."""
+    return is_model_directory(path) and own_format(path) is None
 
 
 def refuse_incomplete(path: Path, *, tells: bool = True) -> None:

@@ -28,7 +28,7 @@ from llm_quantize.runtimes.base import (
     Request,
     Stopwatch,
     Written,
-    is_model_directory,
+    is_torch_directory,
     refuse_incomplete,
     warn_beyond,
 )
@@ -42,7 +42,7 @@ LABEL = "transformers"
 OPENS = "model directories"
 TAKES: frozenset[str] = frozenset()
 VARIABLE = "LLM_QUANTIZE_TRANSFORMERS"
-opens = is_model_directory
+opens = is_torch_directory
 open_model: Opener | None = None
 
 TRANSFORMERS = Worker(

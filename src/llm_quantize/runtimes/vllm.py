@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from llm_quantize.events import EventSink
 from llm_quantize.models.quantized import is_packed_directory
-from llm_quantize.runtimes.base import Opener, Reply, Request, Timer, Written, is_model_directory, refuse_incomplete
+from llm_quantize.runtimes.base import Opener, Reply, Request, Timer, Written, is_torch_directory, refuse_incomplete
 from llm_quantize.runtimes.isolated import Worker, continued, generated, interpreter
 from llm_quantize.runtimes.isolated import run as run_isolated
 from llm_quantize.runtimes.scored import ScoredDirectory
@@ -25,7 +25,7 @@ LABEL = "vLLM"
 OPENS = "model directories"
 TAKES = frozenset({"context"})
 VARIABLE = "LLM_QUANTIZE_VLLM"
-opens = is_model_directory
+opens = is_torch_directory
 open_model: Opener | None = None
 timer: Timer | None = None
 

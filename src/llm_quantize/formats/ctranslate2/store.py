@@ -33,6 +33,8 @@ class CTranslate2Store:
     _scales: dict[str, np.float32] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    fits_unseen = False
+
     @property
     def rounds(self) -> str:
         return "plain"

@@ -26,6 +26,7 @@ class GgufStore:
     """ggml's blocks: a tensor is its packed rows."""
 
     rounds = "fit"
+    fits_unseen = True
 
     def grid_type(self, qtype: str) -> GridType | None:
         return grid_type(qtype) if has_grid(qtype) else None
