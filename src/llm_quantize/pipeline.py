@@ -45,7 +45,7 @@ from llm_quantize.engine import ENGINES, stop_on_signals
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.base import Importance
-from llm_quantize.formats.table import FORMATS, format_name
+from llm_quantize.formats.table import FORMATS, format_name, levels_of
 from llm_quantize.io.leftovers import allocated_bytes
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.shared import SharedModel
@@ -170,7 +170,7 @@ def plan_source(
 ) -> list[ArtifactPlan]:
     """``plan`` for an opened source and the importance that it will be quantized with."""
     form = FORMATS[format_name(format)]
-    levels = levels or tuple(filter(None, [form.default]))
+    levels = levels_of(form, levels)
     if not levels:
         raise UsageError(
             "no level given",

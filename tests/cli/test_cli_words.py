@@ -52,7 +52,7 @@ def test_every_level_in_any_case_and_what_a_wrong_one_is_told(form: str, demo_mo
     for level in FORMATS[form].levels if form != "gguf" else ("F16", "Q2_K", "IQ4_XS"):
         for written in (level, level.lower(), level.upper(), level.replace("_", "-")):
             assert pipeline.plan(str(demo_model), form, levels=[written])[0].level.startswith(
-                ("GPTQ", "AWQ", "BNB", "CT2", level)
+                ("GPTQ", "AWQ", "BNB", "CT2", "MLX", level)
             )
     with pytest.raises(UsageError) as caught:
         pipeline.plan(str(demo_model), form, levels=[FORMATS[form].example + "x"])

@@ -171,7 +171,7 @@ def test_profile_prints_nothing_into_its_own_bar(
     monkeypatch.setattr("llm_quantize.cli.analyze_profile.click.echo", echo)
     words = ["analyze", "profile", str(demo_model), "--windows", "1", "--context", "16", "--types", "q4_0"]
     assert run([*words, "--profile", str(tmp_path / "p.json"), "-o", str(tmp_path / "r.json"), "--dry-run"]) == 0
-    assert "MB" in printed[-1]
+    assert "of memory" in printed[-1]
     assert progress.EVERY > 0
     capsys.readouterr()
 

@@ -19,7 +19,7 @@ from llm_quantize.errors import MissingExtraError, UsageError
 from llm_quantize.events import EventSink
 from llm_quantize.formats.base import Format
 from llm_quantize.formats.gguf.plan import is_block_matrix
-from llm_quantize.formats.table import FORMATS
+from llm_quantize.formats.table import FORMATS, levels_of
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.statistics_file import read_statistics, refuse_other_model
@@ -104,7 +104,7 @@ def foresee(source: Source, format: str, levels: Sequence[str], options: Options
     form = FORMATS.get(format)
     if form is None:
         return None  # the plan refuses it
-    method = options.method.method_of(format)
+    method, levels = options.method.method_of(format), levels_of(form, levels)
     if options.method.calibrates(format) and any(form.calibrated(level) for level in levels):
         if options.statistics is not None:
             return _hessians(source, format, options)

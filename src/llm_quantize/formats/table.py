@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from llm_quantize.errors import UnsupportedError, printable
 from llm_quantize.formats.base import Format
@@ -37,3 +37,8 @@ def format_name(text: str) -> str:
         found=printable(text, 40),
         remedy=f"write {near}, for example: llm-quantize quantize MODEL {near} -q {level}",
     )
+
+
+def levels_of(form: Format, levels: Sequence[str]) -> tuple[str, ...]:
+    """``levels``, or where there are none the format's own; empty where it has none."""
+    return tuple(levels) or tuple(filter(None, [form.default]))
