@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_quantize.artifacts.opening import open_decoded
-from llm_quantize.blockwise.embedding import WrittenMatrix
+from llm_quantize.blockwise.embedding import WrittenTable
 from llm_quantize.models.opening import open_source
 from llm_quantize.options import CalibrationOptions, Options
 from llm_quantize.pipeline import quantize
@@ -20,14 +20,14 @@ from tests.tiny_models import make_tiny
 def test_the_stored_embedding_and_head_are_used(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny("llama", tmp_path / "model", tie_word_embeddings=tied)
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    read_rows = WrittenMatrix.read_rows
+    read_rows = WrittenTable.read_rows
 
-    def watched(self: WrittenMatrix, name: str, rows: torch.Tensor) -> torch.Tensor:
+    def watched(self: WrittenTable, name: str, rows: torch.Tensor) -> torch.Tensor:
         found = read_rows(self, name, rows)
         seen.setdefault(name, []).append((rows, found))
         return found
 
-    monkeypatch.setattr(WrittenMatrix, "read_rows", watched)
+    monkeypatch.setattr(WrittenTable, "read_rows", watched)
     calibration = CalibrationOptions(data=(str(write_text(tmp_path)),), samples=3, length=32)
     options = Options(threads=1, calibration=calibration)
     (result,) = quantize(str(model), "ctranslate2", levels=["int8"], output_dir=tmp_path, options=options)
