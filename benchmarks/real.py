@@ -5,9 +5,11 @@ the built-in texts; ``--method rtn`` rounds to nearest. For bitsandbytes those a
 compressed-tensors rtn is on scales that were searched, so there is a third file on plain scales: the largest magnitude
 of a block over the largest level, as the package computes them. Divergence is measured on the built-in evaluation
 text and on the English of it alone, on the same tokens for all files of a row, which are compared in pairs. Rows that
-stand in the JSON file are kept.
+stand in the JSON file are kept. Where an environment with another tool is named, the tool's own error feedback joins
+its rows, on the windows that our command draws.
 
-    python benchmarks/real.py --model .models/SmolLM2-135M-Instruct --directory .models/runs --json FILE
+    python benchmarks/real.py --model .models/SmolLM2-135M-Instruct --directory .models/runs --json FILE \\
+        --llmcompressor-python PATH --mlx-python PATH
 """
 
 from __future__ import annotations
@@ -27,19 +29,33 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 # This folder has a file called like the gguf package: it must not come first on the import path.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+sys.path.append(str(HERE / "peers"))
 
+from launch import Candidate, add_interpreters, interpreters, launch
+
+from llm_quantize.calibration.text import load_texts
+from llm_quantize.calibration.tokens import TextTokenizer
+from llm_quantize.calibration.windows import sample_windows
 from llm_quantize.data import evaluation_texts
+from llm_quantize.models.opening import open_source
 
 ROWS = (
     ("bitsandbytes", "NF4", ("default", "rtn")),
-    ("compressed-tensors", "NVFP4A16", ("default", "rtn", "plain")),
-    ("compressed-tensors", "MXFP4A16", ("default", "rtn", "plain")),
+    ("compressed-tensors", "NVFP4A16", ("default", "rtn", "plain", "llmcompressor")),
+    ("compressed-tensors", "MXFP4A16", ("default", "rtn", "plain", "llmcompressor")),
+    ("mlx", "4bit", ("default", "rtn", "mlx_lm.gptq")),
+    ("ctranslate2", "int8", ("default", "rtn")),
     ("bitsandbytes", "INT8", ("default", "rtn")),
     ("compressed-tensors", "FP8_DYNAMIC", ("default", "rtn", "plain")),
 )
 TEXTS = {"English and Japanese": (), "English": ("pride_and_prejudice",)}
 """Passages of the built-in evaluation text, none: all of it. A model that knows little Japanese falls apart into bytes
 there, which are most of the tokens."""
+PEERS = {
+    "llmcompressor": ("llmcompressor", "run_llmcompressor.py", "--scheme"),
+    "mlx_lm.gptq": ("mlx", "run_mlx_gptq.py", "--bits"),
+}
+"""Error feedback by other tools: the environment, its runner, and how that is told the level."""
 # Rounding to nearest as the format's owner scales, which is no option of ours where a better scale costs nothing.
 PLAIN = """
 from llm_quantize.cli import main
@@ -74,7 +90,12 @@ def run(program: list[str], arguments: list[str], threads: int) -> tuple[dict[st
 def measure(form: str, level: str, kinds: tuple[str, ...], options: argparse.Namespace) -> dict[str, Any]:
     """One row: the files made, and what each lost."""
     made, paths = {}, []
+    kinds = tuple(how for how in kinds if how not in PEERS or PEERS[how][0] in options.tools)
     for how in kinds:
+        if how in PEERS:
+            made[how], path = peer(form, level, how, options)
+            paths.append(str(path))
+            continue
         words = command(form, level, how, options)
         folder = options.directory / f"{form}-{level}-{how}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -87,6 +108,26 @@ def measure(form: str, level: str, kinds: tuple[str, ...], options: argparse.Nam
         made[how] = {"command": shown + (" (on plain scales)" if how == "plain" else ""), "bytes": size, **cost}
     texts = {name: judge(name, paths, kinds, options) for name in TEXTS}
     return {"format": form, "level": level, "made": made, "texts": texts}
+
+
+def peer(form: str, level: str, how: str, options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+    """What another tool made on the windows that our command draws, and where it lies. SystemExit where it fails."""
+    tool, script, option = PEERS[how]
+    tokens = options.directory / f"tokens-{options.samples}x{options.length}.json"
+    if not tokens.is_file():
+        source = open_source(str(options.model))
+        with source.checkpoint:
+            text = TextTokenizer(source)
+            drawn = sample_windows(load_texts(()), text, samples=options.samples, length=options.length, seed=0)
+        tokens.write_text(json.dumps(drawn.ids.tolist()))
+    candidate = Candidate(f"{form}-{level}-{how}", tool, script, (option, level.removesuffix("bit")))
+    inputs = (options.model.resolve(), tokens.resolve())
+    found = launch(candidate, options.tools[tool].absolute(), inputs, options.directory.resolve(), options.threads)
+    if "error" in found:
+        raise SystemExit(f"{candidate.name}: {found['error']}")
+    path = options.directory / candidate.name
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return {"bytes": size, **{key: found[key] for key in ("cpu_seconds", "wall_seconds", "rss_peak")}}, path
 
 
 def judge(name: str, paths: list[str], kinds: tuple[str, ...], options: argparse.Namespace) -> dict[str, Any]:
@@ -130,7 +171,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--note", default="", help="what else the machine was doing, for the result")
     parser.add_argument("--json", type=Path, required=True)
+    add_interpreters(parser)
     options = parser.parse_args()
+    options.tools = interpreters(options)
     os.environ["LLM_QUANTIZE_CACHE"] = str(options.directory / "cache")
     for form, level, kinds in ROWS:
         name = f"{form} {level}"

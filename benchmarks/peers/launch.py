@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ENVIRONMENTS = ("gptqmodel", "llmcompressor", "autoawq", "autoround")
+ENVIRONMENTS = ("gptqmodel", "llmcompressor", "autoawq", "autoround", "mlx")
 
 
 @dataclass(frozen=True)

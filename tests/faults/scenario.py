@@ -12,6 +12,9 @@ from typing import Any
 
 from .forking import CommandLine, Outcome, finished, hashes, recorded
 
+BY_BYTES_ALONE = ["llm_quantize.io.output", "SYNC_SECONDS", 1e9]
+"""A slow machine would save more often than the run whose calls were counted."""
+
 
 @dataclass
 class Scenario:
@@ -43,7 +46,9 @@ class Scenario:
         """The command into ``directory``; ``{}`` in an argument stands for it."""
         words = [word.replace("{}", str(directory)) for word in (*self.arguments, *more)]
         place = ("-o", directory / "out")
-        return self.command_line.run("quantize", self.model, self.format, *place, *words, **{**self.always, **faults})
+        given = {**self.always, **faults}
+        given["constants"] = [*given.get("constants", []), BY_BYTES_ALONE]
+        return self.command_line.run("quantize", self.model, self.format, *place, *words, **given)
 
     @staticmethod
     def warned(outcome: Outcome) -> list[str]:
