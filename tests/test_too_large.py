@@ -54,11 +54,10 @@ def statistics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = ["--calibration-data", str(text), "--calibration-samples", "2", "--sequence-length", "64"]
         words += ["--collect", "imatrix,hessian", "--threads", "1", "-o", str(directory / "s.safetensors")]
         assert run(["analyze", "importance", str(sound), *words]) == 0
-    from llm_quantize.models.identity import model_digest
     from llm_quantize.models.opening import open_source
 
     with (source := open_source(str(model))).checkpoint:
-        edit(directory / "s.safetensors", put("model", {"name": "tiny", "sha256": model_digest(source.checkpoint)}))
+        edit(directory / "s.safetensors", put("model", {"name": "tiny", "sha256": source.content()}))
     reseal(directory / "s.safetensors")
     return directory / "s.safetensors"
 

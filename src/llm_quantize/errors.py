@@ -152,6 +152,13 @@ class BusyError(LlmQuantizeError):
     kind = "busy"
 
 
+class PromiseError(LlmQuantizeError):
+    """What a method made is not what it promises: far from the weights, and worse than plain rounding."""
+
+    exit_code = 13
+    kind = "promise"
+
+
 class StoppedError(LlmQuantizeError):
     """Stopped by a signal; the same command continues where this one ended."""
 

@@ -40,12 +40,12 @@ from llm_quantize.artifacts.vouched import Vouched
 from llm_quantize.blockwise import effort, solve_matrices
 from llm_quantize.blockwise.estimate import estimate
 from llm_quantize.calibration import choose
-from llm_quantize.calibration.cache import cache_directory
 from llm_quantize.engine import ENGINES, stop_on_signals
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.base import Importance
 from llm_quantize.formats.table import FORMATS, format_name, levels_of
+from llm_quantize.io.cache import cache_directory
 from llm_quantize.io.leftovers import allocated_bytes
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.shared import SharedModel
@@ -95,7 +95,7 @@ def quantize(
     source = open_source(model, revision=revision, on_event=on_event)
     before, told = memory.before_libraries(), frozenset[str]()
     with source.checkpoint:
-        importance: choose.Chosen | None = choose.foresee(source, format, levels, options)
+        importance: choose.Chosen | None = choose.foresee(source, format, levels, options, on_event)
         plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
         costs = [effort.writing(artifact) for artifact in plans]
         collect, write = events.parts(on_event, [effort.collecting(source, importance, options), sum(costs)])
@@ -109,7 +109,7 @@ def quantize(
         _tell(plans, told, on_event)
         paths = [target_path(Path(output_dir), artifact) for artifact in plans]
         plans = [as_begun(plan, path, options, on_event) for plan, path in zip(plans, paths, strict=True)]
-        vouched = Vouched(cache_directory() / "complete", source, source_times(source.checkpoint))
+        vouched = Vouched.of(source.checkpoint.files, source_times(source.checkpoint), cache_directory() / "complete")
         done = [
             already_complete(source, artifact, path, options, vouched, events.Part(write, 0.0, 0.0))
             for artifact, path in zip(plans, paths, strict=True)

@@ -55,6 +55,35 @@ def test_every_form_of_plain_text(tmp_path: Path) -> None:
     assert documents[1].metadata == {"id": 7}
 
 
+@given(text=st.text(max_size=8), key=st.sampled_from([None, "text", "other"]), blank=st.sampled_from(["", " ", "\t"]))
+def test_the_short_way_through_a_line_finds_what_the_whole_way_finds(text: str, key: str | None, blank: str) -> None:
+    for ascii in (True, False):
+        words = json.dumps(text, ensure_ascii=ascii)
+        line = f"{blank}{words}{blank}\r\n" if key is None else f'{blank}{{{blank}"{key}" :{words}{blank}}}\n'
+        found = text_files._plain(line.encode())
+        assert found is None or text_files._document(json.loads(line), Path("x"), "").text == found
+        assert (found is None) == (key == "other" or words != f'"{text}"')
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'"a\xff"',
+        b'"a" "b"',
+        b'"a',
+        b'a"',
+        b'{"text": "a"',
+        b'"a"}',
+        b'{"text": "a", "b": 1}',
+        b'"a\tb"',
+        b'\x0b"a"',
+        b'"\xed\xa0\x80"',
+    ],
+)
+def test_what_is_no_plain_line_goes_the_whole_way(line: bytes) -> None:
+    assert text_files._plain(line) is None
+
+
 def test_every_form_of_chat(tmp_path: Path) -> None:
     share = [{"from": "system", "value": "Be."}, {"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
@@ -67,7 +96,7 @@ def test_every_form_of_chat(tmp_path: Path) -> None:
     assert [m["role"] for m in found[1].messages] == ["system", "user", "assistant"]
     assert found[2].messages[0]["content"] == "a\nb"
     assert found[3].messages[2]["content"] == ""
-    assert read_documents(write(tmp_path / "c.json", items))[0] == found
+    assert list(read_documents(write(tmp_path / "c.json", items))[0]) == list(found)
 
 
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,15 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_quantize.calibration import documents
 from llm_quantize.calibration import windows as module
+from llm_quantize.calibration.documents import Document, Message
 from llm_quantize.calibration.enough import coverage_advice
 from llm_quantize.calibration.text import Corpus, Dataset, load_texts
-from llm_quantize.calibration.text_files import Document, Message
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.calibration.windows import Windows, exchanges, sample_windows, split_text
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.models.opening import open_source
 from tests.hearing import into
+from tests.oracles import drawn_windows as slow
 
 END = 1_000_000
 
@@ -266,3 +270,79 @@ def test_the_default_mix_on_the_demo_model(demo_model: Path) -> None:
     assert found.exact
     assert 300_000 < sum(share.available_tokens for share in found.shares()) < 500_000
     assert int(found.ids.max()) < tokenizer.rows
+
+
+def _files(folder: Path) -> list[str]:
+    """A file of every form: repeated single letters, escapes, other keys, a conversation that the template refuses."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    random = np.random.default_rng(0)
+    letter = ["abcdefgh"[i] for i in random.integers(0, 8, 900)]
+    long = ["".join(chr(0x3041 + i) for i in random.integers(0, 60, size)) for size in (3, 150, 90, 700)]
+    talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    odd = [
+        {"text": "a", "id": 1},
+        {"text": 'q"\\ \n'},
+        {"messages": talk},
+        {"messages": [{"role": "tool", "content": "x"}]},
+    ]
+    lines = [json.dumps(one) for one in [*letter[:300], *long, *odd, *letter[300:400]]]
+    lines += [
+        ' {"text" : "é"} ',
+        "",
+        '"\u65e5"\t',
+        '""',
+        "  ",
+        '{"text": "  "}',
+        json.dumps(long[1], ensure_ascii=False),
+    ]
+    (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    (folder / "b.txt").write_text("".join(long) + "\n\nword. " * 40, encoding="utf-8")
+    (folder / "c.json").write_text(json.dumps([*letter[400:700], *long[::-1], {"text": "b"}]))
+    parquet.write_table(pyarrow.table({"text": [*letter[600:], None, "", *long]}), folder / "d.parquet")
+    return [
+        f"{folder / name}={weight}"
+        for name, weight in (("a.jsonl", 2), ("b.txt", 1), ("c.json", 1.5), ("d.parquet", 1))
+    ]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(("bos", "eos"), [(None, END), (5, END), (5, None)])
+@pytest.mark.parametrize(("part", "piece"), [(4 << 20, 1 << 18), (200, 64), (40, 100)])
+def test_draws_are_those_of_the_slow_way(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chat: bool,
+    bos: int | None,
+    eos: int | None,
+    part: int,
+    piece: int,
+) -> None:
+    """However documents are packed, batched and remembered."""
+    items = _files(tmp_path)
+    for name, value in (("PART_CHARACTERS", part), ("_PIECE_CHARACTERS", piece), ("_BATCH", 7), ("_KNOWN", 4)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(documents, "SHORT", 100)
+    text, tokenizer = load_texts(items), letters(bos=bos, eos=eos)
+    found = sample(text, tokenizer, samples=10_000, length=10, seed=3, chat=chat)
+    sets = [(one.weight, slow.documents(tmp_path / one.name)) for one in text.datasets]
+    wanted = slow.drawn(sets, tokenizer, samples=10_000, length=10, seed=3, chat=chat, part=part, piece=piece)
+    assert len(wanted) > 200
+    assert np.array_equal(found.ids, wanted)
+    assert found.shares()[0].available_windows == found.shares()[0].windows
+
+
+def test_a_million_short_documents_take_little_more_than_their_letters() -> None:
+    tracemalloc.start()
+    try:
+        packed = documents.Documents(Document("é" * (1 + i % 3)) for i in range(100_000))
+        held = tracemalloc.get_traced_memory()[0]
+        pieces = module._Pieces(packed, letters(), chat=False)
+        beside = tracemalloc.get_traced_memory()[0] - held
+    finally:
+        tracemalloc.stop()
+    assert held < 20 * len(packed)
+    assert beside < len(packed)
+    assert [document.text for document in packed[:4]] == ["é", "éé", "ééé", "é"]
+    assert packed.characters == sum(part.characters for part in pieces.parts) == sum(d.characters for d in packed)

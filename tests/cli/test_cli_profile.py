@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from llm_quantize.calibration.imatrix import TensorStatistics
 from llm_quantize.cli import run
 from llm_quantize.io.imatrix_writer import write_imatrix_dat
+from llm_quantize.io.journal import record_line
+from llm_quantize.models.opening import open_source
 from tests.oracles.llama_quantize import types_of
 from tests.tiny_models import make_tiny
 
@@ -82,6 +85,42 @@ def test_what_it_takes_is_told_first(model: str, capsys: pytest.CaptureFixture[s
     assert run(arguments(model, "--dry-run", "--json")) == 0
     assert json.loads(capsys.readouterr().out)["streams"] == 48
     assert not Path("tiny.profile.json").exists()
+
+
+def test_figures_of_a_fine_tune_are_not_taken(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal headers, size and time of writing; one byte in the middle of a large tensor is another."""
+    monkeypatch.setenv("LLM_QUANTIZE_CACHE", "cache")
+    assert run(arguments(model, "--dry-run")) == 0
+    assert not Path("cache").exists(), "a question costs no reading of the model"
+    assert run(arguments(model, "--like", "Q5_0")) == 0
+    kept = Path("tiny.profile.json").read_bytes()
+    rows = json.loads(kept)["sensitivities"]
+    with open_source(model).checkpoint as checkpoint:
+        info = checkpoint.tensors["model.layers.0.mlp.up_proj.weight"]
+        file, place = info.file, info.offset + info.nbytes // 2 + 1
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    data[place] ^= 0x80
+    with file.open("r+b") as stream:
+        stream.write(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    capsys.readouterr()
+    assert run(arguments(model, "--like", "Q5_1")) == 8
+    assert "measured on another model" in capsys.readouterr().err
+
+    # Nor does measuring go on from what an unfinished run has measured on the other.
+    with (source := open_source(model)).checkpoint:
+        now = source.content()
+    first = json.loads(kept)
+    for digest, taken in ((first["model"]["sha256"], False), (now, True)):
+        Path("tiny.profile.json").unlink()
+        about = {"model": digest, "windows": first["text"]["sha256"], "importance": None, "device": "cpu"}
+        Path("tiny.profile.json.journal").write_bytes(record_line({"identity": about}) + record_line({"rows": rows}))
+        assert run(arguments(model, "--like", "Q5_1", "--json", "-o", f"{taken}.json")) == 0
+        assert (json.loads(capsys.readouterr().out)["sensitivities"] == rows) == taken
+        assert json.loads(Path("tiny.profile.json").read_bytes())["model"]["sha256"] == now
 
 
 @pytest.mark.parametrize(

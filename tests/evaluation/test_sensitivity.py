@@ -172,7 +172,7 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
     good = json.loads(path.read_text(encoding="utf-8"))
     for change, error in (
         ({"format": "x"}, MalformedInputError),
-        ({"format_version": 2}, UnsupportedError),
+        ({"format_version": 1}, UnsupportedError),
         ({"model": {}}, MalformedInputError),
         ({"text": []}, MalformedInputError),
         ({"importance": 4}, MalformedInputError),

@@ -19,7 +19,6 @@ from llm_quantize.errors import (
 )
 from llm_quantize.formats.gguf.levels import Overrides, Recipe
 from llm_quantize.formats.gguf.recipe_file import read_recipe, write_recipe
-from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, plan, quantize
 from tests.oracles.llama_quantize import types_of
@@ -137,7 +136,7 @@ def test_what_does_not_fit_the_model_is_named(model: Path, tmp_path: Path, tenso
 def test_a_recipe_for_another_model_is_refused(model: Path, tmp_path: Path) -> None:
     source = open_source(str(model))
     with source.checkpoint:
-        own = model_digest(source.checkpoint)
+        own = source.content()
     for digest, fits in ((own, True), ("b" * 64, False)):
         recipe = read_recipe(save(tmp_path / "r.json", fields(model={"sha256": digest})))
         options = Options(overrides=Overrides(recipe=recipe))

@@ -11,7 +11,7 @@ import pytest
 
 from llm_quantize.errors import MalformedInputError
 from llm_quantize.io import content
-from llm_quantize.io.content import SAMPLE_BYTES, SAMPLES, contents
+from llm_quantize.io.content import SAMPLE_BYTES, SAMPLES, contents, keep_hash, kept_hash, standing
 
 SIZE = 3 * SAMPLES * SAMPLE_BYTES
 
@@ -87,3 +87,42 @@ def test_where_nothing_can_be_kept_it_is_read_again(file: Path, tmp_path: Path) 
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(MalformedInputError):
         contents([tmp_path / "pipe"], kept=None)
+
+
+def test_a_byte_written_within_one_tick_of_the_clock_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that tells time in steps of 10 ms: the first hash waits until the next."""
+    true = os.fstat
+
+    class Coarse:
+        def __init__(self, found: os.stat_result) -> None:
+            self.found, self.st_ctime_ns = found, found.st_ctime_ns // 10_000_000 * 10_000_000
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.found, name)
+
+    monkeypatch.setattr(content.os, "fstat", lambda descriptor: Coarse(true(descriptor)))
+    for number in range(20):
+        file = tmp_path / f"{number}"
+        file.write_bytes(bytes(SIZE))
+        before = file.stat()
+        first, _ = read(file, tmp_path / "kept")
+        with file.open("r+b") as stream:
+            stream.seek(SAMPLE_BYTES + 100)
+            stream.write(b"\xff")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert read(file, tmp_path / "kept")[0] != first
+
+
+def test_what_stands_is_the_same_until_it_is_written(file: Path) -> None:
+    before = standing(file)
+    assert standing(file) == before
+    file.write_bytes(file.read_bytes())
+    assert standing(file) != before
+
+
+def test_a_hash_is_believed_of_the_same_facts_only(tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    keep_hash(record, {"files": [1]}, "ab")
+    assert kept_hash(record, {"files": [1]}) == "ab"
+    assert kept_hash(record, {"files": [2]}) is None
+    assert kept_hash(tmp_path / "none.json", {"files": [1]}) is None

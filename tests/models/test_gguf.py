@@ -26,7 +26,7 @@ from llm_quantize.data import demo_model
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.formats.gguf.metadata import OF_THE_FILE
 from llm_quantize.io.gguf_file import GgufFile, MetaValue, layout_gguf, read_gguf
-from llm_quantize.models.identity import model_digest
+from llm_quantize.models.identity import content_digest
 from llm_quantize.models.opening import open_model, open_source
 from llm_quantize.options import CalibrationOptions, MeasurementOptions, MethodOptions
 from llm_quantize.pipeline import Options, plan, quantize
@@ -331,7 +331,7 @@ def test_the_digest_follows_the_weights_and_changes_are_noticed(llama: Path, tmp
     path = tmp_path / "copy.gguf"
     shutil.copy(llama, path)
     with open_model(str(path)) as model, open_model(str(llama)) as other:
-        before = model_digest(model)
+        before = content_digest(model)
         entry = next(tensor for tensor in read_gguf(path).tensors if tensor.name == "output.weight")
         assert other.tensors["lm_head.weight"].offset == entry.offset
         data = bytearray(path.read_bytes())
@@ -340,7 +340,7 @@ def test_the_digest_follows_the_weights_and_changes_are_noticed(llama: Path, tmp
         with pytest.raises(IntegrityError, match="changed"):
             model.read_rows("lm_head.weight", 0, 1)
     with open_model(str(path)) as model:
-        assert model_digest(model) != before
+        assert content_digest(model) != before
 
 
 def test_mistral_and_llama_are_told_by_their_tensors(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from llm_quantize.artifacts.verify import verify
 from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.io.artifact_paths import manifest_path
-from llm_quantize.models.identity import model_digest
+from llm_quantize.models.identity import content_digest
 from llm_quantize.models.opening import open_model, open_source
 from llm_quantize.models.safetensors import open_checkpoint
 from llm_quantize.options import MethodOptions
@@ -106,13 +106,13 @@ def test_a_directory_of_another_writer_is_quantized_again(llama: Path, tmp_path:
 def test_the_digest_follows_the_codes(llama: Path, tmp_path: Path) -> None:
     write_directory(llama, tmp_path / "packed", Layout("gptq", group=32))
     with open_model(str(tmp_path / "packed")) as model:
-        before = model_digest(model)
+        before = content_digest(model)
         info = next(info for name, info in model.tensors.items() if name.endswith("q_proj.weight"))
     data = bytearray(info.file.read_bytes())
     data[info.offset] ^= 16
     info.file.write_bytes(data)
     with open_model(str(tmp_path / "packed")) as model:
-        assert model_digest(model) != before
+        assert content_digest(model) != before
 
 
 def test_headers_are_enough_to_plan(llama: Path, tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from llm_quantize.io.paths import open_argument
 from llm_quantize.models.identity import header_digest
 from llm_quantize.models.opening import Source
 from llm_quantize.reports.findings import VERSION
-from llm_quantize.reports.provenance import fingerprint
 
 # Mean KLD by level: (without importance, with importance). None: not in the table.
 PUBLISHED: Mapping[str, tuple[float | None, float | None]] = {
@@ -225,7 +224,7 @@ def experience_of(source: Source, report: Path | None = None, on_event: EventSin
     if report is None and not DEFAULT_REPORT.is_file():
         return Experience()
     model = source.checkpoint
-    content = None if model.temporary is not None else lambda: fingerprint(source, on_event)
+    content = None if model.temporary is not None else lambda: source.content(on_event)
     wanted = Wanted(header_digest(model), content, model.revision)
     return read_report(report or DEFAULT_REPORT, wanted, given=report is not None)
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from llm_quantize.blockwise.gram import Gram
+from llm_quantize.blockwise.proof import prove
 from llm_quantize.blockwise.segments import Segment
 from llm_quantize.blockwise.stages import parent_tap
 from llm_quantize.formats.base import ReadRows, Store
@@ -190,6 +191,8 @@ class Solver:
         else:
             found = self.method.solve(weight, kind, factor, self.options)
             grid, codes = found.grid, found.codes
+            if self.options.compare:
+                prove(matrix.name, matrix.qtype, work.start, weight, factor, found)
             work.job.note(float(found.loss.sum()), float(found.plain_loss.sum()), found.plain_rows)
         if _out_of_range(grid, codes, weight):
             with work.job.lock:

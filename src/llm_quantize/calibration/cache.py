@@ -91,12 +91,3 @@ def _measured(file: Path) -> tuple[int, str]:
         except OSError as error:
             raise read_failure(error, file) from error
     return size, digest.hexdigest()
-
-
-def cache_directory() -> Path:
-    """Where statistics are kept: LLM_QUANTIZE_CACHE, or llm-quantize in the user's cache directory."""
-    chosen = os.environ.get("LLM_QUANTIZE_CACHE")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "llm-quantize"

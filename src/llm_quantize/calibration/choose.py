@@ -16,7 +16,7 @@ from llm_quantize.calibration.text import load_texts
 from llm_quantize.calibration.tokens import need_tokenizer
 from llm_quantize.calibration.windows import Windows
 from llm_quantize.errors import MissingExtraError, UsageError
-from llm_quantize.events import EventSink
+from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.base import Format
 from llm_quantize.formats.gguf.plan import is_block_matrix
 from llm_quantize.formats.table import FORMATS, levels_of
@@ -94,7 +94,9 @@ Chosen = Imatrix | Foreseen | Text
 """The importance of a run: values, from a file or a calibration; what is still to be collected; or text alone."""
 
 
-def foresee(source: Source, format: str, levels: Sequence[str], options: Options) -> Imatrix | Foreseen | None:
+def foresee(
+    source: Source, format: str, levels: Sequence[str], options: Options, on_event: EventSink = ignore
+) -> Imatrix | Foreseen | None:
     """The importance of this run: read from the user's file, foreseen where it must be calibrated first, or None.
 
     A plan made with foreseen importance has the exact size; its identity is still open. Raises UsageError where options
@@ -107,7 +109,7 @@ def foresee(source: Source, format: str, levels: Sequence[str], options: Options
     method, levels = options.method.method_of(format), levels_of(form, levels)
     if options.method.calibrates(format) and any(form.calibrated(level) for level in levels):
         if options.statistics is not None:
-            return _hessians(source, format, options)
+            return _hessians(source, format, options, on_event)
         if options.calibrate is False:
             raise UsageError(
                 f"--no-calibration cannot be used here: {format} made so runs text through the model",
@@ -119,7 +121,7 @@ def foresee(source: Source, format: str, levels: Sequence[str], options: Options
         _refuse_idle(options, f"{format} with --method {method.name} needs no text")
         return None
     elif not _calibrates(source, form, levels, options):
-        return _given(source, options)
+        return _given(source, options, on_event)
     need_tokenizer(source.checkpoint)
     return _foreseen(source, calibration_of(source, format, options).settled())
 
@@ -175,7 +177,7 @@ def _matrices(source: Source) -> frozenset[str]:
     return frozenset(output.name for output in source.tensors.outputs if is_block_matrix(output))
 
 
-def _hessians(source: Source, format: str, options: Options) -> Imatrix:
+def _hessians(source: Source, format: str, options: Options, on_event: EventSink) -> Imatrix:
     """What statistics with Hessians stand for in plans. Raises UsageError where they cannot serve."""
     if options.method.inputs != "source" or options.method.transform_of(format).passes:
         raise UsageError(
@@ -192,7 +194,7 @@ def _hessians(source: Source, format: str, options: Options) -> Imatrix:
                 found=", ".join(statistics.kinds),
                 remedy="collect them: llm-quantize analyze importance --collect imatrix,hessian",
             )
-    return from_statistics(statistics.path, source, whole=True)
+    return from_statistics(statistics.path, source, whole=True, on_event=on_event)
 
 
 def _refuse_idle(options: Options, why: str) -> None:
@@ -234,20 +236,20 @@ def need_torch(feature: str, *packages: str) -> None:
         raise MissingExtraError(feature, "torch")
 
 
-def from_statistics(path: Path, source: Source, *, whole: bool = False) -> Imatrix:
+def from_statistics(path: Path, source: Source, *, whole: bool = False, on_event: EventSink = ignore) -> Imatrix:
     """The importance matrix in a file of statistics: the values that llama.cpp would read from our imatrix of them.
 
     Its name and hash follow from the values alone, so that the artifact does not depend on where the file lies;
-    ``whole``: from all values in the file, Hessians too.
+    ``whole``: from all values in the file, Hessians too. ``on_event`` hears how far the reading of the source is, where
+    its hash is not known.
     Raises IntegrityError for statistics of another model (a source opened for its headers cannot tell), and what
     reading raises.
     """
     from llm_quantize.calibration.imatrix import tensor_statistics
-    from llm_quantize.models.identity import model_digest
 
     with read_statistics(path) as statistics:
         if not source.checkpoint.headers_only:
-            refuse_other_model(statistics, model_digest(source.checkpoint))
+            refuse_other_model(statistics, source.content(on_event))
         known = tensor_statistics(statistics, source.tensors.outputs)
         text, content = statistics.identity.text, statistics.content_sha256
     values = {name: found.importance for name, found in known.items()}
@@ -265,12 +267,12 @@ def _digest(values: Mapping[str, npt.NDArray[np.float32]]) -> str:
     return digest.hexdigest()
 
 
-def _given(source: Source, options: Options) -> Imatrix | None:
+def _given(source: Source, options: Options, on_event: EventSink) -> Imatrix | None:
     found = None
     if options.imatrix is not None:
         found = read_imatrix(options.imatrix)
     elif options.statistics is not None:
-        found = from_statistics(options.statistics, source)
+        found = from_statistics(options.statistics, source, on_event=on_event)
     rows_of(source, found)
     return found
 

@@ -26,7 +26,7 @@ import llm_quantize
 from llm_quantize import events, memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.output import refuse_changed, source_times
-from llm_quantize.calibration.cache import cache_directory, is_kept, manifest_of, prepare_directory
+from llm_quantize.calibration.cache import is_kept, manifest_of, prepare_directory
 from llm_quantize.calibration.drawing import draw_windows
 from llm_quantize.calibration.enough import coverage_advice
 from llm_quantize.calibration.imatrix import coverage
@@ -37,6 +37,7 @@ from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_paths import journal_path, manifest_path
+from llm_quantize.io.cache import cache_directory
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.leftovers import allocated_bytes, discard_hidden, discard_partial, hidden_bytes
 from llm_quantize.io.output import OutputFile, ResumableOutput, Span
@@ -49,7 +50,6 @@ from llm_quantize.io.statistics_layout import (
     layout_statistics,
 )
 from llm_quantize.io.whole_file import write_file
-from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import Source
 from llm_quantize.options import CalibrationOptions
 from llm_quantize.streams.sizes import from_network
@@ -70,11 +70,13 @@ MAX_PARTS = 4
 
 @dataclass
 class _Run:
-    """One calibration: what stays the same for all its parts, and what it cost so far."""
+    """One calibration: what stays the same for all its parts, and what it cost so far. ``times``: of the source's files
+    before the hash in ``model`` was asked for."""
 
     source: Source
     options: CalibrationOptions
     model: Mapping[str, Any]
+    times: list[list[Any]]
     text: Mapping[str, Any]
     windows: Windows
     kinds: tuple[str, ...]
@@ -155,10 +157,11 @@ def _result(state: _Run, path: Path, total: int, short: Mapping[str, tuple[int, 
 
 def _open_run(source: Source, options: CalibrationOptions, before: int | None, on_event: EventSink) -> _Run:
     windows, facts = draw_windows(source, options, on_event)
-    model = {"name": source.checkpoint.name, "sha256": model_digest(source.checkpoint)}
+    times = source_times(source.checkpoint)
+    model = {"name": source.checkpoint.name, "sha256": source.content(on_event)}
     kinds = check_kinds(options.collect)
     dtype = compute_dtype(source, options.device)
-    return _Run(source, options, model, facts, windows, kinds, dtype, on_event, before=before)
+    return _Run(source, options, model, times, facts, windows, kinds, dtype, on_event, before=before)
 
 
 def compute_dtype(source: Source, device: str) -> Literal["float32", "bfloat16"]:
@@ -268,23 +271,22 @@ def _collect(state: _Run, start: int, count: int) -> Path:
         journal_path=journal_path(target),
         on_warning=lambda text: state.on_event(events.Caution(text)),
     )
-    times = source_times(state.source.checkpoint)
     with output, stop_on_signals() as stop:
-        _begin(output, times, state.on_event)
+        _begin(output, state.times, state.on_event)
         job = _Part(state, network, layout, taps, output, keys, ids.shape[0], ids.shape[1], fitted, stop)
         _run_blocks(job, ids)
         _write_content(job)
         blocks = {key: record["sha256"] for key, record in sorted(output.records.items())}
         facts = {"identity": {"model": dict(identity.model), "text": dict(identity.text)}, "blocks": blocks}
-        refuse_changed(state.source.checkpoint, times)
+        refuse_changed(state.source.checkpoint, state.times)
         output.sync()  # says so where the cache was taken away meanwhile
         output.finish(manifest_of(output.partial, target.name, facts))
     return target
 
 
 def _begin(output: ResumableOutput, times: list[list[Any]], on_event: EventSink) -> None:
-    """Note when the source's files were written; what was collected before one of them was is collected again: its name
-    is made of the model's samples, which may be the same."""
+    """Note when the source's files were written; what was collected before one of them was is collected again: they may
+    have held other weights meanwhile."""
     if output.notes.get("source_times") not in (None, times) and (output.records or output.notes.get("hidden")):
         on_event(events.Caution("the source was written since the unfinished calibration; it is collected anew"))
         output.forget(*output.records)

@@ -1,8 +1,8 @@
 """The rows of a .parquet file, read in the limited process of ``text_files.py``: pyarrow and the standard library.
 
-Asked for {"file"}, it answers {"columns": names} where none of them is of text, else {"column"} once, then {"row":
-number from 1, "json": its value} for every row that has one, and {"end": true}; or {"refused": why}, or {"too_much":
-what}.
+Asked for {"file"}, it answers {"columns": names} where none of them is of text, else {"column"} once, then {"rows":
+numbers from 1, "values": what they hold} for the rows that hold something, and {"end": true}; or {"refused": why}, or
+{"too_much": what}. A value is a string, or {"json"} of anything else.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _BATCH = 64  # rows in memory at a time, unfolded
+_TOLD = 1 << 20  # characters told at a time, unless one row has more
 
 
 def answers(first: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -36,18 +37,35 @@ def _rows(file: str, columns: list[str], most: int) -> Iterator[dict[str, Any]]:
             yield {"columns": ", ".join(names)[:1000]}
             return
         yield {"column": column}
-        row = 0
+        row, characters = 0, 0
+        rows: list[int] = []
+        values: list[Any] = []
         for batch in table.iter_batches(batch_size=_BATCH, columns=[column], use_threads=False):
-            for value in batch.column(0):
+            for found in batch.column(0).to_pylist():
                 row += 1
-                found = value.as_py()
-                if found is not None:
-                    text = json.dumps(found, default=_stranger, ensure_ascii=False)
-                    if len(text) > most:
-                        yield {"too_much": f"{len(text):,} characters in row {row}"}
-                        return
-                    yield {"row": row, "json": text}
+                if found is None:
+                    continue
+                value, size = _told(found, most)
+                if size > most:
+                    yield {"too_much": f"{size:,} characters in row {row}"}
+                    return
+                if characters + size > _TOLD and rows:
+                    yield {"rows": rows, "values": values}
+                    rows, values, characters = [], [], 0
+                rows.append(row)
+                values.append(value)
+                characters += size
+        if rows:
+            yield {"rows": rows, "values": values}
     yield {"end": True}
+
+
+def _told(found: Any, most: int) -> tuple[Any, int]:
+    """What is told of a value, and how many characters its JSON has, or might have, if that is less than ``most``."""
+    if isinstance(found, str) and 6 * len(found) + 2 <= most:
+        return found, 6 * len(found) + 2
+    text = json.dumps(found, default=_stranger, ensure_ascii=False)
+    return found if isinstance(found, str) else {"json": text}, len(text)
 
 
 def _stranger(value: object) -> dict[str, str]:

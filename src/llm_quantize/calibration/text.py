@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm_quantize.calibration.text_files import SUFFIXES, Document, Message, read_documents
+from llm_quantize.calibration.documents import Document, Documents, Message
+from llm_quantize.calibration.text_files import SUFFIXES, read_documents
 from llm_quantize.data import calibration_file
 from llm_quantize.errors import UsageError, printable
 
@@ -32,14 +33,14 @@ class Dataset:
     """The documents of one file or built-in set. ``weight``: its share of the windows, relative to the others'."""
 
     name: str
-    documents: tuple[Document, ...]
+    documents: Sequence[Document]
     weight: float = 1.0
     built_in: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def characters(self) -> int:
-        return sum(document.characters for document in self.documents)
+        return packed(self.documents).characters
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Corpus:
             for dataset in self.datasets
             for document in dataset.documents
         )
+
+
+def packed(documents: Sequence[Document]) -> Documents:
+    """``documents``, packed where they are not."""
+    return documents if isinstance(documents, Documents) else Documents(documents)
 
 
 def plain(messages: Sequence[Message]) -> str:
@@ -140,4 +146,4 @@ def _same(name: str, known: Mapping[tuple[str, bool], float]) -> str:
 def _dataset(name: str, built_in: bool, weight: float) -> Dataset:
     documents, metadata = read_documents(calibration_file(name) if built_in else Path(name))
     shown = name if built_in else os.fsencode(Path(name).name).decode("utf-8", "replace")
-    return Dataset(shown, tuple(documents), weight, built_in, metadata)
+    return Dataset(shown, documents, weight, built_in, metadata)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llm_quantize.calibration.documents import Document, Documents, Message
 from llm_quantize.engine.limited import LimitedProcess
 from llm_quantize.errors import MalformedInputError, MissingExtraError, ResourceError, UsageError, printable
 from llm_quantize.io.json_file import parse_json
@@ -35,24 +36,13 @@ _ARROW = {
 }
 _SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
-Message = Mapping[str, str]
+# A JSON line that is nothing but a string, or an object of nothing but "text", without escapes: as most lines are.
+_PLAIN = re.compile(
+    rb'[ \t]*(?:\{[ \t]*"text"[ \t]*:[ \t]*"([^"\\\x00-\x1f]*)"[ \t]*\}|"([^"\\\x00-\x1f]*)")[ \t\r\n]*'
+)
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text, or one conversation (``messages`` with ``role`` and ``content``); never both. ``metadata``: the other
-    keys that stood beside it."""
-
-    text: str = ""
-    messages: tuple[Message, ...] = ()
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def characters(self) -> int:
-        return len(self.text) + sum(len(message["content"]) for message in self.messages)
-
-
-def read_documents(path: Path) -> tuple[list[Document], dict[str, Any]]:
+def read_documents(path: Path) -> tuple[Documents, dict[str, Any]]:
     """(documents, metadata of the whole file) of the file at ``path``; its suffix says what it is.
 
     Raises UsageError (no such file, or a suffix that is none of ours), AccessError (not a regular file), ResourceError
@@ -69,15 +59,15 @@ def read_documents(path: Path) -> tuple[list[Document], dict[str, Any]]:
             remedy="rename the file, or convert it to one of these",
         )
     metadata: dict[str, Any] = {}
+    documents = Documents()
     if suffix == ".parquet":
-        documents = list(_parquet(path))
+        _parquet(path, documents)
     elif suffix == ".jsonl":
-        documents = list(_json_lines(path))
+        _json_lines(path, documents)
     elif suffix == ".json":
-        documents, metadata = _json(path)
+        metadata = _json(path, documents)
     else:
-        documents = [Document(_checked(_text(_read(path), path), path))]
-    documents = [document for document in documents if _has_text(document)]
+        _keep_text(_checked(_text(_read(path), path), path), documents)
     if not documents:
         raise MalformedInputError(
             "there is no text in this file", file=path, expected="some text", remedy="give a file with text in it"
@@ -88,9 +78,17 @@ def read_documents(path: Path) -> tuple[list[Document], dict[str, Any]]:
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 
 
-def _has_text(document: Document) -> bool:
+def _keep(document: Document, documents: Documents) -> None:
+    """Add ``document`` where it has words."""
     contents = (document.text, *(message["content"] for message in document.messages))
-    return any(content and not content.isspace() for content in contents)  # strip() would copy the text
+    if any(content and not content.isspace() for content in contents):  # strip() would copy the text
+        documents.append(document)
+
+
+def _keep_text(text: str, documents: Documents) -> None:
+    """As ``_keep`` of a document that is nothing but ``text``."""
+    if text and not text.isspace():
+        documents.append_text(text)
 
 
 def _open(path: Path) -> tuple[int, int]:
@@ -150,7 +148,8 @@ def _checked(text: str, path: Path, where: str = "") -> str:
     return text
 
 
-def _json(path: Path) -> tuple[list[Document], dict[str, Any]]:
+def _json(path: Path, documents: Documents) -> dict[str, Any]:
+    """Add what the file holds; returns what stood beside it."""
     data = _read(path)
     start = 3 if data.startswith(_BOM) else 0
     value = parse_json(data[start:] if start else data, file=path, base_offset=start)
@@ -164,13 +163,32 @@ def _json(path: Path) -> tuple[list[Document], dict[str, Any]]:
         value = [value]
     if not isinstance(value, list):
         _refuse(path, "", 'a list of strings, or an object with "text"', value)
-    return [_document(item, path, f"item {index}") for index, item in enumerate(value)], metadata
+    for index, item in enumerate(value):
+        if isinstance(item, str) and "\0" not in item:
+            _keep_text(item, documents)
+        else:
+            _keep(_document(item, path, f"item {index}"), documents)
+    return metadata
 
 
-def _json_lines(path: Path) -> Iterator[Document]:
+def _json_lines(path: Path, documents: Documents) -> None:
     for number, (offset, line) in enumerate(_lines(path), 1):
-        if line.strip():
-            yield _document(parse_json(line, file=path, base_offset=offset), path, f"line {number}")
+        text = _plain(line)
+        if text is not None:
+            _keep_text(text, documents)
+        elif line.strip():
+            _keep(_document(parse_json(line, file=path, base_offset=offset), path, f"line {number}"), documents)
+
+
+def _plain(line: bytes) -> str | None:
+    """The text of a line that is in the shortest form, as ``parse_json`` would find it; None for all else."""
+    found = _PLAIN.fullmatch(line)
+    if found is None:
+        return None
+    try:
+        return (found[1] if found[2] is None else found[2]).decode("utf-8")
+    except UnicodeDecodeError:  # which parse_json refuses, saying where
+        return None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -240,7 +258,7 @@ def _message(item: Any, path: Path, where: str) -> Message:
     return {"role": _SPEAKERS.get(role, role), "content": _checked(content or "", path, where)}
 
 
-def _parquet(path: Path) -> Iterator[Document]:
+def _parquet(path: Path, documents: Documents) -> None:
     """Rows as a limited process reads them: a file of some kilobytes may unfold to any size, within one row too."""
     if find_spec("pyarrow") is None:
         raise MissingExtraError("reading .parquet files", "parquet")
@@ -250,22 +268,28 @@ def _parquet(path: Path) -> Iterator[Document]:
     process = LimitedProcess(_PARQUET, first, memory=_PARQUET_MEMORY, environment=_ARROW)
     try:
         process.ask({"file": str(path.absolute())}, cpu=_PARQUET_SECONDS)
-        yield from _rows(process, path)
+        _rows(process, path, documents)
     finally:
         process.close()
 
 
-def _rows(process: LimitedProcess, path: Path) -> Iterator[Document]:
+def _rows(process: LimitedProcess, path: Path, documents: Documents) -> None:
     column, characters = "", 0
     while "end" not in (said := _said(process, path)):
         if "column" in said:
             column = said["column"]
             continue
-        document = _document({column: json.loads(said["json"])}, path, f"row {said['row']}")
-        characters += document.characters
-        if characters > LIMIT_BYTES:
-            raise _unfolds(path, f"{characters:,} characters")
-        yield document
+        for row, value in zip(said["rows"], said["values"], strict=True):
+            if column == "text" and isinstance(value, str) and "\0" not in value:
+                characters += len(value)
+                _keep_text(value, documents)
+            else:
+                found = value if isinstance(value, str) else json.loads(value["json"])
+                document = _document({column: found}, path, f"row {row}")
+                characters += document.characters
+                _keep(document, documents)
+            if characters > LIMIT_BYTES:
+                raise _unfolds(path, f"{characters:,} characters")
 
 
 def _said(process: LimitedProcess, path: Path) -> dict[str, Any]:

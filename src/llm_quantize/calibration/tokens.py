@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import Keys, TokenType
 
-from llm_quantize.calibration.text_files import Message
+from llm_quantize.calibration.documents import Message
 from llm_quantize.errors import MalformedInputError, UnsupportedError, printable
 from llm_quantize.formats.gguf.describe import carried
 from llm_quantize.formats.gguf.vocabulary.json import LIMIT_BYTES

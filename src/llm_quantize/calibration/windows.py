@@ -13,16 +13,18 @@ the text, the seed and the length alone: however many are asked for, the first k
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_quantize import events
-from llm_quantize.calibration.text import Corpus, Dataset, plain
-from llm_quantize.calibration.text_files import Document, Message
+from llm_quantize.calibration.documents import Documents, Message
+from llm_quantize.calibration.text import Corpus, Dataset, packed, plain
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.events import EventSink, ignore
@@ -34,6 +36,7 @@ _PIECE_CHARACTERS = 1 << 18  # a tokenizer without word boundaries takes more th
 _TURN_CHARACTERS = 2000
 _TURNS = 4
 _BATCH = 1024  # documents tokenized at once
+_KNOWN, _KNOWN_CHARACTERS = 1 << 16, 16  # short texts whose ids are remembered: of millions, many are the same
 _LEAST_LENGTH = 2
 
 Ids = npt.NDArray[np.int64]
@@ -173,7 +176,7 @@ class _Stream:
 
     def _unread(self) -> float:
         """Estimated tokens of the parts that have not been tokenized."""
-        characters = sum(self._pieces.characters(part) for part in self._parts[self._at :])
+        characters: int = sum(part.characters for part in self._parts[self._at :])
         return characters * self._read_tokens / max(1, self._read_characters)
 
     def _load(self) -> None:
@@ -185,71 +188,97 @@ class _Stream:
         self._order, self._next = self._random.permutation(count), 0
         self._read_windows += count
         self._read_tokens += len(ids)
-        self._read_characters += self._pieces.characters(part)
+        self._read_characters += part.characters
 
 
 class _Piece(NamedTuple):
-    """Characters [start, stop) of a document (not a copy: a text may be large), or a conversation; whether its document
-    ends with it."""
+    """A text or a conversation; whether its document ends with it."""
 
     text: str
-    start: int
-    stop: int
     messages: tuple[Message, ...]
     last: bool
 
-    @property
-    def characters(self) -> int:
-        return self.stop - self.start + sum(len(message["content"]) for message in self.messages)
+
+class _Part(NamedTuple):
+    """As many ``pieces``, from that after the first ``skip`` of document ``first`` on."""
+
+    first: int
+    skip: int
+    pieces: int
+    characters: int
 
 
 class _Pieces:
-    """The documents of some data sets as pieces of text or conversations, and parts: ranges of pieces."""
+    """The documents of some data sets as pieces of text or conversations, made when their part's turn comes."""
 
-    def __init__(self, documents: Sequence[Document], tokenizer: TextTokenizer, chat: bool) -> None:
-        self._tokenizer = tokenizer
-        self._items: list[_Piece] = []
-        for document in documents:
-            if document.messages:
-                self._items.append(_Piece("", 0, 0, document.messages, True))
-            elif chat:
-                self._items.extend(_Piece("", 0, 0, messages, True) for messages in exchanges(document.text))
-            else:
-                size = len(document.text)
-                for start, stop in _cuts(document.text, _PIECE_CHARACTERS):
-                    self._items.append(_Piece(document.text, start, stop, (), stop == size))
+    def __init__(self, documents: Documents, tokenizer: TextTokenizer, chat: bool) -> None:
+        self._documents, self._tokenizer, self._chat = documents, tokenizer, chat
+        self._known: dict[str, list[int]] = {}
         self.plain_layout: tuple[int, UnsupportedError] | None = None
-        self.parts: list[range] = []
-        start = characters = 0
-        for index, item in enumerate(self._items):
-            characters += item.characters
-            if characters >= PART_CHARACTERS:
-                self.parts.append(range(start, index + 1))
-                start, characters = index + 1, 0
-        if start < len(self._items):
-            self.parts.append(range(start, len(self._items)))
+        self.parts: list[_Part] = []
+        first = skip = count = characters = 0
+        for index, (text, messages) in enumerate(documents.contents()):
+            # One piece, unless it is cut: what is told of it here must not cost more than its length.
+            short = not messages and not chat and 0 < len(text) <= _PIECE_CHARACTERS
+            sizes = [len(text)] if short else map(_characters, self._pieces(text, messages))
+            for number, size in enumerate(sizes, 1):
+                if not count:
+                    first, skip = index, number - 1
+                count += 1
+                characters += size
+                if characters >= PART_CHARACTERS:
+                    self.parts.append(_Part(first, skip, count, characters))
+                    count = characters = 0
+        if count:
+            self.parts.append(_Part(first, skip, count, characters))
 
-    def characters(self, part: range) -> int:
-        return sum(self._items[i].characters for i in part)
+    def _pieces(self, text: str, messages: tuple[Message, ...]) -> Iterator[_Piece]:
+        """The pieces of one document."""
+        if messages:
+            yield _Piece("", messages, True)
+        elif self._chat:
+            for turn in exchanges(text):
+                yield _Piece("", turn, True)
+        elif 0 < len(text) <= _PIECE_CHARACTERS:
+            yield _Piece(text, (), True)
+        else:
+            for start, stop in _cuts(text, _PIECE_CHARACTERS):
+                yield _Piece(text[start:stop], (), stop == len(text))
 
-    def tokenize(self, part: range) -> npt.NDArray[np.int32]:
+    def _of(self, part: _Part) -> Iterator[_Piece]:
+        skip, left = part.skip, part.pieces
+        for text, messages in self._documents.contents(part.first):
+            for piece in islice(self._pieces(text, messages), skip, skip + left):
+                left -= 1
+                yield piece
+            skip = 0
+            if not left:
+                return
+
+    def tokenize(self, part: _Part) -> npt.NDArray[np.int32]:
         tokenizer = self._tokenizer
         end = [tokenizer.eos] if tokenizer.eos is not None else tokenizer.encode("\n\n")
-        found = []
+        found = array("i")
         for piece, ids in self._encoded(part):
+            found.extend(ids)
             if piece.last and ids[-len(end) :] != end:  # templates often end with the token themselves
-                ids += end
-            found.append(np.asarray(ids, np.int32))
-        return np.concatenate(found)
+                found.extend(end)
+        return np.array(found, np.int32)
 
-    def _encoded(self, part: range) -> Iterator[tuple[_Piece, list[int]]]:
-        """Pieces and their ids, plain text by the batch: there may be millions of short ones."""
-        for first in range(part.start, part.stop, _BATCH):
-            pieces = self._items[first : min(first + _BATCH, part.stop)]
-            plain_text = [piece.text[piece.start : piece.stop] for piece in pieces if not piece.messages]
-            encoded = iter(self._tokenizer.encode_all(plain_text))
-            for piece in pieces:
-                yield piece, self._conversation(piece.messages) if piece.messages else next(encoded)
+    def _encoded(self, part: _Part) -> Iterator[tuple[_Piece, list[int]]]:
+        """Pieces and their ids, plain text by the batch and what is the same once: there may be millions."""
+        pieces = self._of(part)
+        while batch := list(islice(pieces, _BATCH)):
+            known = self._known
+            texts = dict.fromkeys(piece.text for piece in batch if not piece.messages and piece.text not in known)
+            fresh = dict(zip(texts, self._tokenizer.encode_all(list(texts)), strict=True)) if texts else {}
+            for piece in batch:
+                if piece.messages:
+                    yield piece, self._conversation(piece.messages)
+                else:
+                    yield piece, fresh[piece.text] if piece.text in fresh else known[piece.text]
+            if len(known) < _KNOWN:
+                known.update((text, ids) for text, ids in fresh.items() if len(text) <= _KNOWN_CHARACTERS)
 
     def _conversation(self, messages: Sequence[Message]) -> list[int]:
         """In the model's template; as plain text where it has none or refuses this one (counted, for the warning)."""
@@ -259,6 +288,10 @@ class _Pieces:
             count = self.plain_layout[0] if self.plain_layout else 0
             self.plain_layout = (count + 1, error)
             return self._tokenizer.encode(plain(messages))
+
+
+def _characters(piece: _Piece) -> int:
+    return len(piece.text) + sum(len(message["content"]) for message in piece.messages)
 
 
 def split_text(text: str, limit: int) -> Iterator[str]:
@@ -323,12 +356,12 @@ def sample_windows(
             "this model has no chat template", file=tokenizer.directory, remedy="calibrate without --chat"
         )
     front = 0 if tokenizer.bos is None else 1
-    pieces = [_Pieces(dataset.documents, tokenizer, chat) for dataset in corpus.datasets]
+    pieces = [_Pieces(packed(dataset.documents), tokenizer, chat) for dataset in corpus.datasets]
     streams, rest = _streams(corpus, tokenizer, pieces, body=length - front, seed=seed, chat=chat)
     if not streams and rest is not None:
         samples = 1
         length = _shortened(rest, length, front, on_event)
-        pieces = [_Pieces(dataset.documents, tokenizer, chat) for dataset in corpus.datasets]
+        pieces = [_Pieces(packed(dataset.documents), tokenizer, chat) for dataset in corpus.datasets]
         streams, rest = _streams(corpus, tokenizer, pieces, body=length - front, seed=seed, chat=chat)
     if rest is not None and not rest.available_windows():
         text = f"{rest.available_tokens():,} tokens are less than one window of {length - front:,}"
@@ -353,7 +386,7 @@ def _streams(
             streams.append(stream)
     if not short:
         return streams, None
-    joined = _Pieces([document for dataset in short for document in dataset.documents], tokenizer, chat)
+    joined = _Pieces(Documents(chain.from_iterable(dataset.documents for dataset in short)), tokenizer, chat)
     weight = sum(dataset.weight for dataset in short)
     rest = _Stream(_names(short), weight, joined, body=body, seed=(seed, len(corpus.datasets)))
     return ([*streams, rest], None) if rest.available_windows() else (streams, rest)

@@ -139,12 +139,11 @@ def _profile(source: Source, kept: Path, arguments: Mapping[str, Any], on_event:
     """The figures: those that are kept, or measured now; after --dry-run what measuring them takes."""
     from llm_quantize.evaluation.profile import measure_profile
     from llm_quantize.evaluation.sensitivity import read_profile, refuse_other_model, write_profile
-    from llm_quantize.models.identity import model_digest
 
     if kept.is_file() and not arguments["overwrite"] and not arguments["dry_run"]:
         profile = read_profile(kept)
-        refuse_other_model(profile, model_digest(source.checkpoint), kept)
-        _check_kept(source, kept, profile, arguments)
+        refuse_other_model(profile, source.content(on_event), kept)
+        _check_kept(source, kept, profile, arguments, on_event)
         on_event(events.Note(f"nothing is measured: the figures are those in {kept}"))
         return profile
     journal = kept.with_name(kept.name + ".journal")
@@ -171,11 +170,13 @@ def _cost(source: Source, plan: ProfilePlan) -> str:
     return f"{plan.cost.sentence()}: {costs}"
 
 
-def _check_kept(source: Source, kept: Path, profile: Profile, arguments: Mapping[str, Any]) -> None:
+def _check_kept(
+    source: Source, kept: Path, profile: Profile, arguments: Mapping[str, Any], on_event: EventSink
+) -> None:
     """Raise UsageError where kept figures were measured with another importance than the one that is given."""
     from llm_quantize.errors import UsageError
 
-    imatrix = _imatrix(source, arguments)
+    imatrix = _imatrix(source, arguments, on_event)
     if imatrix is not None and imatrix.sha256 != profile.importance:
         raise UsageError(
             "the kept figures were measured with another importance matrix",
@@ -209,16 +210,17 @@ def _plan(source: Source, arguments: Mapping[str, Any], journal: Path, on_event:
         source,
         drawn.ids.astype(np.int32),
         _types(arguments) or (preset.types if preset is not None else ()) or DEFAULT_TYPES,
-        _imatrix(source, arguments),
+        _imatrix(source, arguments, on_event),
         texts=drawn.datasets,
         journal=journal,
         threads=arguments["threads"],
         max_ram=arguments["max_ram"],
         device=arguments["device"],
+        on_event=on_event,
     )
 
 
-def _imatrix(source: Source, arguments: Mapping[str, Any]) -> Imatrix | None:
+def _imatrix(source: Source, arguments: Mapping[str, Any], on_event: EventSink) -> Imatrix | None:
     from llm_quantize.calibration.choose import from_statistics
     from llm_quantize.errors import UsageError
     from llm_quantize.io.imatrix_file import read_imatrix
@@ -227,7 +229,9 @@ def _imatrix(source: Source, arguments: Mapping[str, Any]) -> Imatrix | None:
         raise UsageError("only one of these can be given", found="--imatrix and --statistics")
     if arguments["imatrix"]:
         return read_imatrix(arguments["imatrix"])
-    return from_statistics(Path(arguments["statistics"]), source) if arguments["statistics"] else None
+    return (
+        from_statistics(Path(arguments["statistics"]), source, on_event=on_event) if arguments["statistics"] else None
+    )
 
 
 def _facts(profile: Profile, choice: Choice, kept: Path, output: Path) -> dict[str, Any]:

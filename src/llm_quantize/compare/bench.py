@@ -109,7 +109,7 @@ class Bench:
     """Measures one artifact after another. ``absent``: why none ran in its runtime, empty where they did. ``notes``:
     which of those that are no GGUF files were not run, and why.
 
-    ``fingerprint``: of the source's content (reports/provenance.py). ``prompts``: what each artifact continues,
+    ``fingerprint``: of the source's content (``Source.content``). ``prompts``: what each artifact continues,
     NEW_TOKENS tokens each.
     """
 

@@ -13,6 +13,7 @@ from typing import Any
 import llm_quantize
 from llm_quantize.errors import MalformedInputError
 from llm_quantize.io.artifact_files import artifact_files
+from llm_quantize.io.cache import kept_hashes
 from llm_quantize.io.content import contents
 from llm_quantize.io.durable import fail_os, sync_directory, write_whole
 from llm_quantize.io.journal import canonical_json
@@ -21,7 +22,6 @@ from llm_quantize.io.whole_file import refuse_existing
 from llm_quantize.models.directories import weight_files
 from llm_quantize.models.identity import small_files_digest
 from llm_quantize.models.quantized import is_stored_directory
-from llm_quantize.reports.provenance import kept_hashes
 
 MAX_BYTES = 256 << 20
 SEAL = "facts_sha256"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize import memory
+from llm_quantize.artifacts.output import refuse_changed, source_times
 from llm_quantize.calibration.choose import rows_of
 from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError, UsageError
@@ -28,7 +29,6 @@ from llm_quantize.io.journal import parse_journal, record_line
 from llm_quantize.io.ownership import take_lock
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.memory import TORCH_BYTES, Fitted, Sizes
-from llm_quantize.models.identity import model_digest
 from llm_quantize.models.opening import Source
 from llm_quantize.streams.sizes import from_network
 
@@ -42,20 +42,22 @@ STREAM_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class ProfilePlan:
-    """What will be measured, and what that takes. ``groups`` are carried one after the other by ``threads``."""
+    """What will be measured, and what that takes. ``groups`` are carried one after the other by ``threads``; ``times``:
+    of the source's files when the plan was made."""
 
     source: Source
     network: Network
     windows: Tokens
     imatrix: Imatrix | None
+    device: str
     wanted: tuple[Candidate, ...]
     known: Mapping[tuple[str, str], Sensitivity]
     groups: tuple[tuple[Placed, ...], ...]
     cost: Cost
     threads: int
     memory: int
-    identity: Mapping[str, Any]
     texts: tuple[str, ...]
+    times: list[list[Any]]
 
 
 def plan_profile(
@@ -69,9 +71,10 @@ def plan_profile(
     threads: int | None = None,
     max_ram: int | None = None,
     device: str = "cpu",
+    on_event: EventSink = ignore,
 ) -> ProfilePlan:
     """Everything that measuring takes, without loading a weight. ``windows``: (n, length) token ids; ``journal``: what
-    an earlier run measured, left out of the plan.
+    an earlier run measured, left out of the plan; only where there is one the source's files are read for their hash.
 
     Raises MissingExtraError without torch, UsageError (types, windows), ResourceError where not even one variant fits.
     """
@@ -88,13 +91,9 @@ def plan_profile(
             found=windows.shape,
         )
     wanted = candidates(source, types, {} if imatrix is None else imatrix.values)
-    identity = {
-        "model": model_digest(source.checkpoint),
-        "windows": windows_sha256(windows),
-        "importance": None if imatrix is None else imatrix.sha256,
-        "device": device,
-    }
-    known = {} if journal is None else _known(journal, identity)
+    known, times = dict[tuple[str, str], Sensitivity](), source_times(source.checkpoint)
+    if journal is not None and journal.is_file():
+        known = _known(journal, _identity(source, windows, imatrix, device, on_event))
     network = open_network(source, dtype="float32", device=device)
     placed = place(source, network, [one for one in wanted if one.key not in known])
     streams, fitted = _fit(source, network, windows, placed, threads=threads, max_ram=max_ram, device=device)
@@ -104,14 +103,15 @@ def plan_profile(
         network=network,
         windows=windows,
         imatrix=imatrix,
+        device=device,
         wanted=tuple(wanted),
         known=known,
         groups=groups,
         cost=cost_of(groups, network.n_blocks, windows.size),
         threads=fitted.threads,
         memory=fitted.peak,
-        identity=identity,
         texts=tuple(texts),
+        times=times,
     )
 
 
@@ -157,22 +157,24 @@ def measure_profile(plan: ProfilePlan, *, journal: Path | None = None, on_event:
     """Measure what the plan lacks. ``journal``: where figures are kept as they come; left there for the caller to
     remove when the profile is written.
 
-    Raises NumericPolicyError, BusyError (another process measures the same), StoppedError after a signal, and what
-    reading weights raises.
+    Raises NumericPolicyError, BusyError (another process measures the same), StoppedError after a signal,
+    IntegrityError (the source was written meanwhile), and what reading weights raises.
     """
     from llm_quantize.evaluation.sensitivity_stream import Measurement
     from llm_quantize.streams.pool import Pool
 
     found = dict(plan.known)
-    with stop_on_signals() as stop, _journal(plan, journal) as record:
+    identity = _identity(plan.source, plan.windows, plan.imatrix, plan.device, on_event)
+    with stop_on_signals() as stop, _journal(plan, identity, journal) as record:
         pool = Pool(plan.threads, stop, resumable=None if journal is None else True)
         rows = Measurement(
             plan.source, plan.network, plan.windows, rows_of(plan.source, plan.imatrix), pool, on_event
-        ).measure(plan.groups, record)
+        ).measure(plan.groups, partial(_settled, plan, record))
+    refuse_changed(plan.source.checkpoint, plan.times)
     found |= {(row.tensor, row.qtype): row for row in rows}
     length = plan.windows.shape[1]
     text = {
-        "sha256": plan.identity["windows"],
+        "sha256": identity["windows"],
         "datasets": list(plan.texts),
         "context": length,
         "windows": len(plan.windows),
@@ -180,12 +182,30 @@ def measure_profile(plan: ProfilePlan, *, journal: Path | None = None, on_event:
     }
     name = plan.source.checkpoint.name
     ordered = tuple(found[one.key] for one in plan.wanted)
-    return Profile(name, plan.identity["model"], text, plan.identity["importance"], ordered)
+    return Profile(name, identity["model"], text, identity["importance"], ordered)
+
+
+def _identity(
+    source: Source, windows: Tokens, imatrix: Imatrix | None, device: str, on_event: EventSink
+) -> dict[str, Any]:
+    """What figures depend on (JSON-ready)."""
+    return {
+        "model": source.content(on_event),
+        "windows": windows_sha256(windows),
+        "importance": None if imatrix is None else imatrix.sha256,
+        "device": device,
+    }
+
+
+def _settled(plan: ProfilePlan, record: Callable[[Sequence[Sensitivity]], None], rows: Sequence[Sensitivity]) -> None:
+    """Keep ``rows``, which were measured on the source that was planned for."""
+    refuse_changed(plan.source.checkpoint, plan.times)
+    record(rows)
 
 
 def _known(path: Path, identity: Mapping[str, Any]) -> dict[tuple[str, str], Sensitivity]:
     """What an earlier run of the same identity measured."""
-    if not path.is_file() or path.is_symlink():
+    if path.is_symlink():
         return {}
     records, _ = parse_journal(path.read_bytes())
     if not records or records[0].get("identity") != dict(identity):
@@ -195,7 +215,9 @@ def _known(path: Path, identity: Mapping[str, Any]) -> dict[tuple[str, str], Sen
 
 
 @contextmanager
-def _journal(plan: ProfilePlan, path: Path | None) -> Iterator[Callable[[Sequence[Sensitivity]], None]]:
+def _journal(
+    plan: ProfilePlan, identity: Mapping[str, Any], path: Path | None
+) -> Iterator[Callable[[Sequence[Sensitivity]], None]]:
     """A function that keeps figures; a journal of another identity is started again."""
     if path is None:
         yield lambda _rows: None
@@ -209,7 +231,7 @@ def _journal(plan: ProfilePlan, path: Path | None) -> Iterator[Callable[[Sequenc
         take_lock(descriptor, path, None)
         if not plan.known:
             os.ftruncate(descriptor, 0)
-            _append(descriptor, path, {"identity": dict(plan.identity)})
+            _append(descriptor, path, {"identity": dict(identity)})
         elif not read_at(descriptor, os.fstat(descriptor).st_size, 0).endswith(b"\n"):
             os.write(descriptor, b"\n")
         yield partial(_keep, descriptor, path)

@@ -27,7 +27,7 @@ from llm_quantize.models.opening import Source
 from llm_quantize.qtypes import QTYPES
 
 FORMAT = "llm-quantize-profile"
-VERSION = 1
+VERSION = 2  # 1 knew the model by some rows of its tensors
 MAX_BYTES = 256 << 20
 DEFAULT_TYPES = ("q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q3_k", "q2_k")
 """What is measured unless the user names types: the ladder of K-quants and the smallest good 4-bit grid."""
@@ -175,7 +175,13 @@ def read_profile(path: str | Path) -> Profile:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise _refuse(path, "this file is not a profile of sensitivities", type(fields).__name__)
     if fields.get("format_version") != VERSION:
-        raise UnsupportedError("this profile is of another version", file=path, expected=VERSION)
+        raise UnsupportedError(
+            "this profile is of another version",
+            file=path,
+            expected=VERSION,
+            found=printable(repr(fields.get("format_version")), 80),
+            remedy="measure it again: llm-quantize analyze profile MODEL --overwrite",
+        )
     model, text, rows = fields.get("model"), fields.get("text"), fields.get("sensitivities")
     if not isinstance(model, dict) or not all(isinstance(model.get(key), str) for key in ("name", "sha256")):
         raise _refuse(path, "the profile does not say which model it is of", model)

@@ -1,28 +1,32 @@
 """SHA-256 of whole files, kept: a file that is what it was when it was hashed is not read again.
 
-What was kept is believed where the file's size, times, inode and some pieces of its content, at even distances from
-its first bytes to its last, are the same; else the whole file decides. A record that is damaged, or that cannot be
-kept, costs a reading and nothing else.
+What was kept of files is believed where each one's size, times, inode and some pieces of its content, at even distances
+from its first bytes to its last, are the same (``standing``); else the whole file decides. Times are compared for being
+equal, never for which is younger, as a copy has younger ones and a clock may have run ahead. A record that is damaged,
+or that cannot be kept, costs a reading and nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llm_quantize.errors import LlmQuantizeError, MalformedInputError
+from llm_quantize.errors import LlmQuantizeError
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import opened, pread_into
 from llm_quantize.io.whole_file import write_file
 
 CHUNK = 8 << 20
+TICK_NS = 20_000_000
+"""More than the steps in which file systems tell time: the kernel's clock has 100 to 1,000 a second."""
 SAMPLES, SAMPLE_BYTES = 16, 4096
-RECORD_BYTES = 1 << 16
+RECORD_BYTES = 4 << 20
 
 Told = Callable[[int, int], None]
 """Bytes that are read, of all that have to be."""
@@ -51,18 +55,34 @@ def _content(path: Path, kept: Path | None, told: Callable[[int], None]) -> str:
     with opened(path) as descriptor:
         facts = _facts(descriptor, path)
         record = None if kept is None else kept / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()}.json"
-        known = None if record is None else _known(record, facts)
+        known = None if record is None else kept_hash(record, facts)
         if known is not None:
             return known
+        if record is not None:
+            _let_time_pass(facts["ctime_ns"])
         digest = _whole(descriptor, path, facts["size"], told)
         # A file that was written to meanwhile has other facts by now, and its record then fits nothing.
         if record is not None:
-            _keep(record, {**facts, "sha256": digest})
+            keep_hash(record, facts, digest)
     return digest
 
 
+def standing(path: Path) -> dict[str, Any]:
+    """What must be the same for what was kept of a file to be believed (JSON-ready): size, times in nanoseconds, inode,
+    and a hash of pieces. Raises what opening and reading raise."""
+    with opened(path) as descriptor:
+        return _facts(descriptor, path)
+
+
+def _let_time_pass(ctime_ns: int) -> None:
+    """Wait out the tick of the system's clock in which a file was written: what is written to it after that has another
+    time of change."""
+    since = time.time_ns() - ctime_ns
+    if 0 <= since < TICK_NS:
+        time.sleep((TICK_NS - since) / 1e9)
+
+
 def _facts(descriptor: int, path: Path) -> dict[str, Any]:
-    """What must be the same for a kept hash to be believed; times in nanoseconds."""
     found = os.fstat(descriptor)
     sampled = hashlib.sha256()
     last = max(0, found.st_size - SAMPLE_BYTES)
@@ -84,13 +104,13 @@ def _whole(descriptor: int, path: Path, size: int, told: Callable[[int], None]) 
     return digest.hexdigest()
 
 
-def _known(record: Path, facts: dict[str, Any]) -> str | None:
-    """The hash in ``record``, where it was made of a file with the same ``facts``."""
-    if not record.is_file():
-        return None
+def kept_hash(record: Path, facts: Mapping[str, Any]) -> str | None:
+    """The hash in ``record``, where it was kept with the same ``facts``; None where there is none to be believed."""
     try:
+        if not record.is_file():
+            return None
         found = read_json_object(record, limit_bytes=RECORD_BYTES)
-    except MalformedInputError:
+    except (LlmQuantizeError, OSError):
         return None
     sealed = found.pop("seal", None)
     digest = found.pop("sha256", None)
@@ -98,11 +118,13 @@ def _known(record: Path, facts: dict[str, Any]) -> str | None:
     return digest if same and isinstance(digest, str) else None
 
 
-def _keep(record: Path, facts: dict[str, Any]) -> None:
+def keep_hash(record: Path, facts: Mapping[str, Any], sha256: str) -> None:
+    """Keep ``sha256`` of what ``facts`` (JSON-ready) describe."""
+    content = {**facts, "sha256": sha256}
     # What cannot be kept (a read-only or full disk, another process that writes the same) is hashed again next time.
-    with suppress(LlmQuantizeError):
-        write_file(record, [canonical_json({**facts, "seal": _seal(facts)})], replace=True)
+    with suppress(LlmQuantizeError, OSError):
+        write_file(record, [canonical_json({**content, "seal": _seal(content)})], replace=True)
 
 
-def _seal(facts: dict[str, Any]) -> str:
+def _seal(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(facts)).hexdigest()

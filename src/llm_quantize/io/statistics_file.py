@@ -224,7 +224,7 @@ def read_statistics(path: str | Path) -> StatisticsFile:
             file=path,
             expected=VERSION,
             found=printable(found.get("format_version", "none"), 80),
-            remedy=f"{_REMEDY}; version 1 had no hashes by which damage could be seen",
+            remedy=f"{_REMEDY}; earlier versions could not tell every damage, or a model from its fine-tune",
         )
     model, text, kinds, n_blocks, taps = (
         _field(found, path, key) for key in ("model", "text", "kinds", "blocks", "taps")

@@ -34,7 +34,7 @@ from llm_quantize.errors import UsageError
 from llm_quantize.io.journal import canonical_json
 
 FORMAT = "llm-quantize-statistics"
-VERSION = 2  # 1 had no hashes
+VERSION = 3  # 1 had no hashes, 2 knew the model by some rows of its tensors
 CONTENT = "content.sha256"
 KINDS = ("imatrix", "hessian", "absmax")
 _PIECE_BYTES = 8 << 20

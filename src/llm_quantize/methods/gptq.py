@@ -74,12 +74,25 @@ def solve(weight: Tensor, grid_type: GridType, factor: Factor, options: GptqOpti
     return _join(parts)
 
 
-def _solve_tile(
-    weight: Tensor, grid_type: GridType, factor: Factor, reciprocal: Tensor, options: GptqOptions
-) -> Solution:
+def losses(weight: Tensor, grid: Grid, codes: Tensor, factor: Factor) -> Tensor:
+    """``Solution.loss`` told anew from ``codes`` uint8 (rows, n) on ``grid``: float64 (rows,)."""
+    target = _target(weight.to(torch.float32), factor)
+    residual = target - padded_rows(grid.decode(codes))
+    return weighted_squares(residual, factor.hessian @ residual)[: len(codes)]
+
+
+def _target(weight: Tensor, factor: Factor) -> Tensor:
+    """W' of float32 rows, as ``padded_rows``."""
     target = padded_rows(weight)
     if factor.correction is not None:
         target += factor.correction.T @ target
+    return target
+
+
+def _solve_tile(
+    weight: Tensor, grid_type: GridType, factor: Factor, reciprocal: Tensor, options: GptqOptions
+) -> Solution:
+    target = _target(weight, factor)
     rows = len(weight)
     grid = grid_type.fit(target[:, :rows].T.contiguous(), factor.importance, refine=options.refine)
     tile = Tile.make(target, grid)

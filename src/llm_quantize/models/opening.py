@@ -10,10 +10,11 @@ from llm_quantize.architectures import Architecture, open_architecture
 from llm_quantize.architectures.base import TensorMap
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.cache import kept_hashes
 from llm_quantize.models import ctranslate2, gguf, quantized, safetensors
 from llm_quantize.models.base import Model, Reader, itemsize
 from llm_quantize.models.hub.locate import locate
-from llm_quantize.models.identity import model_digest
+from llm_quantize.models.identity import content_digest
 
 READERS: tuple[Reader, ...] = (ctranslate2, quantized, gguf, safetensors)
 """Ways in which models are stored; the first that knows a path opens it."""
@@ -37,10 +38,18 @@ class Source:
         """Where each source tensor lies."""
         return {name: info.file for name, info in self.checkpoint.tensors.items()}
 
-    @property
-    def digest(self) -> str:
-        """Which model this is (models/identity.py)."""
-        return model_digest(self.checkpoint)
+    def content(self, on_event: EventSink = ignore) -> str:
+        """Which model this is, by all of its content (models/identity.py): what was measured on a source of another
+        content is another model's. ``on_event`` hears how far the reading of its files is, where their hashes are not
+        kept.
+
+        Raises UsageError where the weights are not here, and what reading raises.
+        """
+        return content_digest(
+            self.checkpoint,
+            kept=kept_hashes(),
+            told=lambda done, total: on_event(events.Check("which model this is", done, total)),
+        )
 
     @property
     def itemsize(self) -> int:

@@ -9,12 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_quantize import __version__, events
+from llm_quantize import __version__
 from llm_quantize.architectures.rows import weights_of
-from llm_quantize.calibration.cache import cache_directory
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.memory import available_cpus
-from llm_quantize.models.identity import content_digest, header_digest
+from llm_quantize.models.identity import header_digest
 from llm_quantize.reports.findings import MachineFacts, ModelFacts
 
 if TYPE_CHECKING:
@@ -23,25 +22,8 @@ if TYPE_CHECKING:
 PROGRAMS = ("numpy", "torch", "transformers", "xllamacpp")
 
 
-def kept_hashes() -> Path:
-    """Where the hashes of whole files are kept, so that a file is read for its hash once (io/content.py)."""
-    return cache_directory() / "hashes"
-
-
-def fingerprint(source: Source, on_event: EventSink = ignore) -> str:
-    """The content of a source: figures of one with another fingerprint are of another model.
-
-    Raises UsageError where its weights are not here, and what reading raises.
-    """
-    return content_digest(
-        source.checkpoint,
-        kept=kept_hashes(),
-        told=lambda done, total: on_event(events.Check("which model this is", done, total)),
-    )
-
-
 def model_facts(source: Source, given: str, *, on_event: EventSink = ignore) -> ModelFacts:
-    """What the source is. ``given``: how the user named it. Raises as ``fingerprint``, whose reading ``on_event``
+    """What the source is. ``given``: how the user named it. Raises as ``Source.content``, whose reading ``on_event``
     hears of."""
     checkpoint = source.checkpoint
     kept: Counter[str] = Counter()
@@ -56,7 +38,7 @@ def model_facts(source: Source, given: str, *, on_event: EventSink = ignore) -> 
         size=sum(header.file_size for header in checkpoint.headers),
         dtype=max(kept, key=lambda name: kept[name]) if kept else "",
         layers=source.architecture.hyper.n_layer,
-        fingerprint=fingerprint(source, on_event),
+        fingerprint=source.content(on_event),
         headers=header_digest(checkpoint),
     )
 

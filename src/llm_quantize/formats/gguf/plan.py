@@ -114,7 +114,7 @@ def _check_recipe(source: Source, levels: Sequence[str], recipe: Recipe | None) 
     recipe.check(tensor_shapes(source, recipe.level))
     if recipe.model is None or source.checkpoint.headers_only:
         return
-    found = source.digest
+    found = source.content()
     if found != recipe.model:
         raise IntegrityError(
             f"the recipe {recipe.name} was made for another model",
