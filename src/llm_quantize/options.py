@@ -176,7 +176,8 @@ class Options(Settings):
     ``nonfinite``: NaN and infinite weights are refused ("refuse"), replaced ("zero") or kept ("keep"). ``checkpoints``:
     keep a journal, in ``checkpoint_dir`` (None: beside the output), so that a stopped run can go on. ``overwrite``:
     take the place of an existing output. ``ignore_space``: try even if the disk looks too small. ``engine``: what does
-    plain rounding, "threads" or "processes". Raises UsageError for values that mean nothing.
+    plain rounding, "threads" or "processes". ``modelfile``: write a Modelfile for Ollama beside each GGUF file. Raises
+    UsageError for values that mean nothing.
     """
 
     threads: int | None = None
@@ -195,6 +196,7 @@ class Options(Settings):
     overwrite: bool = False
     ignore_space: bool = False
     engine: str = "threads"
+    modelfile: bool = False
 
     def __post_init__(self) -> None:
         if self.nonfinite not in NONFINITE_POLICIES:

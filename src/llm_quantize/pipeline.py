@@ -14,6 +14,7 @@ from typing import Any
 from llm_quantize import events, memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.manifest import fallbacks, nonfinite_counts
+from llm_quantize.artifacts.modelfile import with_modelfile
 from llm_quantize.artifacts.output import (
     already_complete,
     as_begun,
@@ -131,6 +132,8 @@ def quantize(
     results = []
     for artifact, path in zip(plans, paths, strict=True):
         result = written.get(path) or complete_result(artifact, path)
+        if options.modelfile:
+            result = with_modelfile(result, replace=options.overwrite, on_event=on_event)
         on_event(events.Finished(result.level, str(path), result.size, result.status))
         results.append(result)
     return results

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from llm_quantize.errors import MissingExtraError, NumericPolicyError, ResourceError, UnsupportedError, UsageError
-from llm_quantize.events import Event, Generated
+from llm_quantize.events import Event, EventSink, Generated
 from llm_quantize.runtimes import generate, isolated, transformers, vllm
 from llm_quantize.runtimes.base import Reply, Request
 from llm_quantize.runtimes.isolated import Worker
@@ -58,31 +58,6 @@ return answer(texts=request["prompts"], tokens=[[request["own"], request["max_to
     assert reply.versions == {"numpy": np.__version__}
     assert reply.seconds == {"load": 1.5}
     assert ask(tmp_path, "return answer()").logprobs is None
-
-
-def test_text_is_told_while_it_is_written(tmp_path: Path) -> None:
-    """In pieces, before the process ends, with characters whole that were written in two parts."""
-    body = """
-with (folder / "pieces").open("wb", buffering=0) as pieces:
-    for part in (b"one ", b"tw\\xc3", b"\\xb6 "):
-        pieces.write(part)
-        time.sleep(0.5)
-return answer(texts=["one tw\\u00f6 "], tokens=[[1, 2]], seconds={"generate": 1.5})
-"""
-    lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
-    script = tmp_path / "script.py"
-    script.write_text(f"{HEAD}\ndef main(folder, request):\n{lines}\nstart(main)\n")
-    fake = Worker("Fake", str(script), "LLM_QUANTIZE_FAKE", ("numpy",), "pip install fake")
-    speaking = isolated.spoken(fake, tmp_path, Request(threads=2), settings={}, options={})
-    pieces = []
-    while True:
-        try:
-            pieces.append(next(speaking))
-        except StopIteration as end:
-            reply = end.value
-            break
-    assert pieces == ["one ", "tw", "ö "]
-    assert isolated.generated(reply) == Generated(tokens=2, seconds=1.5, threads=2)
 
 
 def test_nothing_reaches_the_hub_and_caches_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,21 +147,6 @@ def test_scripts_are_there_and_import_nothing_of_ours(runtime: Worker) -> None:
     assert "pip install" in runtime.remedy
 
 
-@pytest.mark.parametrize(
-    ("config", "quantized"),
-    [
-        ('{"quantization_config": {"bits": 4}}', True),
-        ('{"quantization_config": null}', False),
-        ("[]", False),
-        ("{", False),
-    ],
-)
-def test_quantized_directories_are_known(tmp_path: Path, config: str, quantized: bool) -> None:
-    assert not transformers.is_quantized(tmp_path)
-    (tmp_path / "config.json").write_text(config)
-    assert transformers.is_quantized(tmp_path) is quantized
-
-
 def test_text_of_a_directory_comes_from_the_runtime_that_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,12 +157,14 @@ def test_text_of_a_directory_comes_from_the_runtime_that_is_named(
         asked.append((directory, request))
         return Reply(None, ("and so on",), ((1, 2),), {}, (), {"generate": 0.5}, 3)
 
-    def speak(_worker: Worker, directory: Path, request: Request, **_more: Any) -> Generator[str, None, Reply]:
+    def speak(
+        _worker: Worker, directory: Path, request: Request, on_event: EventSink, **_more: Any
+    ) -> Generator[str, None, None]:
         yield from ("and", " so on")
-        return answer(directory, request)
+        on_event(isolated.generated(answer(directory, request)))
 
     monkeypatch.setattr(vllm, "run", answer)
-    monkeypatch.setattr(transformers.isolated, "spoken", speak)
+    monkeypatch.setattr(transformers, "written_once", speak)
     for runtime in ("vllm", "transformers", None):
         heard: list[Event] = []
         pieces = list(

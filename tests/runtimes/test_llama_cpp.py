@@ -16,7 +16,8 @@ from llm_quantize.errors import MalformedInputError, MissingExtraError, Unsuppor
 from llm_quantize.events import Generated
 from llm_quantize.models.chat_template import render
 from llm_quantize.runtimes import llama_cpp_library
-from llm_quantize.runtimes.llama_cpp import LlamaCpp, _choose
+from llm_quantize.runtimes.base import talk
+from llm_quantize.runtimes.llama_cpp import ChatText, LlamaCpp, _choose
 from tests.hearing import into
 
 WIDTH, HEADS, LAYERS, HIDDEN = 64, 4, 2, 96
@@ -213,6 +214,12 @@ def test_gpu_layers_need_a_build_for_gpus(model: Path, monkeypatch: pytest.Monke
         assert "".join(llama.generate("abc", max_tokens=4))
 
 
+def chat_ids(llama: LlamaCpp, prompt: str, *, system: str | None = None, heard: Any = None) -> list[int]:
+    """The tokens of a chat in the file's own template."""
+    with ChatText(llama, *([] if heard is None else [into(heard)])) as template:
+        return llama.chat_ids(template.text(talk(prompt, system)))
+
+
 def test_chat_uses_the_model_template(tmp_path: Path) -> None:
     known = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     own = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[reply]"
@@ -221,10 +228,10 @@ def test_chat_uses_the_model_template(tmp_path: Path) -> None:
         ("own", own, "[user]ab[reply]", 1),
     ):
         with LlamaCpp(make_gguf(tmp_path / f"{name}.gguf", template=template)) as llama:
-            ids = llama._chat_tokens("ab")
+            ids = chat_ids(llama, "ab")
             assert ids.count(258) == begins
             assert llama.detokenize(ids) == text
-            assert "[system]x[user]ab" in llama.detokenize(llama._chat_tokens("ab", system="x")).replace(
+            assert "[system]x[user]ab" in llama.detokenize(chat_ids(llama, "ab", system="x")).replace(
                 "<|im_start|>system\nx<|im_end|>\n<|im_start|>user\n", "[system]x[user]"
             )
             assert isinstance("".join(llama.generate("ab", max_tokens=2, chat=True)), str)
@@ -267,7 +274,7 @@ def test_the_chat_is_the_text_of_transformers(tmp_path: Path, demo_model: Path, 
 def test_chat_of_a_file_has_its_default_system_message(tmp_path: Path) -> None:
     with LlamaCpp(make_gguf(tmp_path / "chatml.gguf", template=CHATML)) as llama:
         heard: list[object] = []
-        text = llama.detokenize(llama._chat_tokens("ab", into(heard)))
+        text = llama.detokenize(chat_ids(llama, "ab", heard=heard))
         assert text.startswith("<|im_start|>system\nYou answer in verse.<|im_end|>\n<|im_start|>user\nab<|im_end|>")
         assert heard == []
 

@@ -27,8 +27,8 @@ class ArtifactResult(Shown):
     ``seconds``: CPU time of this run's units (read, hash, quantize, write), work that several artifacts share divided
     equally among them. ``nonfinite``: {fact: {tensor: count}} as in the manifest, for NaN and infinite weights.
     ``fallbacks``: {what plan or method could not do as asked: the tensors or matrices}. ``measured``: what a
-    calibrated run lost on text that it was not calibrated on, None where it was not measured. The fields are what fits
-    a table.
+    calibrated run lost on text that it was not calibrated on, None where it was not measured. ``modelfile``: beside it,
+    for Ollama, where it was asked for. The fields are what fits a table.
     """
 
     artifact: InitVar[ArtifactPlan]
@@ -43,6 +43,7 @@ class ArtifactResult(Shown):
     nonfinite: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     fallbacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     measured: Mapping[str, Any] | None = None
+    modelfile: Path | None = None
 
     def __post_init__(self, artifact: ArtifactPlan) -> None:
         facts = {name: getattr(artifact, name) for name in ("level", "format", "size", "bits_per_weight")}
@@ -77,6 +78,8 @@ class ArtifactResult(Shown):
             **({"fallbacks": {text: list(names) for text, names in self.fallbacks.items()}} if self.fallbacks else {}),
             "degraded": self.degradations(),
         }
+        if self.modelfile is not None:
+            facts["modelfile"] = str(self.modelfile)
         return facts if self.measured is None else facts | {"measured": json_ready(self.measured)}
 
     @property

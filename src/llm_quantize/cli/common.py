@@ -173,6 +173,7 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
         overwrite=arguments.get("overwrite", False),
         ignore_space=arguments.get("ignore_space", False),
         engine=arguments.get("engine", "threads"),
+        modelfile=arguments.get("export_ollama", False),
         method=build_method(arguments),
     )
 

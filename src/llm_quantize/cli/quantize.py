@@ -48,6 +48,9 @@ DEGRADED = 20
     help="What does the rounding: threads, or a process each, which helps where many cores wait for one "
     "Python interpreter, and takes more memory. Error feedback always has threads.",
 )
+@click.option(
+    "--export-ollama", is_flag=True, help="Write a Modelfile for Ollama beside each GGUF file, also of a finished one."
+)
 @click.option("--strict", is_flag=True, help="Exit with 9 instead of 20 when the result is degraded.")
 @verbose_option
 @json_option

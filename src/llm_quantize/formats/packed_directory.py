@@ -64,9 +64,10 @@ class PackedFormat:
         left to pack, a bad --ignore, options of GGUF), UnsupportedError (matrices stored (in, out); experts without
         names of their own; a model without tokenizer files)."""
         need_small_files(source.checkpoint)
-        if options.overrides.given or options.split_max_size is not None:
+        if options.overrides.given or options.split_max_size is not None or options.modelfile:
             raise UsageError(
-                f"types of single tensors, recipes and --split-max-size belong to gguf, not to {self.name}",
+                f"types of single tensors, recipes, --split-max-size and --export-ollama belong to gguf, not to "
+                f"{self.name}",
                 remedy="use --group-size, --sym or --asym, --ignore and --output-shard-size",
             )
         found = [self._plan(source, level, stem, importance, options) for level in levels]

@@ -81,6 +81,7 @@ class Safetensors:
             "--sym, --asym": method.symmetric is not None,
             "--ignore": bool(method.ignore),
             "--split-max-size": options.split_max_size is not None,
+            "--export-ollama": options.modelfile,
             "types of single tensors, recipes": options.overrides.given,
         }
         named = [option for option, given in idle.items() if given]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llm_quantize.artifacts.modelfile import create_command
 from llm_quantize.artifacts.result import ArtifactResult
 from llm_quantize.artifacts.verify import Verification
 from llm_quantize.errors import NumericPolicyError, printable
@@ -129,6 +131,8 @@ def print_results(results: Sequence[ArtifactResult]) -> None:
             console.print(shown(f"  degraded: {text}", "yellow"))
         if result.measured is not None:
             console.print(shown(f"  {said(_measured(result.measured))}"))
+        if result.modelfile is not None:
+            console.print(shown(f"  {shlex.join(create_command(result.modelfile))}"))
 
 
 def _measured(facts: Mapping[str, Any]) -> str:

@@ -5,7 +5,8 @@ Without a name, the first row that opens a path runs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from llm_quantize.models.hub.runnable import fetch_runnable, is_hub_id
 from llm_quantize.models.quantized import is_stored_directory
 from llm_quantize.runtimes import ctranslate2, llama_cpp, mlx, transformers, vllm
 from llm_quantize.runtimes.base import OpenModel, Request, Runtime
+from llm_quantize.runtimes.conversation import Conversation
 
-__all__ = ["RUNTIMES", "artifact_at", "generate", "open_model", "runtime_for", "what_opens_what"]
+__all__ = ["RUNTIMES", "artifact_at", "converse", "generate", "open_model", "runtime_for", "what_opens_what"]
 
 RUNTIMES: Mapping[str, Runtime] = {
     "llama.cpp": llama_cpp,
@@ -92,13 +94,7 @@ def generate(
     """
     if not prompt:
         raise UsageError("the prompt is empty", remedy="give the text to continue")
-    path, text = Path(artifact), str(artifact)
-    if is_hub_id(text):
-        path = fetch_runnable(text, revision, on_event)
-    elif revision is not None:
-        raise UsageError("a path has no revisions", file=path, found=f"--revision {revision}", remedy="leave it out")
-    if not path.exists():
-        raise UsageError("no such artifact", file=path, remedy="check the path")
+    path = _found(artifact, revision, on_event)
     request = Request(
         prompts=(prompt,), max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat, threads=threads, **more
     )
@@ -107,8 +103,47 @@ def generate(
     yield from chosen.generate(path, request, on_event)
 
 
-def _refuse_idle(request: Request, chosen: Runtime) -> None:
-    """Raise UsageError for a setting that would do nothing."""
+@contextmanager
+def converse(
+    artifact: str | Path,
+    *,
+    max_tokens: int | None = None,
+    system: str | None = None,
+    runtime: str | None = None,
+    revision: str | None = None,
+    on_event: EventSink = ignore,
+    **more: Any,
+) -> Iterator[Conversation]:
+    """A conversation with ``artifact`` in ``runtime``, or the usual one, where it stays loaded until this ends.
+
+    ``max_tokens`` of each answer; None: until the model ends it or the context is full. ``system``: a message before
+    all others. ``more``: ``temperature``, ``top_p``, ``seed``, ``context`` (of the conversation; None: TALK_CONTEXT, or
+    what the model was trained for, if that is less), ``gpu_layers`` and ``threads`` of a ``Request``.
+
+    Raises as ``generate``, and UnsupportedError for a model without a chat template.
+    """
+    path = _found(artifact, revision, on_event)
+    request = Request(chat=True, **more)
+    chosen = runtime_for(path, runtime)
+    _refuse_idle(request, chosen, among=("gpu_layers",))
+    with chosen.converse(path, request, on_event) as session:
+        yield Conversation(session, system=system, max_tokens=max_tokens, on_event=on_event)
+
+
+def _found(artifact: str | Path, revision: str | None, on_event: EventSink) -> Path:
+    """Where ``artifact``, a path or a hub id, is. Raises UsageError where there is none."""
+    path, text = Path(artifact), str(artifact)
+    if is_hub_id(text):
+        path = fetch_runnable(text, revision, on_event)
+    elif revision is not None:
+        raise UsageError("a path has no revisions", file=path, found=f"--revision {revision}", remedy="leave it out")
+    if not path.exists():
+        raise UsageError("no such artifact", file=path, remedy="check the path")
+    return path
+
+
+def _refuse_idle(request: Request, chosen: Runtime, among: Collection[str] = ("context", "gpu_layers")) -> None:
+    """Raise UsageError for a setting that would do nothing; ``among``: those that only some runtimes take."""
     if request.system is not None and not request.chat:
         raise UsageError("a system message is part of a chat", remedy="set the prompt as a chat, too: --chat")
     if request.top_p < 1 and request.temperature == 0:
@@ -117,7 +152,7 @@ def _refuse_idle(request: Request, chosen: Runtime) -> None:
             remedy="give a --temperature above 0, or leave --top-p out",
         )
     for name, unset in (("context", None), ("gpu_layers", 0)):
-        if getattr(request, name) != unset and name not in chosen.TAKES:
+        if name in among and getattr(request, name) != unset and name not in chosen.TAKES:
             able = [one.LABEL for one in RUNTIMES.values() if name in one.TAKES]
             raise UsageError(
                 f"{chosen.LABEL} has no use for --{name.replace('_', '-')}",

@@ -4,7 +4,7 @@ and what it is asked and answers."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,9 @@ from llm_quantize.io.paths import inside, refuse_larger
 from llm_quantize.models.ctranslate2 import is_ctranslate2
 from llm_quantize.models.files import CONFIG_LIMIT
 from llm_quantize.models.opening import open_source
+
+TALK_CONTEXT = 4096
+"""Tokens of a conversation where nobody says, and the model was trained for as many."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,41 @@ class Written:
     ended: bool
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A chat as the runtime reads it: its ``text`` in the model's template, special tokens written out, and how many
+    ``tokens`` that is."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Answered:
+    """How an answer ended: ``end`` is "end" (the model's own), "limit" (as many tokens as were asked for) or "stopped"
+    (by who asked). ``told``: its figures; the prompt's are those of what was read for it, ``reused`` tokens of it were
+    in the cache."""
+
+    told: events.Generated
+    end: str
+    reused: int = 0
+
+
+class Session(Protocol):
+    """A model that stays loaded, and answers one prompt after another. ``context``: the most tokens of a prompt and its
+    answer. What it read before is not read again, where its runtime can go on from there."""
+
+    context: int
+
+    def prompt(self, messages: Sequence[Mapping[str, str]], /) -> Prompt:
+        """``messages`` with the assistant's turn opened. Raises what rendering the template raises."""
+        ...
+
+    def answer(self, prompt: Prompt, most: int, stop: Callable[[], bool], /) -> Generator[str, None, Answered]:
+        """Pieces of the answer, of at most ``most`` tokens, as they are written; it ends when ``stop()`` is true."""
+        ...
+
+
 class Predictions(Protocol):
     """A model in its runtime: logits, or log-probabilities, float32 (length, vocabulary) of a window's tokens."""
 
@@ -174,6 +212,14 @@ class Runtime(Protocol):
 
     def generate(self, path: Path, request: Request, on_event: EventSink) -> Iterator[str]:
         """Pieces of text that continue the first prompt of ``request``."""
+        ...
+
+    def converse(self, path: Path, request: Request, on_event: EventSink) -> AbstractContextManager[Session]:
+        """The model, held loaded for a conversation. Its tokens are drawn as ``request`` says; prompt and answer have
+        ``request.context`` tokens, or TALK_CONTEXT where that is None, but no more than the model was trained for.
+
+        Raises UnsupportedError where it has no chat template, and what loading it raises.
+        """
         ...
 
     def write(self, path: Path, request: Request) -> list[Written]:
@@ -270,7 +316,7 @@ class Stopwatch:
         self._read, self._began = (tokens, now - self._began), now
 
     def told(self, threads: int) -> events.Generated:
-        """What was written until now."""
+        """What was written until now, with the prompt if that was read."""
         prompt, seconds = self._read or (None, None)
         return events.Generated(self.tokens, time.monotonic() - self._began, threads, prompt, seconds)
 

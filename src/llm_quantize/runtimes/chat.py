@@ -1,4 +1,4 @@
-"""A prompt in the chat template of a model directory, for runtimes that would set no limits."""
+"""Chats in the template of a model directory, for runtimes that would set no limits."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from llm_quantize.formats.gguf.vocabulary.special import chat_templates, read_op
 from llm_quantize.models.chat_template import ChatTemplate
 
 
-def in_template(directory: Path, talks: Sequence[Sequence[Mapping[str, str]]]) -> tuple[str, ...]:
-    """Each of ``talks``, messages with ``role`` and ``content``, in the model's own template, with the assistant's turn
-    opened. Special tokens are written out in it.
+def template_of(directory: Path) -> ChatTemplate:
+    """The model's own chat template, to be closed. Special tokens are written out in what it renders.
 
-    Raises UnsupportedError (no template, or it refuses), MalformedInputError (it takes too much time or memory, or is
-    no text).
+    Raises UnsupportedError (there is none), MalformedInputError (it is no text), MissingExtraError (no Jinja).
     """
     found = chat_templates(directory).get(Keys.Tokenizer.CHAT_TEMPLATE)
     if found is None:
         raise UnsupportedError("this model has no chat template", file=directory, remedy="run without --chat")
     bos, eos = (_special(directory, name) for name in ("bos_token", "eos_token"))
-    with ChatTemplate(str(found.value), bos=bos, eos=eos, file=directory) as template:
+    return ChatTemplate(str(found.value), bos=bos, eos=eos, file=directory)
+
+
+def in_template(directory: Path, talks: Sequence[Sequence[Mapping[str, str]]]) -> tuple[str, ...]:
+    """Each of ``talks``, messages with ``role`` and ``content``, in the model's own template, with the assistant's turn
+    opened. Raises as ``template_of`` and ``ChatTemplate.render``.
+    """
+    with template_of(directory) as template:
         return tuple(template.render(messages) for messages in talks)
 
 

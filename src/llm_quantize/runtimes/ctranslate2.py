@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.events import EventSink
+from llm_quantize.formats.gguf.vocabulary.special import read_optional
 from llm_quantize.models.ctranslate2 import CTranslate2Directory, is_ctranslate2
 from llm_quantize.runtimes.base import Opener, Reply, Request, Timer, Written, refuse_hostile
-from llm_quantize.runtimes.isolated import Worker, continued, generated, interpreter
+from llm_quantize.runtimes.isolated import Worker, continued, interpreter
 from llm_quantize.runtimes.isolated import run as run_isolated
 from llm_quantize.runtimes.scored import ScoredDirectory
+from llm_quantize.runtimes.session import WorkerSession, talking, written_once
 
 LABEL = "CTranslate2"
 OPENS = "CTranslate2 models"
@@ -72,7 +74,18 @@ def predictions(
 
 
 def generate(path: Path, request: Request, on_event: EventSink) -> Iterator[str]:
-    """The text that CTranslate2 writes after the first prompt, in one piece. Raises as ``run``."""
-    reply = run(path, request)
-    yield reply.texts[0]
-    on_event(generated(reply))
+    """Pieces of the text that CTranslate2 writes after the first prompt, as they are made. Raises as ``run``."""
+    CTranslate2Directory(path).close()
+    return written_once(CTRANSLATE2, path, request, on_event)
+
+
+def converse(path: Path, request: Request, _on_event: EventSink) -> AbstractContextManager[WorkerSession]:
+    """As ``Runtime.converse``. Raises as ``run``."""
+    CTranslate2Directory(path).close()
+    return talking(CTRANSLATE2, path, request, trained=_trained(path))
+
+
+def _trained(path: Path) -> int:
+    """The context that the model was trained for, as its tokenizer says it; 0 where it does not."""
+    said = read_optional(path, "tokenizer_config.json").get("model_max_length")
+    return int(said) if isinstance(said, int | float) and 0 < said < float("inf") else 0

@@ -5,24 +5,24 @@ versions of torch than ours; so a script of ``workers/`` runs alone, and speaks 
 
     request.json, windows.npy     what is asked; token ids int32 (windows, length)
     reply.json, logprobs.npy      what came of it; float32 (windows, length, vocabulary)
-    pieces                        text of the first prompt as it is written, where the script tells it
     error.json                    the runtime's own exception, word for word
+    log                           what it printed
+
+A process that stays, and tells what it writes as it writes it, is that of ``session.py``.
 
 Nothing reaches the network: the hub is told to be offline, and its cache is the folder, gone with it.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +33,7 @@ import numpy as np
 from llm_quantize import events
 from llm_quantize.errors import (
     IntegrityError,
+    LlmQuantizeError,
     MissingExtraError,
     NumericPolicyError,
     ResourceError,
@@ -42,8 +43,6 @@ from llm_quantize.errors import (
 from llm_quantize.runtimes.base import Reply, Request, Written
 from llm_quantize.runtimes.chat import in_template
 from llm_quantize.runtimes.threads import idle_threads
-
-__all__ = ["Worker", "continued", "generated", "incomplete", "interpreter", "run", "spoken"]
 
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -55,7 +54,6 @@ _QUIET = {
     "TORCHDYNAMO_DISABLE": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
-POLL_SECONDS = 0.1
 _CACHES = ("HF_HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
@@ -98,100 +96,103 @@ def interpreter(runtime: Worker) -> str:
 def run(
     runtime: Worker, directory: Path, request: Request, *, settings: Mapping[str, str], options: Mapping[str, Any]
 ) -> Reply:
-    """What ``spoken`` comes to."""
-    speaking = spoken(runtime, directory, request, settings=settings, options=options)
-    while True:
-        try:
-            next(speaking)
-        except StopIteration as end:
-            reply: Reply = end.value
-            return reply
-
-
-def spoken(
-    runtime: Worker, directory: Path, request: Request, *, settings: Mapping[str, str], options: Mapping[str, Any]
-) -> Generator[str, None, Reply]:
-    """Pieces of the text that continues the first prompt, as they are written; in the end: ``request`` answered by
-    ``runtime`` for the model in ``directory``. ``settings``: variables of the environment; ``options``: what else the
-    script reads.
+    """``request`` answered by ``runtime`` for the model in ``directory``. ``settings``: variables of the environment;
+    ``options``: what else the script reads.
 
     Raises MissingExtraError (not installed), IntegrityError (weights that are not in the files), UnsupportedError (the
     runtime fails; its words are in ``found``), ResourceError (it takes longer than ``request.timeout``),
     NumericPolicyError (its logits are not numbers).
     """
-    python = interpreter(runtime)
     threads = request.threads or idle_threads()
     talks = [request.messages(prompt) for prompt in request.prompts]
     asked = {
-        "directory": str(directory.resolve()),
+        **basics(directory, request, threads),
         "prompts": list(in_template(directory, talks) if request.chat else request.prompts),
         "max_tokens": request.max_tokens,
-        "temperature": request.temperature,
-        "seed": request.seed,
         "chat": request.chat,
-        "top_p": request.top_p,
-        "dtype": request.dtype,
-        "threads": threads,
         "timing": None if request.timing is None else asdict(request.timing),
         **options,
     }
     windows = np.zeros((0, 1), np.int32) if request.windows is None else np.asarray(request.windows, np.int32)
     with tempfile.TemporaryDirectory(prefix="llm-quantize-") as name:
         folder = Path(name)
-        (folder / "request.json").write_text(json.dumps(asked), encoding="utf-8")
         np.save(folder / "windows.npy", windows)
-        own = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONWARNINGS")}
-        caches = dict.fromkeys(_CACHES, name)
-        environment = {**own, **_QUIET, **caches, "OMP_NUM_THREADS": str(threads), **settings}
-        script = Path(__file__).parent / "workers" / runtime.script
-        yield from _wait([python, str(script), name], environment, folder, runtime, directory, request.timeout)
+        with started(runtime, folder, asked, settings) as child:
+            try:
+                child.wait(request.timeout)
+            except subprocess.TimeoutExpired as error:
+                raise ResourceError(
+                    f"{runtime.name} took longer than {request.timeout:g} s",
+                    file=directory,
+                    found=_tail(folder),
+                    remedy="give it more time, or fewer tokens",
+                ) from error
+        if not (folder / "reply.json").is_file():
+            raise failure(runtime, folder, directory, child.returncode)
         return _read(folder, runtime, directory, bool(len(windows)), threads)
 
 
-def _wait(
-    command: list[str], environment: dict[str, str], folder: Path, runtime: Worker, directory: Path, timeout: float
-) -> Iterator[str]:
-    """Run ``command`` to its end, and tell what it writes meanwhile; it and its children are gone when this returns or
-    raises, or is closed."""
-    end = time.monotonic() + timeout
-    (folder / "pieces").touch()
-    whole = codecs.getincrementaldecoder("utf-8")("replace")
-    with (folder / "log").open("wb") as log, (folder / "pieces").open("rb") as pieces:
+def basics(directory: Path, request: Request, threads: int) -> dict[str, Any]:
+    """What every script is told: the model, and how tokens are computed and drawn."""
+    return {
+        "directory": str(directory.resolve()),
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "seed": request.seed,
+        "dtype": request.dtype,
+        "threads": threads,
+    }
+
+
+@contextmanager
+def started(
+    runtime: Worker,
+    folder: Path,
+    asked: Mapping[str, Any],
+    settings: Mapping[str, str],
+    *,
+    stdin: int = subprocess.DEVNULL,
+    pass_fds: tuple[int, ...] = (),
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The script of ``runtime``, asked what ``asked`` says, at work in ``folder``; it and its children are gone when
+    this ends. A signal from the terminal is ours to answer. Raises as ``interpreter``."""
+    python = interpreter(runtime)
+    (folder / "request.json").write_text(json.dumps(asked), encoding="utf-8")
+    own = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONWARNINGS")}
+    caches = dict.fromkeys(_CACHES, str(folder))
+    environment = {**own, **_QUIET, **caches, "OMP_NUM_THREADS": str(asked["threads"]), **settings}
+    script = Path(__file__).parent / "workers" / runtime.script
+    with (folder / "log").open("wb") as log:
         child = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            [python, str(script), str(folder)],
+            env=environment,
+            stdin=stdin,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=pass_fds,
         )
-        try:
-            while child.poll() is None:
-                if time.monotonic() > end:
-                    raise ResourceError(
-                        f"{runtime.name} took longer than {timeout:g} s",
-                        file=directory,
-                        found=_tail(folder),
-                        remedy="give it more time, or fewer tokens",
-                    )
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(POLL_SECONDS)
-                if text := whole.decode(pieces.read()):
-                    yield text
-        finally:
-            with suppress(ProcessLookupError):  # all of them have ended by themselves
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-    if (folder / "reply.json").is_file():
-        return
+    try:
+        yield child
+    finally:
+        with suppress(ProcessLookupError):  # all of them have ended by themselves
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def failure(runtime: Worker, folder: Path, directory: Path, status: int) -> LlmQuantizeError:
+    """The error for a script that ended with exit ``status``, without what it was asked for."""
     if not (folder / "error.json").is_file():
-        raise UnsupportedError(
-            f"{runtime.name} ended without an answer (exit status {child.returncode})",
-            file=directory,
-            found=_tail(folder),
+        return UnsupportedError(
+            f"{runtime.name} ended without an answer (exit status {status})", file=directory, found=_tail(folder)
         )
     error_said = json.loads((folder / "error.json").read_text(encoding="utf-8"))
     said = f"{error_said['type']}: {error_said['text']}"
     if error_said["missing"]:
-        raise runtime.missing(said)
+        return runtime.missing(said)
     if error_said["incomplete"]:
-        raise incomplete(directory, error_said["text"])
-    raise UnsupportedError(f"{runtime.name} does not run this model", file=directory, found=said)
+        return incomplete(directory, error_said["text"])
+    return UnsupportedError(f"{runtime.name} does not run this model", file=directory, found=said)
 
 
 def incomplete(directory: Path, found: str) -> IntegrityError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import ctypes
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -31,9 +31,12 @@ from llm_quantize.errors import (
 )
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_files import first_file
-from llm_quantize.models.chat_template import render
+from llm_quantize.models.chat_template import ChatTemplate
 from llm_quantize.models.ctranslate2 import is_ctranslate2
 from llm_quantize.runtimes.base import (
+    TALK_CONTEXT,
+    Answered,
+    Prompt,
     Request,
     Stopwatch,
     Timer,
@@ -63,8 +66,9 @@ _DECODE_PROBLEMS = {1: "no free place in the cache", 2: "aborted"}
 class LlamaCpp:
     """One model and one context in llama.cpp. Use it as a context manager, or call ``close``.
 
-    ``path``: a GGUF file (the first one, if it is split). ``context``: the most tokens of one sequence.
-    ``threads``: None means as many as find an idle processor (threads.py). ``gpu_layers``: computed by a GPU.
+    ``path``: a GGUF file (the first one, if it is split). ``context``: the most tokens of one sequence; ``trained``:
+    no more than the model was trained for. ``threads``: None means as many as find an idle processor (threads.py).
+    ``gpu_layers``: computed by a GPU.
 
     Raises: MissingExtraError, UnsupportedError (another interface, or an architecture llama.cpp does not know),
     MalformedInputError (llama.cpp refuses the file; its own words are in the message), UsageError (no such file,
@@ -72,7 +76,13 @@ class LlamaCpp:
     """
 
     def __init__(
-        self, path: str | Path, *, context: int = 512, threads: int | None = None, gpu_layers: int = 0
+        self,
+        path: str | Path,
+        *,
+        context: int = 512,
+        trained: bool = False,
+        threads: int | None = None,
+        gpu_layers: int = 0,
     ) -> None:
         self._model: int | None = None
         self._context: int | None = None
@@ -84,12 +94,12 @@ class LlamaCpp:
             raise UsageError("there is no such file", file=self.path)
         self._library: Library = load_library()
         try:
-            self._open(context, threads or idle_threads(), gpu_layers)
+            self._open(context, trained, threads or idle_threads(), gpu_layers)
         except LlmQuantizeError:
             self.close()
             raise
 
-    def _open(self, context: int, threads: int, gpu_layers: int) -> None:
+    def _open(self, context: int, trained: bool, threads: int, gpu_layers: int) -> None:
         call, library = self._library.call, self._library
         library.lines.clear()
         parameters, keep = library.model_parameters(gpu_layers)
@@ -101,6 +111,9 @@ class LlamaCpp:
             raise kind("llama.cpp does not load this file", file=self.path, found=words or "no message")
         self._vocab = call.llama_model_get_vocab(self._model)
         self.vocab_size = int(call.llama_vocab_n_tokens(self._vocab))
+        self.trained = int(call.llama_model_n_ctx_train(self._model))
+        if trained and self.trained > 0:
+            context = min(context, self.trained)
         self.context, self.threads = context, threads
         size = min(context, _MAX_BATCH)
         self._context = call.llama_init_from_model(self._model, library.context_parameters(context, size))
@@ -243,6 +256,16 @@ class LlamaCpp:
         call = self._library.call
         call.llama_memory_clear(call.llama_get_memory(self._alive()), True)
 
+    def keep(self, count: int) -> int:
+        """Forget all that was read but the first ``count`` tokens; how many are left: ``count``, or 0 where the model
+        cannot forget a part (one that is recurrent, or has lost the first ones already)."""
+        call = self._library.call
+        memory = call.llama_get_memory(self._alive())
+        if count and call.llama_memory_seq_pos_min(memory, 0) == 0 and call.llama_memory_seq_rm(memory, 0, count, -1):
+            return count
+        self._reset()
+        return 0
+
     def _fits(self, ids: Sequence[int], used: int) -> bool:
         if not 0 < used + len(ids) <= self.context:
             raise UsageError(
@@ -296,34 +319,54 @@ class LlamaCpp:
         """
         if temperature < 0 or not np.isfinite(temperature) or not 0 < top_p <= 1:
             raise UsageError("the temperature must be 0 or more, and top-p a share", found=f"{temperature} and {top_p}")
-        if isinstance(prompt, str):
-            ids = self._chat_tokens(prompt, on_event, system) if chat else self.tokenize(prompt, parse_special=False)
+        if isinstance(prompt, str) and chat:
+            with ChatText(self, on_event) as template:
+                ids = self.chat_ids(template.text(talk(prompt, system)))
         else:
-            ids = list(prompt)
+            ids = self.tokenize(prompt, parse_special=False) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise UsageError("the prompt is empty", remedy="give the text to continue")
         self._fits(ids, 0)
-        warn_beyond(len(ids), max_tokens, int(self._library.call.llama_model_n_ctx_train(self._model)), on_event)
-        random = np.random.Generator(np.random.PCG64(seed))
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        warn_beyond(len(ids), max_tokens, self.trained, on_event)
         clock = Stopwatch()
         last = self.advance(ids)
         clock.prompt_read(len(ids))
-        position = len(ids)
-        for step in range(max_tokens):
-            token = _choose(last, temperature, random, top_p)
+        draw = Draw(temperature, top_p, seed)
+        yield from self.written(last, len(ids), max_tokens, draw, clock)
+        on_event(clock.told(self.threads))
+
+    def written(
+        self,
+        last: npt.NDArray[np.float32],
+        position: int,
+        most: int,
+        draw: Callable[[npt.NDArray[np.float32]], int],
+        clock: Stopwatch,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Generator[str, None, tuple[list[int], str]]:
+        """Pieces of the text that follows ``position`` tokens, after which the logits are ``last``; in the end: the
+        tokens that were read behind them, and why it ended, as ``Answered`` says it. ``clock`` counts the tokens."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        read: list[int] = []
+        end = "limit"
+        for step in range(most):
+            token = draw(last)
             if self._library.call.llama_vocab_is_eog(self._vocab, token):
+                end = "end"
                 break
             clock.tokens += 1
             if text := decoder.decode(self._piece(token)):
                 yield text
-            if position >= self.context or step + 1 == max_tokens:
+            if stop():
+                end = "stopped"
                 break
-            last = self._decode([token], position, every=False)[0]
-            position += 1
+            if position + len(read) >= self.context or step + 1 == most:
+                break
+            last = self._decode([token], position + len(read), every=False)[0]
+            read.append(token)
         if text := decoder.decode(b"", final=True):
             yield text
-        on_event(clock.told(self.threads))
+        return read, end
 
     def _piece(self, token: int) -> bytes:
         call, room = self._library.call, 64
@@ -334,35 +377,27 @@ class LlamaCpp:
                 return buffer.raw[:count]
             room = -count
 
-    def _token_text(self, token: int) -> str:
+    def token_text(self, token: int) -> str:
+        """The text of ``token`` in the vocabulary; "" where it is none."""
         raw = self._library.call.llama_vocab_get_text(self._vocab, token) if token >= 0 else None
         return raw.decode("utf-8", "replace") if raw else ""
 
-    def _chat_tokens(self, prompt: str, on_event: EventSink = ignore, system: str | None = None) -> list[int]:
-        """The prompt as a user's message, after ``system``, in the file's own template, rendered as transformers does.
-
-        llama.cpp itself only recognises families of templates and leaves out what it does not expect (a default
-        system message), so that it serves where Jinja is not installed, and a warning says so.
-        """
+    def template(self) -> tuple[bytes, str, str]:
+        """The file's own chat template, and its begin and end tokens as text. Raises UnsupportedError: it has none."""
+        self._alive()
         call = self._library.call
         raw = call.llama_model_chat_template(self._model, None)
         if raw is None:
             raise UnsupportedError("this model has no chat template", file=self.path, remedy="run without --chat")
-        messages = talk(prompt, system)
-        bos = self._token_text(call.llama_vocab_bos(self._vocab))
-        eos = self._token_text(call.llama_vocab_eos(self._vocab))
-        try:
-            text = render(raw.decode("utf-8", "replace"), messages, bos=bos, eos=eos, file=self.path)
-        except MissingExtraError:
-            known = self._known_template(raw, messages)
-            if known is None:
-                raise
-            text = known
-            on_event(events.Caution(_NOT_ITS_OWN))
-        # A template usually writes the begin token itself.
+        bos, eos = call.llama_vocab_bos(self._vocab), call.llama_vocab_eos(self._vocab)
+        return bytes(raw), self.token_text(bos), self.token_text(eos)
+
+    def chat_ids(self, text: str) -> list[int]:
+        """Token ids of a chat in its template, which usually writes the begin token itself."""
+        bos = self.token_text(self._library.call.llama_vocab_bos(self._vocab))
         return self.tokenize(text, add_special=not (bos and text.startswith(bos)), parse_special=True)
 
-    def _known_template(self, template: bytes, messages: Sequence[Mapping[str, str]]) -> str | None:
+    def known_template(self, template: bytes, messages: Sequence[Mapping[str, str]]) -> str | None:
         """The rendered chat where llama.cpp recognises ``template``, else None."""
         pairs = [ChatMessage(m["role"].encode(), m["content"].encode("utf-8", "surrogatepass")) for m in messages]
         array, room = (ChatMessage * len(pairs))(*pairs), 1024
@@ -374,6 +409,103 @@ class LlamaCpp:
             if count <= room:
                 return buffer.raw[:count].decode("utf-8", "replace")
             room = count
+
+
+class ChatText:
+    """Chats of ``model`` in its file's own template, rendered as transformers does. Close it, or use it as a context
+    manager. ``on_event`` hears a warning where the template is not quite its own.
+
+    llama.cpp itself only recognises families of templates and leaves out what it does not expect (a default system
+    message), so that it serves where Jinja is not installed, and a warning says so.
+
+    Raises UnsupportedError: the file has no template.
+    """
+
+    def __init__(self, model: LlamaCpp, on_event: EventSink = ignore) -> None:
+        self._model, self._on_event = model, on_event
+        self._raw, bos, eos = model.template()
+        self._missing: MissingExtraError | None = None
+        self._template: ChatTemplate | None = None
+        try:
+            self._template = ChatTemplate(self._raw.decode("utf-8", "replace"), bos=bos, eos=eos, file=model.path)
+        except MissingExtraError as error:
+            self._missing = error
+
+    def text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """``messages`` with the assistant's turn opened. Raises as ``ChatTemplate.render``, and MissingExtraError where
+        there is no Jinja and llama.cpp does not know the template."""
+        if self._template is not None:
+            return self._template.render(messages)
+        known = self._model.known_template(self._raw, messages)
+        if known is not None:
+            self._on_event(events.Caution(_NOT_ITS_OWN))
+            self._on_event = ignore
+            return known
+        raise self._missing or MissingExtraError("rendering this model's chat template", "llamacpp")
+
+    def close(self) -> None:
+        """End the process of the template."""
+        if self._template is not None:
+            self._template.close()
+
+    def __enter__(self) -> ChatText:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Draw:
+    """Tokens drawn from logits, one after another (PCG64 of ``seed``); ``temperature`` 0 takes the likeliest."""
+
+    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+        self._temperature, self._top_p = temperature, top_p
+        self._random = np.random.Generator(np.random.PCG64(seed))
+
+    def __call__(self, logits: npt.NDArray[np.float32]) -> int:
+        return _choose(logits, self._temperature, self._random, self._top_p)
+
+
+class LlamaSession:
+    """A conversation with ``model``, as ``Session`` has it: what prompts have in common at their beginning is read
+    once."""
+
+    def __init__(self, model: LlamaCpp, template: ChatText, request: Request) -> None:
+        self.context = model.context
+        self._model, self._template = model, template
+        self._draw = Draw(request.temperature, request.top_p, request.seed)
+        self._read: list[int] = []
+
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
+        """As ``Session.prompt``."""
+        text = self._template.text(messages)
+        return Prompt(text, len(self._model.chat_ids(text)))
+
+    def answer(self, prompt: Prompt, most: int, stop: Callable[[], bool]) -> Generator[str, None, Answered]:
+        """As ``Session.answer``. Raises ResourceError where llama.cpp breaks off."""
+        model, ids = self._model, self._model.chat_ids(prompt.text)
+        clock = Stopwatch()
+        # The last one is read again, for the logits after it.
+        common = model.keep(_common(self._read, ids[:-1]))
+        self._read = ids[:common]
+        last: npt.NDArray[np.float32] = np.empty(0, np.float32)
+        while len(self._read) < len(ids):
+            if stop():
+                return Answered(clock.told(model.threads), "stopped", common)
+            done = len(self._read)
+            part = ids[done : done + _MAX_BATCH]
+            last = model.advance(part, done)
+            self._read += part
+        clock.prompt_read(len(ids) - common)
+        read, end = yield from model.written(last, len(ids), most, self._draw, clock, stop)
+        self._read += read
+        return Answered(clock.told(model.threads), end, common)
+
+
+def _common(before: Sequence[int], now: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(before, now, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(before), len(now)))
 
 
 def _choose(
@@ -423,6 +555,22 @@ def generate(path: Path, request: Request, on_event: EventSink) -> Iterator[str]
             seed=request.seed,
             on_event=on_event,
         )
+
+
+@contextmanager
+def converse(path: Path, request: Request, on_event: EventSink) -> Iterator[LlamaSession]:
+    """As ``Runtime.converse``. Raises as ``LlamaCpp``, and UnsupportedError where the file has no chat template."""
+    with (
+        LlamaCpp(
+            first_file(path),
+            context=request.context or TALK_CONTEXT,
+            trained=request.context is None,
+            threads=request.threads,
+            gpu_layers=request.gpu_layers,
+        ) as model,
+        ChatText(model, on_event) as template,
+    ):
+        yield LlamaSession(model, template, request)
 
 
 def write(path: Path, request: Request) -> list[Written]:

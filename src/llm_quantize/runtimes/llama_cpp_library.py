@@ -87,6 +87,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_set_n_threads": (None, (_P, _I, _I)),
     "llama_get_memory": (_P, (_P,)),
     "llama_memory_clear": (None, (_P, _B)),
+    "llama_memory_seq_rm": (_B, (_P, _I, _I, _I)),
+    "llama_memory_seq_pos_min": (_I, (_P, _I)),
     "llama_model_get_vocab": (_P, (_P,)),
     "llama_model_n_ctx_train": (_I, (_P,)),
     "llama_model_meta_val_str": (_I, (_P, _S, _S, _Z)),

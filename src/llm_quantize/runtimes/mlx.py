@@ -27,9 +27,10 @@ from llm_quantize.runtimes.base import (
     own_format,
     refuse_incomplete,
 )
-from llm_quantize.runtimes.isolated import Worker, continued, generated, interpreter, spoken
+from llm_quantize.runtimes.isolated import Worker, continued, interpreter
 from llm_quantize.runtimes.isolated import run as run_isolated
 from llm_quantize.runtimes.scored import ScoredDirectory
+from llm_quantize.runtimes.session import WorkerSession, talking, written_once
 
 LABEL = "MLX"
 OPENS = "MLX directories"
@@ -68,8 +69,13 @@ def run(directory: Path, request: Request) -> Reply:
 def generate(path: Path, request: Request, on_event: EventSink) -> Iterator[str]:
     """Pieces of the text that mlx_lm writes after the first prompt, as they are made. Raises as ``run``."""
     refuse_incomplete(path)
-    reply = yield from spoken(MLX, path, request, settings={}, options={})
-    on_event(generated(reply))
+    return written_once(MLX, path, request, on_event)
+
+
+def converse(path: Path, request: Request, _on_event: EventSink) -> AbstractContextManager[WorkerSession]:
+    """As ``Runtime.converse``. Raises as ``run``."""
+    refuse_incomplete(path)
+    return talking(MLX, path, request)
 
 
 def write(path: Path, request: Request) -> list[Written]:

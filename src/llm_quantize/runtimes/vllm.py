@@ -20,6 +20,7 @@ from llm_quantize.runtimes.base import Opener, Reply, Request, Timer, Written, i
 from llm_quantize.runtimes.isolated import Worker, continued, generated, interpreter
 from llm_quantize.runtimes.isolated import run as run_isolated
 from llm_quantize.runtimes.scored import ScoredDirectory
+from llm_quantize.runtimes.session import WorkerSession, talking
 
 LABEL = "vLLM"
 OPENS = "model directories"
@@ -51,6 +52,12 @@ def generate(path: Path, request: Request, on_event: EventSink) -> Iterator[str]
     on_event(generated(reply))
 
 
+def converse(path: Path, request: Request, _on_event: EventSink) -> AbstractContextManager[WorkerSession]:
+    """As ``Runtime.converse``. Raises as ``run``."""
+    refuse_incomplete(path, tells=not is_packed_directory(path))
+    return talking(VLLM, path, request, settings=_settings(), trained=_trained(path) or 0)
+
+
 def write(path: Path, request: Request) -> list[Written]:
     """What vLLM writes after each prompt. Raises as ``run``."""
     return continued(run(path, request), request.max_tokens)
@@ -80,7 +87,18 @@ def run(directory: Path, request: Request, *, context: int | None = None, eight_
     """
     # Of float models vLLM refuses what it did not fill; of quantized ones (0.32) it does not look.
     refuse_incomplete(directory, tells=not is_packed_directory(directory))
-    settings = {
+    return run_isolated(
+        VLLM,
+        directory,
+        request,
+        settings=_settings(eight_bit_activations),
+        options={"context": context or _context(directory, request)},
+    )
+
+
+def _settings(eight_bit_activations: bool = False) -> dict[str, str]:
+    """Variables of the environment that vLLM reads."""
+    return {
         "VLLM_CPU_INT4_W4A8": str(int(eight_bit_activations)),
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
         # Other processes may hold the CPUs that it would bind its threads to.
@@ -92,9 +110,6 @@ def run(directory: Path, request: Request, *, context: int | None = None, eight_
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
-    return run_isolated(
-        VLLM, directory, request, settings=settings, options={"context": context or _context(directory, request)}
-    )
 
 
 def _context(directory: Path, request: Request) -> int:
@@ -105,9 +120,13 @@ def _context(directory: Path, request: Request) -> int:
     own = request.system or ""
     longest = max((len((own + prompt).encode("utf-8", "surrogatepass")) for prompt in request.prompts), default=0)
     asked = longest + request.max_tokens + 512 if request.prompts else 0
+    return max(2, scored, min(asked, _trained(directory) or asked))
+
+
+def _trained(directory: Path) -> int | None:
+    """The context that the model was trained for; None: vLLM will say what is wrong with the directory."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        trained = int(config.get("text_config", config)["max_position_embeddings"])
+        return int(config.get("text_config", config)["max_position_embeddings"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        trained = asked  # vLLM will say what is wrong with the directory
-    return max(2, scored, min(asked, trained))
+        return None

@@ -98,6 +98,7 @@ class CTranslate2:
             "--ignore": bool(method.ignore),
             "--output-shard-size": method.shard_size != type(method).shard_size,
             "--split-max-size": options.split_max_size is not None,
+            "--export-ollama": options.modelfile,
             "types of single tensors, recipes": options.overrides.given,
         }
         named = [option for option, given in idle.items() if given]

@@ -6,13 +6,14 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llm_quantize
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import matrix_shape, weights_of
-from llm_quantize.errors import IntegrityError, UsageError
+from llm_quantize.errors import IntegrityError, MissingExtraError, UsageError
 from llm_quantize.formats.base import Importance, Store
 from llm_quantize.formats.gguf import metadata as gguf_format
 from llm_quantize.formats.gguf.describe import describe, warnings_of
@@ -60,6 +61,7 @@ class Gguf:
         """See ``Format``. Raises UnsupportedError where llama.cpp cannot run the model or read its tokenizer."""
         describe(source)
         _refuse_directory_options(options.method)
+        _refuse_modelfile(options)
         _check_recipe(source, levels, options.overrides.recipe)
         names = list(dict.fromkeys(parse_level(level).name for level in levels))
         return [_plan_level(source, level, stem, importance, options) for level in names]
@@ -102,6 +104,19 @@ def _refuse_directory_options(method: MethodOptions) -> None:
             found=", ".join(named),
             remedy="GGUF's types fix their groups; --tensor-type keeps single tensors in another type",
         )
+
+
+def _refuse_modelfile(options: Options) -> None:
+    """Raise where a Modelfile is asked for and cannot be: UsageError for files in parts, of which Ollama takes none,
+    MissingExtraError without Jinja, which says what the template does."""
+    if options.modelfile and options.split_max_size is not None:
+        raise UsageError(
+            "Ollama takes a model in one file",
+            found="--export-ollama with --split-max-size",
+            remedy="leave one of them out",
+        )
+    if options.modelfile and find_spec("jinja2") is None:
+        raise MissingExtraError("rendering this model's chat template", "llamacpp")
 
 
 def _check_recipe(source: Source, levels: Sequence[str], recipe: Recipe | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,9 @@ def _scored(model: Any, window: Any) -> Any:
 
 def _continue(model: Any, request: dict[str, Any]) -> list[tuple[str, list[int]]]:
     """Text and token ids that follow each prompt."""
-    from tokenizers import Tokenizer
-
     if not request["prompts"]:
         return []
-    directory = Path(request["directory"])
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    words = json.loads((directory / "vocabulary.json").read_text(encoding="utf-8"))
-    warm = request["temperature"] > 0
-    sampling = {"sampling_topk": 1}
-    if warm:
-        sampling = {
-            "sampling_topk": 0,
-            "sampling_topp": request["top_p"],
-            "sampling_temperature": request["temperature"],
-        }
+    tokenizer, words = _vocabulary(request)
     answers = []
     for prompt in request["prompts"]:
         # A chat comes in its template, which writes the special tokens.
@@ -66,12 +55,55 @@ def _continue(model: Any, request: dict[str, Any]) -> list[tuple[str, list[int]]
             [[words[index] for index in ids]],
             max_length=request["max_tokens"],
             include_prompt_in_result=False,
-            **sampling,
+            **_sampling(request),
         )
         answer = list(found[0].sequences_ids[0])
         answers.append((tokenizer.decode(answer, skip_special_tokens=True), answer))
     return answers
 
 
+def _vocabulary(request: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The tokenizer, and the tokens by their ids as the runtime calls them."""
+    from tokenizers import Tokenizer
+
+    directory = Path(request["directory"])
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return tokenizer, json.loads((directory / "vocabulary.json").read_text(encoding="utf-8"))
+
+
+def _sampling(request: dict[str, Any]) -> dict[str, Any]:
+    if request["temperature"] > 0:
+        warm = {"sampling_topp": request["top_p"], "sampling_temperature": request["temperature"]}
+        return {"sampling_topk": 0, **warm}
+    return {"sampling_topk": 1}
+
+
+class Speaker:
+    """See telling.py. Every prompt is read whole: the runtime keeps only the state of a prefix that never changes."""
+
+    trained: int | None = None
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        import ctranslate2
+
+        self.tokenizer, self.words = _vocabulary(request)
+        self.sampling = _sampling(request)
+        ctranslate2.set_random_seed(request["seed"])
+        self.model = ctranslate2.Generator(request["directory"], device="cpu", intra_threads=request["threads"])
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def write(self, ids: list[int], most: int, put: Callable[[int], bool]) -> int:
+        prompt = [self.words[index] for index in ids]
+        for step in self.model.generate_tokens(prompt, max_length=most, **self.sampling):
+            if put(step.token_id):
+                break
+        return 0
+
+
 if __name__ == "__main__":
-    start(main)
+    start(main, Speaker)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
-from telling import start, versions
+from telling import common, start, versions
 
 
 def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -32,8 +33,7 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     if rows:
         np.save(folder / "logprobs.npy", np.stack(rows))
     scored = time.monotonic()
-    with (folder / "pieces").open("w", encoding="utf-8", newline="") as pieces:
-        answers = _continue(model, tokenizer, request, pieces)
+    answers = _continue(model, tokenizer, request)
     return {
         "texts": [text for text, _ in answers],
         "tokens": [tokens for _, tokens in answers],
@@ -43,28 +43,76 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _continue(model: Any, tokenizer: Any, request: dict[str, Any], pieces: TextIO) -> list[tuple[str, list[int]]]:
-    """Text and token ids that follow each prompt; the first text goes to ``pieces`` as it is written."""
-    import mlx.core as mx
+def _continue(model: Any, tokenizer: Any, request: dict[str, Any]) -> list[tuple[str, list[int]]]:
+    """Text and token ids that follow each prompt."""
     from mlx_lm.generate import stream_generate
-    from mlx_lm.sample_utils import make_sampler
 
-    mx.random.seed(request["seed"])
-    sampler = make_sampler(temp=request["temperature"], top_p=request["top_p"] if request["top_p"] < 1 else 0.0)
+    sampler = _sampler(request)
     answers: list[tuple[str, list[int]]] = []
     for prompt in request["prompts"]:
         # A chat comes in its template, which writes the special tokens.
         ids = tokenizer.encode(prompt, add_special_tokens=not request["chat"])
-        text, tokens = "", []
-        for part in stream_generate(model, tokenizer, ids, request["max_tokens"], sampler=sampler):
-            text += part.text
-            tokens.append(int(part.token))
-            if not answers:
-                pieces.write(part.text)
-                pieces.flush()
-        answers.append((text, tokens))
+        parts = list(stream_generate(model, tokenizer, ids, request["max_tokens"], sampler=sampler))
+        answers.append(("".join(part.text for part in parts), [int(part.token) for part in parts]))
     return answers
 
 
+def _sampler(request: dict[str, Any]) -> Any:
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_sampler
+
+    mx.random.seed(request["seed"])
+    return make_sampler(temp=request["temperature"], top_p=request["top_p"] if request["top_p"] < 1 else 0.0)
+
+
+class Speaker:
+    """See telling.py. The cache goes back to what prompts have in common, where every layer's can."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        from mlx_lm.utils import load
+
+        self.model, self.tokenizer = load(request["directory"])
+        self.sampler = _sampler(request)
+        self.trained: int | None = getattr(self.model.args, "max_position_embeddings", None)
+        self.cache: Any = None
+        self.held: list[int] = []
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=special))
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def write(self, ids: list[int], most: int, put: Callable[[int], bool]) -> int:
+        from mlx_lm.generate import stream_generate
+
+        kept = self._keep(ids)
+        answer: list[int] = []
+        for part in stream_generate(
+            self.model, self.tokenizer, ids[kept:], most, sampler=self.sampler, prompt_cache=self.cache
+        ):
+            # The last part has a token that was no text: the end.
+            if part.finish_reason == "stop":
+                break
+            answer.append(int(part.token))
+            if put(answer[-1]):
+                break
+        self.held = [*ids, *answer]
+        return kept
+
+    def _keep(self, ids: list[int]) -> int:
+        """Let the cache hold what it and ``ids`` begin with; how many tokens that are."""
+        from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+        kept: int = common(self.held, ids)
+        if kept and can_trim_prompt_cache(self.cache):
+            # It may hold a token that was computed ahead, and lack the last one.
+            kept = min(kept, self.cache[0].offset)
+            trim_prompt_cache(self.cache, self.cache[0].offset - kept)
+            return kept
+        self.cache = make_prompt_cache(self.model)
+        return 0
+
+
 if __name__ == "__main__":
-    start(main)
+    start(main, Speaker)

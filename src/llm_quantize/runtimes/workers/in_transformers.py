@@ -6,10 +6,10 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
-from telling import Pieces, refuse_unfilled, start, versions
+from telling import common, refuse_unfilled, start, versions
 from timing import resident, time_model
 
 
@@ -96,8 +96,7 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         if rows:
             np.save(folder / "logprobs.npy", np.stack(rows))
         scored = time.monotonic()
-        with (folder / "pieces").open("w", encoding="utf-8", newline="") as pieces:
-            answers = _continue(model, request, pieces)
+        answers = _continue(model, request)
     return {
         "texts": [text for text, _ in answers],
         "tokens": [tokens for _, tokens in answers],
@@ -112,38 +111,114 @@ def _is_kernel(module: Any) -> bool:
     return hasattr(module, "scales") or type(module).__module__.startswith("bitsandbytes.")
 
 
-def _continue(model: Any, request: dict[str, Any], pieces: TextIO) -> list[tuple[str, list[int]]]:
-    """Text and token ids that follow each prompt; the first text goes to ``pieces`` as it is written."""
+def _continue(model: Any, request: dict[str, Any]) -> list[tuple[str, list[int]]]:
+    """Text and token ids that follow each prompt."""
     import torch
-    from transformers import AutoTokenizer
 
     if not request["prompts"]:
         return []
-    tokenizer = AutoTokenizer.from_pretrained(request["directory"], local_files_only=True, trust_remote_code=False)
+    tokenizer = _tokenizer(request)
     torch.manual_seed(request["seed"])
-    warm = request["temperature"] > 0
-    sampling: dict[str, Any] = {"do_sample": warm}
-    if warm:
-        sampling |= {"temperature": request["temperature"], "top_p": request["top_p"]}
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-    def say(text: str) -> None:
-        pieces.write(text)
-        pieces.flush()
-
-    answers: list[tuple[str, list[int]]] = []
+    answers = []
     for prompt in request["prompts"]:
         # A chat comes in its template, which writes the special tokens.
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not request["chat"])
         inputs.pop("token_type_ids", None)
-        streamer = None if answers else Pieces(decode, say)
-        output = model.generate(**inputs, max_new_tokens=request["max_tokens"], streamer=streamer, **sampling)
+        output = model.generate(**inputs, max_new_tokens=request["max_tokens"], **_sampling(request))
         answer = output[0, inputs["input_ids"].shape[1] :].tolist()
-        answers.append((decode(answer), answer))
+        answers.append((str(tokenizer.decode(answer, skip_special_tokens=True)), answer))
     return answers
 
 
+def _tokenizer(request: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(request["directory"], local_files_only=True, trust_remote_code=False)
+
+
+def _sampling(request: dict[str, Any]) -> dict[str, Any]:
+    if request["temperature"] > 0:
+        return {"do_sample": True, "temperature": request["temperature"], "top_p": request["top_p"]}
+    return {"do_sample": False}
+
+
+class Speaker:
+    """See telling.py. Keys and values that prompts have in common are kept where all of a model's layers keep all of
+    them; a layer that keeps a window, or a state, cannot go back."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        import torch
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        torch.set_num_threads(request["threads"])
+        self.tokenizer = _tokenizer(request)
+        self.model = load(request["directory"], request["dtype"], request["backend"])
+        self.sampling = _sampling(request)
+        self.trained: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.cache: Any = None
+        self.held: list[int] = []
+        torch.manual_seed(request["seed"])
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def write(self, ids: list[int], most: int, put: Callable[[int], bool]) -> int:
+        import torch
+
+        kept = self._keep(ids)
+        stream, given = _Stream(put), torch.tensor([ids])
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=most,
+                streamer=stream,
+                stopping_criteria=[stream.stop],
+                **({} if self.cache is None else {"past_key_values": self.cache}),
+                **self.sampling,
+            )
+        if self.cache is not None:
+            self.held = output[0].tolist()[: self.cache.get_seq_length()]
+        return kept
+
+    def _keep(self, ids: list[int]) -> int:
+        """Let the cache hold what it and ``ids`` begin with; how many tokens that are."""
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        kept: int = common(self.held, ids)
+        held, self.held = len(self.held), []
+        if kept:
+            self.cache.crop(kept - held)  # below zero: so many of the last ones
+            return kept
+        cache = DynamicCache(config=self.model.config)
+        self.cache = cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
+        return 0
+
+
+class _Stream:
+    """A streamer for transformers' ``generate``, which hands over the prompt first, and its criterion to stop."""
+
+    def __init__(self, put: Callable[[int], bool]) -> None:
+        self._put, self._prompt, self._stopped = put, True, False
+
+    def put(self, value: Any) -> None:
+        if not self._prompt:
+            self._stopped = any(self._put(int(token)) for token in value.flatten().tolist())
+        self._prompt = False
+
+    def end(self) -> None:
+        """Nothing is held back here."""
+
+    def stop(self, ids: Any, _scores: Any, **_more: Any) -> Any:
+        import torch
+
+        return torch.full((ids.shape[0],), self._stopped, dtype=torch.bool, device=ids.device)
+
+
 if __name__ == "__main__":
-    start(main)
+    start(main, Speaker)

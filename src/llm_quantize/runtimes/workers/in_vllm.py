@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,10 @@ from telling import start, versions
 def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Load, score the windows, continue the prompts; see runtimes/isolated.py."""
     started = time.monotonic()
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     windows = np.load(folder / "windows.npy", allow_pickle=False)
-    model = LLM(
-        model=request["directory"],
-        dtype=request["dtype"],
-        max_model_len=request["context"],
-        max_num_seqs=4,
-        max_logprobs=-1,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        trust_remote_code=False,
-        seed=request["seed"],
-    )
+    model = _load(request)
     loaded = time.monotonic()
     if len(windows):
         asked = SamplingParams(
@@ -62,13 +52,75 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _load(request: dict[str, Any], *, keeps_prefixes: bool = False) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        model=request["directory"],
+        dtype=request["dtype"],
+        max_model_len=request["context"],
+        max_num_seqs=4,
+        max_logprobs=-1,
+        enforce_eager=True,
+        enable_prefix_caching=keeps_prefixes,
+        disable_log_stats=True,
+        trust_remote_code=False,
+        seed=request["seed"],
+    )
+
+
 def _chat_ids(request: dict[str, Any]) -> list[dict[str, list[int]]]:
     """Chats, which come in their template: it writes the special tokens, and none are put before it."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(request["directory"], local_files_only=True, trust_remote_code=False)
+    tokenizer = _tokenizer(request)
     texts = request["prompts"]
     return [{"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in texts]
+
+
+def _tokenizer(request: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(request["directory"], local_files_only=True, trust_remote_code=False)
+
+
+class Speaker:
+    """See telling.py. Its engine keeps blocks of prompts by itself, and says how much of a prompt it had."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.tokenizer = _tokenizer(request)
+        self.request = request
+        self.model = _load(request, keeps_prefixes=True)
+        self.trained: int | None = self.model.llm_engine.model_config.max_model_len
+        self.asked = 0
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def write(self, ids: list[int], most: int, put: Callable[[int], bool]) -> int:
+        from vllm import SamplingParams
+
+        name, engine, request = str(self.asked), self.model.llm_engine, self.request
+        drawn = SamplingParams(
+            temperature=request["temperature"],
+            top_p=request["top_p"],
+            max_tokens=most,
+            seed=request["seed"] + self.asked,
+            detokenize=False,
+        )
+        self.asked += 1
+        engine.add_request(name, {"prompt_token_ids": ids}, drawn)
+        told = reused = 0
+        while engine.has_unfinished_requests():
+            for step in engine.step():
+                tokens = list(step.outputs[0].token_ids)
+                reused = step.num_cached_tokens or 0
+                stopped = any(put(token) for token in tokens[told:])
+                told = len(tokens)
+                if stopped and not step.finished:
+                    engine.abort_request([name])
+        return reused
 
 
 def _fill(rows: np.ndarray, flat: Any, *, first: int) -> None:
@@ -90,4 +142,4 @@ def _kernels(model: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    start(main)
+    start(main, Speaker)
