@@ -21,7 +21,6 @@ from llm_quantize.runtimes.base import (
     Opener,
     Reply,
     Request,
-    Timer,
     Written,
     is_model_directory,
     own_format,
@@ -36,7 +35,6 @@ OPENS = "MLX directories"
 TAKES: frozenset[str] = frozenset()
 VARIABLE = "LLM_QUANTIZE_MLX"
 open_model: Opener | None = None
-timer: Timer | None = None
 
 MLX = Worker(
     name="MLX",
@@ -70,6 +68,11 @@ def generate(path: Path, request: Request, on_event: EventSink) -> Iterator[str]
     refuse_incomplete(path)
     reply = yield from spoken(MLX, path, request, settings={}, options={})
     on_event(generated(reply))
+
+
+def timer(path: Path, request: Request) -> Reply:
+    """As ``run``."""
+    return run(path, request)
 
 
 def write(path: Path, request: Request) -> list[Written]:
