@@ -72,7 +72,8 @@ def _timed(model: Any, request: dict[str, Any]) -> dict[str, float]:
         told = generate(lead, len(new) + 1)
         return told[-1] - told[0]
 
-    return time_model(read, write, vocabulary=len(words), asked=asked, threads=request["threads"])
+    found: dict[str, float] = time_model(read, write, vocabulary=len(words), asked=asked, threads=request["threads"])
+    return found
 
 
 def _scored(model: Any, window: Any) -> Any:

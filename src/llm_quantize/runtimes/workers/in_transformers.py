@@ -123,7 +123,10 @@ def _timed(model: Any, asked: dict[str, int], threads: int) -> dict[str, float]:
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
     with torch.inference_mode():
-        return time_model(read, one_by_one(read, advance), vocabulary=vocabulary, asked=asked, threads=threads)
+        found: dict[str, float] = time_model(
+            read, one_by_one(read, advance), vocabulary=vocabulary, asked=asked, threads=threads
+        )
+    return found
 
 
 def _is_kernel(module: Any) -> bool:
