@@ -13,11 +13,11 @@ from llm_quantize.advice.machine import Machine
 from llm_quantize.advice.ways import Way
 from llm_quantize.formats.gguf.plan import NAME as GGUF
 from llm_quantize.reports.numbers import bytes_text
-from llm_quantize.results import Tabled
+from llm_quantize.results import Shown, Tabled
 
 
-@dataclass(frozen=True)
-class Answer:
+@dataclass(frozen=True, repr=False)
+class Answer(Shown):
     """What one runtime comes to. ``choices`` from the largest to the smallest; ``excluded``: level and reason. ``take``
     None: nothing fits, or nothing whose loss is known; ``reason``: why it, as ``measures.advisor.Advice`` has it.
     ``better`` and ``smaller``: the neighbours worth having, whether they fit or not. ``untried``: what may be better,
@@ -35,7 +35,12 @@ class Answer:
 
     @property
     def runtime(self) -> str:
+        """A name of RUNTIMES."""
         return self.way.runtime
+
+    def summary(self) -> dict[str, Any]:
+        """The runtime, and what to take there."""
+        return {"runtime": self.runtime, "take": None if self.take is None else self.take.name}
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,38 +59,47 @@ class Advice(Tabled):
 
     @property
     def runtime(self) -> str:
+        """The advised runtime, a name of RUNTIMES."""
         return self.answer.runtime
 
     @property
     def reason(self) -> str:
+        """Why ``take``."""
         return self.answer.reason
 
     @property
     def take(self) -> Choice | None:
+        """What to take; None where nothing fits."""
         return self.answer.take
 
     @property
     def better(self) -> Choice | None:
+        """The next better level."""
         return self.answer.better
 
     @property
     def smaller(self) -> Choice | None:
+        """The next smaller level."""
         return self.answer.smaller
 
     @property
     def untried(self) -> Choice | None:
+        """What may be better, but was not measured."""
         return self.answer.untried
 
     @property
     def why(self) -> tuple[str, ...]:
+        """The reasons, in sentences."""
         return self.answer.why
 
     @property
     def choices(self) -> tuple[Choice, ...]:
+        """Levels of the advised runtime, the largest first."""
         return self.answer.choices
 
     @property
     def excluded(self) -> tuple[tuple[str, str], ...]:
+        """Levels that are no choice, and why."""
         return self.answer.excluded
 
     @property

@@ -1,4 +1,4 @@
-"""One way to store and run the model, as the rule of ``measures/advisor.py`` sees it and as programs read it."""
+"""One way to store and run the model, as the rule and as programs see it."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llm_quantize.advice import needs
 from llm_quantize.advice.choice import Choice, Found, Question
@@ -29,8 +29,8 @@ class Way:
 
     runtime: str
     device: str
-    find: Callable[[Question], Found]
-    commands: Callable[[str, Choice, Machine, int], dict[str, str]]
+    find: Callable[[Question], Found] = field(repr=False)
+    commands: Callable[[str, Choice, Machine, int], dict[str, str]] = field(repr=False)
     suits: str
 
     @property

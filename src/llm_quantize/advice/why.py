@@ -29,10 +29,19 @@ def why(take: Choice, reason: str, machine: Machine, room: int | None) -> Iterat
         return
     yield _where(take, machine, room)
     known = _KNOWN[take.loss.basis]
-    words = "" if take.loss.basis == "elsewhere" else f"{grade(take.loss.kld)}, "
-    yield f"loss: {words}mean KLD {take.loss.kld:.2g} ({known})"
+    if take.loss.basis == "elsewhere":
+        yield f"loss: mean KLD {take.loss.kld:.2g} ({known})"
+    else:
+        yield f"loss: {grade(take.loss.kld)}, mean KLD {take.loss.kld:.2g} ({known})"
     good = f"of those that fit with a loss that is still good (mean KLD below {GOOD:g})"
     speed = f"{take.speed:.1f} tokens per second, measured" if take.speed else "fewest bytes to read; not measured"
+    there = "on the built-in model" if take.loss.basis == "elsewhere" else ""
+    if there and reason in ("clean", "least"):
+        yield {
+            "clean": f"the smallest that is indistinguishable from the source {there}",
+            "least": f"of those that fit, it loses least {there}",
+        }[reason]
+        return
     yield {
         "clean": "the smallest that is indistinguishable from the source: more bits would show in nothing",
         "least": "of those that fit, it loses least",

@@ -140,7 +140,8 @@ def _print(advice: Advice) -> None:
         shown = {choice.name for choice in answer.choices}
         own = "" if answer is advice.answer else f" ({answer.runtime})"
         for reason, levels in _alike(answer, shown).items():
-            say(f"not {', '.join(levels)}{own}: {reason}")
+            names = f"{', '.join(levels)}{own}"
+            say(f"not {names}: {reason}")
     for note in advice.notes:
         say(f"note: {note}")
 
@@ -160,8 +161,10 @@ def _answer(advice: Advice, take: Choice, say: Callable[..., None]) -> None:
     from llm_quantize.reports.terminal import human_bytes
     from llm_quantize.runtimes import RUNTIMES
 
-    where = "" if advice.answer.way.usual else f" in {RUNTIMES[advice.runtime].LABEL}"
-    say(f"take {take.name} ({human_bytes(take.size)}){where}", "bold green")
+    told = f"take {take.name} ({human_bytes(take.size)})"
+    if not advice.answer.way.usual:
+        told = f"{told} in {RUNTIMES[advice.runtime].LABEL}"
+    say(told, "bold green")
     for reason in advice.why:
         say(f"  {said(reason)}")
     for label, other in (("better", advice.better), ("smaller", advice.smaller)):
