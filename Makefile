@@ -18,8 +18,10 @@ SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -name '*.
 demo: $(VENV)/.light
 	$(BIN)/llm-quantize demo
 
-# With torch and the runtime of GPTQ and AWQ: about 2 GB to install; then it takes a few minutes.
+# With torch, CTranslate2, and the runtime of GPTQ, AWQ and bitsandbytes: about 2 GB to install; then it takes a few
+# minutes.
 demo-all: $(VENV)/.compare $(TRANSFORMERS)/.ready
+	$(PIP) ctranslate2
 	LLM_QUANTIZE_TRANSFORMERS=$(CURDIR)/$(TRANSFORMERS)/bin/python $(BIN)/llm-quantize demo
 
 # Calibrates, as the small levels need it; the page is report/index.html.

@@ -102,3 +102,29 @@ def test_the_first_commands_need_no_torch(page: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert (tmp_path / "out" / "demo-llama-Q4_K_M.gguf").is_file()
+
+
+def test_the_table_of_who_loads_what_has_every_level() -> None:
+    """One row for each level of each format, and the compute capabilities that ``recommend`` counts with."""
+    from llm_quantize.advice.ways import WAYS
+    from llm_quantize.formats.table import FORMATS
+
+    text = (ROOT / "docs" / "reference" / "formats.md").read_text("utf-8")
+    section = text.split("## Who loads what, and how that was checked")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines() if "| `" in line]
+    named = [
+        (form.strip("` "), level, loaded)
+        for form, levels, loaded, _ in rows
+        for level in re.findall(r"`(\S+)`", levels)
+    ]
+    found = {(form, level): loaded for form, level, loaded in named}
+    assert len(found) == len(named), "a level stands twice"
+    wanted = {(form.name, level) for form in FORMATS.values() for level in form.levels if form.name != "gguf"}
+    assert set(found) == wanted
+    assert any(form.strip("` ") == "gguf" for form, *_ in rows)
+    for way in WAYS:
+        if way.runtime == "vllm":
+            for level in getattr(way.find, "levels", ()):
+                loaded = found[level.format, level.level]
+                assert "vLLM" in loaded
+                assert (f"{level.capability:.1f}" if level.capability else "CPUs") in loaded, level

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_quantize import errors, events
-    from llm_quantize.advice.recommend import Advice
+    from llm_quantize.advice.answer import Advice
     from llm_quantize.api import calibrate, compare, evaluate, info, plan, quantize, recommend, run, verify
     from llm_quantize.artifacts.result import ArtifactResult
     from llm_quantize.artifacts.verification import Verification
@@ -54,7 +54,7 @@ _PUBLIC = {
     "Verification": "artifacts.verification",
     "Assessment": "compare.assessment",
     "ComparisonResult": "reports.findings",
-    "Advice": "advice.recommend",
+    "Advice": "advice.answer",
     "Calibration": "calibration.outcome",
     "Generation": "results",
     "Results": "results",

@@ -18,7 +18,7 @@ from llm_quantize.reports.listening import heard
 from llm_quantize.results import Generation, ModelInfo, Results
 
 if TYPE_CHECKING:
-    from llm_quantize.advice.recommend import Advice
+    from llm_quantize.advice.answer import Advice
     from llm_quantize.artifacts.result import ArtifactResult
     from llm_quantize.artifacts.verification import Verification
     from llm_quantize.calibration.outcome import Calibration
@@ -194,16 +194,20 @@ def recommend(
     *,
     ram: int | None = None,
     vram: int | None = None,
+    gpu: str | None = None,
     device: str = "auto",
+    runtime: str | None = None,
     context: int | None = None,
     priority: str = "quality",
     measured: str | Path | None = None,
     revision: str | None = None,
     on_event: EventSink | None = None,
 ) -> Advice:
-    """Which GGUF level of ``model`` to take for a machine, and why; reads headers only.
+    """Which runtime, format and level of ``model`` to take for a machine, and why; reads headers only.
 
-    ``ram`` and ``vram``: bytes of the computer and of its GPU, None: this one's. ``device``: auto, cpu, cuda or apple.
+    ``ram`` and ``vram``: bytes of the computer and of its GPU, None: this one's. ``gpu``: its name ("RTX 4090") or its
+    compute capability ("8.9"). ``device``: auto, cpu, cuda or apple. ``runtime``: llama.cpp, vllm, transformers,
+    ctranslate2 or mlx; None: what is usual for the machine, with the answers of the others in ``others``.
     ``context``: tokens of the cache, None: 8192, or what the model was made for. ``priority``: quality, speed or size.
     ``measured``: a comparison.json of this model; None: report/comparison.json, if there is one of it. ``take`` of the
     result is None where nothing fits.
@@ -215,7 +219,7 @@ def recommend(
     from llm_quantize.advice.machine import detect
     from llm_quantize.models.opening import open_source
 
-    machine = detect(device, ram=ram, vram=vram)
+    machine = detect(device, ram=ram, vram=vram, gpu=gpu)
     with heard(on_event, "recommend") as sink:
         source = open_source(str(model), revision=revision, on_event=sink, headers_only=True)
         with source.checkpoint:
@@ -227,6 +231,7 @@ def recommend(
                 context=context,
                 priority=priority,
                 experience=experience_of(source, None if measured is None else Path(measured), sink),
+                runtime=runtime,
             )
 
 

@@ -40,12 +40,18 @@ def test_measured_figures_come_first_and_scale_the_published(tmp_path: Path) -> 
     variants[0] |= {"generation_tokens_per_second": 12.5, "cpu_share": 0.97}
     variants[2] |= {"generation_tokens_per_second": 0.5, "cpu_share": 0.3}  # on a busy machine: not believed
     found = read_report(report(tmp_path / "r.json", variants), OURS)
-    assert found.loss("Q4_K_M") == Loss(pytest.approx(0.028152 * 0.25), "measured")
-    assert found.loss("Q6_K") == Loss(pytest.approx(0.005452 * 0.25), "estimated")  # the median of the three ratios
-    assert (found.speed("Q8_0"), found.speed("Q2_K"), found.speed("Q6_K")) == (12.5, None, None)
-    assert found.loss("BF16", exact=True) == Loss(0.0, "exact")
-    assert found.loss("MXFP4_MOE") is None
-    assert Experience().loss("Q6_K") == Loss(0.005452, "published")
+    assert found.loss("gguf", "Q4_K_M") == Loss(pytest.approx(0.028152 * 0.25), "measured")
+    assert found.loss("gguf", "Q6_K") == Loss(
+        pytest.approx(0.005452 * 0.25), "estimated"
+    )  # the median of the three ratios
+    assert (
+        found.speed("gguf", "Q8_0", "llama.cpp"),
+        found.speed("gguf", "Q2_K", "llama.cpp"),
+        found.speed("gguf", "Q6_K", "llama.cpp"),
+    ) == (12.5, None, None)
+    assert found.loss("gguf", "BF16", exact=True) == Loss(0.0, "exact")
+    assert found.loss("gguf", "MXFP4_MOE") is None
+    assert Experience().loss("gguf", "Q6_K") == Loss(0.005452, "published")
 
 
 def test_gaps_are_not_measured(tmp_path: Path) -> None:
@@ -63,7 +69,10 @@ def test_gaps_are_not_measured(tmp_path: Path) -> None:
     (tmp_path / "comparison.json").write_text(text.replace("1" + "0" * 400, "1e308"))
     found = read_report(tmp_path, OURS)
     empty = Measured(None, None, None)
-    assert found.measured == {"Q8_0": empty, "Q6_K": empty, "Q5_K_M": empty, "Q4_K_S": Measured(0.5, None, 9)}
+    assert found.measured == {
+        ("gguf", level): figures
+        for level, figures in {"Q8_0": empty, "Q6_K": empty, "Q5_K_M": empty, "Q4_K_S": Measured(0.5, None, 9)}.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -149,4 +158,4 @@ def test_the_published_table_knows_levels_and_falls_with_bits() -> None:
 )
 def test_only_words_that_make_the_file_are_taken_from_a_report(make: Any, kept: bool, tmp_path: Path) -> None:
     found = read_report(report(tmp_path / "r.json", [variant("Q8_0", kld=0.1, make=make)]), OURS)
-    assert found.make("Q8_0") == (tuple(make) if kept else None)
+    assert found.make("gguf", "Q8_0") == (tuple(make) if kept else None)

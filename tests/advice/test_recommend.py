@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llm_quantize.advice.answer import Advice
+from llm_quantize.advice.choice import Choice, with_dominated
 from llm_quantize.advice.experience import Experience, Measured
 from llm_quantize.advice.footprint import CUDA_CONTEXT
 from llm_quantize.advice.machine import Machine
-from llm_quantize.advice.recommend import Advice, Choice, recommend, with_dominated
+from llm_quantize.advice.recommend import recommend
 from llm_quantize.cli import run
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.gguf.levels import LEVELS
@@ -143,10 +145,10 @@ def test_whole_on_the_gpu_before_split(demo: Source) -> None:
 
 def test_measured_figures_are_used(demo: Source, tmp_path: Path) -> None:
     measured = {
-        "Q8_0": Measured(0.0005, 40.0, None),
-        "Q6_K": Measured(0.0015, 50.0, None),
-        "Q4_K_M": Measured(0.012, 45.0, None),
-        "Q2_K": Measured(0.02, 44.0, None),
+        ("gguf", "Q8_0"): Measured(0.0005, 40.0, None),
+        ("gguf", "Q6_K"): Measured(0.0015, 50.0, None),
+        ("gguf", "Q4_K_M"): Measured(0.012, 45.0, None),
+        ("gguf", "Q2_K"): Measured(0.02, 44.0, None),
     }
     experience = Experience(measured, tmp_path / "comparison.json")
     quality = advise(demo, experience=experience)
@@ -292,7 +294,10 @@ def tokenizer(model: Path) -> None:
 
 def test_a_guess_does_not_win_against_a_measurement(demo: Source, tmp_path: Path) -> None:
     """Only Q4_K_M and Q2_K were measured, one so well that the estimates of all others are better still."""
-    measured = {"Q4_K_M": Measured(0.0021, 10.0, None), "Q2_K": Measured(0.002, 12.0, None)}
+    measured = {
+        ("gguf", "Q4_K_M"): Measured(0.0021, 10.0, None),
+        ("gguf", "Q2_K"): Measured(0.002, 12.0, None),
+    }
     advice = advise(demo, experience=Experience(measured, tmp_path / "comparison.json"))
     assert advice.take is not None
     assert advice.take.level == "Q2_K"
@@ -308,7 +313,7 @@ def test_a_guess_does_not_win_against_a_measurement(demo: Source, tmp_path: Path
 
 def test_the_command_makes_the_file_that_was_measured(demo: Source) -> None:
     words = ("gguf", "-q", "Q4_K_M", "--imatrix", "i.gguf", "--revision", "abc")
-    advice = advise(demo, experience=Experience({"Q4_K_M": Measured(0.001, None, None, words)}))
+    advice = advise(demo, experience=Experience({("gguf", "Q4_K_M"): Measured(0.001, None, None, words)}))
     assert advice.take is not None
     command = shlex.split(advice.commands(advice.take)["quantize"])
     assert command == ["llm-quantize", "quantize", "MODEL", *words, "-o", "out"]

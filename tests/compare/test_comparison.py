@@ -31,9 +31,10 @@ from llm_quantize.evaluation import quality, speed
 from llm_quantize.formats.gguf.metadata import importance_metadata
 from llm_quantize.formats.gguf.metadata import text as gguf_text
 from llm_quantize.io.gguf_file import layout_gguf
-from llm_quantize.options import CalibrationOptions, MeasurementOptions, Options
+from llm_quantize.options import CalibrationOptions, MeasurementOptions, MethodOptions, Options
+from llm_quantize.pipeline import plan
 from llm_quantize.reports.findings import ComparisonResult, read_comparison
-from llm_quantize.runtimes import llama_cpp_library
+from llm_quantize.runtimes import llama_cpp_library, mlx
 from tests.reports.examples import comparison as comparison_of
 from tests.reports.examples import variant
 
@@ -107,6 +108,41 @@ def test_the_three_reports_say_the_same(whole: tuple[ComparisonResult, Path]) ->
         text = (folder / name).read_text(encoding="utf-8")
         assert "Q2_K" in text
         assert "llm-quantize compare demo" in text
+
+
+def test_directories_are_made_again_by_the_words_of_the_report(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their weights say less than their levels (W8A8 rounds them as W8A16 does); int8 is timed in CTranslate2; a
+    runtime that is not there is named with its remedy; and ``recommend`` takes the figures."""
+    pytest.importorskip("ctranslate2")
+    monkeypatch.delenv("LLM_QUANTIZE_MLX", raising=False)
+    levels = [("compressed-tensors", "W8A8"), ("ctranslate2", "int8"), ("mlx", "4bit")]
+    asked = MeasurementOptions(context=64, windows=2, prompts=())
+    options = Options(threads=1, measurement=asked, method=MethodOptions(method="rtn"))
+    missing = mlx.MLX.missing()
+    monkeypatch.setattr(mlx, "run", lambda *_arguments: (_ for _ in ()).throw(missing))
+    monkeypatch.setattr(mlx, "require", lambda: None)
+    result = compare(str(demo_model), tmp_path, variants=levels, options=options)
+    assert [one.make and one.make[:3] for one in result.variants] == [(f, "-q", q) for f, q in levels]
+    assert result.variants[0].level == "W8A8-channel"
+    timed = [one.speed and one.speed.runtime.split()[0] for one in result.variants]
+    assert timed == ["transformers", "CTranslate2", None]
+    assert any(note.startswith("MLX-4bit was not run: ") and "make mlx-runtime" in note for note in result.notes)
+    for one in result.variants:
+        assert one.make is not None
+        (planned,) = plan(str(demo_model), one.format, levels=[one.make[2]])
+        assert planned.size == pytest.approx(one.size, rel=0.1)
+    write_reports(result, tmp_path)
+    assert (
+        run(["recommend", str(demo_model), "--measured", str(tmp_path), "--device", "cpu", "--ram", "8", "--json"]) == 0
+    )
+    others = {one["runtime"]: one for one in json.loads(capsys.readouterr().out)["others"]}
+    (int8,) = others["ctranslate2"]["choices"]
+    assert (int8["kld"], int8["kld_basis"]) == (result.variants[1].divergence.kld, "measured")
+    assert int8["generation_tokens_per_second"] is None or result.variants[1].speed is not None
+    assert "measured" in {choice["kld_basis"] for choice in others["vllm"]["choices"]}
+    assert {choice["generation_tokens_per_second"] for choice in others["vllm"]["choices"]} == {None}
 
 
 def test_the_same_command_measures_nothing_twice(

@@ -124,6 +124,7 @@ def test_rounding_against_feedback(shallow: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(data, "demo_model", lambda: shallow)
     monkeypatch.setattr(demo, "LEVELS", ("F32", "Q4_K_M"))
     monkeypatch.setattr(demo, "PAIRS", (("GGUF Q2_K", "gguf", "Q2_K"), ("GPTQ 4bit", "gptq", "4bit")))
+    monkeypatch.setattr(demo, "WHERE_INSTALLED", ())
     monkeypatch.setattr(demo, "CALIBRATION", replace(demo.CALIBRATION, samples=4, length=128))
     monkeypatch.setattr(demo, "WINDOWS", 3)
     monkeypatch.setattr(demo, "NEW_TOKENS", 3)
@@ -172,6 +173,37 @@ def test_rounding_against_feedback(shallow: Path, tmp_path: Path, monkeypatch: p
     assert "gptqmodel" in fine.remedy
     stages = [event["text"] for event in events if event["event"] == "stage"]
     assert {"GGUF Q2_K, rounded", "GPTQ 4bit, feedback", "GPTQ 4bit in its runtime"} <= set(stages)
+
+
+def test_packages_that_are_there_have_their_pairs(
+    shallow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NF4 in transformers and int8 in CTranslate2, for real; the other is left out, with what to install."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("ctranslate2")
+    for runtime in demo.RUNTIMES.values():
+        monkeypatch.delenv(runtime.VARIABLE or "LLM_QUANTIZE_NONE", raising=False)
+    monkeypatch.setattr(data, "demo_model", lambda: shallow)
+    monkeypatch.setattr(demo, "LEVELS", ("F32",))
+    monkeypatch.setattr(demo, "PAIRS", ())
+    monkeypatch.setattr(demo, "CALIBRATION", replace(demo.CALIBRATION, samples=2, length=64))
+    monkeypatch.setattr(demo, "WINDOWS", 2)
+    monkeypatch.setattr(demo, "NEW_TOKENS", 3)
+    monkeypatch.setenv("LLM_QUANTIZE_CACHE", str(tmp_path / "cache"))
+    found = demo.run_demo(tmp_path / "out", threads=1).methods
+    assert [row.label for row in found.rows] == ["NF4", "NF4", "CT2 int8", "CT2 int8"]
+    assert found.left_out == ()
+    for row, runtime, far in ((found.rows[1], "transformers", 1e-4), (found.rows[3], "CTranslate2", 0.01)):
+        assert row.run is not None
+        assert (row.run.runtime, row.run.problem) == (runtime, "")
+        assert row.run.text
+        assert 0 <= row.run.kld < far
+    known = demo.find_spec
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "ctranslate2" else known(name))
+    pairs, left_out = demo.pairs_here()
+    assert ([pair[0] for pair in pairs], left_out) == (["NF4"], (("CT2 int8", "ctranslate2"),))
+    monkeypatch.setenv("LLM_QUANTIZE_CTRANSLATE2", "/somewhere/python")
+    assert demo.pairs_here()[1] == ()
 
 
 def _not_installed(*_: object, **__: object) -> Any:
@@ -239,7 +271,7 @@ def example_methods(lost: Divergence) -> demo.Methods:
     for label, run in (("GGUF Q4_K_M", ran), ("AWQ 4bit", failed)):
         rows.append(example_row(label, "rounded", 14_757_814, lost))
         rows.append(example_row(label, "feedback", 14_757_814, lost, ratio=ratio, run=run))
-    return demo.Methods(tuple(rows), 6096, 256, 8192, 4.4)
+    return demo.Methods(tuple(rows), 6096, 256, 8192, 4.4, left_out=(("CT2 int8", "ctranslate2"),))
 
 
 @pytest.mark.parametrize("columns", [80, 100, 120])
@@ -271,6 +303,7 @@ def test_output_fits_the_terminal(checked: bool, columns: int, monkeypatch: pyte
     assert "1.2e-06" in second
     assert "99.1 %" in second
     assert "吾輩は猫である、[bold]" in second
+    assert "CT2 int8 is not shown. What to do: pip install ctranslate2" in words
     assert "AWQ 4bit was not run in vLLM: Running a model in vLLM: ImportError. What to do: in a checkout" in words
 
 

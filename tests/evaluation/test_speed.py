@@ -12,9 +12,11 @@ import pytest
 
 from llm_quantize.errors import MalformedInputError, MissingExtraError, ResourceError, UnsupportedError, UsageError
 from llm_quantize.evaluation import speed
+from llm_quantize.options import MethodOptions, Options
 from llm_quantize.pipeline import quantize
 from llm_quantize.runtimes import llama_cpp_library, transformers
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
+from llm_quantize.runtimes.workers import timing
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +72,20 @@ def test_no_runtime(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         speed.measure_speed(artifact)
 
 
-def test_median_leaves_the_first_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 9.0, 10.0, 11.0, 20.0, 24.0, 30.0, 32.0])
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
-    assert speed._median(lambda: None) == 2.0
+def test_one_clock_warms_up_and_takes_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for every runtime: what stands before the new tokens is read, and not timed."""
+    told: list[Any] = []
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    assert timing.median(iter([9.0, 1.0, 4.0, 2.0]).__next__, 3) == 2.0
+    write = timing.one_by_one(told.append, lambda token, position: told.append((token, position)))
+    asked = {"prompt": 8, "new": 3, "lead": 2, "repeats": 1}
+    found = timing.time_model(told.append, write, vocabulary=90, asked=asked, threads=1)
+    prompt = [10, 20, 30, 40, 50, 60, 70, 80]
+    behind = [[10, 20], (10, 2), (20, 3), (30, 4)]
+    assert told == [prompt] * 3 + behind * 2
+    assert (found["read"], found["write"]) == (3, 3)
+    assert found["memory"] == pytest.approx(timing.resident(), rel=0.5)
 
 
 def test_tokens_one_by_one_give_the_logits_of_the_whole(artifact: Path) -> None:
@@ -89,12 +101,30 @@ def test_tokens_one_by_one_give_the_logits_of_the_whole(artifact: Path) -> None:
                 model.advance(wrong, position)
 
 
-def test_a_directory_is_timed_in_transformers(demo_model: Path) -> None:
-    found = speed.measure_speed(demo_model, threads=1)
-    assert found.prompt_tokens_per_second > found.generation_tokens_per_second > 0
-    assert 50_000_000 < found.memory_empty < found.memory  # torch, then the weights
+@pytest.mark.parametrize(
+    ("format", "level", "runtime", "empty"),
+    [
+        (None, "", "transformers ", 50_000_000),  # torch
+        ("bitsandbytes", "NF4", "transformers ", 50_000_000),
+        ("ctranslate2", "int8", "CTranslate2 ", 10_000_000),
+        pytest.param("mlx", "4bit", "MLX ", 10_000_000, marks=pytest.mark.mlx),
+    ],
+)
+def test_a_directory_is_timed_in_its_runtime(
+    format: str | None, level: str, runtime: str, empty: int, demo_model: Path, tmp_path: Path
+) -> None:
+    path, size = demo_model, 0
+    if format is not None:
+        pytest.importorskip({"mlx": "json"}.get(format, format))
+        options = Options(method=MethodOptions(method="rtn"))
+        (made,) = quantize(str(demo_model), format, levels=[level], output_dir=tmp_path, options=options)
+        path, size = made.path, made.size
+    found = speed.measure_speed(path, threads=1)
+    assert found.prompt_tokens_per_second > 0
+    assert found.generation_tokens_per_second > 0
+    assert empty < found.memory_empty < found.memory - size  # the runtime, then the weights
     assert (found.threads, found.prompt_tokens, found.new_tokens) == (1, speed.PROMPT_TOKENS, speed.NEW_TOKENS)
-    assert found.runtime.startswith("transformers ")
+    assert found.runtime.startswith(runtime)
     assert 0 < found.cpu_share < 1.05
 
 

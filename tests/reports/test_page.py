@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import os
 import re
 import string
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from llm_quantize.errors import AccessError, UsageError
+from llm_quantize.formats.table import FORMATS
 from llm_quantize.measures.grades import GRADES
 from llm_quantize.reports import labels as words
 from llm_quantize.reports.findings import ComparisonResult, Needs, Sample
+from llm_quantize.reports.hardware import hardware_rows
 from llm_quantize.reports.machines import machine_rows
 from llm_quantize.reports.markdown import markdown
 from llm_quantize.reports.notes import translated
@@ -256,6 +259,29 @@ NOTES = (
     "a.gguf in llama.cpp: KLD 0.1, +0.2 ± 0.3 from the streamed 0.4; the two are KLD 0.5 apart, as its rounding of "
     "activations explains",
 )
+
+
+@pytest.mark.parametrize("lang", words.LANGUAGES)
+def test_formats_beside_each_other_have_their_hardware(lang: str) -> None:
+    """Every format that there is has words for it; one format alone needs none."""
+    said = words.labels(lang)
+    one = variant("one", 900_000, 0.1)
+    rows = [
+        dataclasses.replace(one, format=format, level=f"level{i}", file=f"f{i}") for i, format in enumerate(FORMATS)
+    ]
+    rows += [
+        dataclasses.replace(one, format="gguf", level="second", file="g"),
+        dataclasses.replace(one, format="exl9", level="x", file="x"),
+    ]
+    found = hardware_rows(comparison(*rows), lang)
+    assert [row.runs for row in found] == [said[f"runs_{format}"] for format in FORMATS]
+    assert found[0].variants == f"level0{said['comma']}second"
+    for text in (page(comparison(*rows), lang), markdown(comparison(*rows), lang)):
+        plain = html.unescape(text).replace("\\", "")
+        for row in found:
+            assert row.hardware in plain
+    assert hardware_rows(comparison(one, dataclasses.replace(one, level="two", file="b")), lang) == []
+    assert said["hardware"] not in page(comparison(one), lang)
 
 
 @pytest.mark.parametrize("note", NOTES)

@@ -1,4 +1,5 @@
-"""What is known about the loss of each level: of this model where ``compare`` measured some, else published figures.
+"""What is known about the loss of each level: of this model where ``compare`` measured some, else published figures
+(GGUF), else what was measured on the built-in model (elsewhere.py).
 
 The published figures are mean KL divergences of Llama 3 8B (base model, F16 as the reference, wikitext-2 test, windows
 of 512) in llama.cpp's table, tools/perplexity/README.md. Other models lose more or less at the same level (Llama 2 7B:
@@ -16,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm_quantize.advice.elsewhere import ELSEWHERE
 from llm_quantize.errors import IntegrityError, MalformedInputError
 from llm_quantize.evaluation.speed import LEAST_SHARE
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.gguf.plan import NAME as RANKED
+from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import open_argument
 from llm_quantize.models.identity import header_digest
@@ -72,17 +75,19 @@ DEFAULT_REPORT = Path("report") / "comparison.json"
 class Measured:
     """One artifact of an earlier comparison. ``kld``: mean, nats; ``speed``: generated tokens per second there, None
     where other work disturbed the measurement. ``make``: what made it, behind ``llm-quantize quantize MODEL``; None: it
-    was taken as it was."""
+    was taken as it was. ``runs_in``: the label of the runtime that was timed; "": the format's only one."""
 
     kld: float | None
     speed: float | None
     size: int | None
     make: tuple[str, ...] | None = None
+    runs_in: str = ""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Mean KLD of a level, and how it is known: measured, estimated, published, or exact (nothing is lost)."""
+    """Mean KLD of a level, and how it is known: measured, estimated, published, elsewhere (measured on another model),
+    or exact (nothing is lost)."""
 
     kld: float
     basis: str
@@ -90,41 +95,48 @@ class Loss:
 
 @dataclass(frozen=True)
 class Experience:
-    """Everything known: ``measured`` by level, from the report ``file`` (None: there is none)."""
+    """Everything known: ``measured`` by format and level, from the report ``file`` (None: there is none)."""
 
-    measured: Mapping[str, Measured] = field(default_factory=dict)
+    measured: Mapping[tuple[str, str], Measured] = field(default_factory=dict)
     file: Path | None = None
 
-    def loss(self, level: str, *, exact: bool = False) -> Loss | None:
-        """What the level costs; None where neither this model nor the table has it. ``exact``: it stores the weights as
+    def loss(self, format: str, level: str, *, exact: bool = False) -> Loss | None:
+        """What the level costs; None where neither this model nor a table has it. ``exact``: it stores the weights as
         they are."""
-        found = self.measured.get(level)
+        found = self.find(format, level)
         if found is not None and found.kld is not None:
             return Loss(found.kld, "measured")
         if exact:
             return Loss(0.0, "exact")
+        if format != RANKED:
+            seen = ELSEWHERE.get((format, level))
+            return None if seen is None else Loss(seen, "elsewhere")
         published = published_loss(level)
         if published is None:
             return None
         ratio = self._ratio()
         return Loss(published, "published") if ratio is None else Loss(published * ratio, "estimated")
 
-    def speed(self, level: str) -> float | None:
-        """Generated tokens per second where it was measured."""
-        found = self.measured.get(level)
-        return None if found is None else found.speed
+    def find(self, format: str, level: str) -> Measured | None:
+        """What was measured of the level; None where nothing was."""
+        return self.measured.get((format, level.upper()))
 
-    def make(self, level: str) -> tuple[str, ...] | None:
+    def speed(self, format: str, level: str, runtime: str) -> float | None:
+        """Generated tokens per second where it was measured in ``runtime`` (its label)."""
+        found = self.find(format, level)
+        return None if found is None or found.runs_in not in ("", runtime) else found.speed
+
+    def make(self, format: str, level: str) -> tuple[str, ...] | None:
         """What makes the file that was measured; None where that is not known."""
-        found = self.measured.get(level)
+        found = self.find(format, level)
         return None if found is None else found.make
 
     def _ratio(self) -> float | None:
         """The typical ratio of measured to published loss, of the levels that have both."""
         ratios = [
             found.kld / published
-            for level, found in self.measured.items()
-            if found.kld and (published := published_loss(level))
+            for (format, level), found in self.measured.items()
+            if format == RANKED and found.kld and (published := published_loss(level))
         ]
         return statistics.median(ratios) if ratios else None
 
@@ -200,18 +212,22 @@ def read_report(path: Path, wanted: Wanted, *, given: bool = True) -> Experience
             + ("" if wanted.content else ", or the model's directory: its weights are not here to compare")
             + ", or leave --measured out",
         )
-    measured: dict[str, Measured] = {}
+    measured: dict[tuple[str, str], Measured] = {}
     for variant in variants:
-        if isinstance(variant, dict) and isinstance(variant.get("level"), str) and variant.get("format") == RANKED:
+        named = _named(variant)
+        if named is not None:
+            format, level = named
             size, share = _number(variant, "size"), _number(variant, "cpu_share")
             disturbed = share is not None and share < LEAST_SHARE
+            runs_in = variant.get("runs_in")
             found = Measured(
                 _number(variant, "kld"),
                 None if disturbed else _number(variant, "generation_tokens_per_second"),
                 None if size is None else int(size),
-                _make(variant.get("make"), variant["level"]),
+                _make(variant.get("make"), format, level),
+                runs_in if isinstance(runs_in, str) else "",
             )
-            measured.setdefault(variant["level"].upper(), found)
+            measured.setdefault((format, level.upper()), found)
     return Experience(measured, file)
 
 
@@ -229,11 +245,26 @@ def experience_of(source: Source, report: Path | None = None, on_event: EventSin
     return read_report(report or DEFAULT_REPORT, wanted, given=report is not None)
 
 
-def _make(words: Any, level: str) -> tuple[str, ...] | None:
+def _named(variant: Any) -> tuple[str, str] | None:
+    """Format and level of an artifact of a report. A directory is called otherwise than its level (GPTQ-4bit, or by its
+    file), so that the words that made it tell; of one that was taken as it was nobody knows with which options it was
+    made."""
+    if not isinstance(variant, dict) or not isinstance(variant.get("level"), str):
+        return None
+    form, words = variant.get("format"), variant.get("make")
+    if form == RANKED:
+        return RANKED, variant["level"]
+    match words:
+        case [str(first), "-q", str(level), *_] if first == form and form in FORMATS:
+            return first, level
+    return None
+
+
+def _make(words: Any, format: str, level: str) -> tuple[str, ...] | None:
     """The words of a report that make ``level``, if they are such words: a report may come from anybody."""
     if not isinstance(words, list) or not all(isinstance(word, str) and word.isprintable() for word in words):
         return None
-    if words[:3] != [RANKED, "-q", level] or any(word.startswith("-") and word not in MAKING for word in words[3:]):
+    if words[:3] != [format, "-q", level] or any(word.startswith("-") and word not in MAKING for word in words[3:]):
         return None
     return tuple(words)
 

@@ -44,6 +44,7 @@ class Shape:
     experts_used: int
     vocab: int
     windows: tuple[int, ...]
+    n_head: int = 0
 
     def cells(self, layer: int, context: int) -> int:
         """Places for keys and values in one layer."""
@@ -80,6 +81,7 @@ def shape_of(source: Source) -> Shape:
         experts_used=hyper.n_expert_used if hyper.n_expert else 0,
         vocab=hyper.vocab_size,
         windows=tuple(architecture.window if slides else 0 for slides in architecture.sliding),
+        n_head=hyper.n_head,
     )
 
 

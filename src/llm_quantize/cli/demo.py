@@ -31,8 +31,9 @@ _OTHER_COLUMNS = 11 + 12 + 10 + 8 + 4 * 2
 def command(ctx: click.Context, as_json: bool, output_dir: str | None, threads: int | None) -> int:
     """Quantize the built-in model to every kind of file, run it in real runtimes, and measure what was lost.
 
-    First GGUF levels. Then GGUF, GPTQ, AWQ and compressed-tensors files rounded and with error feedback: this needs
-    the extra [torch], and for GPTQ and AWQ the environment that LLM_QUANTIZE_TRANSFORMERS or LLM_QUANTIZE_VLLM names.
+    First GGUF levels. Then GGUF, GPTQ, AWQ and compressed-tensors files rounded and with error feedback, and those of
+    bitsandbytes and CTranslate2 where these packages are installed: this needs the extra [torch], and for GPTQ and AWQ
+    the environment that LLM_QUANTIZE_TRANSFORMERS or LLM_QUANTIZE_VLLM names.
     Without torch the GGUF levels are measured in llama.cpp. The model has 5.8 million weights and writes grammatical
     nonsense. Nothing is downloaded. A few minutes.
     """
@@ -98,10 +99,13 @@ def _show_methods(console: Console, found: Methods, prompt: str) -> None:
         console.print(_runtimes_table(found, console.width))
         explained = said(
             "To decoder: KL divergence between what the runtime predicts and what the weights say that our decoder "
-            "reads from the same file. llama.cpp rounds activations to 8 bits; vLLM computes in float16, transformers "
-            "in float32."
+            "reads from the same file. llama.cpp and CTranslate2 round activations to 8 bits; vLLM computes in "
+            "float16, transformers in float32."
         )
         console.print(explained, style="dim", soft_wrap=not wraps_at_spaces())
+    for label, package in found.left_out:
+        told = said(f"{label} is not shown. What to do: pip install {package}")
+        console.print(line(told), markup=False, soft_wrap=not wraps_at_spaces())
     for row in found.rows:
         if row.run is not None and row.run.problem:
             told = f"{row.label} was not run in {row.run.runtime}: {row.run.problem}"

@@ -15,10 +15,11 @@ from llm_quantize.errors import ResourceError
 from llm_quantize.reports.wording import said, spoken
 
 if TYPE_CHECKING:
-    from llm_quantize.advice.recommend import Advice, Choice
+    from llm_quantize.advice.answer import Advice, Answer
+    from llm_quantize.advice.choice import Choice
 
 _STEPS = {"quantize": "make", "try": "try", "run": "serve"}
-_MARKS = {"published": "*", "estimated": "~", "measured": "", "exact": ""}
+_MARKS = {"published": "*", "estimated": "~", "elsewhere": "^", "measured": "", "exact": ""}
 
 
 @click.command("recommend")
@@ -27,7 +28,20 @@ _MARKS = {"published": "*", "estimated": "~", "measured": "", "exact": ""}
 @click.option(
     "--vram", type=Size(), help="Memory of the GPU in GB, for example 8. [default: what is free on this one's]"
 )
+@click.option(
+    "--gpu",
+    metavar="NAME",
+    help="The NVIDIA GPU: a name (RTX 4090, L4, A100 80GB), or its compute capability (8.9). It says which kernels "
+    "there are, and a name also how much memory. [default: this computer's]",
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "apple"]), default="auto", show_default=True)
+@click.option(
+    "--runtime",
+    type=click.Choice(["auto", "llama.cpp", "vllm", "transformers", "ctranslate2", "mlx"]),
+    default="auto",
+    show_default=True,
+    help="Answer for this runtime alone. [auto: all that the machine has, the usual one first]",
+)
 @click.option(
     "--context",
     type=click.IntRange(1, 1 << 24),
@@ -45,15 +59,16 @@ _MARKS = {"published": "*", "estimated": "~", "measured": "", "exact": ""}
 @json_option
 @click.pass_context
 def command(
-    ctx: click.Context, as_json: bool, model: str, ram: int | None, vram: int | None, device: str, context: int | None,
-    priority: str, measured: str | None, revision: str | None,
+    ctx: click.Context, as_json: bool, model: str, ram: int | None, vram: int | None, gpu: str | None, device: str,
+    runtime: str, context: int | None, priority: str, measured: str | None, revision: str | None,
 ) -> int:  # fmt: skip
-    """Say which level of MODEL to take for this machine, why, and the commands to make and run it.
+    """Say which format and level of MODEL to take for this machine, why, and the commands to make and run it.
 
-    Adds weights, cache and buffers of every level, leaves out what does not fit or cannot run, and uses the figures
-    that `compare` measured where there are any. Reads headers only.
+    For each runtime of the machine: adds weights, cache and buffers of every level as that runtime counts them, leaves
+    out what does not fit or has no kernel, and uses the figures that `compare` measured where there are any. Reads
+    headers only.
 
-    Example: llm-quantize recommend Qwen/Qwen3-0.6B --ram 16G --vram 8G
+    Example: llm-quantize recommend Qwen/Qwen3-0.6B --gpu "RTX 4090" --runtime vllm
     """
     from llm_quantize.advice.experience import experience_of
     from llm_quantize.advice.machine import detect
@@ -61,13 +76,14 @@ def command(
     from llm_quantize.models.opening import open_source
 
     shown = mode(ctx, as_json)
-    machine = detect(device, ram=ram, vram=vram)
+    machine = detect(device, ram=ram, vram=vram, gpu=gpu)
     with told(shown, "recommend") as sink:
         source = open_source(model, revision=revision, on_event=sink, headers_only=True)
         with source.checkpoint:
             advice = recommend(
                 source, machine, model=model, revision=revision, context=context, priority=priority,
                 experience=experience_of(source, None if measured is None else Path(measured), sink),
+                runtime=None if runtime == "auto" else runtime,
             )  # fmt: skip
     error = _nothing_fits(advice)
     if shown.json:
@@ -83,10 +99,19 @@ def _nothing_fits(advice: Advice) -> ResourceError | None:
     """The error that an answer without a choice is."""
     if advice.take is not None:
         return None
-    smallest = min(advice.choices, key=lambda choice: choice.need.total)
+    choices = [choice for answer in advice.answers for choice in answer.choices]
+    if any(choice.placement is not None for choice in choices):
+        return ResourceError(
+            "what fits this machine has a loss that nobody has measured",
+            found=", ".join(choice.name for choice in choices if choice.placement is not None),
+            remedy="measure it with llm-quantize compare, or take more memory",
+        )
+    smallest = min(choices, key=lambda choice: choice.need.total, default=None)
     return ResourceError(
         "no level of this model fits this machine",
-        expected=f"{smallest.need.total} bytes for the smallest, {smallest.level}",
+        expected="a level that can be made of it"
+        if smallest is None
+        else f"{smallest.need.total} bytes for the smallest, {smallest.name}",
         found=f"{advice.machine.usable_ram} bytes of RAM for a model, {advice.machine.vram} of GPU memory",
         remedy="take a smaller model, a smaller --context, or more memory",
     )
@@ -104,32 +129,56 @@ def _print(advice: Advice) -> None:
 
     machine = advice.machine
     gpu = f", GPU {human_bytes(machine.vram)}" if machine.vram else ""
+    if machine.capability is not None:
+        gpu += f" (compute capability {machine.capability:.1f})"
     if advice.take is not None:
         _answer(advice, advice.take, say)
     say(f"{advice.name} on {machine.device}: RAM {human_bytes(machine.ram)}{gpu}, {advice.context:,} tokens of context")
     say(f"  ({'; '.join(machine.sources)})")
     _print_table(console, advice)
-    for level, reason in advice.excluded:
-        if level not in {choice.level for choice in advice.choices}:
-            say(f"not {level}: {reason}")
+    for answer in advice.answers:
+        shown = {choice.name for choice in answer.choices}
+        own = "" if answer is advice.answer else f" ({answer.runtime})"
+        for reason, levels in _alike(answer, shown).items():
+            names = f"{', '.join(levels)}{own}"
+            say(f"not {names}: {reason}")
     for note in advice.notes:
         say(f"note: {note}")
 
 
+def _alike(answer: Answer, shown: set[str]) -> dict[str, list[str]]:
+    """{reason: levels} of what is excluded and not in the table."""
+    found: dict[str, list[str]] = {}
+    for level, reason in answer.excluded:
+        if level not in shown:
+            found.setdefault(reason, []).append(level)
+    return found
+
+
 def _answer(advice: Advice, take: Choice, say: Callable[..., None]) -> None:
-    """What to take, why, how to make and run it, and the rule that says so."""
+    """What to take, why, how to make and run it, the rule that says so, and what other runtimes would be given."""
     from llm_quantize.reports.labels import labels
     from llm_quantize.reports.terminal import human_bytes
+    from llm_quantize.runtimes import RUNTIMES
 
-    say(f"take {take.level} ({human_bytes(take.size)})", "bold green")
+    told = f"take {take.name} ({human_bytes(take.size)})"
+    if not advice.answer.way.usual:
+        told = f"{told} in {RUNTIMES[advice.runtime].LABEL}"
+    say(told, "bold green")
     for reason in advice.why:
         say(f"  {said(reason)}")
     for label, other in (("better", advice.better), ("smaller", advice.smaller)):
         if other is not None:
-            say(f"the next {label}: {other.level} ({human_bytes(other.size)}), {_loss(other)}{_where(other)}")
+            say(f"the next {label}: {other.name} ({human_bytes(other.size)}), {_loss(other)}{_where(other)}")
     for name, text in advice.commands(take).items():
         say(f"to {_STEPS[name]} it: {text}")
-    say(labels(spoken())[f"rule_{advice.priority}"] + "\n", "dim")
+    say(labels(spoken())[f"rule_{advice.priority}"], "dim")
+    for answer in advice.others:
+        found, own = "nothing fits whose loss is known", answer.take
+        if own is not None:
+            found = f"{own.name} ({human_bytes(own.size)}, {human_bytes(own.need.total)} of memory), {_loss(own)}"
+        say(f"in {RUNTIMES[answer.runtime].LABEL} ({answer.way.suits}): {found}")
+    say("")
 
 
 def _loss(choice: Choice) -> str:
@@ -139,7 +188,8 @@ def _loss(choice: Choice) -> str:
         return "loss not known"
     if choice.loss.basis == "exact":
         return "nothing is lost"
-    return f"{grade(choice.loss.kld)} (mean KLD {choice.loss.kld:.2g}{_MARKS[choice.loss.basis]})"
+    figure = f"mean KLD {choice.loss.kld:.2g}{_MARKS[choice.loss.basis]}"
+    return figure if choice.loss.basis == "elsewhere" else f"{grade(choice.loss.kld)} ({figure})"
 
 
 def _where(choice: Choice) -> str:
@@ -147,31 +197,34 @@ def _where(choice: Choice) -> str:
 
 
 def _print_table(console: Any, advice: Advice) -> None:
-    """All levels from the largest to the smallest; lines with tabs where no terminal listens."""
+    """All levels of each runtime from the largest to the smallest; lines with tabs where no terminal listens."""
     from rich.table import Table
 
     from llm_quantize.reports.terminal import human_bytes
 
-    rows = []
-    for choice in advice.choices:
+    rows, choices = [], [choice for answer in advice.answers for choice in answer.choices]
+    for choice in choices:
         placement = choice.placement
         where = said("does not fit" if placement is None else placement.kind)
         if placement is not None and placement.kind == "split":
             where = said(f"-ngl {placement.gpu_layers} of {placement.layers}")
         mark = "take" if choice is advice.take else f"{choice.dominated} is better" if choice.dominated else ""
+        if any(choice is other.take for other in advice.others):
+            mark = f"take in {choice.runtime}"
         mark = said(mark)
         speed = "" if choice.speed is None else f"{choice.speed:.1f}"
         loss = "?" if choice.loss is None else f"{choice.loss.kld:.2g}{_MARKS[choice.loss.basis]}"
-        rows.append((choice.level, human_bytes(choice.size), f"{choice.bits_per_weight:.2f}",
-                     human_bytes(choice.need.total), where, loss, speed, mark))  # fmt: skip
-    labels = ("level", "file", "bits", "memory", "runs", "KLD", "tokens/s", "")
+        rows.append((choice.runtime, choice.format, choice.level, human_bytes(choice.size),
+                     f"{choice.bits_per_weight:.2f}", human_bytes(choice.need.total), where, loss, speed,
+                     mark))  # fmt: skip
+    labels = ("runtime", "format", "level", "file", "bits", "memory", "runs", "KLD", "tokens/s", "")
     if not console.is_terminal:
         for row in ([said(label) for label in labels], *rows):
             console.file.write("\t".join(row).rstrip() + "\n")
         return
     table = Table(box=None)
     for number, label in enumerate(labels):
-        table.add_column(said(label), justify="right" if number in (1, 2, 3, 5, 6) else "left", no_wrap=True)
-    for choice, row in zip(advice.choices, rows, strict=True):
+        table.add_column(said(label), justify="right" if number in (3, 4, 5, 7, 8) else "left", no_wrap=True)
+    for choice, row in zip(choices, rows, strict=True):
         table.add_row(*row, style="bold green" if choice is advice.take else "dim" if choice.placement is None else "")
     console.print(table, soft_wrap=False)

@@ -36,7 +36,7 @@ NEW_TOKENS = 64
 class MeasuredFile:
     """A file (or directory) to measure. ``level``: what people call it. ``identity``: measurements.artifact_identity;
     ``importance``: None: made without an importance matrix, else the texts that it is of, as the file names them (""
-    where it does not)."""
+    where it does not). ``asked``: the level that was asked for, of one that is made; None: it was taken as it is."""
 
     path: Path
     level: str
@@ -45,6 +45,7 @@ class MeasuredFile:
     bits_per_weight: float
     importance: str | None = None
     format: str = "gguf"
+    asked: str | None = None
 
 
 def measured_file(path: Path) -> MeasuredFile:

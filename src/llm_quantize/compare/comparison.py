@@ -127,7 +127,8 @@ def compare(
         found = made + taken
         refuse_twice(found)
         words = [
-            make_words(one.format, one.level, options, revision, weighed=one.importance is not None) for one in made
+            make_words(one.format, one.asked or one.level, options, revision, weighed=one.importance is not None)
+            for one in made
         ] + [None] * len(taken)
         found = with_labels(found)
         quality = _quality(source, facts.fingerprint, found, text, options, kept, folder, measured)
@@ -336,8 +337,10 @@ def _make(
             options=options,
             on_event=on_event,
         )
-        for result in results:
-            artifact = measured_file(result.path)
+        names = wanted if len(wanted) == len(results) else [result.level for result in results]
+        for asked, result in zip(names, results, strict=True):
+            # What a directory says of its weights is not what made it: W8A8 rounds them as W8A16 does.
+            artifact = replace(measured_file(result.path), level=result.level, asked=asked)
             if result.status == "written" and not result.resumed_units:
                 kept.put(key_of("cpu", artifact=artifact.identity), result.seconds)
             found.append(artifact)

@@ -32,13 +32,20 @@ from llm_quantize.runtimes.base import Request
 LEVELS = ("F32", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 """GGUF levels, the reference first."""
 
-PAIRS = (
+Pair = tuple[str, str, str]
+PAIRS: tuple[Pair, ...] = (
     ("GGUF Q4_K_M", "gguf", "Q4_K_M"),
     ("GGUF Q2_K", "gguf", "Q2_K"),
     ("GPTQ 4bit", "gptq", "4bit"),
     ("AWQ 4bit", "awq", "4bit"),
     ("W4A16", "compressed-tensors", "W4A16"),
 )
+WHERE_INSTALLED: tuple[Pair, ...] = (
+    ("NF4", "bitsandbytes", "NF4"),
+    ("CT2 int8", "ctranslate2", "int8"),
+)
+"""Further pairs, where the package of the format's name is there to run them, in the runtime of WHERE_RUN."""
+WHERE_RUN = {"bitsandbytes": "transformers", "ctranslate2": "ctranslate2"}
 METHODS = {"feedback": "gptq", "rounded": "rtn"}
 PROMPT = "The old man looked at the sea and"
 CALIBRATION = CalibrationOptions(samples=40, length=256)
@@ -94,7 +101,8 @@ class DemoRow:
 class Methods:
     """Rounding against error feedback. ``rows``: each pair's feedback follows its rounded one. ``tokens``: scored
     positions; ``calibration_tokens``: of the text whose errors are fed back; ``importance_seconds``: CPU time of the
-    importance matrix (0: it was kept from an earlier run). ``problem``: why there are no rows, with the ``remedy``."""
+    importance matrix (0: it was kept from an earlier run). ``left_out``: pairs whose package is not there, by the
+    extra or package to install. ``problem``: why there are no rows, with the ``remedy``."""
 
     rows: tuple[DemoRow, ...] = ()
     tokens: int = 0
@@ -103,6 +111,7 @@ class Methods:
     importance_seconds: float = 0.0
     problem: str = ""
     remedy: str = ""
+    left_out: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,8 +163,9 @@ class _Made:
 def run_demo(
     output_dir: str | Path | None = None, *, threads: int | None = None, on_event: EventSink = ignore
 ) -> DemoResult:
-    """Quantize the built-in model to LEVELS and to PAIRS, rounded and with error feedback; measure every file against
-    the source, and run it. Without torch: LEVELS alone, measured in their runtime against the first of them.
+    """Quantize the built-in model to LEVELS, to PAIRS and to those of WHERE_INSTALLED that can run, rounded and with
+    error feedback; measure every file against the source, and run it. Without torch: LEVELS alone, measured in their
+    runtime against the first of them.
 
     Without ``output_dir`` the files live in a temporary directory and are removed. ``on_event`` hears stages, progress,
     warnings, and ``measure`` as of ``measure_quality``. Raises MissingExtraError before any work where no GGUF file can
@@ -179,7 +189,8 @@ def run_demo(
             agreement, methods = Run("", problem=problem, remedy=remedy), Methods(problem=problem, remedy=remedy)
             lost = _in_runtime(paths, windows, threads, measured)
         else:
-            pairs, seconds = _pairs(source, folder, threads, paired)
+            wanted, left_out = pairs_here()
+            pairs, seconds = _pairs(source, folder, wanted, threads, paired)
             measured(events.Stage("measure every file against the source"))
             everything = [*paths, *(one.result.path for one in pairs)]
             quality = measure_quality(source, everything, windows, threads=threads, on_event=measured)
@@ -187,7 +198,7 @@ def run_demo(
             few = windows[:RUNTIME_WINDOWS]
             rows = _pair_rows(source, pairs, lost[len(levels) :], quality.pairs, few, threads, run)
             count = (CALIBRATION.samples or 0) * CALIBRATION.length
-            methods = Methods(rows, quality.tokens, CONTEXT, count, seconds)
+            methods = Methods(rows, quality.tokens, CONTEXT, count, seconds, left_out=left_out)
             agreement = _run(source, paths[0], few, threads)
         run(events.Stage("generate", whole=SHARE_OF_RUNTIMES))
         texts = [_text(path, threads=1) for path in paths]  # a token at a time: threads would only wait
@@ -214,19 +225,29 @@ def _in_runtime(paths: Sequence[Path], windows: Tokens, threads: int | None, on_
     )
 
 
-def _pairs(source: Source, folder: Path, threads: int | None, on_event: EventSink) -> tuple[list[_Made], float]:
-    """Of each of PAIRS the one with feedback, then the rounded one; and the CPU time of the importance matrix."""
+def pairs_here() -> tuple[list[Pair], tuple[tuple[str, str], ...]]:
+    """PAIRS and those of WHERE_INSTALLED that can run here; and the rest, with what to install. An interpreter that the
+    user has named for the runtime is trusted to have the package: if it has not, the run will tell."""
+    elsewhere = {name for name in WHERE_RUN if os.environ.get(RUNTIMES[WHERE_RUN[name]].VARIABLE)}
+    there = [pair for pair in WHERE_INSTALLED if pair[1] in elsewhere or find_spec(pair[1]) is not None]
+    return [*PAIRS, *there], tuple((pair[0], pair[1]) for pair in WHERE_INSTALLED if pair not in there)
+
+
+def _pairs(
+    source: Source, folder: Path, pairs: Sequence[Pair], threads: int | None, on_event: EventSink
+) -> tuple[list[_Made], float]:
+    """Of each of ``pairs`` the one with feedback, then the rounded one; and the CPU time of the importance matrix."""
     from llm_quantize.calibration.collect import calibrate
 
     calibration = replace(CALIBRATION, threads=threads)
-    first, *sinks = events.parts(on_event, [1.0, *([FED_BACK, 1.0] * len(PAIRS))])
+    first, *sinks = events.parts(on_event, [1.0, *([FED_BACK, 1.0] * len(pairs))])
     parts = iter(sinks)
     first(events.Stage("importance matrix"))
     began = time.process_time()
     statistics = calibrate(source, calibration, on_event=_work(first, "importance matrix"))
     importance_seconds = 0.0 if statistics.reused else time.process_time() - began
     made = []
-    for label, format, level in PAIRS:
+    for label, format, level in pairs:
         for name, method in METHODS.items():
             title, part = f"{label}, {name}", next(parts)
             part(events.Stage(title))

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +25,7 @@ from llm_quantize.errors import LlmQuantizeError, MalformedInputError, ResourceE
 from llm_quantize.memory import available_cpus, resident_bytes
 
 if TYPE_CHECKING:
-    from llm_quantize.runtimes.base import Runtime
+    from llm_quantize.runtimes.base import Runtime, Timing
 
 PROMPT_TOKENS = 256
 NEW_TOKENS = 32
@@ -63,8 +61,9 @@ class Speed:
 
 
 def measure_speed(artifact: str | Path, *, threads: int | None = None) -> Speed:
-    """Run an artifact in its usual runtime and time it: GGUF files in llama.cpp, directories in transformers; a child
-    process does the work.
+    """Run an artifact in its usual runtime and time it, all by one clock (runtimes/workers/timing.py): GGUF files in
+    llama.cpp, CTranslate2 and MLX models in their owners' packages, other directories in transformers; a child process
+    does the work.
 
     ``threads`` None: every CPU this process may use. Raises MissingExtraError where the runtime is not installed,
     UsageError where there is no such artifact, MalformedInputError (llama.cpp) or UnsupportedError (others) where the
@@ -101,15 +100,44 @@ def measure_speed(artifact: str | Path, *, threads: int | None = None) -> Speed:
 
 def _timed_alone(runtime: Runtime, path: Path, threads: int) -> Speed:
     """Timed by a runtime each of whose requests is a process of its own."""
-    from llm_quantize.runtimes.base import Request, Timing
+    from llm_quantize.runtimes.base import Request
 
-    asked = Request(timing=Timing(PROMPT_TOKENS, NEW_TOKENS, _LEAD, REPEATS), threads=threads, timeout=_TIMEOUT)
+    asked = Request(timing=_timing(), threads=threads, timeout=_TIMEOUT)
     reply = None if runtime.timer is None else runtime.timer(path, asked)
     if reply is None or reply.timed is None:
         raise UnsupportedError(
             f"the speed of models in {runtime.LABEL} is not measured", file=path, remedy="leave it out, or --no-speed"
         )
-    timed, named = reply.timed, next(iter(reply.versions.items()), None)
+    named = next(iter(reply.versions.items()), None)
+    return _speed(reply.timed, threads, runtime.LABEL if named is None else f"{runtime.LABEL} {named[1]}")
+
+
+def time_here(path: Path, threads: int) -> Speed:
+    """The measurement itself, in this process, of a model that its runtime holds open."""
+    from llm_quantize.runtimes import open_model
+    from llm_quantize.runtimes.workers.timing import one_by_one, time_model
+
+    empty = resident_bytes()
+    with open_model(path, context=PROMPT_TOKENS + NEW_TOKENS, threads=threads) as model:
+        read = model.advance
+        timed = time_model(
+            read,
+            one_by_one(read, lambda token, position: model.advance([token], position)),
+            vocabulary=model.vocab_size,
+            asked=asdict(_timing()),
+            threads=min(threads, available_cpus()),
+        )
+        return _speed({**timed, "memory_empty": empty}, threads, model.release)
+
+
+def _timing() -> Timing:
+    from llm_quantize.runtimes.base import Timing
+
+    return Timing(PROMPT_TOKENS, NEW_TOKENS, _LEAD, REPEATS)
+
+
+def _speed(timed: Mapping[str, float], threads: int, runtime: str) -> Speed:
+    """What ``time_model`` found, as people read it."""
     return Speed(
         prompt_tokens_per_second=PROMPT_TOKENS / timed["read"],
         generation_tokens_per_second=NEW_TOKENS / timed["write"],
@@ -119,57 +147,9 @@ def _timed_alone(runtime: Runtime, path: Path, threads: int) -> Speed:
         new_tokens=NEW_TOKENS,
         repeats=REPEATS,
         threads=threads,
-        runtime=runtime.LABEL if named is None else f"{runtime.LABEL} {named[1]}",
+        runtime=runtime,
         cpu_share=timed["cpu_share"],
     )
-
-
-def time_here(path: Path, threads: int) -> Speed:
-    """The measurement itself, in this process."""
-    from llm_quantize.runtimes import open_model
-
-    empty = resident_bytes()
-    with open_model(path, context=PROMPT_TOKENS + NEW_TOKENS, threads=threads) as model:
-        step = max(1, model.vocab_size // (PROMPT_TOKENS + 1))
-        prompt = [(index * step) % model.vocab_size for index in range(1, PROMPT_TOKENS + 1)]
-        model.advance(prompt)
-        memory = resident_bytes()
-
-        def generate() -> None:
-            for offset in range(NEW_TOKENS):
-                model.advance([prompt[offset]], _LEAD + offset)
-
-        wall, cpu = time.perf_counter(), time.process_time()
-        read = _median(lambda: model.advance(prompt))
-        model.advance(prompt[:_LEAD])
-        wrote = _median(generate, before=lambda: model.advance(prompt[:_LEAD]))
-        cpu = time.process_time() - cpu
-        wall = time.perf_counter() - wall
-        release = model.release
-    return Speed(
-        prompt_tokens_per_second=PROMPT_TOKENS / read,
-        generation_tokens_per_second=NEW_TOKENS / wrote,
-        memory=memory,
-        memory_empty=empty,
-        prompt_tokens=PROMPT_TOKENS,
-        new_tokens=NEW_TOKENS,
-        repeats=REPEATS,
-        threads=threads,
-        runtime=release,
-        cpu_share=cpu / (wall * min(threads, available_cpus())),
-    )
-
-
-def _median(work: Callable[[], object], before: Callable[[], object] | None = None) -> float:
-    """Seconds of ``work``: once to warm up, then the median of REPEATS; ``before`` is not timed."""
-    times = []
-    for _ in range(REPEATS + 1):
-        if before is not None:
-            before()
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
 
 
 def _child(arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from llm_quantize.errors import printable
 from llm_quantize.reports.findings import ComparisonResult, Variant
+from llm_quantize.reports.hardware import hardware_rows
 from llm_quantize.reports.labels import grade_name, labels
 from llm_quantize.reports.machines import commands_of, machine_rows
 from llm_quantize.reports.notes import translated
@@ -55,6 +56,7 @@ def markdown(result: ComparisonResult, lang: str = "en") -> str:
         name = escape(variant.label)
         cells[0] = f"**{name}**" if variant is chosen else name
         lines.append("| " + " | ".join([*cells, escape(grade_name(variant.grade, lang))]) + " |")
+    lines += _hardware(result, words, lang)
     for paragraph in method(result, lang):
         lines += ["", escape(paragraph)]
     if result.notes:
@@ -84,6 +86,16 @@ def _machines(result: ComparisonResult, words: Mapping[str, str], lang: str) -> 
     made = dict.fromkeys(row.command for row in rows if row.command)
     lead = [line for text in machines_lead(result, words) for line in ("", escape(text))]
     return [*lines, *lead, "", *_block(list(made)), ""]
+
+
+def _hardware(result: ComparisonResult, words: Mapping[str, str], lang: str) -> list[str]:
+    """The table of formats and hardware; nothing where there is none."""
+    rows = hardware_rows(result, lang)
+    if not rows:
+        return []
+    heads = (words["variant"], words["hardware_runs"], words["hardware_column"])
+    lines = ["", "| " + " | ".join(map(escape, heads)) + " |", "|---|---|---|"]
+    return lines + ["| " + " | ".join(map(escape, (row.variants, row.runs, row.hardware))) + " |" for row in rows]
 
 
 def _cells(variant: Variant, *, timed: bool) -> list[str]:

@@ -19,6 +19,7 @@ from llm_quantize.io.whole_file import write_file
 from llm_quantize.measures.advisor import Advice
 from llm_quantize.reports import heatmap, plot
 from llm_quantize.reports.findings import LEAST_KLD, ComparisonResult, Sample, Variant
+from llm_quantize.reports.hardware import hardware_rows
 from llm_quantize.reports.labels import grade_name, labels
 from llm_quantize.reports.machines import commands_of, machine_rows
 from llm_quantize.reports.notes import translated
@@ -81,6 +82,7 @@ def context(result: ComparisonResult, lang: str) -> dict[str, Any]:
         "take": [] if chosen is None else [(words[f"command_{k}"], v) for k, v in commands_of(result, chosen).items()],
         "machines": machine_rows(result, lang),
         "machines_lead": machines_lead(result, words),
+        "hardware": hardware_rows(result, lang),
         "tiles": _tiles(chosen, lang),
         "plots": _plots(result, advice, lang),
         "rows": [

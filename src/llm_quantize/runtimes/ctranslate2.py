@@ -13,7 +13,7 @@ import numpy.typing as npt
 from llm_quantize.events import EventSink
 from llm_quantize.formats.gguf.vocabulary.special import read_optional
 from llm_quantize.models.ctranslate2 import CTranslate2Directory, is_ctranslate2
-from llm_quantize.runtimes.base import Opener, Reply, Request, Timer, Written, refuse_hostile
+from llm_quantize.runtimes.base import Opener, Reply, Request, Written, refuse_hostile
 from llm_quantize.runtimes.isolated import Worker, continued, interpreter
 from llm_quantize.runtimes.isolated import run as run_isolated
 from llm_quantize.runtimes.scored import ScoredDirectory
@@ -24,7 +24,6 @@ OPENS = "CTranslate2 models"
 TAKES: frozenset[str] = frozenset()
 VARIABLE = "LLM_QUANTIZE_CTRANSLATE2"
 open_model: Opener | None = None
-timer: Timer | None = None
 
 CTRANSLATE2 = Worker(
     name=LABEL,
@@ -55,6 +54,11 @@ def run(directory: Path, request: Request) -> Reply:
     and what ``isolated.run`` raises."""
     CTranslate2Directory(directory).close()
     return run_isolated(CTRANSLATE2, directory, request, settings={}, options={})
+
+
+def timer(path: Path, request: Request) -> Reply:
+    """As ``run``."""
+    return run(path, request)
 
 
 def write(path: Path, request: Request) -> list[Written]:

@@ -21,7 +21,6 @@ from llm_quantize.runtimes.base import (
     Opener,
     Reply,
     Request,
-    Timer,
     Written,
     is_model_directory,
     own_format,
@@ -37,7 +36,6 @@ OPENS = "MLX directories"
 TAKES: frozenset[str] = frozenset()
 VARIABLE = "LLM_QUANTIZE_MLX"
 open_model: Opener | None = None
-timer: Timer | None = None
 
 MLX = Worker(
     name="MLX",
@@ -76,6 +74,11 @@ def converse(path: Path, request: Request, _on_event: EventSink) -> AbstractCont
     """As ``Runtime.converse``. Raises as ``run``."""
     refuse_incomplete(path)
     return talking(MLX, path, request)
+
+
+def timer(path: Path, request: Request) -> Reply:
+    """As ``run``."""
+    return run(path, request)
 
 
 def write(path: Path, request: Request) -> list[Written]:

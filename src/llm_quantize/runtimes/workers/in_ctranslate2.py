@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from telling import start, versions
+from timing import resident, time_model
 
 
 def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -19,7 +20,11 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 
     windows = np.load(folder / "windows.npy", allow_pickle=False)
     ctranslate2.set_random_seed(request["seed"])
+    empty = resident()
     model = ctranslate2.Generator(request["directory"], device="cpu", intra_threads=request["threads"])
+    timed = None
+    if request["timing"] is not None:
+        timed = {**_timed(model, request), "memory_empty": empty}
     loaded = time.monotonic()
     rows = [_scored(model, window) for window in windows]
     if rows:
@@ -31,8 +36,44 @@ def main(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         "tokens": [tokens for _, tokens in answers],
         "versions": versions("ctranslate2"),
         "kernels": [model.compute_type],
+        "timed": timed,
         "seconds": {"load": loaded - started, "score": scored - loaded, "generate": time.monotonic() - scored},
     }
+
+
+def _words(request: dict[str, Any]) -> list[str]:
+    """The tokens of the vocabulary by their ids."""
+    found: list[str] = json.loads((Path(request["directory"]) / "vocabulary.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _timed(model: Any, request: dict[str, Any]) -> dict[str, float]:
+    """As ``time_model``. A Generator keeps no cache between calls, so that tokens are timed where they are told: the
+    first one ends the prompt."""
+    words, asked = _words(request), request["timing"]
+
+    def generate(ids: Sequence[int], count: int) -> list[float]:
+        told: list[float] = []
+
+        def tell(_result: Any) -> bool:
+            told.append(time.perf_counter())
+            return False
+
+        model.generate_batch(
+            [[words[index] for index in ids]], max_length=count, min_length=count, sampling_topk=1, callback=tell,
+            include_prompt_in_result=False,
+        )  # fmt: skip
+        return told
+
+    def read(ids: Sequence[int]) -> None:
+        generate(ids, 1)
+
+    def write(lead: Sequence[int], new: Sequence[int]) -> float:
+        told = generate(lead, len(new) + 1)
+        return told[-1] - told[0]
+
+    found: dict[str, float] = time_model(read, write, vocabulary=len(words), asked=asked, threads=request["threads"])
+    return found
 
 
 def _scored(model: Any, window: Any) -> Any:
@@ -66,9 +107,7 @@ def _vocabulary(request: dict[str, Any]) -> tuple[Any, list[str]]:
     """The tokenizer, and the tokens by their ids as the runtime calls them."""
     from tokenizers import Tokenizer
 
-    directory = Path(request["directory"])
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    return tokenizer, json.loads((directory / "vocabulary.json").read_text(encoding="utf-8"))
+    return Tokenizer.from_file(str(Path(request["directory"]) / "tokenizer.json")), _words(request)
 
 
 def _sampling(request: dict[str, Any]) -> dict[str, Any]:
