@@ -27,8 +27,11 @@ def test_sizes_are_those_of_the_plans() -> None:
 
 def test_a_model_that_the_grids_do_not_divide(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    make_tiny("llama", tmp_path)
-    source = open_source(str(tmp_path))
-    with source.checkpoint:
-        note = directories_note(source)
-    assert note.count("cannot be made of this model") == 5
+    make_tiny("llama", tmp_path / "32", intermediate_size=96)
+    make_tiny("llama", tmp_path / "8", intermediate_size=200)
+    for size, refused in (("32", ["bitsandbytes -q NF4"]), ("8", [f"{form.NAME} -q" for form in PACKED.values()])):
+        source = open_source(str(tmp_path / size))
+        with source.checkpoint:
+            note = directories_note(source)
+        assert note.count("cannot be made of this model") == len(refused)
+        assert all(name in note for name in refused)

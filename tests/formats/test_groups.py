@@ -1,4 +1,4 @@
-"""Groups where nobody asks for any: the largest that every matrix allows, the same in every place that tells of them."""
+"""Groups where nobody asks for any: the largest that every matrix allows, the same wherever they are told."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def test_a_remedy_is_one_that_the_grid_has() -> None:
 def test_sizes_that_no_kernel_takes_are_one_line(models: dict[tuple[int, int], Path]) -> None:
     told = planned(models[64, 200], "gptq", "4bit", group_size=-1).warnings
     (line,) = [text for text in told if "kernel" in text]
-    assert line.startswith("3 of 7 matrices have sizes for which no kernel of vLLM is known (CPU: rows a multiple of 32, ")
+    assert line.startswith(
+        "3 of 7 matrices have sizes for which no kernel of vLLM is known (CPU: rows a multiple of 32, "
+    )
     (line,) = [text for text in planned(models[192, 384], "gptq", "4bit").warnings if "kernel" in text]
     assert "CUDA (Marlin) kernels want" in line
 

@@ -136,6 +136,7 @@ class Importance(Protocol):
     ``file``: the name under which an artifact records it. ``names``: tensors of the map that it covers. ``datasets``
     and ``chunks``: of its text. ``sha256``: what decides its values, "" where they are still to be collected.
     ``silence``: {what it says nothing of, and what that means: which matrices} of a tensor of a row-major shape.
+    ``rows``: its values, float32 (matrices, columns); None where it has none.
     ``tokens``: about how many its text has; 0 where its windows are full.
     """
 
@@ -150,6 +151,7 @@ class Importance(Protocol):
     @property
     def sha256(self) -> str: ...
     def silence(self, name: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]: ...
+    def rows(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None: ...
     @property
     def tokens(self) -> int: ...
 

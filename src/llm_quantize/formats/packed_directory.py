@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.errors import UnsupportedError, UsageError
-from llm_quantize.formats.base import Importance, Packed, Scheme, SchemeOptions, Store, mixture_of, odd_groups, scheme_of
+from llm_quantize.formats.base import (
+    Importance,
+    Packed,
+    Scheme,
+    SchemeOptions,
+    Store,
+    mixture_of,
+    odd_groups,
+    scheme_of,
+)
 from llm_quantize.formats.card import PackedFacts, about_packed, transformers_caution
 from llm_quantize.formats.directory import KEPT_TYPES, Contents, Group, Stored, plain_config, plan_files, whole
 from llm_quantize.formats.modules import Module, Selection, coverage, select
@@ -283,8 +292,8 @@ def _warnings(form: Packed, scheme: Scheme, found: Selection, method: MethodOpti
     if nowhere:
         wanted = "; ".join(f"{places}: rows a multiple of {n}, columns of {k}" for places, (n, k) in form.VLLM_STEPS)
         warnings.append(
-            f"{len(nowhere)} of {len(modules)} matrices have sizes for which no kernel of vLLM is known ({wanted}), the "
-            f"first {_sized(nowhere[0])}"
+            f"{len(nowhere)} of {len(modules)} matrices have sizes for which no kernel of vLLM is known ({wanted}), "
+            f"the first {_sized(nowhere[0])}"
         )
     for places, step in () if nowhere else form.VLLM_STEPS:
         if odd[places]:

@@ -169,16 +169,27 @@ class Recipe(Shown):
                 )
 
 
+BEST = "best"
+FALLBACK_WAYS = ("llamacpp", BEST)
+"""How a type is found for rows that do not divide into the blocks of the one they should have: llama.cpp's, or the one
+that loses least in no more bytes (``fallback``)."""
+
+
 @dataclass(frozen=True, repr=False)
 class Overrides(Settings):
     """What the user fixed by hand. ``tensor_types``: (regular expression, qtype), the first that is found in the
-    name wins; case does not matter. Qtypes are lower case: "q6_k"."""
+    name wins; case does not matter. Qtypes are lower case: "q6_k". ``fallback``: one of FALLBACK_WAYS."""
 
     output_type: str | None = None
     embedding_type: str | None = None
     tensor_types: tuple[tuple[str, str], ...] = ()
     pure: bool = False
     recipe: Recipe | None = None
+    fallback: str = FALLBACK_WAYS[0]
+
+    def __post_init__(self) -> None:
+        if self.fallback not in FALLBACK_WAYS:
+            raise UsageError("unknown --fallback", expected=", ".join(FALLBACK_WAYS), found=self.fallback)
 
     @property
     def given(self) -> bool:
