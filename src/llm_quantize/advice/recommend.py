@@ -23,7 +23,7 @@ from llm_quantize.advice.other_formats import directories_note
 from llm_quantize.architectures import rows
 from llm_quantize.calibration import choose
 from llm_quantize.errors import UsageError
-from llm_quantize.formats.gguf.levels import LEVELS
+from llm_quantize.formats.gguf.levels import LEVELS, TRAINED
 from llm_quantize.formats.gguf.plan import FLOAT_LEVELS
 from llm_quantize.formats.gguf.plan import NAME as RANKED
 from llm_quantize.formats.table import FORMATS
@@ -291,8 +291,8 @@ def _cannot_be(source: Source) -> dict[str, str]:
     if kind or not as_stored:
         why = f"holds every value of the source ({kind or 'decoded'}) as it is"
     found = {level: f"{own} {why}" for level in FLOAT_LEVELS if level != own}
-    ternary = "is for models trained with ternary weights; any other loses nearly everything"
-    return {**found, **{level: ternary for level in LEVELS if level.startswith("TQ")}}
+    trained = "is for models trained with {}; any other loses nearly everything"
+    return {**found, **{level: trained.format(kind) for level, kind in TRAINED.items()}}
 
 
 def _plans(source: Source, levels: Sequence[str]) -> list[tuple[ArtifactPlan, bool]]:

@@ -303,6 +303,6 @@ def _warnings(form: Packed, scheme: Scheme, found: Selection, method: MethodOpti
             )
             break
     if _tensor_parallel(scheme, modules) == 1:
-        odd = [module for module in modules if not _splits(scheme, module, 2)]
-        warnings.append(f"vLLM cannot split this artifact over several devices, because of {odd[0].name}")
+        whole = next(module for module in modules if not _splits(scheme, module, 2))
+        warnings.append(f"vLLM cannot split this artifact over several devices, because of {whole.name}")
     return warnings

@@ -20,6 +20,7 @@ from llm_quantize.formats.gguf.importance import gaps_digest, silent, uncovered
 from llm_quantize.formats.gguf.levels import (
     BEST,
     LEVELS,
+    TRAINED,
     Assignment,
     Recipe,
     TensorShape,
@@ -275,8 +276,8 @@ def _advice(
     advice = []
     if level == "MXFP4_MOE" and "mxfp4" not in qtypes:
         advice.append("MXFP4_MOE: this model has no expert tensors, so nothing is stored as mxfp4; this is Q8_0")
-    if level.startswith("TQ"):
-        advice.append(f"{level} is for models trained with ternary weights; any other model loses nearly everything")
+    if level in TRAINED:
+        advice.append(f"{level} is for models trained with {TRAINED[level]}; any other model loses nearly everything")
     limit = options.split_max_size
     if limit is not None:
         size, largest = max(
