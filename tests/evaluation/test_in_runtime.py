@@ -51,3 +51,15 @@ def test_a_file_against_itself(files: tuple[Path, ...], windows: Tokens) -> None
 def test_nothing_to_compare_is_refused(files: tuple[Path, ...]) -> None:
     with pytest.raises(UsageError):
         measure_in_runtime(files[0], [], np.zeros((1, 8), np.int32))
+
+
+@pytest.mark.parametrize("level", ["Q1_0", "Q2_0"])
+def test_types_of_few_bits_are_what_our_reader_makes_of_them(level: str, windows: Tokens, tmp_path: Path) -> None:
+    """llama.cpp on the file, and on the floats that our reader finds in it. It rounds inputs to 8 bits on the way."""
+    (made,) = quantize(str(data.demo_model()), "gguf", levels=[level], output_dir=tmp_path)
+    (floats,) = quantize(str(made.path), "gguf", levels=["F32"], output_dir=tmp_path / "floats")
+    (found,) = measure_in_runtime(floats.path, [made.path], windows, threads=1)
+    assert found.kld < 5e-3
+    (source,) = quantize(str(data.demo_model()), "gguf", levels=["F32"], output_dir=tmp_path / "source")
+    (lost,) = measure_in_runtime(source.path, [made.path], windows, threads=1)
+    assert lost.kld > 100 * found.kld

@@ -74,7 +74,7 @@ class QType:
         return 8 * self.block_bytes / self.block_size
 
 
-_PLAIN = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "mxfp4", "q1_0", "q2_0")
+_PLAIN = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4", "q1_0", "q2_0")
 _WEIGHTED = (
     *("q4_0", "q4_1", "q5_0", "q5_1"),
     *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),

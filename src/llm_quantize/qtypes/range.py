@@ -25,6 +25,7 @@ FACTORS: Mapping[str, float] = {
     **dict.fromkeys(("iq2_s", "iq2_xs", "iq2_xxs"), 15.5 * 10.75),
     **dict.fromkeys(("iq1_s", "iq1_m"), 15 * 1.125),
     **dict.fromkeys(("tq1_0", "tq2_0", "q1_0", "q2_0"), 1),
+    "nvfp4": 448 * 6 / HALF,  # its scales are no float16: 448 is the largest
 }
 """Types that are not here hold every finite float32."""
 

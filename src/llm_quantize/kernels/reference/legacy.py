@@ -197,6 +197,7 @@ QUANTIZE: dict[str, Quantizer] = {
     "tq1_0": ternary.quantize_tq1_0,
     "tq2_0": ternary.quantize_tq2_0,
     "mxfp4": mxfp4.quantize_mxfp4,
+    "nvfp4": mxfp4.quantize_nvfp4,
     "q1_0": few_bits.quantize_q1_0,
     "q2_0": few_bits.quantize_q2_0,
 }
@@ -214,6 +215,7 @@ DEQUANTIZE: dict[str, Dequantizer] = {
     "tq1_0": ternary.dequantize_tq1_0,
     "tq2_0": ternary.dequantize_tq2_0,
     "mxfp4": mxfp4.dequantize_mxfp4,
+    "nvfp4": mxfp4.dequantize_nvfp4,
     "q1_0": few_bits.dequantize_q1_0,
     "q2_0": few_bits.dequantize_q2_0,
 }
