@@ -645,7 +645,7 @@ def test_damage_to_what_is_kept(command_line: CommandLine, model: Path, tmp_path
 def test_same_bytes_for_every_thread_count_and_simd_level(
     command_line: CommandLine, model: Path, tmp_path: Path
 ) -> None:
-    levels = ["Q4_K_M", "Q2_K", "IQ4_XS", "Q5_1", "TQ2_0"]
+    levels = ["Q4_K_M", "Q2_K", "IQ4_XS", "Q5_1", "TQ2_0", "Q2_0", "Q1_0"]
     arguments = ["quantize", str(model), "gguf", *(word for level in levels for word in ("-q", level))]
     found = []
     for threads in (1, 2, 3, 7):

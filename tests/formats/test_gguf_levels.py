@@ -24,6 +24,7 @@ ARCHS = (
 
 
 KNOWN = tuple(level for level in LEVELS if level != "Q2_0")
+KNOWN_TYPES = tuple(qtype for qtype in recipes.TENSOR_TYPES if qtype != "q2_0")
 """What cyllama's quantizer knows: its llama.cpp is older than Q2_0."""
 
 
@@ -160,11 +161,10 @@ def random_case(chance: random.Random, *, by_hand: bool) -> Case:
     )
     overrides = Overrides()
     if by_hand:
-        kinds = (None, *recipes.TENSOR_TYPES)
+        kinds = (None, *KNOWN_TYPES)
         expressions = ("attn_v", r"blk\.0\.", "ffn_down", "ATTN_Q", ".*", "token_embd", r"^output\.weight$", "norm")
         chosen = tuple(
-            (chance.choice(expressions), chance.choice(recipes.TENSOR_TYPES))
-            for _ in range(chance.choice((0, 1, 2, 3)))
+            (chance.choice(expressions), chance.choice(KNOWN_TYPES)) for _ in range(chance.choice((0, 1, 2, 3)))
         )
         overrides = Overrides(chance.choice(kinds), chance.choice(kinds), chosen, chance.random() < 0.3)
     return Case(model, chance.choice(KNOWN), chance.random() < 0.6, overrides)

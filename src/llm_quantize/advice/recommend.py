@@ -291,8 +291,9 @@ def _cannot_be(source: Source) -> dict[str, str]:
     if kind or not as_stored:
         why = f"holds every value of the source ({kind or 'decoded'}) as it is"
     found = {level: f"{own} {why}" for level in FLOAT_LEVELS if level != own}
-    trained = "is for models trained with {}; any other loses nearly everything"
-    return {**found, **{level: trained.format(kind) for level, kind in TRAINED.items()}}
+    for level, kind in TRAINED.items():
+        found[level] = f"is for models trained with {kind}; any other loses nearly everything"
+    return found
 
 
 def _plans(source: Source, levels: Sequence[str]) -> list[tuple[ArtifactPlan, bool]]:

@@ -350,13 +350,13 @@ def odd_groups(
     known = [] if fixed else [size for size in (64, 32) if size < least and columns % size == 0]
     if not fixed and isinstance(scheme.qtype, IntegerType):
         known.append(WHOLE_ROW)
-    sizes = [f"--group-size {known[0]}"] if known else []
+    without = "--ignore with an expression that finds this module"
     return UsageError(
         f"rows of {columns} weights are not whole groups of {' or '.join(filter(None, [before, str(least)]))}",
         tensor=name,
         expected=f"a multiple of {least}",
         found=columns,
-        remedy=", or ".join([*sizes, "--ignore with an expression that finds this module"]),
+        remedy=f"--group-size {known[0]}, or --ignore with an expression that finds this module" if known else without,
     )
 
 

@@ -19,6 +19,7 @@ from llm_quantize.formats.gguf.describe import describe, warnings_of
 from llm_quantize.formats.gguf.importance import gaps_digest, silent, uncovered
 from llm_quantize.formats.gguf.levels import (
     BEST,
+    FED,
     LEVELS,
     TRAINED,
     Assignment,
@@ -277,7 +278,9 @@ def _advice(
     if level == "MXFP4_MOE" and "mxfp4" not in qtypes:
         advice.append("MXFP4_MOE: this model has no expert tensors, so nothing is stored as mxfp4; this is Q8_0")
     if level in TRAINED:
-        advice.append(f"{level} is for models trained with {TRAINED[level]}; any other model loses nearly everything")
+        fed = level in FED and options.method.method_of(NAME).reads_text
+        loses = "much, though errors are fed back" if fed else "nearly everything"
+        advice.append(f"{level} is for models trained with {TRAINED[level]}; any other model loses {loses}")
     limit = options.split_max_size
     if limit is not None:
         size, largest = max(
