@@ -83,6 +83,7 @@ def test_candidates_fit_and_take_no_more() -> None:
     assert fallback.candidates(96, 96 // 32 * 24)[:3] == ["q5_1", "q5_0", "q4_1"]
     assert not {"q4_k", "tq2_0", "f16", "iq2_xs"} & set(fallback.candidates(96, 10**6))
     assert "q4_k" in fallback.candidates(256, 10**6)
+    assert not {"q1_0", "q2_0", "nvfp4"} & set(fallback.candidates(384, 10**6))
     assert fallback.candidates(200, 10**6) == []
 
 

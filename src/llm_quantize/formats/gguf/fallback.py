@@ -23,6 +23,7 @@ from llm_quantize import kernels
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import chunk_ranges, matrix_shape, read_output_rows, to_float32
 from llm_quantize.formats.base import Importance
+from llm_quantize.formats.gguf.mixes import YOUNG
 from llm_quantize.kernels.weighing import vector_for
 from llm_quantize.plan import Substitution
 from llm_quantize.qtypes import QTYPES, QType
@@ -42,12 +43,12 @@ def is_known(source: Source, importance: Importance | None) -> bool:
 
 
 def candidates(columns: int, most: int) -> list[str]:
-    """The quantized types that a row of ``columns`` divides into the blocks of, in at most ``most`` bytes; the largest
-    first, so that of equals the earlier is the more usual."""
+    """The quantized types that a row of ``columns`` divides into the blocks of, in at most ``most`` bytes, the largest
+    first; none that many builds of llama.cpp do not know."""
     fit = [
         kind
-        for kind in QTYPES.values()
-        if kind.block_size > 1 and not kind.needs_importance and columns % kind.block_size == 0
+        for name, kind in QTYPES.items()
+        if kind.block_size > 1 and not kind.needs_importance and columns % kind.block_size == 0 and name not in YOUNG
     ]
     fit = [kind for kind in fit if kind.row_bytes(columns) <= most]
     return [kind.name for kind in sorted(fit, key=lambda kind: -kind.row_bytes(columns))]

@@ -140,6 +140,9 @@ FALLBACKS: Mapping[str, str] = {
     **{"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"},
 }
 
+# Types that llama.cpp has had for months only, and not on every device: nothing gets them that does not ask for them.
+YOUNG = frozenset({"q1_0", "q2_0", "nvfp4"})
+
 # Parts of names that are never quantized: tiny, or broken by it.
 LEFT_ALONE = (
     *("_norm.weight", "ffn_gate_inp.weight", "altup", "laurel", "per_layer_model_proj", "ssm_conv1d"),
