@@ -38,7 +38,7 @@ GATE_LEVELS = (
 # llama.cpp takes seconds to make the tables of these, once in each process.
 I_QUANTS = tuple(name for name in LEVELS if name.startswith(("IQ1", "IQ2", "IQ3")))
 NEED_IMPORTANCE = frozenset(I_QUANTS) - {"IQ3_S", "IQ3_M"} | {"Q2_K_S"}
-NEED_NONE = ("F16", "BF16", "TQ1_0", "TQ2_0", "MXFP4_MOE", "Q6_K")
+NEED_NONE = ("F16", "BF16", "TQ1_0", "TQ2_0", "Q1_0", "MXFP4_MOE", "Q6_K")
 
 
 def random_importance(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, np.ndarray]:
@@ -123,6 +123,9 @@ def test_random_models(model: Model, with_importance: bool, tmp_path: Path) -> N
         assert importance.keys() == slow.keys()
         assert all((importance[name] == slow[name]).all() for name in slow)
     skipped = set(I_QUANTS) - {"IQ2_XXS"} if with_importance else NEED_IMPORTANCE
+    skipped = {*skipped, "Q2_0"}  # newer than the quantizer at hand
+    if any(columns % 128 for columns in (model.columns, model.ffn_columns)):
+        skipped.add("Q1_0")  # llama.cpp has nothing for rows that its blocks do not divide
     levels = [level for level in LEVELS if level not in skipped]
     theirs = oracle_bytes(source, levels, tmp_path, importance)
     assert list(theirs) == levels

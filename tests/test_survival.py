@@ -95,6 +95,21 @@ def test_killed_with_several_split_levels(command_line: CommandLine, model: Path
     assert scenario.resumed > 20
 
 
+def test_killed_where_fallbacks_are_measured(command_line: CommandLine, tmp_path: Path) -> None:
+    """Rows of 320 have no type of the level; which one loses least is found again by every run."""
+    model = write_tiny_llama(tmp_path / "odd", inner=320)
+    arguments = ["quantize", str(model), "gguf", "-q", "Q2_K", "--fallback", "best", "--threads", "1", "-o"]
+    whole = command_line.run(*arguments, tmp_path / "reference")
+    assert whole.code == 20
+    assert whole.calls is not None
+    assert b"iq4_nl" in (tmp_path / "reference").joinpath("odd-Q2_K.gguf.manifest.json").read_bytes()
+    for call in range(5, len(whole.calls), len(whole.calls) // 8):
+        out = tmp_path / f"killed-{call}"
+        assert command_line.run(*arguments, out, kill_call=call).code == -9
+        assert command_line.run(*arguments, out).code == 20
+        assert hashes(out) == hashes(tmp_path / "reference")
+
+
 def test_killed_at_random_instants(scenario: Scenario) -> None:
     scenario.kill_at_instants(10)
     assert scenario.kills >= 5
@@ -645,7 +660,7 @@ def test_damage_to_what_is_kept(command_line: CommandLine, model: Path, tmp_path
 def test_same_bytes_for_every_thread_count_and_simd_level(
     command_line: CommandLine, model: Path, tmp_path: Path
 ) -> None:
-    levels = ["Q4_K_M", "Q2_K", "IQ4_XS", "Q5_1", "TQ2_0"]
+    levels = ["Q4_K_M", "Q2_K", "IQ4_XS", "Q5_1", "TQ2_0", "Q2_0", "Q1_0"]
     arguments = ["quantize", str(model), "gguf", *(word for level in levels for word in ("-q", level))]
     found = []
     for threads in (1, 2, 3, 7):

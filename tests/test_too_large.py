@@ -101,7 +101,8 @@ def test_the_remedy_works_for_tensors_that_rules_of_their_own_decide(
     assert run([*command, *shlex.split(remedy[remedy.index(" -") :])]) == 0, capfd.readouterr().err
 
 
-@pytest.mark.parametrize("qtype", [name for name, qtype in QTYPES.items() if np.isfinite(qtype.largest)])
+# All but q1_0, which holds the mean magnitude of a block and not the largest.
+@pytest.mark.parametrize("qtype", [name for name in QTYPES if np.isfinite(QTYPES[name].largest) and name != "q1_0"])
 def test_up_to_the_limit_a_type_holds_a_weight_or_its_scale_overflows(qtype: str) -> None:
     """``largest`` is the largest: nothing that passes both checks loses its block."""
     limit = QTYPES[qtype].largest

@@ -30,6 +30,8 @@ def test_an_ordinary_plan_warns_of_nothing(demo_model: Path) -> None:
     [
         ("MXFP4_MOE", {}, "no expert tensors"),
         ("TQ2_0", {}, "ternary"),
+        ("Q2_0", {}, "ternary"),
+        ("Q1_0", {}, "one bit"),
         ("Q8_0", {"split_max_size": 100_000}, "token_embd.weight alone takes 557056 bytes"),
         ("Q8_0", {"name": "../evil name"}, "the output is called evil-name"),
     ],

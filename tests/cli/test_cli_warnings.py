@@ -49,7 +49,9 @@ def test_one_warning_per_level_with_count_bytes_and_consequence(
     assert [line.split(":")[1].strip() for line in warnings] == list(LEVELS)
     for line in warnings:
         assert " of 16 matrices, " in line
-        assert "B larger for it, and no less precise" in line
+        assert "B larger for it (" in line
+        assert " bits per weight, not " in line
+        assert "), and no less precise" in line
     assert sum("degraded: " in line for line in out.splitlines()) == len(LEVELS)
     verbose = call(capsys, "-v", *words_of(odd, tmp_path))[2]
     assert "blk.1.ffn_up.weight: rows of 96: q5_0, not q4_k" in verbose

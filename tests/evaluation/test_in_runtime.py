@@ -12,8 +12,10 @@ from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.errors import UsageError
 from llm_quantize.evaluation.in_runtime import measure_in_runtime
 from llm_quantize.evaluation.texts import evaluation_text
+from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.models.opening import open_source
+from llm_quantize.options import Options
 from llm_quantize.pipeline import quantize
 
 pytest.importorskip("xllamacpp")
@@ -51,3 +53,16 @@ def test_a_file_against_itself(files: tuple[Path, ...], windows: Tokens) -> None
 def test_nothing_to_compare_is_refused(files: tuple[Path, ...]) -> None:
     with pytest.raises(UsageError):
         measure_in_runtime(files[0], [], np.zeros((1, 8), np.int32))
+
+
+@pytest.mark.parametrize("qtype", ["q1_0", "q2_0", "nvfp4"])
+def test_new_types_are_what_our_reader_makes_of_them(qtype: str, windows: Tokens, tmp_path: Path) -> None:
+    """llama.cpp on the file, and on the floats that our reader finds in it. It rounds inputs to 8 bits on the way."""
+    options = Options(overrides=Overrides(tensor_types=((r"^blk", qtype),)))
+    (made,) = quantize(str(data.demo_model()), "gguf", levels=["Q8_0"], output_dir=tmp_path, options=options)
+    (floats,) = quantize(str(made.path), "gguf", levels=["F32"], output_dir=tmp_path / "floats")
+    (found,) = measure_in_runtime(floats.path, [made.path], windows, threads=1)
+    assert found.kld < 5e-3
+    (source,) = quantize(str(data.demo_model()), "gguf", levels=["F32"], output_dir=tmp_path / "source")
+    (lost,) = measure_in_runtime(source.path, [made.path], windows, threads=1)
+    assert lost.kld > 20 * found.kld

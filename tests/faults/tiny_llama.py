@@ -53,9 +53,9 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text((demo_model() / "tokenizer_config.json").read_text())
 
 
-def write_tiny_llama(directory: Path, *, seed: int = 0, rows: int = VOCABULARY) -> Path:
+def write_tiny_llama(directory: Path, *, seed: int = 0, rows: int = VOCABULARY, inner: int = 256) -> Path:
     """The model directory: two shards with an index, bfloat16 weights with heavy tails, ``rows`` in the embedding."""
-    settings = config(vocab_size=rows)
+    settings = config(inner=inner, vocab_size=rows)
     random = np.random.default_rng(seed)
     arrays = {
         name: (random.standard_t(4, shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)

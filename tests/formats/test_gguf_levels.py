@@ -23,6 +23,11 @@ ARCHS = (
 )
 
 
+KNOWN = tuple(level for level in LEVELS if level != "Q2_0")
+KNOWN_TYPES = tuple(qtype for qtype in recipes.TENSOR_TYPES if qtype != "q2_0")
+"""What cyllama's quantizer knows: its llama.cpp is older than Q2_0."""
+
+
 @dataclass(frozen=True)
 class Case:
     model: Model
@@ -136,7 +141,7 @@ def _cannot_be(tensor: Tensor, theirs: str) -> bool:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_level_of_every_family(arch: str, tmp_path: Path) -> None:
     model = Model(arch=arch, n_layer=8, n_head=8, n_head_kv=2, n_expert=4 if "moe" in arch else 0)
-    cases = [Case(model, level, importance) for level in LEVELS for importance in (False, True)]
+    cases = [Case(model, level, importance) for level in KNOWN for importance in (False, True)]
     assert differences(cases, tmp_path) == []
 
 
@@ -156,14 +161,13 @@ def random_case(chance: random.Random, *, by_hand: bool) -> Case:
     )
     overrides = Overrides()
     if by_hand:
-        kinds = (None, *recipes.TENSOR_TYPES)
+        kinds = (None, *KNOWN_TYPES)
         expressions = ("attn_v", r"blk\.0\.", "ffn_down", "ATTN_Q", ".*", "token_embd", r"^output\.weight$", "norm")
         chosen = tuple(
-            (chance.choice(expressions), chance.choice(recipes.TENSOR_TYPES))
-            for _ in range(chance.choice((0, 1, 2, 3)))
+            (chance.choice(expressions), chance.choice(KNOWN_TYPES)) for _ in range(chance.choice((0, 1, 2, 3)))
         )
         overrides = Overrides(chance.choice(kinds), chance.choice(kinds), chosen, chance.random() < 0.3)
-    return Case(model, chance.choice(list(LEVELS)), chance.random() < 0.6, overrides)
+    return Case(model, chance.choice(KNOWN), chance.random() < 0.6, overrides)
 
 
 @pytest.mark.parametrize("by_hand", [False, True], ids=["rules", "overrides"])
@@ -192,15 +196,25 @@ def test_the_whole_product(arch: str, tmp_path: Path) -> None:
         for tied in (False, True)
         for columns in (256, 288)
     ]
-    cases = [Case(m, level, importance) for m in models for level in LEVELS for importance in (False, True)]
+    cases = [Case(m, level, importance) for m in models for level in KNOWN for importance in (False, True)]
     assert differences(cases, tmp_path) == []
 
 
 def test_levels_carry_the_numbers_of_the_format() -> None:
-    assert len(LEVELS) == 33
-    for name, level in LEVELS.items():
+    assert len(LEVELS) == 35
+    for name in KNOWN:
+        level = LEVELS[name]
         known = gguf.LlamaFileType(level.file_type).name
         assert known in (f"MOSTLY_{name}", f"ALL_{name}")
+
+
+def test_a_level_that_the_quantizer_at_hand_does_not_know_is_as_the_other_of_few_bits(tmp_path: Path) -> None:
+    model = Model(n_layer=2)
+    source = write_model(tmp_path / "model.gguf", model)
+    (outcome,) = run([Job(source, str(tmp_path / "out"), LEVELS["Q2_0"].file_type, dry_run=True)])
+    assert "invalid output file type" in outcome.error, "cyllama knows it now: put it into KNOWN"
+    ours = assigned(Case(model, "Q2_0")).qtypes
+    assert [kind.replace("q1_0", "q2_0") for kind in assigned(Case(model, "Q1_0")).qtypes] == ours
 
 
 def test_names_are_read_in_any_case() -> None:

@@ -1,4 +1,4 @@
-"""MXFP4: the bytes of ggml, at every SIMD level."""
+"""MXFP4 and NVFP4: the bytes of ggml, at every SIMD level."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_quantize import kernels
+from llm_quantize.kernels.reference.mxfp4 import half_of_e4m3
 
+from ..oracles import ggml
 from .legacy_cases import (
     KINDS,
     assert_equal,
@@ -74,3 +76,41 @@ def test_decoding_is_that_of_gguf(seed: int) -> None:
         expected = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.MXFP4)
         found = kernels.dequantize("mxfp4", packed, 96)
     assert_same_values(found, expected)
+
+
+@quickly
+@given(case=cases(64))
+def test_nvfp4_bytes_are_those_of_ggml(case: tuple[np.ndarray, np.ndarray | None]) -> None:
+    assert_same_bytes("nvfp4", *case)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nvfp4_of_every_kind_of_row(kind: str) -> None:
+    assert_same_bytes("nvfp4", make_rows(kind, 7, (9, 448)))
+
+
+def test_nvfp4_scales_on_and_beside_every_step() -> None:
+    """Halves up, subnormals, and 448 from 256 on; far beyond, where all distances are alike, the first level."""
+    codes = np.arange(127, dtype=np.uint8)
+    scales = 2 * half_of_e4m3(codes).astype(np.float64)
+    middles = (scales[1:] + scales[:-1]) / 2
+    largest = (6 * np.concatenate([scales, middles, [256, 300, 448, 449, 1e5, 1e8, 1e13, 1e30]])).astype(np.float32)
+    largest = np.concatenate([largest, np.nextafter(largest, 0), np.nextafter(largest, np.float32(3e38))])
+    rows = (largest[:, None] * np.linspace(-1, 1, 64, dtype=np.float32)).astype(np.float32)
+    assert_same_bytes("nvfp4", rows)
+
+
+def test_nvfp4_rows_are_independent() -> None:
+    rows = make_rows("heavy", 3, (19, 192))
+    whole = kernels.quantize("nvfp4", rows)
+    for start, stop in ((0, 1), (1, 6), (6, 19)):
+        assert_equal(kernels.quantize("nvfp4", rows[start:stop]), whole[start:stop], "split")
+
+
+@quickly
+@given(seed=st.integers(0, 2**32 - 1))
+def test_nvfp4_decoding_is_that_of_ggml_and_gguf(seed: int) -> None:
+    packed = random_packed("nvfp4", seed, 3, 192)
+    found = kernels.dequantize("nvfp4", packed, 192)
+    assert_same_values(found, ggml.dequantize("nvfp4", packed, 192))
+    assert_same_values(found, gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.NVFP4).astype(np.float32))

@@ -227,7 +227,21 @@ def test_dead_channels_keep_their_weights():
     assert torch.equal(found.codes[:, 10:30], grid.nearest(weight)[:, 10:30])
 
 
-REAL = ("q2_k", "q3_k", "q4_k", "q6_k", "q4_0", "q5_1", "iq4_nl", "iq4_xs", "int4_g128", "int3_g64_asym", "int8")
+REAL = (
+    "q1_0",
+    "q2_0",
+    "q2_k",
+    "q3_k",
+    "q4_k",
+    "q6_k",
+    "q4_0",
+    "q5_1",
+    "iq4_nl",
+    "iq4_xs",
+    "int4_g128",
+    "int3_g64_asym",
+    "int8",
+)
 
 
 @pytest.mark.parametrize("qtype", REAL)

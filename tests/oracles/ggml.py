@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from llm_quantize.qtypes.ggml_types import BLOCK_SIZES, GgmlType
 
 
 class _InitParams(ctypes.Structure):
@@ -58,8 +59,8 @@ def _declare(ggml: ctypes.CDLL) -> None:
 
 def quantize(qtype: str, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """ggml_quantize_chunk of float32 ``rows`` (R, C): uint8 (R, row bytes)."""
-    kind = GGMLQuantizationType[qtype.upper()]
-    block, size = GGML_QUANT_SIZES[kind]
+    kind = GgmlType[qtype.upper()]
+    block, size = BLOCK_SIZES[kind]
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     count, columns = rows.shape
     out = np.zeros((count, columns // block * size), np.uint8)
@@ -71,6 +72,26 @@ def quantize(qtype: str, rows: np.ndarray, importance: np.ndarray | None = None)
     if written != out.nbytes:
         raise RuntimeError(f"ggml wrote {written} bytes of {out.nbytes}")
     return out
+
+
+def dequantize(qtype: str, packed: np.ndarray, columns: int) -> np.ndarray:
+    """float32 (R, ``columns``) that ggml decodes ``packed`` (R, row bytes) to, by its function for this type."""
+    decode = getattr(library(), f"dequantize_row_{qtype}")
+    decode.restype, decode.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    source, out = np.ascontiguousarray(packed), np.zeros((len(packed), columns), np.float32)
+    for row, values in zip(source, out, strict=True):
+        decode(row.ctypes.data, values.ctypes.data, columns)
+    return out
+
+
+def described(kind: int) -> tuple[str, int, int]:
+    """(name, weights of a block, bytes of a block) of a type, as ggml says."""
+    ggml = library()
+    name, weights, size = ggml.ggml_type_name, ggml.ggml_blck_size, ggml.ggml_type_size
+    name.restype, weights.restype, size.restype = ctypes.c_char_p, ctypes.c_int64, ctypes.c_size_t
+    for function in (name, weights, size):
+        function.argtypes = [ctypes.c_int]
+    return name(kind).decode(), weights(kind), size(kind)
 
 
 def release() -> None:

@@ -14,6 +14,8 @@ from llm_quantize.qtypes import QTYPES
 def test_rows_are_the_owners():
     for name, qtype in QTYPES.items():
         assert qtype.name == name == qtype.ggml_type.name.lower()
+        if name == "q2_0":
+            continue  # gguf lacks it: tests/kernels/test_few_bits.py asks ggml
         assert (qtype.block_size, qtype.block_bytes) == gguf.GGML_QUANT_SIZES[qtype.ggml_type]
         columns = 3 * qtype.block_size
         assert qtype.row_bytes(columns) == gguf.quants.quant_shape_to_byte_shape((columns,), qtype.ggml_type)[0]

@@ -10,7 +10,7 @@ from llm_quantize.advice.experience import gains_from_importance
 from llm_quantize.advice.footprint import footprint, place, weights_of
 from llm_quantize.architectures import rows
 from llm_quantize.calibration import choose
-from llm_quantize.formats.gguf.levels import LEVELS
+from llm_quantize.formats.gguf.levels import LEVELS, TRAINED
 from llm_quantize.formats.gguf.plan import FLOAT_LEVELS
 from llm_quantize.formats.gguf.plan import NAME as GGUF
 from llm_quantize.formats.table import FORMATS
@@ -75,8 +75,11 @@ def _cannot_be(source: Source) -> dict[str, str]:
     if kind or not as_stored:
         why = f"holds every value of the source ({kind or 'decoded'}) as it is"
     cannot = {level: f"{own} {why}" for level in FLOAT_LEVELS if level != own}
-    ternary = "is for models trained with ternary weights; any other loses nearly everything"
-    return {**cannot, **{level: ternary for level in LEVELS if level.startswith("TQ")}}
+    trained = {
+        level: f"is for models trained with {kind}; any other loses nearly everything"
+        for level, kind in TRAINED.items()
+    }
+    return {**cannot, **trained}
 
 
 def _plans(source: Source, levels: Sequence[str]) -> list[tuple[ArtifactPlan, bool]]:

@@ -58,6 +58,9 @@ class Foreseen:
         """Not known yet."""
         return {}
 
+    def rows(self, name: str, shape: tuple[int, ...]) -> None:
+        """Not known yet."""
+
 
 @dataclass(frozen=True)
 class Text:
@@ -83,6 +86,9 @@ class Text:
     def silence(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The method tells what became of each matrix."""
         return {}
+
+    def rows(self, name: str, shape: tuple[int, ...]) -> None:
+        """There are none."""
 
     @property
     def tokens(self) -> int:

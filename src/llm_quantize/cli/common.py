@@ -83,6 +83,9 @@ def recipe_options(function: Function) -> Function:
         click.option("--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", callback=tensor_type,
                      help="Type of the tensors whose name matches; repeatable, the first match wins."),
         click.option("--pure", is_flag=True, help="One type for all: no mix rules."),
+        click.option("--fallback", type=click.Choice(["llamacpp", "best"]), default="llamacpp", show_default=True,
+                     help="What a row gets that its type's blocks do not divide: what llama.cpp takes, or what loses "
+                     "least in no more bytes, measured."),
         click.option("--split-max-size", type=Size(), help="Split into files of at most this size, for example 4G."),
         click.option("--imatrix", type=click.Path(dir_okay=False), metavar="FILE",
                      help="llama.cpp importance matrix (GGUF or legacy .dat)."),
@@ -156,6 +159,7 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
         tensor_types=tuple((expression, parse_qtype(name)) for expression, name in arguments["tensor_types"]),
         pure=arguments["pure"],
         recipe=read_recipe(arguments["recipe"]) if arguments["recipe"] else None,
+        fallback=arguments["fallback"],
     )
     paths = {key: arguments.get(key) for key in ("imatrix", "statistics", "checkpoint_dir")}
     return Options(

@@ -26,8 +26,8 @@ def method_options(function: Function) -> Function:
         click.option("--correction", type=click.FloatRange(0, 1), default=1.0, show_default=True, metavar="X",
                      help="How far a layer makes up for the errors of those before it."),
         click.option("--group-size", "--blocksize", "group_size", type=int, metavar="N",
-                     help="Weights that share a scale, -1: a whole row; not for gguf. [default: 128; bitsandbytes "
-                     "and mlx: 64]"),
+                     help="Weights that share a scale, -1: a whole row; not for gguf. [default: the largest of "
+                     "128, 64, 32 that every matrix allows; of mlx 64, 32; of bitsandbytes 64]"),
         click.option("--sym/--asym", "symmetric", default=None,
                      help="Symmetric grids, or zero points; not for gguf. [default: as the format and level say]"),
         click.option("--zero-point/--no-zero-point", "zero_point", default=None, help="The same in AWQ's words."),

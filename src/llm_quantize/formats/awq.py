@@ -35,6 +35,7 @@ from llm_quantize.formats.base import (
     store_floats,
     takes_any,
     to_numpy,
+    usual_groups,
     with_quantization,
 )
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
@@ -85,6 +86,7 @@ EDGES = False
 UNNAMED = None
 RUNTIME = None
 refuse = takes_any
+groups = usual_groups
 configured = with_quantization
 LEVELS: Sequence[str] = ("4bit",)
 BITS = 4

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import PackedMatrix, StoredFormat
-from llm_quantize.qtypes.integer import WHOLE_ROW
+from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType
 from llm_quantize.qtypes.packed import PackedType, packed_type
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ class Importance(Protocol):
     ``file``: the name under which an artifact records it. ``names``: tensors of the map that it covers. ``datasets``
     and ``chunks``: of its text. ``sha256``: what decides its values, "" where they are still to be collected.
     ``silence``: {what it says nothing of, and what that means: which matrices} of a tensor of a row-major shape.
+    ``rows``: its values, float32 (matrices, columns); None where it has none.
     ``tokens``: about how many its text has; 0 where its windows are full.
     """
 
@@ -150,6 +151,7 @@ class Importance(Protocol):
     @property
     def sha256(self) -> str: ...
     def silence(self, name: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]: ...
+    def rows(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None: ...
     @property
     def tokens(self) -> int: ...
 
@@ -272,6 +274,10 @@ class Packed(StoredFormat, Protocol):
     RUNTIME: tuple[str, str] | None
 
     def scheme(self, level: str, options: SchemeOptions) -> Scheme: ...
+    def groups(self, scheme: Scheme) -> Sequence[int]:
+        """The groups that a level of ``scheme`` may have where nobody asks for any, largest first, its default in
+        front; none where its grid is fixed."""
+
     def title(self, scheme: Scheme) -> str: ...
     def fields(self, scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]: ...
     def pack(self, scheme: Scheme, grid: Grid, codes: Any) -> list[Array]: ...
@@ -297,6 +303,18 @@ def with_quantization(source: Source, config: Mapping[str, Any], own: Mapping[st
     return {**config, "quantization_config": own}
 
 
+def usual_groups(scheme: Scheme) -> Sequence[int]:
+    """``Packed.groups`` of packed integers: 128, 64, 32, which kernels know."""
+    del scheme
+    return 128, 64, 32
+
+
+def fixed_groups(scheme: Scheme) -> Sequence[int]:
+    """``Packed.groups`` of grids that are as they are."""
+    del scheme
+    return ()
+
+
 MARLIN_STEPS = (("CPU", (32, 32)), ("CUDA (Marlin)", (64, 128)))
 """VLLM_STEPS of packed integers."""
 
@@ -315,22 +333,31 @@ def parse_bits(level: str, form: str, choices: Mapping[str, int]) -> tuple[str, 
     return found, choices[found]
 
 
-def check_group(scheme: Scheme, columns: int, name: str | None) -> int:
-    """Groups of a row of ``columns``. Raises UsageError naming the module."""
+def check_group(scheme: Scheme, columns: int, name: str | None, *, fixed: bool = False) -> int:
+    """Groups of a row of ``columns``. ``fixed``: the level has these groups alone. Raises UsageError naming the
+    module."""
     size = scheme.qtype.group_size
     if size != WHOLE_ROW and columns % size:
-        raise UsageError(
-            f"rows of {columns} weights are not whole groups of {size}",
-            tensor=name,
-            expected=f"a multiple of {size}",
-            found=columns,
-            remedy=f"--group-size {_dividing(columns, size)}, or --ignore with an expression that finds this module",
-        )
+        raise odd_groups(scheme, (size,), columns, name, fixed=fixed)
     return scheme.qtype.groups(columns)
 
 
-def _dividing(columns: int, size: int) -> int:
-    return next((smaller for smaller in (64, 32) if smaller < size and columns % smaller == 0), WHOLE_ROW)
+def odd_groups(
+    scheme: Scheme, tried: Sequence[int], columns: int, name: str | None, *, fixed: bool = False
+) -> UsageError:
+    """The error for rows of ``columns`` weights, which are whole groups of none of ``tried`` (in falling order)."""
+    before, least = ", ".join(map(str, tried[:-1])), tried[-1]
+    known = [] if fixed else [size for size in (64, 32) if size < least and columns % size == 0]
+    if not fixed and isinstance(scheme.qtype, IntegerType):
+        known.append(WHOLE_ROW)
+    without = "--ignore with an expression that finds this module"
+    return UsageError(
+        f"rows of {columns} weights are not whole groups of {' or '.join(filter(None, [before, str(least)]))}",
+        tensor=name,
+        expected=f"a multiple of {least}",
+        found=columns,
+        remedy=f"--group-size {known[0]}, or --ignore with an expression that finds this module" if known else without,
+    )
 
 
 def check_words(what: str, count: int, bits: int, name: str | None) -> None:

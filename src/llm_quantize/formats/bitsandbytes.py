@@ -38,6 +38,7 @@ from llm_quantize.formats.base import (
     Scheme,
     SchemeOptions,
     check_group,
+    fixed_groups,
     takes_any,
     to_numpy,
     with_quantization,
@@ -82,6 +83,7 @@ EDGES = False
 UNNAMED = None
 RUNTIME = None
 refuse = takes_any
+groups = fixed_groups
 configured = with_quantization
 RESCALES = False
 LEVELS: Sequence[str] = ("NF4", "FP4", "INT8")

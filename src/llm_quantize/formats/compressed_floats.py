@@ -60,7 +60,7 @@ def grid_of(scheme: Scheme) -> CodebookType:
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
     """As ``Packed.fields``."""
-    grid, groups = grid_of(scheme), check_group(scheme, columns, name)
+    grid, groups = grid_of(scheme), check_group(scheme, columns, name, fixed=True)
     if grid.codebook == "e4m3":
         return Field("weight", "float8_e4m3", (rows, columns)), Field("weight_scale", grid.scale, (rows, 1))
     packed = Field("weight_packed", "uint8", (rows, columns // 2))

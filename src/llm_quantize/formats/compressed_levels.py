@@ -71,6 +71,11 @@ def _other(level: str, options: SchemeOptions) -> Scheme:
     return Scheme(NAME, level, grid)
 
 
+def is_fixed(scheme: Scheme) -> bool:
+    """Whether the level fixes its groups."""
+    return scheme.level in _OTHERS
+
+
 def is_plain(scheme: Scheme) -> bool:
     """Whether codes stand in whole bytes (int-quantized)."""
     return scheme.level in _OTHERS and scheme.qtype.group_size == WHOLE_ROW

@@ -32,11 +32,13 @@ from llm_quantize.formats.base import (
     Field,
     Scheme,
     check_group,
+    fixed_groups,
     grid_numbers,
     load_floats,
     store_floats,
     takes_any,
     to_numpy,
+    usual_groups,
     with_quantization,
 )
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
@@ -46,6 +48,7 @@ from llm_quantize.formats.compressed_levels import (
     PACKED_FORM,
     PLAIN_FORM,
     config,
+    is_fixed,
     is_plain,
     scheme,
     vllm_refusal,
@@ -117,6 +120,11 @@ PLAIN = Layout(
 )
 
 
+def groups(scheme: Scheme) -> Sequence[int]:
+    """As ``Packed.groups``: W2A16 to W8A16 have a choice."""
+    return fixed_groups(scheme) if is_fixed(scheme) else usual_groups(scheme)
+
+
 def title(scheme: Scheme) -> str:
     """Its name for people, with the form of its matrices."""
     return f"{NAME} ({levels.form_of(scheme)})"
@@ -128,7 +136,7 @@ def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) 
         return floats.fields(scheme, rows, columns, name=name)
     if is_plain(scheme):
         return Field("weight", "int8", (rows, columns)), Field("weight_scale", scheme.qtype.scale, (rows, 1))
-    bits, groups = scheme.qtype.bits, check_group(scheme, columns, name)
+    bits, groups = scheme.qtype.bits, check_group(scheme, columns, name, fixed=is_fixed(scheme))
     found = (
         Field("weight_packed", "int32", (rows, packed_words(columns, bits))),
         Field("weight_scale", scheme.qtype.scale, (rows, groups)),

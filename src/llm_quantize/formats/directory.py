@@ -95,6 +95,7 @@ class Contents:
     qtype: str = ""
     measured: bool = False
     warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
     too_large: str = ArtifactPlan.too_large
 
@@ -141,7 +142,7 @@ def plan_around(
         matrices=tuple(matrices),
         card=room_left,
         too_large=contents.too_large,
-        notes=tuple(left_out),
+        notes=(*contents.notes, *left_out),
         details=left_out,
     )
 

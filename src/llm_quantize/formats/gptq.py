@@ -46,6 +46,7 @@ from llm_quantize.formats.base import (
     store_floats,
     takes_any,
     to_numpy,
+    usual_groups,
     with_quantization,
 )
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
@@ -99,6 +100,7 @@ EDGES = False
 UNNAMED = None
 RUNTIME = None
 refuse = takes_any
+groups = usual_groups
 configured = with_quantization
 _BITS = {"2bit": 2, "3bit": 3, "4bit": 4, "8bit": 8}
 LEVELS: Sequence[str] = tuple(_BITS)

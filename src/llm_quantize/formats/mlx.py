@@ -109,6 +109,12 @@ def scheme(level: str, options: SchemeOptions) -> Scheme:
     return Scheme(NAME, name, AffineType(bits, group, options.scale))
 
 
+def groups(scheme: Scheme) -> Sequence[int]:
+    """As ``Packed.groups``: mlx_lm's own 64, else 32."""
+    del scheme
+    return DEFAULT_GROUP, 32
+
+
 def title(_scheme: Scheme) -> str:
     """Its name for people."""
     return TITLE

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.errors import UnsupportedError, UsageError
-from llm_quantize.formats.base import Importance, Packed, Scheme, SchemeOptions, Store, mixture_of, scheme_of
+from llm_quantize.formats.base import (
+    Importance,
+    Packed,
+    Scheme,
+    SchemeOptions,
+    Store,
+    mixture_of,
+    odd_groups,
+    scheme_of,
+)
 from llm_quantize.formats.card import PackedFacts, about_packed, transformers_caution
 from llm_quantize.formats.directory import KEPT_TYPES, Contents, Group, Stored, plain_config, plan_files, whole
 from llm_quantize.formats.modules import Module, Selection, coverage, select
@@ -101,19 +110,17 @@ class PackedFormat:
             raise UsageError(
                 "nothing is left to pack", found=f"{len(found.ignored)} modules ignored", remedy="see --ignore"
             )
-        scheme = form.scheme(
-            level,
-            SchemeOptions(
-                method.group_size,
-                method.symmetric,
-                _scale_type(source, found),
-                method.double_quant,
-                method.compute_dtype,
-            ),
+        asked = SchemeOptions(
+            method.group_size,
+            method.symmetric,
+            _scale_type(source, found),
+            method.double_quant,
+            method.compute_dtype,
         )
         form.refuse(source, [module.name for module in found.modules])
         if not form.PACKS_EXPERTS:
             _refuse_experts(form, found.modules)
+        scheme, why = _fitting(form, level, asked, found.modules)
         label = _label(form, scheme)
         groups = _groups(source, found, form, scheme)
         caution = transformers_caution(form) if source.architecture.hyper.n_expert else None
@@ -135,6 +142,7 @@ class PackedFormat:
             qtype=scheme.qtype.name,
             measured=options.statistics is None and method.stages(self.name).correction > 0,
             warnings=warnings,
+            notes=why,
             too_large=_TOO_LARGE,
             dropped=found.dropped,
         )
@@ -179,6 +187,27 @@ class PackedFormat:
             tensor_parallel=_tensor_parallel(scheme, found.modules),
             experts=source.architecture.hyper.n_expert > 0,
         )
+
+
+def _fitting(
+    form: Packed, level: str, options: SchemeOptions, modules: Sequence[Module]
+) -> tuple[Scheme, tuple[str, ...]]:
+    """The scheme of ``level``; where nobody asks for a group, on the largest of the form's that every matrix is whole
+    groups of, and why that is not the usual one. Raises UsageError naming the first matrix that none divides."""
+    scheme = form.scheme(level, options)
+    choice = form.groups(scheme) if options.group_size is None else ()
+    if not choice:
+        return scheme, ()
+    widths = sorted({module.weight.shape[1] for module in modules})
+    group = next((size for size in choice if not any(columns % size for columns in widths)), None)
+    if group is None:
+        odd = next(module for module in modules if module.weight.shape[1] % choice[-1])
+        raise odd_groups(scheme, choice, odd.weight.shape[1], odd.name)
+    if group == choice[0]:
+        return scheme, ()
+    unlike = " and ".join(str(columns) for columns in widths if columns % choice[0])
+    told = f"groups of {group}: rows of {unlike} are not divisible by {choice[0]}"
+    return form.scheme(level, replace(options, group_size=group)), (told,)
 
 
 def _refuse_experts(form: Packed, modules: Sequence[Module]) -> None:
@@ -241,6 +270,15 @@ def _splits(scheme: Scheme, module: Module, devices: int) -> bool:
     return rows % (devices * 32) == 0
 
 
+def _whole(module: Module, step: tuple[int, int]) -> bool:
+    """Whether rows and columns are whole multiples of ``step``."""
+    return not any(size % one for size, one in zip(module.weight.shape, step, strict=True))
+
+
+def _sized(module: Module) -> str:
+    return f"{module.name} {tuple(module.weight.shape)}"
+
+
 def _warnings(form: Packed, scheme: Scheme, found: Selection, method: MethodOptions) -> list[str]:
     """What is legal but may surprise."""
     warnings: list[str] = []
@@ -250,16 +288,22 @@ def _warnings(form: Packed, scheme: Scheme, found: Selection, method: MethodOpti
     if refusal is not None:
         return [*warnings, f"vLLM will not load this artifact: {refusal}"]
     modules = found.modules
-    for places, step in form.VLLM_STEPS:
-        odd = [m for m in modules if m.weight.shape[0] % step[0] or m.weight.shape[1] % step[1]]
-        if odd:
-            rows, columns = odd[0].weight.shape
+    odd = {places: [m for m in modules if not _whole(m, step)] for places, step in form.VLLM_STEPS}
+    nowhere = [m for m in modules if form.VLLM_STEPS and not any(_whole(m, step) for _, step in form.VLLM_STEPS)]
+    if nowhere:
+        wanted = "; ".join(f"{places}: rows a multiple of {n}, columns of {k}" for places, (n, k) in form.VLLM_STEPS)
+        warnings.append(
+            f"{len(nowhere)} of {len(modules)} matrices have sizes for which no kernel of vLLM is known ({wanted}), "
+            f"the first {_sized(nowhere[0])}"
+        )
+    for places, step in () if nowhere else form.VLLM_STEPS:
+        if odd[places]:
             warnings.append(
-                f"{len(odd)} of {len(modules)} matrices do not have the sizes that vLLM's {places} kernels want "
-                f"(rows a multiple of {step[0]}, columns of {step[1]}), the first {odd[0].name} ({rows}, {columns})"
+                f"{len(odd[places])} of {len(modules)} matrices do not have the sizes that vLLM's {places} kernels "
+                f"want (rows a multiple of {step[0]}, columns of {step[1]}), the first {_sized(odd[places][0])}"
             )
             break
     if _tensor_parallel(scheme, modules) == 1:
-        odd = [module for module in modules if not _splits(scheme, module, 2)]
-        warnings.append(f"vLLM cannot split this artifact over several devices, because of {odd[0].name}")
+        whole = next(module for module in modules if not _splits(scheme, module, 2))
+        warnings.append(f"vLLM cannot split this artifact over several devices, because of {whole.name}")
     return warnings

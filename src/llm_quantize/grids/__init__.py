@@ -7,7 +7,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from llm_quantize.errors import UsageError
-from llm_quantize.grids import affine, codebook, ggml, ggml_pack, integer
+from llm_quantize.grids import affine, codebook, ggml, ggml_pack, integer, nvfp4
 from llm_quantize.grids.grid import GGML_GRIDS, Grid, GridType
 from llm_quantize.qtypes.affine import affine_type, is_affine
 from llm_quantize.qtypes.codebook import codebook_type, is_codebook
@@ -34,7 +34,7 @@ def grid_type(
     importance * sqrt(k * mean x^2 + x^2) instead of the importance alone (0: not). UsageError for another name.
     """
     if qtype in GGML_GRIDS:
-        return ggml.GgmlGridType(qtype)
+        return nvfp4.Nvfp4GridType() if qtype == nvfp4.NAME else ggml.GgmlGridType(qtype)
     if is_codebook(qtype):
         return codebook.CodebookGridType(codebook_type(qtype, scale))
     if is_affine(qtype):
@@ -49,9 +49,9 @@ def grid_type(
 
 def pack_ggml(qtype: str, grid: Grid, codes: Tensor) -> npt.NDArray[np.uint8]:
     """The bytes of ``codes`` uint8 (rows, columns) on ``grid``: uint8 (rows, row_bytes) as ggml lays them out."""
-    return ggml_pack.pack(qtype, grid, codes)
+    return nvfp4.pack(grid, codes) if qtype == nvfp4.NAME else ggml_pack.pack(qtype, grid, codes)
 
 
 def unpack_ggml(qtype: str, packed: npt.NDArray[np.uint8], columns: int) -> tuple[Grid, Tensor]:
     """Grid and codes uint8 (rows, ``columns``) that ``packed`` uint8 (rows, row_bytes) holds; undoes pack_ggml."""
-    return ggml_pack.unpack(qtype, packed, columns)
+    return nvfp4.unpack(packed, columns) if qtype == nvfp4.NAME else ggml_pack.unpack(qtype, packed, columns)

@@ -24,7 +24,7 @@ from llm_quantize.grids.integer import TILE, channel_importance
 from llm_quantize.grids.search import Levels, fine_factors, from_lanes, lanes, symmetric_scales, weighted_error
 from llm_quantize.qtypes.codebook import CODEBOOKS, NESTED_BLOCK, OF_127, SCALES, CodebookType
 
-__all__ = ["CodebookGridType", "block_maxima", "dynamic_map", "ladder_of"]
+__all__ = ["CodebookGridType", "best_rung", "block_maxima", "dynamic_map", "ladder_of"]
 
 _LEAST = 1e-38  # what bitsandbytes divides by at least
 _OWNERS_SCALES = {"e2m1": 6.0, "e4m3": 448.0}
@@ -100,7 +100,7 @@ class CodebookGridType:
             start = plain.d[first:last].reshape(-1) / top
             found = symmetric_scales(x, w, levels, self._factors(), self.storage, signed=False, start=start)
             if self.ladder is not None:
-                found = _best_rung(x, w, levels, found, _rows_of(self.ladder, first, last))
+                found = best_rung(x, w, levels, found, _rows_of(self.ladder, first, last))
             scales[first:last] = from_lanes(found * top, last - first)
         return self._grid(scales, block)
 
@@ -198,7 +198,7 @@ def dynamic_map() -> Tensor:
     return torch.cat(found).sort().values
 
 
-def _best_rung(x: Tensor, w: Tensor, levels: Levels, scales: Tensor, ladder: Ladder) -> Tensor:
+def best_rung(x: Tensor, w: Tensor, levels: Levels, scales: Tensor, ladder: Ladder) -> Tensor:
     """Of the rungs around each scale (N,) the one with the least error."""
     flat = ladder.mapped(lambda part: part.reshape(-1)).at(scales)
     best, least = flat.decode(), torch.full_like(scales, torch.inf)

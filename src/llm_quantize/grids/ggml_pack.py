@@ -36,7 +36,7 @@ NIBBLE, SIX_BITS = np.uint8(15), np.uint8(63)
 class Layout:
     """The numbers of a type, bytes apart.
 
-    ``lowest``: the first level, levels are consecutive from it (``levels`` of them; iq4 has its table instead).
+    ``lowest``: the first level, levels are consecutive from it (``levels`` of them); ``table``: those that are not.
     ``group``, ``span`` as in Grid; ``sub_scales`` smallest and largest sub-scale (both 1: there are none);
     ``sub_minima`` the largest sub-minimum, 0 where there are no offsets, 1 where a block has one float offset.
     """
@@ -47,32 +47,37 @@ class Layout:
     span: int
     sub_scales: tuple[int, int] = (1, 1)
     sub_minima: int = 0
-    table: bool = False
+    table: tuple[float, ...] = ()
 
     def level_values(self) -> Float32:
         """Levels float32 (n,), ascending."""
         if self.table:
-            return IQ4_LEVELS
+            return np.array(self.table, np.float32)
         return np.arange(self.lowest, self.lowest + self.levels, dtype=np.float32)
 
 
+_IQ4 = tuple(map(float, IQ4_LEVELS))
 LAYOUTS = {
+    "q1_0": Layout(0, 2, 128, 128, table=(-1.0, 1.0)),
+    "q2_0": Layout(-1, 4, 64, 64),
     "q4_0": Layout(-8, 16, 32, 32),
     "q4_1": Layout(0, 16, 32, 32, sub_minima=1),
     "q5_0": Layout(-16, 32, 32, 32),
     "q5_1": Layout(0, 32, 32, 32, sub_minima=1),
     "q8_0": Layout(-127, 255, 32, 32),  # ggml writes no -128
-    "iq4_nl": Layout(0, 16, 32, 32, table=True),
+    "iq4_nl": Layout(0, 16, 32, 32, table=_IQ4),
     "q2_k": Layout(0, 4, 16, SUPERBLOCK, (0, 15), 15),
     "q3_k": Layout(-4, 8, 16, SUPERBLOCK, (-32, 31)),
     "q4_k": Layout(0, 16, 32, SUPERBLOCK, (0, 63), 63),
     "q5_k": Layout(0, 32, 32, SUPERBLOCK, (0, 63), 63),
     "q6_k": Layout(-32, 64, 16, SUPERBLOCK, (-128, 127)),
-    "iq4_xs": Layout(0, 16, 32, SUPERBLOCK, (-32, 31), table=True),
+    "iq4_xs": Layout(0, 16, 32, SUPERBLOCK, (-32, 31), table=_IQ4),
 }
 
 # Where the parts of a block stand: sizes in bytes, in order. d and m float16; s scales; low and high bits of codes.
 _PARTS: dict[str, tuple[tuple[str, int], ...]] = {
+    "q1_0": (("d", 2), ("low", 16)),
+    "q2_0": (("d", 2), ("low", 16)),
     "q4_0": (("d", 2), ("low", 16)),
     "q4_1": (("d", 2), ("m", 2), ("low", 16)),
     "q5_0": (("d", 2), ("high", 4), ("low", 16)),
@@ -127,6 +132,10 @@ def _six_bit_codes(codes: Bytes) -> Bytes:
 
 
 def _pack_codes(qtype: str, codes: Bytes) -> dict[str, Bytes]:
+    if qtype == "q1_0":
+        return {"low": np.packbits(codes, axis=1, bitorder="little")}
+    if qtype == "q2_0":
+        return {"low": np.bitwise_or.reduce(codes.reshape(len(codes), -1, 4) << PAIRS[:, 0], axis=2)}
     if qtype in ("q4_0", "q4_1", "iq4_nl"):
         return {"low": _nibbles(codes, 16)}
     if qtype in ("q5_0", "q5_1"):
@@ -148,6 +157,10 @@ def _pack_codes(qtype: str, codes: Bytes) -> dict[str, Bytes]:
 
 def _unpack_codes(qtype: str, parts: dict[str, Bytes]) -> Bytes:
     low = parts["low"]
+    if qtype == "q1_0":
+        return np.unpackbits(low, axis=1, bitorder="little")
+    if qtype == "q2_0":
+        return (low[:, :, None] >> PAIRS[:, 0] & THREE).reshape(len(low), -1)
     if qtype in ("q4_0", "q4_1", "iq4_nl", "iq4_xs"):
         return _from_nibbles(low, 16)
     if qtype in ("q5_0", "q5_1"):

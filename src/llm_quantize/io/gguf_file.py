@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gguf.constants import (
-    GGML_QUANT_SIZES,
     GGUF_DEFAULT_ALIGNMENT,
     GGUF_MAGIC,
-    GGMLQuantizationType,
     GGUFValueType,
     Keys,
 )
@@ -36,6 +34,7 @@ from llm_quantize.errors import (
     printable,
 )
 from llm_quantize.io.paths import open_argument, read_failure
+from llm_quantize.qtypes.ggml_types import BLOCK_SIZES, GgmlType
 
 VERSION = 3
 READ_VERSIONS = (2, VERSION)
@@ -76,7 +75,7 @@ class TensorEntry(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLQuantizationType
+    type: GgmlType
     offset: int
     nbytes: int
 
@@ -102,9 +101,9 @@ class GgufLayout:
     size: int
 
 
-def tensor_bytes(shape: Sequence[int], ggml_type: GGMLQuantizationType) -> int:
+def tensor_bytes(shape: Sequence[int], ggml_type: GgmlType) -> int:
     """Bytes of a tensor of row-major ``shape``; ValueError where a row is not whole blocks."""
-    block, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    block, block_bytes = BLOCK_SIZES[ggml_type]
     columns = int(shape[-1])
     if columns % block:
         raise ValueError(f"row length {columns} is not a multiple of {ggml_type.name}'s block of {block}")
@@ -149,7 +148,7 @@ def _value_bytes(key: str, value: MetaValue) -> bytes:
 
 def layout_gguf(
     metadata: Mapping[str, MetaValue],
-    tensors: Sequence[tuple[str, tuple[int, ...], GGMLQuantizationType]],
+    tensors: Sequence[tuple[str, tuple[int, ...], GgmlType]],
     *,
     alignment: int = GGUF_DEFAULT_ALIGNMENT,
 ) -> GgufLayout:
@@ -306,7 +305,7 @@ def _read_value(cursor: _Cursor, key: str) -> MetaValue:
     return MetaValue(kind, list(struct.unpack(f"<{count}{_SCALARS[item]}", data)), item)
 
 
-def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int, int]:
+def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], GgmlType, int, int]:
     name = cursor.name("a tensor name")
     count = cursor.number("I", "a number of dimensions")
     if not 1 <= count <= MAX_DIMENSIONS:
@@ -316,7 +315,7 @@ def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizatio
         raise cursor.fail("bad tensor dimensions", tensor=name, found=shape)
     code = cursor.number("I", "a tensor type")
     try:
-        kind = GGMLQuantizationType(code)
+        kind = GgmlType(code)
     except ValueError as error:
         raise cursor.fail("unknown or removed tensor type", tensor=name, found=code) from error
     try:

@@ -24,12 +24,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGMLQuantizationType
 
 from llm_quantize.errors import MalformedInputError, ResourceError, printable
 from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
 from llm_quantize.io.paths import open_argument, read_failure
 from llm_quantize.kernels.weighing import Weighed, weigh
+from llm_quantize.qtypes.ggml_types import GgmlType
 
 Floats = npt.NDArray[np.float32]
 
@@ -212,7 +212,7 @@ def _mean_squares(
     path: Path, file: BinaryIO, name: str, pair: Mapping[str, TensorEntry]
 ) -> tuple[Floats, tuple[int, ...]]:
     """s / n of one tensor: float32 (matrices, columns); and the matrices whose n is 0."""
-    if len(pair) < 2 or any(entry.type != GGMLQuantizationType.F32 for entry in pair.values()):
+    if len(pair) < 2 or any(entry.type != GgmlType.F32 for entry in pair.values()):
         raise MalformedInputError(
             "an entry of the importance matrix is not a pair of F32 tensors",
             file=path,

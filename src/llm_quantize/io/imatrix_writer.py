@@ -13,11 +13,12 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGMLQuantizationType, GGUFValueType
+from gguf.constants import GGUFValueType
 
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf
 from llm_quantize.io.whole_file import write_file
+from llm_quantize.qtypes.ggml_types import GgmlType
 
 Floats = npt.NDArray[np.float32]
 
@@ -53,11 +54,11 @@ def write_imatrix_gguf(
         "imatrix.chunk_count": MetaValue(GGUFValueType.UINT32, chunks),
         "imatrix.chunk_size": MetaValue(GGUFValueType.UINT32, chunk_size),
     }
-    tensors: list[tuple[str, tuple[int, ...], GGMLQuantizationType]] = []
+    tensors: list[tuple[str, tuple[int, ...], GgmlType]] = []
     values: list[Floats] = []
     for name, entry in sorted(entries.items()):
-        tensors.append((f"{name}.in_sum2", entry.sums.shape, GGMLQuantizationType.F32))
-        tensors.append((f"{name}.counts", (len(entry.counts), 1), GGMLQuantizationType.F32))
+        tensors.append((f"{name}.in_sum2", entry.sums.shape, GgmlType.F32))
+        tensors.append((f"{name}.counts", (len(entry.counts), 1), GgmlType.F32))
         values += [entry.sums, entry.counts]
     layout = layout_gguf(metadata, tensors)
 

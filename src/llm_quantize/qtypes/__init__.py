@@ -1,6 +1,6 @@
 """The number grids of GGUF tensors: one row per type that this version writes.
 
-Sizes come from the owner of the format (``gguf.GGML_QUANT_SIZES``); the layouts themselves are in
+Sizes come from the owner of the format (``ggml_types``); the layouts themselves are in
 ``llm_quantize.kernels.reference``.
 """
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llm_quantize.errors import UsageError
+from llm_quantize.qtypes.ggml_types import BLOCK_SIZES, GgmlType
 from llm_quantize.qtypes.range import FACTORS, HALF
 
 __all__ = ["QTYPES", "QType"]
@@ -29,7 +29,7 @@ class QType:
     """
 
     name: str
-    ggml_type: GGMLQuantizationType
+    ggml_type: GgmlType
     block_size: int
     block_bytes: int
     needs_importance: bool
@@ -74,7 +74,7 @@ class QType:
         return 8 * self.block_bytes / self.block_size
 
 
-_PLAIN = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "mxfp4")
+_PLAIN = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4", "q1_0", "q2_0")
 _WEIGHTED = (
     *("q4_0", "q4_1", "q5_0", "q5_1"),
     *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
@@ -91,12 +91,13 @@ _HALVES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_s"), (0,)),
     **dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), (0, 2)),
     **{"q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,), "tq1_0": (52,), "tq2_0": (64,)},
+    **dict.fromkeys(("q1_0", "q2_0"), (0,)),
 }
 
 
 def _row(name: str, *, uses_importance: bool) -> QType:
-    ggml_type = GGMLQuantizationType[name.upper()]
-    block_size, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    ggml_type = GgmlType[name.upper()]
+    block_size, block_bytes = BLOCK_SIZES[ggml_type]
     return QType(name, ggml_type, block_size, block_bytes, name in _NEEDING, uses_importance, _HALVES.get(name, ()))
 
 

@@ -24,11 +24,12 @@ FACTORS: Mapping[str, float] = {
     **{"iq4_nl": 127, "iq4_xs": 32 * 127, "iq3_s": 31 * 15, "iq3_xxs": 15.5 * 31},
     **dict.fromkeys(("iq2_s", "iq2_xs", "iq2_xxs"), 15.5 * 10.75),
     **dict.fromkeys(("iq1_s", "iq1_m"), 15 * 1.125),
-    **dict.fromkeys(("tq1_0", "tq2_0"), 1),
+    **dict.fromkeys(("tq1_0", "tq2_0", "q1_0", "q2_0"), 1),
+    "nvfp4": 448 * 6 / HALF,  # its scales are no float16: 448 is the largest
 }
 """Types that are not here hold every finite float32."""
 
-DIVIDED = frozenset(("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "tq1_0", "tq2_0"))
+DIVIDED = frozenset(("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "tq1_0", "tq2_0", "q2_0"))
 """Types whose scale, without importance, is the largest weight (or the range) divided: what they cannot hold always
 shows as an infinite scale. The others search, and may take any scale where their sums overflow."""
 

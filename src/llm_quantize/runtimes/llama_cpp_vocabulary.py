@@ -10,10 +10,11 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFValueType, Keys
+from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, GGUFValueType, Keys
 
 from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf
+from llm_quantize.qtypes.ggml_types import GgmlType
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
 _WIDTH = 32
@@ -50,7 +51,7 @@ def open_vocabulary(metadata: Mapping[str, MetaValue], file: Path) -> LlamaCpp:
         **{MODEL_TENSOR[name]: (_WIDTH, _WIDTH) for name in _SQUARE},
     }
     names = {tensor: TENSOR_NAMES[tensor].replace("{bid}", "0") + ".weight" for tensor in shapes}
-    layout = layout_gguf(own, [(names[tensor], shape, GGMLQuantizationType.F32) for tensor, shape in shapes.items()])
+    layout = layout_gguf(own, [(names[tensor], shape, GgmlType.F32) for tensor, shape in shapes.items()])
     with tempfile.TemporaryDirectory(prefix="llm-quantize-") as folder:
         small = Path(folder) / "vocabulary.gguf"
         with small.open("wb") as out:

@@ -44,6 +44,7 @@ class Level:
     about: str
 
 
+_Q2_0 = 41  # llama.cpp's LLAMA_FTYPE_MOSTLY_Q2_0, which gguf 0.19 lacks
 _LEVELS = (
     ("F32", "f32", LlamaFileType.ALL_F32, "32-bit floats: nothing is lost"),
     ("F16", "f16", LlamaFileType.MOSTLY_F16, "16-bit floats, IEEE half"),
@@ -73,13 +74,24 @@ _LEVELS = (
     ("IQ2_S", "iq2_xs", LlamaFileType.MOSTLY_IQ2_S, "2.3 bit grid, some tensors at 3.4; wants an importance matrix"),
     ("IQ2_XS", "iq2_xs", LlamaFileType.MOSTLY_IQ2_XS, "2.3 bit grid: very large loss; wants an importance matrix"),
     ("IQ2_XXS", "iq2_xxs", LlamaFileType.MOSTLY_IQ2_XXS, "2.1 bit grid: very large loss; wants an importance matrix"),
+    ("Q2_0", "q2_0", _Q2_0, "2.25 bit, blocks of 64, for models trained with ternary weights"),
     ("TQ2_0", "tq2_0", LlamaFileType.MOSTLY_TQ2_0, "2 bit, for models trained with ternary weights"),
     ("IQ1_M", "iq1_m", LlamaFileType.MOSTLY_IQ1_M, "1.75 bit grid: the last resort; wants an importance matrix"),
     ("IQ1_S", "iq1_s", LlamaFileType.MOSTLY_IQ1_S, "1.6 bit grid: the smallest there is; wants an importance matrix"),
     ("TQ1_0", "tq1_0", LlamaFileType.MOSTLY_TQ1_0, "1.7 bit, for models trained with ternary weights"),
+    ("Q1_0", "q1_0", LlamaFileType.MOSTLY_Q1_0, "1.125 bit, blocks of 128, for models trained with weights of one bit"),
     ("MXFP4_MOE", "mxfp4", LlamaFileType.MOSTLY_MXFP4_MOE, "experts in MXFP4, everything else at 8 bit"),
 )
 LEVELS: Mapping[str, Level] = {name: Level(name, base, int(number), about) for name, base, number, about in _LEVELS}
+
+TRAINED: Mapping[str, str] = {
+    **dict.fromkeys(("TQ1_0", "TQ2_0", "Q2_0"), "ternary weights"),
+    "Q1_0": "weights of one bit",
+}
+"""What a model must have been trained with for a level of so few values; any other loses nearly everything."""
+
+FED = frozenset(("Q1_0", "Q2_0"))
+"""Of those the levels whose codes error feedback chooses: any model then loses much, but not that."""
 
 ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 USUAL: Mapping[int, str] = {
@@ -169,16 +181,27 @@ class Recipe(Shown):
                 )
 
 
+BEST = "best"
+FALLBACK_WAYS = ("llamacpp", BEST)
+"""How a type is found for rows that do not divide into the blocks of the one they should have: llama.cpp's, or the one
+that loses least in no more bytes (``fallback``)."""
+
+
 @dataclass(frozen=True, repr=False)
 class Overrides(Settings):
     """What the user fixed by hand. ``tensor_types``: (regular expression, qtype), the first that is found in the
-    name wins; case does not matter. Qtypes are lower case: "q6_k"."""
+    name wins; case does not matter. Qtypes are lower case: "q6_k". ``fallback``: one of FALLBACK_WAYS."""
 
     output_type: str | None = None
     embedding_type: str | None = None
     tensor_types: tuple[tuple[str, str], ...] = ()
     pure: bool = False
     recipe: Recipe | None = None
+    fallback: str = FALLBACK_WAYS[0]
+
+    def __post_init__(self) -> None:
+        if self.fallback not in FALLBACK_WAYS:
+            raise UsageError("unknown --fallback", expected=", ".join(FALLBACK_WAYS), found=self.fallback)
 
     @property
     def given(self) -> bool:

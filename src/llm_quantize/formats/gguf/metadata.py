@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType, Keys
+from gguf.constants import GGML_QUANT_VERSION, GGUFValueType, Keys
 from gguf.utility import size_label
 
 from llm_quantize.io.gguf_file import MetaValue, tensor_bytes
 from llm_quantize.io.paths import inside, read_limited
+from llm_quantize.qtypes.ggml_types import GgmlType
 
 PROVENANCE = "llm_quantize"
 OF_THE_FILE = (
@@ -169,9 +170,7 @@ def importance_metadata(*, file: str, datasets: Sequence[str], entries: int, chu
     return metadata
 
 
-def split_tensors(
-    tensors: Sequence[tuple[str, tuple[int, ...], GGMLQuantizationType]], max_bytes: int | None
-) -> list[list[int]]:
+def split_tensors(tensors: Sequence[tuple[str, tuple[int, ...], GgmlType]], max_bytes: int | None) -> list[list[int]]:
     """Indices of the tensors in each file: in order, a new file where the next tensor would pass ``max_bytes``."""
     files: list[list[int]] = [[]]
     size = 0

@@ -135,10 +135,13 @@ NEED_IMPORTANCE = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq
 
 # What a row takes whose length its qtype's blocks do not divide; f16 where that fails too.
 FALLBACKS: Mapping[str, str] = {
-    **dict.fromkeys(("q2_k", "q3_k", "tq1_0", "tq2_0"), "q4_0"),
-    **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs"), "iq4_nl"),
+    **dict.fromkeys(("q2_k", "q3_k", "tq1_0", "tq2_0", "q1_0", "q2_0"), "q4_0"),
+    **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs", "nvfp4"), "iq4_nl"),
     **{"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"},
 }
+
+# Types that llama.cpp has had for months only, and not on every device: nothing gets them that does not ask for them.
+YOUNG = frozenset({"q1_0", "q2_0", "nvfp4"})
 
 # Parts of names that are never quantized: tiny, or broken by it.
 LEFT_ALONE = (

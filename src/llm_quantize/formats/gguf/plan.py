@@ -19,7 +19,11 @@ from llm_quantize.formats.gguf import metadata as gguf_format
 from llm_quantize.formats.gguf.describe import describe, warnings_of
 from llm_quantize.formats.gguf.importance import gaps_digest, silent, uncovered
 from llm_quantize.formats.gguf.levels import (
+    BEST,
+    FED,
     LEVELS,
+    TRAINED,
+    Assignment,
     Recipe,
     TensorShape,
     assign,
@@ -149,6 +153,7 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
         importance_names=None if importance is None else importance.names,
         overrides=options.overrides,
     )
+    assigned, at_most = _settled(source, assigned, importance, options)
     recipe = options.overrides.recipe
     called = name if recipe is None else recipe.name
     rounded = [
@@ -176,8 +181,29 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
     matrices = tuple(_matrices(plan)) if options.method.method_of(NAME).reads_text else ()
     too_large = TOO_LARGE_FLOAT if name in FLOAT_LEVELS else TOO_LARGE
     scratch = source.checkpoint.scratch
-    plan = replace(plan, matrices=matrices, silent=quiet, too_large=too_large, source_scratch=scratch)
+    plan = replace(plan, matrices=matrices, silent=quiet, too_large=too_large, source_scratch=scratch, notes=at_most)
     return _with_silence(_with_substitutions(plan, assigned.substituted))
+
+
+def _settled(
+    source: Source, assigned: Assignment, importance: Importance | None, options: Options
+) -> tuple[Assignment, tuple[str, ...]]:
+    """``assigned`` with the fallbacks that the user asked for, and a note where they cannot be told yet."""
+    if options.overrides.fallback != BEST or not assigned.substituted:
+        return assigned, ()
+    from llm_quantize.formats.gguf import fallback
+
+    if not fallback.is_known(source, importance):
+        count = counted(len(assigned.substituted), "tensor")
+        return assigned, (
+            f"--fallback best: the types of {count} are chosen when weights and importance are at hand; the file is at "
+            "most as large as this",
+        )
+    found = fallback.best(source, source.tensors.outputs, assigned.substituted, importance)
+    taken = {one.tensor: one.taken for one in found}
+    names = (output.name for output in source.tensors.outputs)
+    qtypes = [taken.get(name, qtype) for name, qtype in zip(names, assigned.qtypes, strict=True)]
+    return replace(assigned, qtypes=qtypes, substituted=found), ()
 
 
 def _with_silence(plan: ArtifactPlan) -> ArtifactPlan:
@@ -191,8 +217,8 @@ def _with_substitutions(plan: ArtifactPlan, substituted: Sequence[Substitution])
     if not substituted:
         return plan
     quantizable = (is_quantizable(TensorShape(tensor.name, tensor.output.shape)) for tensor in plan.tensors)
-    text = substituted_text(substituted, sum(quantizable))
-    lines = tuple(f"{one.tensor}: rows of {one.shape[-1]}: {one.taken}, not {one.asked}" for one in substituted)
+    text = substituted_text(substituted, sum(quantizable), plan)
+    lines = tuple(one.line for one in substituted)
     return replace(
         plan,
         warnings=(*plan.warnings, text),
@@ -252,6 +278,7 @@ def _chosen(importance: Importance | None, options: Options) -> dict[str, object
         "pure": overrides.pure,
         "split_max_size": options.split_max_size,
         "nonfinite": options.nonfinite,
+        **({"fallback": overrides.fallback} if overrides.fallback == BEST else {}),
         **recipe,
         **method,
     }
@@ -265,8 +292,10 @@ def _advice(
     advice = []
     if level == "MXFP4_MOE" and "mxfp4" not in qtypes:
         advice.append("MXFP4_MOE: this model has no expert tensors, so nothing is stored as mxfp4; this is Q8_0")
-    if level.startswith("TQ"):
-        advice.append(f"{level} is for models trained with ternary weights; any other model loses nearly everything")
+    if level in TRAINED:
+        fed = level in FED and options.method.method_of(NAME).reads_text
+        loses = "much, though errors are fed back" if fed else "nearly everything"
+        advice.append(f"{level} is for models trained with {TRAINED[level]}; any other model loses {loses}")
     limit = options.split_max_size
     if limit is not None:
         size, largest = max(

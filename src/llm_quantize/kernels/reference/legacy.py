@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.kernels.reference import floats, iq4, mxfp4, ternary
+from llm_quantize.kernels.reference import few_bits, floats, iq4, mxfp4, ternary
 from llm_quantize.kernels.reference.blocks import (
     Bytes,
     Float32,
@@ -197,6 +197,9 @@ QUANTIZE: dict[str, Quantizer] = {
     "tq1_0": ternary.quantize_tq1_0,
     "tq2_0": ternary.quantize_tq2_0,
     "mxfp4": mxfp4.quantize_mxfp4,
+    "nvfp4": mxfp4.quantize_nvfp4,
+    "q1_0": few_bits.quantize_q1_0,
+    "q2_0": few_bits.quantize_q2_0,
 }
 DEQUANTIZE: dict[str, Dequantizer] = {
     "f32": floats.dequantize_f32,
@@ -212,4 +215,7 @@ DEQUANTIZE: dict[str, Dequantizer] = {
     "tq1_0": ternary.dequantize_tq1_0,
     "tq2_0": ternary.dequantize_tq2_0,
     "mxfp4": mxfp4.dequantize_mxfp4,
+    "nvfp4": mxfp4.dequantize_nvfp4,
+    "q1_0": few_bits.dequantize_q1_0,
+    "q2_0": few_bits.dequantize_q2_0,
 }
