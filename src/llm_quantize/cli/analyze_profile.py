@@ -81,7 +81,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, **ar
     """
     from llm_quantize.evaluation.allocation import choose
     from llm_quantize.evaluation.profile import ProfilePlan
-    from llm_quantize.formats.gguf.recipe_file import write_recipe
+    from llm_quantize.formats.recipe_file import write_recipe
     from llm_quantize.io.whole_file import refuse_existing
     from llm_quantize.models.opening import open_source
 

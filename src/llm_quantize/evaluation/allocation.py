@@ -28,7 +28,6 @@ from llm_quantize.errors import ResourceError, UsageError
 from llm_quantize.evaluation.sensitivity import Profile, Sensitivity
 from llm_quantize.formats.gguf.levels import (
     LEVELS,
-    Recipe,
     TensorShape,
     assign,
     is_quantizable,
@@ -36,6 +35,7 @@ from llm_quantize.formats.gguf.levels import (
     parse_level,
 )
 from llm_quantize.formats.gguf.plan import tensor_shapes
+from llm_quantize.formats.recipe import Recipe
 from llm_quantize.models.opening import Source
 from llm_quantize.options import Options
 from llm_quantize.pipeline import plan_source

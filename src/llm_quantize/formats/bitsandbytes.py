@@ -38,6 +38,7 @@ from llm_quantize.formats.base import (
     Scheme,
     SchemeOptions,
     check_group,
+    no_caution,
     takes_any,
     to_numpy,
     with_quantization,
@@ -81,6 +82,8 @@ OFFSETS = "zero points"
 EDGES = False
 UNNAMED = None
 RUNTIME = None
+MIXES = None
+vllm_caution = no_caution
 refuse = takes_any
 configured = with_quantization
 RESCALES = False

@@ -42,6 +42,7 @@ from llm_quantize.formats.base import (
     grid_numbers,
     load_floats,
     mixture_of,
+    no_caution,
     parse_bits,
     store_floats,
     takes_any,
@@ -98,6 +99,8 @@ OFFSETS = "zero points"
 EDGES = False
 UNNAMED = None
 RUNTIME = None
+MIXES = None
+vllm_caution = no_caution
 refuse = takes_any
 configured = with_quantization
 _BITS = {"2bit": 2, "3bit": 3, "4bit": 4, "8bit": 8}
