@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize import memory
-from llm_quantize.calibration.choose import rows_of
 from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError, UsageError
-from llm_quantize.evaluation.sensitivity import Candidate, Cost, Profile, Sensitivity, candidates, windows_sha256
+from llm_quantize.evaluation.ladders import ladder_of
+from llm_quantize.evaluation.sensitivity import Candidate, Cost, Profile, Sensitivity, windows_sha256
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.durable import fail_os, open_regular_output, read_at
 from llm_quantize.io.imatrix_file import Imatrix
@@ -56,6 +56,8 @@ class ProfilePlan:
     memory: int
     identity: Mapping[str, Any]
     texts: tuple[str, ...]
+    form: str = "gguf"
+    statistics: Path | None = None
 
 
 def plan_profile(
@@ -69,9 +71,12 @@ def plan_profile(
     threads: int | None = None,
     max_ram: int | None = None,
     device: str = "cpu",
+    form: str = "gguf",
+    statistics: Path | None = None,
 ) -> ProfilePlan:
     """Everything that measuring takes, without loading a weight. ``windows``: (n, length) token ids; ``journal``: what
-    an earlier run measured, left out of the plan.
+    an earlier run measured, left out of the plan. ``form``: the format whose types these are; ``statistics``: with
+    Hessians, for codes that are chosen by error feedback where the format has such.
 
     Raises MissingExtraError without torch, UsageError (types, windows), ResourceError where not even one variant fits.
     """
@@ -87,17 +92,22 @@ def plan_profile(
             expected=f"windows of 4 to {source.architecture.hyper.context_length} tokens",
             found=windows.shape,
         )
-    wanted = candidates(source, types, {} if imatrix is None else imatrix.values)
+    ladder = ladder_of(form)
+    wanted = ladder.candidates(source, types, {} if imatrix is None else imatrix.values)
     identity = {
         "model": model_digest(source.checkpoint),
         "windows": windows_sha256(windows),
         "importance": None if imatrix is None else imatrix.sha256,
         "device": device,
+        **({} if form == ProfilePlan.form else {"form": form, "fed_back": statistics is not None}),
     }
     known = {} if journal is None else _known(journal, identity)
     network = open_network(source, dtype="float32", device=device)
     placed = place(source, network, [one for one in wanted if one.key not in known])
-    streams, fitted = _fit(source, network, windows, placed, threads=threads, max_ram=max_ram, device=device)
+    solving = ladder.held_bytes(wanted, statistics)
+    streams, fitted = _fit(
+        source, network, windows, placed, solving=solving, threads=threads, max_ram=max_ram, device=device
+    )
     groups = tuple(tuple(group) for group in plan_groups(placed, network.n_blocks, streams))
     return ProfilePlan(
         source=source,
@@ -112,6 +122,8 @@ def plan_profile(
         memory=fitted.peak,
         identity=identity,
         texts=tuple(texts),
+        form=form,
+        statistics=statistics,
     )
 
 
@@ -121,6 +133,7 @@ def _fit(
     windows: Tokens,
     placed: Sequence[Placed],
     *,
+    solving: int,
     threads: int | None,
     max_ram: int | None,
     device: str,
@@ -131,12 +144,12 @@ def _fit(
     sizes = from_network(source, network)
     length = windows.shape[1]
     stream = sizes.hidden(*windows.shape)
-    largest = max((4 * one.candidate.output_weights for one in placed), default=0)
+    largest = max((4 * one.candidate.weights for one in placed), default=0)
     logits = POSITIONS * network.vocab_size * (4 + 6 * 8)
 
     def holding(streams: int) -> Sizes:
         # A replaced tensor stands beside its block as it was read, as it is seen, and as it is put back.
-        beside = 3 * largest + (2 + streams) * stream
+        beside = 3 * largest + (2 + streams) * stream + solving
         return Sizes(
             libraries=TORCH_BYTES,
             ends=sizes.embedding + 2 * sizes.head + beside,
@@ -166,9 +179,9 @@ def measure_profile(plan: ProfilePlan, *, journal: Path | None = None, on_event:
     found = dict(plan.known)
     with stop_on_signals() as stop, _journal(plan, journal) as record:
         pool = Pool(plan.threads, stop, resumable=None if journal is None else True)
-        rows = Measurement(
-            plan.source, plan.network, plan.windows, rows_of(plan.source, plan.imatrix), pool, on_event
-        ).measure(plan.groups, record)
+        with ladder_of(plan.form).holding(plan.source, pool, plan.imatrix, plan.statistics) as hold:
+            run = Measurement(plan.source, plan.network, plan.windows, hold, pool, on_event)
+            rows = run.measure(plan.groups, record)
     found |= {(row.tensor, row.qtype): row for row in rows}
     length = plan.windows.shape[1]
     text = {
@@ -180,7 +193,7 @@ def measure_profile(plan: ProfilePlan, *, journal: Path | None = None, on_event:
     }
     name = plan.source.checkpoint.name
     ordered = tuple(found[one.key] for one in plan.wanted)
-    return Profile(name, plan.identity["model"], text, plan.identity["importance"], ordered)
+    return Profile(name, plan.identity["model"], text, plan.identity["importance"], ordered, plan.form)
 
 
 def _known(path: Path, identity: Mapping[str, Any]) -> dict[tuple[str, str], Sensitivity]:
