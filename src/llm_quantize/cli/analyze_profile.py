@@ -194,6 +194,7 @@ def _check_kept(source: Source, ladder: Ladder, kept: Path, profile: Profile, ar
     """Raise UsageError where kept figures were measured for another format, or with another importance than the one
     that is given."""
     from llm_quantize.errors import UsageError
+    from llm_quantize.evaluation.profile import importance_of
 
     if profile.form != ladder.form:
         raise UsageError(
@@ -203,12 +204,12 @@ def _check_kept(source: Source, ladder: Ladder, kept: Path, profile: Profile, ar
             found=profile.form,
             remedy="give them another file with --profile",
         )
-    imatrix = _imatrix(source, ladder, arguments)
-    if imatrix is not None and imatrix.sha256 != profile.importance:
+    asked = importance_of(source, _imatrix(source, ladder, arguments), _statistics(ladder, arguments))
+    if asked is not None and asked != profile.importance:
         raise UsageError(
             "the kept figures were measured with another importance matrix",
             file=kept,
-            expected=f"importance {imatrix.sha256}",
+            expected=f"importance {asked}",
             found=f"importance {profile.importance}" if profile.importance else "none",
             remedy="measure again with --overwrite, or keep the figures in another file with --profile",
         )
@@ -245,7 +246,7 @@ def _plan(
         max_ram=arguments["max_ram"],
         device=arguments["device"],
         form=ladder.form,
-        statistics=Path(arguments["statistics"]) if arguments["statistics"] and ladder.feeds_back else None,
+        statistics=_statistics(ladder, arguments),
     )
 
 
@@ -264,27 +265,14 @@ def _imatrix(source: Source, ladder: Ladder, arguments: Mapping[str, Any]) -> Im
         )
     if arguments["imatrix"]:
         return read_imatrix(arguments["imatrix"])
-    if not arguments["statistics"]:
+    if not arguments["statistics"] or ladder.feeds_back:
         return None
-    path = Path(arguments["statistics"])
-    if ladder.feeds_back:
-        _need_hessians(path)
-    return from_statistics(path, source, whole=ladder.feeds_back)
+    return from_statistics(Path(arguments["statistics"]), source)
 
 
-def _need_hessians(path: Path) -> None:
-    from llm_quantize.errors import UsageError
-    from llm_quantize.io.statistics_file import read_statistics
-
-    with read_statistics(path) as statistics:
-        if "hessian" not in statistics.kinds:
-            raise UsageError(
-                "these statistics hold no Hessians",
-                file=path,
-                expected="hessian",
-                found=", ".join(statistics.kinds),
-                remedy="llm-quantize analyze importance MODEL --collect hessian",
-            )
+def _statistics(ladder: Ladder, arguments: Mapping[str, Any]) -> Path | None:
+    """The file of Hessians that codes are chosen with."""
+    return Path(arguments["statistics"]) if arguments["statistics"] and ladder.feeds_back else None
 
 
 def _facts(profile: Profile, choice: Choice, kept: Path, output: Path) -> dict[str, Any]:

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 Hold = Callable[[Candidate], "dict[str, torch.Tensor]"]
 
-_SMALLER = (64, 32)
+_USUAL, _SMALLER = "int4_g128", (64, 32)
+_SPARE = 64  # bytes
 _FITS = 8  # times that a recipe is planned until all of its files together are small enough
 
 
@@ -118,21 +119,21 @@ class DirectoryLadder:
             self._bytes(scheme_of(base), matrices, base.matrices[0].qtype) for matrices in known.values()
         )
         if target.like is not None:
-            limit = self._plan(source, target.like, None).size
+            limit = self._plan(source, target.like, None, _group(base)).size
         else:
             limit = target.size if target.size is not None else int((target.bpw or 0.0) * base.weights / 8)
         budget = limit - rest
-        for _ in range(_FITS):
+        for attempt in range(_FITS):
             allocation = allocate(profile, budget, target.types, align=1)
             recipe = self._recipe(profile, allocation.types, known, name or target.name)
-            size = self._plan(source, recipe.level, recipe).size
+            size = self._plan(source, recipe.level, recipe, _group(base)).size
             if size <= limit:
-                return Choice(recipe, allocation, size, self._levels(source, profile, known))
-            budget -= size - limit
+                return Choice(recipe, allocation, size, self._levels(source, profile, known, _group(base)))
+            budget -= size - limit + (_SPARE << attempt)  # config.json names the groups: its size follows the recipe
         raise ResourceError("no recipe is small enough", expected=f"at most {limit:,} bytes", found=f"{size:,} bytes")
 
-    def _plan(self, source: Source, level: str, recipe: Recipe | None) -> ArtifactPlan:
-        options = Options(overrides=Overrides(recipe=recipe), method=MethodOptions(method="rtn"))
+    def _plan(self, source: Source, level: str, recipe: Recipe | None, group: int) -> ArtifactPlan:
+        options = Options(overrides=Overrides(recipe=recipe), method=MethodOptions(method="rtn", group_size=group))
         (plan,) = plan_source(source, self.form, levels=[level], name=None, options=options, importance=None)
         return plan
 
@@ -146,16 +147,13 @@ class DirectoryLadder:
         return Recipe(name=name, level=level, tensors=tensors, model=profile.model, form=self.form)
 
     def _levels(
-        self, source: Source, profile: Profile, known: Mapping[str, Sequence[MatrixPlan]]
+        self, source: Source, profile: Profile, known: Mapping[str, Sequence[MatrixPlan]], group: int
     ) -> dict[str, tuple[int, float]]:
         figures = {(row.tensor, row.qtype): row.kld for row in profile.rows}
         found = {}
         for bits in self.widths:
             level = self.level.format(bits=bits)
-            try:
-                plan = self._plan(source, level, None)
-            except UsageError:  # its groups do not divide the rows of this model
-                continue
+            plan = self._plan(source, level, None, group)
             pairs = [(unit, plan.matrices[0].qtype) for unit in known]
             if all(pair in figures for pair in pairs):
                 found[level] = (plan.size, sum(figures[pair] for pair in pairs))
@@ -178,6 +176,11 @@ def _unit_name(key: str, matrices: Sequence[MatrixPlan]) -> str:
         return key
     parents, lasts = zip(*(matrix.name.rpartition(".")[::2] for matrix in matrices), strict=True)
     return f"{parents[0]}.{'+'.join(lasts)}"
+
+
+def _group(plan: ArtifactPlan) -> int:
+    """The largest of the usual groups that divides all rows: a plain level's."""
+    return integer_type(_fitting(_USUAL, [matrix.weight.shape[-1] for matrix in plan.matrices])).group_size
 
 
 def _fitting(qtype: str, columns: Sequence[int]) -> str:

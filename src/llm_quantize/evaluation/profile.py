@@ -26,6 +26,7 @@ from llm_quantize.io.durable import fail_os, open_regular_output, read_at
 from llm_quantize.io.imatrix_file import Imatrix
 from llm_quantize.io.journal import parse_journal, record_line
 from llm_quantize.io.ownership import take_lock
+from llm_quantize.io.statistics_file import read_statistics, refuse_other_model
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.memory import TORCH_BYTES, Fitted, Sizes
 from llm_quantize.models.identity import model_digest
@@ -97,9 +98,9 @@ def plan_profile(
     identity = {
         "model": model_digest(source.checkpoint),
         "windows": windows_sha256(windows),
-        "importance": None if imatrix is None else imatrix.sha256,
+        "importance": importance_of(source, imatrix, statistics),
         "device": device,
-        **({} if form == ProfilePlan.form else {"form": form, "fed_back": statistics is not None}),
+        **({} if form == ProfilePlan.form else {"form": form}),
     }
     known = {} if journal is None else _known(journal, identity)
     network = open_network(source, dtype="float32", device=device)
@@ -125,6 +126,24 @@ def plan_profile(
         form=form,
         statistics=statistics,
     )
+
+
+def importance_of(source: Source, imatrix: Imatrix | None, statistics: Path | None) -> str | None:
+    """The hash of what figures are measured with beside the model: an importance matrix, or the Hessians of a file of
+    statistics. Raises UsageError where that has none, IntegrityError where it is of another model."""
+    if statistics is None:
+        return None if imatrix is None else imatrix.sha256
+    with read_statistics(statistics) as found:
+        if "hessian" not in found.kinds:
+            raise UsageError(
+                "these statistics hold no Hessians",
+                file=statistics,
+                expected="hessian",
+                found=", ".join(found.kinds),
+                remedy="llm-quantize analyze importance MODEL --collect hessian",
+            )
+        refuse_other_model(found, model_digest(source.checkpoint))
+        return found.content_sha256
 
 
 def _fit(

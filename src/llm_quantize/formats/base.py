@@ -267,7 +267,7 @@ class Mixes(Protocol):
         """The grids in the order in which the configuration has them. ``mixed``: {grid: the modules on it}."""
 
     def cautions(self, mixed: Mapping[str, Sequence[str]]) -> Iterator[str]:
-        """What runtimes cannot do with such a mix, a sentence each."""
+        """What Transformers reads otherwise than it stands in such a mix, a sentence each."""
 
 
 class Packed(StoredFormat, Protocol):

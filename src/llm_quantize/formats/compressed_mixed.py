@@ -64,7 +64,10 @@ def order(mixed: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def cautions(mixed: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """What runtimes cannot do with such a mix, a sentence each."""
+    """What Transformers reads otherwise than it stands in such a mix, a sentence each: loaded all the same, the values
+    would be others."""
+    if len(mixed) < 2:
+        return
     experts = [qtype for qtype, names in mixed.items() if any(mixture_of(name) != name for name in names)]
     if len(experts) > 1:
         yield (

@@ -34,13 +34,7 @@ class Recipe(Shown):
         """Raise UsageError where it is for another format than ``form``, or stands beside other levels;
         IntegrityError where it was made for another model (a source opened for its headers cannot tell).
         ``level_name``: a level as the format calls it."""
-        if self.form != form:
-            raise UsageError(
-                f"the recipe {self.name} is for another format",
-                expected=form,
-                found=self.form,
-                remedy=f"quantize to {self.form} with it, or make one for {form}",
-            )
+        self.refuse_other_format(form)
         if [level_name(level) for level in levels] != [self.level]:
             raise UsageError("a recipe is a level of its own", expected=self.level, found=", ".join(levels))
         if self.model is None or source.checkpoint.headers_only:
@@ -52,6 +46,16 @@ class Recipe(Shown):
                 expected=f"model {self.model}",
                 found=f"model {found}",
                 remedy='make one for this model with `llm-quantize analyze profile`, or take "model" out of the recipe',
+            )
+
+    def refuse_other_format(self, form: str) -> None:
+        """Raise UsageError where it is for another format than ``form``."""
+        if self.form != form:
+            raise UsageError(
+                f"the recipe {self.name} is for another format",
+                expected=form,
+                found=self.form,
+                remedy=f"quantize to {self.form} with it, or make one for {form}",
             )
 
     def refuse_unknown(self, unknown: Sequence[str]) -> None:
