@@ -38,7 +38,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def statistics(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("statistics")
-    options = CalibrationOptions((str(write_text(folder)),), samples=3, length=48, collect=("hessian",), threads=1)
+    options = CalibrationOptions(
+        (str(write_text(folder)),), samples=3, length=48, collect=("imatrix", "hessian"), threads=1
+    )
     source = open_source(str(llama))
     with source.checkpoint:
         return calibrate(source, options).path

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from llm_quantize.architectures.rows import matrix_shape, weights_of
 from llm_quantize.errors import ResourceError, UsageError
 from llm_quantize.evaluation.allocation import Choice, Preset, Target, allocate
-from llm_quantize.evaluation.sensitivity import Candidate, Profile
+from llm_quantize.evaluation.sensitivity import Candidate, Profile, Sensitivity
 from llm_quantize.formats.base import Scheme, mixture_of, scheme_of
+from llm_quantize.formats.compressed_mixed import HEAD_BITS
 from llm_quantize.formats.gguf.levels import Overrides
+from llm_quantize.formats.modules import head_of
 from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.formats.packed_recipe import together
 from llm_quantize.formats.recipe import Recipe
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 Hold = Callable[[Candidate], "dict[str, torch.Tensor]"]
 
+_WHOLE, _KEPT = "int8", "kept"
+_WIDE = ("F32", "F64")  # kept in 32 bits, all else in 16
 _USUAL, _SMALLER = "int4_g128", (64, 32)
 _SPARE = 64  # bytes
 _FITS = 8  # times that a recipe is planned until all of its files together are small enough
@@ -46,13 +50,14 @@ _FITS = 8  # times that a recipe is planned until all of its files together are 
 @dataclass(frozen=True)
 class DirectoryLadder:
     """A format of packed integers (``evaluation/ladders.py`` says what is asked of it). ``widths``: bits of the plain
-    levels that a recipe is compared with."""
+    levels that a recipe is compared with; ``head_bits``: those that an output matrix may have."""
 
     form: str
     default_types: Sequence[str]
     presets: Mapping[str, Preset]
     level: str = "W{bits}A16"
     widths: Sequence[int] = (2, 3, 4, 5, 6, 8)
+    head_bits: Sequence[int] = HEAD_BITS
     feeds_back: bool = True
 
     def candidates(self, source: Source, types: Sequence[str], covered: Mapping[str, Any]) -> list[Candidate]:
@@ -67,15 +72,16 @@ class DirectoryLadder:
             outputs = tuple(matrix.weight for matrix in matrices)
             columns = [output.shape[-1] for output in outputs]
             for qtype in dict.fromkeys(_fitting(qtype, columns) for qtype in types):
-                found.append(Candidate(name, outputs, qtype, self._bytes(scheme_of(base), matrices, qtype)))
+                if matrices[0].seen or integer_type(qtype).bits in self.head_bits:
+                    found.append(Candidate(name, outputs, qtype, self._bytes(scheme_of(base), matrices, qtype)))
         return found
 
-    def _base(self, source: Source) -> ArtifactPlan:
-        """A plan with all matrices, whatever their sizes."""
-        options = Options(method=MethodOptions(method="rtn", group_size=WHOLE_ROW))
-        level = FORMATS[self.form].example
-        (plan,) = plan_source(source, self.form, levels=[level], name=None, options=options, importance=None)
-        return plan
+    def _base(self, source: Source, *, head: bool = True) -> ArtifactPlan:
+        """A plan with all matrices that a recipe may name, whatever their sizes: with ``head`` the output matrix too,
+        where it is not the embedding."""
+        name = head_of(source) if head else None
+        recipe = Recipe("all", self.level.format(bits=8), {} if name is None else {name: _WHOLE}, form=self.form)
+        return self._plan(source, recipe.level, recipe, WHOLE_ROW)
 
     def _bytes(self, scheme: Scheme, matrices: Sequence[MatrixPlan], qtype: str) -> int:
         """Bytes of the fields of ``matrices`` on the grid ``qtype``."""
@@ -110,14 +116,14 @@ class DirectoryLadder:
 
     def choose(self, source: Source, profile: Profile, target: Target, *, name: str | None = None) -> Choice:
         """The recipe for ``target``, all files of the artifact counted. Raises as ``allocate``, UsageError."""
-        base = self._base(source)
+        measured = profile.by_tensor()
+        base = self._base(source, head=head_of(source) in measured)
         known = units(base)
-        unmeasured = [unit for unit in known if unit not in profile.by_tensor()]
+        unmeasured = [unit for unit in known if unit not in measured]
         if unmeasured:
             raise UsageError("the profile does not know all matrices of this model", found=", ".join(unmeasured[:5]))
-        rest = base.size - sum(
-            self._bytes(scheme_of(base), matrices, base.matrices[0].qtype) for matrices in known.values()
-        )
+        rest = base.size - sum(self._bytes(scheme_of(base), found, found[0].qtype) for found in known.values())
+        profile = replace(profile, rows=(*profile.rows, *_kept(source, known)))
         if target.like is not None:
             limit = self._plan(source, target.like, None, _group(base)).size
         else:
@@ -140,9 +146,10 @@ class DirectoryLadder:
     def _recipe(
         self, profile: Profile, types: Mapping[str, str], known: Mapping[str, Sequence[MatrixPlan]], name: str
     ) -> Recipe:
-        tensors = {mixture_of(matrix.name): types[unit] for unit, found in known.items() for matrix in found}
-        weights = {unit: sum(weights_of(matrix.weight.shape) for matrix in found) for unit, found in known.items()}
-        mean = sum(integer_type(types[unit]).bits * weights[unit] for unit in known) / sum(weights.values())
+        chosen = {unit: found for unit, found in known.items() if types[unit] != _KEPT}
+        tensors = {mixture_of(matrix.name): types[unit] for unit, found in chosen.items() for matrix in found}
+        weights = {unit: sum(weights_of(matrix.weight.shape) for matrix in found) for unit, found in chosen.items()}
+        mean = sum(integer_type(types[unit]).bits * weights[unit] for unit in chosen) / sum(weights.values())
         level = self.level.format(bits=min(8, max(2, round(mean))))
         return Recipe(name=name, level=level, tensors=tensors, model=profile.model, form=self.form)
 
@@ -154,10 +161,21 @@ class DirectoryLadder:
         for bits in self.widths:
             level = self.level.format(bits=bits)
             plan = self._plan(source, level, None, group)
-            pairs = [(unit, plan.matrices[0].qtype) for unit in known]
+            pairs = [(unit, plan.matrices[0].qtype) for unit, held in known.items() if held[0].seen]
             if all(pair in figures for pair in pairs):
                 found[level] = (plan.size, sum(figures[pair] for pair in pairs))
         return found
+
+
+def _kept(source: Source, known: Mapping[str, Sequence[MatrixPlan]]) -> list[Sensitivity]:
+    """What may be left as it is, where it stands outside of blocks, without a loss."""
+    found = []
+    for unit, matrices in known.items():
+        if not matrices[0].seen:
+            stored = [source.checkpoint.tensors[one.weight.pieces[0].source] for one in matrices]
+            nbytes = sum(info.elements * (4 if info.dtype in _WIDE else 2) for info in stored)
+            found.append(Sensitivity(unit, _KEPT, 8 * nbytes / sum(info.elements for info in stored), nbytes, 0.0, 0.0))
+    return found
 
 
 def units(plan: ArtifactPlan) -> dict[str, list[MatrixPlan]]:

@@ -51,7 +51,8 @@ class Holder:
         Raises UnsupportedError where the statistics say nothing of its inputs.
         """
         found = [replace(self.matrices[output.name], qtype=candidate.qtype) for output in candidate.outputs]
-        solver, jobs = self._rounded(found) if self.statistics is None else self._fed_back(found, self.statistics)
+        fed = self.statistics if all(matrix.seen for matrix in found) else None
+        solver, jobs = self._rounded(found) if fed is None else self._fed_back(found, fed)
         sources = Sources(self.source.checkpoint, self._present)
         for job in jobs:
             sources.put(job.matrix.weight, self.store.decode(job.matrix, solver.join(job)))

@@ -53,7 +53,7 @@ def place(source: Source, network: Network, wanted: Sequence[Candidate]) -> list
     placed = []
     for candidate in wanted:
         sources = {piece.source for output in candidate.outputs for piece in output.pieces}
-        if candidate.name == "output.weight":
+        if candidate.name == "output.weight" or sources <= head - embedding:
             placed.append(Placed(candidate, network.n_blocks, True))
         elif sources <= embedding:
             placed.append(Placed(candidate, EMBEDDING, bool(sources & head) and "output.weight" not in names))

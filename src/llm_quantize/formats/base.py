@@ -24,6 +24,7 @@ from llm_quantize.qtypes.packed import PackedType, packed_type
 if TYPE_CHECKING:
     import torch
 
+    from llm_quantize.formats.recipe import Recipe
     from llm_quantize.grids.grid import Grid, GridType
     from llm_quantize.models.opening import Source
     from llm_quantize.options import Options
@@ -259,6 +260,9 @@ class Mixes(Protocol):
 
     def recipe_type(self, text: str) -> str:
         """The grid that a recipe calls so. Raises UsageError."""
+
+    def check_head(self, recipe: Recipe, qtype: str) -> None:
+        """Raise UsageError where ``recipe`` gives the output matrix a grid that runtimes have no kernel for."""
 
     def mixed_level(self, qtypes: Collection[str]) -> str:
         """What people call a directory with matrices on these grids."""

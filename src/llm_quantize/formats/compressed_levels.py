@@ -106,7 +106,7 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
         "ignore": [
             *coverage.kept,
             *(rf"{EXPRESSION}.*\b{re.escape(name)}$" for name in coverage.outside),
-            coverage.head,
+            *(() if coverage.head in coverage.quantized else (coverage.head,)),
         ],
         "config_groups": {f"group_{number}": _group(kind, found) for number, (kind, found) in enumerate(kinds)},
     }
@@ -145,7 +145,7 @@ def targets(names: Iterable[str]) -> list[str]:
         parts = name.split(".")
         at = next((index for index, part in enumerate(parts) if index and part.isdecimal()), None)
         if at is None or at + 1 == len(parts):
-            whole.append(name)
+            whole.append(rf"{EXPRESSION}.*\b{re.escape(parts[-1])}$")
         else:
             layers[parts[at - 1], _pattern(parts[at + 1 :])].add(int(parts[at]))
     return [*whole, *(_expression(parent, found, tail) for (parent, tail), found in layers.items())]

@@ -6,6 +6,7 @@ Read in the package (0.20), Transformers (5.23) and vLLM (0.32):
   first character on) finds it, the first in order of their text, else to the one that names its class (``Linear``).
 - vLLM asks for the parts of what it fuses only after the class of the fused module, so a directory that mixes grids
   names every module, and never ``Linear``. Of what it fuses, all parts must have one group.
+- vLLM takes an output matrix (not one that is the embedding) of 4 or 8 bits by its Marlin kernels.
 - Transformers gives all experts of a model the first group with an expression that holds "experts", and reads zero
   points only by decoding everything as one group says.
 """
@@ -21,8 +22,10 @@ from llm_quantize.formats.compressed_levels import BITS, EXPRESSION, LEVELS, NAM
 from llm_quantize.formats.expressions import Meaning, compiled, each_meant
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import PackedMatrix, Settings
+from llm_quantize.formats.recipe import Recipe
 from llm_quantize.qtypes.integer import integer_type
 
+HEAD_BITS = (4, 8)
 _LINEAR = "Linear"
 
 
@@ -42,6 +45,18 @@ def recipe_level(text: str) -> str:
 def recipe_type(text: str) -> str:
     """The grid of integers that a recipe calls ``text``: int3_g64, int4_g128_asym, int8. Raises UsageError."""
     return integer_type(text.strip().lower()).name
+
+
+def check_head(recipe: Recipe, qtype: str) -> None:
+    """Raise UsageError for an output matrix of other widths than vLLM has kernels for (0.32, read in its code)."""
+    grid = integer_type(qtype)
+    if grid.bits not in HEAD_BITS:
+        raise UsageError(
+            f"the recipe {recipe.name} gives the output matrix {grid.bits} bits",
+            expected="4 or 8 bits: of other widths vLLM's Humming kernels take matrices of blocks only",
+            found=qtype,
+            remedy="name int8_g128 or int4_g128 for it, or leave it out: it stays as it is",
+        )
 
 
 def mixed_level(qtypes: Collection[str]) -> str:

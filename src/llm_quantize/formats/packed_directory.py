@@ -17,9 +17,9 @@ from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.base import Importance, Mixes, Packed, Scheme, SchemeOptions, Store, mixture_of, scheme_of
 from llm_quantize.formats.card import PackedFacts, about_packed, transformers_caution
 from llm_quantize.formats.directory import KEPT_TYPES, Contents, Group, Stored, plain_config, plan_files, whole
-from llm_quantize.formats.modules import Module, Selection, coverage, select
-from llm_quantize.formats.packed_recipe import bits_per_weight, by_grid, types_of
-from llm_quantize.formats.recipe import no_recipes
+from llm_quantize.formats.modules import EDGES, HEAD, Module, Selection, coverage, head_of, select
+from llm_quantize.formats.packed_recipe import bits_per_weight, by_grid, named, types_of
+from llm_quantize.formats.recipe import Recipe, no_recipes
 from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.qtypes.integer import WHOLE_ROW
@@ -116,7 +116,8 @@ class PackedFormat:
     ) -> ArtifactPlan:
         """The artifact STEM-LABEL (LABEL: GPTQ-4bit, AWQ-4bit, W4A16, ...)."""
         form, method = self.form, options.method
-        found = select(source, method.ignore, edges=form.EDGES)
+        recipe = options.overrides.recipe
+        found = select(source, method.ignore, edges=EDGES if form.EDGES else self._edges(source, recipe))
         if not found.packed:
             raise UsageError(
                 "nothing is left to pack", found=f"{len(found.ignored)} modules ignored", remedy="see --ignore"
@@ -134,14 +135,13 @@ class PackedFormat:
         form.refuse(source, [module.name for module in found.modules])
         if not form.PACKS_EXPERTS:
             _refuse_experts(form, found.modules)
-        recipe = options.overrides.recipe
         types = types_of(recipe, found.modules, scheme.qtype.name)
         groups = _groups(source, found, form, scheme, types)
         label = _label(form, scheme)
         name, mixed = f"{stem}-{label}", dict[str, list[str]]()
         if recipe is not None:
-            named = by_grid(types)
-            mixed = {qtype: named[qtype] for qtype in self._mixes.order(named)}
+            grids = by_grid(types)
+            mixed = {qtype: grids[qtype] for qtype in self._mixes.order(grids)}
             scheme = replace(scheme, level=self._mixes.mixed_level(mixed))
             sizes = ((one.nbytes, weights_of(one.module.weight.shape)) for one in groups if one.module is not None)
             label, name = f"{scheme.level} ({bits_per_weight(sizes):.1f} bits)", f"{stem}-{recipe.name}"
@@ -172,6 +172,14 @@ class PackedFormat:
         floats = method.transform_of(self.name).changes(source)
         held = frozenset(index for index, tensor in enumerate(plan.tensors) if tensor.name in floats)
         return replace(plan, held=held)
+
+    def _edges(self, source: Source, recipe: Recipe | None) -> tuple[str, ...]:
+        """The output matrix, where a recipe names it. Raises UsageError for a type that heads cannot have."""
+        qtype = None if recipe is None else named(recipe).get(head_of(source) or "")
+        if recipe is None or qtype is None:
+            return ()
+        self._mixes.check_head(recipe, qtype)
+        return (HEAD,)
 
     def _identity(
         self, scheme: Scheme, importance: Importance | None, options: Options, mixed: Mapping[str, Sequence[str]]

@@ -22,6 +22,11 @@ def together(name: str) -> str:
     return "+".join(sorted(joined_with(name))) or name
 
 
+def named(recipe: Recipe) -> dict[str, str]:
+    """{module: its grid} as ``recipe`` names them, with or without the end of their weights' names."""
+    return {name.removesuffix(".weight"): grid for name, grid in recipe.tensors.items()}
+
+
 def types_of(recipe: Recipe | None, modules: Sequence[Module], qtype: str) -> dict[str, str]:
     """{module: its grid}; ``qtype``: of those that no recipe names. A recipe names modules, or a layer's experts
     together by what they are in (``model.layers.0.mlp.experts``).
@@ -31,7 +36,7 @@ def types_of(recipe: Recipe | None, modules: Sequence[Module], qtype: str) -> di
     """
     if recipe is None:
         return {module.name: qtype for module in modules}
-    wanted = {name.removesuffix(".weight"): grid for name, grid in recipe.tensors.items()}
+    wanted = named(recipe)
     known = {name for module in modules for name in (module.name, mixture_of(module.name))}
     recipe.refuse_unknown([name for name in wanted if name not in known])
     found = {module.name: wanted.get(module.name) or wanted.get(mixture_of(module.name)) or qtype for module in modules}
