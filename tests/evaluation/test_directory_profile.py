@@ -19,6 +19,7 @@ from llm_quantize.evaluation.profile import measure_profile, plan_profile
 from llm_quantize.evaluation.quality import measure_quality
 from llm_quantize.evaluation.sensitivity import Profile, read_profile, write_profile
 from llm_quantize.formats.gguf.levels import Overrides
+from llm_quantize.formats.recipe import Recipe
 from llm_quantize.models.opening import open_source
 from llm_quantize.options import CalibrationOptions, MethodOptions
 from llm_quantize.pipeline import Options, plan, quantize
@@ -86,8 +87,32 @@ def test_a_figure_is_that_of_a_written_directory(llama: Path, profile: Profile, 
         assert expected > 1e-5
         assert figures[unit, "int4_g16"].kld == pytest.approx(expected, rel=1e-3), unit
         assert figures[unit, "int8_g16"].kld < expected < figures[unit, "int3_g16"].kld
-    assert len(profile.by_tensor()) == 2 * 4
+    assert len(profile.by_tensor()) == 2 * 4 + 1
+    assert [row.qtype for row in profile.by_tensor()["lm_head"]] == ["int8_g16", "int4_g16"]
     assert figures[UNITS[0], "int4_g16"].bits == pytest.approx(4 + 16 / 16 + 3 * 128 / (128 * 64), rel=1e-6)
+
+
+def test_the_figure_of_an_output_matrix(llama: Path, profile: Profile, tmp_path: Path) -> None:
+    recipe = Recipe("head", "W4A16", {"lm_head": "int4_g16"}, form=FORM)
+    method = MethodOptions(method="rtn", ignore=("^(?!lm_head$)",))
+    options = Options(threads=1, method=method, overrides=Overrides(recipe=recipe))
+    (result,) = quantize(str(llama), FORM, levels=["W4A16"], output_dir=tmp_path, options=options)
+    source = open_source(str(llama))
+    with source.checkpoint:
+        expected = measure_quality(source, [result.path], windows_of(), threads=1).artifacts[0].divergence.kld
+    figures = {(row.tensor, row.qtype): row.kld for row in profile.rows}
+    assert expected > 1e-5
+    assert figures["lm_head", "int4_g16"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_an_output_matrix_is_left_where_there_is_room(llama: Path, profile: Profile) -> None:
+    source = open_source(str(llama))
+    with source.checkpoint:
+        roomy = ladder_of(FORM).choose(source, profile, Target(bpw=16.0, form=FORM))
+        small = ladder_of(FORM).choose(source, profile, Target(bpw=6.0, form=FORM))
+    assert "lm_head" not in roomy.recipe.tensors
+    assert small.recipe.tensors["lm_head"] in ("int8_g16", "int4_g16")
+    assert small.size < roomy.size
 
 
 def test_with_hessians_errors_are_fed_back(llama: Path, statistics: Path, profile: Profile, tmp_path: Path) -> None:

@@ -57,8 +57,9 @@ EVERY_WIDTH = {
     **named(1, ATTENTION, "int8_g32"),
     **named(1, ["self_attn.o_proj"], "int4"),
     **named(1, ["mlp.down_proj"], "int7_g32"),
+    "lm_head": "int8_g32",
 }
-"""Of the tiny llama; gate and up of layer 1 are left to the level."""
+"""Of the tiny llama, whose output matrix is its own; gate and up of layer 1 are left to the level."""
 
 
 def options(tensors: Mapping[str, str], level: str = "W4A16", name: str = "mine", **method: Any) -> Options:
@@ -120,6 +121,8 @@ def test_every_matrix_is_on_the_grid_that_the_recipe_names(llama: Path, mixed: P
     assert "| Level | W2-8A16 |" in card
     assert "3 × int2_g32" in card
     assert "mixed-bits" in card
+    assert "15 matrices of the decoder's blocks, and the output matrix" in card
+    assert "a packed output matrix by its Marlin kernels" in card
 
 
 def test_the_package_gives_every_module_its_own_group(llama: Path, mixed: Path) -> None:
@@ -129,15 +132,21 @@ def test_the_package_gives_every_module_its_own_group(llama: Path, mixed: Path) 
     linear = [(name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
     for name, part in linear:
         meant = match_targets(name, part, schemes)
-        if name == "lm_head":
-            assert meant == []
-            assert any(match_name(name, rule) for rule in read.ignore)
-            continue
         assert len(meant) == 1, name
+        assert not any(match_name(name, rule) for rule in read.ignore)
         weights, wanted = schemes[meant[0]].weights, EVERY_WIDTH.get(name, "int4_g32")
         group = "" if weights.strategy == "channel" else f"_g{weights.group_size}"
         assert f"int{weights.num_bits}{group}" == wanted, name
     assert not any("Linear" in scheme.targets for scheme in read.config_groups.values())
+
+
+def test_an_output_matrix_that_no_recipe_names_is_left(llama: Path, tmp_path: Path) -> None:
+    folder = made(llama, tmp_path, named(1, ["mlp.down_proj"], "int8_g32"))
+    assert config_of(folder)["ignore"] == ["lm_head"]
+    assert "of the decoder's blocks |" in (folder / "README.md").read_text(encoding="utf-8")
+    tied = make_tiny("llama", tmp_path / "tied", tie_word_embeddings=True)
+    with pytest.raises(UsageError, match=r"names tensors[\s\S]*lm_head"):
+        planned(tied, {"lm_head": "int8_g32"})
 
 
 def loaded(folder: Path) -> Any:
@@ -153,27 +162,27 @@ def test_transformers_loads_the_values_that_stand_there(llama: Path, tmp_path: P
     with PackedDirectory(folder) as packed, torch.no_grad():
         for name, matrix in packed.matrices.items():
             own[name].copy_(torch.from_numpy(packed.rows(name, 0, matrix.rows)))
-        assert len(packed.matrices) == 14
+        assert len(packed.matrices) == 15
     with torch.inference_mode():
         assert torch.allclose(loaded(folder)(ids).logits, expected(ids).logits, atol=1e-5)
 
 
 def test_targets_find_exactly_their_modules() -> None:
+    """Whatever parents a reader puts them under; the numbers of experts are left open."""
     names = [
         *(f"model.layers.{n}.self_attn.{part}" for n in range(12) for part in ("q_proj", "k_proj", "q_proj_2")),
-        *(f"model.layers.{n}.mlp.experts.{e}.up_proj" for n in range(12) for e in range(3)),
         *(f"transformer.h.{n}.attn.c_attn" for n in (1, 10)),
-        "head.proj",
+        "head",
+        "other_head",
     ]
-    wanted = {name for index, name in enumerate(names) if index % 3 == 0 or "experts" in name or "." not in name}
-    wanted = {name for name in wanted if "experts" not in name or ".1." in name[:16]} | {"head.proj"}
+    wanted = {*names[::5], "head"}
+    experts = [f"model.layers.{n}.mlp.experts.{e}.up_proj" for n in range(12) for e in range(3)]
+    wanted |= {name for name in experts if ".1.mlp" in name or ".11.mlp" in name}
     found = targets(sorted(wanted))
-    for name in names:
-        assert any(match_name(name, target) for target in found) == (name in wanted), name
-        moved = f"language_model.{name}"
-        if name != "head.proj":
+    for name in (*names, *experts):
+        for moved in (name, f"language_model.{name}"):
             assert any(match_name(moved, target) for target in found) == (name in wanted), moved
-    assert len(found) < 12
+    assert len(found) == 5
 
 
 @pytest.mark.parametrize(
@@ -182,7 +191,8 @@ def test_targets_find_exactly_their_modules() -> None:
         (named(0, ["self_attn.k_proj"], "int8_g32"), r"splits modules[\s\S]*k_proj int8_g32"),
         (named(1, ["mlp.up_proj"], "int3_g32"), r"splits modules[\s\S]*gate_proj int4_g32"),
         (named(9, ["mlp.up_proj"], "int3_g32"), r"names tensors[\s\S]*layers\.9\.mlp\.up_proj"),
-        ({"lm_head": "int4_g32"}, r"names tensors[\s\S]*lm_head"),
+        ({"lm_head": "int5_g32"}, r"gives the output matrix 5 bits[\s\S]*4 or 8 bits"),
+        ({"model.embed_tokens": "int8_g32"}, r"names tensors[\s\S]*embed_tokens"),
         (named(0, ["mlp.down_proj"], "int4_g64"), r"down_proj[\s\S]*whole groups of 64[\s\S]*int4_g32"),
     ],
 )
@@ -255,7 +265,7 @@ def test_from_the_command_line(llama: Path, tmp_path: Path, capsys: pytest.Captu
     told = capsys.readouterr().out
     assert "W2-8A16 (" in told
     assert " bits): " in told
-    assert "on a CPU it takes 4 bits only" in told
+    assert "on a CPU it takes matrices of blocks in 4 bits only" in told
     assert run(["quantize", str(llama), *words]) == 0
     assert run(["verify", str(tmp_path / "tiny-hand"), "--source", str(llama)]) == 0
     assert run(["quantize", str(llama), *words, "-q", "W4A16"]) == 2

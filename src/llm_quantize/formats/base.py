@@ -316,8 +316,9 @@ class Packed(StoredFormat, Protocol):
     def described(self, scheme: Scheme, rows: int, columns: int) -> PackedMatrix: ...
     def config(self, scheme: Scheme, coverage: Coverage) -> dict[str, Any]: ...
     def vllm_refusal(self, scheme: Scheme) -> str | None: ...
-    def vllm_caution(self, schemes: Sequence[Scheme]) -> str | None:
-        """What was not tried of vLLM with matrices of ``schemes``, or it does on some devices only; None: nothing."""
+    def vllm_caution(self, schemes: Sequence[Scheme], *, head: bool) -> str | None:
+        """What was not tried of vLLM with matrices of ``schemes``, or it does on some devices only; None: nothing.
+        ``head``: the output matrix is among them."""
 
     def least_zero(self, scheme: Scheme) -> int: ...
     def refuse(self, source: Source, names: Sequence[str]) -> None:
@@ -332,9 +333,9 @@ def takes_any(source: Source, names: Sequence[str]) -> None:
     del source, names
 
 
-def no_caution(schemes: Sequence[Scheme]) -> str | None:
+def no_caution(schemes: Sequence[Scheme], *, head: bool) -> str | None:
     """``Packed.vllm_caution`` of a format that has nothing to say."""
-    del schemes
+    del schemes, head
     return None
 
 

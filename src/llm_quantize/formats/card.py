@@ -35,7 +35,8 @@ class About:
 class PackedFacts:
     """A directory of packed integers. ``packed`` and ``kept``: bytes of data. ``method``: how the codes were chosen,
     {what: value}. ``experts``: whether the model is a mixture. ``grids``: {grid: how many matrices are on it}.
-    ``cautions``: what runtimes cannot do with the mix."""
+    ``cautions``: what runtimes cannot do with the mix;
+    ``vllm_note``: what was not run of vLLM; ``packed_of``: where the matrices stand."""
 
     form: Packed
     scheme: Scheme
@@ -50,9 +51,10 @@ class PackedFacts:
     experts: bool = False
     grids: Mapping[str, int] = field(default_factory=dict)
     cautions: tuple[str, ...] = ()
+    vllm_note: str | None = None
+    packed_of: str = " of the decoder's blocks"
 
 
-_OF_BLOCKS = " of the decoder's blocks"
 _ROOM = 14
 _ROWS = {
     "KL divergence": "kld",
@@ -155,7 +157,7 @@ def _recipe(facts: PackedFacts) -> dict[str, Any]:
         "Format": facts.form.title(facts.scheme),
         "Level": facts.scheme.level,
         **codes,
-        "Packed": f"{facts.matrices} matrices{' of the whole model' if facts.form.EDGES else _OF_BLOCKS}",
+        "Packed": f"{facts.matrices} matrices{' of the whole model' if facts.form.EDGES else facts.packed_of}",
     }
     if facts.ignored:
         found["Left as they are"] = f"{len(facts.ignored)} modules, the first {facts.ignored[0]}"
@@ -191,8 +193,7 @@ def _loading(facts: PackedFacts) -> str:
     refusal = facts.form.vllm_refusal(facts.scheme)
     if refusal is None:
         vllm = f"```sh\nvllm serve {facts.name}\n```\nTensor parallel over up to {facts.tensor_parallel} devices."
-        told = facts.form.vllm_caution([facts.scheme.on(qtype) for qtype in facts.grids])
-        vllm += f" Note: {told}." if told else ""
+        vllm += f" Note: {facts.vllm_note}." if facts.vllm_note else ""
     else:
         vllm = f"vLLM does not load it: {refusal}."
     transformers = (

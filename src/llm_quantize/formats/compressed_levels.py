@@ -172,14 +172,18 @@ def vllm_refusal(scheme: Scheme) -> str | None:
     return None
 
 
-def vllm_caution(schemes: Sequence[Scheme]) -> str | None:
-    """Of what vLLM (0.32) does with integers of other widths than 4 and 8 bits, nothing was run here."""
+def vllm_caution(schemes: Sequence[Scheme], *, head: bool) -> str | None:
+    """Of what vLLM (0.32) does with integers of other widths than 4 and 8 bits, and with a packed head, nothing
+    was run here."""
     bits = {one.qtype.bits for one in schemes if one.level not in _OTHERS} - {4, 8}
-    if not bits:
+    told = []
+    if bits:
+        told.append(f"weights of {', '.join(map(str, sorted(bits)))} bits by its Humming kernels")
+    if head:
+        told.append("a packed output matrix by its Marlin kernels")
+    if not told:
         return None
-    widths = ", ".join(map(str, sorted(bits)))
     return (
-        f"weights of {widths} bits: by its code vLLM 0.32 computes with "
-        "them on CUDA devices of 7.5 or newer (Humming kernels), which was read and not run here; on a CPU it takes 4 "
-        "bits only"
+        f"by its code vLLM 0.32 takes {' and '.join(told)} on CUDA devices of 7.5 or newer, which was read and not run "
+        "here; on a CPU it takes matrices of blocks in 4 bits only"
     )

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from llm_quantize.options import Options
 
 _TOO_LARGE = "leave this matrix as it is, from the start: --ignore '^TENSOR' --overwrite"
+_OF_BLOCKS = " of the decoder's blocks"
+_WITH_HEAD = f"{_OF_BLOCKS}, and the output matrix"
 _SPLIT_BY_COLUMNS = ("o_proj", "down_proj", "w2", "dense", "fc2", "c_proj", "out_proj", "dense_4h_to_h")
 
 
@@ -225,6 +227,8 @@ class PackedFormat:
             experts=source.architecture.hyper.n_expert > 0,
             grids={qtype: len(names) for qtype, names in by_grid(types).items()},
             cautions=cautions,
+            vllm_note=_vllm_note(self.form, scheme, found, types),
+            packed_of=_OF_BLOCKS if all(module.seen for module in found.modules) else _WITH_HEAD,
         )
 
 
@@ -288,6 +292,12 @@ def _splits(scheme: Scheme, module: Module, devices: int) -> bool:
     return rows % (devices * 32) == 0
 
 
+def _vllm_note(form: Packed, scheme: Scheme, found: Selection, types: Mapping[str, str]) -> str | None:
+    """See ``Packed.vllm_caution``."""
+    head = not all(module.seen for module in found.modules)
+    return form.vllm_caution([scheme.on(qtype) for qtype in by_grid(types)], head=head)
+
+
 def _warnings(form: Packed, scheme: Scheme, found: Selection, types: Mapping[str, str]) -> list[str]:
     """What is legal but may surprise. ``types``: {module: its grid}."""
     warnings: list[str] = []
@@ -296,7 +306,7 @@ def _warnings(form: Packed, scheme: Scheme, found: Selection, types: Mapping[str
     refusal = form.vllm_refusal(scheme)
     if refusal is not None:
         return [*warnings, f"vLLM will not load this artifact: {refusal}"]
-    caution = form.vllm_caution([scheme.on(qtype) for qtype in by_grid(types)])
+    caution = _vllm_note(form, scheme, found, types)
     warnings += [caution] if caution else []
     modules = found.modules
     for places, step in form.VLLM_STEPS:
