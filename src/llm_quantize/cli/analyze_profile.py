@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
 
 SHOWN = 20
+_UNKNOWN = (
+    "no Hessians were given: the figures are of rounding, the artifact is made with error feedback, and the recipe may "
+    "be worse than the plain level; llm-quantize analyze importance MODEL --collect hessian makes them (--statistics)"
+)
 _WORDS = {"gguf": ""}  # what the file of figures has in its name for its format; elsewhere the format's own name
 
 
@@ -170,6 +174,8 @@ def _profile(
     plan = _plan(source, ladder, arguments, journal, on_event)
     if arguments["dry_run"]:
         return plan
+    if ladder.feeds_back and plan.statistics is None:
+        on_event(events.Caution(_UNKNOWN))
     on_event(events.Note(_cost(source, plan)))
     profile = measure_profile(plan, journal=journal, on_event=on_event)
     write_profile(kept, profile, replace=arguments["overwrite"])

@@ -100,7 +100,7 @@ def scheme_from_dict(facts: Mapping[str, Any]) -> Scheme:
 
 
 def scheme_of(plan: ArtifactPlan) -> Scheme:
-    """The scheme of a plan of a packed format; where a recipe mixes grids, of the matrices that it does not name."""
+    """The scheme of a plan of a packed format; where a recipe mixes grids, of one of them."""
     return scheme_from_dict(plan.identity["scheme"])
 
 

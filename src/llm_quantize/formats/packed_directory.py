@@ -144,7 +144,7 @@ class PackedFormat:
         if recipe is not None:
             grids = by_grid(types)
             mixed = {qtype: grids[qtype] for qtype in self._mixes.order(grids)}
-            scheme = replace(scheme, level=self._mixes.mixed_level(mixed))
+            scheme = replace(scheme.on(next(iter(mixed))), level=self._mixes.mixed_level(mixed))
             sizes = ((one.nbytes, weights_of(one.module.weight.shape)) for one in groups if one.module is not None)
             label, name = f"{scheme.level} ({bits_per_weight(sizes):.1f} bits)", f"{stem}-{recipe.name}"
         caution = transformers_caution(form) if source.architecture.hyper.n_expert else None

@@ -34,7 +34,6 @@ MAX_BYTES = 64 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}", re.ASCII)
 _REQUIRED = {"format", "format_version", "name", "level", "tensors"}
 _OPTIONAL = {"for", "model", "made"}
-_UNSAID = "gguf"
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -64,7 +63,7 @@ def read_recipe(path: str | Path) -> Recipe:
         raise _refuse(path, "the recipe's name cannot be part of a file's name", "letters, digits, _ + . -", name)
     if not isinstance(level, str):
         raise _refuse(path, "the recipe's level is not a word", "for example Q4_K_M", level)
-    form = fields.get("for", _UNSAID)
+    form = fields.get("for", Recipe.form)
     if not isinstance(form, str) or form not in FORMATS:
         raise _refuse(path, "the recipe is for no format of this version", ", ".join(FORMATS), form)
     model = fields.get("model")
@@ -124,7 +123,7 @@ def write_recipe(
     """Write ``recipe`` (its own sha256 is not looked at) and return it as ``read_recipe`` will. Raises as
     ``write_file``."""
     fields: dict[str, Any] = {"format": FORMAT, "format_version": VERSION}
-    if recipe.form != _UNSAID:
+    if recipe.form != Recipe.form:
         fields["for"] = recipe.form
     fields |= {"name": recipe.name, "level": recipe.level}
     if recipe.model is not None:
