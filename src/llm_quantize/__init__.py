@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from llm_quantize.calibration.outcome import Calibration
     from llm_quantize.compare.assessment import Assessment
     from llm_quantize.errors import LlmQuantizeError
-    from llm_quantize.formats.gguf.levels import Overrides, Recipe
-    from llm_quantize.formats.gguf.recipe_file import read_recipe
+    from llm_quantize.formats.gguf.levels import Overrides
+    from llm_quantize.formats.recipe import Recipe
+    from llm_quantize.formats.recipe_file import read_recipe
     from llm_quantize.methods.gptq_options import GptqOptions
     from llm_quantize.options import CalibrationOptions, MeasurementOptions, MethodOptions, Options
     from llm_quantize.plan import ArtifactPlan
@@ -46,8 +47,8 @@ _PUBLIC = {
     "MeasurementOptions": "options",
     "GptqOptions": "methods.gptq_options",
     "Overrides": "formats.gguf.levels",
-    "Recipe": "formats.gguf.levels",
-    "read_recipe": "formats.gguf.recipe_file",
+    "Recipe": "formats.recipe",
+    "read_recipe": "formats.recipe_file",
     "ModelInfo": "results",
     "ArtifactPlan": "plan",
     "ArtifactResult": "artifacts.result",

@@ -70,6 +70,7 @@ def plan(
 ) -> list[ArtifactPlan]:
     """Exact plans for each level, from headers alone; no weight is read (or fetched) and nothing is written."""
     options, format = options or Options(), format_name(format)
+    _refuse_other_recipe(format, options)
     source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
     with source.checkpoint:
         importance = choose.foresee(source, format, levels, options)
@@ -93,6 +94,7 @@ def quantize(
     after SIGINT or SIGTERM (resumable).
     """
     options, format = options or Options(), format_name(format)
+    _refuse_other_recipe(format, options)
     source = open_source(model, revision=revision, on_event=on_event)
     before, told = memory.before_libraries(), frozenset[str]()
     with source.checkpoint:
@@ -137,6 +139,12 @@ def quantize(
         on_event(events.Finished(result.level, str(path), result.size, result.status))
         results.append(result)
     return results
+
+
+def _refuse_other_recipe(format: str, options: Options) -> None:
+    """Refuse a recipe for another format before anything is made of its level."""
+    if options.overrides.recipe is not None:
+        options.overrides.recipe.refuse_other_format(format)
 
 
 def _refuse_early(

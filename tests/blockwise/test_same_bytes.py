@@ -9,17 +9,31 @@ import pytest
 
 from llm_quantize import memory
 from llm_quantize.errors import ResourceError
+from llm_quantize.formats.gguf.levels import Overrides
+from llm_quantize.formats.recipe import Recipe
 
 from ..faults.forking import hashes
 from ..tiny_models import make_tiny
 from .tiny import left_behind, options, run, write_text
 
+MIXED = Recipe(
+    "mixed",
+    "W4A16",
+    {"model.layers.0.mlp.down_proj": "int2_g32", "model.layers.1.self_attn.o_proj": "int6", "lm_head": "int8_g32"},
+    form="compressed-tensors",
+)
 # Windows enough that what a block is given comes in several chunks.
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama to gguf": ("llama", "gguf", "Q4_0", {}),
     "experts to gguf": ("mixtral", "gguf", "IQ4_NL", {"inputs": "block"}),
     "tied head to mlx": ("qwen3", "mlx", "3bit", {"group_size": 32}),
     "llama to awq": ("llama", "awq", "4bit", {"group_size": 32}),
+    "mixed bits to compressed-tensors": (
+        "llama",
+        "compressed-tensors",
+        "W4A16",
+        {"group_size": 32, "overrides": Overrides(recipe=MIXED)},
+    ),
     "experts to compressed-tensors": ("qwen3_moe", "compressed-tensors", "W4A16", {"group_size": 16}),
 }
 

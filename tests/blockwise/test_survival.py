@@ -23,6 +23,8 @@ from llm_quantize.artifacts import preflight
 from llm_quantize.calibration.collect import calibrate
 from llm_quantize.errors import ResourceError
 from llm_quantize.events import EventSink
+from llm_quantize.formats.recipe import Recipe
+from llm_quantize.formats.recipe_file import write_recipe
 from llm_quantize.io.journal import parse_journal
 from llm_quantize.pipeline import open_source, quantize
 
@@ -39,6 +41,8 @@ ON_DISK = {
 }
 GGUF = ("-q", "Q4_0", "--output-type", "q8_0", "--method", "gptq", "--threads", "1")
 DIRECTORY = ("-q", "4bit", "--group-size", "32", "--threads", "1")
+RECIPE = "mixed.recipe.json"
+MIXED = {"model.layers.0.mlp.down_proj": "int2_g32", "model.layers.1.self_attn.o_proj": "int6", "lm_head": "int8_g32"}
 VARIANTS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "gguf in memory": ("gguf", GGUF, {}),
     "gguf on disk": ("gguf", GGUF, ON_DISK),
@@ -47,6 +51,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "awq on disk": ("awq", DIRECTORY, ON_DISK),
     "ctranslate2 on disk": ("ctranslate2", ("-q", "int8", "--threads", "1"), ON_DISK),
     "mlx on disk": ("mlx", DIRECTORY, ON_DISK),
+    "mixed bits on disk": ("compressed-tensors", ("--recipe", RECIPE, *DIRECTORY[2:]), ON_DISK),
 }
 
 
@@ -70,6 +75,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 def scenario_of(variant: str, command_line: CommandLine, model: Path, text: tuple[str, ...], root: Path) -> Scenario:
     format, arguments, always = VARIANTS[variant]
+    if RECIPE in arguments:
+        write_recipe(root / RECIPE, Recipe("mixed", "W4A16", MIXED, form=format))
+        arguments = tuple(str(root / RECIPE) if word == RECIPE else word for word in arguments)
     return Scenario(command_line, model, root, (*arguments, *text), format=format, always=always)
 
 

@@ -22,7 +22,8 @@ from llm_quantize.evaluation.sensitivity import (
     write_profile,
 )
 from llm_quantize.events import Measure
-from llm_quantize.formats.gguf.levels import Overrides, Recipe
+from llm_quantize.formats.gguf.levels import Overrides
+from llm_quantize.formats.recipe import Recipe
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
 from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize

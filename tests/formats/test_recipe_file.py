@@ -17,8 +17,9 @@ from llm_quantize.errors import (
     UnsupportedError,
     UsageError,
 )
-from llm_quantize.formats.gguf.levels import Overrides, Recipe
-from llm_quantize.formats.gguf.recipe_file import read_recipe, write_recipe
+from llm_quantize.formats.gguf.levels import Overrides
+from llm_quantize.formats.recipe import Recipe
+from llm_quantize.formats.recipe_file import read_recipe, write_recipe
 from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, plan, quantize
 from tests.oracles.llama_quantize import types_of

@@ -95,6 +95,7 @@ PLAIN = tuple(
             ct_asymmetric="compressed-tensors -q W2A16_ASYM -q W3A16_ASYM -q W4A16_ASYM -q W5A16_ASYM -q W6A16_ASYM "
             f"-q W7A16_ASYM -q W8A16_ASYM {_RTN}",
             ct_channel=f"compressed-tensors -q W4A16 -q W8A16 --group-size -1 {_RTN}",
+            ct_recipe=f"compressed-tensors --recipe bits.recipe.json {_RTN}",
             safetensors=_PLAIN_FLOATS,
             safetensors_shards=f"{_PLAIN_FLOATS} --output-shard-size 300k",
         ),

@@ -162,6 +162,10 @@ def make_models(directory: Path) -> None:
         "tensors": tensors,
     }
     _write_json(directory / "mix.recipe.json", recipe)
+    bits = {f"model.layers.0.self_attn.{name}_proj": "int5_g128_asym" for name in "qkv"}
+    bits |= {"model.layers.0.mlp.down_proj": "int2_g64", "model.layers.1.self_attn.o_proj": "int8"}
+    recipe |= {"for": "compressed-tensors", "name": "bits", "level": "W3A16", "tensors": bits}
+    _write_json(directory / "bits.recipe.json", recipe)
     _write_importance(directory / "dense.dat", _importance(_shapes(CONFIGS["dense"])))
     _write_importance(directory / "mixture.dat", _importance(_shapes(CONFIGS["mixture"])))
 

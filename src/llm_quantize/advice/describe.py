@@ -168,6 +168,7 @@ def _describe_packed(packed: PackedDirectory) -> dict[str, Any]:
         entry = dtypes.setdefault(kind, {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["bytes"] += nbytes
+    grids = Counter(matrix.qtype for matrix in matrices)
     left = [name for name, info in packed.plain.items() if len(info.shape) > 1]
     return {
         "name": packed.path.resolve().name,
@@ -184,6 +185,7 @@ def _describe_packed(packed: PackedDirectory) -> dict[str, Any]:
             "group_size": _one_or_all(-1 if matrix.group >= matrix.columns else matrix.group for matrix in matrices),
             "symmetric": _one_or_all(matrix.symmetric for matrix in matrices),
             "matrices": len(matrices),
+            **({"grids": dict(sorted(grids.items()))} if len(grids) > 1 else {}),
         },
         "not_quantized": _counted(name.removesuffix(".weight") for name in left),
         "dtypes": dtypes,

@@ -39,7 +39,7 @@ def solve_known(
     total = sum(matrix_rows(matrix) * matrix.weight.shape[-1] for matrix in todo)
     done = 0
     with read_statistics(path) as statistics:
-        blocks = [[_tap(tap) for tap in taps] for taps in statistics.blocks()]
+        blocks = [[tap_of(tap) for tap in taps] for taps in statistics.blocks()]
         homes = {name: index for index, taps in enumerate(blocks) for tap in taps for name in tap.tensors}
         for index, taps in enumerate(blocks):
             jobs = []
@@ -54,7 +54,7 @@ def solve_known(
                     )
                 jobs.append(Job(matrix, seen))
             grams = {
-                (tap.name, matrix): _gram(statistics, tap, matrix, device)
+                (tap.name, matrix): gram_of(statistics, tap, matrix, device)
                 for tap in (taps if jobs else [])
                 for matrix in range(tap.matrices)
                 if statistics.counts(tap.name)[matrix]
@@ -66,11 +66,13 @@ def solve_known(
                 on_event(events.Progress(done=done, total=total))
 
 
-def _tap(stored: StoredTap) -> Tap:
+def tap_of(stored: StoredTap) -> Tap:
+    """A tap as it was collected."""
     return Tap(stored.name, stored.columns, stored.matrices, stored.tensors)
 
 
-def _gram(statistics: StatisticsFile, tap: Tap, matrix: int, device: str) -> Gram:
+def gram_of(statistics: StatisticsFile, tap: Tap, matrix: int, device: str) -> Gram:
+    """What a matrix of a tap saw. Raises UsageError where no Hessians were collected."""
     gram = Gram(tap.columns, cross=False, device=device)
     gram.hessian = torch.from_numpy(statistics.hessian(tap.name, matrix)).to(device)
     gram.tokens = int(statistics.counts(tap.name)[matrix])

@@ -144,7 +144,7 @@ def _scales(
     gram = grams.get((tap.name, matrix))
     if gram is None:  # an expert that no token reached
         return torch.ones(group.columns)
-    kind = matrices.store.grid_type(matrices.target.plan.matrices[0].qtype)
+    kind = matrices.store.grid_type(_qtype(matrices, group))
     if kind is None:
         raise ValueError("scales are searched for number grids")
     weights = [weight.to(gram.hessian.device) for weight in readers(group, tensors)]
@@ -152,6 +152,12 @@ def _scales(
     options = AwqOptions(judge="feedback" if feedback else "rounding")
     found = search(weights, gram.hessian, gram.tokens, kind, options, spread=spread)
     return settle(group, found.scales.cpu(), tensors)
+
+
+def _qtype(matrices: Matrices, group: ScaleGroup) -> str:
+    """The grid of the first matrix that reads what the group scales: those of one group mostly share theirs."""
+    homes = {piece.source: matrix.qtype for matrix in matrices.target.plan.matrices for piece in matrix.weight.pieces}
+    return next(homes[part.name] for part in group.multiplied if part.name in homes)
 
 
 def _write(matrices: Matrices, tensors: Sequence[TensorPlan]) -> None:

@@ -17,6 +17,7 @@ from llm_quantize.reports.wording import said
 
 if TYPE_CHECKING:
     from llm_quantize.evaluation.allocation import Choice, Target
+    from llm_quantize.evaluation.ladders import Ladder
     from llm_quantize.evaluation.profile import ProfilePlan
     from llm_quantize.evaluation.sensitivity import Profile
     from llm_quantize.events import EventSink
@@ -24,19 +25,25 @@ if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
 
 SHOWN = 20
+_UNKNOWN = (
+    "no Hessians were given: the figures are of rounding, the artifact is made with error feedback, and the recipe may "
+    "be worse than the plain level; llm-quantize analyze importance MODEL --collect hessian makes them (--statistics)"
+)
+_WORDS = {"gguf": ""}  # what the file of figures has in its name for its format; elsewhere the format's own name
 
 
 def _options(function: Any) -> Any:
     options = [
         click.option("--preset", type=click.Choice(["quality", "balanced", "speed"]),
                      help="Size and types: quality has the bytes of Q5_K_M, balanced of Q4_K_M, speed of Q4_K_S in "
-                     "types that are computed fast on CPUs. [default: balanced]"),
+                     "types that are computed fast on CPUs; of compressed-tensors quality has those of W5A16, balanced "
+                     "of W4A16. [default: balanced]"),
         click.option("--like", metavar="LEVEL", help="As many bytes as this level."),
         click.option("--size", type=Size(), help="Largest size of the file, for example 4G."),
         click.option("--bpw", type=click.FloatRange(1, 16), metavar="BITS", help="Bits per weight of the whole file."),
         click.option("--types", metavar="LIST",
                      help="Types to measure and choose from, with commas between. [default: q8_0,q6_k,q5_k,q4_k,"
-                     "iq4_xs,q3_k,q2_k]"),
+                     "iq4_xs,q3_k,q2_k; of compressed-tensors int8_g128 to int2_g64]"),
         click.option("-o", "--output", type=click.Path(dir_okay=False), metavar="FILE",
                      help="The recipe. [default: MODEL-NAME.recipe.json]"),
         click.option("--name", metavar="NAME", help="Of the recipe; the artifact is called MODEL-NAME."),
@@ -45,7 +52,8 @@ def _options(function: Any) -> Any:
         click.option("--imatrix", type=click.Path(dir_okay=False), metavar="FILE",
                      help="llama.cpp importance matrix that will be quantized with."),
         click.option("--statistics", type=click.Path(dir_okay=False), metavar="FILE",
-                     help="Statistics that analyze importance made of this model."),
+                     help="Statistics that analyze importance made of this model; for compressed-tensors with "
+                     "--collect hessian, and codes are then chosen by error feedback, as the artifact's will be."),
         click.option("--text", "texts", multiple=True, metavar="TEXT",
                      help="Text to measure on: a file or a built-in set; repeatable. [default: the built-in mix]"),
         click.option("--windows", type=click.IntRange(1), default=8, show_default=True, metavar="N",
@@ -67,36 +75,43 @@ def _options(function: Any) -> Any:
 
 @click.command("profile")
 @click.argument("model")
+@click.argument("format", metavar="FORMAT", default="gguf")
 @_options
 @verbose_option
 @json_option
 @click.pass_context
-def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, **arguments: Any) -> int:
+def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, format: str, **arguments: Any) -> int:
     """Measure what it costs to hold each tensor of MODEL alone at each type, and write the best recipe for a size.
 
     The cost is the mean KL divergence from the source. quantize --recipe takes the recipe. The figures are kept: the
-    same command after an interruption goes on, and one with another size measures nothing.
+    same command after an interruption goes on, and one with another size measures nothing. FORMAT: gguf (the default),
+    or compressed-tensors, of which all that runtimes make one module is held together.
 
-    Example: llm-quantize analyze profile ./Llama-3.2-1B --preset balanced
+    \b
+    Examples:
+      llm-quantize analyze profile ./Llama-3.2-1B --preset balanced
+      llm-quantize analyze profile ./Llama-3.2-1B compressed-tensors --like W4A16
     """
-    from llm_quantize.evaluation.allocation import choose
+    from llm_quantize.evaluation.ladders import ladder_of
     from llm_quantize.evaluation.profile import ProfilePlan
-    from llm_quantize.formats.gguf.recipe_file import write_recipe
+    from llm_quantize.formats.recipe_file import write_recipe
+    from llm_quantize.formats.table import format_name
     from llm_quantize.io.whole_file import refuse_existing
     from llm_quantize.models.opening import open_source
 
     shown = mode(ctx, as_json, verbose)
-    target = _target(arguments)
+    ladder = ladder_of(format_name(format))
+    target = _target(arguments, ladder)
     with told(shown, "measure") as sink:
         source = open_source(model, revision=arguments["revision"], on_event=sink)
         with source.checkpoint:
             stem = source.checkpoint.name.rsplit("/", 1)[-1]
-            kept = Path(arguments["profile_path"] or f"{stem}.profile.json")
+            kept = Path(arguments["profile_path"] or f"{stem}{_WORDS.get(ladder.form, f'.{ladder.form}')}.profile.json")
             output = Path(arguments["output"] or f"{stem}-{arguments['name'] or target.name}.recipe.json")
             refuse_existing(output, replace=arguments["overwrite"])
-            profile = _profile(source, kept, arguments, sink)
+            profile = _profile(source, ladder, kept, arguments, sink)
             if not isinstance(profile, ProfilePlan):
-                choice = choose(source, profile, target, name=arguments["name"])
+                choice = ladder.choose(source, profile, target, name=arguments["name"])
                 made = {"summed_kld": choice.allocation.kld, "size": choice.size, "text": dict(profile.text)}
                 write_recipe(output, choice.recipe, model_name=profile.name, made=made, replace=arguments["overwrite"])
     if isinstance(profile, ProfilePlan):
@@ -108,34 +123,42 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, **ar
     if shown.json:
         emit_json(_facts(profile, choice, kept, output))
     else:
-        words = ["llm-quantize", "quantize", model, "gguf", "--recipe", str(output)]
-        for key in ("imatrix", "statistics", "revision"):
+        words = ["llm-quantize", "quantize", model, ladder.form, "--recipe", str(output)]
+        for key in ("revision",) if ladder.feeds_back else ("imatrix", "statistics", "revision"):
             words += [f"--{key}", arguments[key]] if arguments[key] else []
         _show(profile, choice, kept, shlex.join(words), output, verbose=shown.verbose > 0)
     return 0
 
 
-def _target(arguments: Mapping[str, Any]) -> Target:
+def _target(arguments: Mapping[str, Any], ladder: Ladder) -> Target:
     from llm_quantize.errors import UsageError
-    from llm_quantize.evaluation.allocation import PRESETS, Target
+    from llm_quantize.evaluation.allocation import Target
 
     given = [key for key in ("preset", "like", "size", "bpw") if arguments[key] is not None]
     if len(given) > 1:
         raise UsageError("only one of these can be given", found=" and ".join(f"--{key}" for key in given))
-    types = _types(arguments)
+    types = _types(arguments, ladder)
     if given in ([], ["preset"]):
-        preset = PRESETS[arguments["preset"] or "balanced"]
-        return Target(like=preset.like, types=types or preset.types)
-    return Target(like=arguments["like"], size=arguments["size"], bpw=arguments["bpw"], types=types)
+        asked = arguments["preset"] or "balanced"
+        if asked not in ladder.presets:
+            raise UsageError(
+                f"there is no such preset of {ladder.form}", expected=", ".join(ladder.presets), found=asked
+            )
+        preset = ladder.presets[asked]
+        return Target(like=preset.like, types=types or preset.types, form=ladder.form)
+    return Target(like=arguments["like"], size=arguments["size"], bpw=arguments["bpw"], types=types, form=ladder.form)
 
 
-def _types(arguments: Mapping[str, Any]) -> tuple[str, ...]:
-    from llm_quantize.formats.gguf.levels import parse_qtype
+def _types(arguments: Mapping[str, Any], ladder: Ladder) -> tuple[str, ...]:
+    from llm_quantize.formats.table import FORMATS
 
-    return tuple(parse_qtype(name) for name in (arguments["types"] or "").split(",") if name.strip())
+    named = (arguments["types"] or "").split(",")
+    return tuple(FORMATS[ladder.form].recipe_type(name) for name in named if name.strip())
 
 
-def _profile(source: Source, kept: Path, arguments: Mapping[str, Any], on_event: EventSink) -> Profile | ProfilePlan:
+def _profile(
+    source: Source, ladder: Ladder, kept: Path, arguments: Mapping[str, Any], on_event: EventSink
+) -> Profile | ProfilePlan:
     """The figures: those that are kept, or measured now; after --dry-run what measuring them takes."""
     from llm_quantize.evaluation.profile import measure_profile
     from llm_quantize.evaluation.sensitivity import read_profile, refuse_other_model, write_profile
@@ -143,13 +166,15 @@ def _profile(source: Source, kept: Path, arguments: Mapping[str, Any], on_event:
     if kept.is_file() and not arguments["overwrite"] and not arguments["dry_run"]:
         profile = read_profile(kept)
         refuse_other_model(profile, source.content(on_event), kept)
-        _check_kept(source, kept, profile, arguments, on_event)
+        _check_kept(source, ladder, kept, profile, arguments, on_event)
         on_event(events.Note(f"nothing is measured: the figures are those in {kept}"))
         return profile
     journal = kept.with_name(kept.name + ".journal")
-    plan = _plan(source, arguments, journal, on_event)
+    plan = _plan(source, ladder, arguments, journal, on_event)
     if arguments["dry_run"]:
         return plan
+    if ladder.feeds_back and plan.statistics is None:
+        on_event(events.Caution(_UNKNOWN))
     on_event(events.Note(_cost(source, plan)))
     profile = measure_profile(plan, journal=journal, on_event=on_event)
     write_profile(kept, profile, replace=arguments["overwrite"])
@@ -171,33 +196,45 @@ def _cost(source: Source, plan: ProfilePlan) -> str:
 
 
 def _check_kept(
-    source: Source, kept: Path, profile: Profile, arguments: Mapping[str, Any], on_event: EventSink
+    source: Source, ladder: Ladder, kept: Path, profile: Profile, arguments: Mapping[str, Any], on_event: EventSink
 ) -> None:
-    """Raise UsageError where kept figures were measured with another importance than the one that is given."""
+    """Raise UsageError where kept figures were measured for another format, or with another importance than the one
+    that is given."""
     from llm_quantize.errors import UsageError
+    from llm_quantize.evaluation.profile import importance_of
 
-    imatrix = _imatrix(source, arguments, on_event)
-    if imatrix is not None and imatrix.sha256 != profile.importance:
+    if profile.form != ladder.form:
+        raise UsageError(
+            "the kept figures are of the types of another format",
+            file=kept,
+            expected=ladder.form,
+            found=profile.form,
+            remedy="give them another file with --profile",
+        )
+    imatrix = _imatrix(source, ladder, arguments, on_event)
+    asked = importance_of(source, imatrix, _statistics(ladder, arguments), on_event)
+    if asked is not None and asked != profile.importance:
         raise UsageError(
             "the kept figures were measured with another importance matrix",
             file=kept,
-            expected=f"importance {imatrix.sha256}",
+            expected=f"importance {asked}",
             found=f"importance {profile.importance}" if profile.importance else "none",
             remedy="measure again with --overwrite, or keep the figures in another file with --profile",
         )
 
 
-def _plan(source: Source, arguments: Mapping[str, Any], journal: Path, on_event: EventSink) -> ProfilePlan:
+def _plan(
+    source: Source, ladder: Ladder, arguments: Mapping[str, Any], journal: Path, on_event: EventSink
+) -> ProfilePlan:
     import numpy as np
 
     from llm_quantize.calibration.text import load_texts
     from llm_quantize.calibration.tokens import TextTokenizer
     from llm_quantize.calibration.windows import sample_windows
-    from llm_quantize.evaluation.allocation import PRESETS
     from llm_quantize.evaluation.profile import plan_profile
-    from llm_quantize.evaluation.sensitivity import DEFAULT_TYPES
 
-    preset = PRESETS.get(arguments["preset"] or "")
+    preset = ladder.presets.get(arguments["preset"] or "")
+    imatrix = _imatrix(source, ladder, arguments, on_event)
     context = min(arguments["context"], source.architecture.hyper.context_length)
     drawn = sample_windows(
         load_texts(arguments["texts"]),
@@ -209,29 +246,42 @@ def _plan(source: Source, arguments: Mapping[str, Any], journal: Path, on_event:
     return plan_profile(
         source,
         drawn.ids.astype(np.int32),
-        _types(arguments) or (preset.types if preset is not None else ()) or DEFAULT_TYPES,
-        _imatrix(source, arguments, on_event),
+        _types(arguments, ladder) or (preset.types if preset is not None else ()) or ladder.default_types,
+        imatrix,
         texts=drawn.datasets,
         journal=journal,
         threads=arguments["threads"],
         max_ram=arguments["max_ram"],
         device=arguments["device"],
+        form=ladder.form,
+        statistics=_statistics(ladder, arguments),
         on_event=on_event,
     )
 
 
-def _imatrix(source: Source, arguments: Mapping[str, Any], on_event: EventSink) -> Imatrix | None:
+def _imatrix(source: Source, ladder: Ladder, arguments: Mapping[str, Any], on_event: EventSink) -> Imatrix | None:
     from llm_quantize.calibration.choose import from_statistics
     from llm_quantize.errors import UsageError
     from llm_quantize.io.imatrix_file import read_imatrix
 
     if arguments["imatrix"] and arguments["statistics"]:
         raise UsageError("only one of these can be given", found="--imatrix and --statistics")
+    if arguments["imatrix"] and ladder.feeds_back:
+        raise UsageError(
+            f"an importance matrix is of no use for {ladder.form}",
+            found="--imatrix",
+            remedy="give --statistics with Hessians: llm-quantize analyze importance MODEL --collect hessian",
+        )
     if arguments["imatrix"]:
         return read_imatrix(arguments["imatrix"])
-    return (
-        from_statistics(Path(arguments["statistics"]), source, on_event=on_event) if arguments["statistics"] else None
-    )
+    if not arguments["statistics"] or ladder.feeds_back:
+        return None
+    return from_statistics(Path(arguments["statistics"]), source, on_event=on_event)
+
+
+def _statistics(ladder: Ladder, arguments: Mapping[str, Any]) -> Path | None:
+    """The file of Hessians that codes are chosen with."""
+    return Path(arguments["statistics"]) if arguments["statistics"] and ladder.feeds_back else None
 
 
 def _facts(profile: Profile, choice: Choice, kept: Path, output: Path) -> dict[str, Any]:
@@ -254,14 +304,16 @@ def _show(profile: Profile, choice: Choice, kept: Path, use: str, output: Path, 
     from rich.console import Console
     from rich.table import Table
 
-    from llm_quantize.qtypes import QTYPES
     from llm_quantize.reports.terminal import human_bytes, shown
 
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
     figures = profile.by_tensor()
-    types = sorted({row.qtype for row in profile.rows}, key=lambda qtype: -QTYPES[qtype].bits_per_weight)
+    bits = {row.qtype: row.bits for row in profile.rows}
+    types = sorted(bits, key=lambda qtype: -bits[qtype])
     table = Table(box=None, title_justify="left")
-    table.add_column("tensor", overflow="fold")
+    table.add_column("tensor", overflow="fold", min_width=24)
     for word in (*types, "recipe"):
         table.add_column(word, justify="right", no_wrap=True)
     table.title = "mean KLD with this tensor alone at a type, in 1e-6 nats per token"
@@ -269,7 +321,7 @@ def _show(profile: Profile, choice: Choice, kept: Path, use: str, output: Path, 
     for name, rows in ordered if verbose else ordered[:SHOWN]:
         known = {row.qtype: _short(1e6 * row.kld) for row in rows}
         cells = [known.get(qtype, "") for qtype in types]
-        table.add_row(shown(name.removesuffix(".weight")), *cells, shown(choice.recipe.tensors.get(name, "")))
+        table.add_row(shown(name.removesuffix(".weight")), *cells, shown(choice.allocation.types.get(name, "")))
     console.print(table)
     if not verbose and len(ordered) > SHOWN:
         console.print(f"{len(ordered) - SHOWN} tensors more with -v, per byte less sensitive", style="dim")

@@ -147,7 +147,7 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
     from pathlib import Path
 
     from llm_quantize.formats.gguf.levels import Overrides, parse_qtype
-    from llm_quantize.formats.gguf.recipe_file import read_recipe
+    from llm_quantize.formats.recipe_file import read_recipe
     from llm_quantize.pipeline import Options
 
     def typed(name: str | None) -> str | None:

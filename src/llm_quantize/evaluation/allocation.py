@@ -28,7 +28,6 @@ from llm_quantize.errors import ResourceError, UsageError
 from llm_quantize.evaluation.sensitivity import Profile, Sensitivity
 from llm_quantize.formats.gguf.levels import (
     LEVELS,
-    Recipe,
     TensorShape,
     assign,
     is_quantizable,
@@ -36,6 +35,8 @@ from llm_quantize.formats.gguf.levels import (
     parse_level,
 )
 from llm_quantize.formats.gguf.plan import tensor_shapes
+from llm_quantize.formats.recipe import Recipe
+from llm_quantize.formats.table import FORMATS
 from llm_quantize.models.opening import Source
 from llm_quantize.options import Options
 from llm_quantize.pipeline import plan_source
@@ -71,38 +72,41 @@ class Allocation:
     kld_sem: float
 
 
-def padded(nbytes: int) -> int:
+ALIGNMENT = int(GGUF_DEFAULT_ALIGNMENT)
+
+
+def padded(nbytes: int, align: int = ALIGNMENT) -> int:
     """Bytes of a tensor in the file, with the zeros after it."""
-    return nbytes + -nbytes % int(GGUF_DEFAULT_ALIGNMENT)
+    return nbytes + -nbytes % align
 
 
-def hull(figures: Sequence[Sensitivity]) -> list[Sensitivity]:
+def hull(figures: Sequence[Sensitivity], align: int = ALIGNMENT) -> list[Sensitivity]:
     """The choices worth taking, smallest first: each step up costs more bytes, loses less, and gains less per byte
     than the step before it."""
     best: dict[int, Sensitivity] = {}
     for row in sorted(figures, key=lambda row: (row.kld, row.qtype), reverse=True):
-        best[padded(row.nbytes)] = row
+        best[padded(row.nbytes, align)] = row
     found: list[Sensitivity] = []
     for row in (best[size] for size in sorted(best)):
         if found and row.kld >= found[-1].kld:
             continue
-        while len(found) > 1 and _gain(found[-2], found[-1]) <= _gain(found[-2], row):
+        while len(found) > 1 and _gain(found[-2], found[-1], align) <= _gain(found[-2], row, align):
             found.pop()
         found.append(row)
     return found
 
 
-def _gain(low: Sensitivity, high: Sensitivity) -> float:
+def _gain(low: Sensitivity, high: Sensitivity, align: int) -> float:
     """Divergence saved per byte spent."""
-    return (low.kld - high.kld) / (padded(high.nbytes) - padded(low.nbytes))
+    return (low.kld - high.kld) / (padded(high.nbytes, align) - padded(low.nbytes, align))
 
 
-def allocate(profile: Profile, budget: int, types: Sequence[str] = ()) -> Allocation:
+def allocate(profile: Profile, budget: int, types: Sequence[str] = (), *, align: int = ALIGNMENT) -> Allocation:
     """The types that lose least in ``budget`` bytes (of the profiled tensors, padding included).
 
     ``types``: those to choose from, none: all measured; a tensor that was measured in none of them keeps all its own.
     Raises ResourceError where even the smallest choice of every tensor is too large, UsageError where none of ``types``
-    was measured.
+    was measured. ``align``: what tensors are padded to in the file.
     """
     measured = {row.qtype for row in profile.rows}
     if types and not measured & set(types):
@@ -115,9 +119,9 @@ def allocate(profile: Profile, budget: int, types: Sequence[str] = ()) -> Alloca
     choices = {}
     for name, figures in profile.by_tensor().items():
         allowed = [row for row in figures if not types or row.qtype in types] or figures
-        choices[name] = (hull(allowed), allowed)
+        choices[name] = (hull(allowed, align), allowed)
     chosen = {name: steps[0] for name, (steps, _) in choices.items()}
-    spent = sum(padded(row.nbytes) for row in chosen.values())
+    spent = sum(padded(row.nbytes, align) for row in chosen.values())
     if spent > budget:
         raise ResourceError(
             "the model does not fit this size in the types that were measured",
@@ -125,18 +129,18 @@ def allocate(profile: Profile, budget: int, types: Sequence[str] = ()) -> Alloca
             found=f"{budget:,} bytes",
             remedy="allow a larger size, or smaller types with --types (those below q2_k want --statistics)",
         )
-    heap = [(-_gain(steps[0], steps[1]), name, 1) for name, (steps, _) in choices.items() if len(steps) > 1]
+    heap = [(-_gain(steps[0], steps[1], align), name, 1) for name, (steps, _) in choices.items() if len(steps) > 1]
     heapq.heapify(heap)
     while heap:
         _, name, index = heapq.heappop(heap)
         steps = choices[name][0]
-        more = padded(steps[index].nbytes) - padded(chosen[name].nbytes)
+        more = padded(steps[index].nbytes, align) - padded(chosen[name].nbytes, align)
         if spent + more > budget:
             continue
         chosen[name], spent = steps[index], spent + more
         if index + 1 < len(steps):
-            heapq.heappush(heap, (-_gain(steps[index], steps[index + 1]), name, index + 1))
-    spent = _fill(chosen, {name: allowed for name, (_, allowed) in choices.items()}, spent, budget)
+            heapq.heappush(heap, (-_gain(steps[index], steps[index + 1], align), name, index + 1))
+    spent = _fill(chosen, {name: allowed for name, (_, allowed) in choices.items()}, spent, budget, align)
     return Allocation(
         types={name: row.qtype for name, row in chosen.items()},
         nbytes=spent,
@@ -146,19 +150,25 @@ def allocate(profile: Profile, budget: int, types: Sequence[str] = ()) -> Alloca
     )
 
 
-def _fill(chosen: dict[str, Sensitivity], choices: Mapping[str, Sequence[Sensitivity]], spent: int, budget: int) -> int:
+def _fill(
+    chosen: dict[str, Sensitivity],
+    choices: Mapping[str, Sequence[Sensitivity]],
+    spent: int,
+    budget: int,
+    align: int,
+) -> int:
     """Spend what is left on the single changes that gain most, hull or not, until none fits. Returns bytes spent."""
     while True:
         steps = [
             (now.kld - row.kld, name, row)
             for name, now in chosen.items()
             for row in choices[name]
-            if row.kld < now.kld and spent + padded(row.nbytes) - padded(now.nbytes) <= budget
+            if row.kld < now.kld and spent + padded(row.nbytes, align) - padded(now.nbytes, align) <= budget
         ]
         if not steps:
             return spent
         _, name, row = max(steps, key=lambda step: (step[0], step[1]))
-        spent += padded(row.nbytes) - padded(chosen[name].nbytes)
+        spent += padded(row.nbytes, align) - padded(chosen[name].nbytes, align)
         chosen[name] = row
 
 
@@ -202,24 +212,26 @@ def nearest_level(bits: float) -> str:
 @dataclass(frozen=True)
 class Target:
     """How large the model may be; one of: the bytes of the level ``like``; ``size``, bytes of the whole file; ``bpw``,
-    bits of the whole file per weight. ``types``: to choose from, none: all measured. Raises UsageError."""
+    bits of the whole file per weight. ``types``: to choose from, none: all measured. ``form``: the format. Raises
+    UsageError."""
 
     like: str | None = None
     size: int | None = None
     bpw: float | None = None
     types: tuple[str, ...] = ()
+    form: str = "gguf"
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.like, self.size, self.bpw)) != 1:
             raise UsageError("a recipe needs one size: that of a level, bytes, or bits per weight")
         if self.like is not None:
-            parse_level(self.like)
+            FORMATS[self.form].recipe_level(self.like)
 
     @property
     def name(self) -> str:
         """What a recipe for it is called."""
         if self.like is not None:
-            return f"{parse_level(self.like).name}-profiled"
+            return f"{FORMATS[self.form].recipe_level(self.like)}-profiled"
         return f"{self.bpw:g}bpw" if self.bpw is not None else f"{(self.size or 0) / 1e9:.3g}GB"
 
 

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from llm_quantize import memory
 from llm_quantize.artifacts.output import refuse_changed, source_times
-from llm_quantize.calibration.choose import rows_of
 from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError, UsageError
-from llm_quantize.evaluation.sensitivity import Candidate, Cost, Profile, Sensitivity, candidates, windows_sha256
+from llm_quantize.evaluation.ladders import ladder_of
+from llm_quantize.evaluation.sensitivity import Candidate, Cost, Profile, Sensitivity, windows_sha256
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.durable import fail_os, open_regular_output, read_at
 from llm_quantize.io.imatrix_file import Imatrix
 from llm_quantize.io.journal import parse_journal, record_line
 from llm_quantize.io.ownership import take_lock
+from llm_quantize.io.statistics_file import read_statistics, refuse_other_model
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.memory import TORCH_BYTES, Fitted, Sizes
 from llm_quantize.models.opening import Source
@@ -58,6 +59,8 @@ class ProfilePlan:
     memory: int
     texts: tuple[str, ...]
     times: list[list[Any]]
+    form: str = "gguf"
+    statistics: Path | None = None
 
 
 def plan_profile(
@@ -71,10 +74,14 @@ def plan_profile(
     threads: int | None = None,
     max_ram: int | None = None,
     device: str = "cpu",
+    form: str = "gguf",
+    statistics: Path | None = None,
     on_event: EventSink = ignore,
 ) -> ProfilePlan:
     """Everything that measuring takes, without loading a weight. ``windows``: (n, length) token ids; ``journal``: what
     an earlier run measured, left out of the plan; only where there is one the source's files are read for their hash.
+    ``form``: the format whose types these are; ``statistics``: with Hessians, for codes that are chosen by error
+    feedback where the format has such.
 
     Raises MissingExtraError without torch, UsageError (types, windows), ResourceError where not even one variant fits.
     """
@@ -90,13 +97,17 @@ def plan_profile(
             expected=f"windows of 4 to {source.architecture.hyper.context_length} tokens",
             found=windows.shape,
         )
-    wanted = candidates(source, types, {} if imatrix is None else imatrix.values)
+    ladder = ladder_of(form)
+    wanted = ladder.candidates(source, types, {} if imatrix is None else imatrix.values)
     known, times = dict[tuple[str, str], Sensitivity](), source_times(source.checkpoint)
     if journal is not None and journal.is_file():
-        known = _known(journal, _identity(source, windows, imatrix, device, on_event))
+        known = _known(journal, _identity(source, windows, imatrix, statistics, form, device, on_event))
     network = open_network(source, dtype="float32", device=device)
     placed = place(source, network, [one for one in wanted if one.key not in known])
-    streams, fitted = _fit(source, network, windows, placed, threads=threads, max_ram=max_ram, device=device)
+    solving = ladder.held_bytes(wanted, statistics)
+    streams, fitted = _fit(
+        source, network, windows, placed, solving=solving, threads=threads, max_ram=max_ram, device=device
+    )
     groups = tuple(tuple(group) for group in plan_groups(placed, network.n_blocks, streams))
     return ProfilePlan(
         source=source,
@@ -112,7 +123,29 @@ def plan_profile(
         memory=fitted.peak,
         texts=tuple(texts),
         times=times,
+        form=form,
+        statistics=statistics,
     )
+
+
+def importance_of(
+    source: Source, imatrix: Imatrix | None, statistics: Path | None, on_event: EventSink = ignore
+) -> str | None:
+    """The hash of what figures are measured with beside the model: an importance matrix, or the Hessians of a file of
+    statistics. Raises UsageError where that has none, IntegrityError where it is of another model."""
+    if statistics is None:
+        return None if imatrix is None else imatrix.sha256
+    with read_statistics(statistics) as found:
+        if "hessian" not in found.kinds:
+            raise UsageError(
+                "these statistics hold no Hessians",
+                file=statistics,
+                expected="hessian",
+                found=", ".join(found.kinds),
+                remedy="llm-quantize analyze importance MODEL --collect hessian",
+            )
+        refuse_other_model(found, source.content(on_event))
+        return found.content_sha256
 
 
 def _fit(
@@ -121,6 +154,7 @@ def _fit(
     windows: Tokens,
     placed: Sequence[Placed],
     *,
+    solving: int,
     threads: int | None,
     max_ram: int | None,
     device: str,
@@ -131,12 +165,12 @@ def _fit(
     sizes = from_network(source, network)
     length = windows.shape[1]
     stream = sizes.hidden(*windows.shape)
-    largest = max((4 * one.candidate.output_weights for one in placed), default=0)
+    largest = max((4 * one.candidate.weights for one in placed), default=0)
     logits = POSITIONS * network.vocab_size * (4 + 6 * 8)
 
     def holding(streams: int) -> Sizes:
         # A replaced tensor stands beside its block as it was read, as it is seen, and as it is put back.
-        beside = 3 * largest + (2 + streams) * stream
+        beside = 3 * largest + (2 + streams) * stream + solving
         return Sizes(
             libraries=TORCH_BYTES,
             ends=sizes.embedding + 2 * sizes.head + beside,
@@ -164,12 +198,12 @@ def measure_profile(plan: ProfilePlan, *, journal: Path | None = None, on_event:
     from llm_quantize.streams.pool import Pool
 
     found = dict(plan.known)
-    identity = _identity(plan.source, plan.windows, plan.imatrix, plan.device, on_event)
+    identity = _identity(plan.source, plan.windows, plan.imatrix, plan.statistics, plan.form, plan.device, on_event)
     with stop_on_signals() as stop, _journal(plan, identity, journal) as record:
         pool = Pool(plan.threads, stop, resumable=None if journal is None else True)
-        rows = Measurement(
-            plan.source, plan.network, plan.windows, rows_of(plan.source, plan.imatrix), pool, on_event
-        ).measure(plan.groups, partial(_settled, plan, record))
+        with ladder_of(plan.form).holding(plan.source, pool, plan.imatrix, plan.statistics) as hold:
+            run = Measurement(plan.source, plan.network, plan.windows, hold, pool, on_event)
+            rows = run.measure(plan.groups, partial(_settled, plan, record))
     refuse_changed(plan.source.checkpoint, plan.times)
     found |= {(row.tensor, row.qtype): row for row in rows}
     length = plan.windows.shape[1]
@@ -182,18 +216,25 @@ def measure_profile(plan: ProfilePlan, *, journal: Path | None = None, on_event:
     }
     name = plan.source.checkpoint.name
     ordered = tuple(found[one.key] for one in plan.wanted)
-    return Profile(name, identity["model"], text, identity["importance"], ordered)
+    return Profile(name, identity["model"], text, identity["importance"], ordered, plan.form)
 
 
 def _identity(
-    source: Source, windows: Tokens, imatrix: Imatrix | None, device: str, on_event: EventSink
+    source: Source,
+    windows: Tokens,
+    imatrix: Imatrix | None,
+    statistics: Path | None,
+    form: str,
+    device: str,
+    on_event: EventSink,
 ) -> dict[str, Any]:
     """What figures depend on (JSON-ready)."""
     return {
         "model": source.content(on_event),
         "windows": windows_sha256(windows),
-        "importance": None if imatrix is None else imatrix.sha256,
+        "importance": importance_of(source, imatrix, statistics, on_event),
         "device": device,
+        **({} if form == ProfilePlan.form else {"form": form}),
     }
 
 

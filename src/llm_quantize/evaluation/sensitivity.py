@@ -25,6 +25,7 @@ from llm_quantize.io.json_file import read_json
 from llm_quantize.io.whole_file import write_file
 from llm_quantize.models.opening import Source
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.qtypes.integer import is_integer
 
 FORMAT = "llm-quantize-profile"
 VERSION = 2  # 1 knew the model by some rows of its tensors
@@ -37,25 +38,26 @@ _FLOATS = ("f32", "f16", "bf16")
 
 @dataclass(frozen=True)
 class Candidate:
-    """``output`` held at ``qtype``, which takes ``nbytes``."""
+    """``outputs`` held together at ``qtype``, which takes ``nbytes``. ``name``: of the one, or of all together."""
 
-    output: OutputTensor
+    name: str
+    outputs: tuple[OutputTensor, ...]
     qtype: str
     nbytes: int
 
     @property
-    def output_weights(self) -> int:
-        """How many weights the tensor has."""
-        return weights_of(self.output.shape)
+    def weights(self) -> int:
+        """How many weights they have."""
+        return sum(weights_of(output.shape) for output in self.outputs)
 
     @property
     def bits(self) -> float:
-        """Bits per weight of the tensor."""
-        return 8 * self.nbytes / self.output_weights
+        """Bits per weight."""
+        return 8 * self.nbytes / self.weights
 
     @property
     def key(self) -> tuple[str, str]:
-        return self.output.name, self.qtype
+        return self.name, self.qtype
 
 
 def candidates(source: Source, types: Sequence[str], covered: Mapping[str, Any]) -> list[Candidate]:
@@ -76,7 +78,7 @@ def candidates(source: Source, types: Sequence[str], covered: Mapping[str, Any])
         for qtype in fitting:
             if qtype is None or (QTYPES[qtype].needs_importance and output.name not in covered):
                 continue
-            found.append(Candidate(output, qtype, rows * QTYPES[qtype].row_bytes(columns)))
+            found.append(Candidate(output.name, (output,), qtype, rows * QTYPES[qtype].row_bytes(columns)))
     if not found:
         raise UsageError("no tensor of this model can be stored in any of these types", found=", ".join(types))
     return found
@@ -125,13 +127,15 @@ class Sensitivity:
 @dataclass(frozen=True)
 class Profile:
     """All figures of a model, in the order of its tensors. ``model``: its digest; ``text``: "sha256" of the windows,
-    "datasets", "context", "windows", "tokens" (scored); ``importance``: hash of the importance used, or None."""
+    "datasets", "context", "windows", "tokens" (scored); ``importance``: hash of the importance used, or None.
+    ``form``: the format whose types these are."""
 
     name: str
     model: str
     text: Mapping[str, Any]
     importance: str | None
     rows: tuple[Sensitivity, ...]
+    form: str = "gguf"
 
     def by_tensor(self) -> dict[str, tuple[Sensitivity, ...]]:
         """Tensor -> its figures."""
@@ -145,6 +149,7 @@ class Profile:
         return {
             "format": FORMAT,
             "format_version": VERSION,
+            **({} if self.form == Profile.form else {"for": self.form}),
             "model": {"name": self.name, "sha256": self.model},
             "text": dict(self.text),
             "importance": self.importance,
@@ -190,10 +195,13 @@ def read_profile(path: str | Path) -> Profile:
     importance = fields.get("importance")
     if importance is not None and not isinstance(importance, str):
         raise _refuse(path, "the profile's importance is not a hash", importance)
+    form = fields.get("for", Profile.form)
+    if not isinstance(form, str):
+        raise _refuse(path, "the profile's format is not a word", form)
     found = tuple(_row(path, row) for row in rows)
     if len({(row.tensor, row.qtype) for row in found}) != len(found):
         raise _refuse(path, "a figure of the profile stands twice", len(found))
-    return Profile(model["name"], model["sha256"], text, importance, found)
+    return Profile(model["name"], model["sha256"], text, importance, found, form)
 
 
 def _row(path: Path, row: Any) -> Sensitivity:
@@ -202,7 +210,8 @@ def _row(path: Path, row: Any) -> Sensitivity:
     for key, kinds in _FIELDS.items():
         if type(row[key]) not in kinds:
             raise _refuse(path, f"a figure of the profile has no proper {key}", row)
-    if row["qtype"] not in QTYPES or row["nbytes"] < 1 or row["kld"] < -1e-6:
+    known = row["qtype"] in QTYPES or is_integer(row["qtype"])
+    if not known or row["nbytes"] < 1 or row["kld"] < -1e-6:
         raise _refuse(path, "a figure of the profile cannot be", row)
     return Sensitivity(**row)
 

@@ -27,7 +27,7 @@ from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Head, Network
 from llm_quantize.streams.passes import Finite, Move, Pass, give_back_memory
 from llm_quantize.streams.pool import Pool
-from llm_quantize.streams.replaced import ReplacedWeights, hold
+from llm_quantize.streams.replaced import ReplacedWeights
 from llm_quantize.streams.weights import CheckpointWeights, Weights
 
 POSITIONS = 128
@@ -52,15 +52,15 @@ def place(source: Source, network: Network, wanted: Sequence[Candidate]) -> list
     head, embedding = set(network.tensors("head")), set(network.tensors("embedding"))
     placed = []
     for candidate in wanted:
-        sources = {piece.source for piece in candidate.output.pieces}
-        if candidate.output.name == "output.weight":
+        sources = {piece.source for output in candidate.outputs for piece in output.pieces}
+        if candidate.name == "output.weight" or sources <= head - embedding:
             placed.append(Placed(candidate, network.n_blocks, True))
         elif sources <= embedding:
             placed.append(Placed(candidate, EMBEDDING, bool(sources & head) and "output.weight" not in names))
         elif len(found := {owner.get(name) for name in sources}) == 1 and (start := found.pop()) is not None:
             placed.append(Placed(candidate, start, False))
         else:
-            raise UnsupportedError("a tensor belongs to no single block", tensor=candidate.output.name)
+            raise UnsupportedError("a tensor belongs to no single block", tensor=candidate.name)
     return sorted(placed, key=lambda one: one.start)
 
 
@@ -79,7 +79,7 @@ def cost_of(groups: Sequence[Sequence[Placed]], n_blocks: int, tokens: int) -> C
         passes += sum(n_blocks - max(one.start, 0) for one in group)
     every = [one for group in groups for one in group]
     return Cost(
-        tensors=len({one.candidate.output.name for one in every}),
+        tensors=len({one.candidate.name for one in every}),
         streams=len(every),
         tokens=tokens,
         passes=passes,
@@ -101,12 +101,12 @@ class _Stream:
 
 @dataclass
 class Measurement:
-    """One run over groups. ``importance``: GGUF name -> (matrices, columns)."""
+    """One run over groups. ``hold``: {tensor of the source: float32, its shape} with a candidate at its type."""
 
     source: Source
     network: Network
     windows: Tokens
-    importance: Mapping[str, npt.NDArray[np.float32]]
+    hold: Callable[[Candidate], Mapping[str, torch.Tensor]]
     pool: Pool
     on_event: EventSink
     total: int = 0
@@ -183,14 +183,9 @@ class Measurement:
             by_key = {stream.placed.candidate.key: stream for stream in streams}
             return [_figure(by_key[one.candidate.key], len(self.windows)) for one in group]
 
-    def _hold(self, one: Placed) -> dict[str, torch.Tensor]:
-        candidate = one.candidate
-        rows = self.importance.get(candidate.output.name)
-        return hold(self.source.checkpoint, self.weights, candidate.output, candidate.qtype, rows, self.pool.each)
-
     def _outer(self, one: Placed, final: Activations, stack: ExitStack) -> _Stream:
         """A variant of the embedding, with a stream of its own, or of the head, which looks at the source's."""
-        replaced = ReplacedWeights(self.weights, self._hold(one))
+        replaced = ReplacedWeights(self.weights, self.hold(one.candidate))
         if one.start == self.network.n_blocks:
             return _Stream(one, final, self.weights, replaced)
         states = stack.enter_context(self._states())
@@ -200,11 +195,11 @@ class Measurement:
     def _begin(self, block: Block, one: Placed, origin: Activations, stack: ExitStack) -> _Stream:
         """A variant of a tensor of this block: the source's stream through the block with that tensor replaced."""
         states = stack.enter_context(self._states())
-        held = self._hold(one)
+        held = self.hold(one.candidate)
         for name, value in held.items():
             block.replace(name, value)
         try:
-            self.way.through(block, [Move(origin, states, Finite(tensor=one.candidate.output.name))])
+            self.way.through(block, [Move(origin, states, Finite(tensor=one.candidate.name))])
         finally:
             for name in held:
                 block.replace(name, self.weights.read(name))
@@ -265,7 +260,7 @@ def _divergence(
     if not np.isfinite(found).all():
         raise NumericPolicyError(
             "the logits are not finite, or rule out a token that the source allows",
-            tensor=candidate.output.name,
+            tensor=candidate.name,
             found=candidate.qtype,
         )
     return found
@@ -274,4 +269,4 @@ def _divergence(
 def _figure(stream: _Stream, windows: int) -> Sensitivity:
     candidate = stream.placed.candidate
     mean, sem = mean_and_sem(np.concatenate([stream.klds[index] for index in range(windows)]))
-    return Sensitivity(candidate.output.name, candidate.qtype, candidate.bits, candidate.nbytes, max(mean, 0.0), sem)
+    return Sensitivity(candidate.name, candidate.qtype, candidate.bits, candidate.nbytes, max(mean, 0.0), sem)

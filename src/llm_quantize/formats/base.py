@@ -7,8 +7,8 @@ point z: w = s * (q - z), with q and z counted from 0 whatever the grid's levels
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +24,7 @@ from llm_quantize.qtypes.packed import PackedType, packed_type
 if TYPE_CHECKING:
     import torch
 
+    from llm_quantize.formats.recipe import Recipe
     from llm_quantize.grids.grid import Grid, GridType
     from llm_quantize.models.opening import Source
     from llm_quantize.options import Options
@@ -82,6 +83,10 @@ class Scheme:
     qtype: PackedType
     variant: str = ""
 
+    def on(self, qtype: str) -> Scheme:
+        """The same for a matrix on the grid ``qtype``, which a recipe may have given it."""
+        return self if qtype == self.qtype.name else replace(self, qtype=packed_type(qtype, self.qtype.scale))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; :func:`scheme_from_dict` reads it back."""
         facts = {"format": self.format, "level": self.level, "qtype": self.qtype.name, "scale": self.qtype.scale}
@@ -95,7 +100,7 @@ def scheme_from_dict(facts: Mapping[str, Any]) -> Scheme:
 
 
 def scheme_of(plan: ArtifactPlan) -> Scheme:
-    """The scheme of a plan of a packed format."""
+    """The scheme of a plan of a packed format; where a recipe mixes grids, of one of them."""
     return scheme_from_dict(plan.identity["scheme"])
 
 
@@ -121,13 +126,15 @@ class Coverage:
 
     ``quantized``: in the order of the checkpoint. ``kept``: linear modules of blocks that stay as they are: routers,
     and what the user ignored. ``outside``: linear modules outside of the decoder's blocks (vision towers, heads that
-    predict several tokens). ``head``: the output matrix, whether stored or tied.
+    predict several tokens). ``head``: the output matrix, whether stored or tied. ``mixed``: {qtype: the modules on it}
+    where a recipe mixes them.
     """
 
     quantized: Sequence[str]
     kept: Sequence[str] = ()
     outside: Sequence[str] = ()
     head: str = "lm_head"
+    mixed: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 class Importance(Protocol):
@@ -191,6 +198,13 @@ class Format(Protocol):
     def calibrated(self, level: str) -> bool:
         """Whether the level has codes that a method which reads text may choose."""
 
+    def recipe_level(self, text: str) -> str:
+        """The level that a recipe may build on, by its name. Raises UsageError for another, and where the format takes
+        no recipes."""
+
+    def recipe_type(self, text: str) -> str:
+        """The qtype that a recipe may give to single tensors or matrices, by its name. Raises UsageError."""
+
     def store(self, plan: ArtifactPlan) -> Store:
         """How one of its artifacts keeps a matrix. Needs torch."""
 
@@ -240,6 +254,28 @@ class Store(Protocol):
         """float32 (rows, columns): what a runtime will compute with."""
 
 
+class Mixes(Protocol):
+    """How a packed format keeps matrices on several grids in one directory."""
+
+    def recipe_level(self, text: str) -> str:
+        """The level that a recipe may build on, by its name. Raises UsageError."""
+
+    def recipe_type(self, text: str) -> str:
+        """The grid that a recipe calls so. Raises UsageError."""
+
+    def check_head(self, recipe: Recipe, qtype: str) -> None:
+        """Raise UsageError where ``recipe`` gives the output matrix a grid that runtimes have no kernel for."""
+
+    def mixed_level(self, qtypes: Collection[str]) -> str:
+        """What people call a directory with matrices on these grids."""
+
+    def order(self, mixed: Mapping[str, Sequence[str]]) -> list[str]:
+        """The grids in the order in which the configuration has them. ``mixed``: {grid: the modules on it}."""
+
+    def cautions(self, mixed: Mapping[str, Sequence[str]]) -> Iterator[str]:
+        """What Transformers reads otherwise than it stands in such a mix, a sentence each."""
+
+
 class Packed(StoredFormat, Protocol):
     """A format of packed integers in a model directory: one module of this package for each.
 
@@ -250,7 +286,8 @@ class Packed(StoredFormat, Protocol):
     (kernels, (rows, columns)) of which vLLM's want whole multiples. ``OFFSETS``: what asymmetric groups have, in words.
     ``EDGES``: embedding and output matrix are packed too. ``UNNAMED``: (key of config.json, what it holds at least) of
     a configuration that names no quant_method. ``RUNTIME``: (name, how a directory NAME is loaded) of the one runtime
-    that reads it, where Transformers and vLLM do not.
+    that reads it, where Transformers and vLLM do not. ``MIXES``: how a recipe may put matrices on different grids;
+    None: all have one.
     """
 
     NAME: str
@@ -272,6 +309,7 @@ class Packed(StoredFormat, Protocol):
     EDGES: bool
     UNNAMED: tuple[str, Sequence[str]] | None
     RUNTIME: tuple[str, str] | None
+    MIXES: Mixes | None
 
     def scheme(self, level: str, options: SchemeOptions) -> Scheme: ...
     def groups(self, scheme: Scheme) -> Sequence[int]:
@@ -284,6 +322,10 @@ class Packed(StoredFormat, Protocol):
     def described(self, scheme: Scheme, rows: int, columns: int) -> PackedMatrix: ...
     def config(self, scheme: Scheme, coverage: Coverage) -> dict[str, Any]: ...
     def vllm_refusal(self, scheme: Scheme) -> str | None: ...
+    def vllm_caution(self, schemes: Sequence[Scheme], *, head: bool) -> str | None:
+        """What was not tried of vLLM with matrices of ``schemes``, or it does on some devices only; None: nothing.
+        ``head``: the output matrix is among them."""
+
     def least_zero(self, scheme: Scheme) -> int: ...
     def refuse(self, source: Source, names: Sequence[str]) -> None:
         """Raise UnsupportedError for a model, or modules ``names`` of it, that nothing would read packed so."""
@@ -295,6 +337,12 @@ class Packed(StoredFormat, Protocol):
 def takes_any(source: Source, names: Sequence[str]) -> None:
     """``Packed.refuse`` of a format that has nothing to refuse."""
     del source, names
+
+
+def no_caution(schemes: Sequence[Scheme], *, head: bool) -> str | None:
+    """``Packed.vllm_caution`` of a format that has nothing to say."""
+    del schemes, head
+    return None
 
 
 def with_quantization(source: Source, config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

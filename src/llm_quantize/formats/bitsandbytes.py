@@ -39,6 +39,7 @@ from llm_quantize.formats.base import (
     SchemeOptions,
     check_group,
     fixed_groups,
+    no_caution,
     takes_any,
     to_numpy,
     with_quantization,
@@ -82,6 +83,8 @@ OFFSETS = "zero points"
 EDGES = False
 UNNAMED = None
 RUNTIME = None
+MIXES = None
+vllm_caution = no_caution
 refuse = takes_any
 groups = fixed_groups
 configured = with_quantization

@@ -34,7 +34,9 @@ class About:
 @dataclass(frozen=True)
 class PackedFacts:
     """A directory of packed integers. ``packed`` and ``kept``: bytes of data. ``method``: how the codes were chosen,
-    {what: value}. ``experts``: whether the model is a mixture."""
+    {what: value}. ``experts``: whether the model is a mixture. ``grids``: {grid: how many matrices are on it}.
+    ``cautions``: what runtimes cannot do with the mix;
+    ``vllm_note``: what was not run of vLLM; ``packed_of``: where the matrices stand."""
 
     form: Packed
     scheme: Scheme
@@ -47,9 +49,12 @@ class PackedFacts:
     ignored: tuple[str, ...] = ()
     tensor_parallel: int = 8
     experts: bool = False
+    grids: Mapping[str, int] = field(default_factory=dict)
+    cautions: tuple[str, ...] = ()
+    vllm_note: str | None = None
+    packed_of: str = " of the decoder's blocks"
 
 
-_OF_BLOCKS = " of the decoder's blocks"
 _ROOM = 14
 _ROWS = {
     "KL divergence": "kld",
@@ -130,7 +135,8 @@ def _origin(source: str, revision: str | None) -> str:
 
 def about_packed(facts: PackedFacts) -> About:
     """The card of a directory of packed integers."""
-    tags = ("quantized", facts.scheme.format, f"{facts.scheme.qtype.bits}-bit")
+    widths = "mixed-bits" if len(facts.grids) > 1 else f"{facts.scheme.qtype.bits}-bit"
+    tags = ("quantized", facts.scheme.format, widths)
     about = About(tags, _recipe(facts), _sizes(facts), _loading(facts))
     return about if facts.form.RUNTIME is None else replace(about, library=facts.form.NAME)
 
@@ -138,12 +144,20 @@ def about_packed(facts: PackedFacts) -> About:
 def _recipe(facts: PackedFacts) -> dict[str, Any]:
     grid = facts.scheme.qtype
     group = "one for each row" if grid.group_size == WHOLE_ROW else f"one for {grid.group_size} weights"
+    codes = {
+        "Codes": f"{grid.bits} bit, {'symmetric' if grid.symmetric else f'with {facts.form.OFFSETS}'}",
+        "Scales": f"{grid.scale}, {group}",
+    }
+    if len(facts.grids) > 1:
+        codes = {
+            "Codes": ", ".join(f"{count:,} × {qtype}" for qtype, count in facts.grids.items()),
+            "Scales": grid.scale,
+        }
     found: dict[str, Any] = {
         "Format": facts.form.title(facts.scheme),
         "Level": facts.scheme.level,
-        "Codes": f"{grid.bits} bit, {'symmetric' if grid.symmetric else f'with {facts.form.OFFSETS}'}",
-        "Scales": f"{grid.scale}, {group}",
-        "Packed": f"{facts.matrices} matrices{' of the whole model' if facts.form.EDGES else _OF_BLOCKS}",
+        **codes,
+        "Packed": f"{facts.matrices} matrices{' of the whole model' if facts.form.EDGES else facts.packed_of}",
     }
     if facts.ignored:
         found["Left as they are"] = f"{len(facts.ignored)} modules, the first {facts.ignored[0]}"
@@ -179,6 +193,7 @@ def _loading(facts: PackedFacts) -> str:
     refusal = facts.form.vllm_refusal(facts.scheme)
     if refusal is None:
         vllm = f"```sh\nvllm serve {facts.name}\n```\nTensor parallel over up to {facts.tensor_parallel} devices."
+        vllm += f" Note: {facts.vllm_note}." if facts.vllm_note else ""
     else:
         vllm = f"vLLM does not load it: {refusal}."
     transformers = (
@@ -193,7 +208,8 @@ def _loading(facts: PackedFacts) -> str:
             f"`quantization_config={facts.form.KERNEL.format(bits=facts.scheme.qtype.bits)}`."
         )
     caution = transformers_caution(facts.form) if facts.experts else None
-    return f"## Loading\n\n{vllm}\n\n{transformers}\n" + (f"\n{caution}.\n" if caution else "")
+    notes = [*facts.cautions, *([caution] if caution else [])]
+    return f"## Loading\n\n{vllm}\n\n{transformers}\n" + "".join(f"\n{text}.\n" for text in notes)
 
 
 def transformers_caution(form: Packed) -> str | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,10 @@ from llm_quantize.qtypes.packed import packed_type
 NAME = "compressed-tensors"
 PACKAGE_VERSION = "0.20.0"
 PACKED_FORM, PLAIN_FORM = "pack-quantized", "int-quantized"
+EXPRESSION = "re:"
+"""What a target begins with that is a regular expression."""
 
-_BITS = {f"W{bits}A16{end}": bits for end in ("", "_ASYM") for bits in range(2, 9)}
+BITS = {f"W{bits}A16{end}": bits for end in ("", "_ASYM") for bits in range(2, 9)}
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,15 @@ _OTHERS: Mapping[str, _Level] = {
     "MXFP4A16": _Level("e2m1_b32_e8m0"),
     "MXFP4": _Level("e2m1_b32_e8m0", _MXFP4_GROUPS),
 }
-LEVELS: Sequence[str] = (*_BITS, *_OTHERS)
+LEVELS: Sequence[str] = (*BITS, *_OTHERS)
 
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """The package's preset of that name (groups of 128), changed as the options say. Raises UsageError."""
-    known = known_level(level, NAME, LEVELS, usual={bits: f"W{bits}A16" for bits in _BITS.values()})
+    known = known_level(level, NAME, LEVELS, usual={bits: f"W{bits}A16" for bits in BITS.values()})
     if known in _OTHERS:
         return _other(known, options)
-    bits, asked = _BITS[known], not known.endswith("_ASYM")
+    bits, asked = BITS[known], not known.endswith("_ASYM")
     symmetric = asked if options.symmetric is None else options.symmetric
     group = 128 if options.group_size is None else options.group_size
     name = f"W{bits}A16{'' if symmetric else '_ASYM'}"
@@ -91,10 +94,32 @@ def form_of(scheme: Scheme) -> str:
 def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
     """quantization_config, field for field as the package writes it; ``ignore`` names every linear module left.
 
-    Those outside of the decoder are found by how their names end: readers put them under other parents.
+    Those outside of the decoder are found by how their names end: readers put them under other parents. Where
+    ``coverage`` mixes grids, each has a group that names its modules.
     """
+    kinds = [(scheme.on(qtype), targets(names)) for qtype, names in coverage.mixed.items()] or [(scheme, ["Linear"])]
+    return {
+        "quant_method": "compressed-tensors",
+        "version": PACKAGE_VERSION,
+        "format": form_of(scheme),
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "moe_sparsity_config": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "ignore": [
+            *coverage.kept,
+            *(rf"{EXPRESSION}.*\b{re.escape(name)}$" for name in coverage.outside),
+            *(() if coverage.head in coverage.quantized else (coverage.head,)),
+        ],
+        "config_groups": {f"group_{number}": _group(kind, found) for number, (kind, found) in enumerate(kinds)},
+    }
+
+
+def _group(scheme: Scheme, found: list[str]) -> dict[str, Any]:
+    """The config group of the modules that ``found`` names, all on the grid of ``scheme``."""
     grid, group = scheme.qtype, scheme.qtype.group_size
-    form = form_of(scheme)
     inputs = _OTHERS[scheme.level].inputs if scheme.level in _OTHERS else None
     nested = grid.nested if isinstance(grid, CodebookType) else ""
     weights = {
@@ -108,29 +133,62 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
     if nested:
         weights["scale_dtype"] = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}[nested]
     return {
-        "quant_method": "compressed-tensors",
-        "version": PACKAGE_VERSION,
-        "format": form,
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "kv_cache_scheme": None,
-        "moe_sparsity_config": None,
-        "sparsity_config": {},
-        "transform_config": {},
-        "ignore": [*coverage.kept, *(rf"re:.*\b{re.escape(name)}$" for name in coverage.outside), coverage.head],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": None if inputs is None else {"symmetric": True, "dynamic": True, **inputs},
-                "output_activations": None,
-                "format": form,
-            }
-        },
+        "targets": found,
+        "weights": weights,
+        "input_activations": None if inputs is None else {"symmetric": True, "dynamic": True, **inputs},
+        "output_activations": None,
+        "format": form_of(scheme),
     }
+
+
+def targets(names: Iterable[str]) -> list[str]:
+    """What finds exactly these modules, whatever parents a reader puts their layers under: an expression for each kind
+    of module, with the numbers of its layers. Numbers of experts are left open, as all of a layer are alike."""
+    layers: dict[tuple[str, str], set[int]] = defaultdict(set)
+    whole = []
+    for name in names:
+        parts = name.split(".")
+        at = next((index for index, part in enumerate(parts) if index and part.isdecimal()), None)
+        if at is None or at + 1 == len(parts):
+            whole.append(rf"{EXPRESSION}.*\b{re.escape(parts[-1])}$")
+        else:
+            layers[parts[at - 1], _pattern(parts[at + 1 :])].add(int(parts[at]))
+    return [*whole, *(_expression(parent, found, tail) for (parent, tail), found in layers.items())]
+
+
+def _pattern(parts: Sequence[str]) -> str:
+    """What finds the end of a name: its parts as they are, but any number of an expert."""
+    before = ("", *parts)
+    return r"\.".join(
+        r"\d+" if part.isdecimal() and last == "experts" else re.escape(part)
+        for part, last in zip(parts, before, strict=False)
+    )
+
+
+def _expression(parent: str, layers: Collection[int], tail: str) -> str:
+    numbers = "|".join(map(str, sorted(layers)))
+    one = numbers if len(layers) == 1 else f"(?:{numbers})"
+    return rf"{EXPRESSION}.*\b{re.escape(parent)}\.{one}\.{tail}$"
 
 
 def vllm_refusal(scheme: Scheme) -> str | None:
     """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
-    taken = scheme.qtype.bits in (4, 8) or scheme.level in _OTHERS
-    return None if taken else "of packed integers it takes 4 and 8 bits only"
+    del scheme
+    return None
+
+
+def vllm_caution(schemes: Sequence[Scheme], *, head: bool) -> str | None:
+    """Of what vLLM (0.32) does with integers of other widths than 4 and 8 bits, and with a packed head, nothing
+    was run here."""
+    bits = {one.qtype.bits for one in schemes if one.level not in _OTHERS} - {4, 8}
+    told = []
+    if bits:
+        told.append(f"weights of {', '.join(map(str, sorted(bits)))} bits by its Humming kernels")
+    if head:
+        told.append("a packed output matrix by its Marlin kernels")
+    if not told:
+        return None
+    return (
+        f"by its code vLLM 0.32 takes {' and '.join(told)} on CUDA devices of 7.5 or newer, which was read and not run "
+        "here; on a CPU it takes matrices of blocks in 4 bits only"
+    )

@@ -17,7 +17,7 @@ The package counts codes from -2^(b-1) and adds 2^(b-1) before packing, to zero 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,10 +26,12 @@ import numpy.typing as npt
 from llm_quantize.errors import UnsupportedError, printable
 from llm_quantize.formats import compressed_floats as floats
 from llm_quantize.formats import compressed_levels as levels
+from llm_quantize.formats import compressed_mixed as mixed
 from llm_quantize.formats.base import (
     MARLIN_STEPS,
     Array,
     Field,
+    Mixes,
     Scheme,
     check_group,
     fixed_groups,
@@ -51,6 +53,7 @@ from llm_quantize.formats.compressed_levels import (
     is_fixed,
     is_plain,
     scheme,
+    vllm_caution,
     vllm_refusal,
 )
 from llm_quantize.formats.expressions import compiled, first_meant
@@ -75,7 +78,6 @@ from llm_quantize.formats.packed import (
     modules,
     values_of,
     weights_of_groups,
-    widths,
     wrong_form,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
@@ -84,7 +86,7 @@ from llm_quantize.qtypes.codebook import CodebookType
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
-__all__ = ["LEVELS", "NAME", "config", "scheme", "vllm_refusal"]
+__all__ = ["LEVELS", "NAME", "config", "scheme", "vllm_caution", "vllm_refusal"]
 
 TITLE = "compressed-tensors (pack-quantized)"
 LABEL = "{level}"
@@ -103,6 +105,7 @@ OFFSETS = "zero points"
 EDGES = False
 UNNAMED = None
 RUNTIME = None
+MIXES: Mixes | None = mixed
 refuse = takes_any
 configured = with_quantization
 FORMS: Sequence[str] = (PACKED_FORM, PLAIN_FORM, *(layout.name for layout in floats.LAYOUTS.values()))
@@ -197,6 +200,12 @@ def notes(settings: Settings) -> Iterator[str]:
 def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
     """As ``StoredFormat.read``."""
     claimed: set[str] = set()
+    groups = mixed.Groups(settings)
+    names = [name for layout in (PACKED, PLAIN) for name, _ in modules(tensors, layout)] if groups.mixed else []
+
+    def group_of(name: str) -> Mapping[str, Any] | None:
+        return groups.of(name, names)
+
     for layout in (PACKED, PLAIN):
         for name, found in modules(tensors, layout):
             if name not in claimed:
@@ -205,7 +214,7 @@ def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
                 of_floats = floats.layout_of(fields)
                 check_present(name, of_floats or layout, fields)
                 if of_floats is None:
-                    yield _matrix(name, layout, found, settings, numbers)
+                    yield _matrix(name, layout, found, settings, numbers, group_of)
                 else:
                     words = (*of_floats.required, *of_floats.optional)
                     yield floats.matrix(name, of_floats, {word: fields[word] for word in words if word in fields})
@@ -217,24 +226,33 @@ _SUFFIXES = dict.fromkeys(
 
 
 def _matrix(
-    name: str, layout: Layout, found: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
+    name: str,
+    layout: Layout,
+    found: Mapping[str, TensorInfo],
+    settings: Settings,
+    numbers: Numbers,
+    group_of: Callable[[str], Mapping[str, Any] | None],
 ) -> PackedMatrix:
-    n, k, bits = _sizes(layout, found, settings, numbers)
-    if bits < 2:
+    n, k, fitting = _sizes(layout, found, settings, numbers)
+    if fitting[0] < 2:
         main = found[layout.required[0]]
         raise UnsupportedError(
             "codes of one bit are not decoded by this version",
             file=main.file,
             tensor=main.name,
             expected="2 to 8 bits",
-            found=f"{bits} bit",
+            found=f"{fitting[0]} bit",
             remedy="start from the model it was made from",
         )
-    declared, varies = _weight_settings(settings, bits)
-    _check_called_for(name, layout, found, settings, bits)
     scale = found["weight_scale"]
     each = scale.shape[-1] if len(scale.shape) == 2 else 1
-    group = columns_of_group(declared, k, each, varies=varies)
+    candidates = _candidates(settings, fitting)
+    weights = candidates[0]
+    if any(other != weights for other in candidates):
+        weights = _of_module(name, candidates, settings, group_of(name), lambda one: _groups_of(one, k) == each)
+    bits, declared = weights["num_bits"], _group_size(settings, weights)
+    _check_called_for(name, layout, found, weights)
+    group = columns_of_group(declared, k, each, varies=False)
     matrix = PackedMatrix(name, layout, n, k, bits, group, "weight_zero_point" not in found, False, found)
     g = matrix.groups
     by_row = {"weight_zero_point": (("I8",), ((n, g), (1,), (1, 1), *(((n,),) if g == 1 else ())))}
@@ -252,25 +270,22 @@ def _matrix(
     )
 
 
-def _check_called_for(
-    name: str, layout: Layout, found: Mapping[str, TensorInfo], settings: Settings, bits: int
-) -> None:
-    """Raise IntegrityError where a field is absent that all groups of this width have."""
-    groups = [weights for weights in weights_of_groups(settings.values) if weights.get("num_bits") == bits]
-    if all(weights.get("symmetric", True) is False for weights in groups):
+def _check_called_for(name: str, layout: Layout, found: Mapping[str, TensorInfo], weights: Mapping[str, Any]) -> None:
+    """Raise IntegrityError where a field is absent that the module's group calls for."""
+    if weights.get("symmetric", True) is False:
         check_called_for(name, "weight_zero_point", found, "symmetric false")
-    if layout is PACKED and all(weights.get("actorder") == "group" for weights in groups):
+    if layout is PACKED and weights.get("actorder") == "group":
         check_called_for(name, "weight_g_idx", found, "actorder group")
 
 
 def _sizes(
     layout: Layout, found: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
-) -> tuple[int, int, int]:
-    """(rows, columns, bits), as the shapes of the fields say."""
+) -> tuple[int, int, tuple[int, ...]]:
+    """(rows, columns, the widths that fit the shapes of the fields, those that the configuration names first)."""
     main, declared = found[layout.required[0]], declared_bits(settings)
     check_matrix(main)
     if layout is PLAIN:
-        return main.shape[0], main.shape[1], 8 if 8 in declared or not declared else declared[0]
+        return main.shape[0], main.shape[1], tuple(sorted(declared, reverse=True)) or (8,)
     info = found["weight_shape"]
     if (info.dtype, info.shape) not in (("I64", (2,)), ("I32", (2,))):
         raise misfit(info, "two whole numbers, int64", info.shape)
@@ -280,30 +295,64 @@ def _sizes(
     fitting = [bits for bits in range(1, 9) if main.shape == (rows, packed_words(columns, bits))]
     if not fitting:
         raise misfit(main, f"codes of {rows} rows and {columns} columns", main.shape)
-    likely = [bits for bits in fitting if bits in declared]
-    return rows, columns, (likely or fitting)[0]
+    return rows, columns, tuple(sorted(fitting, key=lambda bits: bits not in declared))
 
 
-def _weight_settings(settings: Settings, bits: int) -> tuple[int, bool]:
-    """(group size, whether modules may differ) of what the configuration says of matrices of ``bits`` bits.
+def _candidates(settings: Settings, fitting: Sequence[int]) -> list[Mapping[str, Any]]:
+    """What groups of one of the widths ``fitting`` say of weights, those of integers where there are any. Raises
+    IntegrityError where there is none."""
+    found = [weights for weights in weights_of_groups(settings.values) if weights.get("num_bits") in fitting]
+    if not found:
+        known = ", ".join(map(str, declared_bits(settings))) or "no"
+        raise contradicts(settings.file, f"{known} bits", f"{fitting[0]} bits")
+    return [weights for weights in found if weights.get("type", "int") == "int"] or found
 
-    Raises MalformedInputError for values of no sense, IntegrityError for another width, UnsupportedError.
+
+def _of_module(
+    name: str,
+    candidates: Sequence[Mapping[str, Any]],
+    settings: Settings,
+    meant: Mapping[str, Any] | None,
+    fits: Callable[[Mapping[str, Any]], bool],
+) -> Mapping[str, Any]:
+    """What the module's own group, ``meant``, says of weights. Where no target means the module, as its reader has
+    another name for it, the one whose groups fit its scales.
+
+    Raises IntegrityError where its group is none of ``candidates``, or where it cannot be told.
     """
-    candidates = [weights for weights in weights_of_groups(settings.values) if weights.get("num_bits") == bits]
-    if not candidates:
-        declared = ", ".join(map(str, declared_bits(settings))) or "no"
-        raise contradicts(settings.file, f"{declared} bits", f"{bits} bits")
-    found = candidates[0]
-    if found.get("type", "int") != "int" or found.get("strategy") not in ("group", "channel", "tensor"):
-        words = f"weights of type {found.get('type')!r}, strategy {found.get('strategy')!r}"
+    if meant is not None:
+        fitting = [meant] if meant in candidates else []
+    else:
+        fitting = [weights for weights in candidates if fits(weights)]
+    grids = {(weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")) for weights in fitting}
+    if len(grids) != 1:
+        widths = sorted({str(weights.get("num_bits")) for weights in candidates})
+        raise contradicts(
+            settings.file,
+            f"a group of {' or '.join(widths)} bits for {printable(name, 120)}",
+            "no target that means it" if meant is None else f"its group is of {meant.get('num_bits')} bits",
+        )
+    return fitting[0]
+
+
+def _groups_of(weights: Mapping[str, Any], columns: int) -> int:
+    """Scales of a row of ``columns`` by these words; 0 for words of no sense."""
+    size = weights.get("group_size") if weights.get("strategy") == "group" else columns
+    return -(-columns // size) if type(size) is int and size > 0 else 0
+
+
+def _group_size(settings: Settings, weights: Mapping[str, Any]) -> int:
+    """As a configuration says it, -1 for a whole row. Raises MalformedInputError for values of no sense,
+    UnsupportedError for other ways of quantizing."""
+    if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel", "tensor"):
+        words = f"weights of type {weights.get('type')!r}, strategy {weights.get('strategy')!r}"
         raise UnsupportedError(
             "this way of quantizing is not decoded by this version",
             file=settings.file,
             expected="integer weights with a scale for each group, channel or tensor",
             found=printable(words, 200),
         )
-    size = found.get("group_size") if found["strategy"] == "group" else -1
-    return group_size(size, settings.file), len(candidates) > 1
+    return group_size(weights.get("group_size") if weights["strategy"] == "group" else -1, settings.file)
 
 
 def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
@@ -363,7 +412,7 @@ def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, 
 
 
 def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> Iterator[str]:
-    """As ``StoredFormat.check_settings``: the ignore list."""
+    """As ``StoredFormat.check_settings``: the ignore list, and which module is of which group."""
     ignored, names = settings.values.get("ignore"), {matrix.name for matrix in matrices.values()}
     rules = [rule for rule in ignored if isinstance(rule, str)] if isinstance(ignored, list) else []
     found = [(rule, rule) for rule in dict.fromkeys(rules) if rule in names]
@@ -371,6 +420,7 @@ def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> 
     matchers = ((rule, compiled(rule[3:], settings.file)) for rule in expressions)
     for rule, name in (*found, *first_meant(matchers, sorted(names), settings.file)):
         yield f"{name} is quantized, but the configuration's ignore list has {printable(rule, 200)}"
+    yield from mixed.contradictions(mixed.Groups(settings), list(matrices.values()))
 
 
 def layout_name(matrices: Collection[PackedMatrix]) -> str:
@@ -379,12 +429,11 @@ def layout_name(matrices: Collection[PackedMatrix]) -> str:
 
 
 def level_of(matrices: Collection[PackedMatrix]) -> str:
-    """W4A16, W4A16_ASYM, FP8, NVFP4A16."""
+    """W4A16, W4A16_ASYM, W2-8A16, FP8, NVFP4A16."""
     named = sorted({floats.level_name(matrix) for matrix in matrices if matrix.grid})
     if named:
         return "+".join(named)
-    asymmetric = any(not matrix.symmetric for matrix in matrices)
-    return f"W{widths(matrices)}A16{'_ASYM' if asymmetric else ''}"
+    return mixed.mixed_level({matrix.qtype for matrix in matrices})
 
 
 def least_zero(_scheme: Scheme) -> int:

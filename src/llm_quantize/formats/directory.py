@@ -61,10 +61,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that stand in one file: the fields of the matrix ``module``, or one tensor by itself (None)."""
+    """Tensors that stand in one file: the fields of the matrix ``module``, or one tensor by itself (None).
+    ``qtype``: the grid of the matrix, where it is not that of all."""
 
     tensors: tuple[Stored, ...]
     module: Module | None = None
+    qtype: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -180,7 +182,7 @@ def _lay_out(
             if group.module is not None:
                 fields = tuple(range(first, len(tensors)))
                 module = group.module
-                matrices.append(MatrixPlan(module.name, module.weight, qtype, fields, module.seen))
+                matrices.append(MatrixPlan(module.name, module.weight, group.qtype or qtype, fields, module.seen))
     if len(shards) > 1:
         data = index_bytes(weight_map, sum(group.nbytes for group in groups))
         files.append(_file("model.safetensors.index.json", data))

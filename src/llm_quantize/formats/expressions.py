@@ -42,20 +42,43 @@ def compiled(expression: str, file: Path) -> Meaning:
 def first_meant(rules: Iterable[tuple[str, Meaning]], names: Collection[str], file: Path) -> Iterator[tuple[str, str]]:
     """(rule, the first of ``names`` that it means) for every rule that means one. ``file``: where the rules stand.
     Raises MalformedInputError where that takes more than MOST_SECONDS of CPU."""
-    end = time.process_time() + MOST_SECONDS
+    look = _watch(len(names), file)
     for rule, means in rules:
         for number, name in enumerate(names):
-            if number % _LOOKS == 0 and time.process_time() > end:
-                raise MalformedInputError(
-                    "the expressions of the quantization's configuration take too long to match",
-                    file=file,
-                    expected=f"all of them and {len(names):,} modules in {MOST_SECONDS:g} seconds",
-                    found=f"no end at {printable(rule, 80)}",
-                    remedy="fetch config.json again; shorten or remove its expressions if they are really so many",
-                )
+            look(number, rule)
             if means(name):
                 yield rule, name
                 break
+
+
+def each_meant(rules: Collection[tuple[str, Meaning]], names: Collection[str], file: Path) -> Iterator[tuple[str, str]]:
+    """(name, the first of ``rules`` that means it) for every one of ``names`` that is meant. Raises as
+    ``first_meant``."""
+    look, number = _watch(len(names), file), 0
+    for name in names:
+        for rule, means in rules:
+            look(number, rule)
+            number += 1
+            if means(name):
+                yield name, rule
+                break
+
+
+def _watch(count: int, file: Path) -> Callable[[int, str], None]:
+    """A function that is told of each step and raises MalformedInputError after MOST_SECONDS of CPU."""
+    end = time.process_time() + MOST_SECONDS
+
+    def look(number: int, rule: str) -> None:
+        if number % _LOOKS == 0 and time.process_time() > end:
+            raise MalformedInputError(
+                "the expressions of the quantization's configuration take too long to match",
+                file=file,
+                expected=f"all of them and {count:,} modules in {MOST_SECONDS:g} seconds",
+                found=f"no end at {printable(rule, 80)}",
+                remedy="fetch config.json again; shorten or remove its expressions if they are really so many",
+            )
+
+    return look
 
 
 def _refuse(expression: str, file: Path, found: str) -> NoReturn:

@@ -42,6 +42,7 @@ from llm_quantize.formats.base import (
     grid_numbers,
     load_floats,
     mixture_of,
+    no_caution,
     parse_bits,
     store_floats,
     takes_any,
@@ -99,6 +100,8 @@ OFFSETS = "zero points"
 EDGES = False
 UNNAMED = None
 RUNTIME = None
+MIXES = None
+vllm_caution = no_caution
 refuse = takes_any
 groups = usual_groups
 configured = with_quantization

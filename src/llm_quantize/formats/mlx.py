@@ -29,6 +29,7 @@ from llm_quantize.formats.base import (
     check_group,
     load_floats,
     mixture_of,
+    no_caution,
     parse_bits,
     store_floats,
     to_numpy,
@@ -76,6 +77,8 @@ RUNTIME = (
     "mlx_lm, on Apple silicon or with `mlx-cpu` elsewhere",
     '```python\nfrom mlx_lm import load, generate\n\nmodel, tokenizer = load("{name}")\n```',
 )
+MIXES = None
+vllm_caution = no_caution
 RESCALES = False
 LEVELS: Sequence[str] = ("4bit", "8bit", "6bit", "5bit", "3bit", "2bit")
 DEFAULT_GROUP = 64

@@ -9,7 +9,7 @@ decoder blocks is packed, less what recipes never quantize (routers, norms); eve
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
-EDGES = ("token_embd.weight", "output.weight")
+HEAD = "output.weight"
+EDGES = ("token_embd.weight", HEAD)
 """Embedding and output matrix, as the map of tensors calls them."""
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -66,9 +67,9 @@ def joined_with(name: str) -> frozenset[str]:
     return frozenset(f"{parent}.{other}" for names in _FUSED if last in names for other in names)
 
 
-def select(source: Source, ignore: Sequence[str] = (), *, edges: bool = False) -> Selection:
-    """Decide about every tensor. ``ignore``: regular expressions, searched in the names of modules. ``edges``: the
-    embedding and the output matrix are packed too.
+def select(source: Source, ignore: Sequence[str] = (), *, edges: Collection[str] = ()) -> Selection:
+    """Decide about every tensor. ``ignore``: regular expressions, searched in the names of modules. ``edges``: those
+    of EDGES that are packed too.
 
     Raises UsageError (a bad expression), UnsupportedError (matrices stored (in, out), or experts in one tensor that no
     runtime has single names for).
@@ -109,6 +110,12 @@ def select(source: Source, ignore: Sequence[str] = (), *, edges: bool = False) -
     return found
 
 
+def head_of(source: Source) -> str | None:
+    """The module of the output matrix, where the model has one of its own; None where it is the embedding."""
+    found = next((output for output in source.tensors.outputs if output.name == HEAD), None)
+    return None if found is None or len(found.pieces) != 1 else found.pieces[0].source.removesuffix(".weight")
+
+
 def _compile(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
@@ -116,14 +123,14 @@ def _compile(text: str) -> re.Pattern[str]:
         raise UsageError(f"{text!r} is not a regular expression: {error}", remedy="see --ignore") from error
 
 
-def _packable(source: Source, ignore: Sequence[re.Pattern[str]], edges: bool) -> dict[str, list[Module]]:
+def _packable(source: Source, ignore: Sequence[re.Pattern[str]], edges: Collection[str]) -> dict[str, list[Module]]:
     """{tensor: its modules} for everything that blocks multiply with and recipes may quantize, and with ``edges`` for
     what stands before and after them, in checkpoint order."""
     found: dict[str, dict[str, Module]] = {}
     tensors = source.checkpoint.tensors
     for output in source.tensors.outputs:
         block = _BLOCK.match(output.name)
-        edge = edges and output.name in EDGES
+        edge = output.name in edges
         if (block is None and not edge) or not is_quantizable(TensorShape(output.name, output.shape)):
             continue
         for piece in output.pieces:

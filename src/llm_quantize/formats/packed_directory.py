@@ -6,15 +6,17 @@ it, is kept in the type it is stored in (FP8 as BF16 and without its scales, F64
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.architectures.rows import weights_of
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.base import (
     Importance,
+    Mixes,
     Packed,
     Scheme,
     SchemeOptions,
@@ -25,16 +27,20 @@ from llm_quantize.formats.base import (
 )
 from llm_quantize.formats.card import PackedFacts, about_packed, transformers_caution
 from llm_quantize.formats.directory import KEPT_TYPES, Contents, Group, Stored, plain_config, plan_files, whole
-from llm_quantize.formats.modules import Module, Selection, coverage, select
+from llm_quantize.formats.modules import EDGES, HEAD, Module, Selection, coverage, head_of, select
+from llm_quantize.formats.packed_recipe import bits_per_weight, by_grid, named, types_of
+from llm_quantize.formats.recipe import Recipe, no_recipes
 from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.qtypes.integer import WHOLE_ROW
 
 if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
-    from llm_quantize.options import MethodOptions, Options
+    from llm_quantize.options import Options
 
 _TOO_LARGE = "leave this matrix as it is, from the start: --ignore '^TENSOR' --overwrite"
+_OF_BLOCKS = " of the decoder's blocks"
+_WITH_HEAD = f"{_OF_BLOCKS}, and the output matrix"
 _SPLIT_BY_COLUMNS = ("o_proj", "down_proj", "w2", "dense", "fc2", "c_proj", "out_proj", "dense_4h_to_h")
 
 
@@ -73,12 +79,14 @@ class PackedFormat:
         left to pack, a bad --ignore, options of GGUF), UnsupportedError (matrices stored (in, out); experts without
         names of their own; a model without tokenizer files)."""
         need_small_files(source.checkpoint)
-        if options.overrides.given or options.split_max_size is not None or options.modelfile:
+        recipe = options.overrides.recipe
+        if options.overrides.of_tensors or options.split_max_size is not None or options.modelfile:
             raise UsageError(
-                f"types of single tensors, recipes, --split-max-size and --export-ollama belong to gguf, not to "
-                f"{self.name}",
+                f"types of single tensors, --split-max-size and --export-ollama belong to gguf, not to {self.name}",
                 remedy="use --group-size, --sym or --asym, --ignore and --output-shard-size",
             )
+        if recipe is not None:
+            recipe.check_use(source, self.name, levels, self.recipe_level)
         found = [self._plan(source, level, stem, importance, options) for level in levels]
         return list({plan.name: plan for plan in found}.values())
 
@@ -89,6 +97,21 @@ class PackedFormat:
     def calibrated(self, level: str) -> bool:
         """See ``Format``."""
         return True
+
+    def recipe_level(self, text: str) -> str:
+        """See ``Format``."""
+        return self._mixes.recipe_level(text)
+
+    def recipe_type(self, text: str) -> str:
+        """See ``Format``."""
+        return self._mixes.recipe_type(text)
+
+    @property
+    def _mixes(self) -> Mixes:
+        """Raises UsageError where all matrices have one grid."""
+        if self.form.MIXES is None:
+            raise no_recipes(self.name)
+        return self.form.MIXES
 
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
@@ -105,7 +128,8 @@ class PackedFormat:
     ) -> ArtifactPlan:
         """The artifact STEM-LABEL (LABEL: GPTQ-4bit, AWQ-4bit, W4A16, ...)."""
         form, method = self.form, options.method
-        found = select(source, method.ignore, edges=form.EDGES)
+        recipe = options.overrides.recipe
+        found = select(source, method.ignore, edges=EDGES if form.EDGES else self._edges(source, recipe))
         if not found.packed:
             raise UsageError(
                 "nothing is left to pack", found=f"{len(found.ignored)} modules ignored", remedy="see --ignore"
@@ -120,28 +144,39 @@ class PackedFormat:
         form.refuse(source, [module.name for module in found.modules])
         if not form.PACKS_EXPERTS:
             _refuse_experts(form, found.modules)
-        scheme, why = _fitting(form, level, asked, found.modules)
+        taken = {} if recipe is None else named(recipe)
+        left = [one for one in found.modules if one.name not in taken and mixture_of(one.name) not in taken]
+        scheme, why = _fitting(form, level, asked, left)
+        types = types_of(recipe, found.modules, scheme.qtype.name)
+        groups = _groups(source, found, form, scheme, types)
         label = _label(form, scheme)
-        groups = _groups(source, found, form, scheme)
+        name, mixed = f"{stem}-{label}", dict[str, list[str]]()
+        if recipe is not None:
+            grids = by_grid(types)
+            mixed = {qtype: grids[qtype] for qtype in self._mixes.order(grids)}
+            scheme = replace(scheme.on(next(iter(mixed))), level=self._mixes.mixed_level(mixed))
+            sizes = ((one.nbytes, weights_of(one.module.weight.shape)) for one in groups if one.module is not None)
+            label, name = f"{scheme.level} ({bits_per_weight(sizes):.1f} bits)", f"{stem}-{recipe.name}"
         caution = transformers_caution(form) if source.architecture.hyper.n_expert else None
-        warnings = [*found.warnings, *_warnings(form, scheme, found, method), *([caution] if caution else [])]
-        own = form.config(scheme, coverage(source, found))
+        warnings = [*found.warnings, *_warnings(form, scheme, found, types), *([caution] if caution else [])]
+        cautions = () if form.MIXES is None or not mixed else tuple(form.MIXES.cautions(mixed))
+        own = form.config(scheme, replace(coverage(source, found), mixed=mixed))
         config = form.configured(source, plain_config(source.checkpoint.config), own)
-        facts = self._facts(source, found, scheme, groups, f"{stem}-{label}", importance, options)
+        facts = self._facts(source, found, scheme, groups, name, importance, options, types, cautions)
         contents = Contents(
             format=form.NAME,
             label=label,
-            name=f"{stem}-{label}",
+            name=name,
             groups=groups,
             config=config,
             about=about_packed(facts),
             weights=facts.weights,
-            identity=self._identity(scheme, importance, options),
+            identity=self._identity(scheme, importance, options, mixed),
             shard_size=method.shard_size,
             include=method.include,
             qtype=scheme.qtype.name,
             measured=options.statistics is None and method.stages(self.name).correction > 0,
-            warnings=warnings,
+            warnings=[*warnings, *cautions],
             notes=why,
             too_large=_TOO_LARGE,
             dropped=found.dropped,
@@ -151,9 +186,22 @@ class PackedFormat:
         held = frozenset(index for index, tensor in enumerate(plan.tensors) if tensor.name in floats)
         return replace(plan, held=held)
 
-    def _identity(self, scheme: Scheme, importance: Importance | None, options: Options) -> dict[str, Any]:
-        """What decides the codes, JSON-ready."""
-        text = {} if importance is None else {"text": importance.sha256}
+    def _edges(self, source: Source, recipe: Recipe | None) -> tuple[str, ...]:
+        """The output matrix, where a recipe names it. Raises UsageError for a type that heads cannot have."""
+        qtype = None if recipe is None else named(recipe).get(head_of(source) or "")
+        if recipe is None or qtype is None:
+            return ()
+        self._mixes.check_head(recipe, qtype)
+        return (HEAD,)
+
+    def _identity(
+        self, scheme: Scheme, importance: Importance | None, options: Options, mixed: Mapping[str, Sequence[str]]
+    ) -> dict[str, Any]:
+        """What decides the codes, JSON-ready; of a recipe its hash, and how many matrices have which grid."""
+        text: dict[str, Any] = {} if importance is None else {"text": importance.sha256}
+        recipe = options.overrides.recipe
+        if recipe is not None:
+            text |= {"recipe": recipe.sha256, "grids": {name: len(modules) for name, modules in mixed.items()}}
         return {
             "scheme": scheme.to_dict(),
             "ignore": list(options.method.ignore),
@@ -171,6 +219,8 @@ class PackedFormat:
         name: str,
         importance: Importance | None,
         options: Options,
+        types: Mapping[str, str],
+        cautions: tuple[str, ...],
     ) -> PackedFacts:
         """What the model card tells."""
         packed = (source.checkpoint.tensors[tensor] for tensor in found.packed)
@@ -184,8 +234,12 @@ class PackedFormat:
             weights=sum(info.elements for info in (*packed, *found.kept)),
             method=options.method.words(self.name, () if importance is None else importance.datasets),
             ignored=tuple(found.ignored),
-            tensor_parallel=_tensor_parallel(scheme, found.modules),
+            tensor_parallel=_tensor_parallel(scheme, found.modules, types),
             experts=source.architecture.hyper.n_expert > 0,
+            grids={qtype: len(names) for qtype, names in by_grid(types).items()},
+            cautions=cautions,
+            vllm_note=_vllm_note(self.form, scheme, found, types),
+            packed_of=_OF_BLOCKS if all(module.seen for module in found.modules) else _WITH_HEAD,
         )
 
 
@@ -238,26 +292,26 @@ def _label(form: Packed, scheme: Scheme) -> str:
     return label
 
 
-def _groups(source: Source, found: Selection, form: Packed, scheme: Scheme) -> list[Group]:
-    """What stands in the files, in the order of the checkpoint."""
+def _groups(source: Source, found: Selection, form: Packed, scheme: Scheme, types: Mapping[str, str]) -> list[Group]:
+    """What stands in the files, in the order of the checkpoint. ``types``: {module: its grid}."""
     kept = {info.name for info in found.kept}
     groups = []
     for name, info in source.checkpoint.tensors.items():
         for module in found.packed.get(name, ()):
             rows, columns = module.weight.shape
-            fields = form.fields(scheme, rows, columns, name=module.name)
+            fields = form.fields(scheme.on(types[module.name]), rows, columns, name=module.name)
             stored = [Stored(OutputTensor(f"{module.name}.{f.suffix}", f.shape), f.dtype) for f in fields]
-            groups.append(Group(tuple(stored), module))
+            groups.append(Group(tuple(stored), module, types[module.name]))
         if name in kept:
             groups.append(whole(info, KEPT_TYPES.get(info.dtype, "f32")))
     return groups
 
 
-def _tensor_parallel(scheme: Scheme, modules: Sequence[Module]) -> int:
+def _tensor_parallel(scheme: Scheme, modules: Sequence[Module], types: Mapping[str, str]) -> int:
     """Over how many devices, at most 8, vLLM can split the matrices: each gets whole groups of the columns of some,
     and at least 64 rows' multiples of the others."""
     for devices in (8, 4, 2):
-        if all(_splits(scheme, module, devices) for module in modules):
+        if all(_splits(scheme.on(types[module.name]), module, devices) for module in modules):
             return devices
     return 1
 
@@ -279,14 +333,22 @@ def _sized(module: Module) -> str:
     return f"{module.name} {tuple(module.weight.shape)}"
 
 
-def _warnings(form: Packed, scheme: Scheme, found: Selection, method: MethodOptions) -> list[str]:
-    """What is legal but may surprise."""
+def _vllm_note(form: Packed, scheme: Scheme, found: Selection, types: Mapping[str, str]) -> str | None:
+    """See ``Packed.vllm_caution``."""
+    head = not all(module.seen for module in found.modules)
+    return form.vllm_caution([scheme.on(qtype) for qtype in by_grid(types)], head=head)
+
+
+def _warnings(form: Packed, scheme: Scheme, found: Selection, types: Mapping[str, str]) -> list[str]:
+    """What is legal but may surprise. ``types``: {module: its grid}."""
     warnings: list[str] = []
     if form.RUNTIME is not None:
         return warnings
     refusal = form.vllm_refusal(scheme)
     if refusal is not None:
         return [*warnings, f"vLLM will not load this artifact: {refusal}"]
+    caution = _vllm_note(form, scheme, found, types)
+    warnings += [caution] if caution else []
     modules = found.modules
     odd = {places: [m for m in modules if not _whole(m, step)] for places, step in form.VLLM_STEPS}
     nowhere = [m for m in modules if form.VLLM_STEPS and not any(_whole(m, step) for _, step in form.VLLM_STEPS)]
@@ -303,7 +365,7 @@ def _warnings(form: Packed, scheme: Scheme, found: Selection, method: MethodOpti
                 f"want (rows a multiple of {step[0]}, columns of {step[1]}), the first {_sized(odd[places][0])}"
             )
             break
-    if _tensor_parallel(scheme, modules) == 1:
-        whole = next(module for module in modules if not _splits(scheme, module, 2))
+    if _tensor_parallel(scheme, modules, types) == 1:
+        whole = next(module for module in modules if not _splits(scheme.on(types[module.name]), module, 2))
         warnings.append(f"vLLM cannot split this artifact over several devices, because of {whole.name}")
     return warnings

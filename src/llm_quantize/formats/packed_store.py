@@ -41,9 +41,10 @@ class DirectoryStore:
         return "plain" if self.form.OWN_ROUNDING else "fit"
 
     def grid_type(self, qtype: str) -> GridType:
-        chosen = self.scheme.qtype
+        scheme = self.scheme.on(qtype)
+        chosen = scheme.qtype
         # A negative scale gives the extra level to the larger side; every kernel that was tried reads it.
-        least = self.form.least_zero(self.scheme)
+        least = self.form.least_zero(scheme)
         return grid_type(chosen.name, scale=chosen.scale, signed=True, least_zero=least)
 
     def grid_of(self, matrix: MatrixPlan, start: int, stop: int, read: ReadRows) -> GridType:
@@ -64,7 +65,7 @@ class DirectoryStore:
             return self._ladders[matrix.name]
 
     def largest(self, qtype: str) -> float:
-        return self.scheme.qtype.largest
+        return self.scheme.on(qtype).qtype.largest
 
     def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> tuple[Grid, torch.Tensor]:
         return grid, codes
@@ -75,16 +76,17 @@ class DirectoryStore:
     def join(self, matrix: MatrixPlan, pieces: Sequence[Any]) -> Fields:
         self._ladders.pop(matrix.name, None)
         grid = Grid.stack([grid for grid, _ in pieces])
-        return self.form.pack(self.scheme, grid, torch.cat([codes for _, codes in pieces]))
+        return self.form.pack(self.scheme.on(matrix.qtype), grid, torch.cat([codes for _, codes in pieces]))
 
     def typed(self, tensor: TensorPlan, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         return data.view(NUMPY_TYPES[tensor.qtype]).reshape(tensor.output.shape)
 
     def decode(self, matrix: MatrixPlan, fields: Fields) -> Floats:
         rows, columns = matrix.weight.shape
-        names = [field.suffix for field in self.form.fields(self.scheme, rows, columns)]
+        scheme = self.scheme.on(matrix.qtype)
+        names = [field.suffix for field in self.form.fields(scheme, rows, columns)]
         named = dict(zip(names, fields, strict=True))
-        packed, values = self.form.described(self.scheme, rows, columns), np.empty((rows, columns), np.float32)
+        packed, values = self.form.described(scheme, rows, columns), np.empty((rows, columns), np.float32)
         step = max(ALIGNED, chunk_rows(columns) // ALIGNED * ALIGNED)
         for first in range(0, rows, step):
             last = min(rows, first + step)

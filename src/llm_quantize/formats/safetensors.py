@@ -18,6 +18,7 @@ from llm_quantize.formats.base import Importance, Store
 from llm_quantize.formats.card import About, bytes_words
 from llm_quantize.formats.directory import Contents, plain_config, plan_files, whole
 from llm_quantize.formats.level_names import FLOATS, known_level
+from llm_quantize.formats.recipe import no_recipes
 from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.plan import ArtifactPlan
@@ -60,6 +61,14 @@ class Safetensors:
     def calibrated(self, level: str) -> bool:
         """See ``Format``."""
         return False
+
+    def recipe_level(self, text: str) -> str:
+        """See ``Format``: it takes no recipes."""
+        raise no_recipes(self.name)
+
+    def recipe_type(self, text: str) -> str:
+        """See ``Format``."""
+        raise no_recipes(self.name)
 
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``: no method ever asks, as nothing here is a matrix of codes."""

@@ -121,6 +121,17 @@ class PackedDirectory(StoredDirectory):
         return self.format.LABEL.format(level=self.format.level_of(self.matrices.values()))
 
     @property
+    def misread(self) -> tuple[str, ...]:
+        """What Transformers would read otherwise than it stands, a sentence each."""
+        if self.format.MIXES is None:
+            return ()
+        mixed: dict[str, list[str]] = {}
+        for matrix in self.matrices.values():
+            if not matrix.grid:
+                mixed.setdefault(matrix.qtype, []).append(matrix.name)
+        return tuple(self.format.MIXES.cautions(mixed))
+
+    @property
     def rescales(self) -> bool:
         """As ``StoredDirectory.rescales``."""
         return self.format.RESCALES

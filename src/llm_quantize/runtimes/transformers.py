@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.events import EventSink
+from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
 from llm_quantize.runtimes import isolated
 from llm_quantize.runtimes.base import Opener, Reply, Request, Written, is_torch_directory, refuse_incomplete
 from llm_quantize.runtimes.isolated import Worker
@@ -44,10 +46,30 @@ def run(directory: Path, request: Request, *, backend: str | None = None) -> Rep
     """``request`` answered by transformers for the model in ``directory``. ``backend``: None (kernels in plain torch),
     the name of a kernel of GPTQModel, or "dequantize" (compressed-tensors: floats from the start).
 
-    Raises as ``refuse_incomplete`` and ``isolated.run``.
+    Raises as ``refuse_incomplete`` and ``isolated.run``, UnsupportedError for what transformers misreads.
     """
     refuse_incomplete(directory)
+    _refuse_misread(directory)
     return isolated.run(TRANSFORMERS, directory, request, settings=_SETTINGS, options={"backend": backend})
+
+
+def _refuse_misread(directory: Path) -> None:
+    """Raise UnsupportedError for a quantized model of which transformers would compute with other values than stand in
+    it, without a word; what our reader cannot read is transformers' own to judge."""
+    try:
+        if not is_packed_directory(directory):
+            return
+        with PackedDirectory(directory) as packed:
+            found = packed.misread
+    except (MalformedInputError, UnsupportedError):
+        return
+    if found:
+        raise UnsupportedError(
+            "transformers would compute with other values than this model has",
+            file=directory,
+            found=found[0],
+            remedy="run it in vLLM: --runtime vllm",
+        )
 
 
 def timer(path: Path, request: Request) -> Reply:
@@ -79,10 +101,12 @@ def predictions(
 def generate(path: Path, request: Request, on_event: EventSink) -> Iterator[str]:
     """Pieces of the text that transformers writes after the first prompt, as they are made. Raises as ``run``."""
     refuse_incomplete(path)
+    _refuse_misread(path)
     return written_once(TRANSFORMERS, path, request, on_event, settings=_SETTINGS, options={"backend": None})
 
 
 def converse(path: Path, request: Request, _on_event: EventSink) -> AbstractContextManager[WorkerSession]:
     """As ``Runtime.converse``. Raises as ``run``."""
     refuse_incomplete(path)
+    _refuse_misread(path)
     return talking(TRANSFORMERS, path, request, settings=_SETTINGS, options={"backend": None})

@@ -35,6 +35,7 @@ from llm_quantize.formats.ctranslate2.network import KIND, REVISION, Network, We
 from llm_quantize.formats.ctranslate2.vocabulary import special_tokens, tokens_of
 from llm_quantize.formats.directory import KEPT_TYPES, Contents, plan_around
 from llm_quantize.formats.gguf.vocabulary.special import chat_templates
+from llm_quantize.formats.recipe import no_recipes
 from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.io.ctranslate2_file import MODEL_FILE, Variable, layout_model
 from llm_quantize.io.output import OutputFile
@@ -76,6 +77,14 @@ class CTranslate2:
     def calibrated(self, level: str) -> bool:
         """See ``Format``."""
         return LEVELS[level_of(level)].matrix == FED
+
+    def recipe_level(self, text: str) -> str:
+        """See ``Format``: it takes no recipes."""
+        raise no_recipes(self.name)
+
+    def recipe_type(self, text: str) -> str:
+        """See ``Format``."""
+        raise no_recipes(self.name)
 
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""

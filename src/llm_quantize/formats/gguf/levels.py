@@ -29,9 +29,10 @@ from llm_quantize.formats.gguf.mixes import (
     Position,
 )
 from llm_quantize.formats.level_names import FLOATS, known_level
+from llm_quantize.formats.recipe import Recipe
 from llm_quantize.plan import Substitution
 from llm_quantize.qtypes import QTYPES
-from llm_quantize.results import Settings, Shown
+from llm_quantize.results import Settings
 
 
 @dataclass(frozen=True)
@@ -144,41 +145,19 @@ class TensorShape:
     unquantized: str = "f32"
 
 
-@dataclass(frozen=True, repr=False)
-class Recipe(Shown):
-    """A user's own mix (``read_recipe``): the qtypes of single ``tensors`` by name, before everything else; the rest
-    as ``level`` says. ``model``: digest of the model that it was made for, if it says so; ``sha256``: of the file."""
-
-    name: str
-    level: str
-    tensors: Mapping[str, str]
-    model: str | None = None
-    sha256: str = ""
-
-    def summary(self) -> dict[str, object]:
-        """Its name, its level, and how many tensors it names."""
-        return {"name": self.name, "level": self.level, "tensors": len(self.tensors)}
-
-    def check(self, tensors: Sequence[TensorShape]) -> None:
-        """Raise UsageError where it does not fit a model of these ``tensors``, naming the tensors."""
-        shapes = {tensor.name: tensor for tensor in tensors}
-        unknown = [name for name in self.tensors if name not in shapes]
-        if unknown:
-            named = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+def check_recipe(recipe: Recipe, tensors: Sequence[TensorShape]) -> None:
+    """Raise UsageError where ``recipe`` does not fit a model of these ``tensors``, naming the tensors."""
+    shapes = {tensor.name: tensor for tensor in tensors}
+    recipe.refuse_unknown([name for name in recipe.tensors if name not in shapes])
+    for name, qtype in recipe.tensors.items():
+        block = QTYPES[qtype].block_size
+        if not is_quantizable(shapes[name]) or shapes[name].shape[-1] % block:
             raise UsageError(
-                f"the recipe {self.name} names tensors that this model does not have",
-                found=named,
-                remedy="a recipe fits the model that it was made for; take them out, or make one for this model",
+                f"the recipe {recipe.name} asks for {qtype} where it cannot be",
+                tensor=name,
+                expected=f"a matrix with rows of a multiple of {block} weights, no norm and no router",
+                found=f"shape {list(shapes[name].shape)}",
             )
-        for name, qtype in self.tensors.items():
-            block = QTYPES[qtype].block_size
-            if not is_quantizable(shapes[name]) or shapes[name].shape[-1] % block:
-                raise UsageError(
-                    f"the recipe {self.name} asks for {qtype} where it cannot be",
-                    tensor=name,
-                    expected=f"a matrix with rows of a multiple of {block} weights, no norm and no router",
-                    found=f"shape {list(shapes[name].shape)}",
-                )
 
 
 BEST = "best"
@@ -207,6 +186,11 @@ class Overrides(Settings):
     def given(self) -> bool:
         """Whether there is anything of that kind."""
         return self != Overrides()
+
+    @property
+    def of_tensors(self) -> bool:
+        """Whether there is anything beside a recipe."""
+        return self != Overrides(recipe=self.recipe)
 
 
 @dataclass(frozen=True)

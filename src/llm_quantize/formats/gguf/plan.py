@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import llm_quantize
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import matrix_shape, weights_of
-from llm_quantize.errors import IntegrityError, MissingExtraError, UsageError
+from llm_quantize.errors import MissingExtraError, UsageError
 from llm_quantize.formats.base import Importance, Store
 from llm_quantize.formats.gguf import metadata as gguf_format
 from llm_quantize.formats.gguf.describe import describe, warnings_of
@@ -24,12 +24,13 @@ from llm_quantize.formats.gguf.levels import (
     LEVELS,
     TRAINED,
     Assignment,
-    Recipe,
     TensorShape,
     assign,
+    check_recipe,
     is_quantizable,
     needs_importance,
     parse_level,
+    parse_qtype,
 )
 from llm_quantize.io.artifact_files import first_file
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf, read_gguf
@@ -66,7 +67,10 @@ class Gguf:
         describe(source)
         _refuse_directory_options(options.method)
         _refuse_modelfile(options)
-        _check_recipe(source, levels, options.overrides.recipe)
+        recipe = options.overrides.recipe
+        if recipe is not None:
+            recipe.check_use(source, NAME, levels, self.recipe_level)
+            check_recipe(recipe, tensor_shapes(source, recipe.level))
         names = list(dict.fromkeys(parse_level(level).name for level in levels))
         return [_plan_level(source, level, stem, importance, options) for level in names]
 
@@ -79,6 +83,14 @@ class Gguf:
     def calibrated(self, level: str) -> bool:
         """See ``Format``."""
         return True
+
+    def recipe_level(self, text: str) -> str:
+        """See ``Format``."""
+        return parse_level(text).name
+
+    def recipe_type(self, text: str) -> str:
+        """See ``Format``."""
+        return parse_qtype(text)
 
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
@@ -121,26 +133,6 @@ def _refuse_modelfile(options: Options) -> None:
         )
     if options.modelfile and find_spec("jinja2") is None:
         raise MissingExtraError("rendering this model's chat template", "llamacpp")
-
-
-def _check_recipe(source: Source, levels: Sequence[str], recipe: Recipe | None) -> None:
-    """Raise UsageError where the recipe does not fit the model or the levels, IntegrityError where it was made for
-    another model (a source opened for its headers cannot tell)."""
-    if recipe is None:
-        return
-    if [parse_level(level).name for level in levels] != [recipe.level]:
-        raise UsageError("a recipe is a level of its own", expected=recipe.level, found=", ".join(levels))
-    recipe.check(tensor_shapes(source, recipe.level))
-    if recipe.model is None or source.checkpoint.headers_only:
-        return
-    found = source.content()
-    if found != recipe.model:
-        raise IntegrityError(
-            f"the recipe {recipe.name} was made for another model",
-            expected=f"model {recipe.model}",
-            found=f"model {found}",
-            remedy='make one for this model with `llm-quantize analyze profile`, or take "model" out of the recipe',
-        )
 
 
 def _plan_level(source: Source, name: str, stem: str, importance: Importance | None, options: Options) -> ArtifactPlan:

@@ -1,10 +1,11 @@
 """A recipe as a file: which tensor gets which qtype, for ``quantize --recipe``. JSON, written by us or by hand.
 
 {"format": "llm-quantize-recipe", "format_version": 1,
+ "for": "gguf",                                      optional: the format that it is for; "gguf" where it is absent
  "name": "Q4_K_M-profiled",                          the artifact is called MODEL-NAME
  "level": "Q4_K_M",                                  what tensors get that are not named
  "model": {"sha256": "...", "name": "..."},          optional: it is refused for any other model
- "tensors": {"blk.0.attn_v.weight": "q6_k", ...},    GGUF names
+ "tensors": {"blk.0.attn_v.weight": "q6_k", ...},    GGUF names; of a directory, the names of modules
  "made": {...}}                                      optional: how it came about; not read
 """
 
@@ -15,11 +16,14 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace as replace_field
 from pathlib import Path
 from typing import Any
 
 from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError, printable
-from llm_quantize.formats.gguf.levels import Recipe, parse_level, parse_qtype
+from llm_quantize.formats.base import Format
+from llm_quantize.formats.recipe import Recipe
+from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.json_file import parse_json
 from llm_quantize.io.paths import open_argument, pread_into
 from llm_quantize.io.whole_file import write_file
@@ -29,7 +33,7 @@ VERSION = 1
 MAX_BYTES = 64 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}", re.ASCII)
 _REQUIRED = {"format", "format_version", "name", "level", "tensors"}
-_OPTIONAL = {"model", "made"}
+_OPTIONAL = {"for", "model", "made"}
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -59,6 +63,9 @@ def read_recipe(path: str | Path) -> Recipe:
         raise _refuse(path, "the recipe's name cannot be part of a file's name", "letters, digits, _ + . -", name)
     if not isinstance(level, str):
         raise _refuse(path, "the recipe's level is not a word", "for example Q4_K_M", level)
+    form = fields.get("for", Recipe.form)
+    if not isinstance(form, str) or form not in FORMATS:
+        raise _refuse(path, "the recipe is for no format of this version", ", ".join(FORMATS), form)
     model = fields.get("model")
     if model is not None and (not isinstance(model, dict) or not isinstance(model.get("sha256"), str)):
         raise _refuse(path, "the recipe's model has no sha256", '{"sha256": "..."}', model)
@@ -66,10 +73,11 @@ def read_recipe(path: str | Path) -> Recipe:
         raise _refuse(path, "the recipe's tensors are not an object of words", '{"name": "q4_k"}', tensors)
     return Recipe(
         name=name,
-        level=parse_level(level).name,
-        tensors={tensor: _qtype(path, tensor, qtype) for tensor, qtype in tensors.items()},
+        level=FORMATS[form].recipe_level(level),
+        tensors={tensor: _qtype(FORMATS[form], path, tensor, qtype) for tensor, qtype in tensors.items()},
         model=None if model is None else model["sha256"],
         sha256=hashlib.sha256(data).hexdigest(),
+        form=form,
     )
 
 
@@ -95,9 +103,9 @@ def _refuse(path: Path, what: str, expected: str, found: object) -> MalformedInp
     )
 
 
-def _qtype(path: Path, tensor: str, text: str) -> str:
+def _qtype(form: Format, path: Path, tensor: str, text: str) -> str:
     try:
-        return parse_qtype(text)
+        return form.recipe_type(text)
     except UsageError as error:
         raise UsageError(
             error.what, file=path, tensor=printable(tensor, 120), expected=error.expected, found=error.found
@@ -114,7 +122,10 @@ def write_recipe(
 ) -> Recipe:
     """Write ``recipe`` (its own sha256 is not looked at) and return it as ``read_recipe`` will. Raises as
     ``write_file``."""
-    fields: dict[str, Any] = {"format": FORMAT, "format_version": VERSION, "name": recipe.name, "level": recipe.level}
+    fields: dict[str, Any] = {"format": FORMAT, "format_version": VERSION}
+    if recipe.form != Recipe.form:
+        fields["for"] = recipe.form
+    fields |= {"name": recipe.name, "level": recipe.level}
     if recipe.model is not None:
         fields["model"] = {"sha256": recipe.model, "name": model_name}
     fields["tensors"] = dict(recipe.tensors)
@@ -122,4 +133,4 @@ def write_recipe(
         fields["made"] = dict(made)
     data = json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     write_file(path, [data], replace=replace)
-    return Recipe(recipe.name, recipe.level, recipe.tensors, recipe.model, hashlib.sha256(data).hexdigest())
+    return replace_field(recipe, sha256=hashlib.sha256(data).hexdigest())
