@@ -22,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.formats.base import Array, Field, Scheme, check_group, load_floats, store_floats, to_numpy
+from llm_quantize.formats.compressed_inputs import FIELDS as INPUTS
+from llm_quantize.formats.compressed_inputs import SHAPES as INPUT_SHAPES
 from llm_quantize.formats.packed import FLOATS, Fields, Layout, PackedMatrix, check_fields, check_matrix
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import CODEBOOKS, CodebookType, codebook_type
@@ -29,18 +31,18 @@ from llm_quantize.qtypes.codebook import CODEBOOKS, CodebookType, codebook_type
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
-FP8 = Layout("float-quantized", ("weight", "weight_scale"), (), telling="weight_scale", scales="weight_scale")
+FP8 = Layout("float-quantized", ("weight", "weight_scale"), INPUTS, telling="weight_scale", scales="weight_scale")
 NVFP4 = Layout(
     "nvfp4-pack-quantized",
     ("weight_packed", "weight_scale", "weight_global_scale"),
-    ("input_global_scale",),
+    INPUTS,
     telling="weight_packed",
     scales="weight_scale",
 )
 MXFP4 = Layout(
     "mxfp4-pack-quantized",
     ("weight_packed", "weight_scale"),
-    (),
+    INPUTS,
     telling="weight_packed",
     scales="weight_scale",
 )
@@ -117,7 +119,7 @@ def matrix(name: str, layout: Layout, found: Mapping[str, TensorInfo]) -> Packed
         shapes: tuple[tuple[int, ...], ...] = ((rows, 1), (rows,), (1,), (1, 1), (), (down, -(-columns // 128)))
         return check_fields(
             PackedMatrix(name, layout, rows, columns, 8, group, True, False, found, "e4m3"),
-            {"weight": (("F8_E4M3",), ((rows, columns),)), "weight_scale": (FLOATS, shapes)},
+            {"weight": (("F8_E4M3",), ((rows, columns),)), "weight_scale": (FLOATS, shapes), **INPUT_SHAPES},
         )
     grid = codebook_type(next(name for name, one in LAYOUTS.items() if one is layout))
     columns = 2 * main.shape[1]
@@ -128,7 +130,7 @@ def matrix(name: str, layout: Layout, found: Mapping[str, TensorInfo]) -> Packed
             "weight_packed": (("U8",), ((rows, columns // 2),)),
             "weight_scale": (("F8_E4M3",) if layout is NVFP4 else ("U8",), ((rows, groups),)),
             "weight_global_scale": (("F32",), ((1,), ())),
-            "input_global_scale": (("F32",), ((1,), ())),
+            **INPUT_SHAPES,
         },
     )
 

@@ -18,6 +18,7 @@ The package counts codes from -2^(b-1) and adds 2^(b-1) before packing, to zero 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +41,10 @@ from llm_quantize.formats.base import (
     with_quantization,
 )
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
+from llm_quantize.formats.compressed_inputs import FIELDS as INPUT_FIELDS
+from llm_quantize.formats.compressed_inputs import SHAPES as INPUT_SHAPES
+from llm_quantize.formats.compressed_inputs import InputsOf
+from llm_quantize.formats.compressed_inputs import field_of as inputs_field
 from llm_quantize.formats.compressed_levels import (
     LEVELS,
     NAME,
@@ -107,13 +112,17 @@ RESCALES = True
 PACKED = Layout(
     PACKED_FORM,
     ("weight_packed", "weight_scale", "weight_shape"),
-    ("weight_zero_point", "weight_g_idx"),
+    ("weight_zero_point", "weight_g_idx", *INPUT_FIELDS),
     telling="weight_packed",
     scales="weight_scale",
     index="weight_g_idx",
 )
 PLAIN = Layout(
-    PLAIN_FORM, ("weight", "weight_scale"), ("weight_zero_point",), telling="weight_scale", scales="weight_scale"
+    PLAIN_FORM,
+    ("weight", "weight_scale"),
+    ("weight_zero_point", *INPUT_FIELDS),
+    telling="weight_scale",
+    scales="weight_scale",
 )
 
 
@@ -181,13 +190,26 @@ def form_of(settings: Settings) -> tuple[str, bool]:
 
 def notes(settings: Settings) -> Iterator[str]:
     """As ``StoredFormat.notes``."""
-    groups = settings.values.get("config_groups")
-    if isinstance(groups, dict) and any(isinstance(g, dict) and g.get("input_activations") for g in groups.values()):
-        yield "a runtime rounds activations too, as its configuration says; only its weights are measured here"
+    if InputsOf(settings).unknown:
+        yield (
+            "a runtime rounds activations too, in a way that is not followed here; of matrices whose activations it "
+            "rounds so, only the weights are measured"
+        )
 
 
 def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
     """As ``StoredFormat.read``."""
+    found = list(_read(tensors, settings, numbers))
+    inputs = InputsOf(settings).of([matrix.name for matrix in found])
+    for matrix in found:
+        grid = inputs[matrix.name]
+        field = inputs_field(grid) if grid is not None and grid.static else ""
+        if field:
+            check_called_for(matrix.name, field, matrix.fields, "input_activations that are not dynamic")
+        yield replace(matrix, inputs=grid, inputs_at=field)
+
+
+def _read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
     claimed: set[str] = set()
     for layout in (PACKED, PLAIN):
         for name, found in modules(tensors, layout):
@@ -240,6 +262,7 @@ def _matrix(
             "weight_scale": (FLOATS, ((n, g), *(((n,), (1,), (1, 1), ()) if g == 1 else ()))),
             "weight_shape": (("I64", "I32"), ((2,),)),
             "weight_g_idx": (("I32",), ((k,),)),
+            **INPUT_SHAPES,
         },
     )
 

@@ -39,9 +39,11 @@ def compiled(expression: str, file: Path) -> Meaning:
     return lambda name: matcher.match(name) is not None
 
 
-def first_meant(rules: Iterable[tuple[str, Meaning]], names: Collection[str], file: Path) -> Iterator[tuple[str, str]]:
-    """(rule, the first of ``names`` that it means) for every rule that means one. ``file``: where the rules stand.
-    Raises MalformedInputError where that takes more than MOST_SECONDS of CPU."""
+def first_meant(
+    rules: Iterable[tuple[str, Meaning]], names: Collection[str], file: Path, *, every: bool = False
+) -> Iterator[tuple[str, str]]:
+    """(rule, the first of ``names`` that it means) for every rule that means one; ``every``: each that it means.
+    ``file``: where the rules stand. Raises MalformedInputError where that takes more than MOST_SECONDS of CPU."""
     end = time.process_time() + MOST_SECONDS
     for rule, means in rules:
         for number, name in enumerate(names):
@@ -55,7 +57,8 @@ def first_meant(rules: Iterable[tuple[str, Meaning]], names: Collection[str], fi
                 )
             if means(name):
                 yield rule, name
-                break
+                if not every:
+                    break
 
 
 def _refuse(expression: str, file: Path, found: str) -> NoReturn:
