@@ -109,12 +109,15 @@ def collect(
     scales: Mapping[str, Tensor] | None = None,
     *,
     windows: int,
+    samples: int = 0,
 ) -> dict[tuple[str, int], Gram]:
     """The sums of every matrix of ``taps`` over the first ``windows`` of ``hidden`` through ``block``; with ``full``,
     cross products of single matrices as well.
 
-    ``scales``: {tap: s (columns,)}: the block's inputs are those of the source divided by s. An expert that no token
-    reached is absent. Raises NumericPolicyError for inputs that are not finite.
+    ``scales``: {tap: s (columns,)}: the block's inputs are those of the source divided by s. ``samples``: about so many
+    inputs of each are kept, and the largest of each channel noted. An expert that no token reached is absent.
+
+    Raises NumericPolicyError for inputs that are not finite.
     """
     known = {tap.name: tap for tap in taps}
     grams: dict[tuple[str, int], Gram] = {}
@@ -135,6 +138,8 @@ def collect(
             if key not in grams:
                 grams[key] = Gram(known[key[0]].columns, cross=theirs is not None, device=inputs.device)
             jobs += grams[key].jobs(inputs, theirs)
+            if samples:
+                grams[key].look(inputs, -(-samples * len(chunk) // windows))
         way.pool.do(jobs)
         if not all(grams[key].finite() for key in grams):
             for index in chunk:

@@ -294,6 +294,7 @@ class Blocks:
                     self.taps[index],
                     streams.quantized,
                     self.way,
+                    transform=self.transform,
                     feedback=self.options.feedback,
                     windows=self.calibrated,
                 )

@@ -26,6 +26,7 @@ from llm_quantize.formats.base import (
     Field,
     Scheme,
     SchemeOptions,
+    as_they_are,
     check_group,
     check_words,
     grid_numbers,
@@ -84,6 +85,7 @@ OFFSETS = "zero points"
 EDGES = False
 UNNAMED = None
 RUNTIME = None
+inputs = as_they_are
 refuse = takes_any
 configured = with_quantization
 LEVELS: Sequence[str] = ("4bit",)

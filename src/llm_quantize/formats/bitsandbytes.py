@@ -37,6 +37,7 @@ from llm_quantize.formats.base import (
     Field,
     Scheme,
     SchemeOptions,
+    as_they_are,
     check_group,
     takes_any,
     to_numpy,
@@ -81,6 +82,7 @@ OFFSETS = "zero points"
 EDGES = False
 UNNAMED = None
 RUNTIME = None
+inputs = as_they_are
 refuse = takes_any
 configured = with_quantization
 RESCALES = False

@@ -10,8 +10,10 @@ from typing import Any
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.base import Coverage, Scheme, SchemeOptions
 from llm_quantize.formats.compressed_floats import LAYOUTS
+from llm_quantize.formats.compressed_inputs import read_inputs
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.qtypes.codebook import CodebookType
+from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType
 from llm_quantize.qtypes.packed import packed_type
 
@@ -71,6 +73,18 @@ def _other(level: str, options: SchemeOptions) -> Scheme:
     return Scheme(NAME, level, grid)
 
 
+def inputs(scheme: Scheme) -> InputGrid | None:
+    """What runtimes round the inputs of its matrices to; None: nothing."""
+    return read_inputs(_activations(scheme) or {})
+
+
+def _activations(scheme: Scheme) -> dict[str, Any] | None:
+    """input_activations of the configuration."""
+    known = _OTHERS.get(scheme.level)
+    own = None if known is None else known.inputs
+    return None if own is None else {"symmetric": True, "dynamic": True, **own}
+
+
 def is_plain(scheme: Scheme) -> bool:
     """Whether codes stand in whole bytes (int-quantized)."""
     return scheme.level in _OTHERS and scheme.qtype.group_size == WHOLE_ROW
@@ -90,7 +104,6 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
     """
     grid, group = scheme.qtype, scheme.qtype.group_size
     form = form_of(scheme)
-    inputs = _OTHERS[scheme.level].inputs if scheme.level in _OTHERS else None
     nested = grid.nested if isinstance(grid, CodebookType) else ""
     weights = {
         "num_bits": grid.bits,
@@ -117,7 +130,7 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
             "group_0": {
                 "targets": ["Linear"],
                 "weights": weights,
-                "input_activations": None if inputs is None else {"symmetric": True, "dynamic": True, **inputs},
+                "input_activations": _activations(scheme),
                 "output_activations": None,
                 "format": form,
             }

@@ -51,6 +51,7 @@ from llm_quantize.formats.compressed_levels import (
     PACKED_FORM,
     PLAIN_FORM,
     config,
+    inputs,
     is_plain,
     scheme,
     vllm_refusal,
@@ -86,7 +87,7 @@ from llm_quantize.qtypes.codebook import CodebookType
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
-__all__ = ["LEVELS", "NAME", "config", "scheme", "vllm_refusal"]
+__all__ = ["LEVELS", "NAME", "config", "inputs", "scheme", "vllm_refusal"]
 
 TITLE = "compressed-tensors (pack-quantized)"
 LABEL = "{level}"
@@ -200,9 +201,9 @@ def notes(settings: Settings) -> Iterator[str]:
 def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
     """As ``StoredFormat.read``."""
     found = list(_read(tensors, settings, numbers))
-    inputs = InputsOf(settings).of([matrix.name for matrix in found])
+    grids = InputsOf(settings).of([matrix.name for matrix in found])
     for matrix in found:
-        grid = inputs[matrix.name]
+        grid = grids[matrix.name]
         field = inputs_field(grid) if grid is not None and grid.static else ""
         if field:
             check_called_for(matrix.name, field, matrix.fields, "input_activations that are not dynamic")

@@ -37,6 +37,7 @@ from llm_quantize.formats.base import (
     Field,
     Scheme,
     SchemeOptions,
+    as_they_are,
     check_group,
     check_words,
     grid_numbers,
@@ -98,6 +99,7 @@ OFFSETS = "zero points"
 EDGES = False
 UNNAMED = None
 RUNTIME = None
+inputs = as_they_are
 refuse = takes_any
 configured = with_quantization
 _BITS = {"2bit": 2, "3bit": 3, "4bit": 4, "8bit": 8}

@@ -26,6 +26,7 @@ from llm_quantize.formats.base import (
     Field,
     Scheme,
     SchemeOptions,
+    as_they_are,
     check_group,
     load_floats,
     mixture_of,
@@ -62,6 +63,7 @@ TITLE = "MLX"
 LABEL = "MLX-{level}"
 EXAMPLE = DEFAULT = "4bit"
 TRANSFORM = "none"
+inputs = as_they_are
 SYMMETRIC = None
 NEEDS = ""
 KERNEL = ""

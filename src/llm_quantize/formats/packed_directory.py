@@ -110,6 +110,14 @@ class PackedFormat:
                 method.compute_dtype,
             ),
         )
+        transform = method.transform_of(self.name)
+        if transform.rounded and form.inputs(scheme) is None:
+            raise UsageError(
+                f"--transform {transform.name} is for levels that round activations, and {scheme.level} does not",
+                expected="a level whose runtime rounds the inputs of its matrices, as W8A8 of compressed-tensors",
+                found=f"{self.name} {scheme.level}",
+                remedy="--transform awq, or no --transform",
+            )
         form.refuse(source, [module.name for module in found.modules])
         if not form.PACKS_EXPERTS:
             _refuse_experts(form, found.modules)
@@ -138,7 +146,7 @@ class PackedFormat:
             dropped=found.dropped,
         )
         plan = plan_files(source, contents)
-        floats = method.transform_of(self.name).changes(source)
+        floats = transform.changes(source)
         held = frozenset(index for index, tensor in enumerate(plan.tensors) if tensor.name in floats)
         return replace(plan, held=held)
 

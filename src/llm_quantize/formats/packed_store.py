@@ -19,6 +19,7 @@ from llm_quantize.grids import grid_type
 from llm_quantize.grids.codebook import CodebookGridType, block_maxima, ladder_of
 from llm_quantize.grids.grid import Grid, GridType, Ladder
 from llm_quantize.plan import MatrixPlan, TensorPlan
+from llm_quantize.qtypes.inputs import InputGrid
 
 Floats = npt.NDArray[np.float32]
 Fields = list[npt.NDArray[Any]]
@@ -62,6 +63,9 @@ class DirectoryStore:
                 most = max(float(_maxima(kind, one, read).amax()) for one in joined) if joined else float(own.amax())
                 self._ladders[matrix.name] = ladder_of(kind.qtype, own, most)
             return self._ladders[matrix.name]
+
+    def inputs(self, matrix: MatrixPlan, fields: Fields | None = None) -> InputGrid | None:
+        return self.form.inputs(self.scheme)
 
     def largest(self, qtype: str) -> float:
         return self.scheme.qtype.largest

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,16 @@ def rounded_inputs(inputs: Tensor, grid: InputGrid) -> Tensor:
         raise ValueError("the scale of these inputs was not calibrated")
     groups = inputs.float().reshape(*inputs.shape[:-1], columns // size, size)
     return (_coded(groups, _scales(groups, grid), grid)).flatten(-2).to(inputs.dtype)
+
+
+def calibrated(grid: InputGrid, largest: float) -> InputGrid:
+    """``grid`` with the number that inputs of at most ``largest`` call for, where that is calibrated."""
+    if not grid.static:
+        return grid
+    most = max(largest, torch.finfo(torch.float32).tiny)
+    if grid.nested:
+        return replace(grid, whole=_LARGEST["e4m3"] * _LARGEST[grid.codes] / most)
+    return replace(grid, whole=most / (_LARGEST.get(grid.codes) or _steps(grid) / 2))
 
 
 def _scales(groups: Tensor, grid: InputGrid) -> Tensor:

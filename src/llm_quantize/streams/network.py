@@ -24,10 +24,9 @@ import torch
 from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.models.opening import Source
 from llm_quantize.options import DEVICES
-from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.streams.model import Arguments, Reached, Skeleton, put
 from llm_quantize.streams.names import Slot, find_places, load, require
-from llm_quantize.streams.rounding import Rounding, rounded_as
+from llm_quantize.streams.rounding import round_inputs
 from llm_quantize.streams.taps import Observer, Sink, Tap, TapPoint, attach, columns_of, find_points
 from llm_quantize.streams.weights import ReadsRows, Weights
 
@@ -177,13 +176,12 @@ class Network:
         prefix = self._prefix(index) + "."
         for parameter in self._parameters(index):
             self._put(module, parameter, weights, prefix)
-        rounding = rounded_as(module, prefix, self._places, self._parameters(index), weights)
+        round_inputs(module, prefix, self._places, self._parameters(index), weights)
         tensors: dict[str, list[tuple[str, Slot]]] = {}
         for parameter in self._parameters(index):
             for place in self._places[parameter]:
                 tensors.setdefault(place.name, []).append((parameter.removeprefix(prefix), place))
-        filled = {name: tuple(found) for name, found in tensors.items()}
-        block = Block(self, index, module, observer, rounding, filled)
+        block = Block(self, index, module, observer, {name: tuple(found) for name, found in tensors.items()})
         try:
             yield block
         finally:
@@ -196,7 +194,7 @@ class Network:
         for parameter in self._skeleton.after:
             self._put(model, parameter, weights)
         head = Head(self._skeleton, model, self.head_tap())
-        rounded_as(model, "", self._places, self._skeleton.after, weights)
+        round_inputs(model, "", self._places, self._skeleton.after, weights)
         try:
             yield head
         finally:
@@ -253,10 +251,9 @@ class Block:
         index: int,
         module: torch.nn.Module,
         observer: Observer,
-        rounding: Rounding,
         tensors: Mapping[str, tuple[tuple[str, Slot], ...]],
     ) -> None:
-        self._network, self._module, self._observer, self._rounding = network, module, observer, rounding
+        self._network, self._module, self._observer = network, module, observer
         self.index, self.tensors = index, tensors
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -282,12 +279,6 @@ class Block:
                 if view.shape != value.shape:
                     raise ValueError(f"{name} has shape {tuple(view.shape)}, not {tuple(value.shape)}")
                 view.copy_(value)
-
-    def round_inputs(self, name: str, grid: InputGrid | None, expert: int | None = None) -> None:
-        """Round what the matrices that the checkpoint tensor ``name`` fills are given, from now on (None: do not);
-        ``expert``: of a stack of them that one alone."""
-        for parameter, place in self.tensors[name]:
-            self._rounding.set(parameter, place.expert if expert is None else expert, grid)
 
     def close(self) -> None:
         """Free the weights. The block can no longer be called."""

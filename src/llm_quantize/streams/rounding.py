@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,57 +16,47 @@ from llm_quantize.streams.taps import is_matrix
 from llm_quantize.streams.weights import RoundsInputs, Weights
 
 
-class Rounding:
-    """What the inputs of matrices of ``root`` are rounded to: of none, until they are ``set``. ``parameters``: those
-    that are matrices, or stacks of experts'. Observers see inputs as they were before. ``set`` is not for use while
-    another thread runs ``root``."""
-
-    def __init__(self, root: torch.nn.Module, parameters: Iterable[str]) -> None:
-        self._grids: dict[tuple[str, int | None], InputGrid] = {}
-        for path in dict.fromkeys(name.rpartition(".")[0] for name in parameters):
-            module = root.get_submodule(path)
-            if experts.is_experts(module):
-                setattr(module, experts.ROUNDER, partial(self._expert, f"{path}."))
-            elif is_matrix(module):
-                module.register_forward_pre_hook(partial(self._matrix, f"{path}.weight"), with_kwargs=True)
-
-    def set(self, parameter: str, expert: int | None, grid: InputGrid | None) -> None:
-        """Round the inputs of ``parameter`` (of its matrix ``expert``) from now on; None: do not."""
-        self._grids.pop((parameter, expert), None)
-        if grid is not None:
-            self._grids[parameter, expert] = grid
-
-    def _matrix(
-        self, parameter: str, _module: Any, positional: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        grid = self._grids.get((parameter, None))
-        if grid is None:
-            return None
-        if positional:
-            return (rounded_inputs(positional[0], grid), *positional[1:]), named
-        first = next(iter(named))
-        return positional, {**named, first: rounded_inputs(named[first], grid)}
-
-    def _expert(self, prefix: str, parameter: str, expert: int, inputs: torch.Tensor) -> torch.Tensor:
-        grid = self._grids.get((prefix + parameter, expert))
-        return inputs if grid is None else rounded_inputs(inputs, grid)
-
-
-def rounded_as(
+def round_inputs(
     root: torch.nn.Module, prefix: str, places: Places, parameters: Iterable[str], weights: Weights
-) -> Rounding:
-    """The rounding of ``root``, whose ``parameters`` are filled from ``places``, as ``weights`` say, where they do.
-    ``prefix``: of its parameters' names in the model."""
-    named = {name: root.get_parameter(name.removeprefix(prefix)) for name in parameters}
-    matrices = {name: value for name, value in named.items() if value.ndim >= 2}
-    rounding = Rounding(root, [name.removeprefix(prefix) for name in matrices])
+) -> None:
+    """Let the matrices among ``parameters`` of ``root`` have their inputs rounded as ``weights`` say, where they do.
+
+    ``prefix``: of the parameters' names in the model; ``places``: what fills them. Observers that were attached before
+    see inputs as they come.
+    """
     if not isinstance(weights, RoundsInputs):
-        return rounding
-    for name, value in matrices.items():
-        for place in places[name]:
+        return
+    stacks: dict[str, dict[tuple[str, int | None], InputGrid]] = {}
+    for name in parameters:
+        path, _, own = name.removeprefix(prefix).rpartition(".")
+        module = root.get_submodule(path)
+        value = module.get_parameter(own)
+        found: dict[int | None, InputGrid] = {}
+        for place in places[name] if value.ndim >= 2 else ():
             whole = place.expert is None and value.ndim == 3
             for expert in range(value.shape[0]) if whole else (place.expert,):
                 grid = weights.inputs(place.name, expert if whole else None)
                 if grid is not None:
-                    rounding.set(name.removeprefix(prefix), expert, grid)
-    return rounding
+                    found[expert] = grid
+        if found and experts.is_experts(module):
+            stacks.setdefault(path, {}).update({(own, expert): grid for expert, grid in found.items()})
+        elif found and is_matrix(module):
+            module.register_forward_pre_hook(partial(_matrix, found[None]), with_kwargs=True)
+    for path, grids in stacks.items():
+        setattr(root.get_submodule(path), experts.ROUNDER, partial(_expert, grids))
+
+
+def _matrix(
+    grid: InputGrid, _module: Any, positional: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if positional:
+        return (rounded_inputs(positional[0], grid), *positional[1:]), named
+    first = next(iter(named))
+    return positional, {**named, first: rounded_inputs(named[first], grid)}
+
+
+def _expert(
+    grids: Mapping[tuple[str, int | None], InputGrid], parameter: str, expert: int, inputs: torch.Tensor
+) -> torch.Tensor:
+    grid = grids.get((parameter, expert))
+    return inputs if grid is None else rounded_inputs(inputs, grid)

@@ -65,6 +65,10 @@ class CTranslate2Store:
                     )
                 self._scales[matrix.name] = WIDE / most
 
+    def inputs(self, matrix: MatrixPlan, fields: Fields | None = None) -> None:
+        """As ``Store.inputs``: CTranslate2 rounds them to 8 bits, which is not followed here."""
+        del matrix, fields
+
     def largest(self, qtype: str) -> float:
         kind = self.grid_type(qtype)
         return float(np.finfo(np.float32).max) if kind is None else codebook_type(qtype).largest

@@ -35,6 +35,10 @@ class GgufStore:
         del start, stop, read
         return self.grid_type(matrix.qtype)
 
+    def inputs(self, matrix: MatrixPlan, fields: Fields | None = None) -> None:
+        """As ``Store.inputs``: llama.cpp rounds them to 8 bits, which is not followed here."""
+        del matrix, fields
+
     def largest(self, qtype: str) -> float:
         return QTYPES[qtype].largest
 
