@@ -44,10 +44,12 @@ def calibrated(grid: InputGrid, largest: float) -> InputGrid:
     """``grid`` with the number that inputs of at most ``largest`` call for, where that is calibrated."""
     if not grid.static:
         return grid
-    most = max(largest, torch.finfo(torch.float32).tiny)
+    most = torch.tensor(largest, dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
     if grid.nested:
-        return replace(grid, whole=_LARGEST["e4m3"] * _LARGEST[grid.codes] / most)
-    return replace(grid, whole=most / (_LARGEST.get(grid.codes) or _steps(grid) / 2))
+        whole = torch.tensor(_LARGEST["e4m3"] * _LARGEST[grid.codes]) / most
+    else:
+        whole = most / (_LARGEST.get(grid.codes) or _steps(grid) / 2)
+    return replace(grid, whole=float(whole))
 
 
 def _scales(groups: Tensor, grid: InputGrid) -> Tensor:
