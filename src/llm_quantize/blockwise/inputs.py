@@ -110,12 +110,14 @@ def collect(
     *,
     windows: int,
     samples: int = 0,
+    looks: bool = False,
 ) -> dict[tuple[str, int], Gram]:
     """The sums of every matrix of ``taps`` over the first ``windows`` of ``hidden`` through ``block``; with ``full``,
     cross products of single matrices as well.
 
     ``scales``: {tap: s (columns,)}: the block's inputs are those of the source divided by s. ``samples``: about so many
-    inputs of each are kept, and the largest of each channel noted. An expert that no token reached is absent.
+    inputs of each are kept; then, and where it ``looks``, the largest of each channel is noted. An expert that no token
+    reached is absent.
 
     Raises NumericPolicyError for inputs that are not finite.
     """
@@ -138,7 +140,7 @@ def collect(
             if key not in grams:
                 grams[key] = Gram(known[key[0]].columns, cross=theirs is not None, device=inputs.device)
             jobs += grams[key].jobs(inputs, theirs)
-            if samples:
+            if samples or looks:
                 grams[key].look(inputs, -(-samples * len(chunk) // windows))
         way.pool.do(jobs)
         if not all(grams[key].finite() for key in grams):

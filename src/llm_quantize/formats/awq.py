@@ -32,6 +32,7 @@ from llm_quantize.formats.base import (
     grid_numbers,
     load_floats,
     mixture_of,
+    no_fields,
     parse_bits,
     store_floats,
     takes_any,
@@ -86,6 +87,7 @@ EDGES = False
 UNNAMED = None
 RUNTIME = None
 inputs = as_they_are
+input_fields = no_fields
 refuse = takes_any
 configured = with_quantization
 LEVELS: Sequence[str] = ("4bit",)

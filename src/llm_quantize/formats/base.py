@@ -221,9 +221,11 @@ class Store(Protocol):
     def largest(self, qtype: str) -> float:
         """The largest magnitude that ``qtype`` holds."""
 
-    def inputs(self, matrix: MatrixPlan, fields: list[Array] | None = None) -> InputGrid | None:
-        """What a runtime rounds the inputs of ``matrix`` to, with the number that stands in ``fields`` where it was
-        calibrated; None: nothing."""
+    def inputs(self, matrix: MatrixPlan) -> InputGrid | None:
+        """What a runtime rounds the inputs of ``matrix`` to; None: nothing."""
+
+    def numbers(self, matrix: MatrixPlan, inputs: InputGrid) -> list[Array]:
+        """The fields, after those of ``join``, of what was calibrated of ``inputs``."""
 
     def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> Any:
         """Some rows of ``matrix``, in whatever form ``join`` takes."""
@@ -282,6 +284,7 @@ class Packed(StoredFormat, Protocol):
     def pack(self, scheme: Scheme, grid: Grid, codes: Any) -> list[Array]: ...
     def described(self, scheme: Scheme, rows: int, columns: int) -> PackedMatrix: ...
     def inputs(self, scheme: Scheme) -> InputGrid | None: ...
+    def input_fields(self, scheme: Scheme) -> tuple[Field, ...]: ...
     def config(self, scheme: Scheme, coverage: Coverage) -> dict[str, Any]: ...
     def vllm_refusal(self, scheme: Scheme) -> str | None: ...
     def least_zero(self, scheme: Scheme) -> int: ...
@@ -295,6 +298,12 @@ class Packed(StoredFormat, Protocol):
 def as_they_are(scheme: Scheme) -> None:
     """``Packed.inputs`` of a format whose runtimes multiply inputs as they come, or in a way that is not followed."""
     del scheme
+
+
+def no_fields(scheme: Scheme) -> tuple[Field, ...]:
+    """``Packed.input_fields`` of such a format."""
+    del scheme
+    return ()
 
 
 def takes_any(source: Source, names: Sequence[str]) -> None:

@@ -39,6 +39,7 @@ from llm_quantize.formats.base import (
     SchemeOptions,
     as_they_are,
     check_group,
+    no_fields,
     takes_any,
     to_numpy,
     with_quantization,
@@ -83,6 +84,7 @@ EDGES = False
 UNNAMED = None
 RUNTIME = None
 inputs = as_they_are
+input_fields = no_fields
 refuse = takes_any
 configured = with_quantization
 RESCALES = False

@@ -35,11 +35,20 @@ class _Level:
 
 _INT8_TOKENS = {"num_bits": 8, "type": "int", "strategy": "token", "group_size": None, "scale_dtype": None}
 _FP8_TOKENS = {**_INT8_TOKENS, "type": "float"}
+_FP8_TENSOR = {**_FP8_TOKENS, "strategy": "tensor", "dynamic": False}
+_FP8_GROUPS = {**_FP8_TOKENS, "strategy": "group", "group_size": 128}
+_NVFP4_GROUPS = {
+    **{"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    **{"scale_dtype": "torch.float8_e4m3fn", "dynamic": "local"},
+}
 _MXFP4_GROUPS = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 _OTHERS: Mapping[str, _Level] = {
     "W8A8": _Level("int8", _INT8_TOKENS),
     "W4AFP8": _Level("int4_g128", _FP8_TOKENS),
     "FP8_DYNAMIC": _Level("e4m3", _FP8_TOKENS),
+    "FP8_BLOCK": _Level("e4m3_b128_rows128", _FP8_GROUPS),
+    "FP8": _Level("e4m3_whole", _FP8_TENSOR),
+    "NVFP4": _Level("e2m1_b16_e4m3", _NVFP4_GROUPS),
     "NVFP4A16": _Level("e2m1_b16_e4m3"),
     "MXFP4A16": _Level("e2m1_b32_e8m0"),
     "MXFP4": _Level("e2m1_b32_e8m0", _MXFP4_GROUPS),
@@ -113,7 +122,8 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
         "strategy": "channel" if group == WHOLE_ROW else "tensor_group" if nested == "e4m3" else "group",
         "dynamic": False,
     }
-    if nested:
+    weights |= _IN_COMMON.get(nested, {})
+    if isinstance(grid, CodebookType) and grid.coded:
         weights["scale_dtype"] = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}[nested]
     return {
         "quant_method": "compressed-tensors",
@@ -136,6 +146,13 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
             }
         },
     }
+
+
+_IN_COMMON: Mapping[str, Mapping[str, Any]] = {
+    "rows128": {"strategy": "block", "group_size": None, "block_structure": [128, 128]},
+    "whole": {"strategy": "tensor"},
+}
+"""What is said of weights with scales that rows have in common."""
 
 
 def vllm_refusal(scheme: Scheme) -> str | None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.errors import UnsupportedError, printable
+from llm_quantize.errors import UnsupportedError, UsageError, printable
 from llm_quantize.formats import compressed_floats as floats
 from llm_quantize.formats import compressed_levels as levels
 from llm_quantize.formats.base import (
@@ -83,6 +83,7 @@ from llm_quantize.formats.packed import (
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import CodebookType
+from llm_quantize.qtypes.integer import WHOLE_ROW
 
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
@@ -134,6 +135,25 @@ def title(scheme: Scheme) -> str:
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
     """The tensors of a matrix (rows, columns). Raises UsageError naming the module where groups do not divide it."""
+    _check_inputs(scheme, columns, name)
+    return (*_weight_fields(scheme, rows, columns, name), *input_fields(scheme))
+
+
+def _check_inputs(scheme: Scheme, columns: int, name: str | None) -> None:
+    """Raise UsageError where inputs are not whole groups: the package refuses to compute with them."""
+    grid = inputs(scheme)
+    if grid is not None and grid.group_size != WHOLE_ROW and columns % grid.group_size:
+        raise UsageError(
+            f"{columns} inputs are not whole groups of {grid.group_size}, in which {scheme.level} rounds them",
+            tensor=name,
+            expected=f"a multiple of {grid.group_size}",
+            found=columns,
+            remedy="a level with a scale for each row, as FP8_DYNAMIC, or --ignore with an expression that finds this "
+            "module",
+        )
+
+
+def _weight_fields(scheme: Scheme, rows: int, columns: int, name: str | None) -> tuple[Field, ...]:
     if isinstance(scheme.qtype, CodebookType):
         return floats.fields(scheme, rows, columns, name=name)
     if is_plain(scheme):
@@ -168,6 +188,14 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
         np.array(codes.shape, np.int64),
     ]
     return found if scheme.qtype.symmetric else [*found, pack_bits(zeros.astype(np.uint8), bits, 0)]
+
+
+def input_fields(scheme: Scheme) -> tuple[Field, ...]:
+    """The field of what is calibrated of a matrix's inputs; none where nothing is."""
+    grid = inputs(scheme)
+    if grid is None or not grid.static:
+        return ()
+    return (Field(inputs_field(grid), "float32" if grid.nested else scheme.qtype.scale, (1,)),)
 
 
 def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
@@ -395,12 +423,16 @@ def layout_name(matrices: Collection[PackedMatrix]) -> str:
 
 
 def level_of(matrices: Collection[PackedMatrix]) -> str:
-    """W4A16, W4A16_ASYM, FP8, NVFP4A16."""
+    """W4A16, W4A16_ASYM, W8A8, W4AFP8, FP8, NVFP4A16."""
     named = sorted({floats.level_name(matrix) for matrix in matrices if matrix.grid})
     if named:
         return "+".join(named)
     asymmetric = any(not matrix.symmetric for matrix in matrices)
-    return f"W{widths(matrices)}A16{'_ASYM' if asymmetric else ''}"
+    inputs = sorted({_A_WORDS.get(matrix.inputs.codes, "") for matrix in matrices if matrix.inputs is not None})
+    return f"W{widths(matrices)}A{'+'.join(inputs) or '16'}{'_ASYM' if asymmetric else ''}"
+
+
+_A_WORDS = {**{f"int{bits}": str(bits) for bits in range(2, 9)}, "e4m3": "FP8", "e2m1": "FP4"}
 
 
 def least_zero(_scheme: Scheme) -> int:

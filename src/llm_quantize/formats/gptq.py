@@ -43,6 +43,7 @@ from llm_quantize.formats.base import (
     grid_numbers,
     load_floats,
     mixture_of,
+    no_fields,
     parse_bits,
     store_floats,
     takes_any,
@@ -100,6 +101,7 @@ EDGES = False
 UNNAMED = None
 RUNTIME = None
 inputs = as_they_are
+input_fields = no_fields
 refuse = takes_any
 configured = with_quantization
 _BITS = {"2bit": 2, "3bit": 3, "4bit": 4, "8bit": 8}

@@ -30,6 +30,7 @@ from llm_quantize.formats.base import (
     check_group,
     load_floats,
     mixture_of,
+    no_fields,
     parse_bits,
     store_floats,
     to_numpy,
@@ -64,6 +65,7 @@ LABEL = "MLX-{level}"
 EXAMPLE = DEFAULT = "4bit"
 TRANSFORM = "none"
 inputs = as_they_are
+input_fields = no_fields
 SYMMETRIC = None
 NEEDS = ""
 KERNEL = ""

@@ -118,6 +118,7 @@ class PackedFormat:
                 found=f"{self.name} {scheme.level}",
                 remedy="--transform awq, or no --transform",
             )
+        _refuse_uncalibrated(form, scheme, options)
         form.refuse(source, [module.name for module in found.modules])
         if not form.PACKS_EXPERTS:
             _refuse_experts(form, found.modules)
@@ -185,6 +186,17 @@ class PackedFormat:
             ignored=tuple(found.ignored),
             tensor_parallel=_tensor_parallel(scheme, found.modules),
             experts=source.architecture.hyper.n_expert > 0,
+        )
+
+
+def _refuse_uncalibrated(form: Packed, scheme: Scheme, options: Options) -> None:
+    """Raise UsageError where the scales of inputs would have to be calibrated, and no text is read."""
+    if form.input_fields(scheme) and (options.statistics is not None or not options.method.calibrates(form.NAME)):
+        raise UsageError(
+            f"{scheme.level} holds calibrated scales of activations, and without text there are none",
+            expected="a method that reads text, or a level with dynamic activations",
+            found="--statistics" if options.statistics is not None else "--method rtn",
+            remedy="leave the option out (--method gptq calibrates), or take FP8_DYNAMIC, FP8_BLOCK, MXFP4 or NVFP4A16",
         )
 
 

@@ -41,10 +41,13 @@ def rounded_inputs(inputs: Tensor, grid: InputGrid) -> Tensor:
 
 
 def calibrated(grid: InputGrid, largest: float) -> InputGrid:
-    """``grid`` with the number that inputs of at most ``largest`` call for, where that is calibrated."""
+    """``grid`` with the number that inputs of at most ``largest`` call for, where that is calibrated; 1 where none was
+    ever seen."""
     if not grid.static:
         return grid
-    most = torch.tensor(largest, dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
+    if not largest > 0:
+        return replace(grid, whole=1.0)
+    most = torch.tensor(largest, dtype=torch.float32).clamp(min=1e-30)
     if grid.nested:
         whole = torch.tensor(_LARGEST["e4m3"] * _LARGEST[grid.codes]) / most
     else:
