@@ -69,8 +69,6 @@ _NAME = re.compile(
     r"(nf4|fp4)_b([1-9][0-9]*)(?:_(dq))?|(e2m1)_b(16)_(e4m3)|(e2m1)_b(32)_(e8m0)|(e4m3)_b(128)_(rows128)"
     r"|(e4m3)_(whole)|(row8|line8|e4m3)"
 )
-    r"(nf4|fp4)_b([1-9][0-9]*)(?:_(dq))?|(e2m1)_b(16)_(e4m3)|(e2m1)_b(32)_(e8m0)|(e4m3)_b(128)_(rows128)|(e4m3)_(whole)|(row8|line8|e4m3)"
-)
 
 
 @dataclass(frozen=True)
