@@ -31,8 +31,8 @@ from tests.oracles.whole_model import load_decoded
 from tests.streams.networks import streamed_logits
 from tests.tiny_models import make_tiny
 
+NORM = "model.norm.weight"
 IDS = torch.arange(5, 69)[None]
-LEVELS = ["W8A8", "W4AFP8", "FP8_DYNAMIC", "MXFP4"]
 
 
 def made(model: Path, out: Path, level: str, **method: str | None) -> Path:
@@ -67,9 +67,9 @@ def kld(base: torch.Tensor, other: torch.Tensor) -> float:
     return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("level", ["W8A8", "W4AFP8", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("level", ["W8A8", "W4AFP8", "FP8_DYNAMIC", "FP8_BLOCK", "FP8"])
 def test_logits_are_those_of_transformers(level: str, tmp_path: Path) -> None:
-    artifact = made(demo_model(), tmp_path, level)
+    artifact = made(demo_model(), tmp_path, level, method="gptq" if level == "FP8" else "rtn")
     base, found = ours(demo_model(), None), ours(demo_model(), artifact)
     assert kld(found, theirs(artifact)) < 1e-9
     config = artifact / "config.json"
@@ -79,12 +79,62 @@ def test_logits_are_those_of_transformers(level: str, tmp_path: Path) -> None:
     assert 0 < kld(base, ours(demo_model(), artifact)) < 0.98 * kld(base, found)
 
 
+@pytest.mark.parametrize("level", ["NVFP4", "MXFP4"])
+def test_losses_are_those_of_transformers_which_unpacks_in_bfloat16(level: str, tmp_path: Path) -> None:
+    """Weights unpacked there, then all in float32: those of MXFP4 are bfloat16 numbers, those of NVFP4 are rounded."""
+    artifact = made(demo_model(), tmp_path, level, method="gptq")
+    base, found = ours(demo_model(), None), ours(demo_model(), artifact)
+    model = AutoModelForCausalLM.from_pretrained(artifact)
+    with torch.no_grad():
+        model(input_ids=IDS)  # unpacks
+        for value in model.parameters():
+            value.data = value.data.float()
+        other = model(input_ids=IDS).logits[0]
+    assert kld(base, other) == pytest.approx(kld(base, found), rel=0.05 if level == "NVFP4" else 1e-6)
+    assert kld(found, other) < (0.05 if level == "NVFP4" else 1e-6) * kld(base, found)
+
+
+def test_calibrated_scales_are_the_largest_inputs(tmp_path: Path) -> None:
+    """What reads one input has one scale, which the source's own inputs explain but for earlier layers' errors."""
+    artifact = made(demo_model(), tmp_path, "FP8", method="gptq")
+    tensors = load_file(artifact / "model.safetensors")
+    scales = {name: one for name, one in tensors.items() if name.endswith(".input_scale")}
+    assert {one.dtype for one in scales.values()} == {load_file(demo_model() / "model.safetensors")[NORM].dtype}
+    for joined in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        assert len({float(scales[f"model.layers.2.{one}.input_scale"]) for one in joined}) == 1
+    source = open_source(str(demo_model()))
+    with source.checkpoint:
+        network, weights = open_network(source, dtype="float32"), CheckpointWeights(source.checkpoint)
+        (state,) = network.embed(weights, IDS)
+        largest: dict[str, float] = {}
+        with (
+            network.block(0, weights) as block,
+            block.observe(lambda tap, _matrix, x: largest.update({tap.name: float(x.abs().max())})),
+        ):
+            block(state)
+    own = {name: float(scales[f"{name}.input_scale"]) * 448 for name in largest}
+    assert all(0.7 * largest[name] < own[name] < 3 * largest[name] for name in largest), (own, largest)
+
+
 def test_what_analyze_quality_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = made(demo_model(), tmp_path, "W8A8")
-    command = ["analyze", "quality", str(artifact), "--reference", str(demo_model()), "--windows", "1", "--context", "64"]
+    command = [
+        "analyze",
+        "quality",
+        str(artifact),
+        "--reference",
+        str(demo_model()),
+        "--windows",
+        "1",
+        "--context",
+        "64",
+    ]
     assert run([*command, "--threads", "1"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert f"{artifact.name}: inputs of matrices rounded too, as its runtime does: 8-bit integers, a scale for each" in told
+    assert (
+        f"{artifact.name}: inputs of matrices rounded too, as its runtime does: 8-bit integers, a scale for each"
+        in told
+    )
     assert run([*command, "--threads", "1", "--json"]) == 0
     (one,) = json.loads(capsys.readouterr().out)["artifacts"]
     assert one["inputs"] == "8-bit integers, a scale for each token"
@@ -147,7 +197,7 @@ def test_smoothquant_takes_loud_channels_away(tmp_path: Path) -> None:
     assert losses[1] < 0.2 * losses[0]
 
 
-@pytest.mark.parametrize("format,level", [("compressed-tensors", "W4A16"), ("gptq", "4bit"), ("awq", "4bit")])
+@pytest.mark.parametrize(("format", "level"), [("compressed-tensors", "W4A16"), ("gptq", "4bit"), ("awq", "4bit")])
 def test_smoothquant_is_refused_where_activations_stay(format: str, level: str) -> None:
     options = Options(method=MethodOptions(transform="smoothquant"))
     with pytest.raises(UsageError, match="does not") as refusal:

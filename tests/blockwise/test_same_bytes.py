@@ -20,6 +20,8 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "experts to gguf": ("mixtral", "gguf", "IQ4_NL", {"inputs": "block"}),
     "tied head to mlx": ("qwen3", "mlx", "3bit", {"group_size": 32}),
     "llama to awq": ("llama", "awq", "4bit", {"group_size": 32}),
+    "llama to FP8 smoothed": ("llama", "compressed-tensors", "FP8", {"transform": "smoothquant"}),
+    "experts to NVFP4": ("qwen3_moe", "compressed-tensors", "NVFP4", {}),
     "experts to compressed-tensors": ("qwen3_moe", "compressed-tensors", "W4A16", {"group_size": 16}),
 }
 

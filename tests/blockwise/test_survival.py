@@ -47,6 +47,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "awq on disk": ("awq", DIRECTORY, ON_DISK),
     "ctranslate2 on disk": ("ctranslate2", ("-q", "int8", "--threads", "1"), ON_DISK),
     "mlx on disk": ("mlx", DIRECTORY, ON_DISK),
+    "nvfp4 in memory": ("compressed-tensors", ("-q", "NVFP4", "--transform", "smoothquant", "--threads", "1"), {}),
 }
 
 
