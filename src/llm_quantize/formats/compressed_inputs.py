@@ -1,5 +1,6 @@
-"""What compressed-tensors' configurations say of the inputs of matrices (``input_activations``), and the fields of
-those that were calibrated:
+"""What compressed-tensors' configurations say of the inputs of matrices.
+
+That is ``input_activations``; the fields of those that were calibrated:
 
     input_scale          f16, bf16 or f32  (1,)   one scale for all inputs of the module: code * input_scale
     input_global_scale   f32               (1,)   what scales of groups were multiplied by before they became E4M3

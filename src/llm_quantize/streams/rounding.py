@@ -1,4 +1,4 @@
-"""Inputs of matrices rounded while a block runs, as the runtime of an artifact rounds them (qtypes/inputs.py)."""
+"""Inputs of matrices rounded while a block runs, as an artifact's runtime does (qtypes/inputs.py)."""
 
 from __future__ import annotations
 
