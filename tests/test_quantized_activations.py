@@ -142,6 +142,10 @@ def test_what_analyze_quality_says(tmp_path: Path, capsys: pytest.CaptureFixture
     (one,) = json.loads(capsys.readouterr().out)["artifacts"]
     assert one["inputs"] == "8-bit integers, a scale for each token"
     assert one["notes"] == []
+    assert run(["info", str(artifact), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["quantization"]["activations"] == "8-bit integers, a scale for each token"
+    assert "| Activations | 8-bit integers, a scale for each token |" in (artifact / "README.md").read_text()
 
 
 @pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral"])

@@ -184,6 +184,7 @@ def _describe_packed(packed: PackedDirectory) -> dict[str, Any]:
             "group_size": _one_or_all(-1 if matrix.group >= matrix.columns else matrix.group for matrix in matrices),
             "symmetric": _one_or_all(matrix.symmetric for matrix in matrices),
             "matrices": len(matrices),
+            **({"activations": packed.inputs_text} if packed.inputs_text else {}),
         },
         "not_quantized": _counted(name.removesuffix(".weight") for name in left),
         "dtypes": dtypes,

@@ -123,8 +123,7 @@ class DecodedDirectory(DecodedRows):
 
     def inputs_text(self) -> str:
         """As ``Decoded.inputs_text``."""
-        grids = [matrix.inputs for matrix in self.packed.matrices.values() if matrix.inputs is not None]
-        return "; ".join(dict.fromkeys(grid.text for grid in grids))
+        return self.packed.inputs_text
 
     def _weights_of(self, name: str, expert: int | None) -> Iterator[str]:
         """The artifact's weights that make up the checkpoint tensor ``name``, or an expert of it."""

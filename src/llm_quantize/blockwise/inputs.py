@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_quantize.blockwise.estimate import CHUNK_TOKENS
+from llm_quantize.blockwise.estimate import CHUNK_TOKENS, samples_of
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.calibration.statistics import refuse_nonfinite
 from llm_quantize.errors import NumericPolicyError
@@ -141,7 +141,8 @@ def collect(
                 grams[key] = Gram(known[key[0]].columns, cross=theirs is not None, device=inputs.device)
             jobs += grams[key].jobs(inputs, theirs)
             if samples or looks:
-                grams[key].look(inputs, -(-samples * len(chunk) // windows))
+                most = samples_of(samples, known[key[0]].matrices)
+                grams[key].look(inputs, most * (first + len(chunk)) // windows - most * first // windows)
         way.pool.do(jobs)
         if not all(grams[key].finite() for key in grams):
             for index in chunk:

@@ -102,6 +102,12 @@ class StoredDirectory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def inputs_text(self) -> str:
+        """What a runtime rounds the inputs of its matrices to, in words; "" where it does not, as far as is known."""
+        grids = [matrix.inputs for matrix in self.matrices.values() if matrix.inputs is not None]
+        return "; ".join(dict.fromkeys(grid.text for grid in grids))
+
     def inputs(self, name: str) -> InputGrid | None:
         """What a runtime rounds the inputs of the weight ``name`` to; None: nothing, or nothing that is followed here.
 

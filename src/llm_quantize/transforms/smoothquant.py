@@ -35,6 +35,8 @@ from llm_quantize.transforms.awq import (
     sample_rows,
 )
 
+_TOKENS = 64  # rounded together: a few arrays of this many inputs stay small
+
 
 def scales(
     weights: Sequence[Tensor], seen: Seen, kind: GridType, *, feedback: bool, spread: Tensor | None = None
@@ -74,8 +76,9 @@ def search(
 
     def loss(own: Tensor, *, fitted: bool) -> float:
         grid = calibrated(seen_inputs, float((largest / own).max()))
-        dx = rows - rounded_inputs(rows / own, grid) * own
-        return judge.loss(own, fitted=fitted) + _input_loss(dx, sample)
+        tiles = (rows[start : start + _TOKENS] for start in range(0, len(rows), _TOKENS))
+        lost = sum(_input_loss(x - rounded_inputs(x / own, grid) * own, sample) for x in tiles)
+        return judge.loss(own, fitted=fitted) + lost / len(rows)
 
     seen_inputs, ones = seen.inputs, torch.ones_like(largest)
     found = [
@@ -109,6 +112,6 @@ def _largest_weights(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _input_loss(dx: Tensor, sample: Sample) -> float:
-    """mean over tokens of |W dx|^2, of all rows that the sampled ones stand for. ``dx``: (k, n)."""
-    each = (dx @ sample.weight.T).double().square().mean(dim=0)
+    """Sum over tokens of |W dx|^2, of all rows that the sampled ones stand for. ``dx``: (k, n)."""
+    each = (dx @ sample.weight.T).double().square().sum(dim=0)
     return float((each * sample.share).sum())
