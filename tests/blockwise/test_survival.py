@@ -52,6 +52,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "ctranslate2 on disk": ("ctranslate2", ("-q", "int8", "--threads", "1"), ON_DISK),
     "mlx on disk": ("mlx", DIRECTORY, ON_DISK),
     "mixed bits on disk": ("compressed-tensors", ("--recipe", RECIPE, *DIRECTORY[2:]), ON_DISK),
+    "nvfp4 in memory": ("compressed-tensors", ("-q", "NVFP4", "--transform", "smoothquant", "--threads", "1"), {}),
 }
 
 

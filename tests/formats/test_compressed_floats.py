@@ -22,13 +22,15 @@ from llm_quantize.formats.base import Coverage, Scheme, SchemeOptions
 from llm_quantize.formats.packed_store import DirectoryStore
 from llm_quantize.grids.codebook import CodebookGridType, block_maxima, ladder_of
 from llm_quantize.grids.grid import GridType
-from llm_quantize.options import MethodOptions, Options
+from llm_quantize.models.quantized import open_directory
+from llm_quantize.options import CalibrationOptions, MethodOptions, Options
 from llm_quantize.pipeline import plan, quantize
 from tests.formats.grids import unpacked
 from tests.tiny_models import make_tiny
 
-LEVELS = ["W8A8", "W4AFP8", "FP8_DYNAMIC", "NVFP4A16", "MXFP4A16", "MXFP4"]
-ROWS, COLUMNS = 64, 256
+LEVELS = ["W8A8", "W4AFP8", "FP8_DYNAMIC", "FP8_BLOCK", "FP8", "NVFP4A16", "NVFP4", "MXFP4A16", "MXFP4"]
+STATIC = ["FP8", "NVFP4"]
+ROWS, COLUMNS = 200, 256
 _BITS = {"float8_e4m3": torch.float8_e4m3fn, "bfloat16": torch.bfloat16}
 
 
@@ -58,6 +60,8 @@ def packed_of(level: str, weight: torch.Tensor, *, fitted: bool = False) -> tupl
         grid = kind.fit(weight, torch.rand(COLUMNS, generator=torch.Generator().manual_seed(4)) + 0.1)
         codes = grid.nearest(weight)
     fields = form.fields(scheme, ROWS, COLUMNS)
+    assert fields[len(fields) - len(form.input_fields(scheme)) :] == form.input_fields(scheme)
+    fields = fields[: len(fields) - len(form.input_fields(scheme))]
     found = {}
     for field, array in zip(fields, form.pack(scheme, grid, codes), strict=True):
         assert (array.shape, array.nbytes) == (field.shape, field.nbytes), field.suffix
@@ -88,8 +92,46 @@ def test_the_package_decodes_what_we_decode(level: str, fitted: bool) -> None:
     exact = {name: one.float() if one.dtype == torch.bfloat16 else one for name, one in tensors.items()}
     theirs = compressor.decompress(exact, group)["weight"].float()
     # Floats of four bits are multiplied in bfloat16 there: one rounding of the scale, one of the product.
-    tolerance = 2**-7 if level == "NVFP4A16" else 1e-6
+    tolerance = 2**-7 if level.startswith("NVFP4") else 1e-6
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", ["FP8_BLOCK", "FP8"])
+def test_rounding_on_scales_that_rows_have_in_common_is_the_packages(level: str) -> None:
+    weight = weights(3)
+    scheme, tensors = packed_of(level, weight)
+    compressor, group = package(scheme)
+    step = 128 if level == "FP8_BLOCK" else None
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -ROWS % (step or 1)))
+    tiles = padded.reshape(-1, step, COLUMNS // step, step).transpose(1, 2) if step else padded[None, None]
+    scales, _ = calculate_qparams(tiles.amin((-1, -2)), tiles.amax((-1, -2)), group.weights)
+    scales = (scales if step else scales.reshape(1)).to(torch.bfloat16)
+    theirs = compressor.compress({"weight": weight, "weight_scale": scales}, group)
+    assert torch.equal(tensors["weight_scale"], theirs["weight_scale"])
+    assert np.array_equal(raw(tensors["weight"]), raw(theirs["weight"]))
+    assert tensors["weight_scale"].shape == ((2, 2) if step else (1,))
+
+
+def test_rows_that_do_not_share_their_scale_are_not_stored() -> None:
+    weight = weights(4)
+    scheme = form.scheme("FP8_BLOCK", SchemeOptions(scale="bfloat16"))
+    grid, codes = kind_of(scheme, weight).plain(weight, None)
+    grid.d[3, 0] *= 2
+    with pytest.raises(ValueError, match="in common"):
+        form.pack(scheme, grid, codes)
+
+
+@pytest.mark.parametrize("level", STATIC)
+def test_calibrated_levels_need_text(level: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="calibrated scales of activations") as refusal:
+        plan(str(demo_model()), "compressed-tensors", levels=[level], options=Options(method=MethodOptions("rtn")))
+    assert "FP8_DYNAMIC" in str(refusal.value)
+
+
+def test_inputs_that_are_no_whole_groups_are_refused(tmp_path: Path) -> None:
+    model = make_tiny("llama", tmp_path / "model")
+    with pytest.raises(UsageError, match="whole groups of 128, in which FP8_BLOCK rounds them"):
+        plan(str(model), "compressed-tensors", levels=["FP8_BLOCK"])
 
 
 @pytest.mark.parametrize("level", ["FP8_DYNAMIC", "NVFP4A16", "MXFP4A16", "MXFP4"])
@@ -125,7 +167,8 @@ def test_fitted_scales_lose_less(level: str) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_made_sound_and_loaded_by_transformers(level: str, tmp_path: Path) -> None:
-    options = Options(threads=1, method=MethodOptions(method="rtn"))
+    method = MethodOptions(method=None if level in STATIC else "rtn")
+    options = Options(threads=1, method=method, calibration=CalibrationOptions(samples=4, length=128))
     (result,) = quantize(str(demo_model()), "compressed-tensors", levels=[level], output_dir=tmp_path, options=options)
     outcome = verify(result.path, source=str(demo_model()))
     assert outcome.ok, outcome.all_problems()
@@ -137,7 +180,9 @@ def test_made_sound_and_loaded_by_transformers(level: str, tmp_path: Path) -> No
     with torch.inference_mode():
         wanted, found = (torch.log_softmax(one(input_ids=ids).logits.float(), -1) for one in (source, model))
     lost = float((wanted.exp() * (wanted - found)).sum(-1).mean())
-    assert 0 < lost < {"W8A8": 0.01, "FP8_DYNAMIC": 0.02, "MXFP4": 0.3}.get(level, 0.15)
+    assert 0 < lost < {"W8A8": 0.01, "MXFP4": 0.3}.get(level, 0.02 if level.startswith("FP8") else 0.15)
+    with open_directory(result.path) as packed:
+        assert packed.label == level
 
 
 def test_matrices_that_runtimes_join_have_one_scale_in_common(tmp_path: Path) -> None:

@@ -186,6 +186,7 @@ def _describe_packed(packed: PackedDirectory) -> dict[str, Any]:
             "symmetric": _one_or_all(matrix.symmetric for matrix in matrices),
             "matrices": len(matrices),
             **({"grids": dict(sorted(grids.items()))} if len(grids) > 1 else {}),
+            **({"activations": packed.inputs_text} if packed.inputs_text else {}),
         },
         "not_quantized": _counted(name.removesuffix(".weight") for name in left),
         "dtypes": dtypes,

@@ -29,6 +29,7 @@ from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
 from llm_quantize.io.paths import opened, pread_into
 from llm_quantize.models.opening import Source
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.qtypes.inputs import InputGrid
 
 if TYPE_CHECKING:
     import torch
@@ -134,6 +135,17 @@ class Decoded(ABC):
     def decode(self, name: str) -> npt.NDArray[np.float32]:
         """``read`` as an array."""
         return self._decode(name, self._uses[name])
+
+    def inputs(self, name: str, expert: int | None = None) -> InputGrid | None:
+        """What a runtime rounds the inputs of the checkpoint tensor ``name`` to (``expert``: of that one, where it is a
+        stack of them); None: nothing, or nothing that is followed here. Raises NumericPolicyError for a stored scale
+        that is no positive number."""
+        del name, expert
+        return None
+
+    def inputs_text(self) -> str:
+        """What the inputs of its matrices are rounded to, in words, "" where they are not."""
+        return ""
 
     def for_head(self) -> HeadWeights:
         """The same weights for the head: where an embedding is tied and the artifact holds another matrix beside it,
@@ -278,6 +290,10 @@ class HeadWeights:
         """As ``Decoded.read``, from the head's own matrix where that stands for this tensor."""
         uses = self._artifact._head_uses.get(name)
         return self._artifact.read(name) if uses is None else _tensor(self._artifact._decode(name, uses))
+
+    def inputs(self, name: str, expert: int | None = None) -> InputGrid | None:
+        """As ``Decoded.inputs``; a matrix of the head's own is not rounded for by any format that is read."""
+        return None if name in self._artifact._head_uses else self._artifact.inputs(name, expert)
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
         """As ``Decoded.read_into``."""

@@ -26,6 +26,7 @@ from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.opening import Source
 from llm_quantize.models.quantized import PackedRows, open_directory, zero_biases
 from llm_quantize.models.stored import StoredDirectory
+from llm_quantize.qtypes.inputs import InputGrid
 
 _HEADS = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight")
 _READABLE = ("F16", "BF16", "F32", "F64")
@@ -110,6 +111,30 @@ class DecodedDirectory(DecodedRows):
     def close(self) -> None:
         """Close its files."""
         self.packed.close()
+
+    def inputs(self, name: str, expert: int | None = None) -> InputGrid | None:
+        """As ``Decoded.inputs``; matrices that are one in the source have the largest of their scales, as runtimes join
+        them."""
+        found = [self.packed.inputs(weight) for weight in self._weights_of(name, expert)]
+        grids = [grid for grid in found if grid is not None]
+        if not grids:
+            return None
+        return (min if grids[0].nested else max)(grids, key=lambda grid: grid.whole or 0.0)
+
+    def inputs_text(self) -> str:
+        """As ``Decoded.inputs_text``."""
+        return self.packed.inputs_text
+
+    def _weights_of(self, name: str, expert: int | None) -> Iterator[str]:
+        """The artifact's weights that make up the checkpoint tensor ``name``, or an expert of it."""
+        for use in self._uses.get(name, ()):
+            first, last = use.first, use.first + use.count
+            if expert is not None and len(use.output.shape) == 3:
+                rows = use.output.shape[-2]
+                first, last = max(first, expert * rows), min(last, (expert + 1) * rows)
+            for start, count, piece in placed(self._rows, use.held):
+                if start < last and first < start + count:
+                    yield piece.source
 
     def _open(self) -> None:
         self.packed = open_directory(self.path)

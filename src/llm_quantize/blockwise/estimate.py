@@ -169,11 +169,13 @@ def feedback_sizes(
     """
     number, length = windows
     tokens = max(CHUNK_TOKENS, length)
-    alone = options.inputs == "sequential" and not options.transform_of(artifact.format).passes
+    transform = options.transform_of(artifact.format)
+    alone, samples = options.inputs == "sequential" and not transform.passes, transform.samples
     most, seen = (0, 0), 0
     for taps in network.taps:
         for stage in stages(taps, {tap.name for tap in taps}, chosen, sequential=alone):
             sums = sum(tap.matrices * gram_bytes(tap.columns, cross=paired and tap.matrices == 1) for tap in stage)
+            sums += sum(4 * tap.matrices * samples_of(samples, tap.matrices) * tap.columns for tap in stage)
             captured = sum(_used(network, tap) * tokens * tap.columns * network.itemsize for tap in stage)
             most = max(most, (sums, captured * (1 + paired)), key=sum)
         seen = max(seen, sum(number * length * tap.columns * network.itemsize for tap in taps if tap.matrices == 1))
@@ -215,6 +217,11 @@ def rounding_sizes(artifact: ArtifactPlan) -> tuple[Sizes, ...]:
         return ()
     values, each = _values(artifact), artifact.source_scratch
     return (Sizes(libraries=TORCH_ALONE_BYTES, margin=0, values=values, each=each),)
+
+
+def samples_of(samples: int, matrices: int) -> int:
+    """How many inputs are kept of each matrix of a tap where ``samples`` are asked for: of experts an eighth."""
+    return samples if matrices == 1 else samples // 8
 
 
 def gram_bytes(columns: int, *, cross: bool) -> int:

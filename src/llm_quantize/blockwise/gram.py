@@ -24,10 +24,13 @@ TILE = 512
 class Gram:
     """The sums of one matrix with ``columns`` inputs. ``cross`` is None where it was not asked for; ``tokens`` so far.
 
-    ``hessian`` is whole only after ``finish``.
+    ``hessian`` is whole only after ``finish``. ``largest`` (columns,): of the inputs; ``rows`` (k, columns): those that
+    were kept as they are (``look``).
     """
 
     def __init__(self, columns: int, *, cross: bool, device: torch.device | str = "cpu") -> None:
+        self.largest = torch.zeros(columns, dtype=torch.float32, device=device)
+        self._rows: list[Tensor] = []
         self.columns, self.tokens = columns, 0
         self.hessian = torch.zeros((columns, columns), dtype=torch.float32, device=device)
         self.cross = torch.zeros_like(self.hessian) if cross else None
@@ -45,6 +48,18 @@ class Gram:
             if self.cross is not None and full is not None:
                 found.append(partial(_add_cross, self.cross[rows], inputs, full[:, rows], rows))
         return found
+
+    def look(self, inputs: Tensor, keep: int) -> None:
+        """Note how large ``inputs`` (tokens, columns) are, and keep ``keep`` of them, at even distances."""
+        torch.maximum(self.largest, inputs.abs().amax(dim=0).float(), out=self.largest)
+        count = min(keep, len(inputs))
+        index = torch.arange(count, device=inputs.device) * len(inputs) // max(1, count)
+        self._rows.append(inputs[index].float())
+
+    @property
+    def rows(self) -> Tensor:
+        """What ``look`` kept, float32 (k, columns)."""
+        return torch.cat(self._rows) if self._rows else self.largest.new_empty((0, self.columns))
 
     def finite(self) -> bool:
         """Whether every input so far was: one that is not makes its mean square so."""

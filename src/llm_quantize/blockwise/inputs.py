@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_quantize.blockwise.estimate import CHUNK_TOKENS
+from llm_quantize.blockwise.estimate import CHUNK_TOKENS, samples_of
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.calibration.statistics import refuse_nonfinite
 from llm_quantize.errors import NumericPolicyError
@@ -109,12 +109,17 @@ def collect(
     scales: Mapping[str, Tensor] | None = None,
     *,
     windows: int,
+    samples: int = 0,
+    looks: bool = False,
 ) -> dict[tuple[str, int], Gram]:
     """The sums of every matrix of ``taps`` over the first ``windows`` of ``hidden`` through ``block``; with ``full``,
     cross products of single matrices as well.
 
-    ``scales``: {tap: s (columns,)}: the block's inputs are those of the source divided by s. An expert that no token
-    reached is absent. Raises NumericPolicyError for inputs that are not finite.
+    ``scales``: {tap: s (columns,)}: the block's inputs are those of the source divided by s. ``samples``: about so many
+    inputs of each are kept; then, and where it ``looks``, the largest of each channel is noted. An expert that no token
+    reached is absent.
+
+    Raises NumericPolicyError for inputs that are not finite.
     """
     known = {tap.name: tap for tap in taps}
     grams: dict[tuple[str, int], Gram] = {}
@@ -135,6 +140,9 @@ def collect(
             if key not in grams:
                 grams[key] = Gram(known[key[0]].columns, cross=theirs is not None, device=inputs.device)
             jobs += grams[key].jobs(inputs, theirs)
+            if samples or looks:
+                most = samples_of(samples, known[key[0]].matrices)
+                grams[key].look(inputs, most * (first + len(chunk)) // windows - most * first // windows)
         way.pool.do(jobs)
         if not all(grams[key].finite() for key in grams):
             for index in chunk:

@@ -4,7 +4,8 @@ streams.
 The hidden states that leave the last block of the source and of the quantized model are at hand; the final norm and
 the output matrix turn them into predictions. All is computed in the network's dtype: in bfloat16 two runs of the same
 model already differ by some 1e-4 nats, so the figure of an 8-bit artifact is mostly that. ``analyze quality`` measures
-in float32, and on more text.
+in float32, and on more text. Activations are as they are, also where a runtime rounds them: the quantized stream is
+what matrices are calibrated on, and they came out worse where it was rounded (docs/concepts/methods.md).
 """
 
 from __future__ import annotations

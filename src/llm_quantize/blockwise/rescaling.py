@@ -1,4 +1,4 @@
-"""A block rescaled before its matrices are quantized: AWQ's scales found, applied, and what they change written.
+"""A block rescaled before its matrices are quantized: scales found, applied, and what they change written.
 
 The scales of a block follow from the inputs of its matrices, as the quantized stream gives them, before any of them is
 quantized; so they come out the same when a killed run comes back to an unfinished block. Of a finished block only the
@@ -25,7 +25,8 @@ from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Tap
 from llm_quantize.streams.passes import Pass
 from llm_quantize.transforms.applying import apply_all, readers, settle
-from llm_quantize.transforms.awq import AwqOptions, search
+from llm_quantize.transforms.awq import Seen
+from llm_quantize.transforms.table import Transform
 
 if TYPE_CHECKING:
     from llm_quantize.blockwise.gram import Gram
@@ -64,6 +65,7 @@ def rescale(
     hidden: Activations,
     way: Pass,
     *,
+    transform: Transform,
     feedback: bool,
     windows: int,
 ) -> dict[str, Tensor]:
@@ -80,12 +82,13 @@ def rescale(
     for name, values in tensors.items():
         _refuse_nonfinite(matrices, name, values)
     used = {homes[group.seen_at].name for group in groups}
-    grams = collect(way, [tap for tap in taps if tap.name in used], hidden, block, None, windows=windows)
+    wanted = [tap for tap in taps if tap.name in used]
+    grams = collect(way, wanted, hidden, block, None, windows=windows, samples=transform.samples)
 
     def find(number: int) -> tuple[int, Tensor]:
         group = groups[number]
         tap = homes[group.seen_at]
-        return number, _scales(matrices, group, tap, tensors, grams, feedback=feedback)
+        return number, _scales(matrices, group, tap, tensors, grams, transform, feedback=feedback)
 
     found = dict(way.pool.each(find, range(len(groups))))
     scales = [found[number] for number in range(len(groups))]
@@ -135,6 +138,7 @@ def _scales(
     tap: Tap,
     tensors: dict[str, Tensor],
     grams: dict[tuple[str, int], Gram],
+    transform: Transform,
     *,
     feedback: bool,
 ) -> Tensor:
@@ -144,19 +148,20 @@ def _scales(
     gram = grams.get((tap.name, matrix))
     if gram is None:  # an expert that no token reached
         return torch.ones(group.columns)
-    kind = matrices.store.grid_type(_qtype(matrices, group))
+    reader = _reader(matrices, group)
+    kind = matrices.store.grid_type(reader.qtype)
     if kind is None:
         raise ValueError("scales are searched for number grids")
     weights = [weight.to(gram.hessian.device) for weight in readers(group, tensors)]
     spread = None if group.spread is None else torch.from_numpy(group.spread)
-    options = AwqOptions(judge="feedback" if feedback else "rounding")
-    found = search(weights, gram.hessian, gram.tokens, kind, options, spread=spread)
+    seen = Seen(gram.hessian, gram.tokens, gram.rows, gram.largest, matrices.store.inputs(reader))
+    found = transform.scales(weights, seen, kind, feedback=feedback, spread=spread)
     return settle(group, found.scales.cpu(), tensors)
 
 
-def _qtype(matrices: Matrices, group: ScaleGroup) -> str:
-    """The grid of the first matrix that reads what the group scales: those of one group mostly share theirs."""
-    homes = {piece.source: matrix.qtype for matrix in matrices.target.plan.matrices for piece in matrix.weight.pieces}
+def _reader(matrices: Matrices, group: ScaleGroup) -> MatrixPlan:
+    """The first matrix that reads what the group scales: those of one group mostly share their grid."""
+    homes = {piece.source: matrix for matrix in matrices.target.plan.matrices for piece in matrix.weight.pieces}
     return next(homes[part.name] for part in group.multiplied if part.name in homes)
 
 

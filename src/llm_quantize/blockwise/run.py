@@ -26,6 +26,7 @@ from llm_quantize.artifacts.recheck import source_hash
 from llm_quantize.artifacts.rounding import Policy, Target
 from llm_quantize.blockwise import rescaling
 from llm_quantize.blockwise.embedding import written_embedding
+from llm_quantize.blockwise.gram import Gram
 from llm_quantize.blockwise.inputs import FullInputs, Streams, collect, propagate
 from llm_quantize.blockwise.measure import measure
 from llm_quantize.blockwise.segments import Segment, Sources, segments
@@ -34,6 +35,7 @@ from llm_quantize.blockwise.stages import routers, stages
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.events import EventSink
 from llm_quantize.formats.base import Store, mixture_of
+from llm_quantize.grids.inputs import calibrated
 from llm_quantize.memory import Fitted
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
@@ -227,6 +229,8 @@ class Blocks:
                     self.kept.remember(index, self._lanes(streams))
             if self.measures:
                 measured = measure(self.matrices, self.way, streams, self.calibrated)
+                if any(self.matrices.store.inputs(matrix) for matrix in self.matrices.target.plan.matrices):
+                    measured["activations"] = "as they are"
                 self.matrices.target.output.note({"measured": measured})
         finally:
             close(self._lanes(streams))
@@ -294,6 +298,7 @@ class Blocks:
                     self.taps[index],
                     streams.quantized,
                     self.way,
+                    transform=self.transform,
                     feedback=self.options.feedback,
                     windows=self.calibrated,
                 )
@@ -338,7 +343,14 @@ class Blocks:
         jobs = [Job(matrix, seen) for matrix, seen in members if not self._done(matrix)]
         if jobs:
             stage = _looked_at(stage, jobs)
-            grams = collect(self.way, stage, streams.quantized, block, full, scales, windows=self.calibrated)
+            asked = {job.matrix.name: self.matrices.store.inputs(job.matrix) for job in jobs}
+            looks = any(grid is not None and grid.static for grid in asked.values())
+            grams = collect(
+                self.way, stage, streams.quantized, block, full, scales, windows=self.calibrated, looks=looks
+            )
+            for one in jobs:
+                grid = asked[one.matrix.name]
+                one.inputs = None if grid is None else calibrated(grid, _largest(one, grams))
             self.solver.stage(jobs, grams, stage)
             grams.clear()
         sources = Sources(self.matrices.source.checkpoint, self.matrices.present)
@@ -361,6 +373,12 @@ def _looked_at(stage: Sequence[Tap], jobs: Sequence[Job]) -> list[Tap]:
     in the source's block was not kept."""
     seen = {segment.tap for job in jobs for segment in job.segments}
     return [tap for tap in stage if tap.name in seen or any(one.matrices > 1 for one in stage)]
+
+
+def _largest(job: Job, grams: Mapping[tuple[str, int], Gram]) -> float:
+    """The largest input of a matrix; of an expert, that of all experts, whom runtimes join."""
+    taps = {segment.tap for segment in job.segments}
+    return max((float(gram.largest.max()) for (tap, _), gram in grams.items() if tap in taps), default=0.0)
 
 
 def _moved(old: Streams, new: Streams) -> Streams:

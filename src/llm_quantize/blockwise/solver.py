@@ -27,6 +27,7 @@ from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.hessian import Factor, factorize
 from llm_quantize.methods.table import Method
 from llm_quantize.plan import MatrixPlan
+from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.streams.pool import Pool
 from llm_quantize.streams.taps import Tap
 
@@ -56,11 +57,13 @@ class Job:
     ``facts``: loss and plain_loss (sums over rows of the weighted square error, of ours and of plain rounding),
     plain_rows (rows for which plain rounding was better and kept), tokens (seen by the matrix, or by each of a stack),
     notes and fallbacks (text: count), what was out of the ordinary, and of that what was not done as asked.
+    ``inputs``: what runtimes round its inputs to, with what was calibrated of it.
     """
 
     matrix: MatrixPlan
     segments: Sequence[Segment]
     on_grid: str = ""
+    inputs: InputGrid | None = None
     pieces: dict[int, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
@@ -171,7 +174,9 @@ class Solver:
     def join(self, job: Job) -> Fields:
         """The fields of a job whose rows are all there."""
         pieces = [job.pieces.pop(start) for start in sorted(job.pieces)]
-        return self.store.join(job.matrix, pieces)
+        fields = self.store.join(job.matrix, pieces)
+        calibrated = job.inputs is not None and job.inputs.static
+        return [*fields, *(self.store.numbers(job.matrix, job.inputs) if calibrated and job.inputs else [])]
 
     def _factor(self, gram: Gram) -> Factor:
         return factorize(gram.hessian, gram.tokens, self.options, cross=gram.cross)

@@ -18,8 +18,9 @@ def method_options(function: Function) -> Function:
         click.option("--method", type=click.Choice(["rtn", "gptq"]),
                      help="rtn rounds to nearest; gptq feeds errors back and needs text. [default: rtn for gguf, gptq "
                      "for the other formats]"),
-        click.option("--transform", type=click.Choice(["none", "awq"]),
-                     help="awq rescales channels first. [default: awq for awq, none elsewhere]"),
+        click.option("--transform", type=click.Choice(["none", "awq", "smoothquant"]),
+                     help="awq rescales channels first; smoothquant does where activations are rounded too (W8A8, "
+                     "FP8, ...). [default: awq for awq, none elsewhere]"),
         click.option("--inputs", type=click.Choice(["sequential", "block", "source"]), default="sequential",
                      show_default=True, help="What a matrix is calibrated on: the model as quantized up to it, up to "
                      "its block, or not at all (one pass over the source)."),

@@ -79,7 +79,8 @@ class RuntimeQuality:
 @dataclass(frozen=True)
 class ArtifactQuality:
     """One artifact. ``size`` in bytes; ``bits_per_weight``: all its bits, header included, as a plan has it;
-    ``notes``: what in it differs from the reference's configuration."""
+    ``notes``: what in it differs from the reference's configuration; ``inputs``: what the inputs of its matrices were
+    rounded to, as its runtime does, "" where they were not."""
 
     path: str
     size: int
@@ -88,6 +89,13 @@ class ArtifactQuality:
     grade: str
     notes: tuple[str, ...]
     runtime: RuntimeQuality | None
+    inputs: str = ""
+
+    @property
+    def inputs_sentence(self) -> str:
+        """What a reader must know of the inputs, "" where they were not rounded."""
+        rounded = f"{Path(self.path).name}: inputs of matrices rounded too, as its runtime does: {self.inputs}"
+        return rounded if self.inputs else ""
 
 
 @dataclass(frozen=True)
@@ -365,6 +373,7 @@ def _artifact(one: Decoded, stream: Stream, real: RuntimeStream | None, runtime:
         grade=grades.grade(divergence.kld),
         notes=one.notes,
         runtime=None if real is None else _runtime_quality(stream, real, runtime or ""),
+        inputs=one.inputs_text(),
     )
 
 

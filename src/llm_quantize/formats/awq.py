@@ -26,12 +26,14 @@ from llm_quantize.formats.base import (
     Field,
     Scheme,
     SchemeOptions,
+    as_they_are,
     check_group,
     check_words,
     grid_numbers,
     load_floats,
     mixture_of,
     no_caution,
+    no_fields,
     parse_bits,
     store_floats,
     takes_any,
@@ -88,6 +90,8 @@ UNNAMED = None
 RUNTIME = None
 MIXES = None
 vllm_caution = no_caution
+inputs = as_they_are
+input_fields = no_fields
 refuse = takes_any
 groups = usual_groups
 configured = with_quantization

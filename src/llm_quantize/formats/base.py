@@ -18,6 +18,7 @@ import numpy.typing as npt
 from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import PackedMatrix, StoredFormat
+from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType
 from llm_quantize.qtypes.packed import PackedType, packed_type
 
@@ -236,6 +237,12 @@ class Store(Protocol):
     def largest(self, qtype: str) -> float:
         """The largest magnitude that ``qtype`` holds."""
 
+    def inputs(self, matrix: MatrixPlan) -> InputGrid | None:
+        """What a runtime rounds the inputs of ``matrix`` to; None: nothing."""
+
+    def numbers(self, matrix: MatrixPlan, inputs: InputGrid) -> list[Array]:
+        """The fields, after those of ``join``, of what was calibrated of ``inputs``."""
+
     def piece(self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor) -> Any:
         """Some rows of ``matrix``, in whatever form ``join`` takes."""
 
@@ -320,6 +327,8 @@ class Packed(StoredFormat, Protocol):
     def fields(self, scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]: ...
     def pack(self, scheme: Scheme, grid: Grid, codes: Any) -> list[Array]: ...
     def described(self, scheme: Scheme, rows: int, columns: int) -> PackedMatrix: ...
+    def inputs(self, scheme: Scheme) -> InputGrid | None: ...
+    def input_fields(self, scheme: Scheme) -> tuple[Field, ...]: ...
     def config(self, scheme: Scheme, coverage: Coverage) -> dict[str, Any]: ...
     def vllm_refusal(self, scheme: Scheme) -> str | None: ...
     def vllm_caution(self, schemes: Sequence[Scheme], *, head: bool) -> str | None:
@@ -332,6 +341,17 @@ class Packed(StoredFormat, Protocol):
 
     def configured(self, source: Source, config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         """config.json: the source's ``config``, which says nothing of quantization, and ``own`` where runtimes look."""
+
+
+def as_they_are(scheme: Scheme) -> None:
+    """``Packed.inputs`` of a format whose runtimes multiply inputs as they come, or in a way that is not followed."""
+    del scheme
+
+
+def no_fields(scheme: Scheme) -> tuple[Field, ...]:
+    """``Packed.input_fields`` of such a format."""
+    del scheme
+    return ()
 
 
 def takes_any(source: Source, names: Sequence[str]) -> None:

@@ -37,9 +37,11 @@ from llm_quantize.formats.base import (
     Field,
     Scheme,
     SchemeOptions,
+    as_they_are,
     check_group,
     fixed_groups,
     no_caution,
+    no_fields,
     takes_any,
     to_numpy,
     with_quantization,
@@ -85,6 +87,8 @@ UNNAMED = None
 RUNTIME = None
 MIXES = None
 vllm_caution = no_caution
+inputs = as_they_are
+input_fields = no_fields
 refuse = takes_any
 groups = fixed_groups
 configured = with_quantization

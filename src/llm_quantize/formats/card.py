@@ -14,6 +14,7 @@ import yaml
 
 import llm_quantize
 from llm_quantize.formats.base import Packed, Scheme
+from llm_quantize.qtypes.codebook import IN_COMMON, CodebookType
 from llm_quantize.qtypes.integer import WHOLE_ROW
 
 _COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -22,13 +23,14 @@ _COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag"
 @dataclass(frozen=True)
 class About:
     """What a format tells of an artifact: the tags of the card, its tables, how it is loaded (Markdown), and with what
-    library."""
+    library; ``caution``: what the figures of its loss leave out."""
 
     tags: Sequence[str]
     recipe: Mapping[str, Any]
     sizes: Mapping[str, str]
     loading: str
     library: str = "transformers"
+    caution: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def card(
     if measured:
         parts.append(_table("Loss", measured))
         parts.append("Against the source, on windows of the calibration texts that were not calibrated on.\n")
+        parts += [f"{about.caution}\n"] if about.caution else []
     parts.append("`manifest.json` holds the hashes of every tensor and of the source, and what the run measured.\n")
     return "\n".join(parts)
 
@@ -137,13 +140,18 @@ def about_packed(facts: PackedFacts) -> About:
     """The card of a directory of packed integers."""
     widths = "mixed-bits" if len(facts.grids) > 1 else f"{facts.scheme.qtype.bits}-bit"
     tags = ("quantized", facts.scheme.format, widths)
-    about = About(tags, _recipe(facts), _sizes(facts), _loading(facts))
+    rounded = facts.form.inputs(facts.scheme) is not None
+    caution = "Of weights alone: a runtime rounds activations too, which `llm-quantize analyze quality` does as well."
+    about = About(tags, _recipe(facts), _sizes(facts), _loading(facts), caution=caution if rounded else "")
     return about if facts.form.RUNTIME is None else replace(about, library=facts.form.NAME)
 
 
 def _recipe(facts: PackedFacts) -> dict[str, Any]:
     grid = facts.scheme.qtype
     group = "one for each row" if grid.group_size == WHOLE_ROW else f"one for {grid.group_size} weights"
+    if isinstance(grid, CodebookType) and grid.nested in IN_COMMON:
+        rows = IN_COMMON[grid.nested]
+        group = f"one for {rows} by {grid.group_size} weights" if rows else "one for each matrix"
     codes = {
         "Codes": f"{grid.bits} bit, {'symmetric' if grid.symmetric else f'with {facts.form.OFFSETS}'}",
         "Scales": f"{grid.scale}, {group}",
@@ -159,6 +167,9 @@ def _recipe(facts: PackedFacts) -> dict[str, Any]:
         **codes,
         "Packed": f"{facts.matrices} matrices{' of the whole model' if facts.form.EDGES else facts.packed_of}",
     }
+    inputs = facts.form.inputs(facts.scheme)
+    if inputs is not None:
+        found["Activations"] = inputs.text
     if facts.ignored:
         found["Left as they are"] = f"{len(facts.ignored)} modules, the first {facts.ignored[0]}"
     return found | {str(name): value for name, value in facts.method.items()}

@@ -3,7 +3,7 @@
 N = out, K = in:
 
     float-quantized         weight               F8_E4M3  (N, K)
-                            weight_scale         bf16, f16 or f32 (N, 1); others also (1,), (N / 128, K / 128)
+                            weight_scale         bf16, f16 or f32 (N, 1), (1,) or (ceil(N / 128), ceil(K / 128))
     nvfp4-pack-quantized    weight_packed        U8       (N, K / 2)    two codes a byte, the first in the low half
                             weight_scale         F8_E4M3  (N, K / 16)
                             weight_global_scale  F32      (1,)          w = level * weight_scale / weight_global_scale
@@ -22,29 +22,32 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.formats.base import Array, Field, Scheme, check_group, load_floats, store_floats, to_numpy
+from llm_quantize.formats.compressed_inputs import FIELDS as INPUTS
+from llm_quantize.formats.compressed_inputs import SHAPES as INPUT_SHAPES
 from llm_quantize.formats.packed import FLOATS, Fields, Layout, PackedMatrix, check_fields, check_matrix
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.qtypes.codebook import CODEBOOKS, CodebookType, codebook_type
+from llm_quantize.qtypes.codebook import CODEBOOKS, IN_COMMON, CodebookType, codebook_type
 
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
-FP8 = Layout("float-quantized", ("weight", "weight_scale"), (), telling="weight_scale", scales="weight_scale")
+FP8 = Layout("float-quantized", ("weight", "weight_scale"), INPUTS, telling="weight_scale", scales="weight_scale")
 NVFP4 = Layout(
     "nvfp4-pack-quantized",
     ("weight_packed", "weight_scale", "weight_global_scale"),
-    ("input_global_scale",),
+    INPUTS,
     telling="weight_packed",
     scales="weight_scale",
 )
 MXFP4 = Layout(
     "mxfp4-pack-quantized",
     ("weight_packed", "weight_scale"),
-    (),
+    INPUTS,
     telling="weight_packed",
     scales="weight_scale",
 )
-LAYOUTS: Mapping[str, Layout] = {"e4m3": FP8, "e2m1_b16_e4m3": NVFP4, "e2m1_b32_e8m0": MXFP4}
+BLOCKS, WHOLE = "e4m3_b128_rows128", "e4m3_whole"
+LAYOUTS: Mapping[str, Layout] = {"e4m3": FP8, BLOCKS: FP8, WHOLE: FP8, "e2m1_b16_e4m3": NVFP4, "e2m1_b32_e8m0": MXFP4}
 """By grid."""
 
 _HALF = {"e2m1": 8, "e4m3": 127}
@@ -62,7 +65,8 @@ def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) 
     """As ``Packed.fields``."""
     grid, groups = grid_of(scheme), check_group(scheme, columns, name, fixed=True)
     if grid.codebook == "e4m3":
-        return Field("weight", "float8_e4m3", (rows, columns)), Field("weight_scale", grid.scale, (rows, 1))
+        shape = {BLOCKS: (-(-rows // 128), groups), WHOLE: (1,)}.get(grid.name, (rows, 1))
+        return Field("weight", "float8_e4m3", (rows, columns)), Field("weight_scale", grid.scale, shape)
     packed = Field("weight_packed", "uint8", (rows, columns // 2))
     if grid.nested == "e8m0":
         return packed, Field("weight_scale", "uint8", (rows, groups))
@@ -78,7 +82,7 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
     sign = 1 << (kind.bits - 1)
     stored = np.where(found < half, (half - 1 - found) | sign, found - half).astype(np.uint8)
     if kind.codebook == "e4m3":
-        return [stored, store_floats(to_numpy(grid.d).astype(np.float32, copy=False), kind.scale)]
+        return [stored, store_floats(_scales_once(kind, to_numpy(grid.d).astype(np.float32, copy=False)), kind.scale)]
     if grid.ladder is None:
         raise ValueError(f"a grid with scales of floats cannot be stored as {kind.name}")
     packed, scales = stored[:, ::2] | (stored[:, 1::2] << 4), to_numpy(grid.ladder.codes)
@@ -86,6 +90,17 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
         return [packed, scales]
     step = float(grid.ladder.steps.reshape(-1)[0])
     return [packed, scales, np.array([1 / step], np.float32)]
+
+
+def _scales_once(kind: CodebookType, scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """What is stored of the scales (rows, groups) of every row."""
+    if kind.nested not in IN_COMMON:
+        return scales
+    step = IN_COMMON[kind.nested] or len(scales)
+    once = scales[::step]
+    if not np.array_equal(np.repeat(once, step, axis=0)[: len(scales)], scales):
+        raise ValueError(f"rows do not have the scales in common that {kind.name} stores")
+    return once if IN_COMMON[kind.nested] else once.reshape(-1)
 
 
 def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
@@ -115,9 +130,11 @@ def matrix(name: str, layout: Layout, found: Mapping[str, TensorInfo]) -> Packed
         group = 128 if across > 1 and -(-columns // 128) == across else group
         down = -(-rows // 128)
         shapes: tuple[tuple[int, ...], ...] = ((rows, 1), (rows,), (1,), (1, 1), (), (down, -(-columns // 128)))
+        blocks = scale.shape == shapes[-1] and scale.shape != (rows, 1) and scale.elements > 1
+        kind = BLOCKS if blocks else WHOLE if scale.elements == 1 and rows > 1 else "e4m3"
         return check_fields(
-            PackedMatrix(name, layout, rows, columns, 8, group, True, False, found, "e4m3"),
-            {"weight": (("F8_E4M3",), ((rows, columns),)), "weight_scale": (FLOATS, shapes)},
+            PackedMatrix(name, layout, rows, columns, 8, group, True, False, found, kind),
+            {"weight": (("F8_E4M3",), ((rows, columns),)), "weight_scale": (FLOATS, shapes), **INPUT_SHAPES},
         )
     grid = codebook_type(next(name for name, one in LAYOUTS.items() if one is layout))
     columns = 2 * main.shape[1]
@@ -128,7 +145,7 @@ def matrix(name: str, layout: Layout, found: Mapping[str, TensorInfo]) -> Packed
             "weight_packed": (("U8",), ((rows, columns // 2),)),
             "weight_scale": (("F8_E4M3",) if layout is NVFP4 else ("U8",), ((rows, groups),)),
             "weight_global_scale": (("F32",), ((1,), ())),
-            "input_global_scale": (("F32",), ((1,), ())),
+            **INPUT_SHAPES,
         },
     )
 
@@ -182,8 +199,12 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
 
 
 def level_name(packed: PackedMatrix) -> str:
-    """What people call its level, activations in 16 bits."""
-    return {"e4m3": "FP8", "e2m1_b16_e4m3": "NVFP4A16", "e2m1_b32_e8m0": "MXFP4A16"}[packed.grid]
+    """What people call its level."""
+    if packed.layout is not FP8:
+        return ("NVFP4" if packed.layout is NVFP4 else "MXFP4") + ("" if packed.inputs else "A16")
+    if packed.inputs is None or packed.inputs.static:
+        return "FP8"
+    return "FP8_BLOCK" if packed.grid == BLOCKS else "FP8_DYNAMIC"
 
 
 def _by_code(codebook: str) -> npt.NDArray[np.float32]:

@@ -11,15 +11,17 @@ from typing import Any
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.base import Coverage, Scheme, SchemeOptions
 from llm_quantize.formats.compressed_floats import LAYOUTS
+from llm_quantize.formats.compressed_groups import EXPRESSION
+from llm_quantize.formats.compressed_inputs import read_inputs
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.qtypes.codebook import CodebookType
+from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType
 from llm_quantize.qtypes.packed import packed_type
 
 NAME = "compressed-tensors"
 PACKAGE_VERSION = "0.20.0"
 PACKED_FORM, PLAIN_FORM = "pack-quantized", "int-quantized"
-EXPRESSION = "re:"
 """What a target begins with that is a regular expression."""
 
 BITS = {f"W{bits}A16{end}": bits for end in ("", "_ASYM") for bits in range(2, 9)}
@@ -36,11 +38,20 @@ class _Level:
 
 _INT8_TOKENS = {"num_bits": 8, "type": "int", "strategy": "token", "group_size": None, "scale_dtype": None}
 _FP8_TOKENS = {**_INT8_TOKENS, "type": "float"}
+_FP8_TENSOR = {**_FP8_TOKENS, "strategy": "tensor", "dynamic": False}
+_FP8_GROUPS = {**_FP8_TOKENS, "strategy": "group", "group_size": 128}
+_NVFP4_GROUPS = {
+    **{"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    **{"scale_dtype": "torch.float8_e4m3fn", "dynamic": "local"},
+}
 _MXFP4_GROUPS = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 _OTHERS: Mapping[str, _Level] = {
     "W8A8": _Level("int8", _INT8_TOKENS),
     "W4AFP8": _Level("int4_g128", _FP8_TOKENS),
     "FP8_DYNAMIC": _Level("e4m3", _FP8_TOKENS),
+    "FP8_BLOCK": _Level("e4m3_b128_rows128", _FP8_GROUPS),
+    "FP8": _Level("e4m3_whole", _FP8_TENSOR),
+    "NVFP4": _Level("e2m1_b16_e4m3", _NVFP4_GROUPS),
     "NVFP4A16": _Level("e2m1_b16_e4m3"),
     "MXFP4A16": _Level("e2m1_b32_e8m0"),
     "MXFP4": _Level("e2m1_b32_e8m0", _MXFP4_GROUPS),
@@ -77,6 +88,18 @@ def _other(level: str, options: SchemeOptions) -> Scheme:
 def is_fixed(scheme: Scheme) -> bool:
     """Whether the level fixes its groups."""
     return scheme.level in _OTHERS
+
+
+def inputs(scheme: Scheme) -> InputGrid | None:
+    """What runtimes round the inputs of its matrices to; None: nothing."""
+    return read_inputs(_activations(scheme) or {})
+
+
+def _activations(scheme: Scheme) -> dict[str, Any] | None:
+    """input_activations of the configuration."""
+    known = _OTHERS.get(scheme.level)
+    own = None if known is None else known.inputs
+    return None if own is None else {"symmetric": True, "dynamic": True, **own}
 
 
 def is_plain(scheme: Scheme) -> bool:
@@ -120,7 +143,6 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
 def _group(scheme: Scheme, found: list[str]) -> dict[str, Any]:
     """The config group of the modules that ``found`` names, all on the grid of ``scheme``."""
     grid, group = scheme.qtype, scheme.qtype.group_size
-    inputs = _OTHERS[scheme.level].inputs if scheme.level in _OTHERS else None
     nested = grid.nested if isinstance(grid, CodebookType) else ""
     weights = {
         "num_bits": grid.bits,
@@ -130,12 +152,13 @@ def _group(scheme: Scheme, found: list[str]) -> dict[str, Any]:
         "strategy": "channel" if group == WHOLE_ROW else "tensor_group" if nested == "e4m3" else "group",
         "dynamic": False,
     }
-    if nested:
+    weights |= _IN_COMMON.get(nested, {})
+    if isinstance(grid, CodebookType) and grid.coded:
         weights["scale_dtype"] = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}[nested]
     return {
         "targets": found,
         "weights": weights,
-        "input_activations": None if inputs is None else {"symmetric": True, "dynamic": True, **inputs},
+        "input_activations": _activations(scheme),
         "output_activations": None,
         "format": form_of(scheme),
     }
@@ -169,6 +192,13 @@ def _expression(parent: str, layers: Collection[int], tail: str) -> str:
     numbers = "|".join(map(str, sorted(layers)))
     one = numbers if len(layers) == 1 else f"(?:{numbers})"
     return rf"{EXPRESSION}.*\b{re.escape(parent)}\.{one}\.{tail}$"
+
+
+_IN_COMMON: Mapping[str, Mapping[str, Any]] = {
+    "rows128": {"strategy": "block", "group_size": None, "block_structure": [128, 128]},
+    "whole": {"strategy": "tensor"},
+}
+"""What is said of weights with scales that rows have in common."""
 
 
 def vllm_refusal(scheme: Scheme) -> str | None:

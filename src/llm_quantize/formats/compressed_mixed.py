@@ -2,8 +2,6 @@
 
 Read in the package (0.20), Transformers (5.23) and vLLM (0.32):
 
-- A module belongs to the group whose target is its name, else to the one whose expression (``re:``, matched from the
-  first character on) finds it, the first in order of their text, else to the one that names its class (``Linear``).
 - vLLM asks for the parts of what it fuses only after the class of the fused module, so a directory that mixes grids
   names every module, and never ``Linear``. Of what it fuses, all parts must have one group.
 - vLLM takes an output matrix (not one that is the embedding) of 4 or 8 bits by its Marlin kernels.
@@ -18,10 +16,10 @@ from typing import Any
 
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.base import mixture_of
-from llm_quantize.formats.compressed_levels import BITS, EXPRESSION, LEVELS, NAME
-from llm_quantize.formats.expressions import Meaning, compiled, each_meant
+from llm_quantize.formats.compressed_groups import Groups, weights_of
+from llm_quantize.formats.compressed_levels import BITS, LEVELS, NAME
 from llm_quantize.formats.level_names import known_level
-from llm_quantize.formats.packed import PackedMatrix, Settings
+from llm_quantize.formats.packed import PackedMatrix
 from llm_quantize.formats.recipe import Recipe
 from llm_quantize.qtypes.integer import integer_type
 
@@ -59,12 +57,13 @@ def check_head(recipe: Recipe, qtype: str) -> None:
         )
 
 
-def mixed_level(qtypes: Collection[str]) -> str:
-    """What a directory with matrices on these grids of integers is called: W2-8A16, W4A16_ASYM."""
+def mixed_level(qtypes: Collection[str], inputs: str = "16") -> str:
+    """What a directory with matrices on these grids of integers is called: W2-8A16, W4A16_ASYM, W8A8. ``inputs``: in
+    how many bits activations are."""
     grids = [integer_type(name) for name in qtypes]
     bits = sorted({grid.bits for grid in grids})
     width = f"{bits[0]}-{bits[-1]}" if len(bits) > 1 else str(bits[0])
-    return f"W{width}A16{'' if all(grid.symmetric for grid in grids) else '_ASYM'}"
+    return f"W{width}A{inputs}{'' if all(grid.symmetric for grid in grids) else '_ASYM'}"
 
 
 def order(mixed: Mapping[str, Sequence[str]]) -> list[str]:
@@ -96,50 +95,6 @@ def cautions(mixed: Mapping[str, Sequence[str]]) -> Iterator[str]:
         )
 
 
-class Groups:
-    """The config groups of a directory, whoever wrote it: which of them each module belongs to. ``mixed``: they do not
-    all say the same of weights. ``of_class``: what that says which means modules by their class; None: none does."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.file = settings.file
-        groups = settings.values.get("config_groups")
-        self.all = [
-            (_texts(group.get("targets")), group["weights"])
-            for group in (groups.values() if isinstance(groups, dict) else ())
-            if isinstance(group, dict) and isinstance(group.get("weights"), dict)
-        ]
-        self.mixed = any(weights != self.all[0][1] for _, weights in self.all)
-        self._names: dict[str, Mapping[str, Any]] = {}
-        expressions: dict[str, Mapping[str, Any]] = {}
-        for texts, weights in self.all:
-            for text in texts:
-                if text.startswith(EXPRESSION):
-                    expressions[text] = weights
-                else:
-                    self._names[text] = weights
-        self.of_class = self._names.get(_LINEAR)
-        self._expressions = dict(sorted(expressions.items()))
-        self._found: dict[str, Mapping[str, Any]] | None = None
-
-    def named(self, names: Collection[str]) -> dict[str, Mapping[str, Any]]:
-        """{module: what its group says of weights} of those modules that a target means by name. Raises
-        MalformedInputError for expressions that cannot be matched."""
-        meanings: list[tuple[str, Meaning]] = [
-            (text, compiled(text.removeprefix(EXPRESSION), self.file)) for text in self._expressions
-        ]
-        found = {name: self._names[name] for name in names if name in self._names}
-        rest = [name for name in names if name not in found]
-        found |= {name: self._expressions[rule] for name, rule in each_meant(meanings, rest, self.file)}
-        return found
-
-    def of(self, name: str, names: Collection[str]) -> Mapping[str, Any] | None:
-        """What the group of module ``name`` says of weights; None where none means it. ``names``: of all modules, which
-        are looked at once. Raises as ``named``."""
-        if self._found is None:
-            self._found = self.named(names)
-        return self._found.get(name, self.of_class)
-
-
 def contradictions(groups: Groups, matrices: Sequence[PackedMatrix]) -> Iterator[str]:
     """Where the group that readers find for a module is not what its tensors hold, or is none: a sentence for each
     kind, with the first such module. Raises as ``Groups.named``."""
@@ -148,8 +103,9 @@ def contradictions(groups: Groups, matrices: Sequence[PackedMatrix]) -> Iterator
     named = groups.named([matrix.name for matrix in matrices])
     found: dict[str, list[str]] = {}
     for matrix in matrices:
-        weights = named.get(matrix.name, groups.of_class)
-        if weights is None and named:  # where no name is known, readers know modules by other names than the file
+        group = named.get(matrix.name, groups.of_class)
+        weights = None if group is None else weights_of(group)
+        if group is None and named:  # where no name is known, readers know modules by other names than the file
             found.setdefault("is quantized, but no target of the configuration means it", []).append(matrix.name)
         elif weights is not None and not matrix.grid and weights.get("type", "int") == "int":
             declared = _said(weights, matrix)
@@ -165,7 +121,3 @@ def _said(weights: Mapping[str, Any], matrix: PackedMatrix) -> str:
     if weights.get("strategy") not in ("group", "channel") or type(size) is not int or size < 1:
         return ""
     return f"{weights.get('num_bits')} bits in {-(-matrix.columns // size)} groups a row"
-
-
-def _texts(value: Any) -> list[str]:
-    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []

@@ -18,12 +18,13 @@ The package counts codes from -2^(b-1) and adds 2^(b-1) before packing, to zero 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.errors import UnsupportedError, printable
+from llm_quantize.errors import UnsupportedError, UsageError, printable
 from llm_quantize.formats import compressed_floats as floats
 from llm_quantize.formats import compressed_levels as levels
 from llm_quantize.formats import compressed_mixed as mixed
@@ -44,12 +45,18 @@ from llm_quantize.formats.base import (
     with_quantization,
 )
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
+from llm_quantize.formats.compressed_groups import Groups, weights_of
+from llm_quantize.formats.compressed_inputs import FIELDS as INPUT_FIELDS
+from llm_quantize.formats.compressed_inputs import SHAPES as INPUT_SHAPES
+from llm_quantize.formats.compressed_inputs import InputsOf
+from llm_quantize.formats.compressed_inputs import field_of as inputs_field
 from llm_quantize.formats.compressed_levels import (
     LEVELS,
     NAME,
     PACKED_FORM,
     PLAIN_FORM,
     config,
+    inputs,
     is_fixed,
     is_plain,
     scheme,
@@ -82,11 +89,12 @@ from llm_quantize.formats.packed import (
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import CodebookType
+from llm_quantize.qtypes.integer import WHOLE_ROW
 
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
-__all__ = ["LEVELS", "NAME", "config", "scheme", "vllm_caution", "vllm_refusal"]
+__all__ = ["LEVELS", "NAME", "config", "inputs", "scheme", "vllm_caution", "vllm_refusal"]
 
 TITLE = "compressed-tensors (pack-quantized)"
 LABEL = "{level}"
@@ -113,13 +121,17 @@ RESCALES = True
 PACKED = Layout(
     PACKED_FORM,
     ("weight_packed", "weight_scale", "weight_shape"),
-    ("weight_zero_point", "weight_g_idx"),
+    ("weight_zero_point", "weight_g_idx", *INPUT_FIELDS),
     telling="weight_packed",
     scales="weight_scale",
     index="weight_g_idx",
 )
 PLAIN = Layout(
-    PLAIN_FORM, ("weight", "weight_scale"), ("weight_zero_point",), telling="weight_scale", scales="weight_scale"
+    PLAIN_FORM,
+    ("weight", "weight_scale"),
+    ("weight_zero_point", *INPUT_FIELDS),
+    telling="weight_scale",
+    scales="weight_scale",
 )
 
 
@@ -135,6 +147,25 @@ def title(scheme: Scheme) -> str:
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
     """The tensors of a matrix (rows, columns). Raises UsageError naming the module where groups do not divide it."""
+    _check_inputs(scheme, columns, name)
+    return (*_weight_fields(scheme, rows, columns, name), *input_fields(scheme))
+
+
+def _check_inputs(scheme: Scheme, columns: int, name: str | None) -> None:
+    """Raise UsageError where inputs are not whole groups: the package refuses to compute with them."""
+    grid = inputs(scheme)
+    if grid is not None and grid.group_size != WHOLE_ROW and columns % grid.group_size:
+        raise UsageError(
+            f"{columns} inputs are not whole groups of {grid.group_size}, in which {scheme.level} rounds them",
+            tensor=name,
+            expected=f"a multiple of {grid.group_size}",
+            found=columns,
+            remedy="a level with a scale for each row, as FP8_DYNAMIC, or --ignore with an expression that finds this "
+            "module",
+        )
+
+
+def _weight_fields(scheme: Scheme, rows: int, columns: int, name: str | None) -> tuple[Field, ...]:
     if isinstance(scheme.qtype, CodebookType):
         return floats.fields(scheme, rows, columns, name=name)
     if is_plain(scheme):
@@ -171,6 +202,14 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
     return found if scheme.qtype.symmetric else [*found, pack_bits(zeros.astype(np.uint8), bits, 0)]
 
 
+def input_fields(scheme: Scheme) -> tuple[Field, ...]:
+    """The field of what is calibrated of a matrix's inputs; none where nothing is."""
+    grid = inputs(scheme)
+    if grid is None or not grid.static:
+        return ()
+    return (Field(inputs_field(grid), "float32" if grid.nested else scheme.qtype.scale, (1,)),)
+
+
 def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
     """The description of a matrix (rows, columns) that ``pack`` made."""
     grid = scheme.qtype
@@ -192,19 +231,35 @@ def form_of(settings: Settings) -> tuple[str, bool]:
 
 def notes(settings: Settings) -> Iterator[str]:
     """As ``StoredFormat.notes``."""
-    groups = settings.values.get("config_groups")
-    if isinstance(groups, dict) and any(isinstance(g, dict) and g.get("input_activations") for g in groups.values()):
-        yield "a runtime rounds activations too, as its configuration says; only its weights are measured here"
+    if InputsOf(Groups(settings)).unknown:
+        yield (
+            "a runtime rounds activations too, in a way that is not followed here; of matrices whose activations it "
+            "rounds so, only the weights are measured"
+        )
 
 
 def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
     """As ``StoredFormat.read``."""
+    groups = Groups(settings)
+    found = list(_read(tensors, settings, numbers, groups))
+    grids = InputsOf(groups).of([matrix.name for matrix in found])
+    for matrix in found:
+        grid = grids[matrix.name]
+        field = inputs_field(grid) if grid is not None and grid.static else ""
+        if field:
+            check_called_for(matrix.name, field, matrix.fields, "input_activations that are not dynamic")
+        yield replace(matrix, inputs=grid, inputs_at=field)
+
+
+def _read(
+    tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers, groups: Groups
+) -> Iterator[PackedMatrix]:
     claimed: set[str] = set()
-    groups = mixed.Groups(settings)
     names = [name for layout in (PACKED, PLAIN) for name, _ in modules(tensors, layout)] if groups.mixed else []
 
     def group_of(name: str) -> Mapping[str, Any] | None:
-        return groups.of(name, names)
+        group = groups.of(name, names)
+        return None if group is None else weights_of(group)
 
     for layout in (PACKED, PLAIN):
         for name, found in modules(tensors, layout):
@@ -266,6 +321,7 @@ def _matrix(
             "weight_scale": (FLOATS, ((n, g), *(((n,), (1,), (1, 1), ()) if g == 1 else ()))),
             "weight_shape": (("I64", "I32"), ((2,),)),
             "weight_g_idx": (("I32",), ((k,),)),
+            **INPUT_SHAPES,
         },
     )
 
@@ -420,7 +476,7 @@ def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> 
     matchers = ((rule, compiled(rule[3:], settings.file)) for rule in expressions)
     for rule, name in (*found, *first_meant(matchers, sorted(names), settings.file)):
         yield f"{name} is quantized, but the configuration's ignore list has {printable(rule, 200)}"
-    yield from mixed.contradictions(mixed.Groups(settings), list(matrices.values()))
+    yield from mixed.contradictions(Groups(settings), list(matrices.values()))
 
 
 def layout_name(matrices: Collection[PackedMatrix]) -> str:
@@ -429,11 +485,15 @@ def layout_name(matrices: Collection[PackedMatrix]) -> str:
 
 
 def level_of(matrices: Collection[PackedMatrix]) -> str:
-    """W4A16, W4A16_ASYM, W2-8A16, FP8, NVFP4A16."""
+    """W4A16, W4A16_ASYM, W2-8A16, W8A8, W4AFP8, FP8, NVFP4A16."""
     named = sorted({floats.level_name(matrix) for matrix in matrices if matrix.grid})
     if named:
         return "+".join(named)
-    return mixed.mixed_level({matrix.qtype for matrix in matrices})
+    inputs = sorted({_A_WORDS.get(matrix.inputs.codes, "") for matrix in matrices if matrix.inputs is not None})
+    return mixed.mixed_level({matrix.qtype for matrix in matrices}, "+".join(inputs) or "16")
+
+
+_A_WORDS = {**{f"int{bits}": str(bits) for bits in range(2, 9)}, "e4m3": "FP8", "e2m1": "FP4"}
 
 
 def least_zero(_scheme: Scheme) -> int:

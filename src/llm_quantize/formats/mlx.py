@@ -26,10 +26,12 @@ from llm_quantize.formats.base import (
     Field,
     Scheme,
     SchemeOptions,
+    as_they_are,
     check_group,
     load_floats,
     mixture_of,
     no_caution,
+    no_fields,
     parse_bits,
     store_floats,
     to_numpy,
@@ -63,6 +65,8 @@ TITLE = "MLX"
 LABEL = "MLX-{level}"
 EXAMPLE = DEFAULT = "4bit"
 TRANSFORM = "none"
+inputs = as_they_are
+input_fields = no_fields
 SYMMETRIC = None
 NEEDS = ""
 KERNEL = ""

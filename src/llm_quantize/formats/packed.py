@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from llm_quantize.errors import IntegrityError, MalformedInputError, printable
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.qtypes.inputs import InputGrid
 
 AGAIN = "fetch or make the model again; its files are damaged or of different versions"
 ALIGNED = 32
@@ -57,7 +58,8 @@ class PackedMatrix:
     """One quantized matrix (rows, columns) of the module ``name``. ``group``: columns that share a scale (the last
     group may be shorter). ``minus_one``: stored zero points are one too small (GPTQ's first format). ``fields``:
     {suffix: stored tensor}; none of a matrix that is not in a file yet. ``grid``: the name of a grid that is not one of
-    integers."""
+    integers. ``inputs``: what a runtime rounds its inputs to; None: nothing, or nothing that is followed here;
+    ``inputs_at``: the field that the calibrated number of it stands in."""
 
     name: str
     layout: Layout
@@ -69,6 +71,8 @@ class PackedMatrix:
     minus_one: bool = False
     fields: Mapping[str, TensorInfo] = field(default_factory=dict)
     grid: str = ""
+    inputs: InputGrid | None = None
+    inputs_at: str = ""
 
     @property
     def groups(self) -> int:

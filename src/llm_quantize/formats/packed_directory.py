@@ -147,6 +147,15 @@ class PackedFormat:
         taken = {} if recipe is None else named(recipe)
         left = [one for one in found.modules if one.name not in taken and mixture_of(one.name) not in taken]
         scheme, why = _fitting(form, level, asked, left)
+        transform = method.transform_of(self.name)
+        if transform.rounded and form.inputs(scheme) is None:
+            raise UsageError(
+                f"--transform {transform.name} is for levels that round activations, and {scheme.level} does not",
+                expected="a level whose runtime rounds the inputs of its matrices, as W8A8 of compressed-tensors",
+                found=f"{self.name} {scheme.level}",
+                remedy="--transform awq, or no --transform",
+            )
+        _refuse_uncalibrated(form, scheme, options)
         types = types_of(recipe, found.modules, scheme.qtype.name)
         groups = _groups(source, found, form, scheme, types)
         label = _label(form, scheme)
@@ -182,7 +191,7 @@ class PackedFormat:
             dropped=found.dropped,
         )
         plan = plan_files(source, contents)
-        floats = method.transform_of(self.name).changes(source)
+        floats = transform.changes(source)
         held = frozenset(index for index, tensor in enumerate(plan.tensors) if tensor.name in floats)
         return replace(plan, held=held)
 
@@ -262,6 +271,17 @@ def _fitting(
     unlike = " and ".join(str(columns) for columns in widths if columns % choice[0])
     told = f"groups of {group}: rows of {unlike} are not divisible by {choice[0]}"
     return form.scheme(level, replace(options, group_size=group)), (told,)
+
+
+def _refuse_uncalibrated(form: Packed, scheme: Scheme, options: Options) -> None:
+    """Raise UsageError where the scales of inputs would have to be calibrated, and no text is read."""
+    if form.input_fields(scheme) and (options.statistics is not None or not options.method.calibrates(form.NAME)):
+        raise UsageError(
+            f"{scheme.level} holds calibrated scales of activations, and without text there are none",
+            expected="a method that reads text, or a level with dynamic activations",
+            found="--statistics" if options.statistics is not None else "--method rtn",
+            remedy="leave the option out (--method gptq calibrates), or take FP8_DYNAMIC, FP8_BLOCK, MXFP4 or NVFP4A16",
+        )
 
 
 def _refuse_experts(form: Packed, modules: Sequence[Module]) -> None:

@@ -12,13 +12,14 @@ import numpy.typing as npt
 import torch
 
 from llm_quantize.architectures.rows import chunk_rows, matrix_shape
-from llm_quantize.formats.base import NUMPY_TYPES, Packed, ReadRows, Scheme
+from llm_quantize.formats.base import NUMPY_TYPES, Packed, ReadRows, Scheme, store_floats
 from llm_quantize.formats.modules import joined_with
 from llm_quantize.formats.packed import ALIGNED
 from llm_quantize.grids import grid_type
 from llm_quantize.grids.codebook import CodebookGridType, block_maxima, ladder_of
-from llm_quantize.grids.grid import Grid, GridType, Ladder
+from llm_quantize.grids.grid import Grid, GridType, Ladder, to_storage
 from llm_quantize.plan import MatrixPlan, TensorPlan
+from llm_quantize.qtypes.inputs import InputGrid
 
 Floats = npt.NDArray[np.float32]
 Fields = list[npt.NDArray[Any]]
@@ -63,6 +64,16 @@ class DirectoryStore:
                 most = max(float(_maxima(kind, one, read).amax()) for one in joined) if joined else float(own.amax())
                 self._ladders[matrix.name] = ladder_of(kind.qtype, own, most)
             return self._ladders[matrix.name]
+
+    def inputs(self, matrix: MatrixPlan) -> InputGrid | None:
+        return self.form.inputs(self.scheme)
+
+    def numbers(self, matrix: MatrixPlan, inputs: InputGrid) -> Fields:
+        whole = torch.tensor([inputs.whole], dtype=torch.float32)
+        return [
+            store_floats(to_storage(whole, getattr(torch, field.dtype)).numpy(), field.dtype)
+            for field in self.form.input_fields(self.scheme)
+        ]
 
     def largest(self, qtype: str) -> float:
         return self.scheme.on(qtype).qtype.largest

@@ -22,7 +22,7 @@ from torch import Tensor
 from llm_quantize.grids.grid import Grid, Ladder, row_tiles, to_storage
 from llm_quantize.grids.integer import TILE, channel_importance
 from llm_quantize.grids.search import Levels, fine_factors, from_lanes, lanes, symmetric_scales, weighted_error
-from llm_quantize.qtypes.codebook import CODEBOOKS, NESTED_BLOCK, OF_127, SCALES, CodebookType
+from llm_quantize.qtypes.codebook import CODEBOOKS, IN_COMMON, NESTED_BLOCK, OF_127, SCALES, CodebookType
 
 __all__ = ["CodebookGridType", "best_rung", "block_maxima", "dynamic_map", "ladder_of"]
 
@@ -89,7 +89,7 @@ class CodebookGridType:
         rows, columns = weight.shape
         block = self.qtype.group(columns)
         plain = self._grid(self._owners(block_maxima(self.qtype, weight)), block)
-        if not refine:
+        if not refine or (self.ladder is not None and len(self.ladder.levels) == 1):
             return plain
         shares = channel_importance(importance, weight)
         levels, scales = Levels.of(self._levels(weight.device)), torch.empty_like(plain.d)
@@ -160,10 +160,13 @@ def ladder_of(qtype: CodebookType, maxima: Tensor, most: float) -> Ladder:
     largest magnitude of all that has one scale in common.
 
     dq: offset the mean of the maxima; NESTED_BLOCK scales, in the order of the file, share the largest distance from
-    it. e4m3: one scale, with which the largest of all is the largest code of a scale. e8m0: powers of two.
+    it. e4m3: one scale, with which the largest of all is the largest code of a scale. e8m0: powers of two. Scales that
+    rows have in common: a ladder of one rung, which nothing that looks at single rows can leave.
     """
     if qtype.nested == "dq":
         return _nested_ladder(maxima)
+    if qtype.nested in IN_COMMON:
+        return _common_ladder(qtype, maxima, most)
     levels = torch.tensor(SCALES[qtype.nested], dtype=torch.float32, device=maxima.device)
     step = 1.0
     if qtype.nested == "e4m3":
@@ -171,6 +174,21 @@ def ladder_of(qtype: CodebookType, maxima: Tensor, most: float) -> Ladder:
         whole = torch.tensor(float(levels[-1]) * _OWNERS_SCALES[qtype.codebook], dtype=torch.float32)
         step = 1 / float(torch.nan_to_num(whole / max(most, least), posinf=1.0))
     return Ladder.of(0.0, torch.full_like(maxima, step), levels)
+
+
+def _common_ladder(qtype: CodebookType, maxima: Tensor, most: float) -> Ladder:
+    """Of scales that rows have in common: their largest magnitude is the largest code."""
+    rows = IN_COMMON[qtype.nested]
+    if rows:
+        tiles = (maxima[start : start + rows] for start in range(0, len(maxima), rows))
+        parts = [part.amax(dim=0, keepdim=True).expand_as(part) for part in tiles]
+        whole = torch.cat(parts)
+    else:
+        whole = torch.full_like(maxima, most)
+    storage: torch.dtype = getattr(torch, qtype.scale)
+    scales = to_storage(whole / _OWNERS_SCALES[qtype.codebook], storage)
+    scales = torch.where(scales > 0, scales, torch.finfo(storage).tiny)
+    return Ladder.of(0.0, scales, torch.ones(1, device=maxima.device))
 
 
 def _nested_ladder(maxima: Tensor) -> Ladder:

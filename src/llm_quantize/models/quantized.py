@@ -6,9 +6,11 @@ What the fields mean is each format's own matter (``formats/``): here is what th
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy.typing as npt
 
 from llm_quantize.architectures import open_architecture
 from llm_quantize.architectures.rows import matrix_shape
-from llm_quantize.errors import IntegrityError, UnsupportedError, UsageError
+from llm_quantize.errors import IntegrityError, NumericPolicyError, UnsupportedError, UsageError
 from llm_quantize.formats.packed import AGAIN, ALIGNED, PackedMatrix, Settings, check_index, wrong_form
 from llm_quantize.formats.packed_formats import PACKED, format_of, said_of, unquantized
 from llm_quantize.io.gguf_file import MetaValue
@@ -32,6 +34,7 @@ from llm_quantize.models.hub.locate import Place
 from llm_quantize.models.safetensors import NoWeights, without_weights
 from llm_quantize.models.stored import StoredDirectory
 from llm_quantize.models.weight_sets import left_lying
+from llm_quantize.qtypes.inputs import InputGrid
 
 _STEPS = 16 << 20
 _STORED: dict[str, type[np.generic]] = {
@@ -172,6 +175,24 @@ class PackedDirectory(StoredDirectory):
             check_index(matrix, kept[1])
             self._local.fields = kept
         return kept[1]
+
+    def inputs(self, name: str) -> InputGrid | None:
+        """As ``StoredDirectory.inputs``."""
+        matrix = self.matrices.get(name)
+        if matrix is None or matrix.inputs is None or not matrix.inputs.static:
+            return None if matrix is None else matrix.inputs
+        suffix = matrix.inputs_at
+        whole = float(self.field(matrix, suffix).reshape(-1)[0])
+        if not (math.isfinite(whole) and whole > 0):
+            raise NumericPolicyError(
+                "the scale of a matrix's inputs is of no sense",
+                file=matrix.fields[suffix].file,
+                tensor=matrix.fields[suffix].name,
+                expected="a positive number",
+                found=whole,
+                remedy=AGAIN,
+            )
+        return replace(matrix.inputs, whole=whole)
 
     def rows(self, name: str, start: int, stop: int, *, transpose: bool = False) -> npt.NDArray[np.float32]:
         """As ``StoredDirectory.rows``."""

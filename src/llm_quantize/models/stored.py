@@ -20,6 +20,7 @@ from llm_quantize.io.paths import inside
 from llm_quantize.io.safetensors_file import Header
 from llm_quantize.models.files import CONFIG_LIMIT, read_headers
 from llm_quantize.models.safetensors import Checkpoint
+from llm_quantize.qtypes.inputs import InputGrid
 
 
 class StoredDirectory:
@@ -100,6 +101,19 @@ class StoredDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def inputs_text(self) -> str:
+        """What a runtime rounds the inputs of its matrices to, in words; "" where it does not, as far as is known."""
+        grids = [matrix.inputs for matrix in self.matrices.values() if matrix.inputs is not None]
+        return "; ".join(dict.fromkeys(grid.text for grid in grids))
+
+    def inputs(self, name: str) -> InputGrid | None:
+        """What a runtime rounds the inputs of the weight ``name`` to; None: nothing, or nothing that is followed here.
+
+        Raises NumericPolicyError for a stored scale that is not a positive number."""
+        del name
+        return None
 
     def rows(self, name: str, start: int, stop: int, *, transpose: bool = False) -> npt.NDArray[np.float32]:
         """Rows [start, stop) of the weight ``name`` (of ``matrices`` or ``plain``): float32 (stop - start, columns);

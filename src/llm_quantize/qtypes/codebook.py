@@ -5,7 +5,7 @@
     row8  the whole numbers -127 .. 127, of 127, one scale for a row: LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339)
     line8 the same levels, of weights in float32, with a scale that divides: CTranslate2
     e2m1  four bits: 0, 0.5, 1, 1.5, 2, 3, 4, 6 (OCP Microscaling Formats 1.0, section 5.3.3)
-    e4m3  eight bits up to 448, one scale for a row (OCP 8-bit Floating Point 1.0)
+    e4m3  eight bits up to 448, one scale for a row, a block of 128 by 128, or a matrix (OCP 8-bit Floating Point 1.0)
 
 A pure description; how scales are found is in ``llm_quantize.grids.codebook``.
 """
@@ -59,17 +59,24 @@ SCALES: Mapping[str, tuple[float, ...]] = {
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Weights that share a scale, as bitsandbytes' kernels know them."""
 
+IN_COMMON: Mapping[str, int] = {"rows128": 128, "whole": 0}
+"""How many rows have scales in common, by name; 0: all of the matrix, in one."""
+
 NESTED_BLOCK = 256
 """Scales that share a scale of their own, in bitsandbytes' double quantization."""
 
-_NAME = re.compile(r"(nf4|fp4)_b([1-9][0-9]*)(?:_(dq))?|(e2m1)_b(16)_(e4m3)|(e2m1)_b(32)_(e8m0)|(row8|line8|e4m3)")
+_NAME = re.compile(
+    r"(nf4|fp4)_b([1-9][0-9]*)(?:_(dq))?|(e2m1)_b(16)_(e4m3)|(e2m1)_b(32)_(e8m0)|(e4m3)_b(128)_(rows128)"
+    r"|(e4m3)_(whole)|(row8|line8|e4m3)"
+)
 
 
 @dataclass(frozen=True)
 class CodebookType:
     """``codebook``: a name of CODEBOOKS. ``group_size``: weights that share a scale, -1 for a whole row. ``nested``:
     how scales are stored that are codes of 8 bits: "dq" (double quantization: NESTED_BLOCK of them have a scale of
-    their own), "e4m3" (with one scale for the matrix), "e8m0" (powers of two); "": as floats, of the type ``scale``.
+    their own), "e4m3" (with one scale for the matrix), "e8m0" (powers of two); or that rows have in common, as floats:
+    "rows128" (so many rows, from a multiple of it on), "whole" (all); "": as floats, of the type ``scale``.
     The other attributes are those of ``IntegerType``. Raises UsageError for a block that kernels do not know."""
 
     codebook: str
@@ -95,14 +102,18 @@ class CodebookType:
     @property
     def name(self) -> str:
         """For example ``nf4_b64``, ``fp4_b128_dq``, ``e2m1_b16_e4m3``, ``row8``; :func:`codebook_type` reads it."""
-        if self.group_size == WHOLE_ROW:
-            return self.codebook
-        return f"{self.codebook}_b{self.group_size}{f'_{self.nested}' if self.nested else ''}"
+        block = "" if self.group_size == WHOLE_ROW else f"_b{self.group_size}"
+        return f"{self.codebook}{block}{f'_{self.nested}' if self.nested else ''}"
 
     @property
     def largest(self) -> float:
         """The largest magnitude that it holds; infinite where its scales are no float16."""
-        return HALF * CODEBOOKS[self.codebook][-1] if self.scale == "float16" and not self.nested else math.inf
+        return HALF * CODEBOOKS[self.codebook][-1] if self.scale == "float16" and not self.coded else math.inf
+
+    @property
+    def coded(self) -> bool:
+        """Whether scales are codes themselves."""
+        return self.nested not in ("", *IN_COMMON)
 
     def group(self, columns: int) -> int:
         """Weights that share a scale in a row of ``columns``. UsageError where the row is not whole blocks."""
@@ -133,10 +144,10 @@ def codebook_type(name: str, scale: str = "float32") -> CodebookType:
     if found is None:
         raise UsageError(
             "there is no such codebook type",
-            expected="nf4_bN, fp4_bN, e2m1_b16_e4m3, e2m1_b32_e8m0, e4m3, row8, line8",
+            expected="nf4_bN, fp4_bN, e2m1_b16_e4m3, e2m1_b32_e8m0, e4m3, e4m3_b128_rows128, e4m3_whole, row8, line8",
             found=name,
         )
     parts = [part for part in found.groups() if part is not None]
-    if len(parts) == 1:
-        return CodebookType(parts[0], WHOLE_ROW, scale=scale)
+    if len(parts) == 1 or not parts[1].isdecimal():
+        return CodebookType(parts[0], WHOLE_ROW, "".join(parts[1:]), scale)
     return CodebookType(parts[0], int(parts[1]), "".join(parts[2:]), scale)

@@ -131,6 +131,8 @@ def print_results(results: Sequence[ArtifactResult]) -> None:
             console.print(shown(f"  degraded: {text}", "yellow"))
         if result.measured is not None:
             console.print(shown(f"  {said(_measured(result.measured))}"))
+            if "activations" in result.measured:
+                console.print(shown(f"  {said('that is of weights alone: a runtime rounds activations too')}"))
         if result.modelfile is not None:
             console.print(shown(f"  {shlex.join(create_command(result.modelfile))}"))
 

@@ -17,11 +17,15 @@ from llm_quantize.errors import UnsupportedError
 
 IMPLEMENTATION = "llm_quantize_one_by_one"
 LISTENER = "_llm_quantize_listener"
+ROUNDER = "_llm_quantize_rounder"
 ROWS = 64
 """Rows of an expert's bfloat16 inputs on a CPU are a multiple of this. See ``_linear``."""
 
 Listener = Callable[[str, int, torch.Tensor], None]
 """(parameter, expert, its inputs (tokens, columns)): called before each matrix is used."""
+
+Rounder = Callable[[str, int, torch.Tensor], torch.Tensor]
+"""The same, after it: what the matrix is given instead."""
 
 _USUAL = {
     "has_gate": True,
@@ -63,6 +67,7 @@ def one_by_one(
     For each expert its tokens stand in the order (rank among the token's k, token), experts in ascending order.
     """
     listener: Listener | None = getattr(module, LISTENER, None)
+    rounder: Rounder = getattr(module, ROUNDER, _as_they_are)
     if hidden.is_meta:
         if listener is not None:
             listener("gate_up_proj", 0, hidden)
@@ -84,12 +89,18 @@ def one_by_one(
         inputs = hidden[token]
         if listener is not None:
             listener("gate_up_proj", expert, inputs)
+        inputs = rounder("gate_up_proj", expert, inputs)
         inner = module._apply_gate(_linear(inputs, module.gate_up_proj[expert]))
         if listener is not None:
             listener("down_proj", expert, inner)
+        inner = rounder("down_proj", expert, inner)
         outputs = _linear(inner, module.down_proj[expert]) * share[rows, None]
         total.index_add_(0, token, outputs.to(total.dtype))
     return total
+
+
+def _as_they_are(_parameter: str, _expert: int, inputs: torch.Tensor) -> torch.Tensor:
+    return inputs
 
 
 def _linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

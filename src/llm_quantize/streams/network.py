@@ -26,6 +26,7 @@ from llm_quantize.models.opening import Source
 from llm_quantize.options import DEVICES
 from llm_quantize.streams.model import Arguments, Reached, Skeleton, put
 from llm_quantize.streams.names import Slot, find_places, load, require
+from llm_quantize.streams.rounding import round_inputs
 from llm_quantize.streams.taps import Observer, Sink, Tap, TapPoint, attach, columns_of, find_points
 from llm_quantize.streams.weights import ReadsRows, Weights
 
@@ -175,6 +176,7 @@ class Network:
         prefix = self._prefix(index) + "."
         for parameter in self._parameters(index):
             self._put(module, parameter, weights, prefix)
+        round_inputs(module, prefix, self._places, self._parameters(index), weights)
         tensors: dict[str, list[tuple[str, Slot]]] = {}
         for parameter in self._parameters(index):
             for place in self._places[parameter]:
@@ -192,6 +194,7 @@ class Network:
         for parameter in self._skeleton.after:
             self._put(model, parameter, weights)
         head = Head(self._skeleton, model, self.head_tap())
+        round_inputs(model, "", self._places, self._skeleton.after, weights)
         try:
             yield head
         finally:

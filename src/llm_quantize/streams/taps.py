@@ -84,7 +84,7 @@ def find_points(
         if experts.is_experts(module):
             note = partial(_note_expert, calls, name)
             setattr(module, experts.LISTENER, note)
-        elif _is_matrix(module):
+        elif is_matrix(module):
             module.register_forward_pre_hook(partial(_note, calls, name), with_kwargs=True)
     dry_run(block)
     grouped: dict[tuple[object, ...], list[tuple[str, str]]] = {}
@@ -108,14 +108,14 @@ def attach(block: torch.nn.Module, points: tuple[TapPoint, ...], observer: Obser
             setattr(module, experts.LISTENER, partial(_report_expert, taps, observer))
 
 
-def _is_matrix(module: torch.nn.Module) -> bool:
+def is_matrix(module: torch.nn.Module) -> bool:
     """A linear layer, GPT-2's transposed one, or a router: anything whose own weight is a matrix."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, torch.nn.Parameter) and weight.ndim == 2 and not isinstance(module, torch.nn.Embedding)
 
 
 def columns_of(module: Any) -> int:
-    """The length of the inputs of a module for which ``_is_matrix`` holds."""
+    """The length of the inputs of a module for which ``is_matrix`` holds."""
     transposed = type(module).__name__ == _TRANSPOSED
     return int(module.weight.shape[0 if transposed else 1])
 

@@ -9,6 +9,7 @@ import torch
 
 from llm_quantize.errors import MalformedInputError
 from llm_quantize.models.base import Model
+from llm_quantize.qtypes.inputs import InputGrid
 
 _CHUNK_WEIGHTS = 1 << 20
 _STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -39,6 +40,14 @@ class ReadsRows(Protocol):
     """Weights of which single rows can be read: an embedding need not be loaded whole."""
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class RoundsInputs(Protocol):
+    """Weights of matrices whose inputs are rounded before they are multiplied: ``inputs`` says to what, by checkpoint
+    tensor, and by expert where that is a stack of them; None: not at all."""
+
+    def inputs(self, name: str, expert: int | None = None) -> InputGrid | None: ...
 
 
 class CheckpointWeights:

@@ -27,6 +27,7 @@ from llm_quantize.errors import UsageError
 from llm_quantize.grids.grid import Grid, GridType, row_tiles
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.hessian import Factor, factorize
+from llm_quantize.qtypes.inputs import InputGrid
 
 _LARGEST = 256.0  # of a scale, and of its inverse: float16 activations and scales keep their range
 _CHUNK = 256
@@ -63,11 +64,32 @@ class AwqResult:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
     """Rows of the matrices, float32 (k, n), and how much each stands for, (k,)."""
 
     weight: Tensor
     share: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What is known of the inputs that some matrices share: ``hessian`` float32 (n, n), sum x x^T over ``tokens``;
+    ``rows`` float32 (k, n), some of them, and ``largest`` (n,), of every channel, for who asked for samples;
+    ``inputs``: what a runtime rounds them to."""
+
+    hessian: Tensor
+    tokens: int
+    rows: Tensor | None = None
+    largest: Tensor | None = None
+    inputs: InputGrid | None = None
+
+
+def scales(
+    weights: Sequence[Tensor], seen: Seen, kind: GridType, *, feedback: bool, spread: Tensor | None = None
+) -> AwqResult:
+    """``search`` as a run asks for it; ``feedback``: codes will be chosen with error feedback."""
+    options = AwqOptions(judge="feedback" if feedback else "rounding")
+    return search(weights, seen.hessian, seen.tokens, kind, options, spread=spread)
 
 
 def search(
@@ -90,20 +112,20 @@ def search(
     A mixture's norm is read by all experts: its input is the router's, and so is the hessian.
     """
     options = options or AwqOptions()
-    _check(weights, hessian, tokens, shares)
+    check_shapes(weights, hessian, tokens, shares)
     hessian = hessian.to(torch.float32)
     factor = factorize(hessian, tokens, GptqOptions(damp=options.damp, correction=0.0))
     conditional = conditional_variances(factor)
     mean = hessian / tokens
-    sample = _sample(weights, options.rows, shares)
-    judge = _Judge(mean, conditional if options.judge == "feedback" else None, sample, grid_type)
+    sample = sample_rows(weights, options.rows, shares)
+    judge = WeightLoss(mean, conditional if options.judge == "feedback" else None, sample, grid_type)
     typical = _typical(weights, grid_type.block)
     size = mean.diagonal().clamp(min=1e-8 * float(mean.diagonal().mean()) + 1e-30).sqrt()
     ones = torch.ones_like(size)
     found = [
         (judge.loss(scales, fitted=False), kind, exponent, scales)
         for kind, exponent, raw in _candidates(size, conditional.sqrt(), typical, options.points)
-        for scales in (_normal(raw, spread),)
+        for scales in (normal(raw, spread),)
     ]
     found.sort(key=lambda one: one[0])  # stable: of equals the first
     best = (judge.loss(ones, fitted=True), "ones", 0.0, ones)
@@ -136,10 +158,12 @@ def conditional_variances(factor: Factor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Judge:
+class WeightLoss:
+    """What rounding the rows of ``sample`` loses, per token, by ``mean`` (x x^T) or ``conditional`` variances."""
+
     mean: Tensor
     conditional: Tensor | None
-    sample: _Sample
+    sample: Sample
     grid_type: GridType
 
     def loss(self, scales: Tensor, *, fitted: bool) -> float:
@@ -178,7 +202,7 @@ def _candidates(size: Tensor, leftover: Tensor, typical: Tensor, points: int) ->
             yield f"{word}, weight", step / points, base ** (step / points) / typical ** (1 - step / points)
 
 
-def _normal(raw: Tensor, spread: Tensor | None) -> Tensor:
+def normal(raw: Tensor, spread: Tensor | None) -> Tensor:
     """Scales around 1, in range; one for all channels that share it: their geometric mean."""
     logs = raw.log()
     if spread is not None:
@@ -205,7 +229,7 @@ def _typical(weights: Sequence[Tensor], group: int) -> Tensor:
     return (total / sum(weight.shape[0] for weight in weights)).float() + 1e-4
 
 
-def _sample(weights: Sequence[Tensor], budget: int, shares: Sequence[float] | None) -> _Sample:
+def sample_rows(weights: Sequence[Tensor], budget: int, shares: Sequence[float] | None) -> Sample:
     rows = sum(weight.shape[0] for weight in weights)
     parts, share = [], []
     for weight, factor in zip(weights, shares or [1.0] * len(weights), strict=True):
@@ -214,10 +238,10 @@ def _sample(weights: Sequence[Tensor], budget: int, shares: Sequence[float] | No
         index = torch.arange(count, device=weight.device) * own // count
         parts.append(weight[index].to(torch.float32))
         share.append(torch.full((count,), factor * own / count, dtype=torch.float64, device=weight.device))
-    return _Sample(torch.cat(parts), torch.cat(share))
+    return Sample(torch.cat(parts), torch.cat(share))
 
 
-def _check(weights: Sequence[Tensor], hessian: Tensor, tokens: int, shares: Sequence[float] | None) -> None:
+def check_shapes(weights: Sequence[Tensor], hessian: Tensor, tokens: int, shares: Sequence[float] | None) -> None:
     columns = hessian.shape[-1]
     fits = hessian.shape == (columns, columns) and bool(weights) and tokens > 0
     fits = fits and all(weight.ndim == 2 and weight.shape[1] == columns for weight in weights)

@@ -18,6 +18,7 @@ from llm_quantize.grids import grid_type, has_grid
 from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.plan import MatrixPlan, TensorPlan
 from llm_quantize.qtypes.codebook import codebook_type
+from llm_quantize.qtypes.inputs import InputGrid
 
 Floats = npt.NDArray[np.float32]
 Fields = list[npt.NDArray[Any]]
@@ -64,6 +65,13 @@ class CTranslate2Store:
                         remedy="take another level: -q int8",
                     )
                 self._scales[matrix.name] = WIDE / most
+
+    def inputs(self, matrix: MatrixPlan) -> None:
+        """As ``Store.inputs``: CTranslate2 rounds them to 8 bits, which is not followed here."""
+        del matrix
+
+    def numbers(self, matrix: MatrixPlan, inputs: InputGrid) -> Fields:
+        raise ValueError(f"nothing of the inputs of {matrix.name} is calibrated")
 
     def largest(self, qtype: str) -> float:
         kind = self.grid_type(qtype)

@@ -16,6 +16,7 @@ from llm_quantize.grids import grid_type, has_grid, pack_ggml
 from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.plan import MatrixPlan, TensorPlan
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.range import refusal
 
 Floats = npt.NDArray[np.float32]
@@ -34,6 +35,13 @@ class GgufStore:
     def grid_of(self, matrix: MatrixPlan, start: int, stop: int, read: ReadRows) -> GridType | None:
         del start, stop, read
         return self.grid_type(matrix.qtype)
+
+    def inputs(self, matrix: MatrixPlan) -> None:
+        """As ``Store.inputs``: llama.cpp rounds them to 8 bits, which is not followed here."""
+        del matrix
+
+    def numbers(self, matrix: MatrixPlan, inputs: InputGrid) -> Fields:
+        raise ValueError(f"nothing of the inputs of {matrix.name} is calibrated")
 
     def largest(self, qtype: str) -> float:
         return QTYPES[qtype].largest
