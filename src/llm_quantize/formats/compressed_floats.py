@@ -148,7 +148,7 @@ def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
         return _rows_of_scales(packed, load_floats(np.asarray(stored)), first, last)
     some = stored[first:last]
     if packed.layout is MXFP4:
-        return np.asarray(np.exp2(some.astype(np.float32) - 127), np.float32)
+        return float_codes.POWERS[np.asarray(some, np.uint8)]
     whole = np.asarray(fields["weight_global_scale"], np.float32).reshape(-1)[0]
     return np.asarray(_E4M3[some] / whole, np.float32)
 

@@ -15,6 +15,10 @@ _MAGNITUDES = {"e2m1": 8, "e4m3": 127}
 _SIGN = {"e2m1": 8, "e4m3": 128}
 
 
+POWERS: npt.NDArray[np.float32] = np.append(np.exp2(np.arange(255, dtype=np.float32) - 127), np.float32(np.nan))
+"""float32 (256,): what each code of e8m0 stands for; the last is no number."""
+
+
 def stored(codebook: str, places: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """uint8, the codes of a file, one a byte, for ``places`` in the order of levels."""
     half = _MAGNITUDES[codebook]

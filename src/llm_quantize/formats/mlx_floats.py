@@ -124,9 +124,7 @@ def _stored(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.
 def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.scales``; NaN for the codes that are no number."""
     stored = fields["scales"][first:last]
-    if codebook_type(packed.grid).nested == "e4m3":
-        return _VALUES["e4m3"][stored]
-    return np.where(stored == 255, np.float32(np.nan), np.exp2(stored.astype(np.float32) - 127)).astype(np.float32)
+    return (_VALUES["e4m3"] if codebook_type(packed.grid).nested == "e4m3" else float_codes.POWERS)[stored]
 
 
 def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:

@@ -115,6 +115,8 @@ class CodebookGridType:
         if self.qtype.nested == "e8m0" and self.qtype.owner == "mlx":
             raised = ((maxima / most).view(torch.int32) + 0x7FFFFF) & 0x7F800000
             return torch.where(maxima > 0, raised.view(torch.float32), 1.0)
+        if self.qtype.alone:
+            return (maxima / most).clamp(max=_OWNERS_SCALES["e4m3"]).to(torch.float8_e4m3fn).float()
         if self.qtype.nested == "e8m0":  # a maximum up to 7/8 of the way is clipped, not halved
             raised = (maxima.view(torch.int32) + (1 << 21)) & 0x7F800000
             return raised.view(torch.float32) / 4
