@@ -37,6 +37,7 @@ MADE = [
     ("compressed-tensors", "W4A16", {}),
     ("compressed-tensors", "W3A16", {}),
     ("mlx", "5bit", {}),
+    ("mlx", "mxfp8", {}),
     ("compressed-tensors", "W8A16_ASYM", {}),
 ]
 

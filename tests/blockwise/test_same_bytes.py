@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama to gguf": ("llama", "gguf", "Q4_0", {}),
     "experts to gguf": ("mixtral", "gguf", "IQ4_NL", {"inputs": "block"}),
     "tied head to mlx": ("qwen3", "mlx", "3bit", {"group_size": 32}),
+    "tied head to floats of mlx": ("qwen3", "mlx", "mxfp4", {}),
     "llama to awq": ("llama", "awq", "4bit", {"group_size": 32}),
     "mixed bits to compressed-tensors": (
         "llama",

@@ -6,6 +6,7 @@ That mlx writes and loads the same bytes is seen where mlx is: tests/runtimes/te
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from llm_quantize.calibration.collect import calibrate
 from llm_quantize.data import demo_model
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.formats import mlx as form
+from llm_quantize.formats import mlx_floats as floats
 from llm_quantize.formats.base import Scheme, SchemeOptions, scheme_from_dict
+from llm_quantize.formats.packed_store import DirectoryStore
 from llm_quantize.grids import grid_type
+from llm_quantize.grids.codebook import CodebookGridType, block_maxima, ladder_of
 from llm_quantize.models.opening import open_source
 from llm_quantize.options import CalibrationOptions, MethodOptions, Options
 from llm_quantize.pipeline import plan, quantize
@@ -224,8 +228,11 @@ def altered(model: Path, place: Path, quantization: Any = None, **tensors: torch
         ({"group_size": 64, "bits": 4}, IntegrityError, "not what the quantization's configuration says"),
         ({"group_size": 64, "bits": 7}, MalformedInputError, "bits of quantization"),
         ({"group_size": "64", "bits": 3}, MalformedInputError, "group_size of quantization"),
-        ({"group_size": 64, "bits": 3, "mode": "mxfp4"}, UnsupportedError, "not decoded"),
-        ({"group_size": 64, "bits": 3, "lm_head": {"mode": "nvfp4"}}, UnsupportedError, "not decoded"),
+        ({"group_size": 64, "bits": 3, "mode": "mxfp5"}, UnsupportedError, "not decoded"),
+        ({"group_size": 64, "bits": 3, "lm_head": {"mode": "nvfp5"}}, UnsupportedError, "not decoded"),
+        ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, IntegrityError, "does not fit"),
+        ({"group_size": 64, "bits": 3, "mode": "mxfp4"}, IntegrityError, "not what the quantization"),
+        ({"group_size": 64, "bits": 3, "lm_head": {"mode": "nvfp4"}}, IntegrityError, "not what the quantization"),
         ({"group_size": 64, "bits": 3, "lm_head": {"bits": 4}}, IntegrityError, "not what the quantization"),
         ({"bits": 3}, UnsupportedError, "already quantized"),
     ],
@@ -304,3 +311,106 @@ def test_what_mlx_lm_lays_out_otherwise_is_refused_by_name(variant: str, message
     model = make_tiny(variant, tmp_path / "model")
     with pytest.raises(UnsupportedError, match=message):
         plan(str(model), "mlx", levels=["4bit"], options=Options(method=MethodOptions(group_size=32)))
+
+
+def of_floats(weight: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    """(codes uint8, one a byte, scales uint8) by the rule of MLX's GPU kernels, in plain loops over candidates."""
+    bits, exponent, group = {"mxfp4": (4, True, 32), "nvfp4": (4, False, 16), "mxfp8": (8, True, 32)}[mode]
+    levels = (
+        np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        if bits == 4
+        else torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
+    )
+    eighths = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
+    codes, scales = np.zeros(weight.shape, np.uint8), np.zeros((len(weight), weight.shape[1] // group), np.uint8)
+    for row, group_index in np.ndindex(*scales.shape):
+        block = weight[row, group_index * group : (group_index + 1) * group].astype(np.float64)
+        wanted = float(np.float32(np.abs(block).max()) / np.float32(levels[-1]))
+        if exponent:
+            power = 0 if wanted == 0 else next(e for e in range(-127, 128) if 2.0**e >= wanted)
+            scale, scales[row, group_index] = 2.0**power, power + 127
+        else:
+            place = nearest_even(wanted, eighths)
+            scale, scales[row, group_index] = eighths[place], place
+        for column, value in enumerate(block):
+            place = nearest_even(abs(value) / scale if scale else 0.0, levels)
+            sign = int(np.signbit(value)) << (bits - 1)
+            codes[row, group_index * group + column] = place | sign
+    return codes, scales
+
+
+def nearest_even(value: float, levels: np.ndarray) -> int:
+    """The place of the nearest level; of two, the even one."""
+    away = np.abs(levels - value)
+    return min(np.flatnonzero(away == away.min()), key=lambda place: place % 2)
+
+
+@pytest.mark.parametrize("mode", floats.MODES)
+def test_rounding_to_floats_is_that_of_its_kernels(mode: str) -> None:
+    weight, scheme = weights(3), form.scheme(mode, SchemeOptions())
+    weight[5], weight[6, :32] = torch.linspace(-6, 6, COLUMNS), torch.tensor([0.25, -0.75, 5.0, 6.0] * 8)
+    kind = DirectoryStore(form, scheme).grid_type(scheme.qtype.name)
+    assert isinstance(kind, CodebookGridType)
+    ladder = ladder_of(kind.qtype, block_maxima(kind.qtype, weight), float(weight.abs().max()))
+    grid, codes = replace(kind, ladder=ladder).plain(weight, None)
+    found = fields_of(scheme, form.pack(scheme, grid, codes))
+    wanted, scales = of_floats(weight.numpy(), mode)
+    if scheme.qtype.bits == 4:
+        wanted = wanted[:, ::2] | (wanted[:, 1::2] << 4)
+    assert np.array_equal(found["scales"], scales)
+    assert found["weight"].tobytes() == wanted.tobytes()
+    assert np.array_equal(unpacked(form, scheme, found, ROWS, COLUMNS), grid.decode(codes).numpy())
+
+
+@pytest.mark.parametrize("mode", floats.MODES)
+def test_modes_of_floats_are_made_verified_and_opened(mode: str, tmp_path: Path) -> None:
+    options = Options(threads=1, method=MethodOptions(method="rtn"))
+    (result,) = quantize(str(demo_model()), "mlx", levels=[mode.upper()], output_dir=tmp_path, options=options)
+    grid = floats.grid_of(mode)
+    said = {"group_size": grid.group_size, "bits": grid.bits, "mode": mode}
+    config = json.loads((result.path / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"] == said
+    stored = load_file(result.path / "model.safetensors")
+    assert not [name for name in stored if name.endswith(".biases")]
+    assert stored["lm_head.scales"].dtype == stored[f"{EMBEDDING}.scales"].dtype == torch.uint8
+    outcome = verify(result.path, source=str(demo_model()))
+    assert outcome.ok, outcome.all_problems()
+    with open_source(str(result.path)).checkpoint as model:
+        assert model.kind == f"MLX-{mode}"
+        assert {info.dtype for info in model.tensors.values()} >= {grid.name}
+
+
+def test_scales_of_floats_that_are_no_number_are_noticed(tmp_path: Path) -> None:
+    options = Options(threads=1, method=MethodOptions(method="rtn"))
+    (result,) = quantize(str(demo_model()), "mlx", levels=["mxfp4"], output_dir=tmp_path, options=options)
+    scales = load_file(result.path / "model.safetensors")["lm_head.scales"]
+    scales[3, 1] = 255
+    model = altered(result.path, tmp_path / "model", lm_head__scales=scales)
+    assert any("lm_head" in problem for problem in verify(model).all_problems())
+
+
+def test_one_module_in_a_mode_of_floats(tmp_path: Path) -> None:
+    options = Options(threads=1, method=MethodOptions(method="rtn"))
+    four, eight = (
+        quantize(str(demo_model()), "mlx", levels=[level], output_dir=tmp_path, options=options)[0].path
+        for level in ("4bit", "mxfp8")
+    )
+    other = load_file(eight / "model.safetensors")
+    mixed = altered(
+        four,
+        tmp_path / "mixed",
+        {"group_size": 64, "bits": 4, "mode": "affine", "lm_head": {"group_size": 32, "bits": 8, "mode": "mxfp8"}},
+        lm_head__weight=other["lm_head.weight"],
+        lm_head__scales=other["lm_head.scales"],
+        lm_head__biases=None,
+    )
+    outcome = verify(mixed, source=str(demo_model()))
+    assert outcome.ok, outcome.all_problems()
+    with open_source(str(mixed)).checkpoint as model:
+        assert model.kind == "MLX-mxfp8+4bit"
+
+
+@pytest.mark.parametrize("options", [SchemeOptions(group_size=64), SchemeOptions(symmetric=False)])
+def test_modes_of_floats_have_fixed_grids(options: SchemeOptions) -> None:
+    with pytest.raises(UsageError, match="is fixed"):
+        form.scheme("mxfp4", options)

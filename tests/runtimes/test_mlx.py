@@ -19,8 +19,10 @@ from llm_quantize.cli import run as command
 from llm_quantize.data import demo_model
 from llm_quantize.errors import MissingExtraError, UnsupportedError
 from llm_quantize.formats import mlx as form
+from llm_quantize.formats import mlx_floats as floats
 from llm_quantize.formats.base import SchemeOptions
 from llm_quantize.grids import grid_type
+from llm_quantize.grids.codebook import CodebookGridType, block_maxima, ladder_of
 from llm_quantize.models.opening import open_source
 from llm_quantize.options import CalibrationOptions, MethodOptions, Options
 from llm_quantize.pipeline import quantize
@@ -59,7 +61,7 @@ def decoded(path: Path) -> dict[str, np.ndarray]:
         return {
             name: np.asarray(model.read_rows(name, 0, model.matrix(name)[0]), np.float32)
             for name, info in model.tensors.items()
-            if info.dtype.startswith("affine")
+            if info.dtype.startswith(("affine", "e2m1", "e4m3"))
         }
 
 
@@ -104,7 +106,47 @@ def test_its_encoder_writes_the_same_bytes(tmp_path: Path) -> None:
                 torch.testing.assert_close(grid.decode(codes), value, rtol=3e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("level", form.LEVELS)
+@pytest.mark.parametrize("mode", floats.MODES)
+def test_modes_of_floats_are_its_encoders_but_for_ties(mode: str, tmp_path: Path) -> None:
+    weight = (torch.randn(64, 256, generator=torch.Generator().manual_seed(1)) * 0.02).bfloat16()
+    weight[0] = 0
+    grid = floats.grid_of(mode)
+    save_file({"w": weight}, tmp_path / "in.safetensors")
+    in_mlx(
+        "import mlx.core as mx\nw = mx.load('in.safetensors')['w']\n"
+        f"size = dict(group_size={grid.group_size}, bits={grid.bits}, mode={mode!r})\n"
+        "q, s = mx.quantize(w, **size)\n"
+        "mx.save_safetensors('out.safetensors', {'weight': q, 'scales': s, 'value': mx.dequantize(q, s, **size)})",
+        tmp_path,
+    )
+    theirs = load_file(tmp_path / "out.safetensors")
+    kind = CodebookGridType(grid, ladder_of(grid, block_maxima(grid, weight.float()), float(weight.abs().max())))
+    ours, codes = kind.plain(weight.float(), None)
+    scheme = form.scheme(mode, SchemeOptions())
+    words, scales = form.pack(scheme, ours, codes)
+    assert scales.tobytes() == theirs["scales"].numpy().tobytes()
+    stored = theirs["weight"].view(torch.int32).numpy().view(np.uint32)
+    assert words.shape == stored.shape
+    value, mine = theirs["value"].float(), ours.decode(codes)
+    other = value != mine
+    assert torch.equal((value - weight.float()).abs()[other], (mine - weight.float()).abs()[other])
+    assert other.float().mean() < 0.05
+    packed = floats.described(grid, 64, 256)
+    read = floats.unpack(packed, {"weight": stored, "scales": theirs["scales"].numpy()}, 0, 64)
+    assert np.array_equal(read, value.numpy())
+
+
+@pytest.mark.parametrize("mode", floats.MODES)
+def test_modes_of_floats_with_feedback_have_the_decoders_logits(mode: str, tmp_path: Path) -> None:
+    model = make_tiny("llama", tmp_path / "model", hidden_size=256, intermediate_size=512, head_dim=64)
+    path = made(model, tmp_path, mode)
+    reply = mlx.run(path, ASK)
+    assert reply.logprobs is not None
+    assert abs(divergence(logprobs(model, decoded(path), WINDOWS), reply.logprobs)) < 1e-6
+    assert reply.kernels == ("QuantizedEmbedding", "QuantizedLinear")
+
+
+@pytest.mark.parametrize("level", [level for level in form.LEVELS if level.endswith("bit")])
 def test_rounding_makes_what_its_converter_makes(level: str, tmp_path: Path) -> None:
     in_mlx(
         "from mlx_lm.convert import convert\n"

@@ -20,7 +20,7 @@ from llm_quantize.architectures.scaling import ScaleGroup, scale_groups
 from llm_quantize.artifacts.recheck import source_hash
 from llm_quantize.blockwise.inputs import collect
 from llm_quantize.errors import NumericPolicyError
-from llm_quantize.plan import TensorPlan, unit_key
+from llm_quantize.plan import MatrixPlan, TensorPlan, unit_key
 from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Tap
 from llm_quantize.streams.passes import Pass

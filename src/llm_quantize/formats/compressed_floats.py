@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from llm_quantize.formats import float_codes
 from llm_quantize.formats.base import Array, Field, Scheme, check_group, load_floats, store_floats, to_numpy
 from llm_quantize.formats.compressed_inputs import FIELDS as INPUTS
 from llm_quantize.formats.compressed_inputs import SHAPES as INPUT_SHAPES
 from llm_quantize.formats.packed import FLOATS, Fields, Layout, PackedMatrix, check_fields, check_matrix
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.qtypes.codebook import CODEBOOKS, IN_COMMON, CodebookType, codebook_type
+from llm_quantize.qtypes.codebook import IN_COMMON, CodebookType, codebook_type
 
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
@@ -49,9 +50,6 @@ MXFP4 = Layout(
 BLOCKS, WHOLE = "e4m3_b128_rows128", "e4m3_whole"
 LAYOUTS: Mapping[str, Layout] = {"e4m3": FP8, BLOCKS: FP8, WHOLE: FP8, "e2m1_b16_e4m3": NVFP4, "e2m1_b32_e8m0": MXFP4}
 """By grid."""
-
-_HALF = {"e2m1": 8, "e4m3": 127}
-"""Levels below zero, the negative zero among them."""
 
 
 def grid_of(scheme: Scheme) -> CodebookType:
@@ -78,14 +76,12 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
     kind, found = grid_of(scheme), to_numpy(codes)
     if grid.group != kind.group(codes.shape[1]) or bool(grid.ladder) != bool(kind.nested):
         raise ValueError(f"a grid of this kind cannot be stored as {kind.name}")
-    half = _HALF[kind.codebook]
-    sign = 1 << (kind.bits - 1)
-    stored = np.where(found < half, (half - 1 - found) | sign, found - half).astype(np.uint8)
+    stored = float_codes.stored(kind.codebook, found)
     if kind.codebook == "e4m3":
         return [stored, store_floats(_scales_once(kind, to_numpy(grid.d).astype(np.float32, copy=False)), kind.scale)]
     if grid.ladder is None:
         raise ValueError(f"a grid with scales of floats cannot be stored as {kind.name}")
-    packed, scales = stored[:, ::2] | (stored[:, 1::2] << 4), to_numpy(grid.ladder.codes)
+    packed, scales = float_codes.halves_joined(stored), to_numpy(grid.ladder.codes)
     if kind.nested == "e8m0":
         return [packed, scales]
     step = float(grid.ladder.steps.reshape(-1)[0])
@@ -152,18 +148,14 @@ def matrix(name: str, layout: Layout, found: Mapping[str, TensorInfo]) -> Packed
 
 def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
     """As ``StoredFormat.codes``: a place among the magnitudes, with the sign."""
-    stored = _stored(packed, fields, first, last)
-    sign = 1 << (packed.bits - 1)
-    place = (stored & (sign - 1)).astype(np.int16)
-    return np.where(stored & sign, -place, place)
+    return float_codes.signed("e4m3" if packed.layout is FP8 else "e2m1", _stored(packed, fields, first, last))
 
 
 def _stored(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.uint8]:
     """uint8 (n, K)."""
     if packed.layout is FP8:
         return np.asarray(fields["weight"], np.uint8)[first:last]
-    some = np.asarray(fields["weight_packed"], np.uint8)[first:last]
-    return np.stack([some & 15, some >> 4], axis=2).reshape(last - first, packed.columns)
+    return float_codes.halves_apart(np.asarray(fields["weight_packed"], np.uint8)[first:last])
 
 
 def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
@@ -173,7 +165,7 @@ def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
         return _rows_of_scales(packed, load_floats(np.asarray(stored)), first, last)
     some = stored[first:last]
     if packed.layout is MXFP4:
-        return np.asarray(np.exp2(some.astype(np.float32) - 127), np.float32)
+        return float_codes.POWERS[np.asarray(some, np.uint8)]
     whole = np.asarray(fields["weight_global_scale"], np.float32).reshape(-1)[0]
     return np.asarray(_E4M3[some] / whole, np.float32)
 
@@ -207,14 +199,4 @@ def level_name(packed: PackedMatrix) -> str:
     return "FP8_BLOCK" if packed.grid == BLOCKS else "FP8_DYNAMIC"
 
 
-def _by_code(codebook: str) -> npt.NDArray[np.float32]:
-    """float32: what each stored code stands for; NaN where it is no number."""
-    half = _HALF[codebook]
-    levels = np.array(CODEBOOKS[codebook], np.float32)
-    sign = half + (codebook == "e4m3")
-    found = np.full(2 * sign, np.nan, np.float32)
-    found[:half], found[sign : sign + half] = levels[half:], levels[half - 1 :: -1]
-    return found
-
-
-_E2M1, _E4M3 = _by_code("e2m1"), _by_code("e4m3")
+_E2M1, _E4M3 = float_codes.values("e2m1"), float_codes.values("e4m3")

@@ -1,4 +1,5 @@
-"""MLX checkpoints as mlx_lm writes and reads them: integers with a scale and an offset for each group of weights.
+"""MLX checkpoints as mlx_lm writes and reads them: integers with a scale and an offset for each group of weights. The
+modes of floats are in mlx_floats.py.
 
 N = out, K = in, G = K / group, b bits; T: float16 or bfloat16, as the checkpoint has its weights (float32 is read):
 
@@ -14,12 +15,14 @@ groups from the shapes of what is stored; a tensor MODULE.scales says that MODUL
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError, printable
+from llm_quantize.formats import mlx_floats as floats
 from llm_quantize.formats.base import (
     Array,
     Coverage,
@@ -32,11 +35,11 @@ from llm_quantize.formats.base import (
     mixture_of,
     no_caution,
     no_fields,
-    parse_bits,
     store_floats,
     to_numpy,
 )
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
+from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import (
     FLOATS,
     Fields,
@@ -55,6 +58,7 @@ from llm_quantize.formats.packed import (
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.affine import GROUPS, WIDTHS, AffineType
+from llm_quantize.qtypes.codebook import CodebookType
 
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
@@ -84,10 +88,11 @@ RUNTIME = (
 MIXES = None
 vllm_caution = no_caution
 RESCALES = False
-LEVELS: Sequence[str] = ("4bit", "8bit", "6bit", "5bit", "3bit", "2bit")
+_BITS: Mapping[str, int] = {f"{bits}bit": bits for bits in (4, 8, 6, 5, 3, 2)}
+LEVELS: Sequence[str] = (*_BITS, *floats.MODES)
 DEFAULT_GROUP = 64
 MODE = "affine"
-FORMS: Sequence[str] = (MODE,)
+FORMS: Sequence[str] = (MODE, *floats.MODES)
 FAMILIES: Collection[str] = frozenset(
     (
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "phi", "phi3", "gpt_neox"),
@@ -108,18 +113,19 @@ _ORIGINAL = "use the model that it was made from, in BF16 or F16 (its model card
 
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
-    """Groups of 64, unless the options say otherwise. Raises UsageError."""
-    name, bits = parse_bits(level, TITLE, {name: int(name[0]) for name in LEVELS})
+    """Groups of 64, unless the options say otherwise; those of a mode of floats are fixed. Raises UsageError."""
+    name = known_level(level, TITLE, LEVELS, usual={bits: name for name, bits in _BITS.items()})
+    if name in floats.MODES:
+        return floats.scheme(NAME, name, options)
     if options.symmetric is True:
         raise UsageError("MLX has an offset in every group", remedy="leave --sym out")
     group = DEFAULT_GROUP if options.group_size is None else options.group_size
-    return Scheme(NAME, name, AffineType(bits, group, options.scale))
+    return Scheme(NAME, name, AffineType(_BITS[name], group, options.scale))
 
 
 def groups(scheme: Scheme) -> Sequence[int]:
-    """As ``Packed.groups``: mlx_lm's own 64, else 32."""
-    del scheme
-    return DEFAULT_GROUP, 32
+    """As ``Packed.groups``: mlx_lm's own 64, else 32; those of a mode of floats are fixed."""
+    return () if scheme.level in floats.MODES else (DEFAULT_GROUP, 32)
 
 
 def title(_scheme: Scheme) -> str:
@@ -149,6 +155,8 @@ def refuse(source: Source, names: Sequence[str]) -> None:
 
 def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]:
     """The tensors of a matrix (rows, columns). Raises UsageError naming the module where groups do not divide it."""
+    if isinstance(scheme.qtype, CodebookType):
+        return floats.fields(scheme, rows, columns, name=name)
     grid, groups = scheme.qtype, check_group(scheme, columns, name)
     return (
         Field("weight", "uint32", (rows, packed_words(columns, grid.bits))),
@@ -163,6 +171,8 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
     Raises NumericPolicyError for scales and offsets that are not finite, ValueError for a grid of another kind.
     """
     wanted = scheme.qtype
+    if isinstance(wanted, CodebookType):
+        return floats.pack(wanted, grid, codes)
     held = grid.m is not None and grid.z is None and grid.uniform and float(grid.levels[0]) == 0
     if not held or grid.group != wanted.group(grid.shape[1]) or len(grid.levels) != 1 << wanted.bits:
         raise ValueError(f"a grid of this kind cannot be stored as {wanted.name}")
@@ -184,13 +194,15 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
 def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
     """The description of a matrix (rows, columns) that ``pack`` made."""
     grid = scheme.qtype
+    if isinstance(grid, CodebookType):
+        return floats.described(grid, rows, columns)
     return PackedMatrix("", _LAYOUT, rows, columns, grid.bits, grid.group(columns), False, grid=grid.name)
 
 
 def form_of(settings: Settings) -> tuple[str, bool]:
     """As ``StoredFormat.form_of``."""
     modes = [settings.values.get("mode", MODE), *(own.get("mode", MODE) for _, own in _own_settings(settings))]
-    return "+".join(sorted({str(mode) for mode in modes})), all(mode == MODE for mode in modes)
+    return "+".join(sorted({str(mode) for mode in modes})), all(mode in FORMS for mode in modes)
 
 
 def _own_settings(settings: Settings) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -211,11 +223,19 @@ def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
     own = dict(_own_settings(settings))
     usual = _declared(settings, "quantization", settings.values, (None, None))
     for name, found in modules(tensors, _LAYOUT):
-        check_present(name, _LAYOUT, found)
+        mode, said = settings.values.get("mode", MODE), usual
+        if name in own:
+            mode = own[name].get("mode", MODE)
+            said = _declared(settings, name, own[name], _UNSAID)
+        required = _LAYOUT.required if mode == MODE else _LAYOUT.required[:2]
+        check_present(name, replace(_LAYOUT, required=required), found)
         for info in found.values():
             _check_two(info)
-        bits, group = _declared(settings, name, own[name], _UNSAID) if name in own else usual
-        yield _matrix(name, found, bits, group, settings)
+        if mode == MODE:
+            yield _matrix(name, found, *said, settings)
+        else:
+            kept = {suffix: found[suffix] for suffix in required}
+            yield floats.matrix(name, mode, said, kept, settings.file)
 
 
 def _check_two(info: TensorInfo) -> None:
@@ -236,7 +256,8 @@ def _declared(
 ) -> tuple[int, int]:
     """(bits, group size) that the configuration says of a module, or of all. Raises MalformedInputError."""
     found = []
-    for key, known, default in zip(("bits", "group_size"), (WIDTHS, GROUPS), unsaid, strict=True):
+    groups = (16, *GROUPS) if values.get("mode", MODE) != MODE else GROUPS
+    for key, known, default in zip(("bits", "group_size"), (WIDTHS, groups), unsaid, strict=True):
         value = values.get(key, default)
         if type(value) is not int or value not in known:
             raise wrong_form(settings.file, f"{key} of {printable(name, 100)}", ", ".join(map(str, known)), value)
@@ -266,6 +287,8 @@ def _matrix(name: str, found: Mapping[str, TensorInfo], bits: int, group: int, s
 
 def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
     """As ``StoredFormat.codes``."""
+    if floats.is_floats(packed):
+        return floats.codes(packed, fields, first, last)
     return _stored(packed, fields, first, last).astype(np.int16)
 
 
@@ -282,12 +305,15 @@ def zeros(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.ND
 
 def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.scales``."""
-    del packed
+    if floats.is_floats(packed):
+        return floats.scales(packed, fields, first, last)
     return load_floats(fields["scales"][first:last])
 
 
 def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.unpack``: s q + o in float32, the product first."""
+    if floats.is_floats(packed):
+        return floats.unpack(packed, fields, first, last)
     groups = (last - first, packed.groups, packed.group)
     values = _stored(packed, fields, first, last).reshape(groups).astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -298,7 +324,9 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:
     """As ``StoredFormat.check``: offsets that are not finite."""
-    del packed, settings
+    del settings
+    if floats.is_floats(packed):
+        return
     bad = int((~np.isfinite(load_floats(fields["biases"][first:last]))).sum())
     if bad:
         yield "biases", f"{bad} offsets are NaN or infinite in rows {first} to {last - 1}"
@@ -315,20 +343,22 @@ def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> 
 
 
 def layout_name(matrices: Collection[PackedMatrix]) -> str:
-    """affine, the one mode that is decoded."""
-    del matrices
-    return MODE
+    """affine, mxfp4, ..."""
+    return "+".join(sorted({matrix.layout.name for matrix in matrices}))
 
 
 def level_of(matrices: Collection[PackedMatrix]) -> str:
-    """4bit; 4+8bit where modules differ."""
-    return f"{widths(matrices)}bit"
+    """4bit; 4+8bit where modules differ; mxfp4."""
+    named = sorted({matrix.layout.name for matrix in matrices if floats.is_floats(matrix)})
+    whole = [matrix for matrix in matrices if not floats.is_floats(matrix)]
+    return "+".join([*named, *([f"{widths(whole)}bit"] if whole or not named else [])])
 
 
 def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
     """quantization and quantization_config, key for key as mlx_lm.convert writes both."""
     del coverage
-    return {"group_size": scheme.qtype.group_size, "bits": scheme.qtype.bits, "mode": MODE}
+    mode = scheme.level if scheme.level in floats.MODES else MODE
+    return {"group_size": scheme.qtype.group_size, "bits": scheme.qtype.bits, "mode": mode}
 
 
 def least_zero(_scheme: Scheme) -> int:

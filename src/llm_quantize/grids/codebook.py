@@ -4,8 +4,9 @@ The plain rules are the owners' own. bitsandbytes (0.50): the scale is the large
 level nearest to the weight times 1 / scale (NF4, FP4), or round(w * (127 / scale)) of the weight in float16 (LLM.int8).
 CTranslate2 (4.8): the same in float32.
 compressed-tensors (0.20): the largest magnitude over the largest level, as its scales can hold it, and ties to the
-level of even mantissa. A decoder multiplies whatever scale is stored, so ``fit`` searches for the scale of small
-importance-weighted error instead.
+level of even mantissa. MLX (0.32, on a GPU): the same, but powers of two are rounded up, so that nothing is clipped,
+and e4m3 scales stand without one for the matrix. A decoder multiplies whatever scale is stored, so ``fit`` searches
+for the scale of small importance-weighted error instead.
 
 Where scales are codes of 8 bits themselves, the ladder of each is fixed before any code is chosen, by what the matrix
 (or matrices that runtimes join) holds, as the owner fixes it; see ``ladder_of``.
@@ -111,6 +112,11 @@ class CodebookGridType:
         most = _OWNERS_SCALES.get(self.qtype.codebook)
         if most is None:
             return maxima
+        if self.qtype.nested == "e8m0" and self.qtype.owner == "mlx":
+            raised = ((maxima / most).view(torch.int32) + 0x7FFFFF) & 0x7F800000
+            return torch.where(maxima > 0, raised.view(torch.float32), 1.0)
+        if self.qtype.alone:
+            return (maxima / most).clamp(max=_OWNERS_SCALES["e4m3"]).to(torch.float8_e4m3fn).float()
         if self.qtype.nested == "e8m0":  # a maximum up to 7/8 of the way is clipped, not halved
             raised = (maxima.view(torch.int32) + (1 << 21)) & 0x7F800000
             return raised.view(torch.float32) / 4
@@ -160,8 +166,9 @@ def ladder_of(qtype: CodebookType, maxima: Tensor, most: float) -> Ladder:
     largest magnitude of all that has one scale in common.
 
     dq: offset the mean of the maxima; NESTED_BLOCK scales, in the order of the file, share the largest distance from
-    it. e4m3: one scale, with which the largest of all is the largest code of a scale. e8m0: powers of two. Scales that
-    rows have in common: a ladder of one rung, which nothing that looks at single rows can leave.
+    it. e4m3: one scale, with which the largest of all is the largest code of a scale; none, where e4m3 stands alone.
+    e8m0: powers of two. Scales that rows have in common: a ladder of one rung, which nothing that looks at single rows
+    can leave.
     """
     if qtype.nested == "dq":
         return _nested_ladder(maxima)
@@ -169,7 +176,7 @@ def ladder_of(qtype: CodebookType, maxima: Tensor, most: float) -> Ladder:
         return _common_ladder(qtype, maxima, most)
     levels = torch.tensor(SCALES[qtype.nested], dtype=torch.float32, device=maxima.device)
     step = 1.0
-    if qtype.nested == "e4m3":
+    if qtype.nested == "e4m3" and not qtype.alone:
         least = float(torch.finfo(torch.float32).tiny)
         whole = torch.tensor(float(levels[-1]) * _OWNERS_SCALES[qtype.codebook], dtype=torch.float32)
         step = 1 / float(torch.nan_to_num(whole / max(most, least), posinf=1.0))

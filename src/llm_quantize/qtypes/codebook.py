@@ -66,8 +66,8 @@ NESTED_BLOCK = 256
 """Scales that share a scale of their own, in bitsandbytes' double quantization."""
 
 _NAME = re.compile(
-    r"(nf4|fp4)_b([1-9][0-9]*)(?:_(dq))?|(e2m1)_b(16)_(e4m3)|(e2m1)_b(32)_(e8m0)|(e4m3)_b(128)_(rows128)"
-    r"|(e4m3)_(whole)|(row8|line8|e4m3)"
+    r"(nf4|fp4)_b([1-9][0-9]*)(?:_(dq))?|(e2m1)_b(16)_(e4m3)(?:_(mlx))?|(e2m1)_b(32)_(e8m0)(?:_(mlx))?"
+    r"|(e4m3)_b(32)_(e8m0)_(mlx)|(e4m3)_b(128)_(rows128)|(e4m3)_(whole)|(row8|line8|e4m3)"
 )
 
 
@@ -77,6 +77,7 @@ class CodebookType:
     how scales are stored that are codes of 8 bits: "dq" (double quantization: NESTED_BLOCK of them have a scale of
     their own), "e4m3" (with one scale for the matrix), "e8m0" (powers of two); or that rows have in common, as floats:
     "rows128" (so many rows, from a multiple of it on), "whole" (all); "": as floats, of the type ``scale``.
+    ``owner``: "mlx", whose e4m3 stands without a scale for the matrix and whose plain rule rounds powers of two up.
     The other attributes are those of ``IntegerType``. Raises UsageError for a block that kernels do not know."""
 
     codebook: str
@@ -84,6 +85,7 @@ class CodebookType:
     nested: str = ""
     scale: str = "float32"
     symmetric: bool = True
+    owner: str = ""
 
     def __post_init__(self) -> None:
         if self.codebook in ("nf4", "fp4") and self.group_size not in BLOCKS:
@@ -102,12 +104,19 @@ class CodebookType:
     @property
     def name(self) -> str:
         """For example ``nf4_b64``, ``fp4_b128_dq``, ``e2m1_b16_e4m3``, ``row8``; :func:`codebook_type` reads it."""
-        block = "" if self.group_size == WHOLE_ROW else f"_b{self.group_size}"
-        return f"{self.codebook}{block}{f'_{self.nested}' if self.nested else ''}"
+        block = "" if self.group_size == WHOLE_ROW else f"b{self.group_size}"
+        return "_".join(filter(None, (self.codebook, block, self.nested, self.owner)))
+
+    @property
+    def alone(self) -> bool:
+        """Whether its scales are e4m3 without a scale for the whole matrix."""
+        return self.nested == "e4m3" and self.owner == "mlx"
 
     @property
     def largest(self) -> float:
-        """The largest magnitude that it holds; infinite where its scales are no float16."""
+        """The largest magnitude that it holds; infinite where its scales are no float16 and no e4m3 alone."""
+        if self.alone:
+            return SCALES[self.nested][-1] * CODEBOOKS[self.codebook][-1]
         return HALF * CODEBOOKS[self.codebook][-1] if self.scale == "float16" and not self.coded else math.inf
 
     @property
@@ -138,16 +147,18 @@ def is_codebook(name: str) -> bool:
 
 
 def codebook_type(name: str, scale: str = "float32") -> CodebookType:
-    """The type called ``name``: nf4_b64, fp4_b64_dq, e2m1_b16_e4m3, e4m3, row8, line8. ``scale``: the type of scales
-    that are floats. Raises UsageError for another name."""
+    """The type called ``name``: nf4_b64, fp4_b64_dq, e2m1_b16_e4m3, e4m3_b32_e8m0_mlx, e4m3, row8, line8. ``scale``:
+    the type of scales that are floats. Raises UsageError for another name."""
     found = _NAME.fullmatch(name)
     if found is None:
         raise UsageError(
             "there is no such codebook type",
-            expected="nf4_bN, fp4_bN, e2m1_b16_e4m3, e2m1_b32_e8m0, e4m3, e4m3_b128_rows128, e4m3_whole, row8, line8",
+            expected="nf4_bN, fp4_bN, e2m1_b16_e4m3, e2m1_b32_e8m0, e4m3, e4m3_b128_rows128, e4m3_whole, row8, line8, "
+            "MLX's with _mlx",
             found=name,
         )
     parts = [part for part in found.groups() if part is not None]
     if len(parts) == 1 or not parts[1].isdecimal():
         return CodebookType(parts[0], WHOLE_ROW, "".join(parts[1:]), scale)
-    return CodebookType(parts[0], int(parts[1]), "".join(parts[2:]), scale)
+    owner = parts.pop() if parts[-1] == "mlx" else ""
+    return CodebookType(parts[0], int(parts[1]), "".join(parts[2:]), scale, owner=owner)
