@@ -9,7 +9,7 @@
 
 Read is every literal text of the package, f-strings with {0}, {1}, ... for their values. Where an error is made, or
 something is told or shown, a text of any length is a sentence; the help of commands is read by paragraphs; elsewhere,
-where sentences are put together of pieces, what has two words or more is one. ``scripts/english_only.json`` names the
+where sentences are put together of pieces, what has two words, or a word and values, is one. ``scripts/english_only.json`` names the
 texts that no terminal shows, or that are no English, each list with its reason.
 """
 
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from llm_quantize.reports.wording import messages, said, sections, speaking
+from llm_quantize.reports.wording import messages, sections
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "llm_quantize"
 TABLE = PACKAGE / "reports" / "words" / "messages.ja.json"
@@ -37,7 +37,7 @@ KINDS = {
     "event": "notes, warnings and stages of a run",
     "shown": "what the command line itself says",
     "help": "paragraphs of --help, and lines about options",
-    "piece": "all other texts of two words or more",
+    "piece": "all other texts of two words or more, or of a word and values",
 }
 _FACTS = {"remedy": "remedy", "expected": "fact", "found": "fact"}
 _EVENTS = ("Note", "Caution", "Stage")
@@ -135,8 +135,8 @@ def sentences(source: str, makers: Collection[str] = (), where: str = "") -> Ite
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp) and id(node) not in passed | placed:
             for one in _found("piece", node, where):
-                bare = re.sub(r"\{\d+\}", " ", one.text)
-                if " " in one.text.strip() and len(_WORD.findall(bare)) > 1:
+                words = _WORD.findall(re.sub(r"\{\d+\}", " ", one.text))
+                if " " in one.text.strip() and (len(words) > 1 or (words and one.values and len(words[0]) > 2)):
                     yield one
 
 
@@ -246,11 +246,8 @@ def all_sentences() -> tuple[Sentence, ...]:
 
 
 def is_translated(one: Sentence) -> bool:
-    """Whether the table has it; a line of help may also be found by a row with values (an example)."""
-    if one.text in messages("ja"):
-        return True
-    with speaking("ja"):
-        return one.kind == "help" and said(one.text) != one.text
+    """Whether the table has it."""
+    return one.text in messages("ja") or one.text.startswith(_EXAMPLE.removesuffix("{0}"))
 
 
 def every_text() -> set[str]:

@@ -287,10 +287,10 @@ def _cannot_be(source: Source) -> dict[str, str]:
     own = _float_level(source)
     as_stored = any(info.dtype == own for info in source.checkpoint.tensors.values())
     kind = source.checkpoint.kind
-    why = "is what the source stores: the same weights"
+    why = f"{own} is what the source stores: the same weights"
     if kind or not as_stored:
-        why = f"holds every value of the source ({kind or 'decoded'}) as it is"
-    found = {level: f"{own} {why}" for level in FLOAT_LEVELS if level != own}
+        why = f"{own} holds every value of the source ({kind or 'decoded'}) as it is"
+    found = {level: why for level in FLOAT_LEVELS if level != own}
     ternary = "is for models trained with ternary weights; any other loses nearly everything"
     return {**found, **{level: ternary for level in LEVELS if level.startswith("TQ")}}
 
@@ -321,10 +321,10 @@ def with_dominated(choices: Sequence[Choice]) -> list[Choice]:
 
 
 def _too_large(choice: Choice, machine: Machine) -> str:
-    room = f"{bytes_text(machine.usable_ram)} of RAM"
+    need, ram = bytes_text(choice.need.total), bytes_text(machine.usable_ram)
     if machine.device == "cuda":
-        room += f" and {bytes_text(machine.vram)} on the GPU"
-    return f"takes {bytes_text(choice.need.total)} when it runs; there is {room}"
+        return f"takes {need} when it runs; there is {ram} of RAM and {bytes_text(machine.vram)} on the GPU"
+    return f"takes {need} when it runs; there is {ram} of RAM"
 
 
 def _why(take: Choice, reason: str, machine: Machine) -> list[str]:

@@ -107,7 +107,7 @@ def _print(advice: Advice) -> None:
     if advice.take is not None:
         _answer(advice, advice.take, say)
     say(f"{advice.name} on {machine.device}: RAM {human_bytes(machine.ram)}{gpu}, {advice.context:,} tokens of context")
-    say(f"  ({'; '.join(machine.sources)})")
+    say(f"  ({'; '.join(map(said, machine.sources))})")
     _print_table(console, advice)
     for level, reason in advice.excluded:
         if level not in {choice.level for choice in advice.choices}:

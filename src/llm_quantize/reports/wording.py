@@ -7,7 +7,8 @@ A sentence that the table lacks stays as it is; ``tests/reports/test_wording.py`
 A key has ``{0}``, ``{1}``, ... where the English sentence has values, in that order; so has its translation, in any
 order and any number of times. ``{0:t}`` is a value that is itself a sentence, and ``{0:a}`` one of any kind. The other
 values of a key that says little itself must be names, numbers, or a list of them: "download {0}" is not "download the
-model again".
+model again". A sentence after a name and a colon needs no key of its own ("config.json: ..."), nor one before a name in
+brackets, nor several with semicolons or commas between.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ from llm_quantize.reports.labels import LANGUAGES
 
 _PLACE = re.compile(r"\{\d+\}")
 _FREE = re.compile(r"\{(\d+):[ta]\}")
+_OF_SOMETHING = re.compile(r"(\s*\S+: )(\S.*)", re.DOTALL)
+_BEFORE_A_NAME = re.compile(r"(.+\S) \((\S+)\)", re.DOTALL)
 _NAMES = re.compile(r"(?:[\d.,]+ )?\S+(?:, (?:[\d.,]+ )?\S+)*|")
+_LISTS = (("; ", "。"), (", ", "、"))
+"""What stands between sentences, and between phrases, here and in Japanese."""
+_MANY = 20
 _LITTLE = 16
 """Letters; a key that has fewer could be part of many sentences."""
 _DEPTH = 4
@@ -50,10 +56,15 @@ def speaking(language: str) -> Iterator[None]:
         _spoken = before
 
 
+def speaks_english() -> bool:
+    """Whether this call speaks the language of the sentences themselves."""
+    return _spoken == LANGUAGES[0]
+
+
 def wraps_at_spaces() -> bool:
     """Whether lines of this call's language may be broken at spaces; Japanese has none between its words, and the
     terminal breaks it better."""
-    return _spoken == LANGUAGES[0]
+    return speaks_english()
 
 
 def language_of(environment: Mapping[str, str]) -> str:
@@ -102,6 +113,10 @@ class _Row:
         """How much stands before the first value of a sentence that holds another sentence."""
         return len(self.pieces[0]) if self.free else 0
 
+    def rank(self) -> tuple[int, ...]:
+        """Rows of a smaller rank are asked first."""
+        return -self.frame, -self.letters, -len(self.pieces[0]), -sum(map(len, self.pieces))
+
     def values(self, text: str) -> list[str] | None:
         """The values of ``text``, None where it is another sentence."""
         values = values_between(self.pieces, text)
@@ -119,7 +134,7 @@ def _rows(language: str) -> tuple[_Row, ...]:
         _Row(tuple(_PLACE.split(text)), other, frozenset(map(int, _FREE.findall(other))))
         for text, other in messages(language).items()
     ]
-    return tuple(sorted(rows, key=lambda row: (-row.frame, -row.letters)))
+    return tuple(sorted(rows, key=_Row.rank))
 
 
 def said(text: str) -> str:
@@ -141,6 +156,21 @@ def _said(text: str, depth: int) -> str:
     for row in _rows(_spoken):
         if (values := row.values(text)) is not None:
             return row.translation.format(*(_Value(value, depth - 1) for value in values))
+    return _composed(text, depth - 1)
+
+
+def _composed(text: str, depth: int) -> str:
+    """A sentence after a name and a colon, one before a name in brackets, or several in a row."""
+    if found := _OF_SOMETHING.fullmatch(text):
+        return found[1] + _said(found[2], depth)
+    if found := _BEFORE_A_NAME.fullmatch(text):
+        inner = _said(found[1], depth)
+        return text if inner == found[1] else f"{inner}（{found[2]}）"
+    for between, theirs in _LISTS:
+        parts = text.split(between)
+        others = [_said(part, depth) for part in parts] if 1 < len(parts) < _MANY else parts
+        if all(map(str.__ne__, others, parts)):
+            return theirs.join(others)
     return text
 
 
