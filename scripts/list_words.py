@@ -250,7 +250,8 @@ def is_translated(one: Sentence) -> bool:
     return one.text in messages("ja") or one.text.startswith(_EXAMPLE.removesuffix("{0}"))
 
 
-def every_text() -> set[str]:
+@cache
+def every_text() -> frozenset[str]:
     """Every piece of text of the package that could be a whole sentence, wherever it stands."""
     found: set[str] = set()
     for source in _sources().values():
@@ -260,7 +261,7 @@ def every_text() -> set[str]:
             elif isinstance(node, ast.FunctionDef) and _is_command(node):
                 found.update(paragraphs(ast.get_docstring(node) or ""))
             found.update(_counts(node))
-    return found | {text.replace("_", " ") for text in found}  # labels are made of the names of facts
+    return frozenset(found | {text.replace("_", " ") for text in found})  # labels are made of the names of facts
 
 
 def stale() -> list[str]:

@@ -76,10 +76,9 @@ class Formatter(click.HelpFormatter):
 def described(text: str) -> str:
     """What is said of an option or a command, and after it what click adds: the default, the range, whether it must
     be there."""
-    told = said(text)
     found = _FACTS.fullmatch(text)
-    if told != text or found is None:
-        return told
+    if found is None or (found[1] is None and said(text) != text):
+        return said(text)
     facts, rest = "、".join(said(fact) for fact in found[2].split(_FACT_DIVIDER)), said(found[1] or "")
     return f"{rest} [{facts}]" if rest.endswith("]") else f"{rest}[{facts}]"
 

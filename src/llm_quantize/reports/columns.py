@@ -37,8 +37,7 @@ def _unbroken(text: str) -> list[str]:
     pieces: list[str] = []
     for atom in _ATOM.findall(text):
         before = pieces[-1] if pieces else ""
-        joined = atom.isspace() or not atom.strip(_NOT_FIRST) or before[-1:] in _NOT_LAST
-        if before and joined and not (before[-1].isspace() and not atom.isspace()):
+        if before and (atom.isspace() or not atom.strip(_NOT_FIRST) or before[-1] in _NOT_LAST):
             pieces[-1] += " " if atom.isspace() else atom
         else:
             pieces.append(" " if atom.isspace() else atom)
