@@ -5,8 +5,9 @@ finished English sentence in ``words/messages.LANGUAGE.json`` and puts its value
 A sentence that the table lacks stays as it is; ``tests/reports/test_wording.py`` counts them.
 
 A key has ``{0}``, ``{1}``, ... where the English sentence has values, in that order; so has its translation, in any
-order and any number of times. ``{0:t}`` is a value that is itself a sentence, and ``{0:a}`` one of any kind. The other
-values of a key that says little itself must be names, numbers, or a list of them: "download {0}" is not "download the
+order and any number of times. ``{0:t}`` is a value that is itself a sentence, and ``{0:a}`` anything that stays as it
+is. The other values of a key that says little itself must be names, numbers, or a list of them (of several words they
+are looked up too): "download {0}" is not "download the
 model again". A sentence after a name and a colon needs no key of its own ("config.json: ..."), nor one before a name in
 brackets, nor several with semicolons or commas between.
 """
@@ -28,7 +29,7 @@ _PLACE = re.compile(r"\{\d+\}")
 _FREE = re.compile(r"\{(\d+):[ta]\}")
 _OF_SOMETHING = re.compile(r"(\s*\S+: )(\S.*)", re.DOTALL)
 _BEFORE_A_NAME = re.compile(r"(.+\S) \((\S+)\)", re.DOTALL)
-_NAMES = re.compile(r"(?:[\d.,]+ )?\S+(?:, (?:[\d.,]+ )?\S+)*|")
+_NAMES = re.compile(r"(?:[\d.,]+ )?\S+(?:(?:,| or| and) (?:[\d.,]+ )?\S+)*|")
 _LISTS = (("; ", "。"), (", ", "、"))
 """What stands between sentences, and between phrases, here and in Japanese."""
 _MANY = 20
@@ -113,6 +114,11 @@ class _Row:
         """How much stands before the first value of a sentence that holds another sentence."""
         return len(self.pieces[0]) if self.free else 0
 
+    @property
+    def weak(self) -> bool:
+        """Whether many a sentence could be taken for this one."""
+        return bool(self.free) and not self.frame and self.letters < _LITTLE
+
     def rank(self) -> tuple[int, ...]:
         """Rows of a smaller rank are asked first."""
         return -self.frame, -self.letters, -len(self.pieces[0]), -sum(map(len, self.pieces))
@@ -127,14 +133,15 @@ class _Row:
 
 
 @functools.cache
-def _rows(language: str) -> tuple[_Row, ...]:
+def _rows(language: str) -> tuple[tuple[_Row, ...], tuple[_Row, ...]]:
     """The table in the order in which it is asked: frames first, as a sentence that is held is never the one that
-    begins; then what says most itself."""
+    begins; then what says most itself. Apart, the rows that say little and hold anything: they are the last resort."""
     rows = [
         _Row(tuple(_PLACE.split(text)), other, frozenset(map(int, _FREE.findall(other))))
         for text, other in messages(language).items()
     ]
-    return tuple(sorted(rows, key=_Row.rank))
+    rows.sort(key=_Row.rank)
+    return tuple(row for row in rows if not row.weak), tuple(row for row in rows if row.weak)
 
 
 def said(text: str) -> str:
@@ -153,10 +160,21 @@ def _said(text: str, depth: int) -> str:
         return text
     if text in known:
         return known[text]
-    for row in _rows(_spoken):
+    plain, weak = _rows(_spoken)
+    if (found := _filled(plain, text, depth - 1)) is not None:
+        return found
+    if (composed := _composed(text, depth - 1)) != text:
+        return composed
+    found = _filled(weak, text, depth - 1)
+    return text if found is None else found
+
+
+def _filled(rows: Sequence[_Row], text: str, depth: int) -> str | None:
+    """The translation of the first row that ``text`` is, its values in place; None where it is none of them."""
+    for row in rows:
         if (values := row.values(text)) is not None:
-            return row.translation.format(*(_Value(value, depth - 1) for value in values))
-    return _composed(text, depth - 1)
+            return row.translation.format(*(_Value(value, depth) for value in values))
+    return None
 
 
 def _composed(text: str, depth: int) -> str:
@@ -175,7 +193,8 @@ def _composed(text: str, depth: int) -> str:
 
 
 class _Value(str):
-    """A value of a sentence; ``{0:t}`` formats it as a sentence of its own, ``depth`` levels deep."""
+    """A value of a sentence. ``{0:t}`` formats it as a sentence of its own, ``depth`` levels deep; so does ``{0}`` where
+    it has several words; ``{0:a}`` leaves it as it is."""
 
     depth: int
 
@@ -185,7 +204,8 @@ class _Value(str):
         return made
 
     def __format__(self, spec: str) -> str:
-        return _said(str(self), self.depth) if spec == "t" else str(self)
+        text = str(self)
+        return _said(text, self.depth) if spec == "t" or (not spec and " " in text.strip()) else text
 
 
 def values_between(pieces: Sequence[str], text: str) -> list[str] | None:
