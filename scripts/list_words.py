@@ -9,8 +9,8 @@
 
 Read is every literal text of the package, f-strings with {0}, {1}, ... for their values. Where an error is made, or
 something is told or shown, a text of any length is a sentence; the help of commands is read by paragraphs; elsewhere,
-where sentences are put together of pieces, what has two words, or a word and values, is one. ``scripts/english_only.json`` names the
-texts that no terminal shows, or that are no English, each list with its reason.
+where sentences are put together of pieces, what has two words, or a word and values, is one.
+``scripts/english_only.json`` names the texts that no terminal shows, or that are no English, each list with its reason.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from llm_quantize.reports.wording import messages, sections
 
@@ -43,6 +44,7 @@ _FACTS = {"remedy": "remedy", "expected": "fact", "found": "fact"}
 _EVENTS = ("Note", "Caution", "Stage")
 _SHOWN = ("said", "shown", "say", "warn", "warn_idle")
 _HELP = ("write_text", "section")
+_HEADED = ("_aligned", "_columns")
 _OURS = ("Error", "BadParameter")
 _NOT_OURS = ("ValueError", "TypeError", "KeyError", "RuntimeError", "OSError", "AssertionError", "NotImplementedError")
 _COMMANDS = ("click.command", "click.group")
@@ -111,7 +113,7 @@ def error_makers(source: str) -> set[str]:
 
 
 def paragraphs(help_text: str) -> Iterator[str]:
-    """The help of a command as ``cli.help`` asks the table for it: by paragraphs, and a block of fixed lines by lines."""
+    """The help of a command as ``cli.help`` asks the table for it: by paragraphs, a block of fixed lines by lines."""
     for block in inspect.cleandoc(help_text).split("\n\n"):
         lines = [line.strip() for line in block.splitlines()]
         told = lines[1:] if lines[0] == "\b" else [" ".join(lines)]
@@ -132,6 +134,8 @@ def sentences(source: str, makers: Collection[str] = (), where: str = "") -> Ite
                 yield Sentence("help", text, where=f"{where}:{node.lineno}")
         for text in _counts(node):
             yield Sentence("piece", text, where=f"{where}:{getattr(node, 'lineno', 0)}")
+        for word in _heads(node):
+            yield Sentence("shown", word.value, where=f"{where}:{word.lineno}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp) and id(node) not in passed | placed:
             for one in _found("piece", node, where):
@@ -210,6 +214,21 @@ def _counts(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "counted":
         nouns = [noun.value for noun in node.args[1:] if isinstance(noun, ast.Constant)]
         yield from (f"{{0}} {noun}" for noun in (nouns if len(nouns) > 1 else [nouns[0], f"{nouns[0]}s"]))
+
+
+def _heads(node: ast.AST) -> Iterator[Any]:
+    """The heads of a table: literal words in a row that ``_HEADED`` makes columns of, that are called labels, or that
+    a loop gives to ``said``."""
+    rows: list[ast.expr] = []
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in _HEADED:
+        rows = node.args
+    elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "labels":
+        rows = [node.value]
+    elif isinstance(node, ast.For) and f"said({ast.unparse(node.target)})" in ast.unparse(node):
+        rows = [node.iter]
+    for row in rows:
+        if isinstance(row, ast.Tuple):
+            yield from (one for one in row.elts if isinstance(one, ast.Constant) and isinstance(one.value, str))
 
 
 def _is_command(node: ast.FunctionDef) -> bool:

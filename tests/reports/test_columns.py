@@ -41,7 +41,23 @@ def test_lines_are_broken_as_japanese_is(text: str, columns: int, lines: list[st
 
 def test_nothing_is_lost_and_no_line_begins_with_a_stop() -> None:
     draw = random.Random(3)
-    pieces = ["量子化", "します", "。", "、", "（", "）", "モデル", "GGUF", "--max-ram", " ", "は", "を", "ー", "[", "]"]
+    pieces = [
+        "量子化",
+        "します",
+        "。",
+        "、",
+        "（",
+        "）",
+        "モデル",
+        "GGUF",
+        "--max-ram",
+        " ",
+        "は",
+        "を",
+        "ー",
+        "[",
+        "]",
+    ]
     for _ in range(300):
         text = "".join(draw.choices(pieces, k=40)).strip()
         columns = draw.randint(8, 60)

@@ -64,6 +64,9 @@ text = f"{name} of {'two words' if many else 'one'}" + more
 pattern = "{count} of {all} are lost"
 shape = {"one": 1}
 console.print(counted(3, "matrix", "matrices"))
+table = _aligned(("level", "size"), rows)
+for word in ("tensor",):
+    add_column(said(word))
 
 @click.command("x")
 @click.option("--y", help="Why.")
@@ -98,6 +101,9 @@ def test_sentences_are_seen_where_they_are_said() -> None:
         ("piece", "{0} of {1} are lost"): ("count", "all"),
         ("piece", "{0} matrix"): (),
         ("piece", "{0} matrices"): (),
+        ("shown", "level"): (),
+        ("shown", "size"): (),
+        ("shown", "tensor"): (),
     }
 
 

@@ -15,9 +15,7 @@ _NOT_LAST = "「『【（〔［｛〈《([{"
 
 def width(text: str) -> int:
     """How many columns ``text`` takes in a terminal: two for a wide character, none for a combining one."""
-    return sum(
-        2 if unicodedata.east_asian_width(one) in "WF" else int(not unicodedata.combining(one)) for one in text
-    )
+    return sum(2 if unicodedata.east_asian_width(one) in "WF" else int(not unicodedata.combining(one)) for one in text)
 
 
 def wrapped(text: str, columns: int) -> list[str]:

@@ -193,8 +193,8 @@ def _composed(text: str, depth: int) -> str:
 
 
 class _Value(str):
-    """A value of a sentence. ``{0:t}`` formats it as a sentence of its own, ``depth`` levels deep; so does ``{0}`` where
-    it has several words; ``{0:a}`` leaves it as it is."""
+    """A value of a sentence. ``{0:t}`` formats it as a sentence of its own, ``depth`` levels deep; so does ``{0}``
+    where it has several words; ``{0:a}`` leaves it as it is."""
 
     depth: int
 
