@@ -241,6 +241,30 @@ def test_a_short_sentence_is_not_found_in_a_longer_one(japanese: None) -> None:
     assert said("one of F32, BF16") == "F32, BF16 のどれか"
 
 
+def test_a_sentence_that_is_put_together(japanese: None) -> None:
+    assert said("x.gguf: no window was compared") == "x.gguf: 比べた窓がありません"
+    assert said("no window was compared (blk.0)") == "比べた窓がありません（blk.0）"
+    assert said("RAM: of this computer; GPU: none seen") == "RAM: このマシンの値。GPU: 見つかりません"
+    assert said("3 q4_k became q8_0, 1,204 iq2_s became q6_k") == "q4_k の 3 個が q8_0 に、iq2_s の 1,204 個が q6_k に"
+    for text in ("a tale of no importance; written", "a tale (blk.0)", "x: a tale of no importance"):
+        assert said(text) == text, "half a translation"
+    told = (
+        "Q8_0: the rows of 2 of 16 matrices, 49.2 kB, do not divide into the blocks of this level's types: 2 q8_0 "
+        "became f16; the file is 23.0 kB larger for it, and no less precise (-v lists them)"
+    )
+    assert said(told).startswith("Q8_0: 行列 16 個のうち 2 個（49.2 kB）は")
+    assert said(told).endswith(
+        "（q8_0 の 2 個が f16 に）。ファイルはそのぶん 23.0 kB 大きくなりますが、精度は下がりません（一覧は -v）"
+    )
+
+
+def test_a_value_of_several_words_is_looked_up_too(japanese: None) -> None:
+    assert said("the file ends inside the number of keys") == "ファイルがキーの数の途中で終わっています"
+    assert said("cannot open this file (Permission denied)") == "このファイルを開けません（許可がありません）"
+    assert said("the configuration has no a or b or c") == "設定に a か b か c がありません"
+    assert said("After “written” they write:") == "「written」の続きを書かせると:"
+
+
 @pytest.mark.timeout(10)
 def test_long_values_take_no_time(japanese: None) -> None:
     said("x: , : , bits per weight, " * 20_000)

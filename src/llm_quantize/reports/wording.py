@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from string import Formatter
 
 from llm_quantize.errors import LlmQuantizeError, printable
 from llm_quantize.reports.labels import LANGUAGES
@@ -30,6 +31,7 @@ _FREE = re.compile(r"\{(\d+):[ta]\}")
 _OF_SOMETHING = re.compile(r"(\s*\S+: )(\S.*)", re.DOTALL)
 _BEFORE_A_NAME = re.compile(r"(.+\S) \((\S+)\)", re.DOTALL)
 _NAMES = re.compile(r"(?:[\d.,]+ )?\S+(?:(?:,| or| and) (?:[\d.,]+ )?\S+)*|")
+_IS_JAPANESE = re.compile("[\u3040-\u30ff\u4e00-\u9fff]{2}")
 _LISTS = (("; ", "。"), (", ", "、"))
 """What stands between sentences, and between phrases, here and in Japanese."""
 _MANY = 20
@@ -131,6 +133,15 @@ class _Row:
         named = (number in self.free or _NAMES.fullmatch(value) for number, value in enumerate(values))
         return values if all(named) else None
 
+    def filled(self, values: Sequence[str], depth: int) -> str:
+        """The translation with ``values``; those that are sentences are looked up, ``depth`` levels deep."""
+        told = ""
+        for words, place, spec, _ in Formatter().parse(self.translation):
+            told = _beside(told, words)
+            if place is not None:
+                told = _beside(told, _value(values[int(place)], spec or "", depth))
+        return told
+
 
 @functools.cache
 def _rows(language: str) -> tuple[tuple[_Row, ...], tuple[_Row, ...]]:
@@ -173,17 +184,16 @@ def _filled(rows: Sequence[_Row], text: str, depth: int) -> str | None:
     """The translation of the first row that ``text`` is, its values in place; None where it is none of them."""
     for row in rows:
         if (values := row.values(text)) is not None:
-            return row.translation.format(*(_Value(value, depth) for value in values))
+            return row.filled(values, depth)
     return None
 
 
 def _composed(text: str, depth: int) -> str:
     """A sentence after a name and a colon, one before a name in brackets, or several in a row."""
-    if found := _OF_SOMETHING.fullmatch(text):
-        return found[1] + _said(found[2], depth)
-    if found := _BEFORE_A_NAME.fullmatch(text):
-        inner = _said(found[1], depth)
-        return text if inner == found[1] else f"{inner}（{found[2]}）"
+    if (found := _OF_SOMETHING.fullmatch(text)) and (inner := _said(found[2], depth)) != found[2]:
+        return found[1] + inner
+    if (found := _BEFORE_A_NAME.fullmatch(text)) and (inner := _said(found[1], depth)) != found[1]:
+        return f"{inner}（{found[2]}）"
     for between, theirs in _LISTS:
         parts = text.split(between)
         others = [_said(part, depth) for part in parts] if 1 < len(parts) < _MANY else parts
@@ -192,20 +202,19 @@ def _composed(text: str, depth: int) -> str:
     return text
 
 
-class _Value(str):
-    """A value of a sentence. ``{0:t}`` formats it as a sentence of its own, ``depth`` levels deep; so does ``{0}``
-    where it has several words; ``{0:a}`` leaves it as it is."""
+def _value(text: str, spec: str, depth: int) -> str:
+    """A value of a sentence. ``{0:t}`` is a sentence of its own, ``depth`` levels deep; so is ``{0}`` where it has
+    several words; ``{0:a}`` stays as it is."""
+    return _said(text, depth) if spec == "t" or (not spec and " " in text.strip()) else text
 
-    depth: int
 
-    def __new__(cls, text: str, depth: int) -> _Value:
-        made = super().__new__(cls, text)
-        made.depth = depth
-        return made
-
-    def __format__(self, spec: str) -> str:
-        text = str(self)
-        return _said(text, self.depth) if spec == "t" or (not spec and " " in text.strip()) else text
+def _beside(before: str, after: str) -> str:
+    """Both, without a space between two Japanese characters where they meet; beside a name it stays."""
+    if before.endswith(" ") and _IS_JAPANESE.fullmatch(before[-2:-1] + after[:1]):
+        before = before[:-1]
+    elif after.startswith(" ") and _IS_JAPANESE.fullmatch(before[-1:] + after[1:2]):
+        after = after[1:]
+    return before + after
 
 
 def values_between(pieces: Sequence[str], text: str) -> list[str] | None:
