@@ -51,6 +51,7 @@ _COMMANDS = ("click.command", "click.group")
 _EXAMPLE = "Example: {0}"
 """How a paragraph of help begins that shows a command; one row has them all."""
 _NAMED = re.compile(r"\{[a-z_]\w*\}")
+_ARTICLE = re.compile(r"(an?|no|not) [A-Za-z]+$")
 _WORD = re.compile(r"[A-Za-z][a-z]+")
 
 
@@ -139,9 +140,17 @@ def sentences(source: str, makers: Collection[str] = (), where: str = "") -> Ite
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp) and id(node) not in passed | placed:
             for one in _found("piece", node, where):
-                words = _WORD.findall(re.sub(r"\{\d+\}", " ", one.text))
-                if " " in one.text.strip() and (len(words) > 1 or (words and one.values and len(words[0]) > 2)):
+                if _is_piece(one):
                     yield one
+
+
+def _is_piece(one: Sentence) -> bool:
+    """Whether a text that stands anywhere is part of what is said: it has two words, or one and values or an
+    article."""
+    words = _WORD.findall(re.sub(r"\{\d+\}", " ", one.text))
+    if " " not in one.text.strip() or not words:
+        return False
+    return len(words) > 1 or (bool(one.values) and len(words[0]) > 2) or _ARTICLE.match(one.text) is not None
 
 
 def _found(kind: str, node: ast.expr | None, where: str) -> Iterator[Sentence]:
