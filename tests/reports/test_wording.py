@@ -246,6 +246,10 @@ def test_a_sentence_that_is_put_together(japanese: None) -> None:
     assert said("no window was compared (blk.0)") == "比べた窓がありません（blk.0）"
     assert said("RAM: of this computer; GPU: none seen") == "RAM: このマシンの値。GPU: 見つかりません"
     assert said("3 q4_k became q8_0, 1,204 iq2_s became q6_k") == "q4_k の 3 個が q8_0 に、iq2_s の 1,204 個が q6_k に"
+    rows = "0 行目から 64 行目の符号が 2 ビットの範囲にありません"
+    assert said("x: codes of rows 0 to 64 are not in 2 bits (and 1,300 more)") == f"x: {rows}（ほか 1,300 件）"
+    shape = "the shape of a weight disagrees with the configuration (q, embd) (blk.0)"
+    assert said(shape) == "重みの形が設定と合いません（q, embd）（blk.0）"
     for text in ("a tale of no importance; written", "a tale (blk.0)", "x: a tale of no importance"):
         assert said(text) == text, "half a translation"
     told = (

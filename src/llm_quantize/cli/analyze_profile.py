@@ -167,8 +167,8 @@ def _seconds(source: Source, plan: ProfilePlan) -> float:
 def _cost(source: Source, plan: ProfilePlan) -> str:
     from llm_quantize.measures.amounts import bytes_text, time_text
 
-    costs = f"about {time_text(_seconds(source, plan))} of CPU time and {bytes_text(plan.memory)} of memory"
-    return f"{plan.cost.sentence()}: {costs}"
+    time, memory = time_text(_seconds(source, plan)), bytes_text(plan.memory)
+    return f"{plan.cost.sentence()}: about {time} of CPU time and {memory} of memory"
 
 
 def _check_kept(source: Source, kept: Path, profile: Profile, arguments: Mapping[str, Any]) -> None:

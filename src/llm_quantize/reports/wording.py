@@ -30,6 +30,8 @@ _PLACE = re.compile(r"\{\d+\}")
 _FREE = re.compile(r"\{(\d+):[ta]\}")
 _OF_SOMETHING = re.compile(r"(\s*\S+: )(\S.*)", re.DOTALL)
 _BEFORE_A_NAME = re.compile(r"(.+\S) \((\S+)\)", re.DOTALL)
+_AND_MORE = re.compile(r"(.+\S)( \(and [\d,]+ more\))", re.DOTALL)
+_AFTER_BRACKETS = re.compile(r"(.+\)) \((\S+)\)", re.DOTALL)
 _NAMES = re.compile(r"(?:[\d.,]+ )?\S+(?:(?:,| or| and) (?:[\d.,]+ )?\S+)*|")
 _IS_JAPANESE = re.compile("[\u3040-\u30ff\u4e00-\u9fff]{2}")
 _LISTS = (("; ", "。"), (", ", "、"))
@@ -171,6 +173,8 @@ def _said(text: str, depth: int) -> str:
         return text
     if text in known:
         return known[text]
+    if (ended := _before_an_end(text, depth - 1)) is not None:
+        return ended
     plain, weak = _rows(_spoken)
     if (found := _filled(plain, text, depth - 1)) is not None:
         return found
@@ -185,6 +189,16 @@ def _filled(rows: Sequence[_Row], text: str, depth: int) -> str | None:
     for row in rows:
         if (values := row.values(text)) is not None:
             return row.filled(values, depth)
+    return None
+
+
+def _before_an_end(text: str, depth: int) -> str | None:
+    """A sentence before "(and 3 more)", or before a name in brackets that follows brackets of its own: no part of its
+    last value. None where there is no such end, or no translation."""
+    if (found := _AND_MORE.fullmatch(text)) and (inner := _said(found[1], depth)) != found[1]:
+        return inner + _said(found[2], depth)
+    if (found := _AFTER_BRACKETS.fullmatch(text)) and (inner := _said(found[1], depth)) != found[1]:
+        return f"{inner}（{found[2]}）"
     return None
 
 
