@@ -6,6 +6,7 @@ Size, ``--dry-run``, preflight, resume, verify and report all read it.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -124,8 +125,8 @@ class Cost:
         feeds = self.feedback != 0.0
         first = "feeds errors back" if feeds else "calibrates first, unless an earlier run did with this text"
         seconds = self.feedback if feeds else self.collecting
-        memory = f"{bytes_text(self.memory)} of memory"
-        costs = memory if seconds is None else f"{time_text(seconds)} of CPU time and {memory}"
+        memory = bytes_text(self.memory)
+        costs = f"{memory} of memory" if seconds is None else f"{time_text(seconds)} of CPU time and {memory} of memory"
         return (
             f"{first}: {counted(self.tokens, 'token')} in at most {counted(self.windows, 'window')} of {self.length:,} "
             f"run through the model, one block in memory at a time: about {costs} (this needs the extra [torch])"
@@ -307,11 +308,8 @@ class ArtifactPlan(Tabled):
 def substituted_text(substituted: Sequence[Substitution], matrices: int, plan: ArtifactPlan) -> str:
     """One sentence for all of ``substituted``, of the ``matrices`` of ``plan`` that a level gives its types: how many,
     how large, what they became, and what that means."""
-    kinds: dict[str, int] = {}
-    for one in substituted:
-        kind = f"{one.asked} became {one.taken}"
-        kinds[kind] = kinds.get(kind, 0) + 1
-    told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+    kinds = Counter((one.asked, one.taken) for one in substituted)
+    told = ", ".join(f"{count:,} {asked} became {taken}" for (asked, taken), count in kinds.items())
     size, more = sum(one.nbytes for one in substituted), sum(one.more for one in substituted)
     return (
         f"the rows of {len(substituted):,} of {counted(matrices, 'matrix', 'matrices')}, {bytes_text(size)}, do not "

@@ -60,8 +60,8 @@ def test_who_opens_what(paths: SimpleNamespace) -> None:
     with pytest.raises(UsageError, match=r"expected: llama\.cpp"):
         runtime_for(paths.file, "vllm")
     assert what_opens_what() == (
-        "GGUF files with llama.cpp, model directories with transformers or vllm, CTranslate2 models with ctranslate2, "
-        "MLX directories with mlx"
+        "GGUF files (with llama.cpp), model directories (with transformers or vllm), CTranslate2 models (with "
+        "ctranslate2), MLX directories (with mlx)"
     )
 
 

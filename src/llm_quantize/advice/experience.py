@@ -208,9 +208,10 @@ def read_report(path: Path, wanted: Wanted, *, given: bool = True) -> Experience
             + (f", commit {wanted.commit}" * bool(wanted.commit)),
             found=f"headers {str(model.get('headers'))[:100]}, weights {model['fingerprint'][:100]}, "
             f"commit {str(model.get('revision'))[:100]}",
-            remedy="give the report of this model"
-            + ("" if wanted.content else ", or the model's directory: its weights are not here to compare")
-            + ", or leave --measured out",
+            remedy="give the report of this model, or leave --measured out"
+            if wanted.content
+            else "give the report of this model, or the model's directory (its weights are not here to compare), or "
+            "leave --measured out",
         )
     measured: dict[tuple[str, str], Measured] = {}
     for variant in variants:

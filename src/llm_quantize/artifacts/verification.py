@@ -153,9 +153,11 @@ def judge_nonfinite(check: TensorCheck, poisoned: int, *, has_manifest: bool) ->
     ``poisoned``: how many stand where the source is finite.
     """
     if check.nonfinite != check.nonfinite_kept:
-        kept = f", {check.nonfinite_kept} of the source were kept" if check.nonfinite_kept else ""
-        lost = f", {check.nonfinite_lost} of the source were lost" if check.nonfinite_lost else ""
-        check.problems.append(f"{check.nonfinite} values are NaN or infinite{kept}{lost}")
+        kept, lost = check.nonfinite_kept, check.nonfinite_lost
+        known = f", {kept} of the source were kept" if kept else ""
+        known = f", {lost} of the source were lost" if lost else known
+        known = f", {kept} of the source were kept, {lost} of the source were lost" if kept and lost else known
+        check.problems.append(f"{check.nonfinite} values are NaN or infinite{known}")
     elif poisoned:
         check.problems.append(f"{poisoned} values are NaN or infinite where the source is finite")
     recorded = check.nonfinite_replaced + check.nonfinite_kept + check.nonfinite_lost

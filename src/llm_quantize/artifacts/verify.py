@@ -223,8 +223,8 @@ class _Directory:
         try:
             self._decoded = DecodedDirectory(source, self.path)
         except LlmQuantizeError as error:
-            facts = f": expected {error.expected}, found {error.found}" if error.expected is not None else ""
-            yield f"{error.what} ({error.tensor}){facts}" if error.tensor else f"{error.what}{facts}"
+            what = f"{error.what} ({error.tensor})" if error.tensor else error.what
+            yield what if error.expected is None else f"{what}: expected {error.expected}, found {error.found}"
         else:
             stack.callback(self._decoded.close)
             yield from (f"config.json: {text}" for text in self._decoded.differs)

@@ -16,6 +16,7 @@ import click
 
 from llm_quantize import __version__
 from llm_quantize.cli import streams
+from llm_quantize.cli.help import Context
 from llm_quantize.cli.words import did_you_mean, explained, ours
 from llm_quantize.errors import LlmQuantizeError, ResourceError, StoppedError, printable
 from llm_quantize.reports.labels import LANGUAGES, labels
@@ -40,6 +41,8 @@ class LazyGroup(click.Group):
     ``table``: name to one line of help, in the order in which they are listed.
     """
 
+    context_class = Context
+
     def __init__(self, *arguments: Any, table: Mapping[str, str], prefix: str = "", **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.table, self.prefix = table, prefix
@@ -51,6 +54,7 @@ class LazyGroup(click.Group):
         if cmd_name not in self.table:
             return None
         command: click.Command = import_module(f"llm_quantize.cli.{self.prefix}{cmd_name}").command
+        command.context_class = Context
         if not isinstance(command, click.Group) and all(option.name != "lang" for option in command.params):
             command.params.append(_lang_option())
         return command
@@ -136,20 +140,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _language(words: Sequence[str]) -> str:
-    """The language that the command line names, else that of the locale where the terminal has its characters."""
+    """The language that the command line names, else that of the locale; English where the terminal has not its
+    characters."""
     before = words[: words.index("--")] if "--" in words else words
     named = [value for word, value in zip(before, [*before[1:], ""], strict=True) if word == "--lang"]
     named += [word.partition("=")[2] for word in before if word.startswith("--lang=")]
-    if named:
-        return named[-1] if named[-1] in LANGUAGES else LANGUAGES[0]  # click says what is wrong with it
-    language = language_of(os.environ)
+    known = [name for name in named[-1:] if name in LANGUAGES]  # click says what is wrong with another one
+    language = known[0] if known else language_of(os.environ)
     return language if _sayable(language) else LANGUAGES[0]
 
 
 def _sayable(language: str) -> bool:
-    """Whether standard error has the characters of ``language``."""
+    """Whether standard output and error have the characters of ``language``."""
     try:
-        labels(language)["title"].encode(getattr(sys.stderr, "encoding", None) or "utf-8")
+        for stream in (sys.stdout, sys.stderr):
+            labels(language)["layer"].encode(getattr(stream, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         return False
     return True
@@ -166,7 +171,8 @@ def _dispatch(words: list[str], as_json: bool) -> int:
     except click.ClickException as error:
         told = explained(error)
         if as_json:
-            _print_json({"error": "usage", "exit_code": 2, "what": told.format_message()})
+            what = "Missing command." if isinstance(told, click.exceptions.NoArgsIsHelpError) else told.format_message()
+            _print_json({"error": "usage", "exit_code": 2, "what": what})
         else:
             _show_usage(told)
         return 2
@@ -179,11 +185,14 @@ def _dispatch(words: list[str], as_json: bool) -> int:
 
 
 def _show_usage(error: click.ClickException) -> None:
-    """What click says of a mistake on the command line: the usage, where help is, and the mistake."""
+    """What click says of a mistake on the command line: the usage, where help is, and the mistake; or the help."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.format_message(), err=True)
+        return
     context = error.ctx if isinstance(error, click.UsageError) else None
     if context is not None:
         hint = said(f"Try '{context.command_path} --help' for help.")
-        click.echo(f"{said(context.get_usage())}\n{hint}\n", err=True)
+        click.echo(f"{context.get_usage()}\n{hint}\n", err=True)
     click.echo(said(f"Error: {error.format_message()}"), err=True)
 
 

@@ -191,8 +191,8 @@ def _seconds(source: Source, plan: ProfilePlan) -> float:
 def _cost(source: Source, plan: ProfilePlan) -> str:
     from llm_quantize.measures.amounts import bytes_text, time_text
 
-    costs = f"about {time_text(_seconds(source, plan))} of CPU time and {bytes_text(plan.memory)} of memory"
-    return f"{plan.cost.sentence()}: {costs}"
+    time, memory = time_text(_seconds(source, plan)), bytes_text(plan.memory)
+    return f"{plan.cost.sentence()}: about {time} of CPU time and {memory} of memory"
 
 
 def _check_kept(
@@ -313,10 +313,10 @@ def _show(profile: Profile, choice: Choice, kept: Path, use: str, output: Path, 
     bits = {row.qtype: row.bits for row in profile.rows}
     types = sorted(bits, key=lambda qtype: -bits[qtype])
     table = Table(box=None, title_justify="left")
-    table.add_column("tensor", overflow="fold", min_width=24)
-    for word in (*types, "recipe"):
+    table.add_column(said("tensor"), overflow="fold", min_width=24)
+    for word in (*types, said("recipe")):
         table.add_column(word, justify="right", no_wrap=True)
-    table.title = "mean KLD with this tensor alone at a type, in 1e-6 nats per token"
+    table.title = said("mean KLD with this tensor alone at a type, in 1e-6 nats per token")
     ordered = sorted(figures.items(), key=lambda item: -max(row.kld / row.nbytes for row in item[1]))
     for name, rows in ordered if verbose else ordered[:SHOWN]:
         known = {row.qtype: _short(1e6 * row.kld) for row in rows}
@@ -324,17 +324,18 @@ def _show(profile: Profile, choice: Choice, kept: Path, use: str, output: Path, 
         table.add_row(shown(name.removesuffix(".weight")), *cells, shown(choice.allocation.types.get(name, "")))
     console.print(table)
     if not verbose and len(ordered) > SHOWN:
-        console.print(f"{len(ordered) - SHOWN} tensors more with -v, per byte less sensitive", style="dim")
+        console.print(said(f"{len(ordered) - SHOWN} tensors more with -v, per byte less sensitive"), style="dim")
     console.print(shown(f"figures: {kept} ({profile.text.get('tokens', 0):,} scored tokens)"))
     plain = [
         f"{name} {human_bytes(size)} {kld:.5f}"
         for name, (size, kld) in choice.levels.items()
         if size >= 0.8 * choice.size and size <= 1.25 * choice.size
     ]
-    summed = f"{human_bytes(choice.size)}, summed KLD {choice.allocation.kld:.5f} ± {choice.allocation.kld_sem:.5f}"
-    console.print(
-        shown(f"recipe: {line(output)} ({summed}; plain levels: {', '.join(plain) or 'none was measured whole'})")
+    summed = said(
+        f"{human_bytes(choice.size)}, summed KLD {choice.allocation.kld:.5f} ± {choice.allocation.kld_sem:.5f}"
     )
+    levels = ", ".join(plain) or said("none was measured whole")
+    console.print(shown(f"recipe: {line(output)} ({summed}; plain levels: {levels})"))
     console.print(shown(f"use it: {line(use)}"), style="dim")
 
 

@@ -250,11 +250,11 @@ def _details(found: Assessment) -> Table:
 def _pairs(console: Console, found: Assessment) -> None:
     names = [Path(one.path).name for one in found.quality.artifacts]
     for pair in found.quality.pairs:
-        console.print(
+        told = said(
             f"{line(names[pair.first])} - {line(names[pair.second])}: KLD {pair.kld_difference:+.6f} ± "
-            f"{pair.kld_difference_sem:.6f} (paired), ratio {pair.kld_ratio:.3f} ± {pair.kld_ratio_sem:.3f}",
-            markup=False,
+            f"{pair.kld_difference_sem:.6f} (paired), ratio {pair.kld_ratio:.3f} ± {pair.kld_ratio_sem:.3f}"
         )
+        console.print(told, markup=False)
 
 
 def _worst(console: Console, found: Assessment, index: int, count: int | None) -> None:

@@ -8,6 +8,7 @@ import click
 
 from llm_quantize.cli.common import emit_json, json_option, line, mode
 from llm_quantize.cli.progress import told
+from llm_quantize.reports.wording import said
 
 if TYPE_CHECKING:
     from llm_quantize.evaluation.tasks import TaskReport
@@ -81,7 +82,7 @@ def _show(report: TaskReport) -> None:
 
     table = Table(box=None, pad_edge=False)
     for name in ("task", "metric", "value", "± error", "questions"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=True)
+        table.add_column(said(name), justify="left" if name in ("task", "metric") else "right", no_wrap=True)
     for score in report.scores:
         error = "" if score.error is None else f"{score.error:.4f}"
         table.add_row(

@@ -13,7 +13,7 @@ from llm_quantize.cli.common import build_calibration, calibration_options, emit
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 from llm_quantize.reports.labels import LANGUAGES, grade_name
-from llm_quantize.reports.wording import said, spoken
+from llm_quantize.reports.wording import said, spoken, wraps_at_spaces
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -159,11 +159,12 @@ def _show(result: ComparisonResult, page: Path) -> None:
 
     console = Console(highlight=False)
     words, advice = labels(spoken()), result.advice()
-    console.print(line(verdict(result, advice, words).striptags()), markup=False)
+    whole = not wraps_at_spaces()
+    console.print(line(verdict(result, advice, words).striptags()), markup=False, soft_wrap=whole)
     if advice.take is not None:
         for name, text in commands_of(result, result.variants[advice.take]).items():
             console.print(f"{words[f'command_{name}']}: {line(text)}", markup=False, soft_wrap=True)
-    console.print(words["rule_quality"] + "\n", style="dim", markup=False)
+    console.print(words["rule_quality"] + "\n", style="dim", markup=False, soft_wrap=whole)
     for table in _tables(result):
         console.print(table)
         console.print()

@@ -97,7 +97,7 @@ class _Whole:
     def words(self) -> str:
         """The share, and the time that is left; in a few words."""
         left = self.left
-        return f"{self.share:.0%} of all" + ("" if left is None else f", {seconds_text(left)} left")
+        return said(f"{self.share:.0%} of all{'' if left is None else f', {seconds_text(left)} left'}")
 
 
 def seconds_text(seconds: float) -> str:
@@ -241,7 +241,7 @@ class _Drawn:
         share, end = (whole.share, 1.0) if self._whole else (done, total or 0)
         self.bar.tasks[0].total = end if share < end else None
         more: dict[str, Any] = {} if memory is None else {"memory": memory}
-        told = "" if left is None else f"{seconds_text(left)} left"
+        told = "" if left is None else said(f"{seconds_text(left)} left")
         self.bar.update(self.task, description=name, completed=share, rate=rate, left=told, **more)
 
     def _left(self, done: int, total: int | None) -> float | None:

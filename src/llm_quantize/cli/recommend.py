@@ -134,7 +134,7 @@ def _print(advice: Advice) -> None:
     if advice.take is not None:
         _answer(advice, advice.take, say)
     say(f"{advice.name} on {machine.device}: RAM {human_bytes(machine.ram)}{gpu}, {advice.context:,} tokens of context")
-    say(f"  ({'; '.join(machine.sources)})")
+    say(f"  ({'; '.join(map(said, machine.sources))})")
     _print_table(console, advice)
     for answer in advice.answers:
         shown = {choice.name for choice in answer.choices}

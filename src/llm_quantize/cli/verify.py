@@ -8,6 +8,7 @@ import click
 
 from llm_quantize.cli.common import emit_json, json_option, mode, verbose_option
 from llm_quantize.cli.progress import told
+from llm_quantize.reports.wording import said
 
 
 @click.command("verify")
@@ -49,7 +50,7 @@ def command(
         emit_json(facts[0] if len(facts) == 1 else {"ok": not wrong, "artifacts": facts})
         return IntegrityError.exit_code if wrong else 0
     if len(outcomes) > 1:
-        click.echo(f"{len(outcomes) - len(wrong)} of {len(outcomes)} artifacts are ok")
+        click.echo(said(f"{len(outcomes) - len(wrong)} of {len(outcomes)} artifacts are ok"))
     for outcome in wrong:
         outcome.raise_on_problems()
     return 0

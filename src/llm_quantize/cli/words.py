@@ -62,8 +62,9 @@ class LevelsCommand(click.Command):
         with formatter.section("Levels (-q, in any case)"):
             formatter.write_dl(
                 [
-                    (name, ", ".join(form.levels) + (f" (without -q: {form.default})" if form.default else ""))
+                    (name, f"{levels} (without -q: {form.default})" if form.default else levels)
                     for name, form in FORMATS.items()
+                    for levels in [", ".join(form.levels)]
                 ]
             )
         with formatter.indentation():

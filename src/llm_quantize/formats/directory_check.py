@@ -54,8 +54,11 @@ def compare_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
             if not measured:
                 fronts.update(piece)
         if wanted not in (None, digest.hexdigest()):
-            what = "the header of " if size < entry["size"] else ""
-            problems.append(f"{what}{name} does not match the manifest's hash")
+            problems.append(
+                f"the header of {name} does not match the manifest's hash"
+                if size < entry["size"]
+                else f"{name} does not match the manifest's hash"
+            )
     if not problems and fronts.hexdigest() != manifest["identity"].get("layout_sha256"):
         names = ", ".join(entry["name"] for entry in manifest["files"])
         problems.append(f"a header or a small file does not match the manifest's hash (one of {names})")

@@ -145,9 +145,9 @@ def _tensors(fields: dict[str, Any], path: Path, base: int, size: int) -> dict[s
     before = "the header"
     for tensor in found:
         if tensor.offset != end:
-            word = "overlaps" if tensor.offset < end else "leaves a hole after"
+            named = printable(before, 120)
             _refuse(
-                f"a tensor {word} {printable(before, 120)}",
+                f"a tensor overlaps {named}" if tensor.offset < end else f"a tensor leaves a hole after {named}",
                 path,
                 tensor=tensor.name,
                 offset=tensor.offset,

@@ -74,7 +74,8 @@ def _needs(plans: Sequence[ArtifactPlan], threads: int, memory_needed: int) -> s
     disk, seconds = sum(plan.size for plan in plans), cpu_seconds([plan.cost for plan in plans if plan.cost])
     time = "the time of a graphics processor" if seconds is None else f"about {time_text(seconds)} of CPU time"
     if seconds is not None and threads > 1 and seconds >= threads:
-        time += f" ({time_text(seconds / threads)} if all of it runs in parallel)"
+        parallel = time_text(seconds / threads)
+        time = f"about {time_text(seconds)} of CPU time ({parallel} if all of it runs in parallel)"
     return (
         f"needs {human_bytes(disk)} of disk, {time}, and about {human_bytes(memory_needed)} of memory with "
         f"{counted(threads, 'thread')}"
@@ -121,12 +122,11 @@ def print_results(results: Sequence[ArtifactResult]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for result in results:
         note = "" if result.status == "written" else f" ({said(result.status)})"
-        console.print(
-            shown(
-                f"{result.path}: {human_bytes(result.size)}, {result.bits_per_weight:.3f} bits per weight, "
-                f"{result.seconds:.1f} CPU-s{' in this run' if result.resumed_units else ''}{note}"
-            )
+        made = said(
+            f"{result.path}: {human_bytes(result.size)}, {result.bits_per_weight:.3f} bits per weight, "
+            f"{result.seconds:.1f} CPU-s{' in this run' if result.resumed_units else ''}"
         )
+        console.print(shown(made + note))
         for text in result.degradations():
             console.print(shown(f"  degraded: {text}", "yellow"))
         if result.measured is not None:
@@ -188,7 +188,7 @@ def _fact(key: str, value: Any) -> str:
     if key == "files":
         return f"{len(value)} ({human_bytes(sum(entry['size'] for entry in value))})"
     if key == "left_out":
-        return said("nothing") if not value else "; ".join(f"{name}: {why}" for name, why in value.items())
+        return said("nothing") if not value else "; ".join(f"{name}: {said(why)}" for name, why in value.items())
     if isinstance(value, dict):
         return ", ".join(f"{_label(name)} {_plain(item)}" for name, item in value.items())
     return _plain(value)
@@ -221,12 +221,12 @@ def print_verification(outcome: Verification, *, verbose: int = 0) -> None:
         console.print(shown(note))
     for fact in ("replaced", "kept", "lost"):
         found = [(check.name, count) for check in outcome.tensors if (count := getattr(check, f"nonfinite_{fact}"))]
-        by = " by zero" if fact == "replaced" else ""
+        became = "replaced by zero" if fact == "replaced" else fact
         if len(found) > 1 and not verbose:
             total = sum(count for _, count in found)
             found = [(f"{found[0][0]} and {len(found) - 1:,} more (-v lists them)", total)]
         for name, count in found:
-            console.print(shown(f"{name}: {count:,} NaN or infinite weights were {fact}{by}"))
+            console.print(shown(f"{name}: {count:,} NaN or infinite weights were {became}"))
     console.print(said("ok" if outcome.ok else "NOT OK"), style="green" if outcome.ok else "red")
     for problem in outcome.all_problems()[:50]:
         console.print(shown(f"  {said(problem)}"))

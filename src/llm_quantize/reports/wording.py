@@ -5,9 +5,11 @@ finished English sentence in ``words/messages.LANGUAGE.json`` and puts its value
 A sentence that the table lacks stays as it is; ``tests/reports/test_wording.py`` counts them.
 
 A key has ``{0}``, ``{1}``, ... where the English sentence has values, in that order; so has its translation, in any
-order and any number of times. ``{0:t}`` is a value that is itself a sentence, and ``{0:a}`` one of any kind. The other
-values of a key that says little itself must be names, numbers, or a list of them: "download {0}" is not "download the
-model again".
+order and any number of times. ``{0:t}`` is a value that is itself a sentence, and ``{0:a}`` anything that stays as it
+is. The other values of a key that says little itself must be names, numbers, or a list of them (of several words they
+are looked up too): "download {0}" is not "download the
+model again". A sentence after a name and a colon needs no key of its own ("config.json: ..."), nor one before a name in
+brackets, nor several with semicolons or commas between.
 """
 
 from __future__ import annotations
@@ -19,13 +21,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from string import Formatter
 
 from llm_quantize.errors import LlmQuantizeError, printable
 from llm_quantize.reports.labels import LANGUAGES
 
 _PLACE = re.compile(r"\{\d+\}")
 _FREE = re.compile(r"\{(\d+):[ta]\}")
-_NAMES = re.compile(r"(?:[\d.,]+ )?\S+(?:, (?:[\d.,]+ )?\S+)*|")
+_OF_SOMETHING = re.compile(r"(\s*\S+: )(\S.*)", re.DOTALL)
+_BEFORE_A_NAME = re.compile(r"(.+\S) \((\S+)\)", re.DOTALL)
+_AND_MORE = re.compile(r"(.+\S)( \(and [\d,]+ more\))", re.DOTALL)
+_AFTER_BRACKETS = re.compile(r"(.+\)) \((\S+)\)", re.DOTALL)
+_NAMES = re.compile(r"(?:[\d.,]+ )?\S+(?:(?:,| or| and) (?:[\d.,]+ )?\S+)*|")
+_IS_JAPANESE = re.compile("[\u3040-\u30ff\u4e00-\u9fff]{2}")
+_LISTS = (("; ", "。"), (", ", "、"))
+"""What stands between sentences, and between phrases, here and in Japanese."""
+_MANY = 20
 _LITTLE = 16
 """Letters; a key that has fewer could be part of many sentences."""
 _DEPTH = 4
@@ -50,10 +61,15 @@ def speaking(language: str) -> Iterator[None]:
         _spoken = before
 
 
+def speaks_english() -> bool:
+    """Whether this call speaks the language of the sentences themselves."""
+    return _spoken == LANGUAGES[0]
+
+
 def wraps_at_spaces() -> bool:
     """Whether lines of this call's language may be broken at spaces; Japanese has none between its words, and the
     terminal breaks it better."""
-    return _spoken == LANGUAGES[0]
+    return speaks_english()
 
 
 def language_of(environment: Mapping[str, str]) -> str:
@@ -102,6 +118,15 @@ class _Row:
         """How much stands before the first value of a sentence that holds another sentence."""
         return len(self.pieces[0]) if self.free else 0
 
+    @property
+    def weak(self) -> bool:
+        """Whether many a sentence could be taken for this one."""
+        return bool(self.free) and not self.frame and self.letters < _LITTLE
+
+    def rank(self) -> tuple[int, ...]:
+        """Rows of a smaller rank are asked first."""
+        return -self.frame, -self.letters, -len(self.pieces[0]), -sum(map(len, self.pieces))
+
     def values(self, text: str) -> list[str] | None:
         """The values of ``text``, None where it is another sentence."""
         values = values_between(self.pieces, text)
@@ -110,16 +135,26 @@ class _Row:
         named = (number in self.free or _NAMES.fullmatch(value) for number, value in enumerate(values))
         return values if all(named) else None
 
+    def filled(self, values: Sequence[str], depth: int) -> str:
+        """The translation with ``values``; those that are sentences are looked up, ``depth`` levels deep."""
+        told = ""
+        for words, place, spec, _ in Formatter().parse(self.translation):
+            told = _beside(told, words)
+            if place is not None:
+                told = _beside(told, _value(values[int(place)], spec or "", depth))
+        return told
+
 
 @functools.cache
-def _rows(language: str) -> tuple[_Row, ...]:
+def _rows(language: str) -> tuple[tuple[_Row, ...], tuple[_Row, ...]]:
     """The table in the order in which it is asked: frames first, as a sentence that is held is never the one that
-    begins; then what says most itself."""
+    begins; then what says most itself. Apart, the rows that say little and hold anything: they are the last resort."""
     rows = [
         _Row(tuple(_PLACE.split(text)), other, frozenset(map(int, _FREE.findall(other))))
         for text, other in messages(language).items()
     ]
-    return tuple(sorted(rows, key=lambda row: (-row.frame, -row.letters)))
+    rows.sort(key=_Row.rank)
+    return tuple(row for row in rows if not row.weak), tuple(row for row in rows if row.weak)
 
 
 def said(text: str) -> str:
@@ -138,24 +173,62 @@ def _said(text: str, depth: int) -> str:
         return text
     if text in known:
         return known[text]
-    for row in _rows(_spoken):
+    if (ended := _before_an_end(text, depth - 1)) is not None:
+        return ended
+    plain, weak = _rows(_spoken)
+    if (found := _filled(plain, text, depth - 1)) is not None:
+        return found
+    if (composed := _composed(text, depth - 1)) != text:
+        return composed
+    found = _filled(weak, text, depth - 1)
+    return text if found is None else found
+
+
+def _filled(rows: Sequence[_Row], text: str, depth: int) -> str | None:
+    """The translation of the first row that ``text`` is, its values in place; None where it is none of them."""
+    for row in rows:
         if (values := row.values(text)) is not None:
-            return row.translation.format(*(_Value(value, depth - 1) for value in values))
+            return row.filled(values, depth)
+    return None
+
+
+def _before_an_end(text: str, depth: int) -> str | None:
+    """A sentence before "(and 3 more)", or before a name in brackets that follows brackets of its own: no part of its
+    last value. None where there is no such end, or no translation."""
+    if (found := _AND_MORE.fullmatch(text)) and (inner := _said(found[1], depth)) != found[1]:
+        return inner + _said(found[2], depth)
+    if (found := _AFTER_BRACKETS.fullmatch(text)) and (inner := _said(found[1], depth)) != found[1]:
+        return f"{inner}（{found[2]}）"
+    return None
+
+
+def _composed(text: str, depth: int) -> str:
+    """A sentence after a name and a colon, one before a name in brackets, or several in a row."""
+    if (found := _OF_SOMETHING.fullmatch(text)) and (inner := _said(found[2], depth)) != found[2]:
+        return found[1] + inner
+    if (found := _BEFORE_A_NAME.fullmatch(text)) and (inner := _said(found[1], depth)) != found[1]:
+        return f"{inner}（{found[2]}）"
+    for between, theirs in _LISTS:
+        parts = text.split(between)
+        others = [_said(part, depth) for part in parts] if 1 < len(parts) < _MANY else parts
+        if all(map(str.__ne__, others, parts)):
+            return theirs.join(others)
     return text
 
 
-class _Value(str):
-    """A value of a sentence; ``{0:t}`` formats it as a sentence of its own, ``depth`` levels deep."""
+def _value(text: str, spec: str, depth: int) -> str:
+    """A value of a sentence. ``{0:t}`` is a sentence of its own, ``depth`` levels deep; so is ``{0}`` where it has
+    several words; ``{0:a}`` stays as it is."""
+    return _said(text, depth) if spec == "t" or (not spec and " " in text.strip()) else text
 
-    depth: int
 
-    def __new__(cls, text: str, depth: int) -> _Value:
-        made = super().__new__(cls, text)
-        made.depth = depth
-        return made
-
-    def __format__(self, spec: str) -> str:
-        return _said(str(self), self.depth) if spec == "t" else str(self)
+def _beside(before: str, after: str) -> str:
+    """Both, without a space between two Japanese characters where they meet; beside a name it stays."""
+    if before.endswith(" ") and _IS_JAPANESE.fullmatch(before[-2:-1] + after[:1]):
+        before = before[:-1]
+    elif after.startswith(" ") and _IS_JAPANESE.fullmatch(before[-1:] + after[1:2]):
+        after = after[1:]
+    return before + after
 
 
 def values_between(pieces: Sequence[str], text: str) -> list[str] | None:

@@ -46,7 +46,7 @@ def what_opens_what() -> str:
     kinds: dict[str, list[str]] = {}
     for name, one in RUNTIMES.items():
         kinds.setdefault(one.OPENS, []).append(name)
-    return ", ".join(f"{kind} with {' or '.join(names)}" for kind, names in kinds.items())
+    return ", ".join(f"{kind} (with {' or '.join(names)})" for kind, names in kinds.items())
 
 
 def artifact_at(path: Path) -> Path:

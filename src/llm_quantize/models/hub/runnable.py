@@ -46,9 +46,9 @@ def _chosen(model_id: str, wanted: str, names: Collection[str]) -> list[str]:
     fitting = [name for name in models if _means(wanted, name)]
     if len(fitting) != 1:
         shown = ", ".join(list(models)[:_SHOWN]) + (f" and {len(models) - _SHOWN} more" if len(models) > _SHOWN else "")
-        what = "holds several GGUF files" if fitting else "holds no such GGUF file"
+        name = printable(model_id, 120)
         raise UsageError(
-            f"{printable(model_id, 120)} {what}",
+            f"{name} holds several GGUF files" if fitting else f"{name} holds no such GGUF file",
             expected=f"one of {shown or 'none'}",
             found=wanted or "none named",
             remedy=f"name one: {model_id}:Q4_K_M, or a part of the file's name that only it has",

@@ -49,9 +49,11 @@ def heed_settings(
         said, adds = settings.get(f"add_{role}_token"), role in template
         if not isinstance(said, bool) or said == adds:
             continue
+        told = str(said).lower()
         contradiction = (
-            f"tokenizer_config.json says add_{role}_token {str(said).lower()}, but tokenizer.json adds "
-            f"{f'a {role}' if adds else f'no {role}'}"
+            f"tokenizer_config.json says add_{role}_token {told}, but tokenizer.json adds a {role}"
+            if adds
+            else f"tokenizer_config.json says add_{role}_token {told}, but tokenizer.json adds no {role}"
         )
         if not heeding:
             note(f"{contradiction}, and is followed: transformers does not heed the former for this model ({name})")
