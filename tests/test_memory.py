@@ -124,6 +124,25 @@ def test_a_limit_takes_hidden_states_first_and_threads_then() -> None:
 
 
 @pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(
+    "sizes", [SIZES, replace(SIZES, libraries=memory.TORCH_BYTES, inputs=70 * MB, copies=2, sums=9)]
+)
+def test_what_a_refusal_asks_for_is_enough_and_no_byte_less(sizes: memory.Sizes) -> None:
+    """Whoever raises the limit to the figure that was named is not asked for more."""
+    with pytest.raises(ResourceError) as refused:
+        memory.fit(sizes, threads=3, max_ram=1, before=120 * MB)
+    asked = int(str(refused.value.expected).removesuffix(" bytes").replace(",", ""))
+    growth = sizes.libraries + memory.MARGIN_BYTES + sizes.block + sizes.sums + sizes.each
+    assert asked == 120 * MB + growth == memory.least(sizes, before=120 * MB)
+    for more in (0, 40 * MB, 400 * MB, 4000 * MB):
+        found = memory.fit(sizes, threads=3, max_ram=asked + more, before=120 * MB)
+        assert asked <= found.peak <= asked + more
+    with pytest.raises(ResourceError) as refused:
+        memory.fit(sizes, threads=3, max_ram=asked - 1, before=120 * MB)
+    assert refused.value.expected == f"{asked:,} bytes"
+
+
+@pytest.mark.usefixtures("machine")
 def test_address_space_counts_what_is_mapped_and_what_threads_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     need = 1000 * MB + memory.MARGIN_BYTES + 200 * MB + 50 * MB + memory.thread_address_bytes()
     monkeypatch.setattr(memory, "address_limit", lambda: need)

@@ -373,6 +373,19 @@ def _source(directory: Path) -> Source:
     return open_source(str(directory))
 
 
+def test_a_limit_is_refused_before_torch_is_there(
+    model: Path, text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which alone may take more than the limit; what is kept already needs no room."""
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "compute_dtype", lambda source, device: pytest.fail("torch is asked"))
+        with pytest.raises(ResourceError, match="do not fit the memory limit"):
+            run(model, options(text, max_ram=50 << 20))
+    first = run(model, options(text))
+    assert first.memory_planned > 0
+    assert run(model, options(text, max_ram=50 << 20)).reused
+
+
 def test_the_dtype_follows_the_checkpoint(model: Path) -> None:
     with _source(model).checkpoint as checkpoint:
         stored = {info.dtype for info in checkpoint.tensors.values()}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llm_quantize import events
 from llm_quantize.artifacts.manifest import manifest_bytes, nonfinite_counts, read_manifest
@@ -28,7 +28,8 @@ from llm_quantize.models.opening import Source
 from llm_quantize.options import Options
 from llm_quantize.plan import ARITHMETIC, CARD_UNIT, ArtifactPlan
 
-DTYPES = ("float32", "bfloat16")
+DType = Literal["float32", "bfloat16"]
+DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 """Types in which text is run through a model (calibration/collect.py)."""
 
 

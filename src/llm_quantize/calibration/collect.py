@@ -16,16 +16,16 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import llm_quantize
 from llm_quantize import events, memory
 from llm_quantize.artifacts import preflight
-from llm_quantize.artifacts.output import refuse_changed, source_times
+from llm_quantize.artifacts.output import DTYPES, DType, refuse_changed, source_times
 from llm_quantize.calibration.cache import is_kept, manifest_of, prepare_directory
 from llm_quantize.calibration.drawing import draw_windows
 from llm_quantize.calibration.enough import coverage_advice
@@ -52,7 +52,7 @@ from llm_quantize.io.statistics_layout import (
 from llm_quantize.io.whole_file import write_file
 from llm_quantize.models.opening import Source
 from llm_quantize.options import CalibrationOptions
-from llm_quantize.streams.sizes import from_network
+from llm_quantize.streams.sizes import from_headers, from_network
 
 if TYPE_CHECKING:
     from threading import Event
@@ -80,7 +80,7 @@ class _Run:
     text: Mapping[str, Any]
     windows: Windows
     kinds: tuple[str, ...]
-    dtype: Literal["float32", "bfloat16"]
+    dtype: DType
     on_event: EventSink
     before: int | None = None
     network: Network | None = None
@@ -160,11 +160,24 @@ def _open_run(source: Source, options: CalibrationOptions, before: int | None, o
     times = source_times(source.checkpoint)
     model = {"name": source.checkpoint.name, "sha256": source.content(on_event)}
     kinds = check_kinds(options.collect)
-    dtype = compute_dtype(source, options.device)
-    return _Run(source, options, model, times, facts, windows, kinds, dtype, on_event, before=before)
+    state = _Run(source, options, model, times, facts, windows, kinds, "float32", on_event, before=before)
+    _refuse_early(state)
+    state.dtype = compute_dtype(source, options.device)
+    return state
 
 
-def compute_dtype(source: Source, device: str) -> Literal["float32", "bfloat16"]:
+def _refuse_early(state: _Run) -> None:
+    """Raise ResourceError where one thread does not fit, before torch alone takes more than the limit; not where there
+    is nothing to run."""
+    count, length = state.windows.samples, state.windows.length
+    if any(_part_path(replace(state, dtype=dtype), 0, count).is_file() for dtype in DTYPES):
+        return
+    network = from_headers(state.source, state.options.device)
+    sizes = collecting_sizes(network, state.kinds, (count, length), device=state.options.device)
+    memory.fit(sizes, threads=1, max_ram=state.options.max_ram, before=state.before)
+
+
+def compute_dtype(source: Source, device: str) -> DType:
     """bfloat16 for a checkpoint of 16 or 8 bits where the device multiplies it quickly, else float32."""
     import torch
 
