@@ -32,6 +32,7 @@ def test_an_ordinary_plan_warns_of_nothing(demo_model: Path) -> None:
         ("TQ2_0", {}, "ternary"),
         ("Q2_0", {}, "ternary"),
         ("Q1_0", {}, "one bit"),
+        ("Q8_0", {"overrides": Overrides(tensor_types=(("attn_q", "nvfp4"),))}, "whole tensors ("),
         ("Q8_0", {"split_max_size": 100_000}, "token_embd.weight alone takes 557056 bytes"),
         ("Q8_0", {"name": "../evil name"}, "the output is called evil-name"),
     ],

@@ -288,6 +288,11 @@ def _advice(
         fed = level in FED and options.method.method_of(NAME).reads_text
         loses = "much, though errors are fed back" if fed else "nearly everything"
         advice.append(f"{level} is for models trained with {TRAINED[level]}; any other model loses {loses}")
+    if "nvfp4" in qtypes:
+        advice.append(
+            f"nvfp4 is written without a scale for whole tensors ({qtypes.count('nvfp4')} here): groups of 16 whose "
+            "largest weight is below 0.006 become zeros, and small ones are coarse"
+        )
     limit = options.split_max_size
     if limit is not None:
         size, largest = max(
