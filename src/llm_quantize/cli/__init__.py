@@ -31,6 +31,7 @@ COMMANDS = {
     "compare": "Measure variants of a model side by side, and write a page that shows it.",
     "verify": "Check an artifact against its manifest, its plan and its source.",
     "run": "Generate text with an artifact in its real runtime.",
+    "push": "Put a finished artifact on the Hugging Face hub.",
     "demo": "Quantize the built-in model, run every level, and measure what was lost.",
 }
 

@@ -96,10 +96,11 @@ def card(
     revision: str | None,
     front: Mapping[str, Any],
     measured: Mapping[str, Any] | None = None,
+    manifest: str = "manifest.json",
 ) -> str:
-    """The whole text. ``name``: of the artifact. ``source``: the model's name, ``revision`` its commit where it comes
-    from the hub; ``front``: its own metadata. ``measured``: {what: value} of the loss against the source, where it is
-    (or will be) known."""
+    """The whole text. ``name``: of the artifact; ``manifest``: of the file that stands in for it. ``source``: the
+    model's name, ``revision`` its commit where it comes from the hub; ``front``: its own metadata. ``measured``: {what:
+    value} of the loss against the source, where it is (or will be) known."""
     metadata = _metadata(about, source, revision, front)
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n",
@@ -113,7 +114,7 @@ def card(
         parts.append(_table("Loss", measured))
         parts.append("Against the source, on windows of the calibration texts that were not calibrated on.\n")
         parts += [f"{about.caution}\n"] if about.caution else []
-    parts.append("`manifest.json` holds the hashes of every tensor and of the source, and what the run measured.\n")
+    parts.append(f"`{manifest}` holds the hashes of every tensor and of the source, and what the run measured.\n")
     return "\n".join(parts)
 
 
@@ -128,6 +129,31 @@ def _metadata(about: About, source: str, revision: str | None, front: Mapping[st
     found["library_name"] = about.library
     found["tags"] = ["llm-quantize", *about.tags]
     return found
+
+
+_ADDED, _END = b"# added by llm-quantize push\n", b"# end of what was added\n"
+_EDGE = b"---\n"
+
+
+def with_added(card: bytes, added: Mapping[str, Any]) -> bytes:
+    """``card`` with the metadata ``added`` that it has not, between two comments at the end of its front matter. Where
+    it has no front matter, it gets one."""
+    front, edge, rest = card.removeprefix(_EDGE).partition(b"\n" + _EDGE)
+    if not card.startswith(_EDGE) or not edge:
+        front, rest = b"", card
+    known = yaml.safe_load(front) if front else {}
+    fresh = {key: value for key, value in added.items() if not isinstance(known, dict) or key not in known}
+    if not fresh:
+        return card
+    text = yaml.safe_dump(fresh, sort_keys=False, allow_unicode=True).encode()
+    return b"".join([_EDGE, front, b"\n" if front else b"", _ADDED, text, _END, _EDGE, rest])
+
+
+def without_added(card: bytes) -> bytes:
+    """What ``with_added`` was given, as far as front matter stood there before; another card as it is."""
+    before, found, rest = card.partition(_ADDED)
+    _, ended, after = rest.partition(_END)
+    return before + after if found and ended else card
 
 
 def _origin(source: str, revision: str | None) -> str:

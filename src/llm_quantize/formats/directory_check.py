@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from llm_quantize.errors import AccessError, MalformedInputError, UnsupportedError, printable
+from llm_quantize.formats.card import without_added
 from llm_quantize.formats.folders import folder_files
 from llm_quantize.formats.gguf.vocabulary.json import LIMIT_BYTES
 from llm_quantize.formats.small_files import is_vocabulary
 from llm_quantize.io.ctranslate2_file import MODEL_FILE, read_model_file
 from llm_quantize.io.json_file import read_json
 from llm_quantize.io.output_file import file_sha256, read_pieces
-from llm_quantize.io.paths import inside, read_range
+from llm_quantize.io.paths import inside, read_limited, read_range
 from llm_quantize.io.safetensors_file import MAX_HEADER_BYTES, TensorInfo
 
 CARD = "README.md"
+_MOST_CARD = 16 << 20
 
 
 def compare_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
@@ -32,8 +34,8 @@ def compare_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
             continue
         if not file.is_file():
             problems.append(f"{name} is in the manifest but not in the directory")
-        elif file.stat().st_size != size:
-            problems.append(f"{name} has {file.stat().st_size} bytes, the manifest says {size}")
+        elif (found := _size(file, name)) != size:
+            problems.append(f"{name} has {found} bytes, the manifest says {size}")
     present = {entry.name for entry in path.iterdir()}
     stray = sorted(name for name in present - planned.keys() if name.endswith((".safetensors", ".index.json")))
     problems += [f"{name} is in the directory but not in the manifest" for name in stray]
@@ -49,7 +51,7 @@ def compare_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
         wanted = manifest["card_sha256"] if measured else entry.get("front_sha256")
         fronts.update(name.encode() + b"\0" + (0 if measured else size).to_bytes(8, "little"))
         digest = hashlib.sha256()
-        for piece in _pieces(file, spans):
+        for piece in [_card(file)] if name == CARD else _pieces(file, spans):
             digest.update(piece)
             if not measured:
                 fronts.update(piece)
@@ -63,6 +65,17 @@ def compare_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
         names = ", ".join(entry["name"] for entry in manifest["files"])
         problems.append(f"a header or a small file does not match the manifest's hash (one of {names})")
     return problems
+
+
+def _card(file: Path) -> bytes:
+    """The model card as it was made: what ``push`` added to its front matter is not ours to check."""
+    return without_added(read_limited(file, _MOST_CARD))
+
+
+def _size(file: Path, name: str) -> int:
+    """Bytes of a file, of the card those that it was made with."""
+    size = file.stat().st_size
+    return len(_card(file)) if name == CARD and size <= _MOST_CARD else size
 
 
 def _known_spans(file: Path, size: int, *, whole: bool) -> Sequence[tuple[int, int]]:

@@ -36,6 +36,39 @@ def translated(model_id: str, name: str | None, revision: str | None = None) -> 
         raise _network_error(error, errors, model_id, name, revision) from error
 
 
+@contextmanager
+def refused(repository: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises inside the block, which writes to ``repository``, into UsageError or
+    NetworkError, without the words of server and library."""
+    errors = importlib.import_module("huggingface_hub.errors")
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise UsageError(
+            "this is no name of a repository", file=repository, expected="ORG/NAME", remedy="choose another --repo"
+        ) from error
+    except (errors.HTTPError, errors.HfHubHTTPError, ValueError, RuntimeError, OSError) as error:
+        # Around what a large file met, huggingface_hub and hf_xet put a RuntimeError.
+        status = next((code for cause in _chain(error) if (code := _status(cause)) is not None), None)
+        what, remedy = _REFUSALS.get(status or 0, _REFUSALS[500] if (status or 0) >= 500 else _BROKEN)
+        found = UNREACHABLE if status is None else f"HTTP {status}"
+        raise NetworkError(what, file=repository, found=found, remedy=remedy) from error
+
+
+_AGAIN = "run the same command again: large files that the hub has are not sent again, and nothing shows before all is"
+_REFUSALS = {
+    400: ("the hub takes no such name, model card or file", "check --repo and --base-model; the rest may be our fault"),
+    401: ("the hub does not accept this token", "make one that may write (hf auth login, or HF_TOKEN), and try again"),
+    403: ("the token may not write there", "choose a --repo of your own, or a token with the permission to write"),
+    404: ("the hub knows no such account, or does not show it", "check the spelling of --repo ORG/NAME"),
+    409: ("somebody else wrote to the repository at the same time", _AGAIN),
+    413: ("the hub takes no file of this size", "split the artifact: --split-max-size, --output-shard-size"),
+    429: ("the hub asks us to slow down", f"wait a few minutes; {_AGAIN}"),
+    500: ("the hub has a failure of its own", f"try later; {_AGAIN}"),
+}
+_BROKEN = ("the hub cannot be reached, or the connection broke", f"check the network and HF_ENDPOINT; {_AGAIN}")
+
+
 def _network_error(
     error: BaseException, errors: Any, model_id: str, name: str | None, revision: str | None
 ) -> LlmQuantizeError:
