@@ -17,12 +17,14 @@ SHAPES: Mapping[str, dict[str, int]] = {
 }
 
 
-def large_model(size: str, place: Path) -> Path:
-    """A Llama of SHAPES[size] in ``place``, with the demo model's tokenizer, in BF16."""
+def large_model(size: str, place: Path, *, vocabulary: int | None = None) -> Path:
+    """A Llama of SHAPES[size] in ``place``, in BF16, with the demo model's tokenizer, and its ``vocabulary`` too unless
+    that is given."""
     shape, demo = SHAPES[size], demo_model()
     place.mkdir()
     config = json.loads((demo / "config.json").read_text())
     hidden, inner, head = shape["hidden"], shape["inner"], shape["hidden"] // shape["heads"]
+    config["vocab_size"] = vocabulary or config["vocab_size"]
     config |= {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": shape["layers"],
                "num_attention_heads": shape["heads"], "num_key_value_heads": shape["kv"], "head_dim": head,
                "max_position_embeddings": 131_072, "tie_word_embeddings": False}  # fmt: skip

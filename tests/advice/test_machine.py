@@ -104,3 +104,38 @@ def test_a_container_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "cgroup_limits", lambda: [4 << 30])
     found = detect("cpu")
     assert (found.ram, found.sources) == (4 << 30, ("RAM: the limit of this container",))
+
+
+def test_compute_capability_as_nvidia_smi_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = 'case "$*" in *compute_cap*) echo "NVIDIA L4, x, 23034, 20000, 8.9";; *) exit 2;; esac'
+    smi(tmp_path, monkeypatch, told)
+    (found,) = nvidia_gpus()
+    assert found == Gpu("NVIDIA L4, x", 23034 << 20, 20000 << 20, 8.9)
+    # A driver that knows no such field is asked again; the name may be in the table then.
+    smi(
+        tmp_path,
+        monkeypatch,
+        'case "$*" in *compute_cap*) exit 2;; *) echo "NVIDIA GeForce RTX 3090, 24576, 24000";; esac',
+    )
+    assert nvidia_gpus() == (Gpu("NVIDIA GeForce RTX 3090", 24576 << 20, 24000 << 20),)
+    assert detect("cuda", ram=1 << 34).capability == 8.6
+    mixed = (Gpu("a", 10, 10, 9.0), Gpu("b", 10, 10, 8.0))
+    assert detect(ram=1 << 34, gpus=lambda: mixed, is_apple=lambda: False).capability == 8.0
+    assert detect(ram=1 << 34, vram=1 << 33, gpus=tuple).capability is None
+
+
+def test_a_gpu_by_name_or_capability() -> None:
+    named = detect(ram=1 << 34, gpu="nvidia rtx 4090", gpus=tuple)
+    assert (named.device, named.vram, named.capability) == ("cuda", 24564 << 20, 8.9)
+    assert named.sources[1] == "GPU memory: of nvidia rtx 4090"
+    given = detect(ram=1 << 34, vram=8 << 30, gpu="12.0", gpus=tuple)
+    assert (given.vram, given.capability) == (8 << 30, 12.0)
+    assert detect(ram=1 << 34, gpu="8.6", gpus=lambda: ONE).vram == ONE[0].free
+    for words, message in (
+        ({"gpu": "RTX"}, "not in the table"),
+        ({"gpu": "A100"}, "not in the table"),  # of 40 or of 80 GB
+        ({"gpu": "L4", "device": "apple"}, "--gpu does not go with --device apple"),
+        ({"gpu": "8.6", "gpus": tuple}, "--vram 8G"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            detect(**{"ram": 1 << 34, "gpus": lambda: ONE, **words})

@@ -125,7 +125,7 @@ def test_directories_are_made_again_by_the_words_of_the_report(
     monkeypatch.setattr(mlx, "require", lambda: None)
     result = compare(str(demo_model), tmp_path, variants=levels, options=options)
     assert [one.make and one.make[:3] for one in result.variants] == [(f, "-q", q) for f, q in levels]
-    assert result.variants[0].level == "W8A8-channel"
+    assert result.variants[0].level == "W8A8"
     timed = [one.speed and one.speed.runtime.split()[0] for one in result.variants]
     assert timed == ["transformers", "CTranslate2", None]
     assert any(note.startswith("MLX-4bit was not run: ") and "make mlx-runtime" in note for note in result.notes)

@@ -92,10 +92,11 @@ def notes(question: Question, choices: Sequence[Choice], take: Choice | None, un
             f"losses marked ^ were measured on {ELSEWHERE_SOURCE}: they order the levels of a runtime, and say little "
             "of this model. llm-quantize compare measures them here"
         )
-    if any(choice.level in ROUNDS_INPUTS for choice in choices):
+    rounded = [one for one in choices if (one.format, one.level) in ROUNDS_INPUTS and one.loss is not None]
+    if names := sorted({one.name for one in rounded if one.loss is not None and one.loss.basis == "measured"}):
         yield (
-            f"{', '.join(sorted(ROUNDS_INPUTS & {choice.level for choice in choices}))}: the loss is of the weights; "
-            "the runtime rounds the inputs of matrices too, which loses more"
+            f"what compare measures of {', '.join(names)} is the loss of the weights; the runtime rounds the inputs of "
+            "matrices too, which loses more"
         )
     if question.experience.file is not None:
         yield f"measured figures are from {question.experience.file}"

@@ -174,11 +174,21 @@ def _answer(advice: Advice, take: Choice, say: Callable[..., None]) -> None:
         say(f"to {_STEPS[name]} it: {text}")
     say(labels(spoken())[f"rule_{advice.priority}"], "dim")
     for answer in advice.others:
-        found, own = "nothing fits whose loss is known", answer.take
+        found, own = _nothing(answer), answer.take
         if own is not None:
             found = f"{own.name} ({human_bytes(own.size)}, {human_bytes(own.need.total)} of memory), {_loss(own)}"
         say(f"in {RUNTIMES[answer.runtime].LABEL} ({answer.way.suits}): {found}")
     say("")
+
+
+def _nothing(answer: Answer) -> str:
+    """What is said of a runtime without a choice."""
+    if any(choice.placement is not None for choice in answer.choices):
+        return "what fits has a loss that nobody has measured"
+    least = min((choice.need.total for choice in answer.choices), default=None)
+    from llm_quantize.reports.terminal import human_bytes
+
+    return "no level can be made" if least is None else f"nothing fits: the least is {human_bytes(least)}"
 
 
 def _loss(choice: Choice) -> str:

@@ -340,7 +340,8 @@ def _make(
         names = wanted if len(wanted) == len(results) else [result.level for result in results]
         for asked, result in zip(names, results, strict=True):
             # What a directory says of its weights is not what made it: W8A8 rounds them as W8A16 does.
-            artifact = replace(measured_file(result.path), level=result.level, asked=asked)
+            label = asked if result.level.startswith(asked) else result.level
+            artifact = replace(measured_file(result.path), level=label, asked=asked)
             if result.status == "written" and not result.resumed_units:
                 kept.put(key_of("cpu", artifact=artifact.identity), result.seconds)
             found.append(artifact)
