@@ -1,4 +1,4 @@
-"""Which of the config groups of a compressed-tensors directory a module belongs to, whoever wrote it.
+"""Which config group of a compressed-tensors directory a module belongs to.
 
 As the package (0.20) and Transformers (5.23) have it: a module belongs to the group whose target is its name, else to
 the one whose expression (``re:``, matched from the first character on) finds it, the first in order of their text, else

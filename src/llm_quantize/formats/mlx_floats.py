@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
 
 MODES: Mapping[str, str] = {
-    "mxfp4": "e2m1_b32_e8m0_mlx",
-    "nvfp4": "e2m1_b16_e4m3_mlx",
-    "mxfp8": "e4m3_b32_e8m0_mlx",
+    "mxfp4": "e2m1_b32_e8m0up",
+    "nvfp4": "e2m1_b16_e4m3alone",
+    "mxfp8": "e4m3_b32_e8m0up",
 }
 """{mode: its grid}. A mode is a level by the same name."""
 
@@ -124,7 +124,7 @@ def _stored(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.
 def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.scales``; NaN for the codes that are no number."""
     stored = fields["scales"][first:last]
-    return (_VALUES["e4m3"] if codebook_type(packed.grid).nested == "e4m3" else float_codes.POWERS)[stored]
+    return (_VALUES["e4m3"] if codebook_type(packed.grid).nested == "e4m3alone" else float_codes.POWERS)[stored]
 
 
 def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:

@@ -112,10 +112,10 @@ class CodebookGridType:
         most = _OWNERS_SCALES.get(self.qtype.codebook)
         if most is None:
             return maxima
-        if self.qtype.nested == "e8m0" and self.qtype.owner == "mlx":
+        if self.qtype.nested == "e8m0up":
             raised = ((maxima / most).view(torch.int32) + 0x7FFFFF) & 0x7F800000
             return torch.where(maxima > 0, raised.view(torch.float32), 1.0)
-        if self.qtype.alone:
+        if self.qtype.nested == "e4m3alone":
             return (maxima / most).clamp(max=_OWNERS_SCALES["e4m3"]).to(torch.float8_e4m3fn).float()
         if self.qtype.nested == "e8m0":  # a maximum up to 7/8 of the way is clipped, not halved
             raised = (maxima.view(torch.int32) + (1 << 21)) & 0x7F800000
@@ -176,7 +176,7 @@ def ladder_of(qtype: CodebookType, maxima: Tensor, most: float) -> Ladder:
         return _common_ladder(qtype, maxima, most)
     levels = torch.tensor(SCALES[qtype.nested], dtype=torch.float32, device=maxima.device)
     step = 1.0
-    if qtype.nested == "e4m3" and not qtype.alone:
+    if qtype.nested == "e4m3":
         least = float(torch.finfo(torch.float32).tiny)
         whole = torch.tensor(float(levels[-1]) * _OWNERS_SCALES[qtype.codebook], dtype=torch.float32)
         step = 1 / float(torch.nan_to_num(whole / max(most, least), posinf=1.0))

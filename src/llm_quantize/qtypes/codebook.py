@@ -30,6 +30,7 @@ _NF4 = (
 )
 _FP4 = (0, 0.0625, 2, 3, 4, 6, 8, 12)
 _E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+_E8M0 = tuple(2.0 ** (exponent - 127) for exponent in range(255))
 _E4M3 = (*(k / 512 for k in range(8)), *((8 + k) * 2.0 ** (e - 10) for e in range(1, 16) for k in range(8)))[:127]
 
 
@@ -52,7 +53,9 @@ OF_127 = ("row8", "line8")
 
 SCALES: Mapping[str, tuple[float, ...]] = {
     "e4m3": _E4M3,
-    "e8m0": tuple(2.0 ** (exponent - 127) for exponent in range(255)),
+    "e4m3alone": _E4M3,
+    "e8m0": _E8M0,
+    "e8m0up": _E8M0,
 }
 """What scales can be that are codes of 8 bits themselves, by name, ascending."""
 
@@ -66,8 +69,8 @@ NESTED_BLOCK = 256
 """Scales that share a scale of their own, in bitsandbytes' double quantization."""
 
 _NAME = re.compile(
-    r"(nf4|fp4)_b([1-9][0-9]*)(?:_(dq))?|(e2m1)_b(16)_(e4m3)(?:_(mlx))?|(e2m1)_b(32)_(e8m0)(?:_(mlx))?"
-    r"|(e4m3)_b(32)_(e8m0)_(mlx)|(e4m3)_b(128)_(rows128)|(e4m3)_(whole)|(row8|line8|e4m3)"
+    r"(nf4|fp4)_b([1-9][0-9]*)(?:_(dq))?|(e2m1)_b(16)_(e4m3|e4m3alone)|(e2m1)_b(32)_(e8m0|e8m0up)"
+    r"|(e4m3)_b(32)_(e8m0up)|(e4m3)_b(128)_(rows128)|(e4m3)_(whole)|(row8|line8|e4m3)"
 )
 
 
@@ -75,9 +78,9 @@ _NAME = re.compile(
 class CodebookType:
     """``codebook``: a name of CODEBOOKS. ``group_size``: weights that share a scale, -1 for a whole row. ``nested``:
     how scales are stored that are codes of 8 bits: "dq" (double quantization: NESTED_BLOCK of them have a scale of
-    their own), "e4m3" (with one scale for the matrix), "e8m0" (powers of two); or that rows have in common, as floats:
-    "rows128" (so many rows, from a multiple of it on), "whole" (all); "": as floats, of the type ``scale``.
-    ``owner``: "mlx", whose e4m3 stands without a scale for the matrix and whose plain rule rounds powers of two up.
+    their own), "e4m3" (with one scale for the matrix; "e4m3alone": without), "e8m0" (powers of two; "e8m0up": rounded
+    up by the plain rule); or that rows have in common, as floats: "rows128" (so many rows, from a multiple of it on),
+    "whole" (all); "": as floats, of the type ``scale``.
     The other attributes are those of ``IntegerType``. Raises UsageError for a block that kernels do not know."""
 
     codebook: str
@@ -85,7 +88,6 @@ class CodebookType:
     nested: str = ""
     scale: str = "float32"
     symmetric: bool = True
-    owner: str = ""
 
     def __post_init__(self) -> None:
         if self.codebook in ("nf4", "fp4") and self.group_size not in BLOCKS:
@@ -105,17 +107,12 @@ class CodebookType:
     def name(self) -> str:
         """For example ``nf4_b64``, ``fp4_b128_dq``, ``e2m1_b16_e4m3``, ``row8``; :func:`codebook_type` reads it."""
         block = "" if self.group_size == WHOLE_ROW else f"b{self.group_size}"
-        return "_".join(filter(None, (self.codebook, block, self.nested, self.owner)))
-
-    @property
-    def alone(self) -> bool:
-        """Whether its scales are e4m3 without a scale for the whole matrix."""
-        return self.nested == "e4m3" and self.owner == "mlx"
+        return "_".join(filter(None, (self.codebook, block, self.nested)))
 
     @property
     def largest(self) -> float:
         """The largest magnitude that it holds; infinite where its scales are no float16 and no e4m3 alone."""
-        if self.alone:
+        if self.nested == "e4m3alone":
             return SCALES[self.nested][-1] * CODEBOOKS[self.codebook][-1]
         return HALF * CODEBOOKS[self.codebook][-1] if self.scale == "float16" and not self.coded else math.inf
 
@@ -147,18 +144,17 @@ def is_codebook(name: str) -> bool:
 
 
 def codebook_type(name: str, scale: str = "float32") -> CodebookType:
-    """The type called ``name``: nf4_b64, fp4_b64_dq, e2m1_b16_e4m3, e4m3_b32_e8m0_mlx, e4m3, row8, line8. ``scale``:
+    """The type called ``name``: nf4_b64, fp4_b64_dq, e2m1_b16_e4m3, e4m3_b32_e8m0up, e4m3, row8, line8. ``scale``:
     the type of scales that are floats. Raises UsageError for another name."""
     found = _NAME.fullmatch(name)
     if found is None:
         raise UsageError(
             "there is no such codebook type",
-            expected="nf4_bN, fp4_bN, e2m1_b16_e4m3, e2m1_b32_e8m0, e4m3, e4m3_b128_rows128, e4m3_whole, row8, line8, "
-            "MLX's with _mlx",
+            expected="nf4_bN, fp4_bN, e2m1_b16_e4m3, e2m1_b16_e4m3alone, e2m1_b32_e8m0, e2m1_b32_e8m0up, "
+            "e4m3_b32_e8m0up, e4m3, e4m3_b128_rows128, e4m3_whole, row8, line8",
             found=name,
         )
     parts = [part for part in found.groups() if part is not None]
     if len(parts) == 1 or not parts[1].isdecimal():
         return CodebookType(parts[0], WHOLE_ROW, "".join(parts[1:]), scale)
-    owner = parts.pop() if parts[-1] == "mlx" else ""
-    return CodebookType(parts[0], int(parts[1]), "".join(parts[2:]), scale, owner=owner)
+    return CodebookType(parts[0], int(parts[1]), "".join(parts[2:]), scale)
