@@ -303,16 +303,17 @@ def test_killed_in_the_middle_and_repeated(artifacts: Path) -> None:
 
         turns = itertools.count()
 
-        def kill() -> None:
+        def kill() -> bool:
             """Of two large files the first comes whole; when half of the second is there, the sender dies."""
             if next(turns) == 0:
-                return
+                return False
             for _ in range(600):
                 if hub.stored:
                     break
                 time.sleep(0.05)
             child[0].send_signal(signal.SIGKILL)
             child[0].wait()
+            return True
 
         hub.trouble["put"] = kill
         with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
