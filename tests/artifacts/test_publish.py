@@ -108,6 +108,10 @@ def test_a_directory(artifacts: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             (copy / name).write_bytes(data)
         outcome = verify(copy)
         assert outcome.ok, outcome.all_problems()
+        # What was added before gives way to what is added now.
+        again = dict(upload_of(copy, owner="other").files)["README.md"]
+        assert isinstance(again, bytes)
+        assert (front(again)["quantized_by"], "base_model" in front(again)) == ("other", False)
         # A word changed in what was there before is still found.
         (copy / "README.md").write_bytes(held["README.md"].replace(b"Recipe", b"recipe", 1))
         assert not verify(copy).ok
