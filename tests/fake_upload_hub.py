@@ -21,8 +21,8 @@ class UploadHub:
     their SHA-256, committed or not; ``puts``: the large files, or parts, that were received, by what was asked for.
 
     ``trouble``: {step: what goes wrong}, of "whoami", "create", "yaml", "preupload", "batch", "put", "commit", "tree":
-    an int (HTTP status), a function (called when half of a body has come) or, of "preupload", "ignore". ``chunk``:
-    bytes of a part of a large file. ``token``: what has to be sent.
+    an int (HTTP status), a function (called when half of a body has come; true: the rest is not taken) or, of
+    "preupload", "ignore". ``chunk``: bytes of a part of a large file. ``token``: what has to be sent.
     """
 
     def __init__(self, token: str, trouble: Mapping[str, Any] | None = None, *, chunk: int | None = None) -> None:
@@ -108,8 +108,9 @@ class UploadHub:
             return data
         size = int(length or 0)
         data = request.rfile.read(size // 2)
-        if half is not None:
-            half()
+        if half is not None and half():
+            request.close_connection = True
+            return None
         data += request.rfile.read(size - len(data))
         if len(data) < size:
             request.close_connection = True

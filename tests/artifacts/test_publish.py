@@ -108,6 +108,10 @@ def test_a_directory(artifacts: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             (copy / name).write_bytes(data)
         outcome = verify(copy)
         assert outcome.ok, outcome.all_problems()
+        # What was added before gives way to what is added now.
+        again = dict(upload_of(copy, owner="other").files)["README.md"]
+        assert isinstance(again, bytes)
+        assert (front(again)["quantized_by"], "base_model" in front(again)) == ("other", False)
         # A word changed in what was there before is still found.
         (copy / "README.md").write_bytes(held["README.md"].replace(b"Recipe", b"recipe", 1))
         assert not verify(copy).ok
@@ -303,16 +307,17 @@ def test_killed_in_the_middle_and_repeated(artifacts: Path) -> None:
 
         turns = itertools.count()
 
-        def kill() -> None:
+        def kill() -> bool:
             """Of two large files the first comes whole; when half of the second is there, the sender dies."""
             if next(turns) == 0:
-                return
+                return False
             for _ in range(600):
                 if hub.stored:
                     break
                 time.sleep(0.05)
             child[0].send_signal(signal.SIGKILL)
             child[0].wait()
+            return True
 
         hub.trouble["put"] = kill
         with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:

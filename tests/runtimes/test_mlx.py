@@ -18,6 +18,7 @@ from llm_quantize.artifacts.verify import verify
 from llm_quantize.cli import run as command
 from llm_quantize.data import demo_model
 from llm_quantize.errors import MissingExtraError, UnsupportedError
+from llm_quantize.events import ignore
 from llm_quantize.formats import mlx as form
 from llm_quantize.formats import mlx_floats as floats
 from llm_quantize.formats.base import SchemeOptions
@@ -27,10 +28,11 @@ from llm_quantize.models.opening import open_source
 from llm_quantize.options import CalibrationOptions, MethodOptions, Options
 from llm_quantize.pipeline import quantize
 from llm_quantize.qtypes.affine import GROUPS, WIDTHS
-from llm_quantize.runtimes import generate, mlx
-from llm_quantize.runtimes.base import Request
+from llm_quantize.runtimes import converse, generate, mlx
+from llm_quantize.runtimes.base import Request, talk
 from llm_quantize.runtimes.isolated import interpreter
 from tests.oracles.reference_directories import divergence, logprobs
+from tests.runtimes.test_conversation import heard_to_the_end, talking_model
 from tests.tiny_models import TINY, make_tiny
 
 pytestmark = pytest.mark.mlx
@@ -186,6 +188,25 @@ def test_with_feedback_logits_text_and_run(level: str, group: int, tmp_path: Pat
     assert len(reply.texts) == 2
     assert all(0 < len(tokens) <= 6 for tokens in reply.tokens)
     assert "".join(generate(path, "The night in the", max_tokens=6, threads=1))
+
+
+def test_a_conversation(tmp_path: Path) -> None:
+    """What was read is kept, and changes no answer; one that is stopped is kept as far as it came."""
+    path = made(talking_model(demo_model(), tmp_path), tmp_path, "8bit", method="rtn")
+    with converse(path, max_tokens=8, threads=1) as told:
+        assert told.context == 1024
+        for turn, text in enumerate(("The old man", "and then")):
+            asked = [*told.messages, *talk(text)]
+            pieces, answered = heard_to_the_end(told.say(text))
+            assert (answered.reused > 0) == (turn > 0)
+            with mlx.converse(path, Request(chat=True, threads=1), ignore) as fresh:
+                assert heard_to_the_end(fresh.answer(fresh.prompt(asked), 8, lambda: False))[0] == pieces
+        heard: list[str] = []
+        writing = told.say("on", lambda: bool(heard))
+        heard.append(next(writing))
+        more, answered = heard_to_the_end(writing)
+        assert answered.end in ("stopped", "limit")
+        assert told.messages[-1]["content"] == "".join([*heard, *more])
 
 
 def test_a_tensor_that_it_has_no_place_for_is_refused_in_its_words(tmp_path: Path) -> None:

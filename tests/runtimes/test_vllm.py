@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from llm_quantize.errors import UnsupportedError
-from llm_quantize.runtimes import vllm
+from llm_quantize.runtimes import converse, vllm
 from llm_quantize.runtimes.base import Request
 from tests.oracles.reference_directories import Layout, divergence, logprobs, write_directory
+from tests.runtimes.test_conversation import heard_to_the_end, talking_model
 from tests.tiny_models import make_tiny
 
 pytestmark = pytest.mark.vllm
@@ -84,3 +85,17 @@ def test_refusals_keep_its_words(tiny: dict[str, Path], tmp_path: Path, layout: 
     with pytest.raises(UnsupportedError) as caught:
         vllm.run(tmp_path / "model", ASK)
     assert words in str(caught.value.found)
+
+
+def test_a_conversation(demo_model: Path, tmp_path: Path) -> None:
+    """The engine is asked step by step; a stopped answer is kept, and the next one is to the next question."""
+    with converse(talking_model(demo_model, tmp_path), runtime="vllm", max_tokens=8, context=256, threads=1) as told:
+        first, answered = heard_to_the_end(told.say("The old man"))
+        assert answered.told.tokens <= 8
+        heard: list[str] = []
+        writing = told.say("on", lambda: bool(heard))
+        heard.append(next(writing))
+        more, _ = heard_to_the_end(writing)
+        assert told.messages[-1]["content"] == "".join([*heard, *more])
+        told.reset()
+        assert "".join(heard_to_the_end(told.say("The old man"))[0]) == "".join(first)

@@ -18,7 +18,7 @@ from llm_quantize.artifacts.modelfile import modelfile_path
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.errors import MalformedInputError, UsageError
 from llm_quantize.events import EventSink, Stage, ignore
-from llm_quantize.formats.card import About, bytes_words, card, with_added
+from llm_quantize.formats.card import About, bytes_words, card, with_added, without_added
 from llm_quantize.formats.directory_check import CARD
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.artifact_paths import manifest_path
@@ -92,7 +92,7 @@ def upload_of(
     if results:
         added["model-index"] = [{"name": path.stem if path.is_file() else path.name, "results": results}]
     if CARD in files:
-        files[CARD] = with_added((folder / CARD).read_bytes(), added)
+        files[CARD] = with_added(without_added((folder / CARD).read_bytes()), added)
     else:
         files = {CARD: with_added(_gguf_card(path, manifest, names).encode(), added), **files}
         side = modelfile_path(path)
