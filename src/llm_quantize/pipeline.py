@@ -191,7 +191,9 @@ def plan_source(
     stem = _file_stem(name or source.checkpoint.name)
     plans = form.plan(source, levels, stem, importance, options)
     if isinstance(importance, choose.Text):
-        plans = [replace(plan, identity={**plan.identity, ARITHMETIC: importance.dtype}) for plan in plans]
+        # A level that no text makes (int16 of CTranslate2, beside int8) is the same file whatever the others need.
+        typed = [replace(plan, identity={**plan.identity, ARITHMETIC: importance.dtype}) for plan in plans]
+        plans = [new if plan.chained else plan for plan, new in zip(plans, typed, strict=True)]
     return _named([_estimated(source, plan, importance, options) for plan in plans], stem, name)
 
 

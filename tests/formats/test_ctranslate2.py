@@ -29,6 +29,7 @@ from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.io.ctranslate2_file import MODEL_FILE, Entry, read_model_file
 from llm_quantize.models.opening import open_source
 from llm_quantize.options import CalibrationOptions, MethodOptions, Options
+from llm_quantize.pipeline import quantize
 from tests.tiny_models import THETA, make_tiny, quiet
 
 RTN = Options(threads=1, method=MethodOptions(method="rtn"))
@@ -303,3 +304,17 @@ def test_int8_with_feedback_is_nearer_to_the_source_than_rounding(demo_model: Pa
         text = evaluation_text(TextTokenizer(source), (), context=256, limit=3, on_event=ignore)
         found = measure_quality(source, [fed, plain], text.windows, threads=1).artifacts
     assert found[0].divergence.kld < 0.9 * found[1].divergence.kld
+
+
+def test_a_level_that_needs_no_text_is_complete_beside_one_that_does(demo_model: Path, tmp_path: Path) -> None:
+    """int8 feeds errors back, int16 is only rounded: the same command again makes nothing anew."""
+    few = CalibrationOptions(samples=1, length=32)
+    options = Options(threads=1, calibration=few)
+    first, again = (
+        quantize(str(demo_model), "ctranslate2", levels=["int8", "int16"], output_dir=tmp_path, options=options)
+        for _ in range(2)
+    )
+    assert [result.status for result in first] == ["written"] * 2
+    assert [result.status for result in again] == ["already complete"] * 2
+    alone = quantize(str(demo_model), "ctranslate2", levels=["int16"], output_dir=tmp_path, options=Options(threads=1))
+    assert [result.status for result in alone] == ["already complete"]

@@ -180,7 +180,8 @@ def refuse_other(source: Source, artifact: ArtifactPlan, path: Path, options: Op
         known, found = {}, None
     asked = json.loads(canonical_json(dict(artifact.identity)))
     same = all(known.get(key) == value for key, value in asked.items() if key not in _OPEN)
-    collected = any(known.get(key) for key in _OPEN[:2])
+    open_keys = [key for key in _OPEN[:2] if key in asked]  # none: no text makes this one
+    collected = not open_keys or any(known.get(key) for key in open_keys)
     if not same or not collected or (found is not None and list(found) != list(texts)):
         raise _exists(path)
 
