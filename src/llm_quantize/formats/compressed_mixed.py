@@ -19,7 +19,7 @@ from typing import Any
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.base import mixture_of
 from llm_quantize.formats.compressed_levels import BITS, EXPRESSION, LEVELS, NAME
-from llm_quantize.formats.expressions import Meaning, compiled, each_meant
+from llm_quantize.formats.expressions import compiled, each_meant
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import PackedMatrix, Settings
 from llm_quantize.formats.recipe import Recipe
@@ -124,9 +124,7 @@ class Groups:
     def named(self, names: Collection[str]) -> dict[str, Mapping[str, Any]]:
         """{module: what its group says of weights} of those modules that a target means by name. Raises
         MalformedInputError for expressions that cannot be matched."""
-        meanings: list[tuple[str, Meaning]] = [
-            (text, compiled(text.removeprefix(EXPRESSION), self.file)) for text in self._expressions
-        ]
+        meanings = ((text, compiled(text.removeprefix(EXPRESSION), self.file)) for text in self._expressions)
         found = {name: self._names[name] for name in names if name in self._names}
         rest = [name for name in names if name not in found]
         found |= {name: self._expressions[rule] for name, rule in each_meant(meanings, rest, self.file)}
