@@ -422,9 +422,10 @@ def test_groups_of_no_sense_are_refused_and_never_a_bug(
 
     def ends(meant: Any, **weights: Any) -> int:
         config = json.loads(json.dumps(whole))
-        group = config["quantization_config"]["config_groups"]["group_1"]
-        group["targets"] = meant
-        group["weights"] |= weights
+        groups = config["quantization_config"]["config_groups"]
+        groups["group_1"]["targets"] = meant
+        for group in groups.values():
+            group["weights"] |= weights
         file.write_text(json.dumps(config))
         code = run(["verify", str(folder), "--json"])
         told = capsys.readouterr()
@@ -434,8 +435,10 @@ def test_groups_of_no_sense_are_refused_and_never_a_bug(
     assert ends(["re:.*"]) == 8
     for odd in (None, 5, {}, [5], [None, []], "re:.*", ["re:(?=x)"], ["re:["], ["re:" + "a" * 5000], []):
         assert ends(odd) in (3, 8), odd
-    for size in (None, 0, -5, "x", 1 << 40):
+    for size in (None, 0, -5, "x", 1 << 40, [], {}, 32.0):
         assert ends(["re:.*"], group_size=size) in (3, 4, 8), size
+    for bits in (4.0, "4", None, True, [], 3.5):
+        assert ends(["re:.*"], num_bits=bits) in (3, 4, 8), bits
     assert ends(["re:(a+)+$", "re:(.*)*x"]) == 8
     monkeypatch.setattr(expressions, "MOST_SECONDS", 0.05)
     assert ends([f"re:x{number}.*" for number in range(20_000)]) == 3
