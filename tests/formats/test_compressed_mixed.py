@@ -24,6 +24,7 @@ from llm_quantize.artifacts.opening import open_decoded
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.cli import run
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, UnsupportedError, UsageError
+from llm_quantize.formats import expressions
 from llm_quantize.formats.compressed_levels import targets
 from llm_quantize.formats.compressed_mixed import Groups, cautions, mixed_level
 from llm_quantize.formats.gguf.levels import Overrides
@@ -409,6 +410,38 @@ def test_verify_names_what_readers_would_find_elsewhere(mixed: Path, tmp_path: P
         next(group for group in groups.values() if group["weights"]["num_bits"] == 7)["targets"] = ["re:nothing"]
 
     assert problems(forget) == [f"{DOWN} is quantized, but no target of the configuration means it"]
+
+
+def test_groups_of_no_sense_are_refused_and_never_a_bug(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(mixed, tmp_path / "packed"))
+    (folder / "manifest.json").unlink()
+    file = folder / "config.json"
+    whole = json.loads(file.read_text())
+
+    def ends(meant: Any, **weights: Any) -> int:
+        config = json.loads(json.dumps(whole))
+        groups = config["quantization_config"]["config_groups"]
+        groups["group_1"]["targets"] = meant
+        for group in groups.values():
+            group["weights"] |= weights
+        file.write_text(json.dumps(config))
+        code = run(["verify", str(folder), "--json"])
+        told = capsys.readouterr()
+        assert code in (0, 3, 4, 8), (told.out, told.err)
+        return code
+
+    assert ends(["re:.*"]) == 8
+    for odd in (None, 5, {}, [5], [None, []], "re:.*", ["re:(?=x)"], ["re:["], ["re:" + "a" * 5000], []):
+        assert ends(odd) in (3, 8), odd
+    for size in (None, 0, -5, "x", 1 << 40, [], {}, 32.0):
+        assert ends(["re:.*"], group_size=size) in (3, 4, 8), size
+    for bits in (4.0, "4", None, True, [], 3.5):
+        assert ends(["re:.*"], num_bits=bits) in (3, 4, 8), bits
+    assert ends(["re:(a+)+$", "re:(.*)*x"]) == 8
+    monkeypatch.setattr(expressions, "MOST_SECONDS", 0.05)
+    assert ends([f"re:x{number}.*" for number in range(20_000)]) == 3
 
 
 def test_what_transformers_misreads_is_not_run_there(experts: Path, tmp_path: Path) -> None:

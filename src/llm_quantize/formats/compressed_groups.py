@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from llm_quantize.formats.expressions import Meaning, compiled, each_meant
+from llm_quantize.formats.expressions import compiled, each_meant
 from llm_quantize.formats.packed import Settings
 
 EXPRESSION = "re:"
@@ -46,9 +46,7 @@ class Groups:
     def named(self, names: Collection[str]) -> dict[str, Group]:
         """{module: its group} of those modules that a target means by name. Raises MalformedInputError for expressions
         that cannot be matched."""
-        meanings: list[tuple[str, Meaning]] = [
-            (text, compiled(text.removeprefix(EXPRESSION), self.file)) for text in self._expressions
-        ]
+        meanings = ((text, compiled(text.removeprefix(EXPRESSION), self.file)) for text in self._expressions)
         found = {name: self._names[name] for name in names if name in self._names}
         rest = [name for name in names if name not in found]
         found |= {name: self._expressions[rule] for name, rule in each_meant(meanings, rest, self.file)}

@@ -305,7 +305,7 @@ def _matrix(
     weights = candidates[0]
     if any(other != weights for other in candidates):
         weights = _of_module(name, candidates, settings, group_of(name), lambda one: _groups_of(one, k) == each)
-    bits, declared = weights["num_bits"], _group_size(settings, weights)
+    bits, declared = next(bits for bits in fitting if bits == weights["num_bits"]), _group_size(settings, weights)
     _check_called_for(name, layout, found, weights)
     group = columns_of_group(declared, k, each, varies=False)
     matrix = PackedMatrix(name, layout, n, k, bits, group, "weight_zero_point" not in found, False, found)
@@ -380,8 +380,7 @@ def _of_module(
         fitting = [meant] if meant in candidates else []
     else:
         fitting = [weights for weights in candidates if fits(weights)]
-    grids = {(weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")) for weights in fitting}
-    if len(grids) != 1:
+    if not fitting or any(_grid(weights) != _grid(fitting[0]) for weights in fitting):
         widths = sorted({str(weights.get("num_bits")) for weights in candidates})
         raise contradicts(
             settings.file,
@@ -389,6 +388,10 @@ def _of_module(
             "no target that means it" if meant is None else f"its group is of {meant.get('num_bits')} bits",
         )
     return fitting[0]
+
+
+def _grid(weights: Mapping[str, Any]) -> tuple[Any, ...]:
+    return weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
 
 
 def _groups_of(weights: Mapping[str, Any], columns: int) -> int:

@@ -51,14 +51,16 @@ def first_meant(rules: Iterable[tuple[str, Meaning]], names: Collection[str], fi
                 break
 
 
-def each_meant(rules: Collection[tuple[str, Meaning]], names: Collection[str], file: Path) -> Iterator[tuple[str, str]]:
-    """(name, the first of ``rules`` that means it) for every one of ``names`` that is meant. Raises as
-    ``first_meant``."""
-    look, number = _watch(len(names), file), 0
+def each_meant(rules: Iterable[tuple[str, Meaning]], names: Collection[str], file: Path) -> Iterator[tuple[str, str]]:
+    """(name, the first of ``rules`` that means it) for every one of ``names`` that is meant; the time that ``rules``
+    takes to come counts. Raises as ``first_meant``."""
+    look, known = _watch(len(names), file), []
+    for number, (rule, means) in enumerate(rules):
+        look(number, rule)
+        known.append((rule, means))
     for name in names:
-        for rule, means in rules:
+        for number, (rule, means) in enumerate(known):
             look(number, rule)
-            number += 1
             if means(name):
                 yield name, rule
                 break
