@@ -240,5 +240,9 @@ def test_calibrated_scales_of_no_sense(tmp_path: Path) -> None:
         ours(demo_model(), static(tmp_path / "absent", "", None))
     for number, value in enumerate((0.0, -1.0, float("nan"), float("inf"))):
         folder = Path(shutil.copytree(artifact, tmp_path / str(number)))
+        assert any(
+            "not a positive number" in text
+            for text in verify(static(folder, "input_scale", torch.tensor([value]))).all_problems()
+        )
         with pytest.raises(NumericPolicyError, match="of no sense"):
-            ours(demo_model(), static(folder, "input_scale", torch.tensor([value])))
+            ours(demo_model(), folder)

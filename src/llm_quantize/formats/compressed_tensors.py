@@ -463,7 +463,11 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:
-    """As ``StoredFormat.check``: codes of few bits in whole bytes."""
+    """As ``StoredFormat.check``: codes of few bits in whole bytes, and calibrated scales of inputs."""
+    if packed.inputs_at and first == 0:
+        (whole,) = load_floats(fields[packed.inputs_at]).reshape(-1)
+        if not (np.isfinite(whole) and whole > 0):
+            yield packed.inputs_at, "the scale of its inputs is not a positive number"
     if packed.layout is PLAIN and packed.bits < 8:
         found, half = codes(packed, fields, first, last), _half(packed)
         if (found < -half).any() or (found >= half).any():
