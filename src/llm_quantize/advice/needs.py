@@ -14,9 +14,10 @@ All figures in bytes, of one sequence of ``context`` tokens, from the plan and t
   matrix decoded to 16 bits, and of LLM.int8 four times the rest.
 - *runtime*: code and libraries.
 
-Measured (resident memory at its peak, two synthetic Llamas of 512 and 1,024 channels, prompts of 64 to 3,000 tokens):
-CTranslate2 4.8.5 was within 6 % of these sums, Transformers 5.23 with bitsandbytes 0.50 on the CPU 1 to 20 % below
-them. vLLM, mlx_lm, and everything on a GPU are computed from what their code allocates, and were not measured.
+Measured (resident memory at its peak, two synthetic Llamas of 512 and 1,024 channels): CTranslate2 4.8.5 was within 6 %
+of these sums with prompts of 1,024 to 3,000 tokens, and up to a quarter below them with 64; Transformers 5.23 with
+bitsandbytes 0.50 on the CPU between 1 % above and 11 % below. vLLM, mlx_lm, and everything on a GPU are computed from
+what their code allocates, and were not measured.
 """
 
 from __future__ import annotations

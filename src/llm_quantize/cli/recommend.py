@@ -128,12 +128,15 @@ def _print(advice: Advice) -> None:
         console.print(*map(line, said(text).split("\n")), sep="\n", style=style, markup=False)
 
     machine = advice.machine
-    gpu = f", GPU {human_bytes(machine.vram)}" if machine.vram else ""
+    ram, gpu = human_bytes(machine.ram), human_bytes(machine.vram)
     if machine.capability is not None:
-        gpu += f" (compute capability {machine.capability:.1f})"
+        gpu = f"{gpu} (compute capability {machine.capability:.1f})"
     if advice.take is not None:
         _answer(advice, advice.take, say)
-    say(f"{advice.name} on {machine.device}: RAM {human_bytes(machine.ram)}{gpu}, {advice.context:,} tokens of context")
+    if machine.vram:
+        say(f"{advice.name} on {machine.device}: RAM {ram}, GPU {gpu}, {advice.context:,} tokens of context")
+    else:
+        say(f"{advice.name} on {machine.device}: RAM {ram}, {advice.context:,} tokens of context")
     say(f"  ({'; '.join(map(said, machine.sources))})")
     _print_table(console, advice)
     for answer in advice.answers:
