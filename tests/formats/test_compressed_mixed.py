@@ -123,7 +123,7 @@ def test_every_matrix_is_on_the_grid_that_the_recipe_names(llama: Path, mixed: P
     assert "3 × int2_g32" in card
     assert "mixed-bits" in card
     assert "15 matrices of the decoder's blocks, and the output matrix" in card
-    assert "a packed output matrix by its Marlin kernels" in card
+    assert "bits by its Humming kernels and a packed output matrix on CUDA devices" in card
 
 
 def test_the_package_gives_every_module_its_own_group(llama: Path, mixed: Path) -> None:

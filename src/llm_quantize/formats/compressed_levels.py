@@ -215,7 +215,7 @@ def vllm_caution(schemes: Sequence[Scheme], *, head: bool) -> str | None:
     if bits:
         told.append(f"weights of {', '.join(map(str, sorted(bits)))} bits by its Humming kernels")
     if head:
-        told.append("a packed output matrix by its Marlin kernels")
+        told.append("a packed output matrix")
     if not told:
         return None
     return (

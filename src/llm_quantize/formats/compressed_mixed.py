@@ -1,10 +1,11 @@
 """Several grids in one compressed-tensors directory: a config group for each, whose targets name its modules.
 
-Read in the package (0.20), Transformers (5.23) and vLLM (0.32):
+Read in the package (0.20) and Transformers (5.23), which were run too, and in vLLM's code, which was not:
 
 - vLLM asks for the parts of what it fuses only after the class of the fused module, so a directory that mixes grids
   names every module, and never ``Linear``. Of what it fuses, all parts must have one group.
-- vLLM takes an output matrix (not one that is the embedding) of 4 or 8 bits by its Marlin kernels.
+- vLLM has treated a packed output matrix (not one that is the embedding) as a linear module since 2026; its Humming
+  kernels ask for sizes that heads do not tell (v0.27), so heads are given 4 or 8 bits, which have other kernels.
 - Transformers gives all experts of a model the first group with an expression that holds "experts", and reads zero
   points only by decoding everything as one group says.
 """
@@ -46,12 +47,12 @@ def recipe_type(text: str) -> str:
 
 
 def check_head(recipe: Recipe, qtype: str) -> None:
-    """Raise UsageError for an output matrix of other widths than vLLM has kernels for (0.32, read in its code)."""
+    """Raise UsageError for an output matrix of widths that vLLM has its Humming kernels alone for."""
     grid = integer_type(qtype)
     if grid.bits not in HEAD_BITS:
         raise UsageError(
             f"the recipe {recipe.name} gives the output matrix {grid.bits} bits",
-            expected="4 or 8 bits: of other widths vLLM's Humming kernels take matrices of blocks only",
+            expected="4 or 8 bits: for other widths vLLM has kernels of one kind only, which take no output matrix",
             found=qtype,
             remedy="name int8_g128 or int4_g128 for it, or leave it out: it stays as it is",
         )
