@@ -357,6 +357,10 @@ class _Quality:
     notes: tuple[str, ...]
 
 
+_INPUTS = "rounded where the runtime rounds them"
+"""What a figure is of, in its key: those of weights alone were kept before."""
+
+
 def _quality(
     source: Source,
     fingerprint: str,
@@ -370,7 +374,7 @@ def _quality(
     """Divergences of all artifacts, those that are not known yet in one streamed pass."""
     from llm_quantize.evaluation.quality import measure_quality
 
-    about = {"model": fingerprint, "text": _sha256(text.windows)}
+    about = {"model": fingerprint, "text": _sha256(text.windows), "inputs": _INPUTS}
     keys = [key_of("quality", artifact=artifact.identity, **about) for artifact in found]
     floor = key_of("noise", **about)
     missing = [index for index, key in enumerate(keys) if kept.get(key) is None or kept.get(floor) is None]

@@ -32,6 +32,7 @@ from llm_quantize.formats.packed_recipe import bits_per_weight, by_grid, named, 
 from llm_quantize.formats.recipe import Recipe, no_recipes
 from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.plan import ArtifactPlan
+from llm_quantize.qtypes.codebook import IN_COMMON, CodebookType
 from llm_quantize.qtypes.integer import WHOLE_ROW
 
 if TYPE_CHECKING:
@@ -305,6 +306,8 @@ def _label(form: Packed, scheme: Scheme) -> str:
     """The end of the artifact's name: the level, and what differs from its default."""
     group = scheme.qtype.group_size
     label = form.LABEL.format(level=scheme.level)
+    if isinstance(scheme.qtype, CodebookType) and scheme.qtype.nested in IN_COMMON:
+        return label
     if group not in (form.DEFAULT_GROUP, WHOLE_ROW) or (group == WHOLE_ROW and form.DEFAULT_GROUP == 128):
         label += "-channel" if group == WHOLE_ROW else f"-g{group}"
     if form.SYMMETRIC is not None and scheme.qtype.symmetric != form.SYMMETRIC:
