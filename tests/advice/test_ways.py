@@ -18,6 +18,8 @@ from llm_quantize.advice.recommend import recommend
 from llm_quantize.advice.ways import WAYS, ways_for
 from llm_quantize.cli import run
 from llm_quantize.errors import UsageError
+from llm_quantize.formats.base import SchemeOptions
+from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.formats.table import FORMATS
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.pipeline import plan
@@ -245,7 +247,12 @@ def test_figures_are_those_of_the_benchmark() -> None:
     assert {key: rows[key] for key in ELSEWHERE} == {key: pytest.approx(at, rel=0.01) for key, at in ELSEWHERE.items()}
     assert levels - set(ELSEWHERE) == {("compressed-tensors", level) for level in ("W8A8", "MXFP4")}
     run_too = {(row["format"], row["level"]) for row in facts["rows"] if "runtime_kld" in row}
-    assert run_too <= ROUNDS_INPUTS
+    assert run_too - {key for key in run_too if _rounded(*key)} == ROUNDS_INPUTS
+
+
+def _rounded(form: str, level: str) -> bool:
+    """Whether ``compare`` rounds the inputs of its matrices as the runtime does."""
+    return form in PACKED and PACKED[form].inputs(PACKED[form].scheme(level, SchemeOptions())) is not None
 
 
 def test_on_the_command_line(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

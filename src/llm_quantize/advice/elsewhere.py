@@ -3,7 +3,8 @@ model, ``benchmarks/results/formats.json``, which has the command.
 
 That model is tiny: its figures order the levels, and are not those of another model. Where a runtime rounds the inputs
 of matrices too, they are of that runtime. W8A8 is left out: what 8-bit integer inputs cost depends on the outliers
-among them, of which that model has none. ``compare`` measures the weights of ROUNDS_INPUTS alone.
+among them, of which that model has none. ``compare`` rounds the inputs of matrices as the configurations of
+compressed-tensors say; of ROUNDS_INPUTS it measures the weights alone.
 """
 
 from __future__ import annotations
@@ -30,11 +31,5 @@ ELSEWHERE: Mapping[tuple[str, str], float] = {
     ("mlx", "3bit"): 0.0499,
 }
 
-ROUNDS_INPUTS = frozenset(
-    {
-        *(("compressed-tensors", level) for level in ("W8A8", "FP8_DYNAMIC", "W4AFP8", "MXFP4")),
-        ("bitsandbytes", "INT8"),
-        ("ctranslate2", "int8"),
-    }
-)
+ROUNDS_INPUTS = frozenset({("bitsandbytes", "INT8"), ("ctranslate2", "int8")})
 ELSEWHERE_SOURCE = "the built-in model (benchmarks/results/formats.json)"
