@@ -91,8 +91,8 @@ class Substitution:
     @property
     def line(self) -> str:
         """All of it, for a list."""
-        measured = f" (it loses {self.share:.2f} of what {self.usual} loses)" if self.usual else ""
-        return f"{self.tensor}: rows of {self.shape[-1]}: {self.taken}, not {self.asked}{measured}"
+        told = f"{self.tensor}: rows of {self.shape[-1]}: {self.taken}, not {self.asked}"
+        return f"{told} (it loses {self.share:.2f} of what {self.usual} loses)" if self.usual else told
 
     @property
     def text(self) -> str:

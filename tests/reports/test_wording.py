@@ -254,11 +254,13 @@ def test_a_sentence_that_is_put_together(japanese: None) -> None:
         assert said(text) == text, "half a translation"
     told = (
         "Q8_0: the rows of 2 of 16 matrices, 49.2 kB, do not divide into the blocks of this level's types: 2 q8_0 "
-        "became f16; the file is 23.0 kB larger for it, and no less precise (-v lists them)"
+        "became f16; the file is 23.0 kB larger for it (8.61 bits per weight, not 8.50), and no less precise (-v lists "
+        "them)"
     )
     assert said(told).startswith("Q8_0: 行列 16 個のうち 2 個（49.2 kB）は")
     assert said(told).endswith(
-        "（q8_0 の 2 個が f16 に）。ファイルはそのぶん 23.0 kB 大きくなりますが、精度は下がりません（一覧は -v）"
+        "2 個が f16 に。ファイルはそのぶん 23.0 kB 大きくなり（重みあたり 8.50 ビットではなく 8.61 ビット）、精度は"
+        "下がりません（一覧は -v）"
     )
 
 

@@ -69,8 +69,10 @@ class Directories:
                 excluded[name] = f"cannot be made of this model ({error.what})"
                 continue
             choices.append(self._choice(level, plan, question))
-        where = "on the GPU" if self.on == "gpu" else "of RAM"
-        return found(choices, excluded, f"{bytes_text(self.room(question.machine))} {where} for {self._label}")
+        room = bytes_text(self.room(question.machine))
+        gpu = self.on == "gpu"
+        there = f"{room} on the GPU for {self._label}" if gpu else f"{room} of RAM for {self._label}"
+        return found(choices, excluded, there)
 
     @property
     def _label(self) -> str:

@@ -51,7 +51,7 @@ def gguf_choices(question: Question) -> Found:
         )
     room = f"{bytes_text(machine.usable_ram)} of RAM"
     if machine.device == "cuda":
-        room += f" and {bytes_text(machine.vram)} on the GPU"
+        room = f"{bytes_text(machine.usable_ram)} of RAM and {bytes_text(machine.vram)} on the GPU"
     return found(choices, excluded, room)
 
 
@@ -71,10 +71,10 @@ def _cannot_be(source: Source) -> dict[str, str]:
     own = float_level(source)
     as_stored = any(info.dtype == own for info in source.checkpoint.tensors.values())
     kind = source.checkpoint.kind
-    why = "is what the source stores: the same weights"
+    why = f"{own} is what the source stores: the same weights"
     if kind or not as_stored:
-        why = f"holds every value of the source ({kind or 'decoded'}) as it is"
-    cannot = {level: f"{own} {why}" for level in FLOAT_LEVELS if level != own}
+        why = f"{own} holds every value of the source ({kind or 'decoded'}) as it is"
+    cannot = {level: why for level in FLOAT_LEVELS if level != own}
     trained = {
         level: f"is for models trained with {kind}; any other loses nearly everything"
         for level, kind in TRAINED.items()

@@ -57,10 +57,13 @@ def _where(take: Choice, machine: Machine, room: int | None) -> str:
     text, need, placement = bytes_text, take.need, take.placement
     assert placement is not None
     if room is not None:
-        parts = f"weights {text(need.weights)}, cache {text(need.cache)}, buffers {text(need.compute)}"
-        place = "on the GPU" if placement.kind == "gpu" else "in RAM"
-        label = RUNTIMES[take.runtime].LABEL
-        return f"it runs {place}: {text(need.total)} of {text(room)} ({parts}, {label} itself {text(need.runtime)})"
+        parts = (
+            f"weights {text(need.weights)}, cache {text(need.cache)}, buffers {text(need.compute)}, "
+            f"{RUNTIMES[take.runtime].LABEL} itself {text(need.runtime)}"
+        )
+        if placement.kind == "gpu":
+            return f"it runs on the GPU: {text(need.total)} of {text(room)} ({parts})"
+        return f"it runs in RAM: {text(need.total)} of {text(room)} ({parts})"
     parts = f"weights {text(need.weights)}, cache {text(need.cache)}, buffers {text(need.compute + need.runtime)}"
     if placement.kind == "gpu":
         rest = placement.gpu - placement.context - need.cache - need.compute

@@ -29,7 +29,7 @@ from llm_quantize.io.whole_file import write_file
 from llm_quantize.models.chat_template import ChatTemplate
 from llm_quantize.models.turns import Turns, fit_turns
 
-NO_TEMPLATE = "the chat template cannot be said in Ollama's language, so that the Modelfile has none"
+NO_TEMPLATE = "the chat template cannot be said in Ollama's language, so that the Modelfile has none ({why})"
 _MOST_BYTES = 16 << 20
 _PARAMETERS = {
     Keys.General.SAMPLING_TEMP: "temperature",
@@ -101,7 +101,7 @@ def with_modelfile(result: ArtifactResult, *, replace: bool, on_event: EventSink
     """``result`` with its Modelfile written; what that could not say is one of its fallbacks. Raises as
     ``write_modelfile``."""
     path, unsaid = write_modelfile(result.path, replace=replace, on_event=on_event)
-    told = {} if unsaid is None else {f"{NO_TEMPLATE} ({unsaid})": [path.name]}
+    told = {} if unsaid is None else {NO_TEMPLATE.format(why=unsaid): [path.name]}
     fallbacks = {**result.fallbacks, **told}
     return dataclasses.replace(result, artifact=result.plan, fallbacks=fallbacks, modelfile=path)
 

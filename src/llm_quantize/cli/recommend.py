@@ -120,23 +120,15 @@ def _nothing_fits(advice: Advice) -> ResourceError | None:
 def _print(advice: Advice) -> None:
     from rich.console import Console
 
-    from llm_quantize.reports.terminal import human_bytes
-
     console = Console(highlight=False, soft_wrap=True)
+    machine = advice.machine
 
     def say(text: str, style: str = "") -> None:
         console.print(*map(line, said(text).split("\n")), sep="\n", style=style, markup=False)
 
-    machine = advice.machine
-    ram, gpu = human_bytes(machine.ram), human_bytes(machine.vram)
-    if machine.capability is not None:
-        gpu = f"{gpu} (compute capability {machine.capability:.1f})"
     if advice.take is not None:
         _answer(advice, advice.take, say)
-    if machine.vram:
-        say(f"{advice.name} on {machine.device}: RAM {ram}, GPU {gpu}, {advice.context:,} tokens of context")
-    else:
-        say(f"{advice.name} on {machine.device}: RAM {ram}, {advice.context:,} tokens of context")
+    say(_machine(advice))
     say(f"  ({'; '.join(map(said, machine.sources))})")
     _print_table(console, advice)
     for answer in advice.answers:
@@ -147,6 +139,22 @@ def _print(advice: Advice) -> None:
             say(f"not {names}: {reason}")
     for note in advice.notes:
         say(f"note: {note}")
+
+
+def _machine(advice: Advice) -> str:
+    """For what machine, and for how much text, the answer is."""
+    from llm_quantize.reports.terminal import human_bytes
+
+    machine, context = advice.machine, f"{advice.context:,}"
+    ram, gpu = human_bytes(machine.ram), human_bytes(machine.vram)
+    if not machine.vram:
+        return f"{advice.name} on {machine.device}: RAM {ram}, {context} tokens of context"
+    if machine.capability is None:
+        return f"{advice.name} on {machine.device}: RAM {ram}, GPU {gpu}, {context} tokens of context"
+    return (
+        f"{advice.name} on {machine.device}: RAM {ram}, GPU {gpu} (compute capability {machine.capability:.1f}), "
+        f"{context} tokens of context"
+    )
 
 
 def _alike(answer: Answer, shown: set[str]) -> dict[str, list[str]]:
@@ -166,7 +174,7 @@ def _answer(advice: Advice, take: Choice, say: Callable[..., None]) -> None:
 
     told = f"take {take.name} ({human_bytes(take.size)})"
     if not advice.answer.way.usual:
-        told = f"{told} in {RUNTIMES[advice.runtime].LABEL}"
+        told = f"take {take.name} ({human_bytes(take.size)}) in {RUNTIMES[advice.runtime].LABEL}"
     say(told, "bold green")
     for reason in advice.why:
         say(f"  {said(reason)}")
@@ -201,8 +209,10 @@ def _loss(choice: Choice) -> str:
         return "loss not known"
     if choice.loss.basis == "exact":
         return "nothing is lost"
-    figure = f"mean KLD {choice.loss.kld:.2g}{_MARKS[choice.loss.basis]}"
-    return figure if choice.loss.basis == "elsewhere" else f"{grade(choice.loss.kld)} ({figure})"
+    mark = _MARKS[choice.loss.basis]
+    if choice.loss.basis == "elsewhere":
+        return f"mean KLD {choice.loss.kld:.2g}{mark}"
+    return f"{grade(choice.loss.kld)} (mean KLD {choice.loss.kld:.2g}{mark})"
 
 
 def _where(choice: Choice) -> str:

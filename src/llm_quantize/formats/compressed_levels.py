@@ -201,6 +201,9 @@ _IN_COMMON: Mapping[str, Mapping[str, Any]] = {
 """What is said of weights with scales that rows have in common."""
 
 
+_PACKED_HEAD = "a packed output matrix"
+
+
 def vllm_refusal(scheme: Scheme) -> str | None:
     """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
     del scheme
@@ -211,14 +214,12 @@ def vllm_caution(schemes: Sequence[Scheme], *, head: bool) -> str | None:
     """Of what vLLM (0.32) does with integers of other widths than 4 and 8 bits, and with a packed head, nothing
     was run here."""
     bits = {one.qtype.bits for one in schemes if one.level not in _OTHERS} - {4, 8}
-    told = []
-    if bits:
-        told.append(f"weights of {', '.join(map(str, sorted(bits)))} bits by its Humming kernels")
+    told = f"weights of {', '.join(map(str, sorted(bits)))} bits by its Humming kernels" if bits else ""
     if head:
-        told.append("a packed output matrix")
+        told = f"{told} and a packed output matrix" if told else _PACKED_HEAD
     if not told:
         return None
     return (
-        f"by its code vLLM 0.32 takes {' and '.join(told)} on CUDA devices of 7.5 or newer, which was read and not run "
-        "here; on a CPU it takes matrices of blocks in 4 bits only"
+        f"by its code vLLM 0.32 takes {told} on CUDA devices of 7.5 or newer, which was read and not run here; on a "
+        "CPU it takes matrices of blocks in 4 bits only"
     )

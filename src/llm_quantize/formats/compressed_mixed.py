@@ -102,18 +102,21 @@ def contradictions(groups: Groups, matrices: Sequence[PackedMatrix]) -> Iterator
     if not groups.mixed:
         return
     named = groups.named([matrix.name for matrix in matrices])
-    found: dict[str, list[str]] = {}
+    found: dict[tuple[str, str], list[str]] = {}
     for matrix in matrices:
         group = named.get(matrix.name, groups.of_class)
         weights = None if group is None else weights_of(group)
         if group is None and named:  # where no name is known, readers know modules by other names than the file
-            found.setdefault("is quantized, but no target of the configuration means it", []).append(matrix.name)
+            found.setdefault(("", ""), []).append(matrix.name)
         elif weights is not None and not matrix.grid and weights.get("type", "int") == "int":
             declared = _said(weights, matrix)
             if declared not in ("", held := f"{matrix.bits} bits in {matrix.groups} groups a row"):
-                found.setdefault(f"has {held}, and its group in the configuration {declared}", []).append(matrix.name)
-    for text, names in found.items():
-        yield f"{names[0]} {text}" + (f" ({len(names):,} such modules)" if len(names) > 1 else "")
+                found.setdefault((held, declared), []).append(matrix.name)
+    for (held, declared), names in found.items():
+        text = f"{names[0]} is quantized, but no target of the configuration means it"
+        if held:
+            text = f"{names[0]} has {held}, and its group in the configuration {declared}"
+        yield f"{text} ({len(names):,} such modules)" if len(names) > 1 else text
 
 
 def _said(weights: Mapping[str, Any], matrix: PackedMatrix) -> str:

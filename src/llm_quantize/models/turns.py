@@ -56,7 +56,7 @@ def fit_turns(opened: Callable[[datetime.datetime], ChatTemplate]) -> Turns:
     """The template that ``opened`` gives (for a day that it may write) as ``Turns``, proved on conversations of one to
     three exchanges, with and without a system message.
 
-    Raises UnsupportedError where it is no such template: ``found`` says why. MalformedInputError, ResourceError as
+    Raises UnsupportedError where it is no such template, and says why. MalformedInputError, ResourceError as
     ``ChatTemplate.render``.
     """
     with opened(_DAYS[0]) as template, opened(_DAYS[1]) as later:
@@ -117,4 +117,4 @@ def _talk(contents: Sequence[str], count: int, system: str | bool | None = None)
 
 
 def _unfit(why: str) -> UnsupportedError:
-    return UnsupportedError("the chat template is not one of fixed texts around turns", found=why)
+    return UnsupportedError(f"the chat template is not one of fixed texts around turns: {why}")

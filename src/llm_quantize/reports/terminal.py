@@ -64,7 +64,8 @@ def print_plans(
             _print_tensors(console, plan)
         types = ", ".join(f"{count} {name}" for name, count in plan.type_counts().items())
         files = f"{len(plan.files)} files" if len(plan.files) > 1 else plan.files[0].name
-        console.print(shown(f"{plan.level}: {files}, {human_bytes(plan.size)} ({plan.size:,} bytes)"))
+        size = said(f"{files}, {human_bytes(plan.size)} ({plan.size:,} bytes)")
+        console.print(shown(f"{plan.level}: {size}"))
         console.print(shown(f"  {plan.bits_per_weight:.3f} bits per weight; {types}"))
     console.print(shown(_needs(plans, threads, memory_needed)))
 
