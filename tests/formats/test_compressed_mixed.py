@@ -25,8 +25,9 @@ from llm_quantize.artifacts.verify import verify
 from llm_quantize.cli import run
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, UnsupportedError, UsageError
 from llm_quantize.formats import expressions
+from llm_quantize.formats.compressed_groups import Groups, weights_of
 from llm_quantize.formats.compressed_levels import targets
-from llm_quantize.formats.compressed_mixed import Groups, cautions, mixed_level
+from llm_quantize.formats.compressed_mixed import cautions, mixed_level
 from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.formats.packed import Settings
 from llm_quantize.formats.recipe import Recipe
@@ -460,4 +461,6 @@ def test_order_of_targets_is_the_packages(llama: Path) -> None:
     module = torch.nn.Linear(1, 1)
     for name in names:
         schemes = {target: kinds[key] for key in kinds for target in meant[key]}
-        assert read.of(name, names) == schemes[match_targets(name, module, schemes)[0]], name
+        group = read.of(name, names)
+        assert group is not None
+        assert weights_of(group) == schemes[match_targets(name, module, schemes)[0]], name

@@ -67,6 +67,5 @@ def weights_of(group: Group) -> Mapping[str, Any] | None:
 
 
 def _targets(group: Group) -> list[str]:
-    """Its targets; where it has none, all linear modules."""
     found = group.get("targets")
-    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else [_LINEAR]
+    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
