@@ -298,7 +298,7 @@ def test_files_that_the_repository_ignores(artifacts: Path, monkeypatch: pytest.
         assert (error.what, error.found) == ("the hub has left files out", "model.safetensors")
 
 
-def test_killed_in_the_middle_and_repeated(artifacts: Path) -> None:
+def test_killed_in_the_middle_and_repeated(artifacts: Path, tmp_path: Path) -> None:
     """Nothing shows; what was sent whole is not sent again."""
     words = [sys.executable, "-m", "llm_quantize", "push", str(artifacts / "demo-llama-Q4_0"), "--repo", "org/name"]
     with UploadHub(TOKEN) as hub:
@@ -320,10 +320,13 @@ def test_killed_in_the_middle_and_repeated(artifacts: Path) -> None:
             return True
 
         hub.trouble["put"] = kill
-        with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        with (
+            (tmp_path / "said").open("wb") as said,
+            subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=said) as running,
+        ):
             child.append(running)
             running.wait(120)
-        assert running.returncode == -signal.SIGKILL
+        assert running.returncode == -signal.SIGKILL, (tmp_path / "said").read_text()
         assert hub.repositories["org/name"] == {}
         assert len(hub.stored) == 1
         hub.trouble.clear()

@@ -51,7 +51,7 @@ def test_a_run_gives_the_codes_of_its_dense_twin(
     source = open_source(str(model))
     with source.checkpoint:
         ids = ids_of(source, chosen)
-        kind = FORMATS[format].store(result.plan).grid_type(level.lower())
+        kind = FORMATS[format].store(result.plan).grid_type(result.plan.matrices[0].qtype)
         artifact = open_decoded(source, result.path)
         decoded = {name: artifact.read(name).float().numpy() for name in artifact.names}
         artifact.close()

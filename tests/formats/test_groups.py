@@ -129,5 +129,7 @@ def test_made_and_told_everywhere(
         (one,) = told["artifacts"]
         assert one["level"] == "GPTQ-4bit-g64"
         assert "groups of 64: rows of 192 and 320 are not divisible by 128" in one["notes"]
-    assert run(["recommend", str(model), "--json"]) == 0
-    assert "gptq -q 4bit: " in capsys.readouterr().out
+    assert run(["recommend", str(model), "--device", "cuda", "--vram", "8G", "--gpu", "8.9", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    files = {choice["file"] for answer in told["others"] for choice in answer["choices"]}
+    assert any(file.endswith("GPTQ-4bit-g64") for file in files)
