@@ -25,7 +25,7 @@ from llm_quantize.compare.comparison import (
 )
 from llm_quantize.compare.making import make_words
 from llm_quantize.compare.measurements import Measurements, artifact_identity, key_of
-from llm_quantize.compare.notes import importance_notes, speed_notes
+from llm_quantize.compare.notes import importance_notes, inputs_notes, speed_notes
 from llm_quantize.errors import AccessError, IntegrityError, UnsupportedError, UsageError
 from llm_quantize.evaluation import quality, speed
 from llm_quantize.formats.gguf.metadata import importance_metadata
@@ -99,6 +99,24 @@ def test_the_report_says_which_speeds_were_disturbed(whole: tuple[ComparisonResu
     assert rows[0].speed is not None
     rows[0] = replace(rows[0], speed=replace(rows[0].speed, cpu_share=0.2))
     assert [note.rpartition(": ")[2] for note in speed_notes(rows)] == [rows[0].level]
+
+
+def test_figures_of_weights_alone_are_told_from_those_with_rounded_inputs() -> None:
+    """Made ones by the level that was asked for, taken ones by their label."""
+    facts = [
+        ("ctranslate2", "CT2-int8", "int8"),
+        ("bitsandbytes", "mine-BNB-INT8", None),
+        ("ctranslate2", "CT2-int8_float32", None),
+        ("bitsandbytes", "BNB-NF4", "NF4"),
+        ("compressed-tensors", "W8A8", "W8A8"),
+        ("gguf", "Q8_0", "Q8_0"),
+    ]
+    found = [MeasuredFile(Path(label), label, "", 1, 8.0, format=form, asked=asked) for form, label, asked in facts]
+    (note,) = inputs_notes(found)
+    assert note.startswith(
+        "what compare measures of CT2-int8, mine-BNB-INT8, CT2-int8_float32 is the loss of the weights;"
+    )
+    assert list(inputs_notes(found[3:])) == []
 
 
 def test_the_three_reports_say_the_same(whole: tuple[ComparisonResult, Path]) -> None:
