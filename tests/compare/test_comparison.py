@@ -33,7 +33,9 @@ from llm_quantize.formats.gguf.metadata import text as gguf_text
 from llm_quantize.io.gguf_file import layout_gguf
 from llm_quantize.options import CalibrationOptions, MeasurementOptions, MethodOptions, Options
 from llm_quantize.pipeline import plan
+from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.reports.findings import ComparisonResult, read_comparison
+from llm_quantize.reports.notes import translated
 from llm_quantize.runtimes import llama_cpp_library, mlx
 from tests.reports.examples import comparison as comparison_of
 from tests.reports.examples import variant
@@ -117,6 +119,9 @@ def test_figures_of_weights_alone_are_told_from_those_with_rounded_inputs() -> N
         "what compare measures of CT2-int8, mine-BNB-INT8, CT2-int8_float32 is the loss of the weights;"
     )
     assert list(inputs_notes(found[3:])) == []
+    for said in (note, f"a-W8A8: inputs of matrices rounded too, as its runtime does: {InputGrid('int8').text}"):
+        assert translated(said, "en") == said
+        assert "the" not in translated(said, "ja").split()
 
 
 def test_the_three_reports_say_the_same(whole: tuple[ComparisonResult, Path]) -> None:
