@@ -138,6 +138,9 @@ def test_gguf_files(artifacts: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         told = front(held["README.md"])
         assert (told["license"], told["library_name"], told["quantized_by"]) == ("apache-2.0", "gguf", "me")
         assert "base_model" not in told
+        # The built-in model has no chat template, and its card proposes no conversation.
+        assert 'llm-quantize run demo-llama-Q8_0.gguf "' in held["README.md"].decode()
+        assert "--chat" not in held["README.md"].decode()
         out = capsys.readouterr().out
         assert "demo-llama-Q8_0.gguf: 6.21 MB" in out
         assert out.endswith("/me/demo-llama-Q8_0/commit/1\n")
@@ -286,7 +289,10 @@ def test_a_hub_that_refuses(
 def test_no_hub_and_names_that_are_none(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = artifacts / "demo-llama-GPTQ-4bit"
     assert refused(path).found == "no connection"
-    assert isinstance(refused(path, "org/na me"), UsageError)
+    for name in ("org/na me", "a/b/c", "https://huggingface.co/org/name", "org/", "/name", ""):
+        assert isinstance(refused(path, name), UsageError)
+        assert isinstance(refused(path.with_name("none"), name), UsageError)
+        assert run(["push", str(path), "--repo", name, "--dry-run"]) == 2
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "offline" in refused(path).what
 

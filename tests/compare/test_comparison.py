@@ -25,7 +25,7 @@ from llm_quantize.compare.comparison import (
 )
 from llm_quantize.compare.making import make_words
 from llm_quantize.compare.measurements import Measurements, artifact_identity, key_of
-from llm_quantize.compare.notes import importance_notes, speed_notes
+from llm_quantize.compare.notes import importance_notes, inputs_notes, speed_notes
 from llm_quantize.errors import AccessError, IntegrityError, UnsupportedError, UsageError
 from llm_quantize.evaluation import quality, speed
 from llm_quantize.formats.gguf.metadata import importance_metadata
@@ -33,7 +33,9 @@ from llm_quantize.formats.gguf.metadata import text as gguf_text
 from llm_quantize.io.gguf_file import layout_gguf
 from llm_quantize.options import CalibrationOptions, MeasurementOptions, MethodOptions, Options
 from llm_quantize.pipeline import plan
+from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.reports.findings import ComparisonResult, read_comparison
+from llm_quantize.reports.notes import translated
 from llm_quantize.runtimes import llama_cpp_library, mlx
 from tests.reports.examples import comparison as comparison_of
 from tests.reports.examples import variant
@@ -99,6 +101,27 @@ def test_the_report_says_which_speeds_were_disturbed(whole: tuple[ComparisonResu
     assert rows[0].speed is not None
     rows[0] = replace(rows[0], speed=replace(rows[0].speed, cpu_share=0.2))
     assert [note.rpartition(": ")[2] for note in speed_notes(rows)] == [rows[0].level]
+
+
+def test_figures_of_weights_alone_are_told_from_those_with_rounded_inputs() -> None:
+    """Made ones by the level that was asked for, taken ones by their label."""
+    facts = [
+        ("ctranslate2", "CT2-int8", "int8"),
+        ("bitsandbytes", "mine-BNB-INT8", None),
+        ("ctranslate2", "CT2-int8_float32", None),
+        ("bitsandbytes", "BNB-NF4", "NF4"),
+        ("compressed-tensors", "W8A8", "W8A8"),
+        ("gguf", "Q8_0", "Q8_0"),
+    ]
+    found = [MeasuredFile(Path(label), label, "", 1, 8.0, format=form, asked=asked) for form, label, asked in facts]
+    (note,) = inputs_notes(found)
+    assert note.startswith(
+        "what compare measures of CT2-int8, mine-BNB-INT8, CT2-int8_float32 is the loss of the weights;"
+    )
+    assert list(inputs_notes(found[3:])) == []
+    for said in (note, f"a-W8A8: inputs of matrices rounded too, as its runtime does: {InputGrid('int8').text}"):
+        assert translated(said, "en") == said
+        assert "the" not in translated(said, "ja").split()
 
 
 def test_the_three_reports_say_the_same(whole: tuple[ComparisonResult, Path]) -> None:

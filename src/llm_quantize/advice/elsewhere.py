@@ -31,5 +31,8 @@ ELSEWHERE: Mapping[tuple[str, str], float] = {
     ("mlx", "3bit"): 0.0499,
 }
 
-ROUNDS_INPUTS = frozenset({("bitsandbytes", "INT8"), ("ctranslate2", "int8")})
+ROUNDS_INPUTS = frozenset(
+    {("bitsandbytes", "INT8")}
+    | {("ctranslate2", level) for level in ("int8", "int8_float32", "int8_float16", "int8_bfloat16")}
+)
 ELSEWHERE_SOURCE = "the built-in model (benchmarks/results/formats.json)"

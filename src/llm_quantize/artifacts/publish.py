@@ -24,8 +24,9 @@ from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.gguf_file import MetaValue, read_gguf
 from llm_quantize.io.json_file import read_json_object
-from llm_quantize.models.hub.push import account, push_files, require_token
+from llm_quantize.models.hub.push import account, push_files, require_name, require_token
 from llm_quantize.models.quantized import is_stored_directory
+from llm_quantize.options import PROMPTS
 
 _GGUF_TAGS = ("gguf", "quantized")
 _FRONT = {
@@ -101,6 +102,15 @@ def upload_of(
     return Upload(path.stem if path.is_file() else path.name, str(manifest["level"]), list(files.items()))
 
 
+def owner_of(repository: str | None) -> str | None:
+    """Whose ``repository`` (ORG/NAME) is; None where the account of the token decides, for NAME alone or none. Raises
+    UsageError for what can be no name of one."""
+    if repository is None:
+        return None
+    require_name(repository)
+    return repository.partition("/")[0] if "/" in repository else None
+
+
 def push(
     artifact: str | Path,
     repository: str | None = None,
@@ -114,11 +124,12 @@ def push(
     """Verify ``artifact`` and write it to ``repository`` of the hub (None: its name, under the token's account), in one
     commit; (the address of the commit, what was sent).
 
-    Raises NetworkError (no token, refused, unreachable), and as ``upload_of``.
+    Raises NetworkError (no token, refused, unreachable), UsageError (no name of a repository, before anything is
+    read), and as ``upload_of``.
     """
+    owner = owner_of(repository)
     require_token()
-    given = repository or ""
-    owner = given.partition("/")[0] if "/" in given else account()
+    given, owner = repository or "", owner or account()
     upload = upload_of(artifact, owner=owner, base_model=base_model, measured=measured, on_event=on_event)
     name = given.rpartition("/")[2] or upload.name
     on_event(Stage(f"send {len(upload.files)} files to {owner}/{name}"))
@@ -189,11 +200,12 @@ def _gguf_card(path: Path, manifest: Mapping[str, Any], names: Sequence[str]) ->
     if identity.get("method"):
         recipe["Method"] = str(identity["method"])
     weights = max(1, int(manifest["weights"]))
+    said = "--chat" if Keys.Tokenizer.CHAT_TEMPLATE in metadata else f'"{PROMPTS[0]}"'
     about = About(
         tags=_GGUF_TAGS,
         recipe=recipe,
         sizes={"Together": f"{bytes_words(size)}, {8 * size / weights:.2f} bits per weight"},
-        loading=f"## Loading\n\n```sh\nllama-cli -m {names[0]}\nllm-quantize run {names[0]} --chat\n```\n",
+        loading=f"## Loading\n\n```sh\nllama-cli -m {names[0]}\nllm-quantize run {names[0]} {said}\n```\n",
         library="gguf",
     )
     measured = manifest.get("measured")

@@ -55,7 +55,7 @@ def command(
     about: dict[str, Any] = {"base_model": base_model, "measured": measured}
     with told(shown, "push", live=False) as sink:
         if dry_run:
-            owner = repo.partition("/")[0] if repo and "/" in repo else "you"
+            owner = publish.owner_of(repo) or "you"
             upload = publish.upload_of(artifact, owner=owner, on_event=sink, **about)
             address = None
         else:

@@ -29,7 +29,7 @@ from llm_quantize.compare import effort
 from llm_quantize.compare.bench import Bench, MeasuredFile, measured_file, refuse_twice, samples_of, with_labels
 from llm_quantize.compare.making import make_words
 from llm_quantize.compare.measurements import Measurements, key_of
-from llm_quantize.compare.notes import importance_notes, speed_notes
+from llm_quantize.compare.notes import importance_notes, inputs_notes, speed_notes
 from llm_quantize.errors import MissingExtraError, UsageError
 from llm_quantize.evaluation.texts import BUILT_IN, EvaluationText, evaluation_text
 from llm_quantize.events import EventSink, ignore
@@ -148,7 +148,7 @@ def compare(
             replace(row, needs=needs_of(source, one.path, here, cache, row.speed))
             for row, one in zip(rows, found, strict=True)
         )
-    notes = (*quality.notes, *importance_notes(found), *speed_notes(rows), *bench.notes)
+    notes = (*quality.notes, *inputs_notes(found), *importance_notes(found), *speed_notes(rows), *bench.notes)
     result = _result(facts, text, replace(quality, notes=notes), rows, own, bench.absent, options, commands)
     result = replace(result, machine=replace(result.machine, vram=here.vram), cache=cache)
     return replace(result, machines=choices(result))

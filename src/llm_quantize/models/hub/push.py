@@ -28,6 +28,12 @@ def require_token() -> None:
         )
 
 
+def require_name(repository: str) -> None:
+    """Raise UsageError where ``repository`` (ORG/NAME, or NAME alone) can be no name of one. Asks no hub."""
+    with refused(repository):
+        importlib.import_module("huggingface_hub.utils").validate_repo_id(repository)
+
+
 def account() -> str:
     """The name of the account that the token belongs to. Raises NetworkError."""
     hub = importlib.import_module("huggingface_hub")
