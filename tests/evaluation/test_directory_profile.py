@@ -12,7 +12,7 @@ import pytest
 
 from llm_quantize.calibration.collect import calibrate
 from llm_quantize.cli import run
-from llm_quantize.errors import MalformedInputError, UsageError
+from llm_quantize.errors import MalformedInputError, ResourceError, UsageError
 from llm_quantize.evaluation.allocation import Target
 from llm_quantize.evaluation.ladders import ladder_of
 from llm_quantize.evaluation.profile import measure_profile, plan_profile
@@ -177,6 +177,14 @@ def test_a_recipe_keeps_its_size(llama: Path, profile: Profile, target: dict[str
     used = set(choice.allocation.types.values())
     assert used <= set(TYPES)
     assert choice.recipe.form == FORM
+
+
+def test_a_size_that_nothing_fits(llama: Path, profile: Profile) -> None:
+    source = open_source(str(llama))
+    with source.checkpoint, pytest.raises(ResourceError, match="does not fit this size") as refused:
+        ladder_of(FORM).choose(source, profile, Target(bpw=1.0, form=FORM))
+    assert refused.value.found == "0 bytes"  # its other tensors alone are larger
+    assert "q2_k" not in str(refused.value)
 
 
 def test_written_and_read(profile: Profile, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from llm_quantize.errors import MalformedInputError
 from llm_quantize.formats import compressed_tensors as form
 from llm_quantize.formats.base import Coverage, SchemeOptions
+from llm_quantize.formats.compressed_groups import Groups
 from llm_quantize.formats.compressed_inputs import InputsOf, read_inputs
 from llm_quantize.formats.packed import Settings
 from llm_quantize.qtypes.inputs import InputGrid
@@ -23,13 +24,12 @@ def settings(*groups: dict[str, Any]) -> Settings:
 
 
 def test_a_name_an_expression_a_class() -> None:
-    said = InputsOf(
-        settings(
-            {"targets": ["Linear"], "input_activations": TOKENS},
-            {"targets": ["re:.*down_proj$"], "input_activations": None},
-            {"targets": ["m.0.down_proj", "re:.*o_proj"], "input_activations": FLOATS},
-        )
+    groups = settings(
+        {"targets": ["Linear"], "input_activations": TOKENS},
+        {"targets": ["re:.*down_proj$"], "input_activations": None},
+        {"targets": ["m.0.down_proj", "re:.*o_proj"], "input_activations": FLOATS},
     )
+    said = InputsOf(Groups(groups))
     assert not said.unknown
     found = said.of(["m.0.down_proj", "m.1.down_proj", "m.1.o_proj", "m.1.q_proj"])
     expected = {"down_proj": InputGrid("e4m3"), "q_proj": InputGrid("int8")}
@@ -43,7 +43,13 @@ def test_an_expression_that_cannot_be_matched_is_refused() -> None:
         {"targets": ["Linear"], "input_activations": TOKENS}, {"targets": [r"re:(a)\1"], "input_activations": None}
     )
     with pytest.raises(MalformedInputError, match="linear time"):
-        InputsOf(said).of(["a"])
+        InputsOf(Groups(said)).of(["a"])
+
+
+def test_a_group_without_targets_means_no_module() -> None:
+    bare = {"targets": None, "input_activations": TOKENS}
+    said = InputsOf(Groups(settings(bare, {"targets": ["re:.*o_proj"], "input_activations": None})))
+    assert said.of(["m.o_proj", "m.q_proj"]) == {"m.o_proj": None, "m.q_proj": None}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +60,7 @@ def test_an_expression_that_cannot_be_matched_is_refused() -> None:
 def test_what_is_not_followed_is_said(change: dict[str, Any]) -> None:
     assert read_inputs({**TOKENS, **change}) is None
     said = settings({"targets": ["Linear"], "input_activations": {**TOKENS, **change}})
-    assert InputsOf(said).unknown
+    assert InputsOf(Groups(said)).unknown
     (note,) = form.notes(said)
     assert "only the weights are measured" in note
 
@@ -64,5 +70,5 @@ def test_a_level_is_read_as_it_was_meant(level: str) -> None:
     scheme = form.scheme(level, SchemeOptions())
     said = Settings(form.config(scheme, Coverage([])), Path("config.json"))
     assert not list(form.notes(said))
-    assert InputsOf(said).of(["m"])["m"] == form.inputs(scheme)
+    assert InputsOf(Groups(said)).of(["m"])["m"] == form.inputs(scheme)
     assert (form.inputs(scheme) is None) == level.removesuffix("_ASYM").endswith("A16")

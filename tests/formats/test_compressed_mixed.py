@@ -191,15 +191,25 @@ def test_targets_find_exactly_their_modules() -> None:
     [
         (named(0, ["self_attn.k_proj"], "int8_g32"), r"splits modules[\s\S]*k_proj int8_g32"),
         (named(1, ["mlp.up_proj"], "int3_g32"), r"splits modules[\s\S]*gate_proj int4_g32"),
-        (named(9, ["mlp.up_proj"], "int3_g32"), r"names tensors[\s\S]*layers\.9\.mlp\.up_proj"),
+        (named(9, ["mlp.up_proj"], "int3_g32"), r"no matrix to be quantized[\s\S]*layers\.9\.mlp\.up_proj"),
         ({"lm_head": "int5_g32"}, r"gives the output matrix 5 bits[\s\S]*4 or 8 bits"),
-        ({"model.embed_tokens": "int8_g32"}, r"names tensors[\s\S]*embed_tokens"),
+        ({"model.embed_tokens": "int8_g32"}, r"no matrix to be quantized[\s\S]*embed_tokens"),
+        (
+            {"model.layers.0.mlp.down_proj.weight": "int8", "model.layers.0.mlp.down_proj": "int4"},
+            r"names a module twice[\s\S]*down_proj[\s\S]*int8 and int4",
+        ),
         (named(0, ["mlp.down_proj"], "int4_g64"), r"down_proj[\s\S]*whole groups of 64[\s\S]*int4_g32"),
     ],
 )
 def test_what_cannot_be_is_refused_in_the_plan(llama: Path, tensors: Mapping[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         planned(llama, tensors)
+
+
+def test_a_module_by_both_of_its_names_on_one_grid(llama: Path) -> None:
+    twice = {"model.layers.0.mlp.down_proj.weight": "int8", "model.layers.0.mlp.down_proj": "int8"}
+    types = {matrix.name: matrix.qtype for matrix in planned(llama, twice).matrices}
+    assert types["model.layers.0.mlp.down_proj"] == "int8"
 
 
 def test_all_experts_of_a_layer_have_one_grid(experts: Path) -> None:
