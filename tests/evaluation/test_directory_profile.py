@@ -224,6 +224,21 @@ def test_from_the_command_line(
     assert "types of another format" in capsys.readouterr().err
 
 
+def test_the_command_that_is_advised_makes_the_statistics(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tiny.safetensors"
+    assert run(["analyze", "profile", str(llama), FORM, "--imatrix", "x.dat", "--dry-run"]) == 2
+    advised = re.search(r"llm-quantize (analyze importance MODEL .*FILE)", capsys.readouterr().err)
+    assert advised is not None
+    words = [{"MODEL": str(llama), "FILE": str(file)}.get(word, word) for word in advised[1].split()]
+    text = str(write_text(tmp_path))
+    more = ["--calibration-data", text, "--calibration-samples", "2", "--sequence-length", "32"]
+    assert run([*words, *more]) == 0
+    shown = ["--windows", "2", "--context", "32", "--text", text, "--dry-run"]
+    assert run(["analyze", "profile", str(llama), FORM, "--statistics", str(file), *shown]) == 0
+
+
 def test_other_statistics_are_not_taken_for_the_same(llama: Path, statistics: Path, tmp_path: Path) -> None:
     other = make_tiny("llama", tmp_path / "other", seed=5)
     with pytest.raises(Exception, match="another model"):
