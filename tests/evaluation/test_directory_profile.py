@@ -12,7 +12,7 @@ import pytest
 
 from llm_quantize.calibration.collect import calibrate
 from llm_quantize.cli import run
-from llm_quantize.errors import MalformedInputError, UsageError
+from llm_quantize.errors import MalformedInputError, ResourceError, UsageError
 from llm_quantize.evaluation.allocation import Target
 from llm_quantize.evaluation.ladders import ladder_of
 from llm_quantize.evaluation.profile import measure_profile, plan_profile
@@ -179,6 +179,14 @@ def test_a_recipe_keeps_its_size(llama: Path, profile: Profile, target: dict[str
     assert choice.recipe.form == FORM
 
 
+def test_a_size_that_nothing_fits(llama: Path, profile: Profile) -> None:
+    source = open_source(str(llama))
+    with source.checkpoint, pytest.raises(ResourceError, match="does not fit this size") as refused:
+        ladder_of(FORM).choose(source, profile, Target(bpw=1.0, form=FORM))
+    assert refused.value.found == "0 bytes"  # its other tensors alone are larger
+    assert "q2_k" not in str(refused.value)
+
+
 def test_written_and_read(profile: Profile, tmp_path: Path) -> None:
     write_profile(tmp_path / "p.json", profile)
     assert read_profile(tmp_path / "p.json") == profile
@@ -214,6 +222,21 @@ def test_from_the_command_line(
     assert "of no use" in capsys.readouterr().err
     assert run([*words[:3], "gguf", *words[4:-4], "--profile", f"tiny.{FORM}.profile.json", "--bpw", "11"]) == 2
     assert "types of another format" in capsys.readouterr().err
+
+
+def test_the_command_that_is_advised_makes_the_statistics(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tiny.safetensors"
+    assert run(["analyze", "profile", str(llama), FORM, "--imatrix", "x.dat", "--dry-run"]) == 2
+    advised = re.search(r"llm-quantize (analyze importance MODEL .*FILE)", capsys.readouterr().err)
+    assert advised is not None
+    words = [{"MODEL": str(llama), "FILE": str(file)}.get(word, word) for word in advised[1].split()]
+    text = str(write_text(tmp_path))
+    more = ["--calibration-data", text, "--calibration-samples", "2", "--sequence-length", "32"]
+    assert run([*words, *more]) == 0
+    shown = ["--windows", "2", "--context", "32", "--text", text, "--dry-run"]
+    assert run(["analyze", "profile", str(llama), FORM, "--statistics", str(file), *shown]) == 0
 
 
 def test_other_statistics_are_not_taken_for_the_same(llama: Path, statistics: Path, tmp_path: Path) -> None:

@@ -205,6 +205,23 @@ def test_grids_that_are_fixed(tmp_path: Path) -> None:
             form.scheme(level, SchemeOptions(group_size=64))
         with pytest.raises(UsageError, match="is fixed"):
             form.scheme(level, SchemeOptions(symmetric=False))
+    for level, shared in (("FP8", "one scale for each matrix"), ("FP8_BLOCK", "blocks of 128 rows and 128 columns")):
+        with pytest.raises(UsageError) as refused:
+            form.scheme(level, SchemeOptions(group_size=64))
+        assert (refused.value.expected, refused.value.found) == (f"symmetric, {shared}", "--group-size 64")
+    with pytest.raises(UsageError) as refused:  # its own group is no fault
+        form.scheme("NVFP4", SchemeOptions(group_size=16, symmetric=False))
+    assert refused.value.found == "--asym"
     model = make_tiny("llama", tmp_path / "odd", hidden_size=24, head_dim=8, intermediate_size=40)
     with pytest.raises(UsageError, match="not whole groups of 16"):
         plan(str(model), "compressed-tensors", levels=["NVFP4A16"], options=Options())
+
+
+def test_devices_get_whole_blocks_of_rows(tmp_path: Path) -> None:
+    model = make_tiny("llama", tmp_path / "tiny", hidden_size=256, intermediate_size=512)  # keys: 128 rows
+    refused = "cannot split this artifact over several devices"
+    for level, split in (("FP8_DYNAMIC", True), ("FP8_BLOCK", False)):
+        (found,) = plan(str(model), "compressed-tensors", levels=[level], options=Options())
+        told = [text for text in found.warnings if refused in text]
+        assert (not told) == split
+        assert split or "k_proj" in told[0]

@@ -24,14 +24,12 @@ def settings(*groups: dict[str, Any]) -> Settings:
 
 
 def test_a_name_an_expression_a_class() -> None:
-    groups = Groups(
-        settings(
-            {"targets": ["Linear"], "input_activations": TOKENS},
-            {"targets": ["re:.*down_proj$"], "input_activations": None},
-            {"targets": ["m.0.down_proj", "re:.*o_proj"], "input_activations": FLOATS},
-        )
+    groups = settings(
+        {"targets": ["Linear"], "input_activations": TOKENS},
+        {"targets": ["re:.*down_proj$"], "input_activations": None},
+        {"targets": ["m.0.down_proj", "re:.*o_proj"], "input_activations": FLOATS},
     )
-    said = InputsOf(groups)
+    said = InputsOf(Groups(groups))
     assert not said.unknown
     found = said.of(["m.0.down_proj", "m.1.down_proj", "m.1.o_proj", "m.1.q_proj"])
     expected = {"down_proj": InputGrid("e4m3"), "q_proj": InputGrid("int8")}
@@ -46,6 +44,12 @@ def test_an_expression_that_cannot_be_matched_is_refused() -> None:
     )
     with pytest.raises(MalformedInputError, match="linear time"):
         InputsOf(Groups(said)).of(["a"])
+
+
+def test_a_group_without_targets_means_no_module() -> None:
+    bare = {"targets": None, "input_activations": TOKENS}
+    said = InputsOf(Groups(settings(bare, {"targets": ["re:.*o_proj"], "input_activations": None})))
+    assert said.of(["m.o_proj", "m.q_proj"]) == {"m.o_proj": None, "m.q_proj": None}
 
 
 @pytest.mark.parametrize(

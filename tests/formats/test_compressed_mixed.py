@@ -25,7 +25,7 @@ from llm_quantize.artifacts.verify import verify
 from llm_quantize.cli import run
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, UnsupportedError, UsageError
 from llm_quantize.formats import expressions
-from llm_quantize.formats.compressed_groups import Groups, weights_of
+from llm_quantize.formats.compressed_groups import Groups
 from llm_quantize.formats.compressed_levels import targets
 from llm_quantize.formats.compressed_mixed import cautions, mixed_level
 from llm_quantize.formats.gguf.levels import Overrides
@@ -147,7 +147,7 @@ def test_an_output_matrix_that_no_recipe_names_is_left(llama: Path, tmp_path: Pa
     assert config_of(folder)["ignore"] == ["lm_head"]
     assert "of the decoder's blocks |" in (folder / "README.md").read_text(encoding="utf-8")
     tied = make_tiny("llama", tmp_path / "tied", tie_word_embeddings=True)
-    with pytest.raises(UsageError, match=r"names tensors[\s\S]*lm_head"):
+    with pytest.raises(UsageError, match=r"no matrix to be quantized[\s\S]*lm_head"):
         planned(tied, {"lm_head": "int8_g32"})
 
 
@@ -192,15 +192,25 @@ def test_targets_find_exactly_their_modules() -> None:
     [
         (named(0, ["self_attn.k_proj"], "int8_g32"), r"splits modules[\s\S]*k_proj int8_g32"),
         (named(1, ["mlp.up_proj"], "int3_g32"), r"splits modules[\s\S]*gate_proj int4_g32"),
-        (named(9, ["mlp.up_proj"], "int3_g32"), r"names tensors[\s\S]*layers\.9\.mlp\.up_proj"),
+        (named(9, ["mlp.up_proj"], "int3_g32"), r"no matrix to be quantized[\s\S]*layers\.9\.mlp\.up_proj"),
         ({"lm_head": "int5_g32"}, r"gives the output matrix 5 bits[\s\S]*4 or 8 bits"),
-        ({"model.embed_tokens": "int8_g32"}, r"names tensors[\s\S]*embed_tokens"),
+        ({"model.embed_tokens": "int8_g32"}, r"no matrix to be quantized[\s\S]*embed_tokens"),
+        (
+            {"model.layers.0.mlp.down_proj.weight": "int8", "model.layers.0.mlp.down_proj": "int4"},
+            r"names a module twice[\s\S]*down_proj[\s\S]*int8 and int4",
+        ),
         (named(0, ["mlp.down_proj"], "int4_g64"), r"down_proj[\s\S]*whole groups of 64[\s\S]*int4_g32"),
     ],
 )
 def test_what_cannot_be_is_refused_in_the_plan(llama: Path, tensors: Mapping[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         planned(llama, tensors)
+
+
+def test_a_module_by_both_of_its_names_on_one_grid(llama: Path) -> None:
+    twice = {"model.layers.0.mlp.down_proj.weight": "int8", "model.layers.0.mlp.down_proj": "int8"}
+    types = {matrix.name: matrix.qtype for matrix in planned(llama, twice).matrices}
+    assert types["model.layers.0.mlp.down_proj"] == "int8"
 
 
 def test_all_experts_of_a_layer_have_one_grid(experts: Path) -> None:
@@ -463,4 +473,4 @@ def test_order_of_targets_is_the_packages(llama: Path) -> None:
         schemes = {target: kinds[key] for key in kinds for target in meant[key]}
         group = read.of(name, names)
         assert group is not None
-        assert weights_of(group) == schemes[match_targets(name, module, schemes)[0]], name
+        assert group["weights"] == schemes[match_targets(name, module, schemes)[0]], name

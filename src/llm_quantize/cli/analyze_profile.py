@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 SHOWN = 20
 _UNKNOWN = (
     "no Hessians were given: the figures are of rounding, the artifact is made with error feedback, and the recipe may "
-    "be worse than the plain level; llm-quantize analyze importance MODEL --collect hessian makes them (--statistics)"
+    "be worse than the plain level; llm-quantize analyze importance MODEL --collect hessian --format statistics "
+    "-o FILE makes them (--statistics FILE)"
 )
 _WORDS = {"gguf": ""}  # what the file of figures has in its name for its format; elsewhere the format's own name
 
@@ -270,7 +271,8 @@ def _imatrix(source: Source, ladder: Ladder, arguments: Mapping[str, Any], on_ev
         raise UsageError(
             f"an importance matrix is of no use for {ladder.form}",
             found="--imatrix",
-            remedy="give --statistics with Hessians: llm-quantize analyze importance MODEL --collect hessian",
+            remedy="give --statistics with Hessians: llm-quantize analyze importance MODEL --collect hessian "
+            "--format statistics -o FILE",
         )
     if arguments["imatrix"]:
         return read_imatrix(arguments["imatrix"])

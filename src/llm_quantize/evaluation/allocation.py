@@ -101,6 +101,9 @@ def _gain(low: Sensitivity, high: Sensitivity, align: int) -> float:
     return (low.kld - high.kld) / (padded(high.nbytes, align) - padded(low.nbytes, align))
 
 
+_BELOW = {"gguf": " (those below q2_k want --statistics)"}
+
+
 def allocate(profile: Profile, budget: int, types: Sequence[str] = (), *, align: int = ALIGNMENT) -> Allocation:
     """The types that lose least in ``budget`` bytes (of the profiled tensors, padding included).
 
@@ -126,8 +129,8 @@ def allocate(profile: Profile, budget: int, types: Sequence[str] = (), *, align:
         raise ResourceError(
             "the model does not fit this size in the types that were measured",
             expected=f"at least {spent:,} bytes for its matrices",
-            found=f"{budget:,} bytes",
-            remedy="allow a larger size, or smaller types with --types (those below q2_k want --statistics)",
+            found=f"{max(0, budget):,} bytes",
+            remedy=f"allow a larger size, or smaller types with --types{_BELOW.get(profile.form, '')}",
         )
     heap = [(-_gain(steps[0], steps[1], align), name, 1) for name, (steps, _) in choices.items() if len(steps) > 1]
     heapq.heapify(heap)

@@ -142,7 +142,7 @@ def importance_of(
                 file=statistics,
                 expected="hessian",
                 found=", ".join(found.kinds),
-                remedy="llm-quantize analyze importance MODEL --collect hessian",
+                remedy="llm-quantize analyze importance MODEL --collect hessian --format statistics -o FILE",
             )
         refuse_other_model(found, source.content(on_event))
         return found.content_sha256

@@ -14,6 +14,7 @@ from llm_quantize.formats.expressions import compiled, each_meant
 from llm_quantize.formats.packed import Settings
 
 EXPRESSION = "re:"
+"""What a target begins with that is a regular expression."""
 _LINEAR = "Linear"
 
 Group = Mapping[str, Any]
@@ -67,5 +68,6 @@ def weights_of(group: Group) -> Mapping[str, Any] | None:
 
 
 def _targets(group: Group) -> list[str]:
+    """Its targets; none where the configuration names none, or no list, which the package refuses."""
     found = group.get("targets")
     return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []

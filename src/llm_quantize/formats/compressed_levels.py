@@ -22,7 +22,6 @@ from llm_quantize.qtypes.packed import packed_type
 NAME = "compressed-tensors"
 PACKAGE_VERSION = "0.20.0"
 PACKED_FORM, PLAIN_FORM = "pack-quantized", "int-quantized"
-"""What a target begins with that is a regular expression."""
 
 BITS = {f"W{bits}A16{end}": bits for end in ("", "_ASYM") for bits in range(2, 9)}
 
@@ -58,6 +57,9 @@ _OTHERS: Mapping[str, _Level] = {
 }
 LEVELS: Sequence[str] = (*BITS, *_OTHERS)
 
+_SHARED = {"whole": "one scale for each matrix", "rows128": "blocks of 128 rows and 128 columns"}
+"""What has a scale, in words, where rows have scales in common."""
+
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """The package's preset of that name (groups of 128), changed as the options say. Raises UsageError."""
@@ -76,10 +78,11 @@ def _other(level: str, options: SchemeOptions) -> Scheme:
     grid = packed_type(_OTHERS[level].grid, options.scale)
     if options.symmetric is False or options.group_size not in (None, grid.group_size):
         groups = "one scale for each row" if grid.group_size == WHOLE_ROW else f"groups of {grid.group_size}"
+        nested = grid.nested if isinstance(grid, CodebookType) else ""
         raise UsageError(
             f"the grid of {level} is fixed",
-            expected=f"symmetric, {groups}",
-            found=f"--group-size {options.group_size}" if options.group_size is not None else "--asym",
+            expected=f"symmetric, {_SHARED.get(nested, groups)}",
+            found="--asym" if options.symmetric is False else f"--group-size {options.group_size}",
             remedy="leave --group-size and --asym out, or take one of W2A16 to W8A16",
         )
     return Scheme(NAME, level, grid)

@@ -58,7 +58,7 @@ def scheme(form: str, mode: str, options: SchemeOptions) -> Scheme:
         raise UsageError(
             f"the grid of {mode} is fixed",
             expected=f"symmetric, groups of {grid.group_size}",
-            found=f"--group-size {options.group_size}" if options.group_size is not None else "--asym",
+            found="--asym" if options.symmetric is False else f"--group-size {options.group_size}",
             remedy="leave --group-size and --asym out, or take one of 2bit to 8bit",
         )
     return Scheme(form, mode, grid)

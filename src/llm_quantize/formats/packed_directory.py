@@ -83,7 +83,8 @@ class PackedFormat:
         recipe = options.overrides.recipe
         if options.overrides.of_tensors or options.split_max_size is not None or options.modelfile:
             raise UsageError(
-                f"types of single tensors, --split-max-size and --export-ollama belong to gguf, not to {self.name}",
+                f"types of single tensors, --pure, --fallback, --split-max-size and --export-ollama belong to gguf, "
+                f"not to {self.name}",
                 remedy="use --group-size, --sym or --asym, --ignore and --output-shard-size",
             )
         if recipe is not None:
@@ -332,7 +333,7 @@ def _groups(source: Source, found: Selection, form: Packed, scheme: Scheme, type
 
 def _tensor_parallel(scheme: Scheme, modules: Sequence[Module], types: Mapping[str, str]) -> int:
     """Over how many devices, at most 8, vLLM can split the matrices: each gets whole groups of the columns of some,
-    and at least 64 rows' multiples of the others."""
+    and multiples of 32 rows of the others, or of all rows that have scales in common."""
     for devices in (8, 4, 2):
         if all(_splits(scheme.on(types[module.name]), module, devices) for module in modules):
             return devices
@@ -344,7 +345,8 @@ def _splits(scheme: Scheme, module: Module, devices: int) -> bool:
     if module.name.rpartition(".")[2] in _SPLIT_BY_COLUMNS:
         step = 32 if scheme.qtype.group_size == WHOLE_ROW else max(32, scheme.qtype.group_size)
         return columns % (devices * step) == 0
-    return rows % (devices * 32) == 0
+    blocks = IN_COMMON.get(scheme.qtype.nested, 0) if isinstance(scheme.qtype, CodebookType) else 0
+    return rows % (devices * max(32, blocks)) == 0
 
 
 def _whole(module: Module, step: tuple[int, int]) -> bool:

@@ -23,8 +23,20 @@ def together(name: str) -> str:
 
 
 def named(recipe: Recipe) -> dict[str, str]:
-    """{module: its grid} as ``recipe`` names them, with or without the end of their weights' names."""
-    return {name.removesuffix(".weight"): grid for name, grid in recipe.tensors.items()}
+    """{module: its grid} as ``recipe`` names them, with or without the end of their weights' names. Raises UsageError
+    where both names of a module are there, with a grid each."""
+    found: dict[str, str] = {}
+    for name, grid in recipe.tensors.items():
+        module = name.removesuffix(".weight")
+        if found.setdefault(module, grid) != grid:
+            raise UsageError(
+                f"the recipe {recipe.name} names a module twice",
+                tensor=module,
+                expected="one type",
+                found=f"{found[module]} and {grid}",
+                remedy="leave one of the two lines out: the name with .weight and the one without mean the same",
+            )
+    return found
 
 
 def types_of(recipe: Recipe | None, modules: Sequence[Module], qtype: str) -> dict[str, str]:
@@ -38,7 +50,15 @@ def types_of(recipe: Recipe | None, modules: Sequence[Module], qtype: str) -> di
         return {module.name: qtype for module in modules}
     wanted = named(recipe)
     known = {name for module in modules for name in (module.name, mixture_of(module.name))}
-    recipe.refuse_unknown([name for name in wanted if name not in known])
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UsageError(
+            f"the recipe {recipe.name} names what is no matrix to be quantized in this model",
+            expected="modules that are quantized",
+            found=", ".join(unknown[:_SHOWN]) + (f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""),
+            remedy="take these out of the recipe: norms, the embedding and what --ignore finds stay as they are; or "
+            "make a recipe for this model",
+        )
     found = {module.name: wanted.get(module.name) or wanted.get(mixture_of(module.name)) or qtype for module in modules}
     for module in modules:
         _check_groups(recipe, module, found[module.name])
