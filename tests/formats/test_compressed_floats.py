@@ -126,6 +126,9 @@ def test_calibrated_levels_need_text(level: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="calibrated scales of activations") as refusal:
         plan(str(demo_model()), "compressed-tensors", levels=[level], options=Options(method=MethodOptions("rtn")))
     assert "FP8_DYNAMIC" in str(refusal.value)
+    with pytest.raises(UsageError, match="calibrated scales of activations") as refusal:
+        plan(str(demo_model()), "compressed-tensors", levels=[level], options=Options(calibrate=False))
+    assert refusal.value.found == "--no-calibration"
     (planned,) = plan(str(demo_model()), "compressed-tensors", levels=[level])
     assert planned.name == {"FP8": "demo-llama-FP8", "NVFP4": "demo-llama-NVFP4-g16"}[level]
 

@@ -64,6 +64,12 @@ class Choice:
         """What people call it: the level, with its format where that is not GGUF."""
         return self.level if self.format == GGUF else f"{self.format} {self.level}"
 
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes where it lies: on the GPU alone where it lies there whole."""
+        whole = self.placement is not None and self.placement.kind == "gpu"
+        return self.placement.gpu if whole and self.placement is not None else self.need.total
+
     def offer(self) -> Offer:
         """As the rule of ``measures.advisor`` sees it."""
         basis = "" if self.loss is None else self.loss.basis

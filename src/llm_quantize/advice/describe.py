@@ -18,12 +18,15 @@ from llm_quantize.errors import IntegrityError, MalformedInputError, Unsupported
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.gguf.describe import describe as gguf_metadata
 from llm_quantize.formats.gguf.vocabulary.reading import has_tokenizer
+from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
+from llm_quantize.io.json_file import read_json_object
 from llm_quantize.models import gguf, quantized
 from llm_quantize.models.ctranslate2 import CTranslate2Directory, is_ctranslate2
+from llm_quantize.models.files import CONFIG_LIMIT
 from llm_quantize.models.opening import Source, open_source
-from llm_quantize.models.quantized import PackedDirectory
+from llm_quantize.models.quantized import PackedDirectory, is_packed_directory, quantization_of
 from llm_quantize.models.weight_sets import left_lying
 
 CONTEXT = 8192  # tokens of the cache whose memory is told, or all that the model was trained for, if fewer
@@ -47,7 +50,19 @@ def describe(model: str, *, revision: str | None = None, on_event: EventSink = i
             return _describe_packed(packed)
     source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
     with source.checkpoint:
-        return {**_describe_source(source), **_origin(path)}
+        return {**_describe_source(source), **_of_scaled_floats(path), **_origin(path)}
+
+
+def _of_scaled_floats(path: Path) -> dict[str, Any]:
+    """What a directory of FP8 with scales, which is a source like one of plain floats, says of its quantization where
+    a format of ours has it."""
+    if not is_packed_directory(path):
+        return {}
+    settings = quantization_of(read_json_object(path / "config.json", limit_bytes=CONFIG_LIMIT), path / "config.json")
+    if settings.values.get("quant_method") not in PACKED:
+        return {}
+    with PackedDirectory(path) as packed:
+        return {"quantization": _quantization(packed)}
 
 
 def _origin(path: Path) -> dict[str, Any]:
@@ -168,7 +183,6 @@ def _describe_packed(packed: PackedDirectory) -> dict[str, Any]:
         entry = dtypes.setdefault(kind, {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["bytes"] += nbytes
-    grids = Counter(matrix.qtype for matrix in matrices)
     left = [name for name, info in packed.plain.items() if len(info.shape) > 1]
     return {
         "name": packed.path.resolve().name,
@@ -178,16 +192,7 @@ def _describe_packed(packed: PackedDirectory) -> dict[str, Any]:
         "model_type": config.get("model_type"),
         "parameters": weights,
         "bits_per_weight": round(8 * packed.size / max(1, weights), 4),
-        "quantization": {
-            "format": packed.method,
-            "layout": packed.layout_name,
-            "bits": _one_or_all(matrix.bits for matrix in matrices),
-            "group_size": _one_or_all(-1 if matrix.group >= matrix.columns else matrix.group for matrix in matrices),
-            "symmetric": _one_or_all(matrix.symmetric for matrix in matrices),
-            "matrices": len(matrices),
-            **({"grids": dict(sorted(grids.items()))} if len(grids) > 1 else {}),
-            **({"activations": packed.inputs_text} if packed.inputs_text else {}),
-        },
+        "quantization": _quantization(packed),
         "not_quantized": _counted(name.removesuffix(".weight") for name in left),
         "dtypes": dtypes,
         **({"notes": "; ".join(packed.notes)} if packed.notes else {}),
@@ -195,6 +200,21 @@ def _describe_packed(packed: PackedDirectory) -> dict[str, Any]:
             {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes}
             for info in packed.tensors.values()
         ],
+    }
+
+
+def _quantization(packed: PackedDirectory) -> dict[str, Any]:
+    matrices = packed.matrices.values()
+    grids = Counter(matrix.qtype for matrix in matrices)
+    return {
+        "format": packed.method,
+        "layout": packed.layout_name,
+        "bits": _one_or_all(matrix.bits for matrix in matrices),
+        "group_size": _one_or_all(-1 if matrix.group >= matrix.columns else matrix.group for matrix in matrices),
+        "symmetric": _one_or_all(matrix.symmetric for matrix in matrices),
+        "matrices": len(matrices),
+        **({"grids": dict(sorted(grids.items()))} if len(grids) > 1 else {}),
+        **({"activations": packed.inputs_text} if packed.inputs_text else {}),
     }
 
 

@@ -113,6 +113,7 @@ def foresee(
     if form is None:
         return None  # the plan refuses it
     method, levels = options.method.method_of(format), levels_of(form, levels)
+    form.check_text(levels, options)
     if options.method.calibrates(format) and any(form.calibrated(level) for level in levels):
         if options.statistics is not None:
             return _hessians(source, format, options, on_event)

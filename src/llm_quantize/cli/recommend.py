@@ -238,7 +238,7 @@ def _print_table(console: Any, advice: Advice) -> None:
         speed = "" if choice.speed is None else f"{choice.speed:.1f}"
         loss = "?" if choice.loss is None else f"{choice.loss.kld:.2g}{_MARKS[choice.loss.basis]}"
         rows.append((choice.runtime, choice.format, choice.level, human_bytes(choice.size),
-                     f"{choice.bits_per_weight:.2f}", human_bytes(choice.need.total), where, loss, speed,
+                     f"{choice.bits_per_weight:.2f}", human_bytes(choice.memory), where, loss, speed,
                      mark))  # fmt: skip
     labels = ("runtime", "format", "level", "file", "bits", "memory", "runs", "KLD", "tokens/s", "")
     if not console.is_terminal:

@@ -74,6 +74,10 @@ class SchemeOptions:
     compute_dtype: str | None = None
 
 
+OF_SOME: Mapping[str, str] = {"double_quant": "--double-quant", "compute_dtype": "--compute-dtype"}
+"""{name: option} of SchemeOptions that only some formats take."""
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How the matrices of one artifact are stored. ``variant``: GPTQ's checkpoint_format ("gptq", "gptq_v2"); the type
@@ -199,6 +203,9 @@ class Format(Protocol):
     def calibrated(self, level: str) -> bool:
         """Whether the level has codes that a method which reads text may choose."""
 
+    def check_text(self, levels: Sequence[str], options: Options) -> None:
+        """Raise UsageError where a level cannot be made without text, and the options read none."""
+
     def recipe_level(self, text: str) -> str:
         """The level that a recipe may build on, by its name. Raises UsageError for another, and where the format takes
         no recipes."""
@@ -291,10 +298,10 @@ class Packed(StoredFormat, Protocol):
     ``DEFAULT_GROUP``: weights that share a scale unless asked otherwise. ``PACKS_EXPERTS``: whether anything reads
     packed experts of it. ``OWN_ROUNDING``: rounding without a method is the owner's, byte for byte. ``VLLM_STEPS``:
     (kernels, (rows, columns)) of which vLLM's want whole multiples. ``OFFSETS``: what asymmetric groups have, in words.
-    ``EDGES``: embedding and output matrix are packed too. ``UNNAMED``: (key of config.json, what it holds at least) of
-    a configuration that names no quant_method. ``RUNTIME``: (name, how a directory NAME is loaded) of the one runtime
-    that reads it, where Transformers and vLLM do not. ``MIXES``: how a recipe may put matrices on different grids;
-    None: all have one.
+    ``EDGES``: embedding and output matrix are packed too. ``OPTIONS``: those of OF_SOME that it takes. ``UNNAMED``:
+    (key of config.json, what it holds at least) of a configuration that names no quant_method. ``RUNTIME``: (name,
+    how a directory NAME is loaded) of the one runtime that reads it, where Transformers and vLLM do not. ``MIXES``:
+    how a recipe may put matrices on different grids; None: all have one.
     """
 
     NAME: str
@@ -314,6 +321,7 @@ class Packed(StoredFormat, Protocol):
     VLLM_STEPS: Sequence[tuple[str, tuple[int, int]]]
     OFFSETS: str
     EDGES: bool
+    OPTIONS: Sequence[str]
     UNNAMED: tuple[str, Sequence[str]] | None
     RUNTIME: tuple[str, str] | None
     MIXES: Mixes | None

@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError, printable
 from llm_quantize.formats.base import (
+    OF_SOME,
     Array,
     Coverage,
     Field,
@@ -82,6 +83,7 @@ PACKS_EXPERTS = False
 OWN_ROUNDING = True
 VLLM_STEPS: Sequence[tuple[str, tuple[int, int]]] = ()
 OFFSETS = "zero points"
+OPTIONS: Sequence[str] = tuple(OF_SOME)
 EDGES = False
 UNNAMED = None
 RUNTIME = None

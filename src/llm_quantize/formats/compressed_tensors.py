@@ -110,6 +110,7 @@ PACKS_EXPERTS = True
 OWN_ROUNDING = False
 VLLM_STEPS = MARLIN_STEPS
 OFFSETS = "zero points"
+OPTIONS: Sequence[str] = ()
 EDGES = False
 UNNAMED = None
 RUNTIME = None

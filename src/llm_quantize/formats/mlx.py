@@ -79,6 +79,7 @@ PACKS_EXPERTS = True
 OWN_ROUNDING = True
 VLLM_STEPS: Sequence[tuple[str, tuple[int, int]]] = ()
 OFFSETS = "an offset for each group"
+OPTIONS: Sequence[str] = ()
 EDGES = True
 UNNAMED = ("quantization", ("group_size", "bits"))
 RUNTIME = (

@@ -15,6 +15,7 @@ from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import weights_of
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.base import (
+    OF_SOME,
     Importance,
     Mixes,
     Packed,
@@ -115,6 +116,11 @@ class PackedFormat:
             raise no_recipes(self.name)
         return self.form.MIXES
 
+    def check_text(self, levels: Sequence[str], options: Options) -> None:
+        """See ``Format``."""
+        for level in levels:
+            _refuse_uncalibrated(self.form, level, options)
+
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
         from llm_quantize.formats.packed_store import DirectoryStore
@@ -149,6 +155,7 @@ class PackedFormat:
         taken = {} if recipe is None else named(recipe)
         left = [one for one in found.modules if one.name not in taken and mixture_of(one.name) not in taken]
         scheme, why = _fitting(form, level, asked, left)
+        _refuse_others(form, asked)
         transform = method.transform_of(self.name)
         if transform.rounded and form.inputs(scheme) is None:
             raise UsageError(
@@ -157,7 +164,6 @@ class PackedFormat:
                 found=f"{self.name} {scheme.level}",
                 remedy="--transform awq, or no --transform",
             )
-        _refuse_uncalibrated(form, scheme, options)
         types = types_of(recipe, found.modules, scheme.qtype.name)
         groups = _groups(source, found, form, scheme, types)
         label = _label(form, scheme)
@@ -275,13 +281,32 @@ def _fitting(
     return form.scheme(level, replace(options, group_size=group)), (told,)
 
 
-def _refuse_uncalibrated(form: Packed, scheme: Scheme, options: Options) -> None:
-    """Raise UsageError where the scales of inputs would have to be calibrated, and no text is read."""
-    if form.input_fields(scheme) and (options.statistics is not None or not options.method.calibrates(form.NAME)):
+def _refuse_others(form: Packed, options: SchemeOptions) -> None:
+    """Raise UsageError for options of storage that other formats have and ``form`` has not."""
+    given = [
+        option for name, option in OF_SOME.items() if getattr(options, name) is not None and name not in form.OPTIONS
+    ]
+    if given:
         raise UsageError(
-            f"{scheme.level} holds calibrated scales of activations, and without text there are none",
+            f"options of other formats were given for {form.NAME}",
+            found=", ".join(given),
+            remedy="leave them out: they belong to bitsandbytes",
+        )
+
+
+def _refuse_uncalibrated(form: Packed, level: str, options: Options) -> None:
+    """Raise UsageError where the scales of inputs would have to be calibrated, and no text is read."""
+    told = {
+        "--method rtn": not options.method.calibrates(form.NAME),
+        "--statistics": options.statistics is not None,
+        "--no-calibration": options.calibrate is False,
+    }
+    found = [option for option, given in told.items() if given]
+    if found and form.input_fields(form.scheme(level, SchemeOptions())):
+        raise UsageError(
+            f"{level} holds calibrated scales of activations, and without text there are none",
             expected="a method that reads text, or a level with dynamic activations",
-            found="--statistics" if options.statistics is not None else "--method rtn",
+            found=", ".join(found),
             remedy="leave the option out (--method gptq calibrates), or take FP8_DYNAMIC, FP8_BLOCK, MXFP4 or NVFP4A16",
         )
 

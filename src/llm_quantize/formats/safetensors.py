@@ -62,6 +62,9 @@ class Safetensors:
         """See ``Format``."""
         return False
 
+    def check_text(self, levels: Sequence[str], options: Options) -> None:
+        """See ``Format``: every level can be made without text."""
+
     def recipe_level(self, text: str) -> str:
         """See ``Format``: it takes no recipes."""
         raise no_recipes(self.name)

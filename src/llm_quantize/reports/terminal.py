@@ -166,6 +166,16 @@ def print_facts(facts: Mapping[str, Any], *, tensors: bool = False) -> None:
         console.print(shown(f"{tensor['name']}  {tensor['dtype']}  {tensor['shape']}  {tensor['bytes']:,}"))
 
 
+def _left_out(tensors: Mapping[str, str]) -> str:
+    """Each reason once, with the first tensor of it and how many more there are."""
+    names: dict[str, list[str]] = {}
+    for name, why in tensors.items():
+        names.setdefault(why, []).append(name)
+    parts = ((found[0] if len(found) == 1 else said(f"{found[0]} and {len(found) - 1} more"), why)
+             for why, found in names.items())  # fmt: skip
+    return "; ".join(f"{named}: {said(why)}" for named, why in parts)
+
+
 def _label(key: str) -> str:
     return said(key.replace("_", " "))
 
@@ -189,7 +199,7 @@ def _fact(key: str, value: Any) -> str:
     if key == "files":
         return f"{len(value)} ({human_bytes(sum(entry['size'] for entry in value))})"
     if key == "left_out":
-        return said("nothing") if not value else "; ".join(f"{name}: {said(why)}" for name, why in value.items())
+        return _left_out(value) if value else said("nothing")
     if isinstance(value, dict):
         return ", ".join(f"{_label(name)} {_plain(item)}" for name, item in value.items())
     return _plain(value)

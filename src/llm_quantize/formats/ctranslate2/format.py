@@ -78,6 +78,9 @@ class CTranslate2:
         """See ``Format``."""
         return LEVELS[level_of(level)].matrix == FED
 
+    def check_text(self, levels: Sequence[str], options: Options) -> None:
+        """See ``Format``: every level can be made without text."""
+
     def recipe_level(self, text: str) -> str:
         """See ``Format``: it takes no recipes."""
         raise no_recipes(self.name)

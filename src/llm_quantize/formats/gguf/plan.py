@@ -84,6 +84,9 @@ class Gguf:
         """See ``Format``."""
         return True
 
+    def check_text(self, levels: Sequence[str], options: Options) -> None:
+        """See ``Format``: every level can be made without text."""
+
     def recipe_level(self, text: str) -> str:
         """See ``Format``."""
         return parse_level(text).name
