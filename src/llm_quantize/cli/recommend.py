@@ -97,6 +97,9 @@ def command(
 
 def _nothing_fits(advice: Advice) -> ResourceError | None:
     """The error that an answer without a choice is."""
+    from llm_quantize.reports.terminal import human_bytes
+    from llm_quantize.runtimes import RUNTIMES
+
     if advice.take is not None:
         return None
     choices = [choice for answer in advice.answers for choice in answer.choices]
@@ -106,13 +109,23 @@ def _nothing_fits(advice: Advice) -> ResourceError | None:
             found=", ".join(choice.name for choice in choices if choice.placement is not None),
             remedy="measure it with llm-quantize compare, or take more memory",
         )
-    smallest = min(choices, key=lambda choice: choice.need.total, default=None)
+    pairs = [(answer, choice) for answer in advice.answers for choice in answer.choices]
+    answer, smallest = min(pairs, key=lambda pair: pair[1].need.total, default=(None, None))
+    if answer is None or smallest is None:
+        return ResourceError(
+            "no level of this model fits this machine",
+            expected="a level that can be made of it",
+            remedy="take a smaller model, a smaller --context, or more memory",
+        )
+    machine, room = advice.machine, answer.way.room(advice.machine)
+    needed, ram, gpu = human_bytes(smallest.need.total), human_bytes(machine.usable_ram), human_bytes(machine.vram)
+    found = f"{ram} of RAM for a model, {gpu} of GPU memory" if machine.vram else f"{ram} of RAM for a model"
+    if room is not None:
+        found = f"{human_bytes(room)} for {RUNTIMES[answer.runtime].LABEL}"
     return ResourceError(
         "no level of this model fits this machine",
-        expected="a level that can be made of it"
-        if smallest is None
-        else f"{smallest.need.total} bytes for the smallest, {smallest.name}",
-        found=f"{advice.machine.usable_ram} bytes of RAM for a model, {advice.machine.vram} of GPU memory",
+        expected=f"{needed} or more for {smallest.name}",
+        found=found,
         remedy="take a smaller model, a smaller --context, or more memory",
     )
 
