@@ -121,7 +121,7 @@ def _nothing_fits(advice: Advice) -> ResourceError | None:
     needed, ram, gpu = human_bytes(smallest.need.total), human_bytes(machine.usable_ram), human_bytes(machine.vram)
     found = f"{ram} of RAM for a model, {gpu} of GPU memory" if machine.vram else f"{ram} of RAM for a model"
     if room is not None:
-        found = f"{human_bytes(room)} for {RUNTIMES[answer.runtime].LABEL}"
+        found = f"{human_bytes(room)} of room in {RUNTIMES[answer.runtime].LABEL}"
     return ResourceError(
         "no level of this model fits this machine",
         expected=f"{needed} or more for {smallest.name}",
