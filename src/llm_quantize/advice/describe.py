@@ -187,6 +187,7 @@ def _describe_packed(packed: PackedDirectory) -> dict[str, Any]:
             "matrices": len(matrices),
             **({"grids": dict(sorted(grids.items()))} if len(grids) > 1 else {}),
             **({"activations": packed.inputs_text} if packed.inputs_text else {}),
+            **({"keys_and_values": packed.cache_text} if packed.cache_text else {}),
         },
         "not_quantized": _counted(name.removesuffix(".weight") for name in left),
         "dtypes": dtypes,
