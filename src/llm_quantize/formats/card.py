@@ -240,6 +240,8 @@ def _loading(facts: PackedFacts) -> str:
     if refusal is None:
         vllm = f"```sh\nvllm serve {facts.name}\n```\nTensor parallel over up to {facts.tensor_parallel} devices."
         vllm += f" Note: {facts.vllm_note}." if facts.vllm_note else ""
+        if facts.cache is not None:
+            vllm += " By its code, which was read and not run here, it keeps keys and values in 8 bits unasked."
     else:
         vllm = f"vLLM does not load it: {refusal}."
     transformers = (

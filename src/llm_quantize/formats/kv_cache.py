@@ -80,19 +80,29 @@ def stored_scales(tensors: Mapping[str, TensorInfo], taken: Collection[str]) -> 
 
 def contradictions(scheme: Any, scales: Collection[str], modules: Collection[str]) -> Iterator[str]:
     """Where the configuration's kv_cache_scheme (None: it has none) and the names of stored ``scales`` do not fit.
-    ``modules``: names of all modules with a weight."""
+    ``modules``: names of all modules with a weight. A layer lacks one where others of its kind have it, as towers of
+    pictures have attention without a cache."""
     if scales and scheme is None:
         yield f"{len(scales)} scales of keys and values are stored, but the configuration has no kv_cache_scheme"
     if not isinstance(scheme, dict) or scheme.get("dynamic") not in (None, False):
         return
+    if not scales:
+        yield "no scale of keys and values is stored, but kv_cache_scheme says that they were calibrated"
+    kinds = {_kind(name) for name in scales}
     layers = dict.fromkeys(
         parent for parent, _, last in (name.rpartition(".") for name in modules) if last in _PROJECTIONS
     )
     for layer in layers:
         for letter in "kv":
-            known = (f"{layer}.{letter}_scale", f"{layer}.{letter}_proj.output_scale")
-            if not any(name in scales for name in known):
+            names = (f"{letter}_scale", f"{letter}_proj.{letter}_scale", f"{letter}_proj.output_scale")
+            known = tuple(f"{layer}.{name}" for name in names)
+            if not kinds.isdisjoint(map(_kind, known)) and not any(name in scales for name in known):
                 yield f"{printable(known[0], 200)} is absent, but kv_cache_scheme says that it was calibrated"
+
+
+def _kind(name: str) -> str:
+    """What names of the same tensor of other layers have in common."""
+    return ".".join("#" if part.isdecimal() else part for part in name.split("."))
 
 
 def words(scheme: Mapping[str, Any]) -> str:
