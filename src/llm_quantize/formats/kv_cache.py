@@ -107,8 +107,9 @@ def _kind(name: str) -> str:
 
 def words(scheme: Mapping[str, Any]) -> str:
     """What a kv_cache_scheme says, for people: 8-bit floats, calibrated scales."""
-    kinds = {"float": "floats", "int": "integers"}
-    kind = f"{printable(str(scheme.get('num_bits')), 8)}-bit {kinds.get(str(scheme.get('type')), 'numbers')}"
+    bits = printable(str(scheme.get("num_bits")), 8)
+    kinds = {"float": f"{bits}-bit floats", "int": f"{bits}-bit integers"}
+    kind = kinds.get(str(scheme.get("type")), f"numbers of {bits} bits")
     return f"{kind}, {'calibrated scales' if scheme.get('dynamic') in (None, False) else 'scales found as it runs'}"
 
 
