@@ -174,7 +174,9 @@ def about_packed(facts: PackedFacts) -> About:
             "Of weights alone: a runtime rounds activations too, which `llm-quantize analyze quality` does as well."
         )
     if facts.cache is not None:
-        cautions.append("Measured with keys and values as they are: a runtime that keeps them in 8 bits loses more.")
+        cautions.append(
+            "Measured with keys and values as they are: what a runtime loses by keeping them in 8 bits is not counted."
+        )
     about = About(tags, _recipe(facts), _sizes(facts), _loading(facts), caution=" ".join(cautions))
     return about if facts.form.RUNTIME is None else replace(about, library=facts.form.NAME)
 
