@@ -62,6 +62,10 @@ class CalibrationOptions(Settings):
             raise UsageError("calibration needs at least 1 window of 2 tokens", found=f"{self.samples} x {self.length}")
 
 
+KV_CACHES = ("fp8",)
+"""What keys and values may be kept as."""
+
+
 @dataclass(frozen=True, repr=False)
 class MethodOptions(Settings):
     """``method``: rtn (round to nearest) or gptq (error feedback); None: the format's own.
@@ -71,7 +75,8 @@ class MethodOptions(Settings):
     ``gptq``: the stages of error feedback.
 
     Of directories: ``group_size`` (-1: a whole row), ``symmetric``, None: as the format and level say;
-    ``double_quant`` (scales in 8 bits) and ``compute_dtype`` (None: the checkpoint's) of bitsandbytes;
+    ``double_quant`` (scales in 8 bits) and ``compute_dtype`` (None: the checkpoint's) of bitsandbytes; ``kv_cache``
+    ("fp8"): what runtimes keep keys and values as, with calibrated scales, of compressed-tensors;
     ``ignore``: regular expressions of modules that stay as they are; ``shard_size`` in bytes; ``include``: globs of
     files of the source that are copied beside those that runtimes read.
     """
@@ -84,6 +89,7 @@ class MethodOptions(Settings):
     symmetric: bool | None = None
     double_quant: bool | None = None
     compute_dtype: str | None = None
+    kv_cache: str | None = None
     ignore: tuple[str, ...] = ()
     shard_size: int = 5_000_000_000
     include: tuple[str, ...] = ()
@@ -93,6 +99,7 @@ class MethodOptions(Settings):
             ("--method", self.method, tuple(METHODS)),
             ("--transform", self.transform, tuple(TRANSFORMS)),
             ("--inputs", self.inputs, tuple(INPUTS)),
+            ("--kv-cache", self.kv_cache, KV_CACHES),
         ):
             if found is not None and found not in allowed:
                 raise UsageError(f"unknown {name}", expected=", ".join(allowed), found=found)
@@ -127,7 +134,7 @@ class MethodOptions(Settings):
         }
         if self.calibrates(format):
             facts |= {"inputs": self.inputs, **asdict(self.stages(format))}
-        return facts
+        return facts | ({} if self.kv_cache is None else {"kv_cache": self.kv_cache})
 
     def stages(self, format: str) -> GptqOptions:
         """The optimiser's stages that the method leaves; on the source's own inputs there is nothing to make up for."""

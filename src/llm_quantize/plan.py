@@ -19,6 +19,7 @@ from llm_quantize.io.output import OutputFile, Span
 from llm_quantize.measures.amounts import bytes_text, counted, time_text
 from llm_quantize.memory import Sizes
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.results import Tabled
 
 
@@ -48,6 +49,10 @@ class TensorPlan:
         return Span(self.file, self.offset + start * self.row_bytes, (stop - start) * self.row_bytes)
 
 
+CACHED = 2
+"""Scales of an attention's keys and values."""
+
+
 @dataclass(frozen=True)
 class MatrixPlan:
     """A weight that is quantized as a whole, by a method that sees all of its rows and columns together.
@@ -55,7 +60,8 @@ class MatrixPlan:
     ``name``: the module's (or, in GGUF, the tensor's). ``weight``: where its rows come from, in the order stored;
     stacked experts are one weight. ``qtype``: its number grid. ``fields``: the tensors of the artifact that hold the
     result, as indices, in the order in which the format packs them. ``seen``: it stands in a block, where its inputs
-    can be observed; others are rounded, whatever the method.
+    can be observed; others are rounded, whatever the method. ``cache``: what runtimes keep the keys and values before
+    it as; their scales, found when it is quantized, are the last CACHED of its fields then.
     """
 
     name: str
@@ -63,6 +69,7 @@ class MatrixPlan:
     qtype: str
     fields: tuple[int, ...]
     seen: bool = True
+    cache: InputGrid | None = None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         {"group_size": 32, "overrides": Overrides(recipe=MIXED)},
     ),
     "llama to FP8 smoothed": ("llama", "compressed-tensors", "FP8", {"transform": "smoothquant"}),
+    "keys and values to FP8": ("qwen3", "compressed-tensors", "W4A16", {"group_size": 32, "kv_cache": "fp8"}),
     "experts to NVFP4": ("qwen3_moe", "compressed-tensors", "NVFP4", {}),
     "experts to compressed-tensors": ("qwen3_moe", "compressed-tensors", "W4A16", {"group_size": 16}),
 }

@@ -53,6 +53,11 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "mlx on disk": ("mlx", DIRECTORY, ON_DISK),
     "mixed bits on disk": ("compressed-tensors", ("--recipe", RECIPE, *DIRECTORY[2:]), ON_DISK),
     "nvfp4 in memory": ("compressed-tensors", ("-q", "NVFP4", "--transform", "smoothquant", "--threads", "1"), {}),
+    "keys and values on disk": (
+        "compressed-tensors",
+        ("-q", "FP8", "--kv-cache", "fp8", "--threads", "1"),
+        ON_DISK,
+    ),
 }
 
 
@@ -138,6 +143,7 @@ def partial_of(directory: Path, file: int) -> Path:
         ("gptq on disk", "model.layers.0.self_attn.k_proj.qweight", "model.layers.1.self_attn.o_proj.qweight"),
         ("awq in memory", "model.layers.0.post_attention_layernorm.weight", "model.layers.1.self_attn.o_proj.qweight"),
         ("awq on disk", "model.layers.0.mlp.down_proj.scales", "model.layers.1.self_attn.o_proj.qweight"),
+        ("keys and values on disk", "model.layers.0.self_attn.v_scale", "model.layers.1.self_attn.o_proj.weight"),
     ],
     indirect=["scenario"],
 )

@@ -215,6 +215,7 @@ def _quantization(packed: PackedDirectory) -> dict[str, Any]:
         "matrices": len(matrices),
         **({"grids": dict(sorted(grids.items()))} if len(grids) > 1 else {}),
         **({"activations": packed.inputs_text} if packed.inputs_text else {}),
+        **({"keys_and_values": packed.cache_text} if packed.cache_text else {}),
     }
 
 

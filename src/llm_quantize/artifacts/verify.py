@@ -47,6 +47,7 @@ from llm_quantize.errors import IntegrityError, LlmQuantizeError, UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.directory_check import compare_files, compare_tensors, compare_tokenizer
 from llm_quantize.formats.gguf.check import compare_names, compare_parts, compare_plan, squeezed
+from llm_quantize.formats.kv_cache import contradictions
 from llm_quantize.formats.packed import ALIGNED, PackedMatrix, group_index
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
@@ -317,8 +318,15 @@ class _PackedDirectory(_Directory):
         refuse_large_matrices(self.files.matrices.values(), self.files.scratch)
         yield from super().structure(manifest)
         yield from self.files.format.check_settings(self.files.settings, self.files.matrices)
+        modules = [name.removesuffix(".weight") for name in (*self.files.matrices, *self.files.plain)]
+        yield from contradictions(self.files.settings.values.get("kv_cache_scheme"), self.files.caches, modules)
 
     def values(self, checks: Checks, source: Source | None, made: Made, poisoned: dict[str, int]) -> Iterator[int]:
+        for name in self.files.caches:
+            scales = self.files.cache_scales(name)
+            if not (np.isfinite(scales) & (scales > 0)).all():
+                checks[name].problems.append("a scale of keys, values or queries is not a positive number")
+        yield sum(info.nbytes for info in self.files.caches.values())
         for matrix in self.files.matrices.values():
             self._check_numbers(matrix, checks)
             yield matrix.nbytes

@@ -18,6 +18,7 @@ from llm_quantize.blockwise.estimate import CHUNK_TOKENS, samples_of
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.calibration.statistics import refuse_nonfinite
 from llm_quantize.errors import NumericPolicyError
+from llm_quantize.streams.cache import CacheSink
 from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Tap
 from llm_quantize.streams.passes import Move, Pass
@@ -79,10 +80,11 @@ class FullInputs:
 
 
 def capture(
-    block: Block, hidden: Tensor, wanted: Sequence[Tap], *, whole: bool = False
+    block: Block, hidden: Tensor, wanted: Sequence[Tap], *, whole: bool = False, cache: CacheSink | None = None
 ) -> tuple[Inputs, Tensor | None]:
     """What the taps ``wanted`` see of one window, and, if the block is run to its end, what leaves it. Without
-    ``whole`` it is left as soon as the last of them has seen its input, where that is one of a single matrix."""
+    ``whole`` it is left as soon as the last of them has seen its input, where that is one of a single matrix.
+    ``cache`` is told of keys and values on the way."""
     names = {tap.name for tap in wanted}
     last = wanted[-1].name if wanted and wanted[-1].matrices == 1 and not whole else ""
     found: Inputs = {}
@@ -94,7 +96,7 @@ def capture(
                 raise _EnoughError
 
     try:
-        with block.observe(sink):
+        with block.observe(sink, cache):
             return found, block(hidden)
     except _EnoughError:
         return found, None
@@ -111,13 +113,14 @@ def collect(
     windows: int,
     samples: int = 0,
     looks: bool = False,
+    cache: CacheSink | None = None,
 ) -> dict[tuple[str, int], Gram]:
     """The sums of every matrix of ``taps`` over the first ``windows`` of ``hidden`` through ``block``; with ``full``,
     cross products of single matrices as well.
 
     ``scales``: {tap: s (columns,)}: the block's inputs are those of the source divided by s. ``samples``: about so many
-    inputs of each are kept; then, and where it ``looks``, the largest of each channel is noted. An expert that no token
-    reached is absent.
+    inputs of each are kept; then, and where it ``looks``, the largest of each channel is noted. ``cache``: is told of
+    keys and values by several threads. An expert that no token reached is absent.
 
     Raises NumericPolicyError for inputs that are not finite.
     """
@@ -128,7 +131,7 @@ def collect(
     results: dict[int, Inputs] = {}
 
     def look(block: Block, hidden: Tensor, window: int) -> None:
-        results[window] = capture(block, hidden, taps)[0]
+        results[window] = capture(block, hidden, taps, cache=cache)[0]
 
     for first in range(0, windows, step):
         chunk = range(first, min(first + step, windows))

@@ -25,6 +25,7 @@ from llm_quantize.architectures.rows import Arrays, matrix_shape, read_output_ro
 from llm_quantize.artifacts.recheck import source_hash
 from llm_quantize.artifacts.rounding import Policy, Target
 from llm_quantize.blockwise import rescaling
+from llm_quantize.blockwise.cache import Largest
 from llm_quantize.blockwise.embedding import written_embedding
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.blockwise.inputs import FullInputs, Streams, collect, propagate
@@ -39,7 +40,7 @@ from llm_quantize.grids.inputs import calibrated
 from llm_quantize.memory import Fitted
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
-from llm_quantize.plan import MatrixPlan, unit_key
+from llm_quantize.plan import CACHED, MatrixPlan, unit_key
 from llm_quantize.qtypes.range import first_beyond, refusal
 from llm_quantize.streams.hidden import Activations, Kept, close
 from llm_quantize.streams.network import Block, Network, Tap
@@ -231,6 +232,8 @@ class Blocks:
                 measured = measure(self.matrices, self.way, streams, self.calibrated)
                 if any(self.matrices.store.inputs(matrix) for matrix in self.matrices.target.plan.matrices):
                     measured["activations"] = "as they are"
+                if any(matrix.cache for matrix in self.matrices.target.plan.matrices):
+                    measured["kv_cache"] = "as it is"
                 self.matrices.target.output.note({"measured": measured})
         finally:
             close(self._lanes(streams))
@@ -345,12 +348,22 @@ class Blocks:
             stage = _looked_at(stage, jobs)
             asked = {job.matrix.name: self.matrices.store.inputs(job.matrix) for job in jobs}
             looks = any(grid is not None and grid.static for grid in asked.values())
+            cache = Largest() if any(job.matrix.cache is not None for job in jobs) else None
             grams = collect(
-                self.way, stage, streams.quantized, block, full, scales, windows=self.calibrated, looks=looks
+                self.way,
+                stage,
+                streams.quantized,
+                block,
+                full,
+                scales,
+                windows=self.calibrated,
+                looks=looks,
+                cache=None if cache is None else cache.see,
             )
             for one in jobs:
                 grid = asked[one.matrix.name]
                 one.inputs = None if grid is None else calibrated(grid, _largest(one, grams))
+                one.cache = cache
             self.solver.stage(jobs, grams, stage)
             grams.clear()
         sources = Sources(self.matrices.source.checkpoint, self.matrices.present)
@@ -360,12 +373,19 @@ class Blocks:
             if job is None:
                 fields = self.matrices.read(matrix)
             else:
-                fields = self.solver.join(job)
+                fields = [*self.solver.join(job), *self._cached(job)]
                 self.matrices.write(matrix, fields, job.summary())
             if self.quantized:
                 sources.put(matrix.weight, self.matrices.store.decode(matrix, fields))
         for name, decoded in sources.finished():
             block.replace(name, torch.from_numpy(decoded))
+
+    def _cached(self, job: Job) -> Fields:
+        """The scales of the keys and values before a matrix, where it has them."""
+        if job.cache is None or job.matrix.cache is None:
+            return []
+        tensors = tuple(self.matrices.target.plan.tensors[index] for index in job.matrix.fields[-CACHED:])
+        return job.cache.fields(job.matrix, tensors)
 
 
 def _looked_at(stage: Sequence[Tap], jobs: Sequence[Job]) -> list[Tap]:

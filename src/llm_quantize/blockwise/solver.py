@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from llm_quantize.blockwise.cache import Largest
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.blockwise.proof import prove
 from llm_quantize.blockwise.segments import Segment
@@ -57,13 +58,15 @@ class Job:
     ``facts``: loss and plain_loss (sums over rows of the weighted square error, of ours and of plain rounding),
     plain_rows (rows for which plain rounding was better and kept), tokens (seen by the matrix, or by each of a stack),
     notes and fallbacks (text: count), what was out of the ordinary, and of that what was not done as asked.
-    ``inputs``: what runtimes round its inputs to, with what was calibrated of it.
+    ``inputs``: what runtimes round its inputs to, with what was calibrated of it. ``cache``: the keys and values that
+    were seen before it.
     """
 
     matrix: MatrixPlan
     segments: Sequence[Segment]
     on_grid: str = ""
     inputs: InputGrid | None = None
+    cache: Largest | None = None
     pieces: dict[int, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)

@@ -36,6 +36,9 @@ def method_options(function: Function) -> Function:
                      help="Scales in 8 bits; bitsandbytes NF4 and FP4 only. [default: no]"),
         click.option("--compute-dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
                      help="What bitsandbytes computes in. [default: the type of the weights]"),
+        click.option("--kv-cache", type=click.Choice(["fp8"]),
+                     help="Calibrated scales of keys and values, which runtimes then keep in 8 bits; "
+                     "compressed-tensors only. [default: none]"),
         click.option("--ignore", multiple=True, metavar="REGEX",
                      help="Modules that stay as they are; repeatable; not for gguf."),
         click.option("--output-shard-size", "shard_size", type=Size(), default="5G", show_default=True,
@@ -69,6 +72,7 @@ def build_method(arguments: Mapping[str, Any]) -> Any:
         symmetric=symmetric,
         double_quant=arguments["double_quant"],
         compute_dtype=arguments["compute_dtype"],
+        kv_cache=arguments["kv_cache"],
         ignore=arguments["ignore"],
         shard_size=arguments["shard_size"],
         include=arguments["include"],

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from llm_quantize.errors import UnsupportedError, printable
 from llm_quantize.formats.base import (
     MARLIN_STEPS,
+    NO_CACHES,
     Array,
     Coverage,
     Field,
@@ -90,6 +91,7 @@ EDGES = False
 UNNAMED = None
 RUNTIME = None
 MIXES = None
+CACHES = NO_CACHES
 vllm_caution = no_caution
 inputs = as_they_are
 input_fields = no_fields

@@ -132,7 +132,7 @@ class Coverage:
     ``quantized``: in the order of the checkpoint. ``kept``: linear modules of blocks that stay as they are: routers,
     and what the user ignored. ``outside``: linear modules outside of the decoder's blocks (vision towers, heads that
     predict several tokens). ``head``: the output matrix, whether stored or tied. ``mixed``: {qtype: the modules on it}
-    where a recipe mixes them.
+    where a recipe mixes them. ``cache``: what keys and values are kept as.
     """
 
     quantized: Sequence[str]
@@ -140,6 +140,7 @@ class Coverage:
     outside: Sequence[str] = ()
     head: str = "lm_head"
     mixed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    cache: InputGrid | None = None
 
 
 class Importance(Protocol):
@@ -301,7 +302,8 @@ class Packed(StoredFormat, Protocol):
     ``EDGES``: embedding and output matrix are packed too. ``OPTIONS``: those of OF_SOME that it takes. ``UNNAMED``:
     (key of config.json, what it holds at least) of a configuration that names no quant_method. ``RUNTIME``: (name,
     how a directory NAME is loaded) of the one runtime that reads it, where Transformers and vLLM do not. ``MIXES``:
-    how a recipe may put matrices on different grids; None: all have one.
+    how a recipe may put matrices on different grids; None: all have one. ``CACHES``: {name: what keys and values may be
+    kept as}.
     """
 
     NAME: str
@@ -325,6 +327,7 @@ class Packed(StoredFormat, Protocol):
     UNNAMED: tuple[str, Sequence[str]] | None
     RUNTIME: tuple[str, str] | None
     MIXES: Mixes | None
+    CACHES: Mapping[str, InputGrid]
 
     def scheme(self, level: str, options: SchemeOptions) -> Scheme: ...
     def groups(self, scheme: Scheme) -> Sequence[int]:
@@ -390,6 +393,9 @@ def fixed_groups(scheme: Scheme) -> Sequence[int]:
     del scheme
     return ()
 
+
+NO_CACHES: Mapping[str, InputGrid] = {}
+"""``Packed.CACHES`` of a format whose configuration says nothing of keys and values."""
 
 MARLIN_STEPS = (("CPU", (32, 32)), ("CUDA (Marlin)", (64, 128)))
 """VLLM_STEPS of packed integers."""

@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError, printable
 from llm_quantize.formats.base import (
+    NO_CACHES,
     OF_SOME,
     Array,
     Coverage,
@@ -88,6 +89,7 @@ EDGES = False
 UNNAMED = None
 RUNTIME = None
 MIXES = None
+CACHES = NO_CACHES
 vllm_caution = no_caution
 inputs = as_they_are
 input_fields = no_fields

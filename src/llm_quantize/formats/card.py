@@ -15,6 +15,7 @@ import yaml
 import llm_quantize
 from llm_quantize.formats.base import Packed, Scheme
 from llm_quantize.qtypes.codebook import IN_COMMON, CodebookType
+from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.integer import WHOLE_ROW
 
 _COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -37,7 +38,7 @@ class About:
 class PackedFacts:
     """A directory of packed integers. ``packed`` and ``kept``: bytes of data. ``method``: how the codes were chosen,
     {what: value}. ``experts``: whether the model is a mixture. ``grids``: {grid: how many matrices are on it}.
-    ``cautions``: what runtimes cannot do with the mix;
+    ``cautions``: what runtimes cannot do with the mix; ``cache``: what keys and values are kept as;
     ``vllm_note``: what was not run of vLLM; ``packed_of``: where the matrices stand."""
 
     form: Packed
@@ -55,6 +56,7 @@ class PackedFacts:
     cautions: tuple[str, ...] = ()
     vllm_note: str | None = None
     packed_of: str = " of the decoder's blocks"
+    cache: InputGrid | None = None
 
 
 _ROOM = 14
@@ -166,9 +168,16 @@ def about_packed(facts: PackedFacts) -> About:
     """The card of a directory of packed integers."""
     widths = "mixed-bits" if len(facts.grids) > 1 else f"{facts.scheme.qtype.bits}-bit"
     tags = ("quantized", facts.scheme.format, widths)
-    rounded = facts.form.inputs(facts.scheme) is not None
-    caution = "Of weights alone: a runtime rounds activations too, which `llm-quantize analyze quality` does as well."
-    about = About(tags, _recipe(facts), _sizes(facts), _loading(facts), caution=caution if rounded else "")
+    cautions = []
+    if facts.form.inputs(facts.scheme) is not None:
+        cautions.append(
+            "Of weights alone: a runtime rounds activations too, which `llm-quantize analyze quality` does as well."
+        )
+    if facts.cache is not None:
+        cautions.append(
+            "Measured with keys and values as they are: what a runtime loses by keeping them in 8 bits is not counted."
+        )
+    about = About(tags, _recipe(facts), _sizes(facts), _loading(facts), caution=" ".join(cautions))
     return about if facts.form.RUNTIME is None else replace(about, library=facts.form.NAME)
 
 
@@ -196,6 +205,8 @@ def _recipe(facts: PackedFacts) -> dict[str, Any]:
     inputs = facts.form.inputs(facts.scheme)
     if inputs is not None:
         found["Activations"] = inputs.text
+    if facts.cache is not None:
+        found["Keys and values"] = f"{facts.cache.text} for the keys of a layer, and one for its values"
     if facts.ignored:
         found["Left as they are"] = f"{len(facts.ignored)} modules, the first {facts.ignored[0]}"
     return found | {str(name): value for name, value in facts.method.items()}
@@ -231,6 +242,8 @@ def _loading(facts: PackedFacts) -> str:
     if refusal is None:
         vllm = f"```sh\nvllm serve {facts.name}\n```\nTensor parallel over up to {facts.tensor_parallel} devices."
         vllm += f" Note: {facts.vllm_note}." if facts.vllm_note else ""
+        if facts.cache is not None:
+            vllm += " By its code, which was read and not run here, it keeps keys and values in 8 bits unasked."
     else:
         vllm = f"vLLM does not load it: {refusal}."
     transformers = (

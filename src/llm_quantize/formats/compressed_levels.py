@@ -13,6 +13,7 @@ from llm_quantize.formats.base import Coverage, Scheme, SchemeOptions
 from llm_quantize.formats.compressed_floats import LAYOUTS
 from llm_quantize.formats.compressed_groups import EXPRESSION
 from llm_quantize.formats.compressed_inputs import read_inputs
+from llm_quantize.formats.kv_cache import args_of
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.qtypes.codebook import CodebookType
 from llm_quantize.qtypes.inputs import InputGrid
@@ -130,7 +131,7 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
         "format": form_of(scheme),
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if coverage.cache is None else args_of(coverage.cache.codes),
         "moe_sparsity_config": None,
         "sparsity_config": {},
         "transform_config": {},

@@ -28,6 +28,7 @@ from llm_quantize.errors import UnsupportedError, UsageError, printable
 from llm_quantize.formats import compressed_floats as floats
 from llm_quantize.formats import compressed_levels as levels
 from llm_quantize.formats import compressed_mixed as mixed
+from llm_quantize.formats import kv_cache
 from llm_quantize.formats.base import (
     MARLIN_STEPS,
     Array,
@@ -89,6 +90,7 @@ from llm_quantize.formats.packed import (
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import CodebookType
+from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.integer import WHOLE_ROW
 
 if TYPE_CHECKING:
@@ -115,6 +117,7 @@ EDGES = False
 UNNAMED = None
 RUNTIME = None
 MIXES: Mixes | None = mixed
+CACHES: Mapping[str, InputGrid] = {"fp8": InputGrid("e4m3", static=True)}
 refuse = takes_any
 configured = with_quantization
 FORMS: Sequence[str] = (PACKED_FORM, PLAIN_FORM, *(layout.name for layout in floats.LAYOUTS.values()))
@@ -237,6 +240,9 @@ def notes(settings: Settings) -> Iterator[str]:
             "a runtime rounds activations too, in a way that is not followed here; of matrices whose activations it "
             "rounds so, only the weights are measured"
         )
+    cache = settings.values.get("kv_cache_scheme")
+    if isinstance(cache, dict):
+        yield f"a runtime keeps keys and values as {kv_cache.words(cache)}; here they are measured as they are"
 
 
 def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:

@@ -33,6 +33,7 @@ from llm_quantize.io.safetensors_writer import (
     split_shards,
 )
 from llm_quantize.plan import ArtifactPlan, CardPlan, MatrixPlan, TensorPlan
+from llm_quantize.qtypes.inputs import InputGrid
 
 if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
@@ -62,11 +63,12 @@ class Stored:
 @dataclass(frozen=True)
 class Group:
     """Tensors that stand in one file: the fields of the matrix ``module``, or one tensor by itself (None).
-    ``qtype``: the grid of the matrix, where it is not that of all."""
+    ``qtype``: the grid of the matrix, where it is not that of all; ``cache``: as in MatrixPlan."""
 
     tensors: tuple[Stored, ...]
     module: Module | None = None
     qtype: str = ""
+    cache: InputGrid | None = None
 
     @property
     def nbytes(self) -> int:
@@ -182,7 +184,8 @@ def _lay_out(
             if group.module is not None:
                 fields = tuple(range(first, len(tensors)))
                 module = group.module
-                matrices.append(MatrixPlan(module.name, module.weight, group.qtype or qtype, fields, module.seen))
+                grid = group.qtype or qtype
+                matrices.append(MatrixPlan(module.name, module.weight, grid, fields, module.seen, group.cache))
     if len(shards) > 1:
         data = index_bytes(weight_map, sum(group.nbytes for group in groups))
         files.append(_file("model.safetensors.index.json", data))

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError, printable
 from llm_quantize.formats import mlx_floats as floats
 from llm_quantize.formats.base import (
+    NO_CACHES,
     Array,
     Coverage,
     Field,
@@ -87,6 +88,7 @@ RUNTIME = (
     '```python\nfrom mlx_lm import load, generate\n\nmodel, tokenizer = load("{name}")\n```',
 )
 MIXES = None
+CACHES = NO_CACHES
 vllm_caution = no_caution
 RESCALES = False
 _BITS: Mapping[str, int] = {f"{bits}bit": bits for bits in (4, 8, 6, 5, 3, 2)}

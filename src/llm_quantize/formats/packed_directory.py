@@ -7,7 +7,7 @@ it, is kept in the type it is stored in (FP8 as BF16 and without its scales, F64
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,14 @@ from llm_quantize.formats.base import (
 )
 from llm_quantize.formats.card import PackedFacts, about_packed, transformers_caution
 from llm_quantize.formats.directory import KEPT_TYPES, Contents, Group, Stored, plain_config, plan_files, whole
+from llm_quantize.formats.kv_cache import holders
 from llm_quantize.formats.modules import EDGES, HEAD, Module, Selection, coverage, head_of, select
 from llm_quantize.formats.packed_recipe import bits_per_weight, by_grid, named, types_of
 from llm_quantize.formats.recipe import Recipe, no_recipes
 from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.qtypes.codebook import IN_COMMON, CodebookType
+from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.integer import WHOLE_ROW
 
 if TYPE_CHECKING:
@@ -164,29 +166,31 @@ class PackedFormat:
                 found=f"{self.name} {scheme.level}",
                 remedy="--transform awq, or no --transform",
             )
+        cache = _cache(source, found, form, options)
         types = types_of(recipe, found.modules, scheme.qtype.name)
-        groups = _groups(source, found, form, scheme, types)
+        groups = _groups(source, found, form, scheme, types, cache)
         label = _label(form, scheme)
-        name, mixed = f"{stem}-{label}", dict[str, list[str]]()
+        ending = f"-kv-{method.kv_cache}" if cache.scales else ""
+        name, mixed = f"{stem}-{label}{ending}", dict[str, list[str]]()
         if recipe is not None:
             grids = by_grid(types)
             mixed = {qtype: grids[qtype] for qtype in self._mixes.order(grids)}
             scheme = replace(scheme.on(next(iter(mixed))), level=self._mixes.mixed_level(mixed))
             sizes = ((one.nbytes, weights_of(one.module.weight.shape)) for one in groups if one.module is not None)
-            label, name = f"{scheme.level} ({bits_per_weight(sizes):.1f} bits)", f"{stem}-{recipe.name}"
+            label, name = f"{scheme.level} ({bits_per_weight(sizes):.1f} bits)", f"{stem}-{recipe.name}{ending}"
         caution = transformers_caution(form) if source.architecture.hyper.n_expert else None
         warnings = [*found.warnings, *_warnings(form, scheme, found, types), *([caution] if caution else [])]
         cautions = () if form.MIXES is None or not mixed else tuple(form.MIXES.cautions(mixed))
-        own = form.config(scheme, replace(coverage(source, found), mixed=mixed))
+        own = form.config(scheme, replace(coverage(source, found), mixed=mixed, cache=cache.grid))
         config = form.configured(source, plain_config(source.checkpoint.config), own)
         facts = self._facts(source, found, scheme, groups, name, importance, options, types, cautions)
         contents = Contents(
             format=form.NAME,
-            label=label,
+            label=label + ending,
             name=name,
             groups=groups,
             config=config,
-            about=about_packed(facts),
+            about=about_packed(replace(facts, cache=cache.grid)),
             weights=facts.weights,
             identity=self._identity(scheme, importance, options, mixed),
             shard_size=method.shard_size,
@@ -258,6 +262,42 @@ class PackedFormat:
             vllm_note=_vllm_note(self.form, scheme, found, types),
             packed_of=_OF_BLOCKS if all(module.seen for module in found.modules) else _WITH_HEAD,
         )
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """``grid``: what keys and values are kept as; None: as they come. ``scales``: {module: the names of the scales that
+    are found with it}, of ``dtype``."""
+
+    grid: InputGrid | None = None
+    scales: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dtype: str = ""
+
+
+def _cache(source: Source, found: Selection, form: Packed, options: Options) -> _Cache:
+    """What ``--kv-cache`` asks for. Raises UsageError where the format has no such thing, or no text is read;
+    UnsupportedError for a family whose attention has no scales."""
+    asked = options.method.kv_cache
+    if asked is None:
+        return _Cache()
+    grid = form.CACHES.get(asked)
+    if grid is None:
+        raise UsageError(
+            f"--kv-cache is not for {form.NAME}: its configuration says nothing of keys and values",
+            expected="compressed-tensors",
+            found=form.NAME,
+            remedy="leave --kv-cache out; runtimes can be told to keep keys and values in 8 bits without scales",
+        )
+    if options.statistics is not None or not options.method.calibrates(form.NAME):
+        raise UsageError(
+            "--kv-cache stores calibrated scales of keys and values, and without text there are none",
+            expected="a method that reads text",
+            found="--statistics" if options.statistics is not None else "--method rtn",
+            remedy="leave the option out (--method gptq calibrates), or leave --kv-cache out",
+        )
+    dtypes = [source.checkpoint.tensors[name].dtype for name in found.packed]
+    exact = dtypes.count("F32") + dtypes.count("F64") > len(dtypes) / 2
+    return _Cache(grid, holders(source, found), "float32" if exact else _scale_type(source, found))
 
 
 def _fitting(
@@ -341,7 +381,9 @@ def _label(form: Packed, scheme: Scheme) -> str:
     return label
 
 
-def _groups(source: Source, found: Selection, form: Packed, scheme: Scheme, types: Mapping[str, str]) -> list[Group]:
+def _groups(
+    source: Source, found: Selection, form: Packed, scheme: Scheme, types: Mapping[str, str], cache: _Cache
+) -> list[Group]:
     """What stands in the files, in the order of the checkpoint. ``types``: {module: its grid}."""
     kept = {info.name for info in found.kept}
     groups = []
@@ -350,7 +392,9 @@ def _groups(source: Source, found: Selection, form: Packed, scheme: Scheme, type
             rows, columns = module.weight.shape
             fields = form.fields(scheme.on(types[module.name]), rows, columns, name=module.name)
             stored = [Stored(OutputTensor(f"{module.name}.{f.suffix}", f.shape), f.dtype) for f in fields]
-            groups.append(Group(tuple(stored), module, types[module.name]))
+            scales = cache.scales.get(module.name, ())
+            stored += [Stored(OutputTensor(scale, (1,)), cache.dtype) for scale in scales]
+            groups.append(Group(tuple(stored), module, types[module.name], cache.grid if scales else None))
         if name in kept:
             groups.append(whole(info, KEPT_TYPES.get(info.dtype, "f32")))
     return groups

@@ -18,7 +18,7 @@ from llm_quantize.formats.packed import ALIGNED
 from llm_quantize.grids import grid_type
 from llm_quantize.grids.codebook import CodebookGridType, block_maxima, ladder_of
 from llm_quantize.grids.grid import Grid, GridType, Ladder, to_storage
-from llm_quantize.plan import MatrixPlan, TensorPlan
+from llm_quantize.plan import CACHED, MatrixPlan, TensorPlan
 from llm_quantize.qtypes.inputs import InputGrid
 
 Floats = npt.NDArray[np.float32]
@@ -96,7 +96,8 @@ class DirectoryStore:
         rows, columns = matrix.weight.shape
         scheme = self.scheme.on(matrix.qtype)
         names = [field.suffix for field in self.form.fields(scheme, rows, columns)]
-        named = dict(zip(names, fields, strict=True))
+        beside = 0 if matrix.cache is None else CACHED
+        named = dict(zip(names, fields[: len(fields) - beside], strict=True))
         packed, values = self.form.described(scheme, rows, columns), np.empty((rows, columns), np.float32)
         step = max(ALIGNED, chunk_rows(columns) // ALIGNED * ALIGNED)
         for first in range(0, rows, step):

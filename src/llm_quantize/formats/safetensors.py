@@ -92,6 +92,7 @@ class Safetensors:
             "--group-size": method.group_size is not None,
             "--sym, --asym": method.symmetric is not None,
             "--ignore": bool(method.ignore),
+            "--kv-cache": method.kv_cache is not None,
             "--split-max-size": options.split_max_size is not None,
             "--export-ollama": options.modelfile,
             "types of single tensors, recipes": options.overrides.given,

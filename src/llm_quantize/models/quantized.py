@@ -20,6 +20,9 @@ import numpy.typing as npt
 from llm_quantize.architectures import open_architecture
 from llm_quantize.architectures.rows import matrix_shape
 from llm_quantize.errors import IntegrityError, NumericPolicyError, UnsupportedError, UsageError
+from llm_quantize.formats import kv_cache
+from llm_quantize.formats.base import load_floats
+from llm_quantize.formats.kv_cache import stored_scales
 from llm_quantize.formats.packed import AGAIN, ALIGNED, PackedMatrix, Settings, check_index, wrong_form
 from llm_quantize.formats.packed_formats import PACKED, format_of, said_of, unquantized
 from llm_quantize.io.gguf_file import MetaValue
@@ -112,6 +115,19 @@ class PackedDirectory(StoredDirectory):
         except BaseException:
             self._reader.close()
             raise
+
+    def _read_caches(self, taken: Collection[str]) -> Mapping[str, TensorInfo]:
+        return stored_scales(self.tensors, taken)
+
+    @property
+    def cache_text(self) -> str:
+        """What a runtime keeps keys and values as, in words; "" where it keeps them as they come."""
+        scheme = self.settings.values.get("kv_cache_scheme")
+        return kv_cache.words(scheme) if isinstance(scheme, dict) else ""
+
+    def cache_scales(self, name: str) -> npt.NDArray[np.float32]:
+        """float32 (n,): one of ``caches``."""
+        return load_floats(self._stored(self.caches[name])).reshape(-1)
 
     @property
     def layout_name(self) -> str:

@@ -6,7 +6,7 @@ A quantized one is a subclass (quantized.py), which knows of some tensors that t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from llm_quantize.formats.foreign import check_config
 from llm_quantize.formats.packed import PackedMatrix
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
-from llm_quantize.io.safetensors_file import Header
+from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.models.files import CONFIG_LIMIT, read_headers
 from llm_quantize.models.safetensors import Checkpoint
 from llm_quantize.qtypes.inputs import InputGrid
@@ -27,7 +27,8 @@ class StoredDirectory:
     """The model in the directory ``path``, of which nothing is quantized. Threads may share it.
 
     ``method``: the name of its format. ``matrices``: {the weight's name in an unquantized model: what is quantized}.
-    ``plain``: every other tensor, as it is stored; ``floats`` reads those. ``tensors``: all that are stored.
+    ``caches``: scales of keys and values. ``plain``: every other tensor, as it is stored; ``floats`` reads those.
+    ``tensors``: all that are stored.
     ``hollow``: only the headers of its files are here. ``notes``: what a reader should know. ``packs``: whether codes
     of integers are expected. Close it, or use it as a context manager.
 
@@ -51,7 +52,10 @@ class StoredDirectory:
         self.hollow = hollow
         self.matrices = self._read_matrices()
         taken = {field.name for matrix in self.matrices.values() for field in matrix.fields.values()}
-        self.plain = {name: info for name, info in self.tensors.items() if name not in taken}
+        self.caches = self._read_caches(taken)
+        self.plain = {
+            name: info for name, info in self.tensors.items() if name not in taken and name not in self.caches
+        }
         facts = (self.path, self.path.name, self.config, None, None, self.headers, dict(self.plain))
         self.floats = Checkpoint(*facts, headers_only=hollow)
 
@@ -61,6 +65,11 @@ class StoredDirectory:
 
     def _read_matrices(self) -> Mapping[str, PackedMatrix]:
         """``matrices``."""
+        return {}
+
+    def _read_caches(self, taken: Collection[str]) -> Mapping[str, TensorInfo]:
+        """``caches``; ``taken``: the tensors of matrices."""
+        del taken
         return {}
 
     @property

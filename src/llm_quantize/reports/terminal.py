@@ -134,6 +134,9 @@ def print_results(results: Sequence[ArtifactResult]) -> None:
             console.print(shown(f"  {said(_measured(result.measured))}"))
             if "activations" in result.measured:
                 console.print(shown(f"  {said('that is of weights alone: a runtime rounds activations too')}"))
+            if "kv_cache" in result.measured:
+                text = "that is with keys and values as they are: what keeping them in 8 bits loses is not counted"
+                console.print(shown(f"  {said(text)}"))
         if result.modelfile is not None:
             console.print(shown(f"  {shlex.join(create_command(result.modelfile))}"))
 

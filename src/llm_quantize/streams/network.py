@@ -24,6 +24,7 @@ import torch
 from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.models.opening import Source
 from llm_quantize.options import DEVICES
+from llm_quantize.streams.cache import CacheSink, watch
 from llm_quantize.streams.model import Arguments, Reached, Skeleton, put
 from llm_quantize.streams.names import Slot, find_places, load, require
 from llm_quantize.streams.rounding import round_inputs
@@ -173,6 +174,7 @@ class Network:
         skeleton.restore_buffers(module)
         observer = Observer()
         attach(module, points, observer)
+        watch(module, lambda: observer.cache)
         prefix = self._prefix(index) + "."
         for parameter in self._parameters(index):
             self._put(module, parameter, weights, prefix)
@@ -267,9 +269,10 @@ class Block:
             found: torch.Tensor = result[0].to(hidden.device)
         return found
 
-    def observe(self, sink: Sink) -> AbstractContextManager[None]:
-        """While open, calls of this thread give ``sink`` the inputs of every tap. See ``Sink``."""
-        return self._observer.listening(sink)
+    def observe(self, sink: Sink, cache: CacheSink | None = None) -> AbstractContextManager[None]:
+        """While open, calls of this thread give ``sink`` the inputs of every tap, and ``cache`` keys and values. See
+        ``Sink`` and ``CacheSink``."""
+        return self._observer.listening(sink, cache)
 
     def replace(self, name: str, value: torch.Tensor) -> None:
         """Let one checkpoint tensor have ``value`` (its shape, any float type) from now on."""

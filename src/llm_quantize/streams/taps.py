@@ -13,6 +13,7 @@ import torch
 
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.streams import experts
+from llm_quantize.streams.cache import CacheSink
 from llm_quantize.streams.names import Places
 
 _TRANSPOSED = "Conv1D"
@@ -46,18 +47,20 @@ class TapPoint:
 
 
 class Observer(threading.local):
-    """Who listens in this thread."""
+    """Who listens in this thread, to inputs and to keys and values."""
 
     def __init__(self) -> None:
         self.sink: Sink | None = None
+        self.cache: CacheSink | None = None
 
     @contextmanager
-    def listening(self, sink: Sink) -> Iterator[None]:
-        before, self.sink = self.sink, sink
+    def listening(self, sink: Sink, cache: CacheSink | None = None) -> Iterator[None]:
+        before = self.sink, self.cache
+        self.sink, self.cache = sink, cache
         try:
             yield
         finally:
-            self.sink = before
+            self.sink, self.cache = before
 
 
 @dataclass(frozen=True)

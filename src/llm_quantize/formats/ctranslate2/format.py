@@ -107,6 +107,7 @@ class CTranslate2:
             "--sym, --asym": method.symmetric is not None,
             "--double-quant": method.double_quant is not None,
             "--compute-dtype": method.compute_dtype is not None,
+            "--kv-cache": method.kv_cache is not None,
             "--ignore": bool(method.ignore),
             "--output-shard-size": method.shard_size != type(method).shard_size,
             "--split-max-size": options.split_max_size is not None,

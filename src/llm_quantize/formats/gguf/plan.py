@@ -113,6 +113,7 @@ def _refuse_directory_options(method: MethodOptions) -> None:
         "--group-size": method.group_size is not None,
         "--sym, --asym": method.symmetric is not None,
         "--ignore": bool(method.ignore),
+        "--kv-cache": method.kv_cache is not None,
         "--include": bool(method.include),
         "--transform": method.transform_of(NAME).passes > 0,
     }
