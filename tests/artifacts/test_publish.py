@@ -309,6 +309,7 @@ def test_killed_in_the_middle_and_repeated(artifacts: Path, tmp_path: Path) -> N
     words = [sys.executable, "-m", "llm_quantize", "push", str(artifacts / "demo-llama-Q4_0"), "--repo", "org/name"]
     with UploadHub(TOKEN) as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        environment["HF_HUB_OFFLINE"] = "0"  # what other tests of this process set is for them
         child: list[subprocess.Popen[bytes]] = []
 
         turns = itertools.count()
