@@ -141,7 +141,8 @@ def test_a_worker_killed_in_the_middle(demo_hashes: dict[str, str], tmp_path: Pa
 
     def kill(event: Event) -> None:
         if isinstance(event, Progress) and len(killed) < 3:
-            worker = int(Path("/proc/thread-self/children").read_text().split()[-1])
+            # The oldest: a younger one may take the place of one that was killed, and not be ready yet.
+            worker = int(Path("/proc/thread-self/children").read_text().split()[0])
             os.kill(worker, signal.SIGKILL)
             killed.append(worker)
 

@@ -111,7 +111,8 @@ def continued_by_transformers(model: Path, text: str) -> str:
 
 @pytest.mark.parametrize("runtime", FORMATS)
 def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(models: dict[str, Path], runtime: str) -> None:
-    with converse(models[runtime], threads=1, max_tokens=60) as told:
+    most = 300  # so many that the runtime is not done before it is stopped, on a busy machine too
+    with converse(models[runtime], threads=1, max_tokens=most) as told:
         pieces: list[str] = []
         writing = told.say("The old man", lambda: len(pieces) >= 3)
         while True:
@@ -121,7 +122,7 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(models: dict[str, P
                 answered: Answered = end.value
                 break
         assert answered.end == "stopped"
-        assert 3 <= answered.told.tokens < 60
+        assert 3 <= answered.told.tokens < most
         assert told.messages == [*talk("The old man"), {"role": "assistant", "content": "".join(pieces)}]
         # Closed early instead: the same, and the next answer is to the next question.
         told.reset()

@@ -61,8 +61,11 @@ def _of_scaled_floats(path: Path) -> dict[str, Any]:
     settings = quantization_of(read_json_object(path / "config.json", limit_bytes=CONFIG_LIMIT), path / "config.json")
     if settings.values.get("quant_method") not in PACKED:
         return {}
-    with PackedDirectory(path) as packed:
-        return {"quantization": _quantization(packed)}
+    try:
+        with PackedDirectory(path) as packed:
+            return {"quantization": _quantization(packed)}
+    except (MalformedInputError, IntegrityError, UnsupportedError) as error:  # as a source of floats it can be read
+        return {"quantization": error.what}
 
 
 def _origin(path: Path) -> dict[str, Any]:
