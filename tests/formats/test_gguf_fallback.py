@@ -184,7 +184,7 @@ def test_rows_that_are_not_finite_do_not_decide(odd: Path, tmp_path: Path) -> No
 
 
 def test_other_formats_have_no_fallback(odd: Path) -> None:
-    with pytest.raises(UsageError, match="belong to gguf"):
+    with pytest.raises(UsageError, match="options of other formats were given for gptq"):
         pipeline.plan(
             str(odd), "gptq", levels=["4bit"],
             options=Options(overrides=Overrides(fallback="best"), method=MethodOptions(method="rtn")),

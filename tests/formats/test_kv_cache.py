@@ -155,13 +155,6 @@ def test_what_is_refused() -> None:
     with pytest.raises(UsageError, match="this one is left as it is") as refusal:
         planned(demo_model(), ignore=(r"layers\.1\.self_attn",))
     assert refusal.value.tensor == "model.layers.1.self_attn.o_proj"
-    for format, level in (("gptq", "4bit"), ("awq", "4bit"), ("bitsandbytes", "NF4"), ("mlx", "4bit")):
-        with pytest.raises(UsageError, match=f"--kv-cache is not for {format}"):
-            planned(demo_model(), format, level)
-    for format, level in (("gguf", "Q4_0"), ("ctranslate2", "int8"), ("safetensors", "BF16")):
-        with pytest.raises(UsageError, match="options of other formats") as refusal:
-            planned(demo_model(), format, level, **({"method": "rtn"} if format == "safetensors" else {}))
-        assert refusal.value.found == "--kv-cache"
     with pytest.raises(UsageError, match="unknown --kv-cache"):
         MethodOptions(kv_cache="int4")
 

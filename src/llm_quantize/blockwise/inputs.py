@@ -18,8 +18,8 @@ from llm_quantize.blockwise.estimate import CHUNK_TOKENS, samples_of
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.calibration.statistics import refuse_nonfinite
 from llm_quantize.errors import NumericPolicyError
-from llm_quantize.streams.cache import CacheSink
 from llm_quantize.streams.hidden import Activations
+from llm_quantize.streams.kv_cache import CacheSink
 from llm_quantize.streams.network import Block, Tap
 from llm_quantize.streams.passes import Move, Pass
 

@@ -25,10 +25,10 @@ from llm_quantize.architectures.rows import Arrays, matrix_shape, read_output_ro
 from llm_quantize.artifacts.recheck import source_hash
 from llm_quantize.artifacts.rounding import Policy, Target
 from llm_quantize.blockwise import rescaling
-from llm_quantize.blockwise.cache import Largest
 from llm_quantize.blockwise.embedding import written_embedding
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.blockwise.inputs import FullInputs, Streams, collect, propagate
+from llm_quantize.blockwise.kv_cache import Largest
 from llm_quantize.blockwise.measure import measure
 from llm_quantize.blockwise.segments import Segment, Sources, segments
 from llm_quantize.blockwise.solver import Fields, Job, Solver

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from llm_quantize.blockwise.cache import Largest
 from llm_quantize.blockwise.gram import Gram
+from llm_quantize.blockwise.kv_cache import Largest
 from llm_quantize.blockwise.proof import prove
 from llm_quantize.blockwise.segments import Segment
 from llm_quantize.blockwise.stages import parent_tap

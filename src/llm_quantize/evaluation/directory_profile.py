@@ -29,7 +29,7 @@ from llm_quantize.methods.sizes import factor_bytes
 from llm_quantize.options import MethodOptions, Options
 from llm_quantize.pipeline import plan_source
 from llm_quantize.plan import ArtifactPlan, MatrixPlan
-from llm_quantize.qtypes.integer import WHOLE_ROW, integer_type
+from llm_quantize.qtypes.integer import GROUPS, WHOLE_ROW, dividing, integer_type
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,6 @@ Hold = Callable[[Candidate], "dict[str, torch.Tensor]"]
 
 _WHOLE, _KEPT = "int8", "kept"
 _WIDE = ("F32", "F64")  # kept in 32 bits, all else in 16
-_USUAL, _SMALLER = "int4_g128", (64, 32)
 _SPARE = 64  # bytes
 _FITS = 8  # times that a recipe is planned until all of its files together are small enough
 
@@ -198,12 +197,12 @@ def _unit_name(key: str, matrices: Sequence[MatrixPlan]) -> str:
 
 def _group(plan: ArtifactPlan) -> int:
     """The largest of the usual groups that divides all rows: a plain level's."""
-    return integer_type(_fitting(_USUAL, [matrix.weight.shape[-1] for matrix in plan.matrices])).group_size
+    return dividing(GROUPS, [matrix.weight.shape[-1] for matrix in plan.matrices]) or WHOLE_ROW
 
 
 def _fitting(qtype: str, columns: Sequence[int]) -> str:
     """``qtype``, with smaller groups where its own do not divide all rows."""
     grid = integer_type(qtype)
-    sizes = (grid.group_size, *(size for size in _SMALLER if size < grid.group_size))
-    fitting = next((size for size in sizes if size > 0 and not any(row % size for row in columns)), WHOLE_ROW)
-    return replace(grid, group_size=fitting if grid.group_size != WHOLE_ROW else WHOLE_ROW).name
+    sizes = [grid.group_size, *(size for size in GROUPS if size < grid.group_size)]
+    found = None if grid.group_size == WHOLE_ROW else dividing(sizes, columns)
+    return replace(grid, group_size=found or WHOLE_ROW).name

@@ -19,7 +19,7 @@ from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import PackedMatrix, StoredFormat
 from llm_quantize.qtypes.inputs import InputGrid
-from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType
+from llm_quantize.qtypes.integer import GROUPS, WHOLE_ROW, IntegerType
 from llm_quantize.qtypes.packed import PackedType, packed_type
 
 if TYPE_CHECKING:
@@ -72,10 +72,6 @@ class SchemeOptions:
     scale: str = "bfloat16"
     double_quant: bool | None = None
     compute_dtype: str | None = None
-
-
-OF_SOME: Mapping[str, str] = {"double_quant": "--double-quant", "compute_dtype": "--compute-dtype"}
-"""{name: option} of SchemeOptions that only some formats take."""
 
 
 @dataclass(frozen=True)
@@ -299,11 +295,11 @@ class Packed(StoredFormat, Protocol):
     ``DEFAULT_GROUP``: weights that share a scale unless asked otherwise. ``PACKS_EXPERTS``: whether anything reads
     packed experts of it. ``OWN_ROUNDING``: rounding without a method is the owner's, byte for byte. ``VLLM_STEPS``:
     (kernels, (rows, columns)) of which vLLM's want whole multiples. ``OFFSETS``: what asymmetric groups have, in words.
-    ``EDGES``: embedding and output matrix are packed too. ``OPTIONS``: those of OF_SOME that it takes. ``UNNAMED``:
-    (key of config.json, what it holds at least) of a configuration that names no quant_method. ``RUNTIME``: (name,
-    how a directory NAME is loaded) of the one runtime that reads it, where Transformers and vLLM do not. ``MIXES``:
-    how a recipe may put matrices on different grids; None: all have one. ``CACHES``: {name: what keys and values may be
-    kept as}.
+    ``EDGES``: embedding and output matrix are packed too. ``OPTIONS``: those that it takes beside what all take.
+    ``UNNAMED``: (key of config.json, what it holds at least) of a configuration that names no quant_method.
+    ``RUNTIME``: (name, how a directory NAME is loaded) of the one runtime that reads it, where Transformers and
+    vLLM do not. ``MIXES``: how a recipe may put matrices on different grids; None: all have one. ``CACHES``: {name:
+    what keys and values may be kept as}.
     """
 
     NAME: str
@@ -383,9 +379,9 @@ def with_quantization(source: Source, config: Mapping[str, Any], own: Mapping[st
 
 
 def usual_groups(scheme: Scheme) -> Sequence[int]:
-    """``Packed.groups`` of packed integers: 128, 64, 32, which kernels know."""
+    """``Packed.groups`` of packed integers."""
     del scheme
-    return 128, 64, 32
+    return GROUPS
 
 
 def fixed_groups(scheme: Scheme) -> Sequence[int]:
@@ -429,7 +425,7 @@ def odd_groups(
 ) -> UsageError:
     """The error for rows of ``columns`` weights, which are whole groups of none of ``tried`` (in falling order)."""
     before, least = ", ".join(map(str, tried[:-1])), tried[-1]
-    known = [] if fixed else [size for size in (64, 32) if size < least and columns % size == 0]
+    known = [] if fixed else [size for size in GROUPS if size < least and columns % size == 0]
     if not fixed and isinstance(scheme.qtype, IntegerType):
         known.append(WHOLE_ROW)
     without = "--ignore with an expression that finds this module"

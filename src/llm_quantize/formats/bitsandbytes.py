@@ -33,7 +33,6 @@ import numpy.typing as npt
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError, printable
 from llm_quantize.formats.base import (
     NO_CACHES,
-    OF_SOME,
     Array,
     Coverage,
     Field,
@@ -84,7 +83,7 @@ PACKS_EXPERTS = False
 OWN_ROUNDING = True
 VLLM_STEPS: Sequence[tuple[str, tuple[int, int]]] = ()
 OFFSETS = "zero points"
-OPTIONS: Sequence[str] = tuple(OF_SOME)
+OPTIONS: Sequence[str] = ("--double-quant", "--compute-dtype")
 EDGES = False
 UNNAMED = None
 RUNTIME = None

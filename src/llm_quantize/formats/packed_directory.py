@@ -15,7 +15,6 @@ from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import weights_of
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.base import (
-    OF_SOME,
     Importance,
     Mixes,
     Packed,
@@ -28,6 +27,7 @@ from llm_quantize.formats.base import (
 )
 from llm_quantize.formats.card import PackedFacts, about_packed, transformers_caution
 from llm_quantize.formats.directory import KEPT_TYPES, Contents, Group, Stored, plain_config, plan_files, whole
+from llm_quantize.formats.idle_options import OF_DIRECTORIES, OF_GRIDS, refuse_idle
 from llm_quantize.formats.kv_cache import holders
 from llm_quantize.formats.modules import EDGES, HEAD, Module, Selection, coverage, head_of, select
 from llm_quantize.formats.packed_recipe import bits_per_weight, by_grid, named, types_of
@@ -36,7 +36,7 @@ from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.qtypes.codebook import IN_COMMON, CodebookType
 from llm_quantize.qtypes.inputs import InputGrid
-from llm_quantize.qtypes.integer import WHOLE_ROW
+from llm_quantize.qtypes.integer import WHOLE_ROW, dividing
 
 if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
@@ -84,12 +84,8 @@ class PackedFormat:
         names of their own; a model without tokenizer files)."""
         need_small_files(source.checkpoint)
         recipe = options.overrides.recipe
-        if options.overrides.of_tensors or options.split_max_size is not None or options.modelfile:
-            raise UsageError(
-                f"types of single tensors, --pure, --fallback, --split-max-size and --export-ollama belong to gguf, "
-                f"not to {self.name}",
-                remedy="use --group-size, --sym or --asym, --ignore and --output-shard-size",
-            )
+        takes = OF_DIRECTORIES | OF_GRIDS | {"--method", "--recipe", *self.form.OPTIONS}
+        refuse_idle(self.name, options, takes, "use --group-size, --sym or --asym, --ignore and --output-shard-size")
         if recipe is not None:
             recipe.check_use(source, self.name, levels, self.recipe_level)
         found = [self._plan(source, level, stem, importance, options) for level in levels]
@@ -157,7 +153,6 @@ class PackedFormat:
         taken = {} if recipe is None else named(recipe)
         left = [one for one in found.modules if one.name not in taken and mixture_of(one.name) not in taken]
         scheme, why = _fitting(form, level, asked, left)
-        _refuse_others(form, asked)
         transform = method.transform_of(self.name)
         if transform.rounded and form.inputs(scheme) is None:
             raise UsageError(
@@ -280,14 +275,7 @@ def _cache(source: Source, found: Selection, form: Packed, options: Options) -> 
     asked = options.method.kv_cache
     if asked is None:
         return _Cache()
-    grid = form.CACHES.get(asked)
-    if grid is None:
-        raise UsageError(
-            f"--kv-cache is not for {form.NAME}: its configuration says nothing of keys and values",
-            expected="compressed-tensors",
-            found=form.NAME,
-            remedy="leave --kv-cache out; runtimes can be told to keep keys and values in 8 bits without scales",
-        )
+    grid = form.CACHES[asked]
     if options.statistics is not None or not options.method.calibrates(form.NAME):
         raise UsageError(
             "--kv-cache stores calibrated scales of keys and values, and without text there are none",
@@ -310,7 +298,7 @@ def _fitting(
     if not choice:
         return scheme, ()
     widths = sorted({module.weight.shape[1] for module in modules})
-    group = next((size for size in choice if not any(columns % size for columns in widths)), None)
+    group = dividing(choice, widths)
     if group is None:
         odd = next(module for module in modules if module.weight.shape[1] % choice[-1])
         raise odd_groups(scheme, choice, odd.weight.shape[1], odd.name)
@@ -319,19 +307,6 @@ def _fitting(
     unlike = " and ".join(str(columns) for columns in widths if columns % choice[0])
     told = f"groups of {group}: rows of {unlike} are not divisible by {choice[0]}"
     return form.scheme(level, replace(options, group_size=group)), (told,)
-
-
-def _refuse_others(form: Packed, options: SchemeOptions) -> None:
-    """Raise UsageError for options of storage that other formats have and ``form`` has not."""
-    given = [
-        option for name, option in OF_SOME.items() if getattr(options, name) is not None and name not in form.OPTIONS
-    ]
-    if given:
-        raise UsageError(
-            f"options of other formats were given for {form.NAME}",
-            found=", ".join(given),
-            remedy="leave them out: they belong to bitsandbytes",
-        )
 
 
 def _refuse_uncalibrated(form: Packed, level: str, options: Options) -> None:

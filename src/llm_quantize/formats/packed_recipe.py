@@ -8,7 +8,7 @@ from llm_quantize.errors import UsageError
 from llm_quantize.formats.base import mixture_of
 from llm_quantize.formats.modules import Module, joined_with
 from llm_quantize.formats.recipe import Recipe
-from llm_quantize.qtypes.integer import integer_type
+from llm_quantize.qtypes.integer import GROUPS, WHOLE_ROW, IntegerType, dividing, integer_type
 
 _SHOWN = 6
 
@@ -75,7 +75,7 @@ def _check_groups(recipe: Recipe, module: Module, qtype: str) -> None:
             expected=f"rows of whole groups of {size}",
             found=f"rows of {columns} weights",
             remedy="name a type with a group that divides them, such as "
-            + next((f"int4_g{smaller}" for smaller in (64, 32) if columns % smaller == 0), "int4"),
+            + IntegerType(4, dividing(GROUPS, [columns]) or WHOLE_ROW, True).name,
         )
 
 

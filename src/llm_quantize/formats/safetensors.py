@@ -17,6 +17,7 @@ from llm_quantize.errors import UsageError
 from llm_quantize.formats.base import Importance, Store
 from llm_quantize.formats.card import About, bytes_words
 from llm_quantize.formats.directory import Contents, plain_config, plan_files, whole
+from llm_quantize.formats.idle_options import OF_DIRECTORIES, refuse_idle
 from llm_quantize.formats.level_names import FLOATS, known_level
 from llm_quantize.formats.recipe import no_recipes
 from llm_quantize.formats.small_files import need_small_files
@@ -50,7 +51,12 @@ class Safetensors:
         """See ``Format``. Raises UsageError for a level or an option that weights without codes have no use for,
         UnsupportedError for a model without tokenizer files."""
         need_small_files(source.checkpoint)
-        self._refuse(options)
+        refuse_idle(
+            self.name,
+            options,
+            OF_DIRECTORIES,
+            "every tensor is stored in the type of the level; --output-shard-size sets the size of files",
+        )
         names = list(dict.fromkeys(self._level(level) for level in levels))
         return [self._plan(source, level, stem, options) for level in names]
 
@@ -83,27 +89,6 @@ class Safetensors:
 
     def _level(self, level: str) -> str:
         return known_level(level, self.name, self.levels, usual={32: "F32"}, others=FLOATS)
-
-    def _refuse(self, options: Options) -> None:
-        method = options.method
-        idle = {
-            "--method": method.method_of(self.name).reads_text,
-            "--transform": method.transform_of(self.name).passes > 0,
-            "--group-size": method.group_size is not None,
-            "--sym, --asym": method.symmetric is not None,
-            "--ignore": bool(method.ignore),
-            "--kv-cache": method.kv_cache is not None,
-            "--split-max-size": options.split_max_size is not None,
-            "--export-ollama": options.modelfile,
-            "types of single tensors, recipes": options.overrides.given,
-        }
-        named = [option for option, given in idle.items() if given]
-        if named:
-            raise UsageError(
-                "options of other formats were given for safetensors",
-                found=", ".join(named),
-                remedy="every tensor is stored in the type of the level; --output-shard-size sets the size of files",
-            )
 
     def _plan(self, source: Source, level: str, stem: str, options: Options) -> ArtifactPlan:
         kept, dropped = _sorted_out(source)

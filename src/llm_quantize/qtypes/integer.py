@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llm_quantize.errors import UsageError
 from llm_quantize.qtypes.range import HALF
 
-__all__ = ["SCALE_TYPES", "WHOLE_ROW", "IntegerType", "integer_type", "is_integer"]
+__all__ = ["GROUPS", "SCALE_TYPES", "WHOLE_ROW", "IntegerType", "dividing", "integer_type", "is_integer"]
 
 WHOLE_ROW = -1
+
+GROUPS = (128, 64, 32)
+"""Weights that share a scale where nobody asks for a number: those that kernels know, the usual one first."""
+
 SCALE_TYPES = ("float16", "bfloat16", "float32")
 _NAME = re.compile(r"int([2-8])(?:_g([1-9][0-9]*))?(_asym)?")
 
@@ -79,6 +84,11 @@ class IntegerType:
 def is_integer(name: str) -> bool:
     """Whether :func:`integer_type` knows ``name``."""
     return _NAME.fullmatch(name) is not None
+
+
+def dividing(sizes: Sequence[int], columns: Sequence[int]) -> int | None:
+    """The first of ``sizes`` of which rows of all ``columns`` are whole multiples; None: none is."""
+    return next((size for size in sizes if not any(row % size for row in columns)), None)
 
 
 def integer_type(name: str, scale: str = "float16") -> IntegerType:

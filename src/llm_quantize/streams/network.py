@@ -24,7 +24,7 @@ import torch
 from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.models.opening import Source
 from llm_quantize.options import DEVICES
-from llm_quantize.streams.cache import CacheSink, watch
+from llm_quantize.streams.kv_cache import CacheSink, watch
 from llm_quantize.streams.model import Arguments, Reached, Skeleton, put
 from llm_quantize.streams.names import Slot, find_places, load, require
 from llm_quantize.streams.rounding import round_inputs

@@ -13,7 +13,7 @@ import torch
 
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.streams import experts
-from llm_quantize.streams.cache import CacheSink
+from llm_quantize.streams.kv_cache import CacheSink
 from llm_quantize.streams.names import Places
 
 _TRANSPOSED = "Conv1D"

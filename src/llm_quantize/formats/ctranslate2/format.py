@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import weights_of
-from llm_quantize.errors import UsageError
 from llm_quantize.formats.base import Importance, Store
 from llm_quantize.formats.card import About, bytes_words
 from llm_quantize.formats.ctranslate2.families import Family
@@ -35,6 +34,7 @@ from llm_quantize.formats.ctranslate2.network import KIND, REVISION, Network, We
 from llm_quantize.formats.ctranslate2.vocabulary import special_tokens, tokens_of
 from llm_quantize.formats.directory import KEPT_TYPES, Contents, plan_around
 from llm_quantize.formats.gguf.vocabulary.special import chat_templates
+from llm_quantize.formats.idle_options import refuse_idle
 from llm_quantize.formats.recipe import no_recipes
 from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.io.ctranslate2_file import MODEL_FILE, Variable, layout_model
@@ -65,7 +65,12 @@ class CTranslate2:
         """See ``Format``. Raises UsageError (no such level, options of other formats), UnsupportedError (a family or
         variant that CTranslate2's converter or network does not know, a model without tokenizer files)."""
         need_small_files(source.checkpoint)
-        self._refuse(options)
+        refuse_idle(
+            self.name,
+            options,
+            {"--method", "--include"},
+            "one file holds everything, rounded as the level says: take another level",
+        )
         family, network = family_of(source), network_of(source)
         names = list(dict.fromkeys(level_of(level) for level in levels))
         return [self._plan(source, family, network, name, stem, importance, options) for name in names]
@@ -98,29 +103,6 @@ class CTranslate2:
     def texts_of(self, path: Path) -> Sequence[str] | None:
         """See ``Format``: text goes through the model itself, no importance is collected."""
         return None
-
-    def _refuse(self, options: Options) -> None:
-        method = options.method
-        idle = {
-            "--transform": method.transform_of(self.name).passes > 0,
-            "--group-size": method.group_size is not None,
-            "--sym, --asym": method.symmetric is not None,
-            "--double-quant": method.double_quant is not None,
-            "--compute-dtype": method.compute_dtype is not None,
-            "--kv-cache": method.kv_cache is not None,
-            "--ignore": bool(method.ignore),
-            "--output-shard-size": method.shard_size != type(method).shard_size,
-            "--split-max-size": options.split_max_size is not None,
-            "--export-ollama": options.modelfile,
-            "types of single tensors, recipes": options.overrides.given,
-        }
-        named = [option for option, given in idle.items() if given]
-        if named:
-            raise UsageError(
-                "options of other formats were given for ctranslate2",
-                found=", ".join(named),
-                remedy="one file holds everything, rounded as the level says: take another level",
-            )
 
     def _plan(
         self,

@@ -32,6 +32,7 @@ from llm_quantize.formats.gguf.levels import (
     parse_level,
     parse_qtype,
 )
+from llm_quantize.formats.idle_options import OF_GGUF, refuse_idle
 from llm_quantize.io.artifact_files import first_file
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf, read_gguf
 from llm_quantize.io.output import OutputFile
@@ -41,12 +42,14 @@ from llm_quantize.qtypes import QTYPES
 
 if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
-    from llm_quantize.options import MethodOptions, Options
+    from llm_quantize.options import Options
 
 NAME = "gguf"
 FLOAT_LEVELS = ("F32", "F16", "BF16")
 TOO_LARGE_FLOAT = "use BF16 or F32, which hold larger magnitudes: -q BF16"
 TOO_LARGE = "keep this tensor in BF16, from the start: --tensor-type '^TENSOR$=bf16' --overwrite"
+
+_TAKES = OF_GGUF | {"--method", "--recipe"}
 
 
 class Gguf:
@@ -65,7 +68,9 @@ class Gguf:
     ) -> list[ArtifactPlan]:
         """See ``Format``. Raises UnsupportedError where llama.cpp cannot run the model or read its tokenizer."""
         describe(source)
-        _refuse_directory_options(options.method)
+        refuse_idle(
+            NAME, options, _TAKES, "GGUF's types fix their groups; --tensor-type keeps single tensors in another type"
+        )
         _refuse_modelfile(options)
         recipe = options.overrides.recipe
         if recipe is not None:
@@ -105,25 +110,6 @@ class Gguf:
         """See ``Format``. Raises what reading the file raises."""
         entry = read_gguf(first_file(path)).metadata.get(gguf_format.TEXTS)
         return str(entry.value).split(gguf_format.TEXTS_JOINED) if entry is not None else None
-
-
-def _refuse_directory_options(method: MethodOptions) -> None:
-    """Raise UsageError for an option that GGUF has no use for."""
-    idle = {
-        "--group-size": method.group_size is not None,
-        "--sym, --asym": method.symmetric is not None,
-        "--ignore": bool(method.ignore),
-        "--kv-cache": method.kv_cache is not None,
-        "--include": bool(method.include),
-        "--transform": method.transform_of(NAME).passes > 0,
-    }
-    named = [option for option, given in idle.items() if given]
-    if named:
-        raise UsageError(
-            "options of other formats were given for gguf",
-            found=", ".join(named),
-            remedy="GGUF's types fix their groups; --tensor-type keeps single tensors in another type",
-        )
 
 
 def _refuse_modelfile(options: Options) -> None:
