@@ -18,7 +18,7 @@ import torch
 from llm_quantize.grids.grid import Grid
 
 from ..tiny_models import reference_model
-from . import dense_gptq
+from . import dense_correction, dense_gptq
 
 STAGES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -59,14 +59,17 @@ def put(model, name, values):
         model.get_submodule(name).weight.copy_(torch.as_tensor(values))
 
 
-def target_and_hessian(weight, own, full, options):
-    """The corrected weight, the conditioned Hessian and mean squares of the inputs, all float64."""
+def target_and_hessian(weight, own, full, options, how):
+    """The corrected weight, the conditioned Hessian and mean squares of the inputs, all float64. ``how``: (share,
+    ridge) of the correction, where the options do not say it."""
     tokens, n = own.shape
     hessian = own.T @ own
     squares = np.diag(hessian) / tokens
     lower_median = np.sort(squares)[(n - 1) // 2]
     ridge_base = np.minimum(squares, 100 * lower_median).mean()
-    if options.correction > 0:
+    if options.correction is None:
+        weight = dense_correction.corrected(weight, own, full, *how)
+    elif options.correction > 0:
         cross = (full - own).T @ own
         weight = dense_gptq.corrected(
             weight, hessian, cross, tokens, damp=options.damp, ridge_base=ridge_base, alpha=options.correction
@@ -75,9 +78,9 @@ def target_and_hessian(weight, own, full, options):
     return weight, conditioned, np.maximum(squares, 1e-3 * lower_median)
 
 
-def quantize(weight, own, full, kind, options):
+def quantize(weight, own, full, kind, options, how):
     """What becomes of ``weight`` (rows, n) whose inputs are ``own`` (tokens, n), the source model's ``full``."""
-    target, hessian, squares = target_and_hessian(weight.astype(np.float64), own, full, options)
+    target, hessian, squares = target_and_hessian(weight.astype(np.float64), own, full, options, how)
     grid = kind.fit(torch.from_numpy(target).float(), torch.from_numpy(squares).float(), refine=options.refine)
     scale = grid.scale().double().repeat_interleave(grid.group, 1)
     offset = grid.offset().double().repeat_interleave(grid.group, 1)
@@ -103,9 +106,12 @@ def dense_run(directory: Path, ids, decoded, kind, options, inputs: str) -> Iter
         pending = []
         for stage in STAGES:
             own, full = (inputs_of(one, ids, front + stage[0]) for one in (model, source))
-            for name in stage:
-                weight = source.get_submodule(front + name).weight.detach().numpy()
-                yield f"{front}{name}.weight", quantize(weight, own, full, kind, options)
+            weights = {name: source.get_submodule(front + name).weight.detach().numpy() for name in stage}
+            together = np.concatenate(list(weights.values())).astype(np.float64)
+            assert len(together) <= 256, "the product samples rows of more"
+            how = dense_correction.decided(together, own, full, len(ids) // 4 * len(ids[0]))
+            for name, weight in weights.items():
+                yield f"{front}{name}.weight", quantize(weight, own, full, kind, options, how)
                 pending.append(front + name)
             if inputs == "sequential":
                 for name in pending:

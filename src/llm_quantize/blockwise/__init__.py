@@ -84,7 +84,7 @@ def solve_matrices(
         method,
         (ids.shape[0], ids.shape[1]),
         routers(source.tensors.outputs),
-        paired=chosen.correction > 0,
+        paired=chosen.corrects,
         device=device,
     )
     found = memory.fit(need, threads=fitted.threads, max_ram=options.max_ram, before=fitted.before)

@@ -16,6 +16,7 @@ from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.formats.base import Importance
 from llm_quantize.io.statistics_layout import TapLike
 from llm_quantize.memory import TORCH_BYTES, Sizes, foreseen
+from llm_quantize.methods.gptq_options import held_back
 from llm_quantize.methods.sizes import WORKING_BYTES, factor_bytes, solve_bytes
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
@@ -89,7 +90,7 @@ def _fed_back(
 ) -> tuple[tuple[Sizes, ...], Cost]:
     """``estimate`` where errors are fed back."""
     method, length, device = options.method, _length(source, options), options.calibration.device
-    paired = method.stages(artifact.format).correction > 0
+    paired = method.stages(artifact.format).corrects
     network = from_headers(source, device)
     known = options.statistics is not None
     if known:
@@ -171,11 +172,13 @@ def feedback_sizes(
     tokens = max(CHUNK_TOKENS, length)
     transform = options.transform_of(artifact.format)
     alone, samples = options.inputs == "sequential" and not transform.passes, transform.samples
+    back = held_back(number - HELD_OUT_WINDOWS) if paired and options.gptq.correction is None else 0
     most, seen = (0, 0), 0
     for taps in network.taps:
         for stage in stages(taps, {tap.name for tap in taps}, chosen, sequential=alone):
             sums = sum(tap.matrices * gram_bytes(tap.columns, cross=paired and tap.matrices == 1) for tap in stage)
             sums += sum(4 * tap.matrices * samples_of(samples, tap.matrices) * tap.columns for tap in stage)
+            sums += sum(2 * back * length * tap.columns * network.itemsize for tap in stage if tap.matrices == 1)
             captured = sum(_used(network, tap) * tokens * tap.columns * network.itemsize for tap in stage)
             most = max(most, (sums, captured * (1 + paired)), key=sum)
         seen = max(seen, sum(number * length * tap.columns * network.itemsize for tap in taps if tap.matrices == 1))

@@ -8,11 +8,14 @@ Both are cut into tiles that are added up independently, window after window, so
 of threads; of the symmetric one only the upper tiles are computed. The hessian is a float32 product even of bfloat16
 inputs, as a Cholesky factor needs its small eigenvalues. The cross product is taken in the network's own dtype: it is a
 regression target, and its rounding (2^-9 of one chunk of windows, at random) is below the noise of sampling.
+
+Some inputs may be held back at first (``hold``): kept as they are, to judge by them what the sums of the others say;
+then they are added as well (``release``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -25,12 +28,13 @@ class Gram:
     """The sums of one matrix with ``columns`` inputs. ``cross`` is None where it was not asked for; ``tokens`` so far.
 
     ``hessian`` is whole only after ``finish``. ``largest`` (columns,): of the inputs; ``rows`` (k, columns): those that
-    were kept as they are (``look``).
+    were kept as they are (``look``). ``held``: (inputs, those of the source) of each chunk that is held back.
     """
 
     def __init__(self, columns: int, *, cross: bool, device: torch.device | str = "cpu") -> None:
         self.largest = torch.zeros(columns, dtype=torch.float32, device=device)
         self._rows: list[Tensor] = []
+        self.held: list[tuple[Tensor, Tensor]] = []
         self.columns, self.tokens = columns, 0
         self.hessian = torch.zeros((columns, columns), dtype=torch.float32, device=device)
         self.cross = torch.zeros_like(self.hessian) if cross else None
@@ -48,6 +52,15 @@ class Gram:
             if self.cross is not None and full is not None:
                 found.append(partial(_add_cross, self.cross[rows], inputs, full[:, rows], rows))
         return found
+
+    def hold(self, inputs: Tensor, full: Tensor) -> None:
+        """Hold back what ``jobs`` would add."""
+        self.held.append((inputs, full))
+
+    def release(self) -> Iterator[list[Callable[[], None]]]:
+        """The jobs of adding what is held back, chunk after chunk; afterwards ``finish`` completes the sums anew."""
+        while self.held:
+            yield self.jobs(*self.held.pop(0))
 
     def look(self, inputs: Tensor, keep: int) -> None:
         """Note how large ``inputs`` (tokens, columns) are, and keep ``keep`` of them, at even distances."""

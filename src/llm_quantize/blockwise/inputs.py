@@ -111,6 +111,7 @@ def collect(
     scales: Mapping[str, Tensor] | None = None,
     *,
     windows: int,
+    held_back: int = 0,
     samples: int = 0,
     looks: bool = False,
     cache: CacheSink | None = None,
@@ -118,6 +119,7 @@ def collect(
     """The sums of every matrix of ``taps`` over the first ``windows`` of ``hidden`` through ``block``; with ``full``,
     cross products of single matrices as well.
 
+    ``held_back``: so many of the windows, the last ones, are held back from sums with a cross product (``Gram.hold``).
     ``scales``: {tap: s (columns,)}: the block's inputs are those of the source divided by s. ``samples``: about so many
     inputs of each are kept; then, and where it ``looks``, the largest of each channel is noted. ``cache``: is told of
     keys and values by several threads. An expert that no token reached is absent.
@@ -133,8 +135,9 @@ def collect(
     def look(block: Block, hidden: Tensor, window: int) -> None:
         results[window] = capture(block, hidden, taps, cache=cache)[0]
 
-    for first in range(0, windows, step):
-        chunk = range(first, min(first + step, windows))
+    summed = windows - held_back
+    for first in [*range(0, summed, step), *range(summed, windows, step)]:
+        chunk = range(first, min(first + step, summed if first < summed else windows))
         way.through(block, [Move(hidden, None, None, look, chunk)])
         jobs: list[Callable[[], None]] = []
         for key in dict.fromkeys(key for index in chunk for key in results[index]):
@@ -142,7 +145,10 @@ def collect(
             theirs = _theirs(full, key[0], chunk, inputs, scales or {}) if known[key[0]].matrices == 1 else None
             if key not in grams:
                 grams[key] = Gram(known[key[0]].columns, cross=theirs is not None, device=inputs.device)
-            jobs += grams[key].jobs(inputs, theirs)
+            if first >= summed and theirs is not None:
+                grams[key].hold(inputs, theirs)
+            else:
+                jobs += grams[key].jobs(inputs, theirs)
             if samples or looks:
                 most = samples_of(samples, known[key[0]].matrices)
                 grams[key].look(inputs, most * (first + len(chunk)) // windows - most * first // windows)

@@ -38,6 +38,7 @@ from llm_quantize.events import EventSink
 from llm_quantize.formats.base import Store, mixture_of
 from llm_quantize.grids.inputs import calibrated
 from llm_quantize.memory import Fitted
+from llm_quantize.methods.gptq_options import held_back
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
 from llm_quantize.plan import CACHED, MatrixPlan, unit_key
@@ -180,7 +181,8 @@ class Blocks:
         self.sequential = options.inputs == "sequential"
         self.quantized = options.inputs != "source"
         self.options = options.stages(plan.format)
-        self.paired = self.options.correction > 0
+        self.paired = self.options.corrects
+        self.held_back = held_back(calibrated) if self.paired and self.options.correction is None else 0
         self.routers = routers(matrices.source.tensors.outputs)
         method = options.method_of(plan.format)
         self.solver = Solver(
@@ -357,6 +359,7 @@ class Blocks:
                 full,
                 scales,
                 windows=self.calibrated,
+                held_back=self.held_back,
                 looks=looks,
                 cache=None if cache is None else cache.see,
             )
@@ -364,7 +367,7 @@ class Blocks:
                 grid = asked[one.matrix.name]
                 one.inputs = None if grid is None else calibrated(grid, _largest(one, grams))
                 one.cache = cache
-            self.solver.stage(jobs, grams, stage)
+            self.solver.stage(jobs, grams, stage, members)
             grams.clear()
         sources = Sources(self.matrices.source.checkpoint, self.matrices.present)
         fresh = {job.matrix.name: job for job in jobs}

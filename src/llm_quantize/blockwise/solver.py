@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from llm_quantize.blockwise.segments import Segment
 from llm_quantize.blockwise.stages import parent_tap
 from llm_quantize.formats.base import ReadRows, Store
 from llm_quantize.grids.grid import Grid, GridType
+from llm_quantize.methods.correction import UNTRIED, Correction, decide, sampled
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.hessian import Factor, factorize
 from llm_quantize.methods.table import Method
@@ -49,6 +51,7 @@ FALLBACKS = {
 
 Fields = list[npt.NDArray[Any]]
 Floats = npt.NDArray[np.float32]
+Members = Sequence[tuple[MatrixPlan, Sequence[Segment]]]
 
 
 @dataclass
@@ -128,17 +131,24 @@ class Solver:
     device: str
     routers: frozenset[str] = frozenset()
 
-    def stage(self, jobs: Sequence[Job], grams: Mapping[tuple[str, int], Gram], taps: Sequence[Tap]) -> None:
-        """Quantize all rows of ``jobs``; ``grams`` are what their taps saw, and are used up. None seen: rounding."""
+    def stage(
+        self, jobs: Sequence[Job], grams: Mapping[tuple[str, int], Gram], taps: Sequence[Tap], members: Members = ()
+    ) -> None:
+        """Quantize all rows of ``jobs``; ``grams`` are what their taps saw, and are used up. None seen: rounding.
+        ``members``: where ``grams`` hold something back, all matrices of the stage, those that are done too: what is
+        decided for them all must not depend on which are left."""
         for job in jobs:
             job.on_grid = self._trained_on_grid(job.matrix)
         stacks = {tap.name for tap in taps if tap.matrices > 1}
         parents = {name: parent_tap(name, taps, self.routers) for name in stacks}
         factors: dict[str, Factor] = {}
+        corrections: dict[str, Correction | None] = {}
         for tap in taps:
             needed = tap.name in parents.values() or any(s.tap == tap.name for job in jobs for s in job.segments)
             if tap.matrices == 1 and needed:
-                factors |= dict(self.pool.each(lambda name: (name, self._factor(grams[name, 0])), [tap.name]))
+                behind = {tap.name, *(name for name, parent in parents.items() if parent == tap.name)}
+                corrections[tap.name] = how = self._correction(members, behind, grams[tap.name, 0])
+                (factors[tap.name],) = self.pool.each(partial(self._factor, how=how), [grams[tap.name, 0]])
         work = [
             _Rows(job, start, min(start + ROWS, segment.stop), factors.get(segment.tap))
             for job in jobs
@@ -148,14 +158,20 @@ class Solver:
         ]
         for job in jobs:
             for name in dict.fromkeys(segment.tap for segment in job.segments if segment.tap not in stacks):
-                job.tell(0, grams[name, 0].tokens, factors[name], corrects=grams[name, 0].cross is not None)
+                how = corrections[name]
+                corrects = grams[name, 0].cross is not None and self._corrects(how)
+                job.tell(0, grams[name, 0].tokens, factors[name], corrects=corrects)
+                if how is not None:
+                    job.facts["correction"] = {"share": round(how.share, 4), "ridge": how.ridge}
         for _ in self.pool.each(self._rows, work):
             pass
         experts = [key for key in sorted({(s.tap, s.matrix) for job in jobs for s in job.segments}) if key[0] in stacks]
         layer = {name: _together(name, grams, parents[name]) for name in stacks}
 
         def expert(key: tuple[str, int]) -> None:
-            self._expert(jobs, key, grams.get(key), layer[key[0]], factors.get(parents[key[0]] or ""))
+            parent = parents[key[0]] or ""
+            corrects = parent in factors and self._corrects(corrections[parent])
+            self._expert(jobs, key, grams.get(key), layer[key[0]], factors.get(parent), corrects=corrects)
 
         for _ in self.pool.each(expert, experts):
             pass
@@ -181,8 +197,37 @@ class Solver:
         calibrated = job.inputs is not None and job.inputs.static
         return [*fields, *(self.store.numbers(job.matrix, job.inputs) if calibrated and job.inputs else [])]
 
-    def _factor(self, gram: Gram) -> Factor:
-        return factorize(gram.hessian, gram.tokens, self.options, cross=gram.cross)
+    def _factor(self, gram: Gram, how: Correction | None) -> Factor:
+        return factorize(gram.hessian, gram.tokens, self.options, cross=gram.cross, correction=how)
+
+    def _corrects(self, how: Correction | None) -> bool:
+        return self.options.corrects if how is None else how.share > 0
+
+    def _correction(self, members: Members, taps: Collection[str], gram: Gram) -> Correction | None:
+        """How far the matrices of ``members`` behind ``taps``, whose inputs ``gram`` sums up, make up for the errors of
+        earlier layers, by what was held back of ``gram``; that is then added. None: the options say it, or there is
+        nothing to make up for."""
+        if gram.cross is None or self.options.correction is not None:
+            return None
+        if not gram.held:
+            return UNTRIED
+        weights = self._sampled(members, taps)
+        how = next(self.pool.each(partial(_decided, gram), [weights])) if len(weights) else UNTRIED
+        for work in gram.release():
+            self.pool.do(work)
+        gram.finish()
+        return how
+
+    def _sampled(self, members: Members, taps: Collection[str]) -> torch.Tensor:
+        """float32 (rows, columns): rows of the matrices behind ``taps``, at even distances, done or not."""
+        seen = [(matrix, segment) for matrix, segments in members for segment in segments if segment.tap in taps]
+        parts = sampled([segment.stop - segment.start for _, segment in seen])
+        rows = [
+            self.read(matrix, segment.start + row, segment.start + row + 1)
+            for (matrix, segment), indices in zip(seen, parts, strict=True)
+            for row in indices
+        ]
+        return torch.from_numpy(np.concatenate(rows) if rows else np.empty((0, 0), np.float32)).to(self.device)
 
     def _rows(self, work: _Rows) -> None:
         matrix = work.job.matrix
@@ -214,8 +259,11 @@ class Solver:
         gram: Gram | None,
         layer: tuple[torch.Tensor, int] | None,
         parent: Factor | None,
+        *,
+        corrects: bool,
     ) -> None:
-        """One expert: its own inputs, drawn towards its layer's where they are few."""
+        """One expert: its own inputs, drawn towards its layer's where they are few. ``corrects``: its ``parent`` makes
+        up for the errors of earlier layers."""
         concerned = [(job, segment) for job in jobs for segment in job.segments if (segment.tap, segment.matrix) == key]
         tokens = 0 if gram is None else gram.tokens
         factor = None
@@ -226,7 +274,7 @@ class Solver:
                 factor = replace(factor, correction=parent.correction)
         for job, segment in concerned:
             few = tokens < job.matrix.weight.shape[-1] // 4
-            job.tell(key[1], tokens, factor, corrects=parent is not None and self.options.correction > 0, few=few)
+            job.tell(key[1], tokens, factor, corrects=corrects, few=few)
             for start in range(segment.start, segment.stop, ROWS):
                 self._rows(_Rows(job, start, min(start + ROWS, segment.stop), factor))
 
@@ -247,6 +295,14 @@ class Solver:
             if (grid.decode(codes) - weight).double().norm() < bound * norm:
                 return way
         return ""
+
+
+def _decided(gram: Gram, weights: torch.Tensor) -> Correction:
+    inputs = torch.cat([inputs.float() for inputs, _ in gram.held])
+    away = torch.cat([full.float() for _, full in gram.held]) - inputs
+    if gram.cross is None:
+        raise ValueError("nothing was summed up of how inputs differ")
+    return decide(gram.hessian, gram.cross, gram.tokens, inputs, away, weights)
 
 
 def _rounded(kind: GridType, weight: torch.Tensor, way: str) -> tuple[Grid, torch.Tensor]:

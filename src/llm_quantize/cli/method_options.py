@@ -24,8 +24,9 @@ def method_options(function: Function) -> Function:
         click.option("--inputs", type=click.Choice(["sequential", "block", "source"]), default="sequential",
                      show_default=True, help="What a matrix is calibrated on: the model as quantized up to it, up to "
                      "its block, or not at all (one pass over the source)."),
-        click.option("--correction", type=click.FloatRange(0, 1), default=1.0, show_default=True, metavar="X",
-                     help="How far a layer makes up for the errors of those before it."),
+        click.option("--correction", type=click.FloatRange(0, 1), metavar="X",
+                     help="How far a layer makes up for the errors of those before it. [default: as text that is held "
+                     "back tells, input by input]"),
         click.option("--group-size", "--blocksize", "group_size", type=int, metavar="N",
                      help="Weights that share a scale, -1: a whole row; not for gguf. [default: the largest of "
                      "128, 64, 32 that every matrix allows; of mlx 64, 32; of bitsandbytes 64]"),

@@ -191,7 +191,7 @@ class PackedFormat:
             shard_size=method.shard_size,
             include=method.include,
             qtype=scheme.qtype.name,
-            measured=options.statistics is None and method.stages(self.name).correction > 0,
+            measured=options.statistics is None and method.stages(self.name).corrects,
             warnings=[*warnings, *cautions],
             notes=why,
             too_large=_TOO_LARGE,

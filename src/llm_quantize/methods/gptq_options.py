@@ -7,9 +7,17 @@ from dataclasses import dataclass
 from llm_quantize.errors import UsageError
 from llm_quantize.results import Settings
 
-__all__ = ["GptqOptions"]
+__all__ = ["GptqOptions", "held_back"]
 
 ORDERS = ("descending", "natural")
+
+PART = 4
+"""One window of so many is held back to decide how much is corrected."""
+
+
+def held_back(windows: int) -> int:
+    """How many of ``windows``, the last ones, are held back (methods/correction.py)."""
+    return windows // PART
 
 
 @dataclass(frozen=True, repr=False)
@@ -20,7 +28,8 @@ class GptqOptions(Settings):
     shrink by min(0.9, columns / tokens). ``order``: columns by falling mean square ("descending") or as they stand
     ("natural"). ``refine``: the longer search for the grid. ``feedback``: later columns take over the error of earlier
     ones. ``sweeps`` of coordinate descent, each time; ``refit``: the free floats are solved for, ``alternations``
-    times, each followed by sweeps. ``correction``: share of the full-precision-target correction, 0 for none.
+    times, each followed by sweeps. ``correction``: share of the full-precision-target correction, 0 for none; None: as
+    text that is held back tells, input by input (methods/correction.py).
     ``compare``: rows that the format owner's own codes serve better get those. Raises UsageError for values that
     mean nothing.
     """
@@ -33,7 +42,7 @@ class GptqOptions(Settings):
     sweeps: int = 3
     refit: bool = True
     alternations: int = 1
-    correction: float = 1.0
+    correction: float | None = None
     compare: bool = True
 
     def __post_init__(self) -> None:
@@ -49,5 +58,10 @@ class GptqOptions(Settings):
                 expected="0 or more",
                 found=f"{self.sweeps} and {self.alternations}",
             )
-        if not 0 <= self.correction <= 1:
+        if self.correction is not None and not 0 <= self.correction <= 1:
             raise UsageError("The correction is a share", expected="0 to 1", found=self.correction)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether anything of the correction may be left."""
+        return self.correction is None or self.correction > 0

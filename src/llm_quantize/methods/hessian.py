@@ -11,7 +11,8 @@ quarter of the work and without the loss of digits of an inverse:
 
 The factor is float64, in place. Correction (GPTAQ, Li et al. 2025, arXiv 2504.02692, in closed form): x is what the
 full-precision model gives a linear, y what it gets behind quantized layers; the least squares solution of
-W' y = W x is W' = W (I + D (Y + ridge)^-1) with Y = sum y y^T and D = sum (x - y) y^T.
+W' y = W x is W' = W (I + D (Y + ridge)^-1) with Y = sum y y^T and D = sum (x - y) y^T (how much of it, and which
+ridge: correction.py).
 Dense twin: tests/oracles/dense_gptq.py.
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.methods.cholesky import factor_in_place
+from llm_quantize.methods.correction import UNTRIED, Correction, mean_square
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.sizes import CHUNK
 
@@ -33,7 +35,6 @@ __all__ = ["Factor", "factorize", "mix"]
 DAMP_STEPS = 3  # tries with 1, 10, 100 times the damping, before a fallback
 PART = 1024  # columns of one block of the block-diagonal fallback
 FLOOR = 1e-3  # least importance of a channel, in medians of the living ones
-OUTLIER = 100.0  # diagonal entries count at most this many medians in the mean that damping is a share of
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,15 @@ def factorize(
     options: GptqOptions,
     *,
     cross: Tensor | None = None,
+    correction: Correction | None = None,
     prior: Tensor | None = None,
     prior_tokens: int = 0,
 ) -> Factor:
     """Conditions and factors ``hessian`` float32 (n, n), the sum of x x^T over ``tokens`` inputs.
 
-    ``cross`` float32 (n, n): sum of (x_full - x) x^T; the correction is written over it. ``prior``: see :func:`mix`.
+    ``cross`` float32 (n, n): sum of (x_full - x) x^T; the correction is written over it. ``correction``: how much of it
+    and on which ridge; None: the share of the options on a ridge of the damping, ``UNTRIED`` where they say none.
+    ``prior``: see :func:`mix`.
     A channel that was always 0 keeps its weights and takes no part in feedback. Raises UsageError for wrong shapes,
     NumericPolicyError for NaN, infinity, or a negative mean square. What cannot be factored is damped more, then cut
     to blocks, then to its diagonal; ``notes`` tells it.
@@ -110,9 +114,10 @@ def factorize(
     if conditioning.living == 0:
         return _unseen(hessian, conditioning)
     notes: list[str] = []
-    correction = None
-    if cross is not None and options.correction > 0:
-        correction = _correct(hessian, cross, conditioning, options, notes)
+    moved = None
+    how = correction or conditioning.asked(options)
+    if cross is not None and how.share > 0:
+        moved = _correct(hessian, cross, conditioning, how, notes)
     order = conditioning.order(options)
     mode, damp, lower = _factor(hessian, conditioning, order, notes)
     if conditioning.dead:
@@ -122,7 +127,7 @@ def factorize(
         order=order,
         lower=lower,
         importance=conditioning.importance(),
-        correction=correction,
+        correction=moved,
         mode=mode,
         notes=tuple(notes),
         damp=damp,
@@ -148,12 +153,15 @@ class _Conditioning:
                 "A Hessian has a negative diagonal: it is no sum of squares", found=float(diagonal.min())
             )
         alive = diagonal > 0
-        living = diagonal[alive]
-        damp = 0.0
-        if living.numel():
-            damp = options.damp * float(living.clamp(max=OUTLIER * float(living.median())).mean())
+        damp = options.damp * mean_square(diagonal)
         shrink = min(0.9, len(diagonal) / max(tokens, 1)) if options.shrink else 0.0
         return cls(diagonal, alive, tokens, shrink, damp)
+
+    def asked(self, options: GptqOptions) -> Correction:
+        """What the options say of the correction, its ridge damp * (1 + n / tokens)."""
+        if options.correction is None:
+            return UNTRIED
+        return Correction(options.correction, options.damp * (1 + len(self.diagonal) / max(self.tokens, 1)))
 
     @property
     def living(self) -> int:
@@ -281,9 +289,9 @@ def _conditioned(hessian: Tensor, conditioning: _Conditioning, order: Tensor, mo
 
 
 def _correct(
-    hessian: Tensor, cross: Tensor, conditioning: _Conditioning, options: GptqOptions, notes: list[str]
+    hessian: Tensor, cross: Tensor, conditioning: _Conditioning, how: Correction, notes: list[str]
 ) -> Tensor | None:
-    """alpha D (H + ridge)^-1, written over D; ridge = damp * (1 + n / tokens)."""
+    """share D (H + ridge)^-1, written over D."""
     n = len(hessian)
     work = torch.empty(n, n, dtype=torch.float64, device=hessian.device)
 
@@ -293,11 +301,11 @@ def _correct(
         work.diagonal().add_(ridge)
         return factor_in_place(work)
 
-    first = conditioning.damp * (1 + n / max(conditioning.tokens, 1))
+    first = how.ridge * mean_square(conditioning.diagonal)
     if _damped(attempt, first, "the correction", notes) is None:
         notes.append("no correction: its least squares problem could not be solved")
         return None
-    scale = options.correction / max(conditioning.tokens, 1)
+    scale = how.share / max(conditioning.tokens, 1)
     for start, stop in _chunks(n):
         rows = cross[start:stop].to(torch.float64)
         half = torch.linalg.solve_triangular(work, rows.T, upper=False)

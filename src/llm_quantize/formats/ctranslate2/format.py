@@ -140,7 +140,7 @@ class CTranslate2:
             identity={**(method.identity(self.name) if fed else {}), "nonfinite": options.nonfinite, **text},
             shard_size=method.shard_size,
             include=method.include,
-            measured=fed and options.statistics is None and method.stages(self.name).correction > 0,
+            measured=fed and options.statistics is None and method.stages(self.name).corrects,
             warnings=warnings,
             dropped=source.left_out,
             too_large="use bfloat16 or float32, which hold larger magnitudes: -q bfloat16",

@@ -1,0 +1,97 @@
+"""How much of the correction serves text held back: the dense twin, what must come out, what must not be learnt."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from llm_quantize.methods.correction import RIDGES, ROWS, UNTRIED, Correction, decide, mean_square, sampled
+from llm_quantize.methods.gptq_options import GptqOptions, held_back
+from llm_quantize.methods.hessian import factorize
+
+from ..oracles import dense_correction
+
+
+def drawn(tokens: int, columns: int, seed: int, *, learnable: float, noise: float):
+    """(own, full): inputs of a wide spectrum, and the source's, away from them by a map and by noise."""
+    numbers = np.random.default_rng(seed)
+    mixing = numbers.normal(size=(columns, columns)) / np.sqrt(columns) * np.geomspace(3, 0.1, columns)
+    own = numbers.normal(size=(tokens, columns)) @ mixing.T
+    moved = numbers.normal(size=(columns, columns)) / np.sqrt(columns)
+    return own, own + learnable * own @ moved.T + noise * numbers.normal(size=own.shape)
+
+
+def asked(own, full, weights, held: int) -> Correction:
+    own, full, weights = (torch.from_numpy(values).float() for values in (own, full, weights))
+    fit = len(own) - held
+    hessian, cross = own[:fit].T @ own[:fit], (full[:fit] - own[:fit]).T @ own[:fit]
+    return decide(hessian, cross, fit, own[fit:], full[fit:] - own[fit:], weights)
+
+
+@pytest.mark.parametrize(("learnable", "noise"), [(0.2, 0.0), (0.2, 0.5), (0.05, 0.5), (0.02, 1.0)])
+def test_it_is_what_the_dense_twin_decides(learnable: float, noise: float) -> None:
+    own, full = drawn(400, 48, 1, learnable=learnable, noise=noise)
+    weights = np.random.default_rng(2).normal(size=(30, 48))
+    found = asked(own, full, weights, 100)
+    share, ridge = dense_correction.decided(weights, own, full, 100)
+    assert found.ridge == ridge
+    assert found.share == pytest.approx(share, rel=1e-4)
+
+
+def test_what_can_be_learnt_is_taken_whole_and_noise_is_not() -> None:
+    weights = np.random.default_rng(2).normal(size=(30, 48))
+    clear = asked(*drawn(4000, 48, 3, learnable=0.2, noise=0.0), weights, 1000)
+    blurred = asked(*drawn(400, 48, 3, learnable=0.03, noise=1.0), weights, 100)
+    nothing = [asked(*drawn(400, 48, seed, learnable=0.0, noise=1.0), weights, 100) for seed in range(10, 30)]
+    assert clear.share > 0.97
+    assert 0 < blurred.share < 0.7
+    assert np.mean([one.share for one in nothing]) < 0.2
+    assert any(one.share == 0 for one in nothing)
+
+
+def test_less_text_beside_the_columns_wants_a_larger_ridge() -> None:
+    weights = np.random.default_rng(2).normal(size=(30, 96))
+    few, many = (asked(*drawn(n, 96, 5, learnable=0.2, noise=0.3), weights, n // 4) for n in (200, 8000))
+    assert few.ridge > many.ridge
+
+
+def test_inputs_that_do_not_differ_need_nothing() -> None:
+    own, _ = drawn(200, 16, 1, learnable=0.0, noise=0.0)
+    assert asked(own, own, np.eye(16), 50) == Correction(0.0, RIDGES[0])
+    assert asked(0 * own, 0 * own, np.eye(16), 50) == Correction(0.0, RIDGES[0])
+
+
+def test_the_share_and_the_ridge_are_what_is_applied() -> None:
+    own, full = drawn(400, 24, 7, learnable=0.1, noise=0.2)
+    weight = np.random.default_rng(2).normal(size=(5, 24))
+    how = Correction(0.6, 0.3)
+    inputs, away = torch.from_numpy(own).float(), torch.from_numpy(full - own).float()
+    factor = factorize(inputs.T @ inputs, 400, GptqOptions(), cross=away.T @ inputs, correction=how)
+    assert factor.correction is not None
+    found = weight + weight @ factor.correction.numpy().astype(np.float64)
+    np.testing.assert_allclose(found, dense_correction.corrected(weight, own, full, 0.6, 0.3), rtol=1e-4, atol=1e-5)
+    untold = factorize(inputs.T @ inputs, 400, GptqOptions(), cross=away.T @ inputs).correction
+    told = factorize(inputs.T @ inputs, 400, GptqOptions(), cross=away.T @ inputs, correction=UNTRIED).correction
+    assert untold is not None
+    assert torch.equal(untold, told)
+
+
+def test_rows_that_tell_are_spread_over_all_matrices() -> None:
+    assert sampled([3, 5]) == [[0, 1, 2], [0, 1, 2, 3, 4]]
+    some = sampled([4096, 1024, 1024])
+    assert [len(rows) for rows in some] == [170, 42, 42]
+    assert some[1][:2] == [0, 24]
+    assert sum(len(rows) for rows in sampled([7] * 1000)) == 1000  # one of each at least
+    assert sum(len(rows) for rows in sampled([ROWS // 2, ROWS // 2])) == ROWS
+
+
+def test_a_quarter_of_the_windows_is_held_back() -> None:
+    assert [held_back(windows) for windows in (1, 3, 4, 48)] == [0, 0, 1, 12]
+
+
+def test_outliers_do_not_set_the_ridge() -> None:
+    squares = torch.ones(1000, dtype=torch.float64)
+    squares[0], squares[1] = 1e9, 0.0
+    assert mean_square(squares) == pytest.approx((998 + 100) / 999)
+    assert mean_square(torch.zeros(4)) == 0.0
