@@ -15,19 +15,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import Keys
 
-from llm_quantize import kernels
 from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.from_gguf import Contents, Derived, derive
 from llm_quantize.architectures.rows import Shaped, chunk_rows, inverse, matrix_shape, read_output_rows, to_float32
 from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.formats.gguf.levels import LEVELS
+from llm_quantize.formats.gguf.scales import INPUT_SCALE, Scales, companions, decode
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, MetaValue, read_gguf
 from llm_quantize.io.paths import opened, pread_into
@@ -41,13 +40,20 @@ from llm_quantize.qtypes import QTYPES
 _MAGIC = b"GGUF"
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 _FLOATS: Mapping[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_OF_INPUTS = "a scale of the inputs of a matrix, for runtimes that round them to 4 bits: weights do not depend on it"
 
 
 class StoredRows:
-    """Rows of the tensors of a file, by their own names (``architectures.rows.RowSource``); threads may share it."""
+    """Rows of the tensors of a file, by their own names (``architectures.rows.RowSource``); threads may share it.
+
+    ``scales``: those that whole matrices have beside them, which are not among ``tensors``: rows are read times them.
+    Raises MalformedInputError for a scale of a wrong form.
+    """
 
     def __init__(self, headers: Sequence[Header]) -> None:
-        self.tensors = {name: info for header in headers for name, info in header.tensors.items()}
+        held = {name: info for header in headers for name, info in header.tensors.items()}
+        self.scales = Scales(held, self._whole)
+        self.tensors = {name: info for name, info in held.items() if name not in self.scales.weights}
         self._reader = TensorReader(headers)
         self._shaped = Shaped({name: info.shape for name, info in self.tensors.items()})
 
@@ -78,11 +84,19 @@ class StoredRows:
         self._reader.read(info, start * row_bytes, view)
         if digest is not None:
             digest.update(view)
-        if plain is not None:
-            stored: npt.NDArray[Any] = np.frombuffer(view, plain).reshape(stop - start, columns)
-            return stored
-        packed = np.frombuffer(view, np.uint8).reshape(stop - start, row_bytes)
-        return kernels.dequantize(info.dtype, packed, columns)
+        scales = self.scales.of_rows(name, info.shape, start, stop - start)
+        if digest is not None and scales is not None:
+            digest.update(scales.data)
+        if plain is None:
+            return decode(info.dtype, np.frombuffer(view, np.uint8).reshape(stop - start, row_bytes), columns, scales)
+        stored: npt.NDArray[Any] = np.frombuffer(view, plain).reshape(stop - start, columns)
+        return stored if scales is None else to_float32(stored) * scales
+
+    def _whole(self, info: TensorInfo) -> bytes:
+        """The bytes of a small tensor."""
+        found = bytearray(info.nbytes)
+        self._reader.read(info, 0, memoryview(found))
+        return bytes(found)
 
     def close(self) -> None:
         """Close every file."""
@@ -95,8 +109,6 @@ class GgufModel(Opened):
     revision: str | None = None
     generation_config: dict[str, Any] | None = None
     temporary: tempfile.TemporaryDirectory[str] | None = None
-    folded: Mapping[str, str] = MappingProxyType({})
-    left_out: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self, name: str, metadata: Mapping[str, MetaValue], headers: Sequence[Header], derived: Derived, hollow: bool
@@ -108,6 +120,12 @@ class GgufModel(Opened):
         self.stored = StoredRows(headers)
         self._rows = inverse(derived.shapes, derived.outputs)
         self.tensors: dict[str, TensorInfo] = {name: self._info(tensor) for name, tensor in self._rows.items()}
+        held = {piece.source: name for name, tensor in self._rows.items() for piece in tensor.pieces}
+        scales = self.stored.scales.weights
+        self.folded: Mapping[str, str] = {
+            scale: held[weight] for scale, weight in scales.items() if not scale.endswith(INPUT_SCALE)
+        }
+        self.left_out: Mapping[str, str] = {scale: _OF_INPUTS for scale in scales if scale.endswith(INPUT_SCALE)}
         self.kind = _kind(metadata, self.stored.tensors.values())
 
     def _info(self, tensor: OutputTensor) -> TensorInfo:
@@ -152,9 +170,10 @@ class GgufModel(Opened):
         return all(word in _FLOATS or word in QTYPES for word in words)
 
     def stored_dtype(self, name: str) -> np.dtype[Any]:
-        """As ``Rows.stored_dtype``: float32 for what is quantized, offset, or of several types."""
+        """As ``Rows.stored_dtype``: float32 for what is quantized, offset, scaled, or of several types."""
         self.check_readable(name)
-        offset = any(piece.add for piece in self._rows[name].pieces)
+        pieces = self._rows[name].pieces
+        offset = any(piece.add or self.stored.scales.info(piece.source) is not None for piece in pieces)
         return np.dtype(np.float32 if offset else _FLOATS.get(self.tensors[name].dtype, np.float32))
 
     def raw_rows(self, name: str, start: int, stop: int, *, buffer: Any = None) -> memoryview:
@@ -237,6 +256,7 @@ def open_at(place: Place, model: str, *, headers_only: bool = False) -> GgufMode
     metadata = files[0].metadata
     headers = [_header(file) for file in files]
     shapes = {name: info.shape for header in headers for name, info in header.tensors.items()}
+    shapes = {name: shape for name, shape in shapes.items() if name not in companions(shapes.keys())}
 
     def values(name: str) -> npt.NDArray[np.float32]:
         stored = StoredRows(headers)
