@@ -7,7 +7,8 @@ value = d (q - z) + m, d of a group of whole blocks,
     q4_0, q5_0, q8_0   whole q - z from -8, -16 or -128 on          m = 0, or such that m / d is whole
     q4_1, q5_1         whole q from 0 to 15 or 31                   m - d z in float16
     q2_0               whole q - z from -1 to 2, or from -2 to 1 under a scale of the other sign
-    mxfp4, nvfp4       E2M1 with scales of E8M0 in groups of 32; of E4M3 in groups of 16, times one number for the matrix
+    mxfp4              E2M1 with scales of E8M0 in groups of 32
+    nvfp4              E2M1 with scales of E4M3 in groups of 16, times one number for the matrix
 
 Codes are kept as they are; d and m become float16, so that what they do not hold there is rounded. Whether the values
 are the same is for those to find out who decode both.
@@ -86,10 +87,7 @@ def held(qtype: str, packed: Bytes, columns: int, whole: Floats | None = None) -
         return _fours(_FOURS[qtype], packed, columns, whole)
     if qtype not in ggml_pack.LAYOUTS or whole is not None:
         return None
-    if qtype == "q8_0":
-        found = _bytes(packed, columns)
-    else:
-        found = ggml_pack.unpack(qtype, packed, columns)
+    found = _bytes(packed, columns) if qtype == "q8_0" else ggml_pack.unpack(qtype, packed, columns)
     grid = found[0]
     numbers = (part for part in (grid.d, grid.m) if part is not None)
     return found if all(bool(part.isfinite().all()) for part in numbers) else None
@@ -191,8 +189,8 @@ def _of_integers(qtype: str, form: _Integers, grid: Grid, codes: Tensor) -> Byte
     if wrong.any():
         return None
     repeat = grid.group // block
-    d, m = (None if one is None else np.repeat(one, repeat, axis=1) for one in (scale, minimum))
-    return _joined(qtype, numbers.reshape(codes.shape) - form.least, d, m)
+    m = None if minimum is None else np.repeat(minimum, repeat, axis=1)
+    return _joined(qtype, numbers.reshape(codes.shape) - form.least, np.repeat(scale, repeat, axis=1), m)
 
 
 def _per_group(grid: Grid, values: Tensor | None) -> Floats | None:
@@ -211,7 +209,7 @@ def _whole(scale: Floats, offset: Floats | None) -> Floats | None:
     return np.asarray(steps, np.float32) if right.all() else None
 
 
-def _joined(qtype: str, codes: Floats, d: Floats | None, m: Floats | None) -> Bytes | None:
+def _joined(qtype: str, codes: Floats, d: Floats, m: Floats | None) -> Bytes | None:
     """The bytes of ``codes`` (rows, columns), counted from the lowest, under scales and minima (rows, blocks)."""
     rows = len(codes)
     parts = [_half(one) for one in (d, m) if one is not None]

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,15 @@ from gguf.constants import Keys
 
 from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.from_gguf import Contents, Derived, derive
-from llm_quantize.architectures.rows import Shaped, chunk_rows, inverse, matrix_shape, read_output_rows, to_float32
+from llm_quantize.architectures.rows import (
+    Shaped,
+    chunk_rows,
+    held_output_rows,
+    inverse,
+    matrix_shape,
+    read_output_rows,
+    to_float32,
+)
 from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.formats.gguf.levels import LEVELS
 from llm_quantize.formats.gguf.scales import INPUT_SCALE, Scales, companions, decode
@@ -36,10 +44,26 @@ from llm_quantize.models.base import Digest, FileFact, Opened, Values, fingerpri
 from llm_quantize.models.hub.locate import Place
 from llm_quantize.models.safetensors import without_weights
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.qtypes.held import Held
+
+if TYPE_CHECKING:
+    import torch
+
+    from llm_quantize.grids.grid import Grid
+
+Bytes = npt.NDArray[np.uint8]
 
 _MAGIC = b"GGUF"
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 _FLOATS: Mapping[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_SCALED = "nvfp4"
+"""The type whose scales have a place in grids."""
+_GRIDS: Mapping[str, str] = {
+    **{"q2_0": "int2_g64_asym", "q4_0": "int4_g32", "q5_0": "int5_g32", "q8_0": "int8_g32"},
+    **{"q4_1": "affine4_g32", "q5_1": "affine5_g32", "mxfp4": "e2m1_b32_e8m0", "nvfp4": "e2m1_b16_e4m3"},
+    **{name: name for name in ("q1_0", "iq4_nl", "iq4_xs", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")},
+}
+"""Types that are grids, by the name that formats of directories have for the grid; their own where none has it."""
 _OF_INPUTS = "a scale of the inputs of a matrix, for runtimes that round them to 4 bits: weights do not depend on it"
 
 
@@ -91,6 +115,31 @@ class StoredRows:
             return decode(info.dtype, np.frombuffer(view, np.uint8).reshape(stop - start, row_bytes), columns, scales)
         stored: npt.NDArray[Any] = np.frombuffer(view, plain).reshape(stop - start, columns)
         return stored if scales is None else to_float32(stored) * scales
+
+    def held(self, name: str) -> Held | None:
+        """As ``Model.held``."""
+        dtype = self.tensors[name].dtype
+        if dtype not in _GRIDS or (dtype != _SCALED and self.scales.info(name) is not None):
+            return None
+        return Held(_GRIDS[dtype], "float16")
+
+    def packed_rows(self, name: str, start: int, stop: int) -> Bytes:
+        """uint8 (stop - start, row_bytes): rows as they are stored."""
+        info = self.tensors[name]
+        row_bytes = info.nbytes // self.matrix(name)[0]
+        packed = np.empty((stop - start, row_bytes), np.uint8)
+        self._reader.read(info, start * row_bytes, packed.reshape(-1).data)
+        return packed
+
+    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+        """As ``Model.held_grid``."""
+        if self.held(name) is None:
+            return None
+        from llm_quantize.grids import ggml_held
+
+        info, columns = self.tensors[name], self.matrix(name)[1]
+        scales = self.scales.of_rows(name, info.shape, start, stop - start)
+        return ggml_held.held(info.dtype, self.packed_rows(name, start, stop), columns, scales)
 
     def _whole(self, info: TensorInfo) -> bytes:
         """The bytes of a small tensor."""
@@ -216,6 +265,20 @@ class GgufModel(Opened):
             return nothing
         values: npt.NDArray[Any] = read_output_rows(self.stored, tensor, start, stop, buffer=buffer, digest=digest)
         return values if values.dtype == self.stored_dtype(name) else to_float32(values)
+
+    def held(self, name: str) -> Held | None:
+        """As ``Model.held``: of what the file stores in another order of columns, or with something added, nothing."""
+        pieces = self._rows[name].pieces
+        if any(piece.transpose or piece.columns is not None or piece.add for piece in pieces):
+            return None
+        found = {self.stored.held(piece.source) for piece in pieces}
+        return found.pop() if len(found) == 1 else None
+
+    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+        """As ``Model.held_grid``."""
+        if self.headers_only:
+            raise without_weights(self.tensors[name])
+        return None if self.held(name) is None else held_output_rows(self.stored, self._rows[name], start, stop)
 
     def close(self) -> None:
         """As ``Rows.close``."""
