@@ -173,8 +173,8 @@ def held_output_rows(
     source: HeldSource, tensor: OutputTensor, start: int, stop: int
 ) -> tuple[Grid, torch.Tensor] | None:
     """``Model.held_grid`` for rows [start, stop) of ``tensor``: the rows of its pieces, in their order, each on
-    the grid on which the source stores it. None where a piece is not held, or not by rows: transposed, its columns reordered,
-    something added; or where pieces are on grids of different kinds. Needs torch."""
+    the grid on which the source stores it. None where a piece is not held, or not by rows: transposed, its columns
+    reordered, something added; or where pieces are on grids of different kinds. Needs torch."""
     from llm_quantize.grids.held import joined, taken
 
     if tensor.constant is not None or is_joined(tensor):
