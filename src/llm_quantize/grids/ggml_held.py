@@ -1,7 +1,7 @@
 """Between ggml's blocks and grids of any format: what a GGUF file stores, as formats of directories have it, and what
 they store, as ggml's blocks.
 
-A row of blocks is a grid as it stands (``held``). The other way (``blocks``) a grid has to be one of the type: with
+A row of blocks is a grid as it stands (``held``). The other way (``hold``) a grid has to be one of the type: with
 value = d (q - z) + m, d of a group of whole blocks,
 
     q4_0, q5_0, q8_0   whole q - z from -8, -16 or -128 on          m = 0, or such that m / d is whole
@@ -10,8 +10,7 @@ value = d (q - z) + m, d of a group of whole blocks,
     mxfp4              E2M1 with scales of E8M0 in groups of 32
     nvfp4              E2M1 with scales of E4M3 in groups of 16, times one number for the matrix
 
-Codes are kept as they are; d and m become float16, so that what they do not hold there is rounded. Whether the values
-are the same is for those to find out who decode both.
+Codes are kept as they are. Whether the values are the same to the last bit is for those to find out who decode both.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from llm_quantize.errors import UsageError
 from llm_quantize.grids import ggml_pack
-from llm_quantize.grids.grid import Grid, Ladder
+from llm_quantize.grids.grid import Grid, Ladder, to_storage
 from llm_quantize.kernels.reference.floats import half_bits, half_values
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.qtypes.codebook import CODEBOOKS, SCALES
 
-__all__ = ["Blocks", "blocks", "held"]
+__all__ = ["held", "hold", "is_other", "pack"]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -65,15 +65,8 @@ _INTEGERS = {
 }
 _FOURS = {"mxfp4": _Fours(32, "e8m0", 1, 16), "nvfp4": _Fours(16, "e4m3", 4, 32)}
 _E2M1 = np.array(CODEBOOKS["e2m1"], np.float32)
+_BYTES = "q8_0"
 _HALF = 8  # codes of E2M1 with either sign
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """``packed``: uint8 (rows, row_bytes). ``whole``: the number that all of them are multiplied with."""
-
-    packed: Bytes
-    whole: float = 1.0
 
 
 def held(qtype: str, packed: Bytes, columns: int, whole: Floats | None = None) -> tuple[Grid, Tensor] | None:
@@ -87,7 +80,7 @@ def held(qtype: str, packed: Bytes, columns: int, whole: Floats | None = None) -
         return _fours(_FOURS[qtype], packed, columns, whole)
     if qtype not in ggml_pack.LAYOUTS or whole is not None:
         return None
-    found = _bytes(packed, columns) if qtype == "q8_0" else ggml_pack.unpack(qtype, packed, columns)
+    found = _bytes(packed, columns) if qtype == _BYTES else ggml_pack.unpack(qtype, packed, columns)
     grid = found[0]
     numbers = (part for part in (grid.d, grid.m) if part is not None)
     return found if all(bool(part.isfinite().all()) for part in numbers) else None
@@ -95,7 +88,7 @@ def held(qtype: str, packed: Bytes, columns: int, whole: Floats | None = None) -
 
 def _bytes(packed: Bytes, columns: int) -> tuple[Grid, Tensor]:
     """Q8_0 with all 256 levels: ggml's own encoder never writes the lowest, others may."""
-    parts = packed.reshape(len(packed), -1, QTYPES["q8_0"].block_bytes)
+    parts = packed.reshape(len(packed), -1, QTYPES[_BYTES].block_bytes)
     d = half_values(np.ascontiguousarray(parts[:, :, :2]).view("<u2").astype(np.uint16)[:, :, 0])
     codes = np.ascontiguousarray(parts[:, :, 2:]).reshape(len(packed), columns) ^ np.uint8(128)
     levels = torch.arange(-128, 128, dtype=torch.float32)
@@ -122,106 +115,115 @@ def _fours(form: _Fours, packed: Bytes, columns: int, whole: Floats | None) -> t
     return grid, torch.from_numpy(places)
 
 
-def blocks(qtype: str, grid: Grid, codes: Tensor) -> Blocks | None:
-    """The blocks of ``qtype`` with the codes of a grid, uint8 (rows, columns), whatever format it is of; None where
-    they are none of its."""
+def hold(qtype: str, grid: Grid, codes: Tensor, *, exact: bool = True) -> tuple[Grid, Tensor] | None:
+    """``codes`` uint8 (rows, columns) on ``grid``, of whatever format, on a grid that ``grids.pack_ggml`` takes for
+    ``qtype``; None where they are none of its, and with ``exact`` where float16 does not hold the numbers. Without, the
+    numbers are the nearest of float16: codes that were chosen with care lose less so than when they are chosen again.
+    """
     if qtype in _FOURS:
         return _of_fours(_FOURS[qtype], grid, codes)
-    if qtype in _INTEGERS and codes.shape[1] % QTYPES[qtype].block_size == 0:
-        found = _of_integers(qtype, _INTEGERS[qtype], grid, codes)
-        if found is not None:
-            return Blocks(found)
-    if _is_own(qtype, grid):
-        return Blocks(ggml_pack.pack(qtype, grid, codes))
-    return None
+    if _is_own(qtype, grid) and _is_half(grid.d, True) and _is_half(grid.m, True):
+        return grid, codes
+    block = QTYPES[qtype].block_size if qtype in _INTEGERS else 0
+    if not block or grid.ladder is not None or not grid.uniform or grid.group % block:
+        return None
+    found = _of_integers(_INTEGERS[qtype], grid, codes, block)
+    if found is None or not all(_is_half(part, exact) for part in (found[0].d, found[0].m)):
+        return None
+    return found[0].with_floats(found[0].d, found[0].m), found[1]
+
+
+def _is_half(values: Tensor | None, exact: bool) -> bool:
+    """Whether ``values`` are numbers, with ``exact`` of float16."""
+    if values is None:
+        return True
+    return bool(values.isfinite().all()) and (not exact or torch.equal(to_storage(values, torch.float16), values))
 
 
 def _is_own(qtype: str, grid: Grid) -> bool:
     """Whether ``grid`` is one that blocks of ``qtype`` were unpacked to."""
     layout = ggml_pack.LAYOUTS.get(qtype)
-    if layout is None or grid.z is not None or (grid.group, grid.span) != (layout.group, layout.span):
+    if layout is None or grid.z is not None or grid.ladder is not None:
         return False
-    same = np.array_equal(grid.levels.numpy(), layout.level_values())
-    return same and (grid.m is None) == (layout.sub_minima == 0) and grid.ladder is None
+    same = (grid.group, grid.span) == (layout.group, layout.span) and (grid.m is None) == (layout.sub_minima == 0)
+    return same and np.array_equal(grid.levels.numpy(), layout.level_values()) and grid.storage == torch.float16
 
 
-def _of_fours(form: _Fours, grid: Grid, codes: Tensor) -> Blocks | None:
-    rows, columns = codes.shape
-    if grid.ladder is None or grid.group != form.group or grid.ladder.base or columns % (form.scales * form.group):
+def _of_fours(form: _Fours, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+    ladder = grid.ladder
+    if ladder is None or grid.group != form.group or ladder.base or codes.shape[1] % (form.scales * form.group):
         return None
-    steps = grid.ladder.steps.to(torch.float64).numpy()
-    whole = float(np.float32(steps.flat[0]))
-    same = np.array_equal(grid.levels.numpy(), _E2M1) and (steps == steps.flat[0]).all()
-    table = np.array(SCALES[form.nested], np.float32)
-    if not same or not np.array_equal(grid.ladder.levels.numpy(), table) or (form.nested == "e8m0" and whole != 1):
-        return None
-    places = codes.numpy()
+    alike = bool((ladder.steps == ladder.steps.reshape(-1)[:1]).all())
+    same = np.array_equal(grid.levels.numpy(), _E2M1) and bool((grid.scale() == grid.d).all())
+    same = same and np.array_equal(ladder.levels.numpy(), np.array(SCALES[form.nested], np.float32))
+    alone = form.scales > 1 or bool((ladder.steps == 1).all())
+    return (grid, codes) if same and alike and alone else None
+
+
+def is_other(qtype: str, grid: Grid) -> bool:
+    """Whether ``grid`` is one of ``qtype`` that ``pack`` knows, and no other module: E2M1 with both zeros, bytes with
+    all of their levels."""
+    return grid.levels.numel() == (len(_E2M1) if qtype in _FOURS else 256 if qtype == _BYTES else 0)
+
+
+def pack(qtype: str, grid: Grid, codes: Tensor) -> Bytes:
+    """The blocks, uint8 (rows, row_bytes), of what ``hold`` gave. What the scales of E2M1's groups are multiplied with
+    (``Ladder.steps``) is not among them."""
+    rows, places = len(codes), codes.numpy()
+    if qtype not in _FOURS:
+        d = half_bits(np.ascontiguousarray(grid.d.numpy().reshape(-1))).astype("<u2").view(np.uint8).reshape(-1, 2)
+        stored = places.reshape(-1, 32) ^ np.uint8(128)
+        return np.ascontiguousarray(np.concatenate([d, stored], axis=1).reshape(rows, -1))
+    form, ladder = _FOURS[qtype], grid.ladder
+    if ladder is None:
+        raise UsageError(f"This number grid is not one of {qtype}", found="scales that are floats")
     stored = np.where(places < _HALF, 2 * _HALF - 1 - places, places - _HALF).astype(np.uint8)
     halves = stored.reshape(rows, -1, 2, form.group // 2)
     low = (halves[:, :, 0] | halves[:, :, 1] << np.uint8(4)).reshape(rows, -1, form.codes)
-    rungs = grid.ladder.codes.numpy().reshape(rows, -1, form.scales)
-    return Blocks(np.ascontiguousarray(np.concatenate([rungs, low], axis=2).reshape(rows, -1)), whole)
+    rungs = ladder.codes.numpy().reshape(rows, -1, form.scales)
+    return np.ascontiguousarray(np.concatenate([rungs, low], axis=2).reshape(rows, -1))
 
 
-def _of_integers(qtype: str, form: _Integers, grid: Grid, codes: Tensor) -> Bytes | None:
-    """The bytes of a grid of whole numbers; None where it is of another kind, or goes beyond the type's."""
-    block = QTYPES[qtype].block_size
-    if grid.ladder is not None or not grid.uniform or (grid.group % block and grid.group != codes.shape[1]):
-        return None
-    scale = grid.scale().numpy()
-    away = np.zeros(scale.shape, np.float32) if grid.z is None else grid.z.numpy()
+def _of_integers(form: _Integers, grid: Grid, codes: Tensor, block: int) -> tuple[Grid, Tensor] | None:
+    """The same whole numbers on levels of ``form``; None where they go beyond these."""
+    rows, columns = codes.shape
+    scale = grid.scale()
+    away = torch.zeros_like(scale) if grid.z is None else grid.z
     away = away - float(grid.levels[0])  # of the code: q = code - away
-    offset = _per_group(grid, grid.m)
-    whole = _whole(scale, offset)
-    if whole is not None:
-        away, offset = away + whole, None
-    numbers = codes.numpy().astype(np.float32).reshape(*scale.shape, -1)
+    offset = None
+    if grid.m is not None and grid.v is not None:
+        offset = grid.m.repeat_interleave(grid.span // grid.group, dim=1) * grid.v
+    steps = None if offset is None else _steps(scale, offset)
+    if steps is not None:
+        away, offset = away + steps, None
+    least, most = float(form.least), float(form.most)
+    numbers, minimum = codes.to(torch.float32).reshape(rows, -1, grid.group), None
     if form.offset:
-        minimum = -scale * away if offset is None else -offset - scale * away
+        minimum = scale * away if offset is None else offset + scale * away
     elif offset is not None:
         return None
     else:
-        numbers, minimum = numbers - away[:, :, None], None
-        low, high = float(numbers.min(initial=0)), float(numbers.max(initial=0))
-        if (low < form.least or high > form.most) and -high >= form.least and -low <= form.most:
+        numbers = numbers - away[:, :, None]
+        low, high = float(numbers.min()), float(numbers.max())
+        if (low < least or high > most) and -high >= least and -low <= most:
             numbers, scale = -numbers, -scale
-    wrong = (numbers < form.least) | (numbers > form.most) | (numbers != np.rint(numbers))
-    if wrong.any():
+    if not bool(((numbers >= least) & (numbers <= most) & (numbers == numbers.round())).all()):
         return None
     repeat = grid.group // block
-    m = None if minimum is None else np.repeat(minimum, repeat, axis=1)
-    return _joined(qtype, numbers.reshape(codes.shape) - form.least, np.repeat(scale, repeat, axis=1), m)
+
+    def each(part: Tensor) -> Tensor:
+        return part.repeat_interleave(repeat, dim=1)
+
+    d = each(scale)
+    ones = torch.ones(d.shape)
+    m = None if minimum is None else each(minimum)
+    levels = torch.arange(form.least, form.most + 1, dtype=torch.float32)
+    held = Grid(levels, block, block, d, ones, m=m, v=None if m is None else ones)
+    return held, (numbers - least).to(torch.uint8).reshape(rows, columns)
 
 
-def _per_group(grid: Grid, values: Tensor | None) -> Floats | None:
-    if values is None or grid.v is None:
-        return None
-    return (values.repeat_interleave(grid.span // grid.group, dim=1) * grid.v).numpy()
-
-
-def _whole(scale: Floats, offset: Floats | None) -> Floats | None:
-    """offset / scale, where offsets are whole numbers of steps; None where one is not, or there are none."""
-    if offset is None:
-        return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        steps = np.where(scale == 0, np.float32(0), offset / scale)
-    right = np.isfinite(steps) & (steps == np.rint(steps)) & (np.abs(steps) <= 255) & (steps * scale == offset)
-    return np.asarray(steps, np.float32) if right.all() else None
-
-
-def _joined(qtype: str, codes: Floats, d: Floats, m: Floats | None) -> Bytes | None:
-    """The bytes of ``codes`` (rows, columns), counted from the lowest, under scales and minima (rows, blocks)."""
-    rows = len(codes)
-    parts = [_half(one) for one in (d, m) if one is not None]
-    flat = codes.astype(np.uint8).reshape(-1, QTYPES[qtype].block_size)
-    if qtype == "q8_0":
-        return np.ascontiguousarray(np.concatenate([*parts, flat ^ np.uint8(128)], axis=1).reshape(rows, -1))
-    packed = ggml_pack.code_bytes(qtype, flat)
-    return np.ascontiguousarray(np.concatenate([*parts, *packed], axis=1).reshape(rows, -1))
-
-
-def _half(values: Floats) -> Bytes:
-    """(blocks, 2): float16 numbers, the largest that there is for what is beyond it."""
-    most = np.float32(65504)
-    bounded = np.clip(np.ascontiguousarray(values, np.float32).reshape(-1), -most, most)
-    return half_bits(bounded).astype("<u2").view(np.uint8).reshape(-1, 2)
+def _steps(scale: Tensor, offset: Tensor) -> Tensor | None:
+    """offset / scale, where offsets are whole numbers of steps; None where one is not."""
+    found = torch.where(scale == 0, 0.0, offset / scale)
+    right = found.isfinite() & (found == found.round()) & (found.abs() <= 255) & (found * scale == offset)
+    return found if bool(right.all()) else None

@@ -19,7 +19,7 @@ from llm_quantize.kernels.reference.floats import half_bits, half_values
 from llm_quantize.kernels.reference.iq4 import LEVELS as IQ4_LEVELS
 from llm_quantize.qtypes import QTYPES
 
-__all__ = ["LAYOUTS", "Layout", "code_bytes", "pack", "unpack"]
+__all__ = ["LAYOUTS", "Layout", "pack", "unpack"]
 
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int16]
@@ -285,13 +285,6 @@ def pack(qtype: str, grid: Grid, codes: Tensor) -> Bytes:
         parts["s"] = _pack_scales(qtype, u, v)
     blocks = np.concatenate([parts[name] for name, _ in _PARTS[qtype]], axis=1)
     return np.ascontiguousarray(blocks.reshape(codes.shape[0], -1))
-
-
-def code_bytes(qtype: str, codes: Bytes) -> list[Bytes]:
-    """The parts of blocks that hold ``codes`` uint8 (blocks, span), counted from the lowest, as they stand there, each
-    uint8 (blocks, bytes)."""
-    parts = _pack_codes(qtype, codes)
-    return [parts[name] for name, _ in _PARTS[qtype] if name in parts]
 
 
 def _layout(qtype: str) -> Layout:

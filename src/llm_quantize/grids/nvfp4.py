@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llm_quantize import kernels
 from llm_quantize.errors import UsageError
+from llm_quantize.grids import ggml_held
 from llm_quantize.grids.codebook import best_rung
 from llm_quantize.grids.grid import Grid, Ladder, row_tiles
 from llm_quantize.grids.integer import TILE, channel_importance
@@ -75,9 +76,8 @@ class Nvfp4GridType:
         return grid.with_floats(scales)
 
     def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
-        """See ``GridType``: grids of other formats are not put into ggml's blocks."""
-        del grid, codes
-        return None
+        """See ``GridType``: see ``ggml_held``."""
+        return ggml_held.hold(NAME, grid, codes)
 
     def weights(self, x: Tensor, importance: Tensor) -> Tensor:
         """w (rows, columns): ``importance`` (columns,) alone."""
