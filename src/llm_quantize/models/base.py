@@ -143,6 +143,14 @@ class Model(Rows, Protocol):
 
         Needs torch. Raises what ``read_rows`` raises."""
 
+    def block_type(self, name: str) -> str | None:
+        """The type of ggml whose blocks are all that is stored of the tensor ``name``, by its rows; None: there is
+        none. From headers alone."""
+
+    def block_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """uint8 (stop - start, row_bytes): rows [start, stop) of such a tensor as they are stored. Raises ValueError
+        for another, and what ``read_rows`` raises."""
+
     def fingerprint(self) -> list[FileFact]:
         """One fact per weight file, sorted by name: enough for resume and manifest to tell that a source changed."""
 
@@ -195,6 +203,15 @@ class Opened(ABC):
         """As ``Model.held_grid``."""
         del name, start, stop
         return None
+
+    def block_type(self, name: str) -> str | None:
+        """As ``Model.block_type``."""
+        del name
+        return None
+
+    def block_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """As ``Model.block_rows``."""
+        raise ValueError(f"rows {start} to {stop} of {name} are not stored in blocks of ggml")
 
     def fingerprint(self) -> list[FileFact]:
         """As ``Model.fingerprint``."""

@@ -56,11 +56,11 @@ Bytes = npt.NDArray[np.uint8]
 _MAGIC = b"GGUF"
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 _FLOATS: Mapping[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-_SCALED = "nvfp4"
-"""The type whose scales have a place in grids."""
+_SCALED, _SCALED_GRID = "nvfp4", "e2m1_b16_e4m3"
+"""The type whose scales beside it have a place in grids, and the grid that it is on with them."""
 _GRIDS: Mapping[str, str] = {
     **{"q2_0": "int2_g64_asym", "q4_0": "int4_g32", "q5_0": "int5_g32", "q8_0": "int8_g32"},
-    **{"q4_1": "affine4_g32", "q5_1": "affine5_g32", "mxfp4": "e2m1_b32_e8m0", "nvfp4": "e2m1_b16_e4m3"},
+    **{"q4_1": "affine4_g32", "q5_1": "affine5_g32", "mxfp4": "e2m1_b32_e8m0", "nvfp4": "e2m1_b16_e4m3alone"},
     **{name: name for name in ("q1_0", "iq4_nl", "iq4_xs", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")},
 }
 """Types that are grids, by the name that formats of directories have for the grid; their own where none has it."""
@@ -118,12 +118,12 @@ class StoredRows:
 
     def held(self, name: str) -> Held | None:
         """As ``Model.held``."""
-        dtype = self.tensors[name].dtype
-        if dtype not in _GRIDS or (dtype != _SCALED and self.scales.info(name) is not None):
+        dtype, scaled = self.tensors[name].dtype, self.scales.info(name) is not None
+        if dtype not in _GRIDS or (scaled and dtype != _SCALED):
             return None
-        return Held(_GRIDS[dtype], "float16")
+        return Held(_SCALED_GRID if scaled else _GRIDS[dtype], "float16")
 
-    def packed_rows(self, name: str, start: int, stop: int) -> Bytes:
+    def block_rows(self, name: str, start: int, stop: int) -> Bytes:
         """uint8 (stop - start, row_bytes): rows as they are stored."""
         info = self.tensors[name]
         row_bytes = info.nbytes // self.matrix(name)[0]
@@ -139,7 +139,7 @@ class StoredRows:
 
         info, columns = self.tensors[name], self.matrix(name)[1]
         scales = self.scales.of_rows(name, info.shape, start, stop - start)
-        return ggml_held.held(info.dtype, self.packed_rows(name, start, stop), columns, scales)
+        return ggml_held.held(info.dtype, self.block_rows(name, start, stop), columns, scales)
 
     def _whole(self, info: TensorInfo) -> bytes:
         """The bytes of a small tensor."""
@@ -150,6 +150,27 @@ class StoredRows:
     def close(self) -> None:
         """Close every file."""
         self._reader.close()
+
+
+class _BlockSource:
+    """Rows of a file as they are stored (``architectures.rows.RowSource``)."""
+
+    def __init__(self, stored: StoredRows) -> None:
+        self._stored = stored
+
+    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
+        """(rows, bytes of one)."""
+        rows = self._stored.matrix(name, transpose=transpose)[0]
+        return rows, self._stored.tensors[name].nbytes // rows
+
+    def read_rows(
+        self, name: str, start: int, stop: int, *, transpose: bool = False, buffer: Any = None, digest: Any = None
+    ) -> Bytes:
+        """uint8 (stop - start, row_bytes)."""
+        if transpose:
+            raise ValueError(f"{name} is read by columns")
+        del buffer, digest
+        return self._stored.block_rows(name, start, stop)
 
 
 class GgufModel(Opened):
@@ -268,11 +289,30 @@ class GgufModel(Opened):
 
     def held(self, name: str) -> Held | None:
         """As ``Model.held``: of what the file stores in another order of columns, or with something added, nothing."""
+        found = {self.stored.held(piece.source) for piece in self._rows[name].pieces}
+        return found.pop() if len(found) == 1 and self._by_rows(name) else None
+
+    def _by_rows(self, name: str) -> bool:
+        """Whether the tensor's rows are rows of the file, as they stand."""
         pieces = self._rows[name].pieces
-        if any(piece.transpose or piece.columns is not None or piece.add for piece in pieces):
-            return None
-        found = {self.stored.held(piece.source) for piece in pieces}
-        return found.pop() if len(found) == 1 else None
+        return not any(piece.transpose or piece.columns is not None or piece.add for piece in pieces)
+
+    def block_type(self, name: str) -> str | None:
+        """As ``Model.block_type``; None for what has a scale beside it."""
+        sources = [piece.source for piece in self._rows[name].pieces]
+        found = {self.stored.tensors[one].dtype for one in sources}
+        alone = len(found) == 1 and all(self.stored.scales.info(one) is None for one in sources)
+        dtype = found.pop()
+        return dtype if alone and dtype in QTYPES and self._by_rows(name) else None
+
+    def block_rows(self, name: str, start: int, stop: int) -> Bytes:
+        """As ``Model.block_rows``."""
+        if self.headers_only:
+            raise without_weights(self.tensors[name])
+        if self.block_type(name) is None:
+            return super().block_rows(name, start, stop)
+        found: Bytes = read_output_rows(_BlockSource(self.stored), self._rows[name], start, stop)
+        return found
 
     def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
         """As ``Model.held_grid``."""
