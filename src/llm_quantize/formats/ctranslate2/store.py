@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,3 +102,11 @@ class CTranslate2Store:
         values: Floats = codes.reshape(matrix_shape(codes.shape)).astype(np.float32)
         values /= scales.reshape(-1, 1)
         return values
+
+    def decoded(self, matrix: MatrixPlan, fields: Fields) -> Iterator[tuple[int, Floats]]:
+        codes, scales = fields
+        seen, each = codes.reshape(matrix_shape(codes.shape)), scales.reshape(-1, 1)
+        for first in range(0, len(seen), step := chunk_rows(seen.shape[1])):
+            some = seen[first : first + step].astype(np.float32)
+            some /= each if len(each) == 1 else each[first : first + step]
+            yield first, some

@@ -33,6 +33,7 @@ from llm_quantize.formats.gguf.levels import (
     parse_qtype,
 )
 from llm_quantize.formats.idle_options import OF_GGUF, refuse_idle
+from llm_quantize.formats.keeping import Kept, holding_of
 from llm_quantize.io.artifact_files import first_file
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf, read_gguf
 from llm_quantize.io.output import OutputFile
@@ -100,6 +101,10 @@ class Gguf:
         """See ``Format``."""
         return parse_qtype(text)
 
+    def keeping(self, source: Source, level: str | None, options: Options) -> Kept | None:
+        """See ``Format``: its levels are mixes of types, of which one must be named."""
+        return None
+
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
         from llm_quantize.formats.gguf.store import GgufStore
@@ -161,6 +166,10 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
         ],
     )
     matrices = tuple(_matrices(plan)) if options.method.method_of(NAME).reads_text else ()
+    if options.method.method_of(NAME).keeps:
+        matrices = tuple(
+            matrix for matrix in _matrices(plan, blocks=False) if holding_of(source, matrix.weight, matrix.qtype)
+        )
     too_large = TOO_LARGE_FLOAT if name in FLOAT_LEVELS else TOO_LARGE
     scratch = source.checkpoint.scratch
     plan = replace(plan, matrices=matrices, silent=quiet, too_large=too_large, source_scratch=scratch, notes=at_most)
@@ -296,13 +305,19 @@ def _advice(
     return advice
 
 
-def _matrices(plan: ArtifactPlan) -> tuple[MatrixPlan, ...]:
-    """The tensors of a GGUF artifact that a method quantizes as a whole: the quantized matrices of the blocks."""
+def _matrices(plan: ArtifactPlan, *, blocks: bool = True) -> tuple[MatrixPlan, ...]:
+    """The tensors of a GGUF artifact that a method quantizes as a whole: the quantized matrices of the blocks, or with
+    ``blocks`` False those outside of them too."""
     return tuple(
         MatrixPlan(tensor.name, tensor.output, tensor.qtype, (index,))
         for index, tensor in enumerate(plan.tensors)
-        if _solved(tensor.output, tensor.qtype)
+        if _solved(tensor.output, tensor.qtype) or (not blocks and _is_packed(tensor))
     )
+
+
+def _is_packed(tensor: TensorPlan) -> bool:
+    """Whether a tensor is a matrix of codes."""
+    return len(tensor.output.shape) > 1 and tensor.output.constant is None and QTYPES[tensor.qtype].block_size > 1
 
 
 def _solved(output: OutputTensor, qtype: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from llm_quantize import kernels
+from llm_quantize.architectures.rows import chunk_rows
 from llm_quantize.formats.base import ReadRows
 from llm_quantize.formats.gguf.plan import TOO_LARGE
 from llm_quantize.grids import grid_type, has_grid, pack_ggml
@@ -71,3 +72,9 @@ class GgufStore:
         columns = matrix.weight.shape[-1]
         packed = fields[0].reshape(-1, QTYPES[matrix.qtype].row_bytes(columns))
         return kernels.dequantize(matrix.qtype, packed, columns)
+
+    def decoded(self, matrix: MatrixPlan, fields: Fields) -> Iterator[tuple[int, Floats]]:
+        columns = matrix.weight.shape[-1]
+        packed = fields[0].reshape(-1, QTYPES[matrix.qtype].row_bytes(columns))
+        for first in range(0, len(packed), step := chunk_rows(columns)):
+            yield first, kernels.dequantize(matrix.qtype, packed[first : first + step], columns)

@@ -1,0 +1,51 @@
+"""Matrices that keep the codes and the scales of their source, where the format of the artifact holds them.
+
+What is held is asked of the grid (``GridType.hold``), not of names; that it is the same is not believed of it either:
+what was packed is decoded again, as a runtime reads it, and held against what the source reads. Where one value is
+another, nothing of the matrix is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from llm_quantize.architectures.rows import chunk_rows, held_output_rows, matrix_shape
+from llm_quantize.artifacts.verdict import Difference
+from llm_quantize.grids.held import joined
+from llm_quantize.plan import MatrixPlan
+from llm_quantize.streams.pool import Pool
+
+if TYPE_CHECKING:
+    from llm_quantize.blockwise.run import Matrices
+
+Fields = list[npt.NDArray[Any]]
+
+
+def keep(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> Fields | None:
+    """The fields of ``matrix`` with the source's own codes and scales, proved to decode to its values; None where the
+    artifact's grid does not hold them, or the source has none."""
+    kind = matrices.store.grid_type(matrix.qtype)
+    if kind is None or not all(matrices.source.checkpoint.held(piece.source) for piece in matrix.weight.pieces):
+        return None
+    rows, columns = matrix_shape(matrix.weight.shape)
+    step = chunk_rows(columns)
+    ranges = [(start, min(rows, start + step)) for start in range(0, rows, step)]
+    parts = list(pool.in_order(lambda part: held_output_rows(matrices.source.checkpoint, matrix.weight, *part), ranges))
+    found = [part for part in parts if part is not None]
+    whole = joined(found) if len(found) == len(parts) else None
+    held = None if whole is None else kind.hold(*whole)
+    if held is None:
+        return None
+    fields = matrices.store.join(matrix, [matrices.store.piece(matrix, *held)])
+    return fields if not difference(matrices, matrix, fields).unequal else None
+
+
+def difference(matrices: Matrices, matrix: MatrixPlan, fields: Sequence[npt.NDArray[Any]]) -> Difference:
+    """How far what ``fields`` decode to is from the weight, as a transform left it."""
+    found = Difference()
+    for start, values in matrices.store.decoded(matrix, list(fields)):
+        found.add(values, matrices.present_rows(matrix, start, start + len(values)))
+    return found
