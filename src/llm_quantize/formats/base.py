@@ -246,6 +246,16 @@ class Store(Protocol):
     def largest(self, qtype: str) -> float:
         """The largest magnitude that ``qtype`` holds."""
 
+    def hold(
+        self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor, *, exact: bool = True
+    ) -> tuple[Grid, torch.Tensor] | None:
+        """``codes`` of all rows of ``matrix`` on ``grid``, of whatever format, as ``piece`` takes them; None where this
+        format cannot hold them: with ``exact`` as they are, else with numbers of groups that are rounded."""
+
+    def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], Array]) -> list[Array] | None:
+        """The fields of ``matrix``, whose blocks of ggml a source stores: ``read`` gives rows of them; None where this
+        format has no such blocks."""
+
     def inputs(self, matrix: MatrixPlan) -> InputGrid | None:
         """What a runtime rounds the inputs of ``matrix`` to; None: nothing."""
 

@@ -42,6 +42,9 @@ class Kept:
 
 def holding_of(source: Source, output: OutputTensor, qtype: str) -> int:
     """NEVER, PERHAPS or SURELY: whether the grid ``qtype`` holds all rows of ``output`` as the source stores them."""
+    blocks = {source.checkpoint.block_type(piece.source) for piece in output.pieces}
+    if blocks == {qtype}:
+        return SURELY
     found = [source.checkpoint.held(piece.source) for piece in output.pieces]
     return min((NEVER if one is None else holds(qtype, one.qtype) for one in found), default=NEVER)
 

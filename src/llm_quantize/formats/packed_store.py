@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,6 +64,15 @@ class DirectoryStore:
                 most = max(float(_maxima(kind, one, read).amax()) for one in joined) if joined else float(own.amax())
                 self._ladders[matrix.name] = ladder_of(kind.qtype, own, most)
             return self._ladders[matrix.name]
+
+    def hold(
+        self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor, *, exact: bool = True
+    ) -> tuple[Grid, torch.Tensor] | None:
+        return self.grid_type(matrix.qtype).hold(grid, codes) if exact else None
+
+    def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], npt.NDArray[Any]]) -> None:
+        """As ``Store.blocks``: there are none."""
+        del matrix, read
 
     def inputs(self, matrix: MatrixPlan) -> InputGrid | None:
         return self.form.inputs(self.scheme)

@@ -153,7 +153,7 @@ def _of_fours(form: _Fours, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | 
     ladder = grid.ladder
     if ladder is None or grid.group != form.group or ladder.base or codes.shape[1] % (form.scales * form.group):
         return None
-    alike = bool((ladder.steps == ladder.steps.reshape(-1)[:1]).all())
+    alike = bool((ladder.steps == ladder.steps[:, :1]).all())  # of a row; rows of a stack differ
     same = np.array_equal(grid.levels.numpy(), _E2M1) and bool((grid.scale() == grid.d).all())
     same = same and np.array_equal(ladder.levels.numpy(), np.array(SCALES[form.nested], np.float32))
     alone = form.scales > 1 or bool((ladder.steps == 1).all())

@@ -7,7 +7,9 @@ not fit the type in which the target stores it, and PERHAPS says that it hangs o
 from __future__ import annotations
 
 from llm_quantize.errors import UsageError
+from llm_quantize.qtypes import QTYPES
 from llm_quantize.qtypes.affine import AffineType
+from llm_quantize.qtypes.blocks import fits, may_fit
 from llm_quantize.qtypes.codebook import CodebookType
 from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType
 from llm_quantize.qtypes.packed import packed_type
@@ -31,6 +33,8 @@ _SCALES_FROM = {
 
 def holds(target: str, source: str) -> int:
     """NEVER, PERHAPS or SURELY: whether a matrix on the grid ``source`` can be put on the grid ``target`` as it is."""
+    if target in QTYPES:
+        return SURELY if fits(target, source) else PERHAPS if may_fit(target, source) else NEVER
     try:
         taking, given = packed_type(target), packed_type(source)
     except UsageError:

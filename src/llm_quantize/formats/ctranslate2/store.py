@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,16 @@ class CTranslate2Store:
                         remedy="take another level: -q int8",
                     )
                 self._scales[matrix.name] = WIDE / most
+
+    def hold(
+        self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor, *, exact: bool = True
+    ) -> tuple[Grid, torch.Tensor] | None:
+        kind = self.grid_type(matrix.qtype)
+        return kind.hold(grid, codes) if exact and kind is not None else None
+
+    def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], npt.NDArray[Any]]) -> None:
+        """As ``Store.blocks``: there are none."""
+        del matrix, read
 
     def inputs(self, matrix: MatrixPlan) -> None:
         """As ``Store.inputs``: CTranslate2 rounds them to 8 bits, which is not followed here."""

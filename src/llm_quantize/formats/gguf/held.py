@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,64 +17,23 @@ from gguf.constants import Keys
 
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import weights_of
-from llm_quantize.errors import UsageError
-from llm_quantize.formats.gguf.levels import LEVELS, TensorShape, is_quantizable
+from llm_quantize.formats.gguf.levels import LEVELS, Level, TensorShape, is_quantizable
 from llm_quantize.formats.gguf.scales import beside, count_of, is_heeded
 from llm_quantize.formats.recipe import Recipe
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.qtypes import QTYPES
-from llm_quantize.qtypes.affine import AffineType
-from llm_quantize.qtypes.codebook import CodebookType
-from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType
-from llm_quantize.qtypes.packed import packed_type
+from llm_quantize.qtypes.blocks import WITH_A_SCALE, blocks_of
 
 if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
 
-WITH_A_SCALE = "e2m1_b16_e4m3"
-"""The grid of which GGUF has one number for the matrix beside its blocks."""
-NVFP4, NVFP4_LEVEL, NVFP4_FILE = "nvfp4", "NVFP4", int(LlamaFileType.MOSTLY_NVFP4)
+NVFP4, NVFP4_FILE = "nvfp4", int(LlamaFileType.MOSTLY_NVFP4)
 REST = "q8_0"
 """What a quantized tensor becomes that no type holds, where others of its file are held."""
 
-_SYMMETRIC = {2: "q2_0", 3: "q4_0", 4: "q4_0", 5: "q5_0", 6: "q8_0", 7: "q8_0", 8: "q8_0"}
-_AROUND_ZEROS = {2: "q4_0", 3: "q4_0", 4: "q5_0", 5: "q8_0", 6: "q8_0", 7: "q8_0"}
-"""By bits: code - zero point goes as far on either side as there are codes."""
-_OFFSETS = {2: "q4_1", 3: "q4_1", 4: "q4_1", 5: "q5_1"}
-_FLOATS = {
-    ("e2m1", "e8m0"): "mxfp4",
-    ("e2m1", "e8m0up"): "mxfp4",
-    ("e2m1", "e4m3"): NVFP4,
-    ("e2m1", "e4m3alone"): NVFP4,
-}
+_PLAIN = ("F64", "F32", "F16", "BF16")
+_EMBEDDING = "token_embd.weight"
 _PURE: Mapping[str, str] = {level.base: level.name for level in reversed(tuple(LEVELS.values()))}
-
-
-def blocks_of(qtype: str, columns: int) -> str | None:
-    """The type of ggml whose blocks hold rows of ``columns`` on the grid ``qtype``, of a directory or of ggml; None
-    where none does."""
-    if qtype in QTYPES:
-        return qtype if columns % QTYPES[qtype].block_size == 0 else None
-    try:
-        grid = packed_type(qtype)
-    except UsageError:
-        return None
-    found = _kind(grid)
-    if found is None or columns % QTYPES[found].block_size:
-        return None
-    group = columns if grid.group_size == WHOLE_ROW else grid.group_size
-    whole = isinstance(grid, CodebookType) or group % QTYPES[found].block_size == 0
-    if not whole and found == _SYMMETRIC[2]:
-        found, whole = _SYMMETRIC[3], group % QTYPES[_SYMMETRIC[3]].block_size == 0
-    return found if whole else None
-
-
-def _kind(grid: IntegerType | AffineType | CodebookType) -> str | None:
-    if isinstance(grid, CodebookType):
-        return _FLOATS.get((grid.codebook, grid.nested))
-    if isinstance(grid, AffineType):
-        return _OFFSETS.get(grid.bits)
-    return (_SYMMETRIC if grid.symmetric else _AROUND_ZEROS).get(grid.bits)
 
 
 @dataclass(frozen=True)
@@ -102,12 +61,8 @@ def taken(source: Source, output: OutputTensor) -> Taken | None:
     found = None if grid is None else blocks_of(grid.qtype, columns)
     if found is None or grid is None or grid.qtype != WITH_A_SCALE:
         return Taken(found)
-    heeded = beside(output.name) != _EMBEDDING and is_heeded(output.name, source.architecture.gguf_name)
+    heeded = output.name != _EMBEDDING and is_heeded(output.name, source.architecture.gguf_name)
     return Taken(found, count_of(output.shape)) if heeded else Taken(None)
-
-
-_PLAIN = ("F64", "F32", "F16", "BF16")
-_EMBEDDING = "token_embd.scale"
 
 
 def recipe_of(source: Source, floats: Mapping[str, str]) -> tuple[Recipe, int] | None:
@@ -150,7 +105,22 @@ def _level(source: Source, most: str) -> tuple[str, str]:
     return (_PURE.get(most, "Q8_0"), most.upper())
 
 
-def file_type(level: str, qtypes: Mapping[str, int]) -> int:
-    """general.file_type of a file of ``level``; ``qtypes``: weights by type. NVFP4 is no level that is rounded to."""
-    most = max(qtypes, key=lambda name: qtypes[name], default="")
-    return NVFP4_FILE if most == NVFP4 else LEVELS[level].file_type
+def with_scales(
+    source: Source, outputs: Sequence[OutputTensor], qtypes: Sequence[str]
+) -> tuple[list[OutputTensor], list[str]]:
+    """``outputs`` and their ``qtypes``, each matrix that has numbers beside its blocks with these behind it."""
+    found: list[tuple[OutputTensor, str]] = []
+    for output, qtype in zip(outputs, qtypes, strict=True):
+        found.append((output, qtype))
+        stored = taken(source, output) if qtype == NVFP4 else None
+        if stored is not None and stored.qtype == qtype and stored.scaled:
+            found.append((OutputTensor(beside(output.name), (stored.scaled,), float32=True), "f32"))
+    return [output for output, _ in found], [qtype for _, qtype in found]
+
+
+def file_type(level: Level, outputs: Sequence[OutputTensor], qtypes: Sequence[str]) -> int:
+    """general.file_type of a file of ``level``. NVFP4 is no level that is rounded to, but files of it are known so."""
+    weights: Counter[str] = Counter()
+    for output, qtype in zip(outputs, qtypes, strict=True):
+        weights[qtype] += weights_of(output.shape) if QTYPES[qtype].block_size > 1 else 0
+    return NVFP4_FILE if weights.most_common(1)[0][0] == NVFP4 else level.file_type

@@ -15,6 +15,7 @@ from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import matrix_shape, weights_of
 from llm_quantize.errors import MissingExtraError, UsageError
 from llm_quantize.formats.base import Importance, Store
+from llm_quantize.formats.gguf import held
 from llm_quantize.formats.gguf import metadata as gguf_format
 from llm_quantize.formats.gguf.describe import describe, warnings_of
 from llm_quantize.formats.gguf.importance import gaps_digest, silent, uncovered
@@ -32,6 +33,7 @@ from llm_quantize.formats.gguf.levels import (
     parse_level,
     parse_qtype,
 )
+from llm_quantize.formats.gguf.scales import beside
 from llm_quantize.formats.idle_options import OF_GGUF, refuse_idle
 from llm_quantize.formats.keeping import Kept, holding_of
 from llm_quantize.io.artifact_files import first_file
@@ -50,6 +52,7 @@ FLOAT_LEVELS = ("F32", "F16", "BF16")
 TOO_LARGE_FLOAT = "use BF16 or F32, which hold larger magnitudes: -q BF16"
 TOO_LARGE = "keep this tensor in BF16, from the start: --tensor-type '^TENSOR$=bf16' --overwrite"
 
+_FLOATS_AS_STORED = "Q8_0"  # a level whose unquantized tensors are what they are in the source
 _TAKES = OF_GGUF | {"--method", "--recipe"}
 
 
@@ -102,8 +105,15 @@ class Gguf:
         return parse_qtype(text)
 
     def keeping(self, source: Source, level: str | None, options: Options) -> Kept | None:
-        """See ``Format``: its levels are mixes of types, of which one must be named."""
-        return None
+        """See ``Format``: a recipe of the types that hold each tensor; a level that is named is taken as it is."""
+        if level is not None or options.overrides.given:
+            return None
+        shapes = tensor_shapes(source, _FLOATS_AS_STORED)
+        found = held.recipe_of(source, {shape.name: shape.unquantized for shape in shapes})
+        if found is None:
+            return None
+        recipe, weights = found
+        return Kept(recipe.level, replace(options, overrides=replace(options.overrides, recipe=recipe)), weights)
 
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
@@ -149,12 +159,14 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
         if not (options.method.method_of(NAME).reads_text and _solved(output, qtype))
     ]
     quiet = {} if importance is None else silent(importance, rounded)
+    keeps = options.method.method_of(NAME).keeps
+    stored, qtypes = held.with_scales(source, outputs, assigned.qtypes) if keeps else (outputs, assigned.qtypes)
     plan = plan_artifact(
         level=called,
         name=f"{stem}-{called}",
-        outputs=outputs,
-        qtypes=assigned.qtypes,
-        metadata=_metadata(source, name, called, importance, options),
+        outputs=stored,
+        qtypes=qtypes,
+        metadata=_metadata(source, name, called, assigned.qtypes, importance, options),
         source_identity=_source_identity(source),
         options=_chosen(importance, options) | gaps_digest(quiet),
         split_max_bytes=options.split_max_size,
@@ -166,7 +178,7 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
         ],
     )
     matrices = tuple(_matrices(plan)) if options.method.method_of(NAME).reads_text else ()
-    if options.method.method_of(NAME).keeps:
+    if keeps:
         matrices = tuple(
             matrix for matrix in _matrices(plan, blocks=False) if holding_of(source, matrix.weight, matrix.qtype)
         )
@@ -219,14 +231,19 @@ def _with_substitutions(plan: ArtifactPlan, substituted: Sequence[Substitution])
 
 
 def _metadata(
-    source: Source, name: str, called: str, importance: Importance | None, options: Options
+    source: Source,
+    name: str,
+    called: str,
+    qtypes: Sequence[str],
+    importance: Importance | None,
+    options: Options,
 ) -> dict[str, MetaValue]:
     """What stands at the front of the file: of the model, of its level (``called``: the recipe's name, if there is
     one), of the importance and of the method."""
     level, method = parse_level(name), options.method.method_of(NAME)
     metadata = dict(describe(source))
     metadata |= gguf_format.recipe_metadata(
-        file_type=level.file_type,
+        file_type=held.file_type(level, source.tensors.outputs, qtypes) if method.keeps else level.file_type,
         quantized=name not in FLOAT_LEVELS,
         level=called,
         version=llm_quantize.__version__,
@@ -287,7 +304,7 @@ def _advice(
         fed = level in FED and options.method.method_of(NAME).reads_text
         loses = "much, though errors are fed back" if fed else "nearly everything"
         advice.append(f"{level} is for models trained with {TRAINED[level]}; any other model loses {loses}")
-    if "nvfp4" in qtypes:
+    if "nvfp4" in qtypes and not options.method.method_of(NAME).keeps:
         advice.append(
             f"nvfp4 is written without a scale for whole tensors ({qtypes.count('nvfp4')} here): groups of 16 whose "
             "largest weight is below 0.006 become zeros, and small ones are coarse"
@@ -308,8 +325,14 @@ def _advice(
 def _matrices(plan: ArtifactPlan, *, blocks: bool = True) -> tuple[MatrixPlan, ...]:
     """The tensors of a GGUF artifact that a method quantizes as a whole: the quantized matrices of the blocks, or with
     ``blocks`` False those outside of them too."""
+    scales = {tensor.name: index for index, tensor in enumerate(plan.tensors) if not tensor.output.pieces}
     return tuple(
-        MatrixPlan(tensor.name, tensor.output, tensor.qtype, (index,))
+        MatrixPlan(
+            tensor.name,
+            tensor.output,
+            tensor.qtype,
+            (index, *filter(None, [scales.get(beside(tensor.name))])),
+        )
         for index, tensor in enumerate(plan.tensors)
         if _solved(tensor.output, tensor.qtype) or (not blocks and _is_packed(tensor))
     )
@@ -384,7 +407,7 @@ def plan_artifact(
     headers = hashlib.sha256()
     for file in files:
         headers.update(file.header)
-    weights = sum(weights_of(output.shape) for output in outputs if output.constant is None)
+    weights = sum(weights_of(output.shape) for output in outputs if output.pieces)
     return ArtifactPlan(
         level=level,
         name=name,
