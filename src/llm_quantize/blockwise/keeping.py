@@ -42,7 +42,8 @@ def keep(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> tuple[Fields, di
     """
     checkpoint, weight = matrices.source.checkpoint, matrix.weight
     store = matrices.store
-    if {checkpoint.block_type(piece.source) for piece in weight.pieces} == {matrix.qtype}:
+    stored = {checkpoint.block_type(piece.source, transpose=piece.transpose) for piece in weight.pieces}
+    if stored == {matrix.qtype}:
         blocks = _Blocks(checkpoint)
         fields = store.blocks(matrix, lambda first, last: read_output_rows(blocks, weight, first, last))
         if fields is not None and not difference(matrices, matrix, fields).unequal:
@@ -84,8 +85,8 @@ class _Blocks:
         self, name: str, start: int, stop: int, *, transpose: bool = False, buffer: Any = None, digest: Any = None
     ) -> npt.NDArray[np.uint8]:
         """uint8 (stop - start, row_bytes)."""
-        del transpose, buffer, digest
-        return self.model.block_rows(name, start, stop)
+        del buffer, digest
+        return self.model.block_rows(name, start, stop, transpose=transpose)
 
 
 def difference(matrices: Matrices, matrix: MatrixPlan, fields: Sequence[npt.NDArray[Any]]) -> Difference:

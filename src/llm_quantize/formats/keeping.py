@@ -42,7 +42,7 @@ class Kept:
 
 def holding_of(source: Source, output: OutputTensor, qtype: str) -> int:
     """NEVER, PERHAPS or SURELY: whether the grid ``qtype`` holds all rows of ``output`` as the source stores them."""
-    blocks = {source.checkpoint.block_type(piece.source) for piece in output.pieces}
+    blocks = {source.checkpoint.block_type(piece.source, transpose=piece.transpose) for piece in output.pieces}
     if blocks == {qtype}:
         return SURELY
     found = [source.checkpoint.held(piece.source) for piece in output.pieces]

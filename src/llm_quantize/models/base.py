@@ -143,11 +143,11 @@ class Model(Rows, Protocol):
 
         Needs torch. Raises what ``read_rows`` raises."""
 
-    def block_type(self, name: str) -> str | None:
-        """The type of ggml whose blocks are all that is stored of the tensor ``name``, by its rows; None: there is
-        none. From headers alone."""
+    def block_type(self, name: str, *, transpose: bool = False) -> str | None:
+        """The type of ggml whose blocks are all that is stored of the tensor ``name``, by its rows as ``matrix`` sees
+        them; None: there is none. From headers alone."""
 
-    def block_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    def block_rows(self, name: str, start: int, stop: int, *, transpose: bool = False) -> npt.NDArray[np.uint8]:
         """uint8 (stop - start, row_bytes): rows [start, stop) of such a tensor as they are stored. Raises ValueError
         for another, and what ``read_rows`` raises."""
 
@@ -204,13 +204,14 @@ class Opened(ABC):
         del name, start, stop
         return None
 
-    def block_type(self, name: str) -> str | None:
+    def block_type(self, name: str, *, transpose: bool = False) -> str | None:
         """As ``Model.block_type``."""
-        del name
+        del name, transpose
         return None
 
-    def block_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    def block_rows(self, name: str, start: int, stop: int, *, transpose: bool = False) -> npt.NDArray[np.uint8]:
         """As ``Model.block_rows``."""
+        del transpose
         raise ValueError(f"rows {start} to {stop} of {name} are not stored in blocks of ggml")
 
     def fingerprint(self) -> list[FileFact]:

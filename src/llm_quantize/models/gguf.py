@@ -290,28 +290,37 @@ class GgufModel(Opened):
     def held(self, name: str) -> Held | None:
         """As ``Model.held``: of what the file stores in another order of columns, or with something added, nothing."""
         found = {self.stored.held(piece.source) for piece in self._rows[name].pieces}
-        return found.pop() if len(found) == 1 and self._by_rows(name) else None
+        return found.pop() if len(found) == 1 and self._by_rows(name) is not None else None
 
-    def _by_rows(self, name: str) -> bool:
-        """Whether the tensor's rows are rows of the file, as they stand."""
-        pieces = self._rows[name].pieces
-        return not any(piece.transpose or piece.columns is not None or piece.add for piece in pieces)
+    def _by_rows(self, name: str, *, transpose: bool = False) -> OutputTensor | None:
+        """How the tensor's rows are rows of the file, as they stand; None where they are not."""
+        tensor = self._rows[name]
+        if transpose:
+            (piece, *others) = tensor.pieces
+            if others or not piece.transpose:
+                return None
+            tensor = OutputTensor(name, tensor.shape, (_upright(piece),))
+        turned = any(piece.transpose or piece.columns is not None or piece.add for piece in tensor.pieces)
+        return None if turned else tensor
 
-    def block_type(self, name: str) -> str | None:
+    def block_type(self, name: str, *, transpose: bool = False) -> str | None:
         """As ``Model.block_type``; None for what has a scale beside it."""
-        sources = [piece.source for piece in self._rows[name].pieces]
+        tensor = self._by_rows(name, transpose=transpose)
+        sources = [] if tensor is None else [piece.source for piece in tensor.pieces]
         found = {self.stored.tensors[one].dtype for one in sources}
-        alone = len(found) == 1 and all(self.stored.scales.info(one) is None for one in sources)
+        if len(found) != 1 or any(self.stored.scales.info(one) is not None for one in sources):
+            return None
         dtype = found.pop()
-        return dtype if alone and dtype in QTYPES and self._by_rows(name) else None
+        return dtype if dtype in QTYPES else None
 
-    def block_rows(self, name: str, start: int, stop: int) -> Bytes:
+    def block_rows(self, name: str, start: int, stop: int, *, transpose: bool = False) -> Bytes:
         """As ``Model.block_rows``."""
         if self.headers_only:
             raise without_weights(self.tensors[name])
-        if self.block_type(name) is None:
+        tensor = self._by_rows(name, transpose=transpose)
+        if tensor is None or self.block_type(name, transpose=transpose) is None:
             return super().block_rows(name, start, stop)
-        found: Bytes = read_output_rows(_BlockSource(self.stored), self._rows[name], start, stop)
+        found: Bytes = read_output_rows(_BlockSource(self.stored), tensor, start, stop)
         return found
 
     def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:

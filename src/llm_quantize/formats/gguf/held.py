@@ -39,10 +39,11 @@ _PURE: Mapping[str, str] = {level.base: level.name for level in reversed(tuple(L
 @dataclass(frozen=True)
 class Taken:
     """A tensor of the map as the source stores it: ``qtype``, the type that holds it (None: none does); ``scaled``: how
-    many numbers stand beside its blocks, 0 where there are none."""
+    many numbers stand beside its blocks, 0 where there are none; ``ignored``: it would, but llama.cpp ignores them."""
 
     qtype: str | None
     scaled: int = 0
+    ignored: bool = False
 
 
 def taken(source: Source, output: OutputTensor) -> Taken | None:
@@ -51,18 +52,18 @@ def taken(source: Source, output: OutputTensor) -> Taken | None:
     sources = [piece.source for piece in output.pieces]
     if output.constant is not None or all(model.tensors[name].dtype in _PLAIN for name in sources):
         return None
-    if any(piece.transpose or piece.columns is not None or piece.add for piece in output.pieces):
-        return Taken(None)
-    blocks = {model.block_type(name) for name in sources}
+    blocks = {model.block_type(piece.source, transpose=piece.transpose) for piece in output.pieces}
     if len(blocks) == 1 and None not in blocks:  # of a GGUF file: they stay as they are
         return Taken(blocks_of(str(blocks.pop()), columns))
+    if any(piece.transpose or piece.columns is not None or piece.add for piece in output.pieces):
+        return Taken(None)
     grids = {model.held(name) for name in sources}
     grid = grids.pop() if len(grids) == 1 else None
     found = None if grid is None else blocks_of(grid.qtype, columns)
     if found is None or grid is None or grid.qtype != WITH_A_SCALE:
         return Taken(found)
     heeded = output.name != _EMBEDDING and is_heeded(output.name, source.architecture.gguf_name)
-    return Taken(found, count_of(output.shape)) if heeded else Taken(None)
+    return Taken(found, count_of(output.shape)) if heeded else Taken(None, ignored=True)
 
 
 def recipe_of(source: Source, floats: Mapping[str, str]) -> tuple[Recipe, int] | None:
@@ -83,7 +84,7 @@ def recipe_of(source: Source, floats: Mapping[str, str]) -> tuple[Recipe, int] |
             held[found.qtype] += weights_of(output.shape)
     if not held:
         return None
-    level, name = _level(source, held.most_common(1)[0][0])
+    level, name = _level(source, held)
     digest = hashlib.sha256(canonical_json({"level": level, "tensors": tensors})).hexdigest()
     kept = frozenset(output.name for output in _kept(source))
     return Recipe(name, level, tensors, sha256=digest, kept=kept), held.total()
@@ -96,13 +97,30 @@ def _kept(source: Source) -> Iterator[OutputTensor]:
             yield output
 
 
-def _level(source: Source, most: str) -> tuple[str, str]:
-    """(level, what to call the file's) of a file most weights of which are of one type."""
+def _level(source: Source, held: Mapping[str, int]) -> tuple[str, str]:
+    """(level, what to call the file's) of a file with so many weights of each type; a GGUF file's own where it says."""
     said = getattr((source.checkpoint.metadata or {}).get(Keys.General.FILE_TYPE), "value", None)
     level = next((level.name for level in LEVELS.values() if level.file_type == said), None)
-    if level is not None and LEVELS[level].base == most:
+    if level is not None and LEVELS[level].base in held:
         return level, level
+    most = max(held, key=lambda name: held[name])
     return (_PURE.get(most, "Q8_0"), most.upper())
+
+
+def float_level(source: Source) -> str | None:
+    """The level of floats that holds every tensor of a model that is not quantized; None for one that is."""
+    words = {source.checkpoint.tensors[piece.source].dtype for one in source.tensors.outputs for piece in one.pieces}
+    if not words <= set(_PLAIN):
+        return None
+    matrices = [one for one in source.tensors.outputs if is_quantizable(TensorShape(one.name, one.shape))]
+    found = {source.checkpoint.tensors[piece.source].dtype for one in matrices for piece in one.pieces}
+    return found.pop() if len(found) == 1 and not found & {"F64"} else "F32"
+
+
+def ignored(source: Source, outputs: Sequence[OutputTensor]) -> list[str]:
+    """Names of the tensors that NVFP4 would hold, but for the numbers beside it, which llama.cpp ignores there."""
+    found = ((output, taken(source, output)) for output in outputs)
+    return [output.name for output, one in found if one is not None and one.ignored]
 
 
 def with_scales(

@@ -105,10 +105,14 @@ class Gguf:
         return parse_qtype(text)
 
     def keeping(self, source: Source, level: str | None, options: Options) -> Kept | None:
-        """See ``Format``: a recipe of the types that hold each tensor; a level that is named is taken as it is."""
+        """See ``Format``: the level of its floats, or a recipe of the types that hold each tensor; a level that is
+        named is taken as it is."""
         if level is not None or options.overrides.given:
             return None
         shapes = tensor_shapes(source, _FLOATS_AS_STORED)
+        floats = held.float_level(source)
+        if floats is not None:
+            return Kept(floats, options, sum(weights_of(output.shape) for output in source.tensors.outputs))
         found = held.recipe_of(source, {shape.name: shape.unquantized for shape in shapes})
         if found is None:
             return None
@@ -308,6 +312,12 @@ def _advice(
         advice.append(
             f"nvfp4 is written without a scale for whole tensors ({qtypes.count('nvfp4')} here): groups of 16 whose "
             "largest weight is below 0.006 become zeros, and small ones are coarse"
+        )
+    lost = held.ignored(source, outputs) if options.method.method_of(NAME).keeps else []
+    if lost:
+        advice.append(
+            f"llama.cpp ignores the scales beside the feed-forward matrices of {source.architecture.gguf_name}: "
+            f"{counted(len(lost), 'tensor')} in NVFP4 here cannot stay so"
         )
     limit = options.split_max_size
     if limit is not None:
