@@ -100,6 +100,9 @@ def quantize(
     source = open_source(model, revision=revision, on_event=on_event)
     before, told = memory.before_libraries(), frozenset[str]()
     with source.checkpoint:
+        if source.checkpoint.kind and not options.judged:
+            text = "`llm-quantize convert` keeps the codes of a quantized model where another format holds them"
+            on_event(events.Note(f"{text}, and says of every tensor what changed"))
         importance: choose.Chosen | None = choose.foresee(source, format, levels, options, on_event)
         plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
         costs = [effort.writing(artifact) for artifact in plans]

@@ -5,6 +5,7 @@ A plan's matter, so nothing here reads a weight: qtypes/holding.py says what gri
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections import Counter
@@ -17,10 +18,13 @@ from llm_quantize.architectures.rows import weights_of
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.base import Packed, SchemeOptions
 from llm_quantize.formats.modules import Module, select
+from llm_quantize.formats.packed_recipe import types_of
+from llm_quantize.formats.recipe import Recipe
+from llm_quantize.io.journal import canonical_json
 from llm_quantize.qtypes.codebook import CodebookType
 from llm_quantize.qtypes.held import Held
-from llm_quantize.qtypes.holding import NEVER, SURELY, holds
-from llm_quantize.qtypes.integer import WHOLE_ROW
+from llm_quantize.qtypes.holding import NEVER, PERHAPS, SURELY, holds
+from llm_quantize.qtypes.integer import WHOLE_ROW, is_integer
 from llm_quantize.qtypes.packed import packed_type
 
 if TYPE_CHECKING:
@@ -65,14 +69,38 @@ def keeping(form: Packed, source: Source, levels: Sequence[str], options: Option
         left = f"^(?:{'|'.join(map(re.escape, floats))})$"
         options = replace(options, method=replace(method, ignore=(*method.ignore, left)))
     modules = [module for module in found.modules if module.name in given]
+    mix = _mix(form, found.modules, given) if len(levels) > 1 else None
+    if mix is not None:
+        weights = sum(weights_of(module.weight.shape) for module in modules)
+        return Kept(mix.level, replace(options, overrides=replace(options.overrides, recipe=mix)), weights)
     best = max(_candidates(form, levels, options, modules, given), key=lambda one: one[0], default=None)
-    if best is None or not best[0][0]:
+    if best is None or best[0][:2] == (0, 0):
         return Kept(levels[0], options, 0)
     score, level, asked = best
     method = replace(
         options.method, group_size=asked.group_size, symmetric=asked.symmetric, double_quant=asked.double_quant
     )
     return Kept(level, replace(options, method=method), score[0])
+
+
+def _mix(form: Packed, modules: Sequence[Module], given: Mapping[str, Held]) -> Recipe | None:
+    """The recipe that gives each module its own grid of the source, where those are integers of several kinds; None
+    where they are not, or the format has no such mixes, or no runtime would read this one."""
+    grids = {name: held.qtype for name, held in given.items()}
+    if form.MIXES is None or len(set(grids.values())) < 2 or not all(map(is_integer, grids.values())):
+        return None
+    text = canonical_json(grids)
+    name = form.MIXES.mixed_level(set(grids.values()))
+    recipe = Recipe(name, form.EXAMPLE, grids, sha256=hashlib.sha256(text).hexdigest(), form=form.NAME)
+    packed = [module for module in modules if module.name in given]
+    try:
+        types_of(recipe, packed, packed_type(next(iter(grids.values()))).name)
+        for module in packed:
+            if not module.seen:
+                form.MIXES.check_head(recipe, grids[module.name])
+    except UsageError:  # what runtimes make one is on several grids, or groups do not divide rows
+        return None
+    return recipe
 
 
 def _held(source: Source, module: Module) -> Held | None:
@@ -109,12 +137,13 @@ def _candidates(
         size = scheme.qtype.group_size
         if size != WHOLE_ROW and any(module.weight.shape[-1] % size for module in modules):
             continue
-        total = sum(count for name, count in weights.items() if holds(scheme.qtype.name, name) == SURELY)
+        told = {name: holds(scheme.qtype.name, name) for name in weights}
+        total, perhaps = (sum(weights[name] for name in told if told[name] == word) for word in (SURELY, PERHAPS))
         plain, calibrated = form.inputs(scheme) is None, bool(form.input_fields(scheme))
         if calibrated and len(levels) > 1:
             continue
         least = -sum(one is not None for one in choice)
-        yield (total, -scheme.qtype.bits, int(size == own), int(plain), least, -index), level, found
+        yield (total, perhaps, -scheme.qtype.bits, int(size == own), int(plain), least, -index), level, found
 
 
 def _is_known(names: Collection[str]) -> bool:
