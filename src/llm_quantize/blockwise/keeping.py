@@ -7,12 +7,22 @@ another, nothing of the matrix is kept.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.architectures.rows import chunk_rows, held_output_rows, matrix_shape
+from llm_quantize.architectures.rows import (
+    chunk_ranges,
+    chunk_rows,
+    held_output_rows,
+    matrix_shape,
+    read_output_rows,
+    to_float32,
+)
 from llm_quantize.artifacts.verdict import Difference
 from llm_quantize.grids.held import joined
 from llm_quantize.plan import MatrixPlan
@@ -24,7 +34,15 @@ if TYPE_CHECKING:
 Fields = list[npt.NDArray[Any]]
 
 
-def keep(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> Fields | None:
+@dataclass(frozen=True)
+class Kept:
+    """Fields that decode to the source's values, and the hash of the source's rows (``source_hash``)."""
+
+    fields: Fields
+    origin: str
+
+
+def keep(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> Kept | None:
     """The fields of ``matrix`` with the source's own codes and scales, proved to decode to its values; None where the
     artifact's grid does not hold them, or the source has none."""
     kind = matrices.store.grid_type(matrix.qtype)
@@ -39,8 +57,28 @@ def keep(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> Fields | None:
     held = None if whole is None else kind.hold(*whole)
     if held is None:
         return None
+    del whole, found, parts
     fields = matrices.store.join(matrix, [matrices.store.piece(matrix, *held)])
-    return fields if not difference(matrices, matrix, fields).unequal else None
+    del held
+    digest = hashlib.sha256()
+    if not _same(matrices, matrix, fields, digest):
+        return None
+    return Kept(fields, digest.hexdigest())
+
+
+def _same(matrices: Matrices, matrix: MatrixPlan, fields: Fields, digest: Any) -> bool:
+    """Whether ``fields`` decode to the source's values; ``digest`` is updated as ``source_hash`` does."""
+    decoded = matrices.store.decoded(matrix, fields)
+    ready: list[npt.NDArray[np.float32]] = []
+    for _, start, stop in chunk_ranges(matrix.weight.shape, 0, matrix_shape(matrix.weight.shape)[0]):
+        rows = to_float32(read_output_rows(matrices.source.checkpoint, matrix.weight, start, stop, digest=digest))
+        while sum(map(len, ready)) < len(rows):
+            ready.append(next(decoded)[1])
+        have = ready[0] if len(ready) == 1 else np.concatenate(ready)
+        if not np.array_equal(have[: len(rows)], rows):
+            return False
+        ready = [have[len(rows) :]]
+    return True
 
 
 def difference(matrices: Matrices, matrix: MatrixPlan, fields: Sequence[npt.NDArray[Any]]) -> Difference:

@@ -34,7 +34,7 @@ def round_matrices(
     for matrix in todo:
         kept = keep(matrices, matrix, pool) if method.keeps else None
         if kept is not None:
-            matrices.write(matrix, kept, {"kept": True, "verdict": EXACT})
+            matrices.write(matrix, kept.fields, {"kept": True, "verdict": EXACT}, kept.origin)
         else:
             job = Job(matrix, [Segment(0, _rows(matrix), "", 0)])
             solver.round([job], fits=not seen and matrices.store.fits_unseen)
