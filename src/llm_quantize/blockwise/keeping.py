@@ -1,20 +1,28 @@
 """Matrices that keep the codes and the scales of their source, where the format of the artifact holds them.
 
-What is held is asked of the grid (``GridType.hold``), not of names; that it is the same is not believed of it either:
-what was packed is decoded again, as a runtime reads it, and held against what the source reads. Where one value is
-another, nothing of the matrix is kept.
+What is held is asked of the format (``Store.hold``), not of names; that it is the same is not believed of it either:
+what was packed is decoded again, as a runtime reads it, and held against what the source reads. Where values are not
+the same but NEAR, only numbers of groups were rounded: codes are kept, and the record does not say exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.architectures.rows import chunk_rows, held_output_rows, matrix_shape, read_output_rows
+from llm_quantize.architectures.rows import (
+    chunk_ranges,
+    chunk_rows,
+    held_output_rows,
+    matrix_shape,
+    read_output_rows,
+    to_float32,
+)
 from llm_quantize.artifacts.verdict import EXACT, Difference
 from llm_quantize.grids.held import joined
 from llm_quantize.models.base import Model
@@ -22,45 +30,51 @@ from llm_quantize.plan import MatrixPlan
 from llm_quantize.streams.pool import Pool
 
 if TYPE_CHECKING:
-    import torch
-
     from llm_quantize.blockwise.run import Matrices
-    from llm_quantize.grids.grid import Grid
-
-NEAR = 2.0**-9
-"""The relative error below which codes are kept under rounded scales: float16 has eleven bits."""
 
 Fields = list[npt.NDArray[Any]]
 
 
-def keep(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> tuple[Fields, dict[str, Any]] | None:
-    """The fields of ``matrix`` with the source's own codes, and what to record; None where the artifact's grid does not
-    hold them, or the source has none.
+NEAR = 2.0**-9
+"""The relative error below which codes are kept under rounded scales: float16 has eleven bits. Codes chosen anew would
+lose more."""
 
-    Its scales too, proved to decode to the source's values. Where the artifact cannot hold these, but numbers so near
-    that codes chosen anew would lose more (NEAR), the codes are kept under them, and the record does not say exact.
-    """
-    checkpoint, weight = matrices.source.checkpoint, matrix.weight
-    store = matrices.store
-    stored = {checkpoint.block_type(piece.source, transpose=piece.transpose) for piece in weight.pieces}
-    if stored == {matrix.qtype}:
-        blocks = _Blocks(checkpoint)
-        fields = store.blocks(matrix, lambda first, last: read_output_rows(blocks, weight, first, last))
-        if fields is not None and not difference(matrices, matrix, fields).unequal:
-            return fields, {"kept": True, "verdict": EXACT}
-    whole = _whole(matrices, matrix, pool)
-    if whole is None:
+
+@dataclass(frozen=True)
+class Kept:
+    """Fields with the codes of the source, what to record of them, and the hash of the source's rows
+    (``source_hash``)."""
+
+    fields: Fields
+    facts: Mapping[str, Any]
+    origin: str
+
+
+def keep(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> Kept | None:
+    """The fields of ``matrix`` with the source's own codes and scales, proved to decode to its values or NEAR them; None
+    where the artifact's grid does not hold them, or the source has none."""
+    fields = _copied(matrices, matrix) or _held(matrices, matrix, pool)
+    if fields is None:
         return None
-    held = store.hold(matrix, *whole) or store.hold(matrix, *whole, exact=False)
-    if held is None:
-        return None
-    fields = store.join(matrix, [store.piece(matrix, *held)])
+    digest = hashlib.sha256()
+    if _same(matrices, matrix, fields, digest):
+        return Kept(fields, {"kept": True, "verdict": EXACT}, digest.hexdigest())
     off = difference(matrices, matrix, fields)
-    return (fields, {"kept": True, **off.verdict()}) if off.relative < NEAR else None
+    return Kept(fields, {"kept": True, **off.verdict()}, "") if off.relative < NEAR else None
 
 
-def _whole(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> tuple[Grid, torch.Tensor] | None:
-    """All rows of a matrix on the grid on which the source stores them."""
+def _copied(matrices: Matrices, matrix: MatrixPlan) -> Fields | None:
+    """The fields of a matrix that the source stores in the very blocks."""
+    checkpoint, weight = matrices.source.checkpoint, matrix.weight
+    stored = {checkpoint.block_type(piece.source, transpose=piece.transpose) for piece in weight.pieces}
+    if stored != {matrix.qtype}:
+        return None
+    blocks = _Blocks(checkpoint)
+    return matrices.store.blocks(matrix, lambda first, last: read_output_rows(blocks, weight, first, last))
+
+
+def _held(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> Fields | None:
+    """The fields of a matrix with the source's codes, on the grid on which the source stores them."""
     if not all(matrices.source.checkpoint.held(piece.source) for piece in matrix.weight.pieces):
         return None
     rows, columns = matrix_shape(matrix.weight.shape)
@@ -68,7 +82,12 @@ def _whole(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> tuple[Grid, to
     ranges = [(start, min(rows, start + step)) for start in range(0, rows, step)]
     parts = list(pool.in_order(lambda part: held_output_rows(matrices.source.checkpoint, matrix.weight, *part), ranges))
     found = [part for part in parts if part is not None]
-    return joined(found) if len(found) == len(parts) else None
+    whole = joined(found) if len(found) == len(parts) else None
+    if whole is None:
+        return None
+    held = matrices.store.hold(matrix, *whole) or matrices.store.hold(matrix, *whole, exact=False)
+    del whole, found, parts
+    return None if held is None else matrices.store.join(matrix, [matrices.store.piece(matrix, *held)])
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,21 @@ class _Blocks:
         """uint8 (stop - start, row_bytes)."""
         del buffer, digest
         return self.model.block_rows(name, start, stop, transpose=transpose)
+
+
+def _same(matrices: Matrices, matrix: MatrixPlan, fields: Fields, digest: Any) -> bool:
+    """Whether ``fields`` decode to the source's values; ``digest`` is updated as ``source_hash`` does."""
+    decoded = matrices.store.decoded(matrix, fields)
+    ready: list[npt.NDArray[np.float32]] = []
+    for _, start, stop in chunk_ranges(matrix.weight.shape, 0, matrix_shape(matrix.weight.shape)[0]):
+        rows = to_float32(read_output_rows(matrices.source.checkpoint, matrix.weight, start, stop, digest=digest))
+        while sum(map(len, ready)) < len(rows):
+            ready.append(next(decoded)[1])
+        have = ready[0] if len(ready) == 1 else np.concatenate(ready)
+        if not np.array_equal(have[: len(rows)], rows):
+            return False
+        ready = [have[len(rows) :]]
+    return True
 
 
 def difference(matrices: Matrices, matrix: MatrixPlan, fields: Sequence[npt.NDArray[Any]]) -> Difference:

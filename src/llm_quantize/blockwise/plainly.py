@@ -33,7 +33,7 @@ def round_matrices(
     for matrix in todo:
         kept = keep(matrices, matrix, pool) if method.keeps else None
         if kept is not None:
-            matrices.write(matrix, *kept)
+            matrices.write(matrix, kept.fields, kept.facts, kept.origin)
         else:
             job = Job(matrix, [Segment(0, _rows(matrix), "", 0)])
             solver.round([job], fits=not seen and matrices.store.fits_unseen)

@@ -119,13 +119,12 @@ class Matrices:
             for start, stop in unit_ranges(tensor.output.shape):
                 yield number, (start, stop), unit_key(tensor.name, start, stop)
 
-    def write(self, matrix: MatrixPlan, fields: Fields, facts: Mapping[str, Any]) -> None:
+    def write(self, matrix: MatrixPlan, fields: Fields, facts: Mapping[str, Any], whole: str = "") -> None:
         """Write and record the fields; ``facts`` go with the first part, and with them how far the matrix is from the
-        source, where that is asked."""
+        source, where that is asked. ``whole``: the hash of the source's rows, where it is known."""
         if self.target.plan.judged and "verdict" not in facts:
             off, chosen = difference(self, matrix, fields), matrix.seen and self.target.plan.chained
             facts = {**facts, **off.verdict(chosen=chosen)}
-        whole = ""
         for number, (start, stop), key in self._units(matrix):
             tensor = self.target.plan.tensors[matrix.fields[number]]
             data = np.ascontiguousarray(fields[number]).reshape(matrix_shape(tensor.output.shape)[0], -1)[start:stop]

@@ -42,7 +42,7 @@ from llm_quantize.formats.base import (
     usual_groups,
     with_quantization,
 )
-from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
+from llm_quantize.formats.bitpack import packed_words
 from llm_quantize.formats.expressions import Meaning, first_meant
 from llm_quantize.formats.packed import (
     FLOATS,
@@ -144,8 +144,11 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
 def _pack(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
     """(rows, n) as words (n, rows / 8)."""
     rows, count = values.shape
-    turned = values.T.reshape(count, rows // 8, 8)[:, :, _ORDER]
-    return pack_bits(np.ascontiguousarray(turned.reshape(count, rows)), BITS, 1)
+    apart = values.reshape(rows // 8, 8, count)
+    words = np.zeros((rows // 8, count), np.uint32)
+    for place, row in enumerate(_ORDER):
+        words |= apart[:, row].astype(np.uint32) << np.uint32(BITS * place)
+    return np.ascontiguousarray(words.T).view(np.int32)
 
 
 def _unpack(words: npt.NDArray[np.int32]) -> npt.NDArray[np.int16]:
@@ -154,11 +157,11 @@ def _unpack(words: npt.NDArray[np.int32]) -> npt.NDArray[np.int16]:
 
 
 def _places(words: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
-    count, rows = words.shape[0], words.shape[1] * 8
-    turned = unpack_bits(words, BITS, rows, 1).reshape(count, -1, 8)
-    values = np.empty_like(turned)
-    values[:, :, _ORDER] = turned
-    return values.reshape(count, rows).T
+    turned = np.ascontiguousarray(words.T).view(np.uint32)
+    values = np.empty((len(turned), 8, turned.shape[1]), np.uint8)
+    for place, row in enumerate(_ORDER):
+        values[:, row] = (turned >> np.uint32(BITS * place)) & np.uint32(15)
+    return values.reshape(-1, turned.shape[1])
 
 
 def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:

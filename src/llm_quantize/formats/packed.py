@@ -259,12 +259,24 @@ def values_of(
 
     A runtime that works in 16 bit rounds this once more.
     """
-    values = codes.astype(np.float32)
+    values = np.ascontiguousarray(codes, np.float32)
+    groups = scales.shape[1]
+    if values.shape[1] % groups == 0 and np.array_equal(index, np.arange(len(index)) // (values.shape[1] // groups)):
+        seen = values.reshape(len(values), groups, -1)  # groups one after the other
+
+        def each(numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return numbers[:, :, None]
+    else:
+        seen = values
+
+        def each(numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return numbers[:, index]
+
     if zeros is not None:
-        values -= zeros.astype(np.float32)[:, index]
+        seen -= each(zeros.astype(np.float32))
     with np.errstate(invalid="ignore", over="ignore"):
-        values *= scales[:, index]
-    return np.ascontiguousarray(values)
+        seen *= each(scales)
+    return values
 
 
 def held_integers(
