@@ -51,8 +51,8 @@ class Kept:
 
 
 def keep(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> Kept | None:
-    """The fields of ``matrix`` with the source's own codes and scales, proved to decode to its values or NEAR them; None
-    where the artifact's grid does not hold them, or the source has none."""
+    """The fields of ``matrix`` with the source's own codes and scales, proved to decode to its values or NEAR them;
+    None where the artifact's grid does not hold them, or the source has none."""
     fields = _copied(matrices, matrix) or _held(matrices, matrix, pool)
     if fields is None:
         return None
