@@ -1,8 +1,8 @@
 """Speed and memory of ``convert``: directories of random codes, each put into another format in a process of its own.
 
 The models are of Llama's shape (hidden 4096, 11008 inside, two blocks: 405 million weights in matrices, 200 MB of
-codes) with the tokenizer of the built-in model. Bytes per CPU second are those of the source's files; the seconds are of
-the whole process, torch's start among them, which ``start`` tells by itself.
+codes) with the tokenizer of the built-in model. Bytes per CPU second are those of the source's files; the seconds are
+of the whole process, torch's start among them, which ``start`` tells by itself.
 
     python benchmarks/convert.py --directory .peers/convert --json benchmarks/results/convert.json
 """

@@ -79,6 +79,9 @@ def _packed_bytes(codes: Codes, bits: int) -> Words:
     if count % (4 * each):
         padded = np.zeros((rows, packed_words(count, bits) * 4 * each), np.uint8)
         padded[:, :count] = codes
+    if bits == 4:
+        pairs = np.ascontiguousarray(padded).view("<u2")
+        return (pairs | pairs >> np.uint16(4)).astype(np.uint8).view("<i4").astype(np.int32, copy=False)
     packed = np.ascontiguousarray(padded[:, ::each])
     for place in range(1, each):
         packed |= padded[:, place::each] << np.uint8(place * bits)
@@ -88,6 +91,11 @@ def _packed_bytes(codes: Codes, bits: int) -> Words:
 def _unpacked_bytes(words: Words, bits: int, count: int) -> Codes:
     """``unpack_bits`` along rows where codes do not cross bytes."""
     stored = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+    if bits == 4:
+        pairs = stored.astype("<u2")
+        pairs |= pairs << np.uint16(4)
+        pairs &= np.uint16(0x0F0F)
+        return np.ascontiguousarray(pairs.view(np.uint8)[:, :count])
     each, mask = 8 // bits, np.uint8((1 << bits) - 1)
     codes = np.empty((len(words), stored.shape[1], each), np.uint8)
     for place in range(each):
