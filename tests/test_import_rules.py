@@ -32,7 +32,7 @@ LAYERS = (
     ("blockwise",),
     ("pipeline", "evaluation"),
     ("reports",),
-    ("compare", "advice"),
+    ("compare", "advice", "convert"),
     ("api",),
     ("cli",),
     ("__main__",),

@@ -68,7 +68,8 @@ KV_CACHES = ("fp8",)
 
 @dataclass(frozen=True, repr=False)
 class MethodOptions(Settings):
-    """``method``: rtn (round to nearest) or gptq (error feedback); None: the format's own.
+    """``method``: rtn (round to nearest), gptq (error feedback) or keep (codes and scales of a quantized source as they
+    are, where the format holds them); None: the format's own.
 
     ``transform``: awq rescales channels first; None: what the format does. ``inputs``: what a matrix is calibrated on:
     "sequential" (the model as quantized up to this very matrix), "block" (up to this block), "source" (not at all).
@@ -183,8 +184,9 @@ class Options(Settings):
     ``nonfinite``: NaN and infinite weights are refused ("refuse"), replaced ("zero") or kept ("keep"). ``checkpoints``:
     keep a journal, in ``checkpoint_dir`` (None: beside the output), so that a stopped run can go on. ``overwrite``:
     take the place of an existing output. ``ignore_space``: try even if the disk looks too small. ``engine``: what does
-    plain rounding, "threads" or "processes". ``modelfile``: write a Modelfile for Ollama beside each GGUF file. Raises
-    UsageError for values that mean nothing.
+    plain rounding, "threads" or "processes". ``modelfile``: write a Modelfile for Ollama beside each GGUF file.
+    ``judged``: every tensor is held against the source's, and the verdict recorded (``convert``); ``exact``: and what
+    is not exact is not kept. Raises UsageError for values that mean nothing.
     """
 
     threads: int | None = None
@@ -204,6 +206,8 @@ class Options(Settings):
     ignore_space: bool = False
     engine: str = "threads"
     modelfile: bool = False
+    judged: bool = False
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.nonfinite not in NONFINITE_POLICIES:

@@ -18,6 +18,7 @@ from llm_quantize.artifacts.modelfile import with_modelfile
 from llm_quantize.artifacts.output import (
     already_complete,
     as_begun,
+    discard_inexact,
     finish_card,
     open_output,
     refuse_changed,
@@ -32,6 +33,7 @@ from llm_quantize.artifacts.rounding import (
     Policy,
     Rounding,
     Target,
+    conversion_of,
     matrix_records,
     missing_units,
     unit_records,
@@ -98,6 +100,9 @@ def quantize(
     source = open_source(model, revision=revision, on_event=on_event)
     before, told = memory.before_libraries(), frozenset[str]()
     with source.checkpoint:
+        if source.checkpoint.kind and not options.judged:
+            text = "`llm-quantize convert` keeps the codes of a quantized model where another format holds them"
+            on_event(events.Note(f"{text}, and says of every tensor what changed"))
         importance: choose.Chosen | None = choose.foresee(source, format, levels, options, on_event)
         plans = plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
         costs = [effort.writing(artifact) for artifact in plans]
@@ -194,6 +199,8 @@ def plan_source(
         # A level that no text makes (int16 of CTranslate2, beside int8) is the same file whatever the others need.
         typed = [replace(plan, identity={**plan.identity, ARITHMETIC: importance.dtype}) for plan in plans]
         plans = [new if plan.chained else plan for plan, new in zip(plans, typed, strict=True)]
+    if options.judged:
+        plans = [replace(plan, judged=True, identity={**plan.identity, "judged": True}) for plan in plans]
     return _named([_estimated(source, plan, importance, options) for plan in plans], stem, name)
 
 
@@ -267,7 +274,8 @@ def _write_all(
         finished = 0
         plans = tuple(target.plan.tensors for target in targets)
         opened = tuple(target.output.opened for target in targets)
-        rounding = Rounding(policy, plans, opened, tuple(target.plan.too_large for target in targets))
+        too_large, judged = zip(*((target.plan.too_large, target.plan.judged) for target in targets), strict=True)
+        rounding = Rounding(policy, plans, opened, too_large, judged)
         for records in pool(rounding, units):
             for record in records:
                 targets[record.artifact].keep(record)
@@ -281,11 +289,19 @@ def _write_all(
             finish_card(target)
         refuse_changed(source.checkpoint, times)
         finish(events.Stage("finish"))
-        for target in targets:
+        sound = not options.exact or all((conversion_of(target) or {}).get("worst") is None for target in targets)
+        for target in targets if sound else ():
             target.output.finish(sealed_manifest(source, target))
+    for target, (_, path) in () if sound else zip(targets, todo, strict=True):
+        error = discard_inexact(source, target, path, options)
+        if error is not None:
+            raise error
     results = {}
     for target, (artifact, path) in zip(targets, todo, strict=True):
         counts = nonfinite_counts(unit_records(target))
         told, measured = fallbacks(artifact.fallbacks(), matrix_records(target)), target.output.notes.get("measured")
-        results[path] = ArtifactResult(artifact, path, "written", target.seconds, resumed[path], counts, told, measured)
+        results[path] = ArtifactResult(
+            *(artifact, path, "written", target.seconds, resumed[path], counts, told, measured),
+            conversion=conversion_of(target),
+        )
     return results

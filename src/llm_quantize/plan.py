@@ -174,7 +174,7 @@ class ArtifactPlan(Tabled):
     ``source_scratch``: see ``Model.scratch``. ``warnings`` and ``notes``: a sentence for each thing that the user
     should know, or may like to; ``details``: {such a sentence: the whole list behind it}. ``substituted``: tensors that
     have not the type of the level. ``silent``: {what an importance says nothing of, and what that means: the
-    tensors}. ``cost``: what making it takes.
+    tensors}. ``cost``: what making it takes. ``judged``: what becomes of each tensor is told (artifacts/verdict.py).
     """
 
     columns = ("name", "shape", "type", "bytes")
@@ -200,6 +200,7 @@ class ArtifactPlan(Tabled):
     substituted: tuple[Substitution, ...] = ()
     silent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cost: Cost | None = None
+    judged: bool = False
 
     @property
     def size(self) -> int:
@@ -241,6 +242,11 @@ class ArtifactPlan(Tabled):
             for index in matrix.fields
             if not self.tensors[index].output.pieces
         }
+
+    @cached_property
+    def fields_of(self) -> dict[str, str]:
+        """{a field: the matrix that it is part of}."""
+        return {self.tensors[index].name: matrix.name for matrix in self.matrices for index in matrix.fields}
 
     def origin(self, tensor: TensorPlan, start: int, stop: int) -> tuple[OutputTensor, int, int]:
         """What rows [start, stop) of a stored tensor are made of: the same rows of the source, or a whole matrix."""

@@ -19,11 +19,11 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize import kernels
 from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import chunk_ranges, matrix_shape, placed, scatter
 from llm_quantize.errors import IntegrityError, MalformedInputError, MissingExtraError, UnsupportedError, printable
 from llm_quantize.formats.gguf.describe import describe
+from llm_quantize.formats.gguf.scales import Scales, decode
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, TensorEntry, read_gguf
 from llm_quantize.io.paths import opened, pread_into
@@ -212,7 +212,8 @@ class DecodedArtifact(Decoded):
         self.path = Path(path)
         files = [read_gguf(file) for file in artifact_files(self.path)]
         self.size = sum(file.file_size for file in files)
-        self._entries = _collect(files)
+        self._scales = Scales.of_files(files)
+        self._entries = {name: one for name, one in _collect(files).items() if name not in self._scales.weights}
         self.weights = sum(math.prod(entry.shape) for _, entry in self._entries.values())
         self._check_model(files[0])
         self._held = self._agreeing()
@@ -230,7 +231,7 @@ class DecodedArtifact(Decoded):
 
     def rows_of(self, held: OutputTensor, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """As ``Decoded.rows_of``. Raises UnsupportedError (no decoder for the type), IntegrityError (the file
-        became shorter), ResourceError."""
+        became shorter), NumericPolicyError (a scale of the matrix that is no positive number), ResourceError."""
         file, entry = self._entries[held.name]
         with opened(file.path) as descriptor:
             row_bytes = entry.nbytes // matrix_shape(entry.shape)[0]
@@ -238,7 +239,8 @@ class DecodedArtifact(Decoded):
                 data = bytearray((last - first) * row_bytes)
                 pread_into(descriptor, memoryview(data), entry.offset + first * row_bytes, file.path)
                 packed = np.frombuffer(data, np.uint8).reshape(last - first, row_bytes)
-                yield first, _dequantize(file, entry, packed, matrix_shape(entry.shape)[1])
+                scales = self._scales.of_rows(held.name, entry.shape, first, last - first)
+                yield first, _dequantize(file, entry, packed, matrix_shape(entry.shape)[1], scales)
 
     def _check_model(self, first: GgufFile) -> None:
         key = gguf.Keys.General.ARCHITECTURE
@@ -302,11 +304,15 @@ class HeadWeights:
 
 
 def _dequantize(
-    file: GgufFile, entry: TensorEntry, packed: npt.NDArray[np.uint8], columns: int
+    file: GgufFile,
+    entry: TensorEntry,
+    packed: npt.NDArray[np.uint8],
+    columns: int,
+    scales: npt.NDArray[np.float32] | None,
 ) -> npt.NDArray[np.float32]:
     name = entry.type.name.lower()
     if name in QTYPES:
-        return kernels.dequantize(name, packed, columns)
+        return decode(name, packed, columns, scales)
     with np.errstate(invalid="ignore", over="ignore"):
         try:
             values: npt.NDArray[np.float32] = gguf.quants.dequantize(packed, entry.type)
@@ -314,7 +320,8 @@ def _dequantize(
             raise UnsupportedError(
                 f"tensors of type {name} cannot be decoded", file=file.path, tensor=entry.name, found=name
             ) from error
-    return values.astype(np.float32, copy=False).reshape(len(packed), columns)
+    found = values.astype(np.float32, copy=False).reshape(len(packed), columns)
+    return found if scales is None else found * scales
 
 
 def _tensor(values: npt.NDArray[np.float32]) -> torch.Tensor:

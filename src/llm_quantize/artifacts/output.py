@@ -13,11 +13,11 @@ from typing import Any, Literal
 from llm_quantize import events
 from llm_quantize.artifacts.manifest import manifest_bytes, nonfinite_counts, read_manifest
 from llm_quantize.artifacts.recheck import refuse_other_source
-from llm_quantize.artifacts.rounding import Target, matrix_records, unit_records
+from llm_quantize.artifacts.rounding import Target, conversion_of, matrix_records, unit_records
 from llm_quantize.artifacts.vouched import Vouched
-from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError, UsageError
+from llm_quantize.errors import IntegrityError, MalformedInputError, NumericPolicyError, UnsupportedError, UsageError
 from llm_quantize.events import EventSink
-from llm_quantize.formats.card import fill_card
+from llm_quantize.formats.card import fill_card, fill_verdict
 from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.artifact_paths import journal_path, manifest_path
 from llm_quantize.io.journal import canonical_json, other_identity, parse_journal, source_changed
@@ -186,6 +186,26 @@ def refuse_other(source: Source, artifact: ArtifactPlan, path: Path, options: Op
         raise _exists(path)
 
 
+def discard_inexact(source: Source, target: Target, path: Path, options: Options) -> NumericPolicyError | None:
+    """None where what ``target`` holds is its source exactly; else the error that says what is not, after the
+    unfinished artifact was removed. Its output must be closed."""
+    verdict = conversion_of(target)
+    worst = None if verdict is None else verdict.get("worst")
+    if verdict is None or worst is None:
+        return None
+    discard_partial(path, _journal_path(path, options), [file.name for file in target.plan.files])
+    discard_hidden(path)
+    counts = ", ".join(f"{count:,} {word}" for word, count in verdict["tensors"].items())
+    return NumericPolicyError(
+        "the conversion is not exact, and --exact does not accept that; nothing is left of it",
+        file=path,
+        tensor=worst["tensor"],
+        expected=f"every tensor as {source.checkpoint.name} has it",
+        found=f"{counts}; the largest relative error is {worst['relative_error']:.4g}",
+        remedy="leave --exact out, or convert to a level that holds this tensor",
+    )
+
+
 def _exists(path: Path) -> UsageError:
     return UsageError(
         "the output exists and was not made by this command from this source",
@@ -211,7 +231,9 @@ def finish_card(target: Target) -> None:
     card = target.plan.card
     if card is None or CARD_UNIT in target.output.records:
         return
-    data = fill_card(card.text, target.output.notes.get("measured"))
+    data, verdict = fill_card(card.text, target.output.notes.get("measured")), conversion_of(target)
+    if verdict is not None:
+        data = fill_verdict(data, verdict)
     target.output.write(target.output.spans[CARD_UNIT], 0, data)
     target.output.record(CARD_UNIT, {"sha256": hashlib.sha256(data).hexdigest()})
 
@@ -222,7 +244,7 @@ def sealed_manifest(source: Source, target: Target) -> bytes:
     tensors = unit_records(target)
     matrices = matrix_records(target)
     measured = target.output.notes.get("measured")
-    card = target.output.records.get(CARD_UNIT)
+    card, verdict = target.output.records.get(CARD_UNIT), conversion_of(target)
     content = {
         "format": artifact.format,
         "level": artifact.level,
@@ -237,6 +259,7 @@ def sealed_manifest(source: Source, target: Target) -> bytes:
         "tensors": tensors,
         **({"matrices": matrices} if matrices else {}),
         **({"measured": measured} if measured else {}),
+        **({} if verdict is None else {"conversion": verdict}),
         **({"card_sha256": card["sha256"]} if card else {}),
     }
     return manifest_bytes(content)

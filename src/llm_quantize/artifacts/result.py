@@ -28,7 +28,8 @@ class ArtifactResult(Shown):
     equally among them. ``nonfinite``: {fact: {tensor: count}} as in the manifest, for NaN and infinite weights.
     ``fallbacks``: {what plan or method could not do as asked: the tensors or matrices}. ``measured``: what a
     calibrated run lost on text that it was not calibrated on, None where it was not measured. ``modelfile``: beside it,
-    for Ollama, where it was asked for. The fields are what fits a table.
+    for Ollama, where it was asked for. ``conversion``: the verdict of a conversion, as in the manifest
+    (artifacts/verdict.py). The fields are what fits a table.
     """
 
     artifact: InitVar[ArtifactPlan]
@@ -44,6 +45,7 @@ class ArtifactResult(Shown):
     fallbacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     measured: Mapping[str, Any] | None = None
     modelfile: Path | None = None
+    conversion: Mapping[str, Any] | None = None
 
     def __post_init__(self, artifact: ArtifactPlan) -> None:
         facts = {name: getattr(artifact, name) for name in ("level", "format", "size", "bits_per_weight")}
@@ -59,6 +61,8 @@ class ArtifactResult(Shown):
         """Level, path, size, bits per weight, and what a reader must not overlook."""
         facts = {"level": self.level, "path": self.path, "size": self.size, "bits_per_weight": self.bits_per_weight}
         facts["status"] = self.status
+        if self.conversion is not None:
+            facts["verdict"] = self.conversion["verdict"]
         if self.measured is not None:
             facts["kld"] = self.measured["kld"]
         found = len(self.degradations())
@@ -80,6 +84,8 @@ class ArtifactResult(Shown):
         }
         if self.modelfile is not None:
             facts["modelfile"] = str(self.modelfile)
+        if self.conversion is not None:
+            facts["conversion"] = json_ready(self.conversion)
         return facts if self.measured is None else facts | {"measured": json_ready(self.measured)}
 
     @property
@@ -122,4 +128,7 @@ def complete_result(artifact: ArtifactPlan, path: Path) -> ArtifactResult:
     manifest = read_manifest(manifest_path(path)) or {}
     counts = nonfinite_counts(manifest.get("tensors", []))
     told = fallbacks(manifest.get("fallbacks", {}), manifest.get("matrices", []))
-    return ArtifactResult(artifact, path, "already complete", 0.0, 0, counts, told, manifest.get("measured"))
+    return ArtifactResult(
+        *(artifact, path, "already complete", 0.0, 0, counts, told, manifest.get("measured")),
+        conversion=manifest.get("conversion"),
+    )

@@ -29,9 +29,11 @@ from llm_quantize.architectures.rows import (
     read_output_rows,
     to_float32,
     unit_ranges,
+    weights_of,
 )
 from llm_quantize.artifacts.clock import Clock
 from llm_quantize.artifacts.manifest import NONFINITE_FACTS
+from llm_quantize.artifacts.verdict import REQUANTIZED, Difference, conversion, of_units
 from llm_quantize.errors import NumericPolicyError
 from llm_quantize.io.output import OpenFiles, ResumableOutput
 from llm_quantize.kernels.weighing import vector_for
@@ -175,12 +177,13 @@ def _buffer() -> npt.NDArray[np.uint8]:
 class Rounding:
     """Does units. Of each artifact: ``tensors`` that it holds, ``files`` where they are written, ``remedies`` for
     weights that overflow (``ArtifactPlan.too_large``). Thread-safe, and fit for other processes as far as the policy's
-    source is (``models.shared``)."""
+    source is (``models.shared``). ``judged``: those whose records say how far they are from the source."""
 
     policy: Policy
     tensors: tuple[tuple[TensorPlan, ...], ...]
     files: tuple[OpenFiles, ...]
     remedies: tuple[str, ...]
+    judged: tuple[bool, ...] = ()
 
     def __call__(self, unit: Unit) -> tuple[Record, ...]:
         """Do one unit: a record for each artifact that wants it. Raises NumericPolicyError for NaN, infinity or an
@@ -192,6 +195,7 @@ class Rounding:
         digests = {number: hashlib.sha256() for number in plans}
         nonfinite = 0
         overflowed: dict[str, int] = {}
+        off = {plans[n].qtype: Difference() for n in plans if self.judged and self.judged[n]}
         for matrix, start, stop in chunk_ranges(output.shape, unit.start, unit.stop):
             rows = read_output_rows(self.policy.source, output, start, stop, buffer=_buffer(), digest=source_digest)
             rows, count = self.policy.finite(output, rows, start)
@@ -203,6 +207,9 @@ class Rounding:
                     importance = _importance(unit, output, matrix)
                     packed[tensor.qtype], bad = self._quantize(number, tensor, rows, importance, start)
                     overflowed[tensor.qtype] = overflowed.get(tensor.qtype, 0) + bad
+                    if tensor.qtype in off:
+                        decoded = kernels.dequantize(tensor.qtype, packed[tensor.qtype], rows.shape[-1])
+                        off[tensor.qtype].add(decoded.reshape(rows.shape), to_float32(rows))
                     clock.charge(*(n for n, other in plans.items() if other.qtype == tensor.qtype))
                 data = packed[tensor.qtype].data
                 place = (start - unit.start) * tensor.row_bytes
@@ -214,6 +221,7 @@ class Rounding:
                 "sha256": digests[number].hexdigest(),
                 "source_sha256": source_digest.hexdigest(),
                 **self._counts(tensor.qtype, nonfinite, overflowed.get(tensor.qtype, 0)),
+                **(off[tensor.qtype].facts() if tensor.qtype in off and self.judged[number] else {}),
             }
             for number, tensor in plans.items()
         }
@@ -275,7 +283,7 @@ def matrix_records(target: Target) -> list[dict[str, Any]]:
 def unit_records(target: Target) -> list[dict[str, Any]]:
     """What the manifest says of each tensor: type, place, sources, and the hashes of its units."""
     entries = []
-    for tensor in target.plan.tensors:
+    for index, tensor in enumerate(target.plan.tensors):
         units = []
         for start, stop in unit_ranges(tensor.output.shape):
             record = target.output.records[unit_key(tensor.name, start, stop)]
@@ -290,7 +298,32 @@ def unit_records(target: Target) -> list[dict[str, Any]]:
                 "offset": tensor.offset,
                 "bytes": tensor.nbytes,
                 "sources": sorted({piece.source for piece in tensor.output.pieces}),
+                **_verdict(target, index),
                 "units": units,
             }
         )
     return entries
+
+
+def _verdict(target: Target, index: int) -> dict[str, Any]:
+    """What became of a tensor that is rounded by itself; of a field, of what was not read from the source, and where
+    nobody asked, nothing."""
+    tensor = target.plan.tensors[index]
+    if not target.plan.judged or not tensor.output.pieces or tensor.name in target.plan.fields_of:
+        return {}
+    if index in target.plan.held:
+        return {"verdict": REQUANTIZED}  # a transform moved scales
+    records = target.output.records
+    return of_units(records[unit_key(tensor.name, *rows)] for rows in unit_ranges(tensor.output.shape))
+
+
+def conversion_of(target: Target) -> dict[str, Any] | None:
+    """The verdict of a whole artifact, from its records; None where nobody asked."""
+    plan = target.plan
+    if not plan.judged:
+        return None
+    sizes = {matrix.name: weights_of(matrix.weight.shape) for matrix in plan.matrices}
+    judged = [(entry["name"], sizes[entry["name"]], entry) for entry in matrix_records(target)]
+    single = ((tensor, _verdict(target, index)) for index, tensor in enumerate(plan.tensors))
+    judged += [(one.name, weights_of(one.output.shape), facts) for one, facts in single if facts]
+    return conversion(judged)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_quantize import events, kernels
+from llm_quantize import events
 from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import (
     chunk_ranges,
@@ -41,12 +41,14 @@ from llm_quantize.artifacts.immense import FLOATS, nonfinite, refuse_large_matri
 from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.artifacts.promise import MovedScales, Promises
 from llm_quantize.artifacts.subject import Checks, Floats, Keeps, Manifest, Notes, Subject
+from llm_quantize.artifacts.verdict import EXACT, ROUNDED
 from llm_quantize.artifacts.verification import StoredTensor, TensorCheck, Verification, check_stored, judge_nonfinite
 from llm_quantize.artifacts.verify_ctranslate2 import CTranslate2Subject
-from llm_quantize.errors import IntegrityError, LlmQuantizeError, UsageError
+from llm_quantize.errors import IntegrityError, LlmQuantizeError, NumericPolicyError, UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.directory_check import compare_files, compare_tensors, compare_tokenizer
 from llm_quantize.formats.gguf.check import compare_names, compare_parts, compare_plan, squeezed
+from llm_quantize.formats.gguf.scales import Scales, decode
 from llm_quantize.formats.kv_cache import contradictions
 from llm_quantize.formats.packed import ALIGNED, PackedMatrix, group_index
 from llm_quantize.io.artifact_paths import manifest_path
@@ -62,6 +64,7 @@ from llm_quantize.qtypes import QTYPES
 __all__ = ["TensorCheck", "Verification", "error_bound", "verify"]
 
 _NAMES = {"U8": "uint8", "F8_E4M3": "float8_e4m3", "I8": "int8", "I32": "int32", "U32": "uint32", "I64": "int64"}
+_SLACK = 1e-6  # of sums in another order
 _SCALES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
@@ -94,9 +97,27 @@ def verify(
             judge_nonfinite(check, poisoned.get(name, 0), has_manifest=name in known)
         promises = Promises(manifest, model)
         notes = subject.judge(checks, promises.keeps)
+        _hold_to_verdicts(manifest, checks)
     return Verification(
         subject.path, manifest is not None, model is not None, list(checks.values()), problems, list(notes)
     )
+
+
+def _hold_to_verdicts(manifest: Manifest | None, checks: Checks) -> None:
+    """Problems where a tensor is further from the source than the conversion said that made it."""
+    fields = {str(entry["fields"][0]): entry for entry in (manifest or {}).get("matrices", []) if entry["fields"]}
+    for entry in (manifest or {}).get("tensors", []):
+        name = str(entry["name"])
+        said = fields.get(name, entry)
+        check, word = checks.get(name), said.get("verdict")
+        if check is None or check.relative_error is None or word not in (EXACT, ROUNDED):
+            continue
+        limit = 0.0 if word == EXACT else float(said.get("relative_error", 0.0)) * (1 + _SLACK)
+        if not check.relative_error <= limit:
+            check.problems.append(
+                f"relative error {check.relative_error:.4g}, but the manifest says {word}"
+                + (f" ({said['relative_error']:.4g})" if word == ROUNDED else "")
+            )
 
 
 def _open(path: Path, stack: ExitStack) -> Subject:
@@ -120,6 +141,7 @@ class _Gguf:
 
     def __post_init__(self) -> None:
         self._entries = [(file, tensor) for file in self.files for tensor in file.tensors]
+        self._scales = Scales.of_files(self.files)
         self.total = sum(weights_of(tensor.shape) for _, tensor in self._entries)
         refuse_long_rows((tensor.name, file.path, tensor.shape) for file, tensor in self._entries)
         self.unmarked = Made(weighed=any("quantize.imatrix.file" in file.metadata for file in self.files))
@@ -135,7 +157,7 @@ class _Gguf:
             yield StoredTensor(tensor.name, kind, file.path, tensor.offset, tensor.nbytes, rows)
 
     def against(self, source: Source, manifest: Manifest | None, stack: ExitStack) -> list[str]:
-        return compare_names(self.files, source.tensors.outputs)
+        return compare_names(self.files, source.tensors.outputs, beside=self._scales.weights)
 
     def values(self, checks: Checks, source: Source | None, made: Made, poisoned: dict[str, int]) -> Iterator[int]:
         outputs = {} if source is None else {output.name: output for output in source.tensors.outputs}
@@ -145,12 +167,12 @@ class _Gguf:
             if check.type not in QTYPES:
                 text = f"type {check.type} cannot be decoded by this version; values were not checked"
                 check.problems.append(text)
-            else:
+            elif self._scale_is_right(tensor.name, checks):
                 compared = None
                 if source is not None and output is not None and squeezed(output.shape) == squeezed(tensor.shape):
                     compared = Compared(source, output, rescaled=made.rescaled and per_matrix > 1)
                     self._found[tensor.name] = compared, made
-                for start, values in _decoded(file, tensor):
+                for start, values in _decoded(file, tensor, self._scales):
                     check.nonfinite += int(values.size - np.count_nonzero(np.isfinite(values)))
                     if compared is not None:
                         compared.add(start, values, start // per_matrix)
@@ -158,6 +180,15 @@ class _Gguf:
                     compared.tell(check)
                     poisoned[tensor.name] = compared.poisoned
             yield weights_of(tensor.shape)
+
+    def _scale_is_right(self, name: str, checks: Checks) -> bool:
+        """Whether the scale of a matrix, if it has one, is a number that its values can be multiplied with."""
+        try:
+            self._scales.of(name)
+        except NumericPolicyError as error:
+            checks[str(error.tensor)].problems.append(f"{error.what}: {error.found}, not {error.expected}")
+            return False
+        return True
 
     def judge(self, checks: Checks, keeps: Keeps) -> Notes:
         return told(
@@ -183,14 +214,15 @@ def _open_gguf(path: Path) -> tuple[Path, list[GgufFile]]:
     return path, [read_gguf(name) for name in names]
 
 
-def _decoded(file: GgufFile, tensor: TensorEntry) -> Iterator[tuple[int, Floats]]:
+def _decoded(file: GgufFile, tensor: TensorEntry, scales: Scales) -> Iterator[tuple[int, Floats]]:
     """(first row, float32 values) of a tensor, chunk by chunk."""
     rows, columns = matrix_shape(tensor.shape)
     row_bytes = tensor.nbytes // rows
     for _, start, stop in chunk_ranges(tensor.shape, 0, rows):
         data = read_range(file.path, tensor.offset + start * row_bytes, (stop - start) * row_bytes)
         packed = np.frombuffer(data, np.uint8).reshape(stop - start, row_bytes)
-        yield start, kernels.dequantize(tensor.type.name.lower(), packed, columns)
+        factors = scales.of_rows(tensor.name, tensor.shape, start, stop - start)
+        yield start, decode(tensor.type.name.lower(), packed, columns, factors)
 
 
 @dataclass

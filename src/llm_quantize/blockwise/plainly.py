@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llm_quantize import events
 from llm_quantize.architectures.rows import matrix_shape
+from llm_quantize.blockwise.keeping import keep
 from llm_quantize.blockwise.segments import Segment
 from llm_quantize.blockwise.solver import Job, Solver
 from llm_quantize.events import EventSink
@@ -30,9 +31,13 @@ def round_matrices(
     total = sum(_rows(matrix) * matrix.weight.shape[-1] for matrix in todo)
     done = 0
     for matrix in todo:
-        job = Job(matrix, [Segment(0, _rows(matrix), "", 0)])
-        solver.round([job], fits=not seen and matrices.store.fits_unseen)
-        matrices.write(matrix, solver.join(job), job.summary())
+        kept = keep(matrices, matrix, pool) if method.keeps else None
+        if kept is not None:
+            matrices.write(matrix, kept.fields, kept.facts, kept.origin)
+        else:
+            job = Job(matrix, [Segment(0, _rows(matrix), "", 0)])
+            solver.round([job], fits=not seen and matrices.store.fits_unseen)
+            matrices.write(matrix, solver.join(job), job.summary())
         done += _rows(matrix) * matrix.weight.shape[-1]
         on_event(events.Progress(done=done, total=total))
 

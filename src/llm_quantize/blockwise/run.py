@@ -28,6 +28,7 @@ from llm_quantize.blockwise import rescaling
 from llm_quantize.blockwise.embedding import written_embedding
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.blockwise.inputs import FullInputs, Streams, collect, propagate
+from llm_quantize.blockwise.keeping import difference
 from llm_quantize.blockwise.kv_cache import Largest
 from llm_quantize.blockwise.measure import measure
 from llm_quantize.blockwise.segments import Segment, Sources, segments
@@ -93,6 +94,10 @@ class Matrices:
             )
         return np.array(to_float32(rows), np.float32)
 
+    def present_rows(self, matrix: MatrixPlan, start: int, stop: int) -> Floats:
+        """float32 rows [start, stop) of the weight as a transform left it, by the policy for NaN and infinity."""
+        return self._finite(matrix, start, stop)
+
     def present(self, name: str) -> Floats:
         """A tensor of the source as it is now, float32, its shape."""
         if name in self.changed:
@@ -115,9 +120,12 @@ class Matrices:
             for start, stop in unit_ranges(tensor.output.shape):
                 yield number, (start, stop), unit_key(tensor.name, start, stop)
 
-    def write(self, matrix: MatrixPlan, fields: Fields, facts: Mapping[str, Any]) -> None:
-        """Write and record the fields; ``facts`` go with the first part."""
-        whole = ""
+    def write(self, matrix: MatrixPlan, fields: Fields, facts: Mapping[str, Any], whole: str = "") -> None:
+        """Write and record the fields; ``facts`` go with the first part, and with them how far the matrix is from the
+        source, where that is asked. ``whole``: the hash of the source's rows, where it is known."""
+        if self.target.plan.judged and "verdict" not in facts:
+            off, chosen = difference(self, matrix, fields), matrix.seen and self.target.plan.chained
+            facts = {**facts, **off.verdict(chosen=chosen)}
         for number, (start, stop), key in self._units(matrix):
             tensor = self.target.plan.tensors[matrix.fields[number]]
             data = np.ascontiguousarray(fields[number]).reshape(matrix_shape(tensor.output.shape)[0], -1)[start:stop]

@@ -26,6 +26,7 @@ COMMANDS = {
     "info": "Show what a model is: architecture, parameters, tensors, tokenizer, memory.",
     "plan": "Show the types and the exact size of the file, before any work.",
     "quantize": "Quantize a model to one or more levels in one read of the source.",
+    "convert": "Put a model into another format with the numbers that it has, and say what changed.",
     "analyze": "Calibrate, and measure what an artifact lost.",
     "recommend": "Say which level to take for a machine, and why.",
     "compare": "Measure variants of a model side by side, and write a page that shows it.",

@@ -42,7 +42,7 @@ from llm_quantize.formats.base import (
     usual_groups,
     with_quantization,
 )
-from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
+from llm_quantize.formats.bitpack import packed_words
 from llm_quantize.formats.expressions import Meaning, first_meant
 from llm_quantize.formats.packed import (
     FLOATS,
@@ -58,12 +58,14 @@ from llm_quantize.formats.packed import (
     flat_settings,
     group_index,
     groups_by_row,
+    held_integers,
     misfit,
     modules,
     values_of,
     widths,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.qtypes.held import HeldRows
 from llm_quantize.qtypes.integer import IntegerType
 
 if TYPE_CHECKING:
@@ -142,17 +144,24 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
 def _pack(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
     """(rows, n) as words (n, rows / 8)."""
     rows, count = values.shape
-    turned = values.T.reshape(count, rows // 8, 8)[:, :, _ORDER]
-    return pack_bits(np.ascontiguousarray(turned.reshape(count, rows)), BITS, 1)
+    apart = values.reshape(rows // 8, 8, count)
+    words = np.zeros((rows // 8, count), np.uint32)
+    for place, row in enumerate(_ORDER):
+        words |= apart[:, row].astype(np.uint32) << np.uint32(BITS * place)
+    return np.ascontiguousarray(words.T).view(np.int32)
 
 
 def _unpack(words: npt.NDArray[np.int32]) -> npt.NDArray[np.int16]:
     """(n, rows / 8) words as (rows, n)."""
-    count, rows = words.shape[0], words.shape[1] * 8
-    turned = unpack_bits(words, BITS, rows, 1).reshape(count, -1, 8)
-    values = np.empty_like(turned)
-    values[:, :, _ORDER] = turned
-    return values.reshape(count, rows).T.astype(np.int16)
+    return _places(words).astype(np.int16)
+
+
+def _places(words: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
+    turned = np.ascontiguousarray(words.T).view(np.uint32)
+    values = np.empty((len(turned), 8, turned.shape[1]), np.uint8)
+    for place, row in enumerate(_ORDER):
+        values[:, row] = (turned >> np.uint32(BITS * place)) & np.uint32(15)
+    return values.reshape(-1, turned.shape[1])
 
 
 def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
@@ -233,6 +242,13 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
     """As ``StoredFormat.unpack``."""
     rows = (packed, fields, first, last)
     return values_of(codes(*rows), zeros(*rows), scales(*rows), group_index(packed, fields))
+
+
+def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+    """As ``StoredFormat.held``."""
+    places = _places(fields["qweight"][:, first // 8 : -(-last // 8)])
+    rows = (packed, fields, first, last)
+    return held_integers(packed, fields, places, 0, scales(*rows), zeros(*rows))
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

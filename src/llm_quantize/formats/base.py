@@ -25,6 +25,7 @@ from llm_quantize.qtypes.packed import PackedType, packed_type
 if TYPE_CHECKING:
     import torch
 
+    from llm_quantize.formats.keeping import Kept
     from llm_quantize.formats.recipe import Recipe
     from llm_quantize.grids.grid import Grid, GridType
     from llm_quantize.models.opening import Source
@@ -210,6 +211,10 @@ class Format(Protocol):
     def recipe_type(self, text: str) -> str:
         """The qtype that a recipe may give to single tensors or matrices, by its name. Raises UsageError."""
 
+    def keeping(self, source: Source, level: str | None, options: Options) -> Kept | None:
+        """The level, or ``level`` itself, and what to ask with it, that hold the most of what ``source`` stores
+        quantized; None where it has nothing of that kind to keep, or nothing is known of it. From headers alone."""
+
     def store(self, plan: ArtifactPlan) -> Store:
         """How one of its artifacts keeps a matrix. Needs torch."""
 
@@ -241,6 +246,16 @@ class Store(Protocol):
     def largest(self, qtype: str) -> float:
         """The largest magnitude that ``qtype`` holds."""
 
+    def hold(
+        self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor, *, exact: bool = True
+    ) -> tuple[Grid, torch.Tensor] | None:
+        """``codes`` of all rows of ``matrix`` on ``grid``, of whatever format, as ``piece`` takes them; None where this
+        format cannot hold them: with ``exact`` as they are, else with numbers of groups that are rounded."""
+
+    def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], Array]) -> list[Array] | None:
+        """The fields of ``matrix``, whose blocks of ggml a source stores: ``read`` gives rows of them; None where this
+        format has no such blocks."""
+
     def inputs(self, matrix: MatrixPlan) -> InputGrid | None:
         """What a runtime rounds the inputs of ``matrix`` to; None: nothing."""
 
@@ -263,6 +278,9 @@ class Store(Protocol):
 
     def decode(self, matrix: MatrixPlan, fields: list[Array]) -> npt.NDArray[np.float32]:
         """float32 (rows, columns): what a runtime will compute with."""
+
+    def decoded(self, matrix: MatrixPlan, fields: list[Array]) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """``decode`` some rows at a time: (the first, values)."""
 
 
 class Mixes(Protocol):

@@ -17,6 +17,7 @@ __all__ = ["pack_bits", "packed_words", "unpack_bits"]
 Codes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.int32]
 _GROUP = 32
+_WHOLE = (1, 2, 4, 8)  # bits of codes that never cross bytes
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -34,6 +35,8 @@ def pack_bits(codes: Codes, bits: int, axis: int) -> Words:
     if codes.size and int(codes.max()) >> bits:
         raise ValueError(f"code {int(codes.max())} does not fit {bits} bits")
     count = codes.shape[axis]
+    if axis == 1 and bits in _WHOLE:
+        return _packed_bytes(codes, bits)
     lanes = _grouped(codes, -(-count // _GROUP) * _GROUP, _GROUP, axis)
     words = np.zeros(_group_shape(lanes.shape, bits, axis), np.uint32)
     for index in range(_GROUP):
@@ -53,6 +56,8 @@ def unpack_bits(words: Words, bits: int, count: int, axis: int) -> Codes:
     _check(words, bits, axis)
     if words.shape[axis] != packed_words(count, bits):
         raise ValueError(f"{words.shape[axis]} words for {count} values of {bits} bits: {packed_words(count, bits)}")
+    if axis == 1 and bits in _WHOLE:
+        return _unpacked_bytes(words, bits, count)
     groups = -(-count // _GROUP)
     lanes = _grouped(words.view(np.uint32), groups * bits, bits, axis)
     codes = np.empty(_group_shape(lanes.shape, _GROUP, axis), np.uint8)
@@ -64,6 +69,39 @@ def unpack_bits(words: Words, bits: int, count: int, axis: int) -> Codes:
             value = value | (lanes[_lane(word + 1, axis)] << np.uint32(32 - shift))
         codes[_lane(index, axis)] = value & mask
     return np.ascontiguousarray(_ungrouped(codes, count, axis))
+
+
+def _packed_bytes(codes: Codes, bits: int) -> Words:
+    """``pack_bits`` along rows where codes do not cross bytes: byte by byte, which is what little-endian words are."""
+    rows, count = codes.shape
+    each = 8 // bits
+    padded = codes
+    if count % (4 * each):
+        padded = np.zeros((rows, packed_words(count, bits) * 4 * each), np.uint8)
+        padded[:, :count] = codes
+    if bits == 4:
+        pairs = np.ascontiguousarray(padded).view("<u2")
+        return (pairs | pairs >> np.uint16(4)).astype(np.uint8).view("<i4").astype(np.int32, copy=False)
+    packed = np.ascontiguousarray(padded[:, ::each])
+    for place in range(1, each):
+        packed |= padded[:, place::each] << np.uint8(place * bits)
+    return packed.view("<i4").astype(np.int32, copy=False)
+
+
+def _unpacked_bytes(words: Words, bits: int, count: int) -> Codes:
+    """``unpack_bits`` along rows where codes do not cross bytes."""
+    stored = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+    if bits == 4:
+        pairs = stored.astype("<u2")
+        pairs |= pairs << np.uint16(4)
+        pairs &= np.uint16(0x0F0F)
+        return np.ascontiguousarray(pairs.view(np.uint8)[:, :count])
+    each, mask = 8 // bits, np.uint8((1 << bits) - 1)
+    codes = np.empty((len(words), stored.shape[1], each), np.uint8)
+    for place in range(each):
+        np.right_shift(stored, np.uint8(place * bits), out=codes[:, :, place])
+    codes &= mask
+    return np.ascontiguousarray(codes.reshape(len(words), -1)[:, :count])
 
 
 def _check(values: npt.NDArray[Any], bits: int, axis: int) -> None:

@@ -74,6 +74,30 @@ def room() -> dict[str, str]:
     return {name: f"<{key}>".ljust(_ROOM, ".") for name, key in _ROWS.items()}
 
 
+_VERDICT_ROWS = {"Verdict": "verdict", "Tensors": "tensors", "Weights": "weights", "Largest relative error": "worst"}
+_VERDICT_ROOM = 72
+
+
+def verdict_room() -> dict[str, str]:
+    """The table "Conversion" with room for what only the end of the run knows."""
+    return {name: f"<{key}>".ljust(_VERDICT_ROOM, ".") for name, key in _VERDICT_ROWS.items()}
+
+
+def fill_verdict(text: bytes, conversion: Mapping[str, Any]) -> bytes:
+    """A card with the verdict of a conversion (artifacts/verdict.py) in its places, of the same length."""
+    worst = conversion.get("worst")
+    told = {
+        "verdict": str(conversion["verdict"]),
+        "tensors": ", ".join(f"{count:,} {word}" for word, count in conversion["tensors"].items()),
+        "weights": ", ".join(f"{count:,} {word}" for word, count in conversion["weights"].items()),
+        "worst": "none" if worst is None else f"{worst['relative_error']:.4g}",
+    }
+    for key, value in told.items():
+        place = f"<{key}>".ljust(_VERDICT_ROOM, ".").encode()
+        text = text.replace(place, value[:_VERDICT_ROOM].ljust(_VERDICT_ROOM).encode(), 1)
+    return text
+
+
 def fill_card(text: bytes, measured: Mapping[str, Any] | None) -> bytes:
     """A card with its figures in their places, of the same length. ``measured``: see blockwise/measure.py."""
     told = dict.fromkeys(_ROWS.values(), "not measured")
@@ -98,11 +122,12 @@ def card(
     revision: str | None,
     front: Mapping[str, Any],
     measured: Mapping[str, Any] | None = None,
+    judged: Mapping[str, str] | None = None,
     manifest: str = "manifest.json",
 ) -> str:
     """The whole text. ``name``: of the artifact; ``manifest``: of the file that stands in for it. ``source``: the
     model's name, ``revision`` its commit where it comes from the hub; ``front``: its own metadata. ``measured``: {what:
-    value} of the loss against the source, where it is (or will be) known."""
+    value} of the loss against the source, where it is (or will be) known; ``judged``: of how exact a conversion is."""
     metadata = _metadata(about, source, revision, front)
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n",
@@ -112,6 +137,9 @@ def card(
         _table("Size", about.sizes),
         about.loading,
     ]
+    if judged:
+        parts.append(_table("Conversion", judged))
+        parts.append("Exact: decodes to the source's very values. Errors are ||Q - W|| / ||W|| of a tensor.\n")
     if measured:
         parts.append(_table("Loss", measured))
         parts.append("Against the source, on windows of the calibration texts that were not calibrated on.\n")

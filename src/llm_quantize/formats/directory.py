@@ -19,7 +19,7 @@ import llm_quantize
 from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.base import SAFETENSORS_TYPES
-from llm_quantize.formats.card import About, card, room
+from llm_quantize.formats.card import About, card, room, verdict_room
 from llm_quantize.formats.gguf.metadata import read_card
 from llm_quantize.formats.modules import Module
 from llm_quantize.formats.small_files import small_files
@@ -82,8 +82,9 @@ class Contents:
     ``label``: the level as the artifact's name has it. ``groups``: the tensors, in order. ``qtype``: the grid of those
     that are matrices. ``config``: config.json, what it says or its very bytes. ``about``: the card. ``weights``: how
     many of the source it holds. ``identity``: what decides the bytes beside source, level and layout. ``include``:
-    globs of further files of the source to copy. ``measured``: the card has room for what the run will tell.
-    ``dropped``: {tensor of the source that is not taken over: why}. ``too_large``: as in the plan.
+    globs of further files of the source to copy. ``measured``, ``judged``: the card has room for what the run will
+    tell, of its loss and of how exact it is. ``dropped``: {tensor of the source that is not taken over: why}.
+    ``too_large``: as in the plan.
     """
 
     format: str
@@ -98,6 +99,7 @@ class Contents:
     include: Sequence[str] = ()
     qtype: str = ""
     measured: bool = False
+    judged: bool = False
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
@@ -129,7 +131,7 @@ def plan_around(
     files += _other_files(source, contents, warnings)
     left_out = _left_out(contents.dropped)
     room_left = None
-    if contents.measured:  # its figures are no part of what the artifact is
+    if contents.measured or contents.judged:  # its figures are no part of what the artifact is
         room_left = CardPlan(len(files) - 1, files[-1].header)
         files[-1] = OutputFile(files[-1].name, files[-1].size, b"")
     return ArtifactPlan(
@@ -213,6 +215,7 @@ def _other_files(source: Source, contents: Contents, warnings: list[str]) -> lis
         revision=checkpoint.revision,
         front=front,
         measured=room() if contents.measured else None,
+        judged=verdict_room() if contents.judged else None,
     )
     return [
         _file("config.json", config),

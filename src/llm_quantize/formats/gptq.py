@@ -72,12 +72,14 @@ from llm_quantize.formats.packed import (
     flat_settings,
     group_index,
     groups_by_row,
+    held_integers,
     misfit,
     modules,
     values_of,
     widths,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.qtypes.held import HeldRows
 from llm_quantize.qtypes.integer import IntegerType
 
 if TYPE_CHECKING:
@@ -160,7 +162,7 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
             found=f"0 at row {row}, group {group}",
             remedy="use a symmetric grid, or checkpoint_format gptq_v2",
         )
-    packed = pack_bits(np.ascontiguousarray(to_numpy(codes).T), bits, 0)
+    packed = np.ascontiguousarray(pack_bits(np.ascontiguousarray(to_numpy(codes)), bits, 1).T)
     stored = (zeros - np.uint16(first)).astype(np.uint8)
     indices = np.arange(codes.shape[1], dtype=np.int32) // np.int32(grid.group)
     return [
@@ -235,7 +237,13 @@ def _sizes(found: Mapping[str, TensorInfo], settings: Settings) -> tuple[int, in
 
 def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
     """As ``StoredFormat.codes``, from 0."""
-    return unpack_bits(fields["qweight"][:, first:last], packed.bits, packed.columns, 0).T.astype(np.int16)
+    return _places(packed, fields, first, last).astype(np.int16)
+
+
+def _places(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.uint8]:
+    """``codes``, uint8: words are turned, of which there are fewer than codes."""
+    words = np.ascontiguousarray(fields["qweight"][:, first:last].T)
+    return unpack_bits(words, packed.bits, packed.columns, 1)
 
 
 def zeros(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
@@ -257,6 +265,12 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
     """As ``StoredFormat.unpack``; g_idx may name groups in any order."""
     index, rows = group_index(packed, fields), (packed, fields, first, last)
     return values_of(codes(*rows), zeros(*rows), scales(*rows), index)
+
+
+def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+    """As ``StoredFormat.held``."""
+    rows = (packed, fields, first, last)
+    return held_integers(packed, fields, _places(*rows), 0, scales(*rows), zeros(*rows))
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

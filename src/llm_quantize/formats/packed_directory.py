@@ -28,6 +28,7 @@ from llm_quantize.formats.base import (
 from llm_quantize.formats.card import PackedFacts, about_packed, transformers_caution
 from llm_quantize.formats.directory import KEPT_TYPES, Contents, Group, Stored, plain_config, plan_files, whole
 from llm_quantize.formats.idle_options import OF_DIRECTORIES, OF_GRIDS, refuse_idle
+from llm_quantize.formats.keeping import Kept, float_of, keeping, scale_of
 from llm_quantize.formats.kv_cache import holders
 from llm_quantize.formats.modules import EDGES, HEAD, Module, Selection, coverage, head_of, select
 from llm_quantize.formats.packed_recipe import bits_per_weight, by_grid, named, types_of
@@ -119,6 +120,11 @@ class PackedFormat:
         for level in levels:
             _refuse_uncalibrated(self.form, level, options)
 
+    def keeping(self, source: Source, level: str | None, options: Options) -> Kept | None:
+        """See ``Format``."""
+        levels = self.form.LEVELS if level is None else [level]
+        return keeping(self.form, source, levels, options, EDGES if self.form.EDGES else ())
+
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
         from llm_quantize.formats.packed_store import DirectoryStore
@@ -143,7 +149,7 @@ class PackedFormat:
         asked = SchemeOptions(
             method.group_size,
             method.symmetric,
-            _scale_type(source, found),
+            _scale_type(source, found, keeps=method.method_of(self.name).keeps),
             method.double_quant,
             method.compute_dtype,
         )
@@ -189,6 +195,7 @@ class PackedFormat:
             weights=facts.weights,
             identity=self._identity(scheme, importance, options, mixed),
             shard_size=method.shard_size,
+            judged=options.judged,
             include=method.include,
             qtype=scheme.qtype.name,
             measured=options.statistics is None and method.stages(self.name).corrects,
@@ -337,8 +344,13 @@ def _refuse_experts(form: Packed, modules: Sequence[Module]) -> None:
         )
 
 
-def _scale_type(source: Source, found: Selection) -> str:
-    """How scales are stored where the format leaves that to the checkpoint: as its weights, in 16 bit."""
+def _scale_type(source: Source, found: Selection, *, keeps: bool = False) -> str:
+    """How scales are stored where the format leaves that to the checkpoint: as its weights, in 16 bit; with ``keeps``
+    as its scales, so that they stay what they are."""
+    if keeps:
+        kept = scale_of(source, found.modules) or float_of(source, [info.name for info in found.kept])
+        if kept is not None:
+            return kept
     stored = [source.checkpoint.tensors[name].dtype for name in found.packed]
     return "bfloat16" if stored.count("BF16") + stored.count("F8_E4M3") > len(stored) / 2 else "float16"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,6 +65,15 @@ class DirectoryStore:
                 self._ladders[matrix.name] = ladder_of(kind.qtype, own, most)
             return self._ladders[matrix.name]
 
+    def hold(
+        self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor, *, exact: bool = True
+    ) -> tuple[Grid, torch.Tensor] | None:
+        return self.grid_type(matrix.qtype).hold(grid, codes) if exact else None
+
+    def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], npt.NDArray[Any]]) -> None:
+        """As ``Store.blocks``: there are none."""
+        del matrix, read
+
     def inputs(self, matrix: MatrixPlan) -> InputGrid | None:
         return self.form.inputs(self.scheme)
 
@@ -93,17 +102,21 @@ class DirectoryStore:
         return data.view(NUMPY_TYPES[tensor.qtype]).reshape(tensor.output.shape)
 
     def decode(self, matrix: MatrixPlan, fields: Fields) -> Floats:
+        values = np.empty(matrix.weight.shape, np.float32)
+        for first, some in self.decoded(matrix, fields):
+            values[first : first + len(some)] = some
+        return values
+
+    def decoded(self, matrix: MatrixPlan, fields: Fields) -> Iterator[tuple[int, Floats]]:
         rows, columns = matrix.weight.shape
         scheme = self.scheme.on(matrix.qtype)
         names = [field.suffix for field in self.form.fields(scheme, rows, columns)]
         beside = 0 if matrix.cache is None else CACHED
         named = dict(zip(names, fields[: len(fields) - beside], strict=True))
-        packed, values = self.form.described(scheme, rows, columns), np.empty((rows, columns), np.float32)
+        packed = self.form.described(scheme, rows, columns)
         step = max(ALIGNED, chunk_rows(columns) // ALIGNED * ALIGNED)
         for first in range(0, rows, step):
-            last = min(rows, first + step)
-            values[first:last] = self.form.unpack(packed, named, first, last)
-        return values
+            yield first, self.form.unpack(packed, named, first, min(rows, first + step))
 
 
 def _maxima(kind: CodebookGridType, matrix: MatrixPlan, read: ReadRows) -> torch.Tensor:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Recipe(Shown):
     """A user's own mix (``read_recipe``): the qtypes of single ``tensors`` by name, before everything else; the rest
     as ``level`` says. ``model``: digest of the model that it was made for, if it says so; ``sha256``: of the file.
-    ``form``: the format that it is for, in whose words names, level and qtypes are."""
+    ``form``: the format that it is for, in whose words names, level and qtypes are. ``kept``: tensors whose codes are
+    those of the source, if they can be, so that no importance is asked for."""
 
     name: str
     level: str
@@ -25,6 +26,7 @@ class Recipe(Shown):
     model: str | None = None
     sha256: str = ""
     form: str = "gguf"
+    kept: frozenset[str] = frozenset()
 
     def summary(self) -> dict[str, object]:
         """Its name, its level, and how many tensors it names."""

@@ -18,6 +18,7 @@ from llm_quantize.formats.base import Importance, Store
 from llm_quantize.formats.card import About, bytes_words
 from llm_quantize.formats.directory import Contents, plain_config, plan_files, whole
 from llm_quantize.formats.idle_options import OF_DIRECTORIES, refuse_idle
+from llm_quantize.formats.keeping import Kept
 from llm_quantize.formats.level_names import FLOATS, known_level
 from llm_quantize.formats.recipe import no_recipes
 from llm_quantize.formats.small_files import need_small_files
@@ -79,6 +80,13 @@ class Safetensors:
         """See ``Format``."""
         raise no_recipes(self.name)
 
+    def keeping(self, source: Source, level: str | None, options: Options) -> Kept | None:
+        """See ``Format``: what all values surely fit, of what is quantized F32."""
+        tensors = source.checkpoint.tensors
+        words = {info.dtype for name, info in tensors.items() if source.checkpoint.is_readable(name)}
+        fitting = words.pop() if len(words) == 1 else "F32"
+        return Kept(level or (fitting if fitting in self.levels else "F32"), options, 1)
+
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``: no method ever asks, as nothing here is a matrix of codes."""
         raise UsageError("weights in a float type have no codes to choose", expected="--method rtn")
@@ -105,6 +113,7 @@ class Safetensors:
             weights=weights,
             identity={"nonfinite": options.nonfinite},
             shard_size=options.method.shard_size,
+            judged=options.judged,
             include=options.method.include,
             dropped=dropped,
             too_large="use BF16 or F32, which hold larger magnitudes: -q BF16",

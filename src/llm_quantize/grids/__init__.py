@@ -7,7 +7,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from llm_quantize.errors import UsageError
-from llm_quantize.grids import affine, codebook, ggml, ggml_pack, integer, nvfp4
+from llm_quantize.grids import affine, codebook, ggml, ggml_held, ggml_pack, integer, nvfp4
 from llm_quantize.grids.grid import GGML_GRIDS, Grid, GridType
 from llm_quantize.qtypes.affine import affine_type, is_affine
 from llm_quantize.qtypes.codebook import codebook_type, is_codebook
@@ -49,6 +49,8 @@ def grid_type(
 
 def pack_ggml(qtype: str, grid: Grid, codes: Tensor) -> npt.NDArray[np.uint8]:
     """The bytes of ``codes`` uint8 (rows, columns) on ``grid``: uint8 (rows, row_bytes) as ggml lays them out."""
+    if ggml_held.is_other(qtype, grid):
+        return ggml_held.pack(qtype, grid, codes)
     return nvfp4.pack(grid, codes) if qtype == nvfp4.NAME else ggml_pack.pack(qtype, grid, codes)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llm_quantize import kernels
+from llm_quantize.grids import ggml_held
 from llm_quantize.grids.ggml_pack import LAYOUTS, unpack
 from llm_quantize.grids.ggml_super import fit_superblocks
 from llm_quantize.grids.grid import Grid, row_tiles
@@ -91,6 +92,10 @@ class GgmlGridType:
         h = channel_importance(importance, weight)
         tiles = row_tiles(weight.shape[0], weight.shape[1], TILE)
         return Grid.stack([self._refined(grid.rows(a, b), weight[a:b], self.weights(weight[a:b], h)) for a, b in tiles])
+
+    def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``: see ``ggml_held``."""
+        return ggml_held.hold(self.name, grid, codes)
 
     def weights(self, x: Tensor, importance: Tensor) -> Tensor:
         """w (rows, columns): ``importance`` (columns,) times sqrt(k * mean x^2 + x^2) over the root of the mean."""

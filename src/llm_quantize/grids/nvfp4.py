@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llm_quantize import kernels
 from llm_quantize.errors import UsageError
+from llm_quantize.grids import ggml_held
 from llm_quantize.grids.codebook import best_rung
 from llm_quantize.grids.grid import Grid, Ladder, row_tiles
 from llm_quantize.grids.integer import TILE, channel_importance
@@ -73,6 +74,10 @@ class Nvfp4GridType:
             better = weighted_error(x, w, found, levels) < weighted_error(x, w, start, levels)
             scales[first:last] = from_lanes(torch.where(better, found, start), last - first)
         return grid.with_floats(scales)
+
+    def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``: see ``ggml_held``."""
+        return ggml_held.hold(NAME, grid, codes)
 
     def weights(self, x: Tensor, importance: Tensor) -> Tensor:
         """w (rows, columns): ``importance`` (columns,) alone."""

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 class Method:
     """``reads_text``: it chooses codes by what goes into a matrix, so it needs text, and sees matrices whole.
     ``words``: what a model card says of it. ``stages``: the optimiser's stages that are left of those asked for.
-    ``module``: where its ``solve`` is, which needs torch."""
+    ``module``: where its ``solve`` is, which needs torch. ``keeps``: codes and scales that the source has are taken as
+    they are where the format holds them (blockwise/keeping.py)."""
 
     name: str
     reads_text: bool
     words: str
     stages: Callable[[GptqOptions], GptqOptions]
     module: str = "llm_quantize.methods.gptq"
+    keeps: bool = False
 
     @property
     def solve(self) -> Callable[..., Solution]:
@@ -43,4 +45,7 @@ def _all(asked: GptqOptions) -> GptqOptions:
 METHODS: Mapping[str, Method] = {
     "rtn": Method("rtn", False, "rounding to nearest on fitted grids", _none),
     "gptq": Method("gptq", True, "error feedback (GPTQ) on importance-weighted grids fixed first", _all),
+    "keep": Method(
+        "keep", False, "those of the source, where this format holds them; else rounding", _none, keeps=True
+    ),
 }

@@ -15,19 +15,26 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import Keys
 
-from llm_quantize import kernels
 from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.from_gguf import Contents, Derived, derive
-from llm_quantize.architectures.rows import Shaped, chunk_rows, inverse, matrix_shape, read_output_rows, to_float32
+from llm_quantize.architectures.rows import (
+    Shaped,
+    chunk_rows,
+    held_output_rows,
+    inverse,
+    matrix_shape,
+    read_output_rows,
+    to_float32,
+)
 from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.formats.gguf.levels import LEVELS
+from llm_quantize.formats.gguf.scales import INPUT_SCALE, Scales, companions, decode
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, MetaValue, read_gguf
 from llm_quantize.io.paths import opened, pread_into
@@ -37,17 +44,40 @@ from llm_quantize.models.base import Digest, FileFact, Opened, Values, fingerpri
 from llm_quantize.models.hub.locate import Place
 from llm_quantize.models.safetensors import without_weights
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.qtypes.held import Held
+
+if TYPE_CHECKING:
+    import torch
+
+    from llm_quantize.grids.grid import Grid
+
+Bytes = npt.NDArray[np.uint8]
 
 _MAGIC = b"GGUF"
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 _FLOATS: Mapping[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_SCALED, _SCALED_GRID = "nvfp4", "e2m1_b16_e4m3"
+"""The type whose scales beside it have a place in grids, and the grid that it is on with them."""
+_GRIDS: Mapping[str, str] = {
+    **{"q2_0": "int2_g64_asym", "q4_0": "int4_g32", "q5_0": "int5_g32", "q8_0": "int8_g32"},
+    **{"q4_1": "affine4_g32", "q5_1": "affine5_g32", "mxfp4": "e2m1_b32_e8m0", "nvfp4": "e2m1_b16_e4m3alone"},
+    **{name: name for name in ("q1_0", "iq4_nl", "iq4_xs", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")},
+}
+"""Types that are grids, by the name that formats of directories have for the grid; their own where none has it."""
+_OF_INPUTS = "a scale of the inputs of a matrix, for runtimes that round them to 4 bits: weights do not depend on it"
 
 
 class StoredRows:
-    """Rows of the tensors of a file, by their own names (``architectures.rows.RowSource``); threads may share it."""
+    """Rows of the tensors of a file, by their own names (``architectures.rows.RowSource``); threads may share it.
+
+    ``scales``: those that whole matrices have beside them, which are not among ``tensors``: rows are read times them.
+    Raises MalformedInputError for a scale of a wrong form.
+    """
 
     def __init__(self, headers: Sequence[Header]) -> None:
-        self.tensors = {name: info for header in headers for name, info in header.tensors.items()}
+        held = {name: info for header in headers for name, info in header.tensors.items()}
+        self.scales = Scales(held, self._whole)
+        self.tensors = {name: info for name, info in held.items() if name not in self.scales.weights}
         self._reader = TensorReader(headers)
         self._shaped = Shaped({name: info.shape for name, info in self.tensors.items()})
 
@@ -78,15 +108,69 @@ class StoredRows:
         self._reader.read(info, start * row_bytes, view)
         if digest is not None:
             digest.update(view)
-        if plain is not None:
-            stored: npt.NDArray[Any] = np.frombuffer(view, plain).reshape(stop - start, columns)
-            return stored
-        packed = np.frombuffer(view, np.uint8).reshape(stop - start, row_bytes)
-        return kernels.dequantize(info.dtype, packed, columns)
+        scales = self.scales.of_rows(name, info.shape, start, stop - start)
+        if digest is not None and scales is not None:
+            digest.update(scales.data)
+        if plain is None:
+            return decode(info.dtype, np.frombuffer(view, np.uint8).reshape(stop - start, row_bytes), columns, scales)
+        stored: npt.NDArray[Any] = np.frombuffer(view, plain).reshape(stop - start, columns)
+        return stored if scales is None else to_float32(stored) * scales
+
+    def held(self, name: str) -> Held | None:
+        """As ``Model.held``."""
+        dtype, scaled = self.tensors[name].dtype, self.scales.info(name) is not None
+        if dtype not in _GRIDS or (scaled and dtype != _SCALED):
+            return None
+        return Held(_SCALED_GRID if scaled else _GRIDS[dtype], "float16")
+
+    def block_rows(self, name: str, start: int, stop: int) -> Bytes:
+        """uint8 (stop - start, row_bytes): rows as they are stored."""
+        info = self.tensors[name]
+        row_bytes = info.nbytes // self.matrix(name)[0]
+        packed = np.empty((stop - start, row_bytes), np.uint8)
+        self._reader.read(info, start * row_bytes, packed.reshape(-1).data)
+        return packed
+
+    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+        """As ``Model.held_grid``."""
+        if self.held(name) is None:
+            return None
+        from llm_quantize.grids import ggml_held
+
+        info, columns = self.tensors[name], self.matrix(name)[1]
+        scales = self.scales.of_rows(name, info.shape, start, stop - start)
+        return ggml_held.held(info.dtype, self.block_rows(name, start, stop), columns, scales)
+
+    def _whole(self, info: TensorInfo) -> bytes:
+        """The bytes of a small tensor."""
+        found = bytearray(info.nbytes)
+        self._reader.read(info, 0, memoryview(found))
+        return bytes(found)
 
     def close(self) -> None:
         """Close every file."""
         self._reader.close()
+
+
+class _BlockSource:
+    """Rows of a file as they are stored (``architectures.rows.RowSource``)."""
+
+    def __init__(self, stored: StoredRows) -> None:
+        self._stored = stored
+
+    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
+        """(rows, bytes of one)."""
+        rows = self._stored.matrix(name, transpose=transpose)[0]
+        return rows, self._stored.tensors[name].nbytes // rows
+
+    def read_rows(
+        self, name: str, start: int, stop: int, *, transpose: bool = False, buffer: Any = None, digest: Any = None
+    ) -> Bytes:
+        """uint8 (stop - start, row_bytes)."""
+        if transpose:
+            raise ValueError(f"{name} is read by columns")
+        del buffer, digest
+        return self._stored.block_rows(name, start, stop)
 
 
 class GgufModel(Opened):
@@ -95,8 +179,6 @@ class GgufModel(Opened):
     revision: str | None = None
     generation_config: dict[str, Any] | None = None
     temporary: tempfile.TemporaryDirectory[str] | None = None
-    folded: Mapping[str, str] = MappingProxyType({})
-    left_out: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self, name: str, metadata: Mapping[str, MetaValue], headers: Sequence[Header], derived: Derived, hollow: bool
@@ -108,6 +190,12 @@ class GgufModel(Opened):
         self.stored = StoredRows(headers)
         self._rows = inverse(derived.shapes, derived.outputs)
         self.tensors: dict[str, TensorInfo] = {name: self._info(tensor) for name, tensor in self._rows.items()}
+        held = {piece.source: name for name, tensor in self._rows.items() for piece in tensor.pieces}
+        scales = self.stored.scales.weights
+        self.folded: Mapping[str, str] = {
+            scale: held[weight] for scale, weight in scales.items() if not scale.endswith(INPUT_SCALE)
+        }
+        self.left_out: Mapping[str, str] = {scale: _OF_INPUTS for scale in scales if scale.endswith(INPUT_SCALE)}
         self.kind = _kind(metadata, self.stored.tensors.values())
 
     def _info(self, tensor: OutputTensor) -> TensorInfo:
@@ -152,9 +240,10 @@ class GgufModel(Opened):
         return all(word in _FLOATS or word in QTYPES for word in words)
 
     def stored_dtype(self, name: str) -> np.dtype[Any]:
-        """As ``Rows.stored_dtype``: float32 for what is quantized, offset, or of several types."""
+        """As ``Rows.stored_dtype``: float32 for what is quantized, offset, scaled, or of several types."""
         self.check_readable(name)
-        offset = any(piece.add for piece in self._rows[name].pieces)
+        pieces = self._rows[name].pieces
+        offset = any(piece.add or self.stored.scales.info(piece.source) is not None for piece in pieces)
         return np.dtype(np.float32 if offset else _FLOATS.get(self.tensors[name].dtype, np.float32))
 
     def raw_rows(self, name: str, start: int, stop: int, *, buffer: Any = None) -> memoryview:
@@ -198,6 +287,48 @@ class GgufModel(Opened):
         values: npt.NDArray[Any] = read_output_rows(self.stored, tensor, start, stop, buffer=buffer, digest=digest)
         return values if values.dtype == self.stored_dtype(name) else to_float32(values)
 
+    def held(self, name: str) -> Held | None:
+        """As ``Model.held``: of what the file stores in another order of columns, or with something added, nothing."""
+        found = {self.stored.held(piece.source) for piece in self._rows[name].pieces}
+        return found.pop() if len(found) == 1 and self._by_rows(name) is not None else None
+
+    def _by_rows(self, name: str, *, transpose: bool = False) -> OutputTensor | None:
+        """How the tensor's rows are rows of the file, as they stand; None where they are not."""
+        tensor = self._rows[name]
+        if transpose:
+            (piece, *others) = tensor.pieces
+            if others or not piece.transpose:
+                return None
+            tensor = OutputTensor(name, tensor.shape, (_upright(piece),))
+        turned = any(piece.transpose or piece.columns is not None or piece.add for piece in tensor.pieces)
+        return None if turned else tensor
+
+    def block_type(self, name: str, *, transpose: bool = False) -> str | None:
+        """As ``Model.block_type``; None for what has a scale beside it."""
+        tensor = self._by_rows(name, transpose=transpose)
+        sources = [] if tensor is None else [piece.source for piece in tensor.pieces]
+        found = {self.stored.tensors[one].dtype for one in sources}
+        if len(found) != 1 or any(self.stored.scales.info(one) is not None for one in sources):
+            return None
+        dtype = found.pop()
+        return dtype if dtype in QTYPES else None
+
+    def block_rows(self, name: str, start: int, stop: int, *, transpose: bool = False) -> Bytes:
+        """As ``Model.block_rows``."""
+        if self.headers_only:
+            raise without_weights(self.tensors[name])
+        tensor = self._by_rows(name, transpose=transpose)
+        if tensor is None or self.block_type(name, transpose=transpose) is None:
+            return super().block_rows(name, start, stop)
+        found: Bytes = read_output_rows(_BlockSource(self.stored), tensor, start, stop)
+        return found
+
+    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+        """As ``Model.held_grid``."""
+        if self.headers_only:
+            raise without_weights(self.tensors[name])
+        return None if self.held(name) is None else held_output_rows(self.stored, self._rows[name], start, stop)
+
     def close(self) -> None:
         """As ``Rows.close``."""
         self.stored.close()
@@ -237,6 +368,7 @@ def open_at(place: Place, model: str, *, headers_only: bool = False) -> GgufMode
     metadata = files[0].metadata
     headers = [_header(file) for file in files]
     shapes = {name: info.shape for header in headers for name, info in header.tensors.items()}
+    shapes = {name: shape for name, shape in shapes.items() if name not in companions(shapes.keys())}
 
     def values(name: str) -> npt.NDArray[np.float32]:
         stored = StoredRows(headers)

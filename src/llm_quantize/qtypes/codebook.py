@@ -117,6 +117,11 @@ class CodebookType:
         return HALF * CODEBOOKS[self.codebook][-1] if self.scale == "float16" and not self.coded else math.inf
 
     @property
+    def scale_follows(self) -> bool:
+        """Whether its scales are floats of the type that its checkpoint has; bitsandbytes' are float32 always."""
+        return not self.coded and self.codebook == "e4m3"
+
+    @property
     def coded(self) -> bool:
         """Whether scales are codes themselves."""
         return self.nested not in ("", *IN_COMMON)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from llm_quantize.artifacts.modelfile import create_command
 from llm_quantize.artifacts.result import ArtifactResult
+from llm_quantize.artifacts.verdict import EXACT
 from llm_quantize.artifacts.verify import Verification
 from llm_quantize.errors import NumericPolicyError, printable
 from llm_quantize.measures.amounts import bytes_text, counted, time_text
@@ -130,6 +132,8 @@ def print_results(results: Sequence[ArtifactResult]) -> None:
         console.print(shown(made + note))
         for text in result.degradations():
             console.print(shown(f"  degraded: {text}", "yellow"))
+        if result.conversion is not None:
+            _print_verdict(console, result.conversion)
         if result.measured is not None:
             console.print(shown(f"  {said(_measured(result.measured))}"))
             if "activations" in result.measured:
@@ -139,6 +143,39 @@ def print_results(results: Sequence[ArtifactResult]) -> None:
                 console.print(shown(f"  {said(text)}"))
         if result.modelfile is not None:
             console.print(shown(f"  {shlex.join(create_command(result.modelfile))}"))
+
+
+def _print_verdict(console: Console, conversion: Mapping[str, Any]) -> None:
+    """What became of the tensors of a conversion: how many are exact, and how far the others are."""
+    verdict = str(conversion["verdict"])
+    console.print(shown(f"  {said(f'verdict: {verdict}')}", "green" if verdict == EXACT else "yellow"))
+    for word, count in conversion["tensors"].items():
+        console.print(shown(f"  {said(_tensors_text(word, count, conversion['weights'][word]))}"))
+    worst, measured = conversion.get("worst"), conversion.get("measured")
+    if worst is not None:
+        text = f"largest relative error {worst['relative_error']:.5f}: {worst['tensor']}"
+        console.print(shown(f"  {said(text)}"))
+    if measured is not None:
+        text = (
+            f"KL divergence {measured['kld']:.5f} ± {measured['kld_sem']:.5f} nats against the source, same likeliest "
+            f"token {100 * measured['same_top']:.1f} %, on {measured['tokens']:,} tokens"
+        )
+        console.print(shown(f"  {said(text)}"))
+
+
+def _tensors_text(word: str, count: int, weights: int) -> str:
+    """How many tensors, and weights, have a verdict, as a line."""
+    return f"{word}: {counted(count, 'tensor')}, {human_count(weights)} weights"
+
+
+def print_foreseen(plan: ArtifactPlan, verdicts: Mapping[str, str], *, verbose: int = 0) -> None:
+    """The verdict that a conversion will have at best, by what types alone tell."""
+    console = Console(highlight=False, soft_wrap=True)
+    counts = Counter(verdicts.values())
+    told = ", ".join(f"{count:,} {word}" for word, count in counts.items())
+    console.print(shown(f"{plan.level}: {said(f'at best: {told}')}"))
+    for name, word in verdicts.items() if verbose else ():
+        console.print(shown(f"  {name}: {said(word)}"))
 
 
 def _measured(facts: Mapping[str, Any]) -> str:

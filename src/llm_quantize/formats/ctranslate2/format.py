@@ -35,6 +35,7 @@ from llm_quantize.formats.ctranslate2.vocabulary import special_tokens, tokens_o
 from llm_quantize.formats.directory import KEPT_TYPES, Contents, plan_around
 from llm_quantize.formats.gguf.vocabulary.special import chat_templates
 from llm_quantize.formats.idle_options import refuse_idle
+from llm_quantize.formats.keeping import Kept
 from llm_quantize.formats.recipe import no_recipes
 from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.io.ctranslate2_file import MODEL_FILE, Variable, layout_model
@@ -94,6 +95,10 @@ class CTranslate2:
         """See ``Format``."""
         raise no_recipes(self.name)
 
+    def keeping(self, source: Source, level: str | None, options: Options) -> Kept | None:
+        """See ``Format``: no source that is read has its grids."""
+        return None
+
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
         from llm_quantize.formats.ctranslate2.store import CTranslate2Store
@@ -139,6 +144,7 @@ class CTranslate2:
             weights=weights,
             identity={**(method.identity(self.name) if fed else {}), "nonfinite": options.nonfinite, **text},
             shard_size=method.shard_size,
+            judged=options.judged,
             include=method.include,
             measured=fed and options.statistics is None and method.stages(self.name).corrects,
             warnings=warnings,

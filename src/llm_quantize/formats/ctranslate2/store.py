@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,16 @@ class CTranslate2Store:
                     )
                 self._scales[matrix.name] = WIDE / most
 
+    def hold(
+        self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor, *, exact: bool = True
+    ) -> tuple[Grid, torch.Tensor] | None:
+        kind = self.grid_type(matrix.qtype)
+        return kind.hold(grid, codes) if exact and kind is not None else None
+
+    def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], npt.NDArray[Any]]) -> None:
+        """As ``Store.blocks``: there are none."""
+        del matrix, read
+
     def inputs(self, matrix: MatrixPlan) -> None:
         """As ``Store.inputs``: CTranslate2 rounds them to 8 bits, which is not followed here."""
         del matrix
@@ -102,3 +112,11 @@ class CTranslate2Store:
         values: Floats = codes.reshape(matrix_shape(codes.shape)).astype(np.float32)
         values /= scales.reshape(-1, 1)
         return values
+
+    def decoded(self, matrix: MatrixPlan, fields: Fields) -> Iterator[tuple[int, Floats]]:
+        codes, scales = fields
+        seen, each = codes.reshape(matrix_shape(codes.shape)), scales.reshape(-1, 1)
+        for first in range(0, len(seen), step := chunk_rows(seen.shape[1])):
+            some = seen[first : first + step].astype(np.float32)
+            some /= each if len(each) == 1 else each[first : first + step]
+            yield first, some

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gguf.constants import Keys
@@ -76,11 +76,14 @@ def _check_padding(file: GgufFile) -> list[str]:
     return problems
 
 
-def compare_names(files: Sequence[GgufFile], outputs: Sequence[OutputTensor]) -> list[str]:
-    """Tensors that the source's map has and the files have not, the reverse, and those of another shape."""
+def compare_names(
+    files: Sequence[GgufFile], outputs: Sequence[OutputTensor], *, beside: Collection[str] = ()
+) -> list[str]:
+    """Tensors that the source's map has and the files have not, the reverse, and those of another shape. ``beside``:
+    the scales of matrices, which are part of these."""
     problems = []
     wanted = {output.name: output.shape or (1,) for output in outputs}
-    found = {tensor.name: tensor.shape for file in files for tensor in file.tensors}
+    found = {tensor.name: tensor.shape for file in files for tensor in file.tensors if tensor.name not in beside}
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             problems.append(f"tensor {name} of the source is missing from the artifact")

@@ -319,6 +319,8 @@ class _Recipe:
 
     def _needs_importance(self, name: str, qtype: str) -> bool:
         """llama.cpp's rule for the tensors of layers; elsewhere only the grids that have no codes without weights."""
+        if self.overrides.recipe is not None and name in self.overrides.recipe.kept:
+            return False
         if role(name) in ("embedding", "output"):
             return QTYPES[qtype].needs_importance
         return qtype in NEED_IMPORTANCE or (qtype == "q2_k" and self.level.name == "Q2_K_S")

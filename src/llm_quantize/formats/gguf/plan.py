@@ -15,6 +15,7 @@ from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import matrix_shape, weights_of
 from llm_quantize.errors import MissingExtraError, UsageError
 from llm_quantize.formats.base import Importance, Store
+from llm_quantize.formats.gguf import held
 from llm_quantize.formats.gguf import metadata as gguf_format
 from llm_quantize.formats.gguf.describe import describe, warnings_of
 from llm_quantize.formats.gguf.importance import gaps_digest, silent, uncovered
@@ -32,7 +33,9 @@ from llm_quantize.formats.gguf.levels import (
     parse_level,
     parse_qtype,
 )
+from llm_quantize.formats.gguf.scales import beside
 from llm_quantize.formats.idle_options import OF_GGUF, refuse_idle
+from llm_quantize.formats.keeping import Kept, holding_of
 from llm_quantize.io.artifact_files import first_file
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf, read_gguf
 from llm_quantize.io.output import OutputFile
@@ -49,6 +52,7 @@ FLOAT_LEVELS = ("F32", "F16", "BF16")
 TOO_LARGE_FLOAT = "use BF16 or F32, which hold larger magnitudes: -q BF16"
 TOO_LARGE = "keep this tensor in BF16, from the start: --tensor-type '^TENSOR$=bf16' --overwrite"
 
+_FLOATS_AS_STORED = "Q8_0"  # a level whose unquantized tensors are what they are in the source
 _TAKES = OF_GGUF | {"--method", "--recipe"}
 
 
@@ -100,6 +104,21 @@ class Gguf:
         """See ``Format``."""
         return parse_qtype(text)
 
+    def keeping(self, source: Source, level: str | None, options: Options) -> Kept | None:
+        """See ``Format``: the level of its floats, or a recipe of the types that hold each tensor; a level that is
+        named is taken as it is."""
+        if level is not None or options.overrides.given:
+            return None
+        shapes = tensor_shapes(source, _FLOATS_AS_STORED)
+        floats = held.float_level(source)
+        if floats is not None:
+            return Kept(floats, options, sum(weights_of(output.shape) for output in source.tensors.outputs))
+        found = held.recipe_of(source, {shape.name: shape.unquantized for shape in shapes})
+        if found is None:
+            return None
+        recipe, weights = found
+        return Kept(recipe.level, replace(options, overrides=replace(options.overrides, recipe=recipe)), weights)
+
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
         from llm_quantize.formats.gguf.store import GgufStore
@@ -144,12 +163,14 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
         if not (options.method.method_of(NAME).reads_text and _solved(output, qtype))
     ]
     quiet = {} if importance is None else silent(importance, rounded)
+    keeps = options.method.method_of(NAME).keeps
+    stored, qtypes = held.with_scales(source, outputs, assigned.qtypes) if keeps else (outputs, assigned.qtypes)
     plan = plan_artifact(
         level=called,
         name=f"{stem}-{called}",
-        outputs=outputs,
-        qtypes=assigned.qtypes,
-        metadata=_metadata(source, name, called, importance, options),
+        outputs=stored,
+        qtypes=qtypes,
+        metadata=_metadata(source, name, called, assigned.qtypes, importance, options),
         source_identity=_source_identity(source),
         options=_chosen(importance, options) | gaps_digest(quiet),
         split_max_bytes=options.split_max_size,
@@ -161,6 +182,10 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
         ],
     )
     matrices = tuple(_matrices(plan)) if options.method.method_of(NAME).reads_text else ()
+    if keeps:
+        matrices = tuple(
+            matrix for matrix in _matrices(plan, blocks=False) if holding_of(source, matrix.weight, matrix.qtype)
+        )
     too_large = TOO_LARGE_FLOAT if name in FLOAT_LEVELS else TOO_LARGE
     scratch = source.checkpoint.scratch
     plan = replace(plan, matrices=matrices, silent=quiet, too_large=too_large, source_scratch=scratch, notes=at_most)
@@ -210,14 +235,19 @@ def _with_substitutions(plan: ArtifactPlan, substituted: Sequence[Substitution])
 
 
 def _metadata(
-    source: Source, name: str, called: str, importance: Importance | None, options: Options
+    source: Source,
+    name: str,
+    called: str,
+    qtypes: Sequence[str],
+    importance: Importance | None,
+    options: Options,
 ) -> dict[str, MetaValue]:
     """What stands at the front of the file: of the model, of its level (``called``: the recipe's name, if there is
     one), of the importance and of the method."""
     level, method = parse_level(name), options.method.method_of(NAME)
     metadata = dict(describe(source))
     metadata |= gguf_format.recipe_metadata(
-        file_type=level.file_type,
+        file_type=held.file_type(level, source.tensors.outputs, qtypes) if method.keeps else level.file_type,
         quantized=name not in FLOAT_LEVELS,
         level=called,
         version=llm_quantize.__version__,
@@ -278,10 +308,16 @@ def _advice(
         fed = level in FED and options.method.method_of(NAME).reads_text
         loses = "much, though errors are fed back" if fed else "nearly everything"
         advice.append(f"{level} is for models trained with {TRAINED[level]}; any other model loses {loses}")
-    if "nvfp4" in qtypes:
+    if "nvfp4" in qtypes and not options.method.method_of(NAME).keeps:
         advice.append(
             f"nvfp4 is written without a scale for whole tensors ({qtypes.count('nvfp4')} here): groups of 16 whose "
             "largest weight is below 0.006 become zeros, and small ones are coarse"
+        )
+    lost = held.ignored(source, outputs) if options.method.method_of(NAME).keeps else []
+    if lost:
+        advice.append(
+            f"llama.cpp ignores the scales beside the feed-forward matrices of {source.architecture.gguf_name}: "
+            f"{counted(len(lost), 'tensor')} in NVFP4 here cannot stay so"
         )
     limit = options.split_max_size
     if limit is not None:
@@ -296,13 +332,25 @@ def _advice(
     return advice
 
 
-def _matrices(plan: ArtifactPlan) -> tuple[MatrixPlan, ...]:
-    """The tensors of a GGUF artifact that a method quantizes as a whole: the quantized matrices of the blocks."""
+def _matrices(plan: ArtifactPlan, *, blocks: bool = True) -> tuple[MatrixPlan, ...]:
+    """The tensors of a GGUF artifact that a method quantizes as a whole: the quantized matrices of the blocks, or with
+    ``blocks`` False those outside of them too."""
+    scales = {tensor.name: index for index, tensor in enumerate(plan.tensors) if not tensor.output.pieces}
     return tuple(
-        MatrixPlan(tensor.name, tensor.output, tensor.qtype, (index,))
+        MatrixPlan(
+            tensor.name,
+            tensor.output,
+            tensor.qtype,
+            (index, *filter(None, [scales.get(beside(tensor.name))])),
+        )
         for index, tensor in enumerate(plan.tensors)
-        if _solved(tensor.output, tensor.qtype)
+        if _solved(tensor.output, tensor.qtype) or (not blocks and _is_packed(tensor))
     )
+
+
+def _is_packed(tensor: TensorPlan) -> bool:
+    """Whether a tensor is a matrix of codes."""
+    return len(tensor.output.shape) > 1 and tensor.output.constant is None and QTYPES[tensor.qtype].block_size > 1
 
 
 def _solved(output: OutputTensor, qtype: str) -> bool:
@@ -369,7 +417,7 @@ def plan_artifact(
     headers = hashlib.sha256()
     for file in files:
         headers.update(file.header)
-    weights = sum(weights_of(output.shape) for output in outputs if output.constant is None)
+    weights = sum(weights_of(output.shape) for output in outputs if output.pieces)
     return ArtifactPlan(
         level=level,
         name=name,

@@ -1,0 +1,155 @@
+"""Speed and memory of ``convert``: directories of random codes, each put into another format in a process of its own.
+
+The models are of Llama's shape (hidden 4096, 11008 inside, two blocks: 405 million weights in matrices, 200 MB of
+codes) with the tokenizer of the built-in model. Bytes per CPU second are those of the source's files; the seconds are
+of the whole process, torch's start among them, which ``start`` tells by itself.
+
+    python benchmarks/convert.py --directory .peers/convert --json benchmarks/results/convert.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+HERE = Path(__file__).resolve().parent
+# This folder has a file called like the gguf package: it must not come first on the import path.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from llm_quantize.data import demo_model
+
+WIDTH, INSIDE, BLOCKS, HEADS, GROUP = 4096, 11008, 2, 32, 128
+SHAPES = {
+    **{f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in ("q", "k", "v", "o")},
+    **{f"mlp.{name}_proj": (INSIDE, WIDTH) for name in ("gate", "up")},
+    "mlp.down_proj": (WIDTH, INSIDE),
+}
+CASES = (
+    ("gptq", "compressed-tensors", None),
+    ("awq", "compressed-tensors", None),
+    ("awq", "gptq", None),
+    ("gptq", "mlx", None),
+    ("gptq", "safetensors", "BF16"),
+)
+START = "import torch, llm_quantize.convert"
+
+
+def fields(form: str, rows: int, columns: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """Random codes of 4 bits: of GPTQ with the zero point that is none, of AWQ with random ones."""
+    bits = np.iinfo(np.int32)
+
+    def words(shape: tuple[int, int]) -> np.ndarray:
+        return generator.integers(bits.min, bits.max, shape, np.int32, endpoint=True)
+
+    groups = columns // GROUP
+    scales = (generator.random((groups, rows), np.float32) / 100 + 0.001).astype(np.float16)
+    if form == "awq":
+        return {"qweight": words((columns, rows // 8)), "qzeros": words((groups, rows // 8)), "scales": scales}
+    index = np.arange(columns, dtype=np.int32) // GROUP
+    zeros = np.full((groups, rows // 8), 0x77777777, np.int32)
+    return {"qweight": words((columns // 8, rows)), "qzeros": zeros, "scales": scales, "g_idx": index}
+
+
+def make(form: str, place: Path) -> Path:
+    """The model as ``form`` has it."""
+    if (place / "model.safetensors").is_file():
+        return place
+    place.mkdir(parents=True, exist_ok=True)
+    source, generator = demo_model(), np.random.default_rng(0)
+    for file in source.iterdir():
+        if file.name.startswith(("tokenizer", "special", "generation")):
+            shutil.copy(file, place / file.name)
+    config = json.loads((source / "config.json").read_text())
+    config |= {
+        "hidden_size": WIDTH,
+        "intermediate_size": INSIDE,
+        "num_hidden_layers": BLOCKS,
+        "head_dim": WIDTH // HEADS,
+    }
+    config |= {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "tie_word_embeddings": True}
+    said = {"gptq": {"checkpoint_format": "gptq", "sym": True, "desc_act": False}}
+    said["awq"] = {"version": "gemm", "zero_point": True}
+    config["quantization_config"] = {"quant_method": form, "bits": 4, "group_size": GROUP, **said[form]}
+    (place / "config.json").write_text(json.dumps(config))
+    tensors = {"model.embed_tokens.weight": generator.random((config["vocab_size"], WIDTH), np.float32)}
+    tensors["model.norm.weight"] = np.ones(WIDTH, np.float32)
+    for block in range(BLOCKS):
+        layer = f"model.layers.{block}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{layer}.{name}.weight"] = np.ones(WIDTH, np.float32)
+        for name, shape in SHAPES.items():
+            found = fields(form, *shape, generator)
+            tensors |= {f"{layer}.{name}.{suffix}": value for suffix, value in found.items()}
+    plain = {name: value.astype(np.float16) if value.dtype == np.float32 else value for name, value in tensors.items()}
+    save_file(plain, place / "model.safetensors", metadata={"format": "pt"})
+    return place
+
+
+def taken(command: Sequence[str]) -> dict[str, Any]:
+    """CPU seconds and the largest memory of ``command``, in a process of its own."""
+    script = (
+        "import json, resource, subprocess, sys\n"
+        "done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, done.stdout.decode()]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *command], stdout=subprocess.PIPE, check=True)
+    seconds, memory, said = json.loads(done.stdout)
+    return {"cpu_seconds": round(seconds, 2), "peak_rss": memory, "said": said}
+
+
+def measured(source: Path, out: Path, format: str, level: str | None, start: float) -> Mapping[str, Any]:
+    """One conversion, with one thread."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "llm_quantize", "convert", str(source), format, "-o", str(out), "--threads", "1"]
+    found = taken([*command, "--json", *([] if level is None else ["-q", level])])
+    (artifact,) = json.loads(found.pop("said"))["artifacts"]
+    size = (source / "model.safetensors").stat().st_size
+    work = max(0.01, found["cpu_seconds"] - start)
+    shutil.rmtree(out, ignore_errors=True)
+    return {
+        "source": source.name,
+        "format": format,
+        "level": artifact["level"],
+        "verdict": artifact["conversion"]["verdict"],
+        "source_bytes": size,
+        **found,
+        "bytes_per_cpu_second": round(size / found["cpu_seconds"]),
+        "bytes_per_cpu_second_without_start": round(size / work),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    start = taken([sys.executable, "-c", START])
+    rows = []
+    for form, format, level in CASES:
+        source = make(form, given.directory / form)
+        rows.append(measured(source, given.directory / "out", format, level, start["cpu_seconds"]))
+        print(json.dumps(rows[-1]), flush=True)
+    facts = {
+        "start": {key: start[key] for key in ("cpu_seconds", "peak_rss")},
+        "page": resource.getpagesize(),
+        "numpy": np.__version__,
+        "rows": rows,
+    }
+    given.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

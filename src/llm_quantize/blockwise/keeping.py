@@ -1,0 +1,131 @@
+"""Matrices that keep the codes and the scales of their source, where the format of the artifact holds them.
+
+What is held is asked of the format (``Store.hold``), not of names; that it is the same is not believed of it either:
+what was packed is decoded again, as a runtime reads it, and held against what the source reads. Where values are not
+the same but NEAR, only numbers of groups were rounded: codes are kept, and the record does not say exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_quantize.architectures.rows import (
+    chunk_ranges,
+    chunk_rows,
+    held_output_rows,
+    matrix_shape,
+    read_output_rows,
+    to_float32,
+)
+from llm_quantize.artifacts.verdict import EXACT, Difference
+from llm_quantize.grids.held import joined
+from llm_quantize.models.base import Model
+from llm_quantize.plan import MatrixPlan
+from llm_quantize.streams.pool import Pool
+
+if TYPE_CHECKING:
+    from llm_quantize.blockwise.run import Matrices
+
+Fields = list[npt.NDArray[Any]]
+
+
+NEAR = 2.0**-9
+"""The relative error below which codes are kept under rounded scales: float16 has eleven bits. Codes chosen anew would
+lose more."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Fields with the codes of the source, what to record of them, and the hash of the source's rows
+    (``source_hash``)."""
+
+    fields: Fields
+    facts: Mapping[str, Any]
+    origin: str
+
+
+def keep(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> Kept | None:
+    """The fields of ``matrix`` with the source's own codes and scales, proved to decode to its values or NEAR them;
+    None where the artifact's grid does not hold them, or the source has none."""
+    fields = _copied(matrices, matrix) or _held(matrices, matrix, pool)
+    if fields is None:
+        return None
+    digest = hashlib.sha256()
+    if _same(matrices, matrix, fields, digest):
+        return Kept(fields, {"kept": True, "verdict": EXACT}, digest.hexdigest())
+    off = difference(matrices, matrix, fields)
+    return Kept(fields, {"kept": True, **off.verdict()}, "") if off.relative < NEAR else None
+
+
+def _copied(matrices: Matrices, matrix: MatrixPlan) -> Fields | None:
+    """The fields of a matrix that the source stores in the very blocks."""
+    checkpoint, weight = matrices.source.checkpoint, matrix.weight
+    stored = {checkpoint.block_type(piece.source, transpose=piece.transpose) for piece in weight.pieces}
+    if stored != {matrix.qtype}:
+        return None
+    blocks = _Blocks(checkpoint)
+    return matrices.store.blocks(matrix, lambda first, last: read_output_rows(blocks, weight, first, last))
+
+
+def _held(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> Fields | None:
+    """The fields of a matrix with the source's codes, on the grid on which the source stores them."""
+    if not all(matrices.source.checkpoint.held(piece.source) for piece in matrix.weight.pieces):
+        return None
+    rows, columns = matrix_shape(matrix.weight.shape)
+    step = chunk_rows(columns)
+    ranges = [(start, min(rows, start + step)) for start in range(0, rows, step)]
+    parts = list(pool.in_order(lambda part: held_output_rows(matrices.source.checkpoint, matrix.weight, *part), ranges))
+    found = [part for part in parts if part is not None]
+    whole = joined(found) if len(found) == len(parts) else None
+    if whole is None:
+        return None
+    held = matrices.store.hold(matrix, *whole) or matrices.store.hold(matrix, *whole, exact=False)
+    del whole, found, parts
+    return None if held is None else matrices.store.join(matrix, [matrices.store.piece(matrix, *held)])
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The rows of a source as it stores them, in blocks of ggml (``architectures.rows.RowSource``)."""
+
+    model: Model
+
+    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.model.matrix(name, transpose=transpose)
+
+    def read_rows(
+        self, name: str, start: int, stop: int, *, transpose: bool = False, buffer: Any = None, digest: Any = None
+    ) -> npt.NDArray[np.uint8]:
+        """uint8 (stop - start, row_bytes)."""
+        del buffer, digest
+        return self.model.block_rows(name, start, stop, transpose=transpose)
+
+
+def _same(matrices: Matrices, matrix: MatrixPlan, fields: Fields, digest: Any) -> bool:
+    """Whether ``fields`` decode to the source's values; ``digest`` is updated as ``source_hash`` does."""
+    decoded = matrices.store.decoded(matrix, fields)
+    ready: list[npt.NDArray[np.float32]] = []
+    for _, start, stop in chunk_ranges(matrix.weight.shape, 0, matrix_shape(matrix.weight.shape)[0]):
+        rows = to_float32(read_output_rows(matrices.source.checkpoint, matrix.weight, start, stop, digest=digest))
+        while sum(map(len, ready)) < len(rows):
+            ready.append(next(decoded)[1])
+        have = ready[0] if len(ready) == 1 else np.concatenate(ready)
+        if not np.array_equal(have[: len(rows)], rows):
+            return False
+        ready = [have[len(rows) :]]
+    return True
+
+
+def difference(matrices: Matrices, matrix: MatrixPlan, fields: Sequence[npt.NDArray[Any]]) -> Difference:
+    """How far what ``fields`` decode to is from the weight, as a transform left it."""
+    found = Difference()
+    for start, values in matrices.store.decoded(matrix, list(fields)):
+        found.add(values, matrices.present_rows(matrix, start, start + len(values)))
+    return found

@@ -1,0 +1,178 @@
+"""How a format takes over what a source stores quantized: the level and the options that hold the most of it as it is.
+
+A plan's matter, so nothing here reads a weight: qtypes/holding.py says what grids hold by their names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.architectures.rows import weights_of
+from llm_quantize.errors import UsageError
+from llm_quantize.formats.base import Packed, SchemeOptions
+from llm_quantize.formats.modules import Module, select
+from llm_quantize.formats.packed_recipe import types_of
+from llm_quantize.formats.recipe import Recipe
+from llm_quantize.io.journal import canonical_json
+from llm_quantize.qtypes.codebook import CodebookType
+from llm_quantize.qtypes.held import Held
+from llm_quantize.qtypes.holding import NEVER, PERHAPS, SURELY, holds
+from llm_quantize.qtypes.integer import WHOLE_ROW, is_integer
+from llm_quantize.qtypes.packed import packed_type
+
+if TYPE_CHECKING:
+    from llm_quantize.models.opening import Source
+    from llm_quantize.options import Options
+
+_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """``level`` with ``options``, which hold ``weights`` of the source's quantized ones as they are, as far as names
+    tell."""
+
+    level: str
+    options: Options
+    weights: int
+
+
+def holding_of(source: Source, output: OutputTensor, qtype: str) -> int:
+    """NEVER, PERHAPS or SURELY: whether the grid ``qtype`` holds all rows of ``output`` as the source stores them."""
+    blocks = {source.checkpoint.block_type(piece.source, transpose=piece.transpose) for piece in output.pieces}
+    if blocks == {qtype}:
+        return SURELY
+    found = [source.checkpoint.held(piece.source) for piece in output.pieces]
+    return min((NEVER if one is None else holds(qtype, one.qtype) for one in found), default=NEVER)
+
+
+def keeping(form: Packed, source: Source, levels: Sequence[str], options: Options, edges: Collection[str]) -> Kept:
+    """The one of ``levels`` of ``form`` that holds the most, and what must be asked with it: the source's groups and
+    zero points, where the user asks for none, and that modules that are no codes in the source stay as they are.
+
+    ``weights`` 0 where none holds anything. Raises what ``select`` raises."""
+    method = options.method
+    found = select(source, method.ignore, edges=edges)
+    held = {module.name: _held(source, module) for module in found.modules}
+    given = {name: one for name, one in held.items() if one is not None}
+    if not given:
+        return Kept(levels[0], options, 0)
+    floats = [module.name for module in found.modules if held[module.name] is None]
+    if floats:
+        left = f"^(?:{'|'.join(map(re.escape, floats))})$"
+        options = replace(options, method=replace(method, ignore=(*method.ignore, left)))
+    modules = [module for module in found.modules if module.name in given]
+    mix = _mix(form, found.modules, given) if len(levels) > 1 else None
+    if mix is not None:
+        weights = sum(weights_of(module.weight.shape) for module in modules)
+        return Kept(mix.level, replace(options, overrides=replace(options.overrides, recipe=mix)), weights)
+    best = max(_candidates(form, levels, options, modules, given), key=lambda one: one[0], default=None)
+    if best is None or best[0][:2] == (0, 0):
+        return Kept(levels[0], options, 0)
+    score, level, asked = best
+    method = replace(
+        options.method, group_size=asked.group_size, symmetric=asked.symmetric, double_quant=asked.double_quant
+    )
+    return Kept(level, replace(options, method=method), score[0])
+
+
+def _mix(form: Packed, modules: Sequence[Module], given: Mapping[str, Held]) -> Recipe | None:
+    """The recipe that gives each module its own grid of the source, where those are integers of several kinds; None
+    where they are not, or the format has no such mixes, or no runtime would read this one."""
+    grids = {name: held.qtype for name, held in given.items()}
+    if form.MIXES is None or len(set(grids.values())) < 2 or not all(map(is_integer, grids.values())):
+        return None
+    text = canonical_json(grids)
+    name = form.MIXES.mixed_level(set(grids.values()))
+    recipe = Recipe(name, form.EXAMPLE, grids, sha256=hashlib.sha256(text).hexdigest(), form=form.NAME)
+    packed = [module for module in modules if module.name in given]
+    try:
+        types_of(recipe, packed, packed_type(next(iter(grids.values()))).name)
+        for module in packed:
+            if not module.seen:
+                form.MIXES.check_head(recipe, grids[module.name])
+    except UsageError:  # what runtimes make one is on several grids, or groups do not divide rows
+        return None
+    return recipe
+
+
+def _held(source: Source, module: Module) -> Held | None:
+    found = [source.checkpoint.held(piece.source) for piece in module.weight.pieces]
+    return found[0] if len(set(found)) == 1 else None
+
+
+Score = tuple[int, ...]
+
+
+def _candidates(
+    form: Packed, levels: Sequence[str], options: Options, modules: Sequence[Module], given: Mapping[str, Held]
+) -> Iterator[tuple[Score, str, SchemeOptions]]:
+    """(how good, level, options) of every grid of ``levels`` that divides all rows. Best: what holds most weights, in
+    the fewest bits, in the source's own groups, with inputs as they come, and the least to ask for."""
+    method = options.method
+    weights: Counter[str] = Counter()
+    for module in modules:
+        weights[given[module.name].qtype] += weights_of(module.weight.shape)
+    own = packed_type(weights.most_common(1)[0][0]).group_size if _is_known(weights) else None
+    groups = {None, *(packed_type(name).group_size for name in weights if _is_known((name,)))}
+    asked = (
+        groups if method.group_size is None else {method.group_size},
+        (None, True, False) if method.symmetric is None else (method.symmetric,),
+        (None, True) if method.double_quant is None else (method.double_quant,),
+    )
+    order = itertools.product(sorted(asked[0], key=lambda size: size or 0), *asked[1:])
+    for choice, (index, level) in itertools.product(list(order), enumerate(levels)):
+        found = SchemeOptions(choice[0], choice[1], double_quant=choice[2])
+        try:
+            scheme = form.scheme(level, found)
+        except UsageError:  # no such grid of this level
+            continue
+        size = scheme.qtype.group_size
+        if size != WHOLE_ROW and any(module.weight.shape[-1] % size for module in modules):
+            continue
+        told = {name: holds(scheme.qtype.name, name) for name in weights}
+        total, perhaps = (sum(weights[name] for name in told if told[name] == word) for word in (SURELY, PERHAPS))
+        plain, calibrated = form.inputs(scheme) is None, bool(form.input_fields(scheme))
+        if calibrated and len(levels) > 1:
+            continue
+        least = -sum(one is not None for one in choice)
+        yield (total, perhaps, -scheme.qtype.bits, int(size == own), int(plain), least, -index), level, found
+
+
+def _is_known(names: Collection[str]) -> bool:
+    try:
+        for name in names:
+            packed_type(name)
+    except UsageError:
+        return False
+    return True
+
+
+def scale_of(source: Source, modules: Sequence[Module]) -> str | None:
+    """How most of the source's scales are stored that are floats; None where it has none. ``modules``: those that are
+    packed."""
+    counts: Counter[str] = Counter()
+    for module in modules:
+        held = _held(source, module)
+        if held is not None and _is_known((held.qtype,)):
+            kind = packed_type(held.qtype)
+            if not isinstance(kind, CodebookType) or kind.scale_follows:
+                counts[held.scale] += weights_of(module.weight.shape)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def float_of(source: Source, names: Collection[str]) -> str | None:
+    """The type of floats that most weights of the tensors ``names`` are stored in; None where none are."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        info = source.checkpoint.tensors[name]
+        if info.dtype in _FLOATS:
+            counts[_FLOATS[info.dtype]] += info.elements
+    return counts.most_common(1)[0][0] if counts else None
