@@ -220,10 +220,7 @@ class Checkpoint(Opened):
             tensor = self._scale_tensors[layout.name]
             raw = memoryview(bytearray(tensor.nbytes))
             self._reader.read(tensor, 0, raw)
-            stored = np.frombuffer(raw, _STORED[tensor.dtype])
-            if tensor.dtype == "BF16":
-                stored = (stored.astype(np.uint32) << 16).view(np.float32)
-            scale = stored.astype(np.float32).reshape(-1, layout.columns)
+            scale = float8.scales(raw, tensor.dtype).reshape(-1, layout.columns)
         with self._lock:
             self._scales[layout.name] = scale
             while len(self._scales) > _SCALES_KEPT:
