@@ -11,12 +11,17 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.architectures.base import OutputTensor, Piece
+
+if TYPE_CHECKING:
+    import torch
+
+    from llm_quantize.grids.grid import Grid
 
 # A chunk of 16-bit weights stays in the cache of one core while it is read, hashed and quantized.
 CHUNK_WEIGHTS = 1 << 19
@@ -156,6 +161,39 @@ def read_output_rows(
     if len(parts) == 1:
         return parts[0]
     return _together(parts, axis=0)
+
+
+class HeldSource(Shapes, Protocol):
+    """A source of stored grids (``models.base.Model`` is one)."""
+
+    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None: ...
+
+
+def held_output_rows(
+    source: HeldSource, tensor: OutputTensor, start: int, stop: int
+) -> tuple[Grid, torch.Tensor] | None:
+    """``Model.held_grid`` for rows [start, stop) of ``tensor``: the rows of its pieces, in their order, each on
+    the grid on which the source stores it. None where a piece is not held, or not by rows: transposed, its columns
+    reordered, something added; or where pieces are on grids of different kinds. Needs torch."""
+    from llm_quantize.grids.held import joined, taken
+
+    if tensor.constant is not None or is_joined(tensor):
+        return None
+    parts = []
+    for base, count, piece in placed(source, tensor):
+        first, last = max(start, base) - base, min(stop, base + count) - base
+        if first >= last:
+            continue
+        if piece.transpose or piece.columns is not None or piece.add:
+            return None
+        wanted = np.arange(first, last) if piece.order is None else piece.order[first:last].astype(np.int64)
+        low = int(wanted.min()) + piece.start
+        found = source.held_grid(piece.source, low, int(wanted.max()) + 1 + piece.start)
+        if found is None:
+            return None
+        ordered = piece.order is None
+        parts.append(found if ordered else taken(found, (wanted + piece.start - low).tolist()))
+    return joined(parts)
 
 
 def is_joined(tensor: OutputTensor) -> bool:

@@ -60,12 +60,14 @@ from llm_quantize.formats.packed import (
     flat_settings,
     group_index,
     groups_by_row,
+    held_integers,
     misfit,
     modules,
     values_of,
     widths,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.qtypes.held import HeldRows
 from llm_quantize.qtypes.integer import IntegerType
 
 if TYPE_CHECKING:
@@ -151,11 +153,15 @@ def _pack(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
 
 def _unpack(words: npt.NDArray[np.int32]) -> npt.NDArray[np.int16]:
     """(n, rows / 8) words as (rows, n)."""
+    return _places(words).astype(np.int16)
+
+
+def _places(words: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
     count, rows = words.shape[0], words.shape[1] * 8
     turned = unpack_bits(words, BITS, rows, 1).reshape(count, -1, 8)
     values = np.empty_like(turned)
     values[:, :, _ORDER] = turned
-    return values.reshape(count, rows).T.astype(np.int16)
+    return values.reshape(count, rows).T
 
 
 def described(scheme: Scheme, rows: int, columns: int) -> PackedMatrix:
@@ -245,6 +251,13 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
     if packed.layout is not LAYOUT:
         return gemv.unpack(*rows)
     return values_of(codes(*rows), zeros(*rows), scales(*rows), group_index(packed, fields))
+
+
+def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+    """As ``StoredFormat.held``."""
+    places = _places(fields["qweight"][:, first // 8 : -(-last // 8)])
+    rows = (packed, fields, first, last)
+    return held_integers(packed, fields, places, 0, scales(*rows), zeros(*rows))
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,6 +64,7 @@ from llm_quantize.formats.packed import (
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import BLOCKS, CODEBOOKS, NESTED_BLOCK, CodebookType
+from llm_quantize.qtypes.held import HeldRows
 from llm_quantize.qtypes.integer import WHOLE_ROW
 
 if TYPE_CHECKING:
@@ -396,6 +397,33 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
     levels = fields["weight.quant_map"][_stored(packed, fields, first, last)]
     grouped = levels.reshape(last - first, -1, packed.group) * each[:, :, None]
     return np.ascontiguousarray(grouped.reshape(last - first, packed.columns), np.float32)
+
+
+def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+    """As ``StoredFormat.held``; None where blocks do not end with rows, or the code is -128, which is no level."""
+    if packed.layout is _ROWS8:
+        stored = fields["weight"][first:last]
+        if (stored == -128).any():
+            return None
+        levels, unit = np.array(CODEBOOKS["row8"], np.float32), float(np.float32(1 / 127))
+        places = (stored.astype(np.int16) + 127).astype(np.uint8)
+        return HeldRows(levels, places, packed.columns, scales(packed, fields, first, last), "float32", unit)
+    order = list(_PATTERNS[packed.layout.name])
+    levels = np.asarray(fields["weight.quant_map"], np.float32)[order]
+    if packed.group != _block_of(packed) or (np.diff(levels) < 0).any():
+        return None
+    place = np.empty(16, np.uint8)
+    place[order] = np.arange(16, dtype=np.uint8)
+    places, each = place[_stored(packed, fields, first, last)], scales(packed, fields, first, last)
+    found = HeldRows(levels, places, packed.group, each, "float32")
+    if "weight.nested_absmax" not in fields:
+        return found
+    block = np.arange(first * packed.groups, last * packed.groups)
+    rungs = np.asarray(fields["weight.absmax"], np.uint8)[block].reshape(each.shape)
+    steps = np.asarray(fields["weight.nested_absmax"], np.float32)[block // NESTED_BLOCK].reshape(each.shape)
+    table = np.asarray(fields["weight.nested_quant_map"], np.float32)
+    base = float(json.loads(bytes(fields[packed.layout.telling]))["nested_offset"])
+    return replace(found, rungs=rungs, rung_levels=table, steps=steps, base=base)
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

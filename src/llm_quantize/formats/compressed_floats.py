@@ -27,7 +27,8 @@ from llm_quantize.formats.compressed_inputs import FIELDS as INPUTS
 from llm_quantize.formats.compressed_inputs import SHAPES as INPUT_SHAPES
 from llm_quantize.formats.packed import FLOATS, Fields, Layout, PackedMatrix, check_fields, check_matrix
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.qtypes.codebook import IN_COMMON, CodebookType, codebook_type
+from llm_quantize.qtypes.codebook import CODEBOOKS, IN_COMMON, SCALES, CodebookType, codebook_type
+from llm_quantize.qtypes.held import HeldRows
 
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
@@ -188,6 +189,26 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
     index = np.arange(packed.columns) // packed.group if each.shape[1] > 1 else np.zeros(packed.columns, np.intp)
     with np.errstate(invalid="ignore", over="ignore"):
         return np.ascontiguousarray(table[_stored(packed, fields, first, last)] * each[:, index], np.float32)
+
+
+def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+    """As ``StoredFormat.held``; None for codes and scales that are no numbers, and blocks beyond the last column."""
+    kind = codebook_type(packed.grid)
+    places = float_codes.places(kind.codebook, _stored(packed, fields, first, last))
+    each = scales(packed, fields, first, last)
+    if places is None or packed.columns % each.shape[1]:
+        return None
+    levels, group = np.array(CODEBOOKS[kind.codebook], np.float32), packed.columns // each.shape[1]
+    if packed.layout is FP8:
+        fits = each.shape[1] == 1 or group == packed.group
+        return HeldRows(levels, places, group, each, packed.scale) if fits else None
+    rungs = np.asarray(fields["weight_scale"], np.uint8)[first:last]
+    if (rungs >= len(SCALES[kind.nested])).any():
+        return None
+    whole = fields.get("weight_global_scale")
+    steps = np.ones((1, 1), np.float32) if whole is None else 1 / np.asarray(whole, np.float64).reshape(1, 1)
+    table = np.array(SCALES[kind.nested], np.float32)
+    return HeldRows(levels, places, group, each, "float32", rungs=rungs, rung_levels=table, steps=steps)
 
 
 def level_name(packed: PackedMatrix) -> str:

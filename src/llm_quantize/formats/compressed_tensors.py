@@ -82,6 +82,7 @@ from llm_quantize.formats.packed import (
     declared_bits,
     group_index,
     group_size,
+    held_integers,
     misfit,
     modules,
     values_of,
@@ -90,6 +91,7 @@ from llm_quantize.formats.packed import (
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import CodebookType
+from llm_quantize.qtypes.held import HeldRows
 from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.integer import WHOLE_ROW
 
@@ -467,6 +469,21 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
         return floats.unpack(packed, fields, first, last)
     rows = (packed, fields, first, last)
     return values_of(codes(*rows), zeros(*rows), scales(*rows), group_index(packed, fields))
+
+
+def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+    """As ``StoredFormat.held``; None where whole bytes hold codes that are not of so few bits."""
+    if packed.grid:
+        return floats.held(packed, fields, first, last)
+    lowest, rows = -int(_half(packed)), (packed, fields, first, last)
+    if packed.layout is PACKED:
+        places = unpack_bits(fields["weight_packed"][first:last], packed.bits, packed.columns, 1)
+    else:
+        wide = codes(*rows) - np.int16(lowest)
+        if (wide >> packed.bits).any():
+            return None
+        places = wide.astype(np.uint8)
+    return held_integers(packed, fields, places, lowest, scales(*rows), zeros(*rows))
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

@@ -25,6 +25,17 @@ def stored(codebook: str, places: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8
     return np.where(places < half, (half - 1 - places) | _SIGN[codebook], places - half).astype(np.uint8)
 
 
+def places(codebook: str, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | None:
+    """uint8, the place in the order of levels of each of a file's ``codes``, the inverse of ``stored``; None where one
+    is no number."""
+    half, sign = _MAGNITUDES[codebook], _SIGN[codebook]
+    magnitudes = np.arange(2 * sign) & (sign - 1)
+    if half < sign and (codes & np.uint8(sign - 1) >= half).any():
+        return None
+    table = np.where(np.arange(2 * sign) < sign, half + magnitudes, half - 1 - magnitudes)
+    return table.astype(np.uint8)[codes]
+
+
 def signed(codebook: str, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int16]:
     """int16: the place of each code among the magnitudes, with its sign."""
     place = (codes & (_SIGN[codebook] - 1)).astype(np.int16)

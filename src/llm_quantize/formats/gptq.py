@@ -73,12 +73,14 @@ from llm_quantize.formats.packed import (
     flat_settings,
     group_index,
     groups_by_row,
+    held_integers,
     misfit,
     modules,
     values_of,
     widths,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.qtypes.held import HeldRows
 from llm_quantize.qtypes.integer import IntegerType
 
 if TYPE_CHECKING:
@@ -258,6 +260,13 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
     """As ``StoredFormat.unpack``; g_idx may name groups in any order."""
     index, rows = group_index(packed, fields), (packed, fields, first, last)
     return values_of(codes(*rows), zeros(*rows), scales(*rows), index)
+
+
+def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+    """As ``StoredFormat.held``."""
+    places = unpack_bits(fields["qweight"][:, first:last], packed.bits, packed.columns, 0).T
+    rows = (packed, fields, first, last)
+    return held_integers(packed, fields, places, 0, scales(*rows), zeros(*rows))
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

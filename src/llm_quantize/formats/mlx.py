@@ -60,6 +60,7 @@ from llm_quantize.formats.packed import (
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.affine import GROUPS, WIDTHS, AffineType
 from llm_quantize.qtypes.codebook import CodebookType
+from llm_quantize.qtypes.held import HeldRows
 
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
@@ -323,6 +324,15 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
         values *= scales(packed, fields, first, last)[:, :, None]
         values += load_floats(fields["biases"][first:last])[:, :, None]
     return values.reshape(last - first, packed.columns)
+
+
+def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+    """As ``StoredFormat.held``."""
+    if floats.is_floats(packed):
+        return floats.held(packed, fields, first, last)
+    levels, places = np.arange(1 << packed.bits, dtype=np.float32), _stored(packed, fields, first, last)
+    each, offsets = scales(packed, fields, first, last), -load_floats(fields["biases"][first:last])
+    return HeldRows(levels, places, packed.group, each, packed.scale, offsets=offsets)
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

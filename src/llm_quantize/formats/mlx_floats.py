@@ -24,7 +24,8 @@ from llm_quantize.formats import float_codes
 from llm_quantize.formats.base import Array, Field, Scheme, check_group, to_numpy
 from llm_quantize.formats.packed import Fields, Layout, PackedMatrix, check_fields, contradicts
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.qtypes.codebook import CodebookType, codebook_type
+from llm_quantize.qtypes.codebook import CODEBOOKS, SCALES, CodebookType, codebook_type
+from llm_quantize.qtypes.held import HeldRows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -125,6 +126,20 @@ def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
     """As ``StoredFormat.scales``; NaN for the codes that are no number."""
     stored = fields["scales"][first:last]
     return (_VALUES["e4m3"] if codebook_type(packed.grid).nested == "e4m3alone" else float_codes.POWERS)[stored]
+
+
+def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+    """As ``StoredFormat.held``; None for codes and scales that are no numbers."""
+    kind = codebook_type(packed.grid)
+    places, rungs = (
+        float_codes.places(kind.codebook, _stored(packed, fields, first, last)),
+        fields["scales"][first:last],
+    )
+    if places is None or (rungs >= len(SCALES[kind.nested])).any():
+        return None
+    levels, table = np.array(CODEBOOKS[kind.codebook], np.float32), np.array(SCALES[kind.nested], np.float32)
+    steps, each = np.ones((1, 1), np.float32), scales(packed, fields, first, last)
+    return HeldRows(levels, places, packed.group, each, "float32", rungs=rungs, rung_levels=table, steps=steps)
 
 
 def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:

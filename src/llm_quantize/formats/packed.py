@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from llm_quantize.errors import IntegrityError, MalformedInputError, printable
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.qtypes.held import HeldRows
 from llm_quantize.qtypes.inputs import InputGrid
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ ALIGNED = 32
 """Rows are unpacked in multiples of this: so many codes of any width fill whole words."""
 WORD = 32
 FLOATS = ("F16", "BF16", "F32")
+STORED_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 Fields = Mapping[str, npt.NDArray[Any]]
 Numbers = Callable[[TensorInfo], npt.NDArray[Any]]
@@ -104,6 +106,11 @@ class PackedMatrix:
         return f"int{self.bits}{group}{'' if self.symmetric else '_asym'}"
 
     @property
+    def scale(self) -> str:
+        """How scales are stored that are floats."""
+        return STORED_FLOATS.get(self.fields[self.layout.scales].dtype, "float32")
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all its fields."""
         return sum(info.nbytes for info in self.fields.values())
@@ -148,6 +155,10 @@ class StoredFormat(Protocol):
     def unpack(self, packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
         """Values of rows [first, last), float32 (n, K); ``first`` is a multiple of 32, ``last`` too, or the last row.
         ``fields``: {suffix: array}, floats as they are stored (bfloat16 as bits) or in float32."""
+
+    def held(self, packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+        """Rows [first, last) as they are stored, ``first`` and ``last`` as in ``unpack``; None where they are not of
+        that form."""
 
     def check(
         self, packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int
@@ -275,6 +286,26 @@ def values_of(
     with np.errstate(invalid="ignore", over="ignore"):
         values *= scales[:, index]
     return np.ascontiguousarray(values)
+
+
+def held_integers(
+    packed: PackedMatrix,
+    fields: Fields,
+    places: npt.NDArray[np.uint8],
+    lowest: int,
+    scales: npt.NDArray[np.float32],
+    zeros: npt.NDArray[np.int16] | None,
+) -> HeldRows | None:
+    """As ``StoredFormat.held`` of integers. ``places``: uint8 (n, K), the code less ``lowest``; ``zeros`` on the count
+    of codes. None where columns are not in the order of their groups, or the last group is shorter."""
+    if packed.columns % packed.groups or (packed.groups > 1 and packed.columns % packed.group):
+        return None
+    group = packed.columns // packed.groups
+    stored = fields.get(packed.layout.index)
+    if stored is not None and stored.size and not np.array_equal(stored, np.arange(packed.columns) // group):
+        return None
+    levels = np.arange(lowest, lowest + (1 << packed.bits), dtype=np.float32)
+    return HeldRows(levels, places, group, scales, packed.scale, zeros=zeros)
 
 
 def group_size(value: Any, file: Path) -> int:

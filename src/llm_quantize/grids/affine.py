@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llm_quantize.grids.grid import Grid, row_tiles, to_storage
+from llm_quantize.grids.holding import as_affine
 from llm_quantize.grids.integer import TILE, channel_importance
 from llm_quantize.grids.search import TRIMS, Levels, affine_scales, divided, from_lanes, lanes
 from llm_quantize.qtypes.affine import AffineType
@@ -99,6 +100,13 @@ class AffineGridType:
         met = code != 0
         scale = torch.where(met, edge / torch.where(met, code, 1.0), scale)
         return scale, torch.where(met, edge, 0.0)
+
+    def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``: offsets that are exact products, stored exactly."""
+        if codes.shape[1] % self.block:
+            return None
+        size = self.qtype.group(codes.shape[1])
+        return as_affine(grid, codes, bits=self.qtype.bits, size=size, storage=self.storage)
 
     def _grid(self, scale: Tensor, offset: Tensor) -> Grid:
         levels = torch.arange(int(self._last) + 1, dtype=torch.float32, device=scale.device)

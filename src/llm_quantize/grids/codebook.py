@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from llm_quantize.grids.grid import Grid, Ladder, row_tiles, to_storage
+from llm_quantize.grids.holding import as_levels, stored
 from llm_quantize.grids.integer import TILE, channel_importance
 from llm_quantize.grids.search import Levels, fine_factors, from_lanes, lanes, symmetric_scales, weighted_error
 from llm_quantize.qtypes.codebook import CODEBOOKS, IN_COMMON, NESTED_BLOCK, OF_127, SCALES, CodebookType
@@ -105,6 +106,50 @@ class CodebookGridType:
             scales[first:last] = from_lanes(found * top, last - first)
         return self._grid(scales, block)
 
+    def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``: the same levels, and scales on rungs that there are, or shared as they must be."""
+        if codes.shape[1] % self.block:
+            return None
+        size, table = self.qtype.group(codes.shape[1]), self._levels(codes.device)
+        found = as_levels(grid, codes, levels=table, size=size)
+        if found is None:
+            return None
+        groups, moved = found
+        top = self._top()
+        scale = groups.scale if top == 1 else groups.scale * top
+        unit = torch.full((1, 1), 1 / top, dtype=torch.float32, device=scale.device).expand(scale.shape)
+        if top != 1 and not torch.equal(scale * unit, groups.scale):
+            return None
+        held = Grid(table, size, size, scale, unit, storage=self.storage)
+        if not self.qtype.nested:
+            return (held, moved) if stored(scale, self.storage) else None
+        ladder = self._held_ladder(scale, groups.ladder)
+        return None if ladder is None else (replace(held, ladder=ladder), moved)
+
+    def _held_ladder(self, scale: Tensor, given: Ladder | None) -> Ladder | None:
+        """The ladder of scales (rows, blocks) that are there already, of which ``given`` may be theirs; None where they
+        are on none."""
+        if self.qtype.nested in IN_COMMON:
+            rows = IN_COMMON[self.qtype.nested] or max(1, len(scale))
+            once = scale[::rows].repeat_interleave(rows, dim=0)[: len(scale)]
+            common = torch.equal(once, scale) and (bool(IN_COMMON[self.qtype.nested]) or scale.shape[1] == 1)
+            if not common or not stored(scale, self.storage):
+                return None
+            return Ladder.of(0.0, scale, torch.ones(1, device=scale.device))
+        if self.qtype.nested == "dq":
+            return None if given is None or not _is_nested(given) else given
+        levels = torch.tensor(SCALES[self.qtype.nested], dtype=torch.float32, device=scale.device)
+        if given is not None and torch.equal(given.levels, levels) and self._takes(given):
+            return given
+        ladder = Ladder.of(0.0, torch.ones_like(scale), levels).at(scale)
+        return ladder if torch.equal(ladder.decode(), scale) else None
+
+    def _takes(self, given: Ladder) -> bool:
+        """Whether the steps of a ladder of the same rungs can be stored: one for the matrix, or only ones."""
+        whole = given.steps.reshape(-1)[:1]
+        alike = given.base == 0 and bool((given.steps == whole).all())
+        return alike and (self.qtype.nested == "e4m3" or bool((whole == 1).all()))
+
     def _owners(self, maxima: Tensor) -> Tensor:
         """d of the blocks' largest magnitudes, before it is stored."""
         if self.qtype.codebook == "line8":
@@ -138,6 +183,13 @@ class CodebookGridType:
         if self.qtype.bits == 8:
             return tuple(1.01 * 1.01**-step for step in range(_TRIES)), fine_factors(8)
         return tuple(_WIDEST * _RATIO**-step for step in range(_TRIES)), fine_factors(4)
+
+
+def _is_nested(ladder: Ladder) -> bool:
+    """Whether NESTED_BLOCK scales, in the order of the file, share a step, as double quantization stores them."""
+    flat = ladder.steps.reshape(-1)
+    shared = flat[::NESTED_BLOCK].repeat_interleave(NESTED_BLOCK)[: len(flat)]
+    return len(ladder.levels) == 256 and torch.equal(shared, flat)
 
 
 def _even(scaled: Tensor, table: Tensor) -> Tensor:

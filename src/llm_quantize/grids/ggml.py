@@ -92,6 +92,11 @@ class GgmlGridType:
         tiles = row_tiles(weight.shape[0], weight.shape[1], TILE)
         return Grid.stack([self._refined(grid.rows(a, b), weight[a:b], self.weights(weight[a:b], h)) for a, b in tiles])
 
+    def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``: grids of other formats are not put into ggml's blocks."""
+        del grid, codes
+        return None
+
     def weights(self, x: Tensor, importance: Tensor) -> Tensor:
         """w (rows, columns): ``importance`` (columns,) times sqrt(k * mean x^2 + x^2) over the root of the mean."""
         if self.name not in SPREAD:

@@ -286,6 +286,10 @@ class GridType(Protocol):
     def fit(self, weight: Tensor, importance: Tensor | None, *, refine: bool = True) -> Grid:
         """The best grid for the importance-weighted error of nearest codes, its floats as the format stores them."""
 
+    def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """``codes`` uint8 (rows, columns) of a whole matrix on ``grid``, of whatever type, as a grid of this type and
+        codes, for ``Store.piece``: the same numbers, none rounded. None where this type cannot hold them."""
+
 
 GGML_GRIDS = frozenset(
     (

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llm_quantize.errors import UsageError
 from llm_quantize.grids.grid import Grid, row_tiles, to_storage
+from llm_quantize.grids.holding import as_integers
 from llm_quantize.grids.search import (
     LEAST_SCALE,
     Levels,
@@ -115,6 +116,16 @@ class IntegerGridType:
         if not refine:
             return self._grid(weight, None, self._plain_scales)
         return self._grid(weight, channel_importance(importance, weight), self._fitted_scales)
+
+    def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``: scales that are stored exactly, and zero points in their range."""
+        if codes.shape[1] % self.block:
+            return None
+        zeros = (self.least_zero, (1 << self.qtype.bits) - 1 + self.least_zero)
+        kind, size = self.qtype, self.qtype.group(codes.shape[1])
+        return as_integers(
+            grid, codes, bits=kind.bits, size=size, symmetric=kind.symmetric, zeros=zeros, storage=self.storage
+        )
 
     def _grid(
         self, weight: Tensor, importance: Tensor | None, scales: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -74,6 +74,11 @@ class Nvfp4GridType:
             scales[first:last] = from_lanes(torch.where(better, found, start), last - first)
         return grid.with_floats(scales)
 
+    def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``: grids of other formats are not put into ggml's blocks."""
+        del grid, codes
+        return None
+
     def weights(self, x: Tensor, importance: Tensor) -> Tensor:
         """w (rows, columns): ``importance`` (columns,) alone."""
         return importance.expand(x.shape)

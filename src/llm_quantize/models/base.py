@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,12 @@ import numpy.typing as npt
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.safetensors_file import DTYPE_BITS, Header, TensorInfo
 from llm_quantize.models.hub.locate import Place
+from llm_quantize.qtypes.held import Held
+
+if TYPE_CHECKING:
+    import torch
+
+    from llm_quantize.grids.grid import Grid
 
 Values = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
 
@@ -126,6 +132,17 @@ class Model(Rows, Protocol):
     @property
     def temporary(self) -> tempfile.TemporaryDirectory[str] | None: ...
 
+    def held(self, name: str) -> Held | None:
+        """The grid that the tensor ``name`` is stored on, from headers alone; None where it is not quantized, or not in
+        a form that ``held_grid`` may give. Needs no torch."""
+
+    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+        """Rows [start, stop) of a stored quantized matrix, in the orientation of ``matrix``: the grid, and codes uint8
+        (stop - start, columns), whose ``Grid.decode`` is ``read_rows`` bit for bit. None where the tensor is not
+        quantized or these rows are not of this form (columns in an order of their own, numbers that are NaN).
+
+        Needs torch. Raises what ``read_rows`` raises."""
+
     def fingerprint(self) -> list[FileFact]:
         """One fact per weight file, sorted by name: enough for resume and manifest to tell that a source changed."""
 
@@ -168,6 +185,16 @@ class Opened(ABC):
     def files(self) -> tuple[Path, ...]:
         """The weight files, in the order of ``tensors``."""
         return tuple(header.path for header in self.headers)
+
+    def held(self, name: str) -> Held | None:
+        """As ``Model.held``: nothing is, unless the reader says so."""
+        del name
+        return None
+
+    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+        """As ``Model.held_grid``."""
+        del name, start, stop
+        return None
 
     def fingerprint(self) -> list[FileFact]:
         """As ``Model.fingerprint``."""

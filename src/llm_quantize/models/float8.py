@@ -24,6 +24,8 @@ from llm_quantize.errors import MalformedInputError, UnsupportedError, printable
 from llm_quantize.formats import float_codes
 from llm_quantize.formats.base import load_floats
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.qtypes.codebook import CODEBOOKS
+from llm_quantize.qtypes.held import HeldRows
 
 SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0")
 _POWERS = "F8_E8M0"
@@ -91,6 +93,37 @@ class ScaleLayout:
             here = np.flatnonzero(index == at)
             values[here[0] : here[-1] + 1] *= factors
         return values
+
+    @property
+    def qtype(self) -> str:
+        """The grid of a matrix of two dimensions, by its name; "" for blocks of other sizes."""
+        if self.per_tensor or (self.rows, self.columns) == (1, 1):
+            return "e4m3_whole"
+        if self.block_rows == 1 and self.columns == 1:
+            return "e4m3"
+        return "e4m3_b128_rows128" if (self.block_rows, self.block_columns) == (128, 128) else ""
+
+    def held(
+        self, codes: npt.NDArray[np.uint8], first_row: int, scale: npt.NDArray[np.float32], storage: str
+    ) -> HeldRows | None:
+        """``codes`` (R, K) of a matrix of two dimensions, from ``first_row``, with its ``scale``, which is stored as
+        ``storage``; None for codes that are no numbers, and blocks that go beyond the last column."""
+        columns = codes.shape[1]
+        across = 1 if self.per_tensor else self.columns
+        if columns % across or (across > 1 and columns // across != self.block_columns):
+            return None
+        if (codes & np.uint8(127) == 127).any():
+            return None
+        index = np.zeros(len(codes), np.int64)
+        if not self.per_tensor:
+            index = np.arange(first_row, first_row + len(codes)) // self.block_rows
+        places = _PLACES[codes].astype(np.uint8)
+        return HeldRows(_LEVELS, places, columns // across, scale[index][:, :across], storage)
+
+
+_LEVELS = np.array(CODEBOOKS["e4m3"], np.float32)
+_PLACES = np.array([127 + code if code < 128 else 254 - code for code in range(256)], np.int16)
+"""By code: its place among the levels; of a code that is no number, none of them."""
 
 
 def scales(raw: memoryview, dtype: str) -> npt.NDArray[np.float32]:

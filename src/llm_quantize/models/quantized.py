@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,13 @@ from llm_quantize.models.hub.locate import Place
 from llm_quantize.models.safetensors import NoWeights, without_weights
 from llm_quantize.models.stored import StoredDirectory
 from llm_quantize.models.weight_sets import left_lying
+from llm_quantize.qtypes.held import Held, HeldRows
 from llm_quantize.qtypes.inputs import InputGrid
+
+if TYPE_CHECKING:
+    import torch
+
+    from llm_quantize.grids.grid import Grid
 
 _STEPS = 16 << 20
 _STORED: dict[str, type[np.generic]] = {
@@ -216,6 +222,12 @@ class PackedDirectory(StoredDirectory):
         first, last = start // ALIGNED * ALIGNED, min(-(-stop // ALIGNED) * ALIGNED, matrix.rows)
         return self.format.unpack(matrix, fields, first, last)[start - first : stop - first]
 
+    def held(self, matrix: PackedMatrix, start: int, stop: int) -> HeldRows | None:
+        """As ``StoredDirectory.held``."""
+        first, last = start // ALIGNED * ALIGNED, min(-(-stop // ALIGNED) * ALIGNED, matrix.rows)
+        found = self.format.held(matrix, self.fields(matrix), first, last)
+        return None if found is None else found.cut(start - first, stop - first)
+
 
 def zero_biases(packed: StoredDirectory, known: Callable[[str], bool]) -> list[str]:
     """Some tools give every matrix that they quantize a bias, of zeros where the model has none (``known``: whether it
@@ -302,6 +314,20 @@ class PackedRows:
             digest.update(values.reshape(-1).view(np.uint8).data)
         return values
 
+    def held(self, name: str) -> Held | None:
+        """As ``Model.held``: of what an unquantized model stores the other way round nothing."""
+        matrix = self.packed.matrices.get(name)
+        return None if matrix is None or name in self._transposed else Held(matrix.qtype, matrix.scale)
+
+    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+        """As ``Model.held_grid``."""
+        if self.held(name) is None:
+            return None
+        from llm_quantize.grids.held import grid_of
+
+        found = self.packed.held(self.packed.matrices[name], start, stop)
+        return None if found is None else grid_of(found)
+
     def close(self) -> None:
         """Close every file."""
         self.packed.close()
@@ -355,6 +381,11 @@ class QuantizedModel(PackedRows, Opened):
         """As ``Rows.read_rows``."""
         self._check_here(name)
         return super().read_rows(name, start, stop, transpose=transpose, buffer=buffer, digest=digest)
+
+    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+        """As ``Model.held_grid``."""
+        self._check_here(name)
+        return super().held_grid(name, start, stop)
 
     def _check_here(self, name: str) -> None:
         if self.headers_only:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,12 @@ from llm_quantize.models.base import Digest, Opened, Values, writable
 from llm_quantize.models.files import read_configuration, read_headers
 from llm_quantize.models.hub.locate import Place, locate
 from llm_quantize.models.weight_sets import left_lying
+from llm_quantize.qtypes.held import Held
+
+if TYPE_CHECKING:
+    import torch
+
+    from llm_quantize.grids.grid import Grid
 
 READABLE_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3")
 """Element types whose values can be read; others may lie in a checkpoint as long as nobody needs them."""
@@ -40,6 +46,7 @@ _STORED: dict[str, type[np.generic]] = {
     "F8_E4M3": np.uint8,
 }
 _SCALES_KEPT = 16
+_SCALE_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass
@@ -151,6 +158,25 @@ class Checkpoint(Opened):
             if (layout := self._layouts.get(name)) is not None:
                 digest.update(self._scale(layout).data)
         return self._converted(name, start, stored)
+
+    def held(self, name: str) -> Held | None:
+        """As ``Model.held``: FP8 matrices with a scale for each row, for all, or for blocks of 128 by 128."""
+        layout, info = self._layouts.get(name), self.tensors[name]
+        if layout is None or not layout.qtype or len(info.shape) != 2:
+            return None
+        return Held(layout.qtype, _SCALE_WORDS[self._scale_tensors[layout.name].dtype])
+
+    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+        """As ``Model.held_grid``."""
+        found = self.held(name)
+        if found is None:
+            return None
+        from llm_quantize.grids.held import grid_of
+
+        codes = np.frombuffer(self.raw_rows(name, start, stop), np.uint8).reshape(stop - start, -1)
+        layout = self._layouts[name]
+        rows = layout.held(codes, start, self._scale(layout), found.scale)
+        return None if rows is None else grid_of(rows)
 
     def _columns(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows [start, stop) of the transposed tensor, in its stored type; bounded extra memory."""

@@ -18,6 +18,7 @@ from llm_quantize.formats.packed import PackedMatrix
 from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.models.files import read_config, read_headers
 from llm_quantize.models.safetensors import Checkpoint
+from llm_quantize.qtypes.held import HeldRows
 from llm_quantize.qtypes.inputs import InputGrid
 
 
@@ -120,6 +121,11 @@ class StoredDirectory:
 
         Raises NumericPolicyError for a stored scale that is not a positive number."""
         del name
+        return None
+
+    def held(self, matrix: PackedMatrix, start: int, stop: int) -> HeldRows | None:
+        """Rows [start, stop) of a matrix as they are stored; see ``StoredFormat.held``. None: nothing is packed."""
+        del matrix, start, stop
         return None
 
     def rows(self, name: str, start: int, stop: int, *, transpose: bool = False) -> npt.NDArray[np.float32]:

@@ -1,0 +1,66 @@
+"""Rows of a quantized matrix as its file holds them: places among levels, and the numbers of each group of columns.
+
+    value = (scale * unit) * (levels[place] - zero) + offset
+
+Whoever reads them makes a grid of it (grids/held.py), which needs torch; this does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Held", "HeldRows"]
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Held:
+    """The grid of a stored matrix, as headers say. ``qtype``: its name. ``scale``: how scales are stored that are
+    floats, "float16", "bfloat16" or "float32"."""
+
+    qtype: str
+    scale: str
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """n rows of K columns in groups of ``group``. ``levels`` float32 (L,), ascending; ``places`` uint8 (n, K) among
+    them; ``scales`` float32 (n, G), stored as ``storage`` ("float16", "bfloat16", "float32"); ``zeros`` (n, G), whole
+    numbers on the count of the levels; ``offsets`` float32 (n, G), taken off.
+
+    ``rungs`` uint8 (n, G): where scales are codes themselves, scale = rung_levels[rung] * steps + base. ``steps``
+    broadcasts to (n, G); float64 where it is the inverse of a float32 that is stored.
+    """
+
+    levels: Floats
+    places: npt.NDArray[np.uint8]
+    group: int
+    scales: Floats
+    storage: str
+    unit: float = 1.0
+    zeros: npt.NDArray[Any] | None = None
+    offsets: Floats | None = None
+    rungs: npt.NDArray[np.uint8] | None = None
+    rung_levels: Floats | None = None
+    steps: npt.NDArray[Any] | None = None
+    base: float = 0.0
+
+    def cut(self, start: int, stop: int) -> HeldRows:
+        """Rows [start, stop) of these."""
+        if (start, stop) == (0, len(self.places)):
+            return self
+        steps = self.steps
+        return replace(
+            self,
+            places=self.places[start:stop],
+            scales=self.scales[start:stop],
+            zeros=None if self.zeros is None else self.zeros[start:stop],
+            offsets=None if self.offsets is None else self.offsets[start:stop],
+            rungs=None if self.rungs is None else self.rungs[start:stop],
+            steps=steps if steps is None or len(steps) == 1 else steps[start:stop],
+        )
