@@ -23,6 +23,7 @@ import numpy.typing as npt
 from llm_quantize.formats import awq, compressed_tensors, gptq, scaled_floats
 from llm_quantize.formats.packed import Fields, Layout, Numbers, PackedMatrix, Settings, StoredFormat
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.qtypes.held import HeldRows
 
 if TYPE_CHECKING:
     from llm_quantize.formats.base import Mixes
@@ -114,6 +115,11 @@ def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
 def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.unpack``."""
     return _of(packed).unpack(packed, fields, first, last)
+
+
+def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+    """As ``StoredFormat.held``."""
+    return _of(packed).held(packed, fields, first, last)
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

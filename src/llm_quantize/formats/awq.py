@@ -255,6 +255,8 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
 
 def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
     """As ``StoredFormat.held``."""
+    if packed.layout is not LAYOUT:
+        return gemv.held(packed, fields, first, last)
     places = _places(fields["qweight"][:, first // 8 : -(-last // 8)])
     rows = (packed, fields, first, last)
     return held_integers(packed, fields, places, 0, scales(*rows), zeros(*rows))

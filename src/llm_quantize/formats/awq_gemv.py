@@ -37,11 +37,13 @@ from llm_quantize.formats.packed import (
     check_matrix,
     check_present,
     flat_settings,
+    held_integers,
     misfit,
     modules,
     values_of,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.qtypes.held import HeldRows
 
 GEMV = Layout("awq_gemv", ("qweight", "qzeros", "scales"), (), "qweight", "scales")
 FAST = Layout("awq_gemv_fast", ("qweight", "qzeros", "scales"), (), "qweight", "scales")
@@ -145,3 +147,12 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
     with np.errstate(invalid="ignore", over="ignore"):
         values = codes(*rows).astype(np.float32) * scales(*rows)[:, index] + _offsets(*rows)[:, index]
     return np.ascontiguousarray(values, np.float32)
+
+
+def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+    """As ``StoredFormat.held``; of gemv_fast with offsets in the place of zero points."""
+    rows = (packed, fields, first, last)
+    places, each = codes(*rows).astype(np.uint8), scales(*rows)
+    if packed.layout is GEMV:
+        return held_integers(packed, fields, places, 0, each, zeros(*rows))
+    return HeldRows(np.arange(16, dtype=np.float32), places, packed.group, each, packed.scale, offsets=-_offsets(*rows))

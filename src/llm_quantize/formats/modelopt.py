@@ -43,6 +43,7 @@ from llm_quantize.formats.packed import (
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import codebook_type
+from llm_quantize.qtypes.held import HeldRows
 
 if TYPE_CHECKING:
     from llm_quantize.formats.base import Mixes
@@ -197,6 +198,16 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
     with np.errstate(invalid="ignore", over="ignore"):
         values = levels.reshape(last - first, each.shape[1], -1) * each[:, :, None]
     return np.ascontiguousarray(values.reshape(last - first, packed.columns), np.float32)
+
+
+def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+    """As ``StoredFormat.held``; None for codes and scales that are no numbers."""
+    kind, stored = codebook_type(packed.grid), _stored(packed, fields, first, last)
+    each = scales(packed, fields, first, last)
+    rungs = np.asarray(fields["weight_scale"], np.uint8)[first:last] if kind.coded else None
+    whole = fields.get("weight_scale_2")
+    step = None if whole is None else np.asarray(whole, np.float32).reshape(1, 1)
+    return float_codes.held(kind, stored, each, packed.scale, rungs=rungs, step=step)
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

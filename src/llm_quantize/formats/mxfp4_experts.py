@@ -32,6 +32,8 @@ from llm_quantize.formats.packed import (
     misfit,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.qtypes.codebook import codebook_type
+from llm_quantize.qtypes.held import HeldRows
 
 if TYPE_CHECKING:
     from llm_quantize.formats.base import Mixes
@@ -118,6 +120,13 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
     with np.errstate(invalid="ignore", over="ignore"):
         values = levels * scales(packed, fields, first, last)[:, :, None]
     return np.ascontiguousarray(values.reshape(last - first, packed.columns), np.float32)
+
+
+def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+    """As ``StoredFormat.held``; None for scales that are no numbers."""
+    rows = (packed, fields, first, last)
+    rungs = fields["scales"].reshape(packed.rows, -1)[first:last]
+    return float_codes.held(codebook_type(GRID), _stored(*rows), scales(*rows), "float32", rungs=rungs)
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

@@ -34,6 +34,8 @@ from llm_quantize.formats.packed import (
     modules,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.qtypes.codebook import codebook_type
+from llm_quantize.qtypes.held import HeldRows
 
 if TYPE_CHECKING:
     from llm_quantize.formats.base import Mixes
@@ -142,6 +144,14 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
     with np.errstate(invalid="ignore", over="ignore"):
         values = _LEVELS[np.asarray(fields["weight"], np.uint8)[first:last]] * each[:, group]
     return np.ascontiguousarray(values, np.float32)
+
+
+def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
+    """As ``StoredFormat.held``; None for codes that are no numbers, and where the last block is narrower."""
+    if packed.columns % packed.group:
+        return None
+    stored = np.asarray(fields["weight"], np.uint8)[first:last]
+    return float_codes.held(codebook_type(packed.grid), stored, scales(packed, fields, first, last), packed.scale)
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

@@ -46,7 +46,7 @@ _STORED: dict[str, type[np.generic]] = {
     "F8_E4M3": np.uint8,
 }
 _SCALES_KEPT = 16
-_SCALE_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SCALE_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E8M0": "bfloat16"}
 
 
 @dataclass
