@@ -24,6 +24,7 @@ from llm_quantize.io.gguf_file import GgufFile, read_gguf
 from llm_quantize.models import gguf, quantized
 from llm_quantize.models.ctranslate2 import CTranslate2Directory, is_ctranslate2
 from llm_quantize.models.files import read_config
+from llm_quantize.models.hub import ollama
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.quantized import PackedDirectory, is_packed_directory, quantization_of
 from llm_quantize.models.weight_sets import left_lying
@@ -37,7 +38,7 @@ def describe(model: str, *, revision: str | None = None, on_event: EventSink = i
 
     Raises the error tree for anything malformed or unsupported, UsageError for a directory of several artifacts.
     """
-    path = Path(model)
+    path = ollama.stored(model).path if ollama.is_named(model) else Path(model)
     if path.exists() and gguf.sniff(path):
         return _describe_gguf([read_gguf(part) for part in artifact_files(path)])
     if is_ctranslate2(path):
