@@ -74,6 +74,7 @@ _LAYOUTS: Mapping[str, Layout] = {
 """By grid."""
 
 _CHANGES = (".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b")
+_CODES = ("F8_E4M3", "U8", "I8")
 _ONE = ("F32", "F16", "BF16")
 _LEVELS = {name: float_codes.values(name) for name in ("e2m1", "e4m3")}
 
@@ -104,9 +105,14 @@ def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
             found=changed.name.rpartition(".")[2],
             remedy="start from the model it was made from, in BF16 or F16 (its model card names it)",
         )
-    for name, found in modules(tensors, _LAYOUTS["e4m3"]):
-        check_present(name, _LAYOUTS["e4m3"], found)
+    told = _LAYOUTS[_WHOLE]
+    for name, found in modules(tensors, told):
+        check_present(name, told, found)
         yield _matrix(name, found, settings)
+    for name, info in tensors.items():
+        module = name.removesuffix(".weight")
+        if module != name and info.dtype in _CODES and f"{module}.weight_scale" not in tensors:
+            check_present(module, told, {"weight": info})
 
 
 def _matrix(name: str, found: Mapping[str, TensorInfo], settings: Settings) -> PackedMatrix:

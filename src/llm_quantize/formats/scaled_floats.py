@@ -31,6 +31,7 @@ from llm_quantize.formats.packed import (
     Settings,
     check_fields,
     check_matrix,
+    check_present,
     modules,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
@@ -77,6 +78,11 @@ def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
         for name, found in modules(tensors, layout):
             if "weight" in found:
                 yield _matrix(name, layout, found, settings)
+    for name, info in tensors.items():
+        module = name.removesuffix(".weight")
+        scales = (f"{module}.{layout.scales}" for layout in LAYOUTS)
+        if module != name and info.dtype == "F8_E4M3" and not any(scale in tensors for scale in scales):
+            check_present(module, LAYOUTS[0], {"weight": info})
 
 
 def _matrix(name: str, layout: Layout, found: Mapping[str, TensorInfo], settings: Settings) -> PackedMatrix:
