@@ -185,21 +185,22 @@ def test_modules_of_auto_round_that_differ(llama: Path, tmp_path: Path) -> None:
     write_peer(llama, place, "AutoRound auto_gptq")
     found = load_file(place / "model.safetensors")
     rows = found[f"{UP}.scales"].shape[1]
-    changed(
-        place,
-        {
-            f"{UP}.qweight": torch.full((64, rows), 0x84848484 - (1 << 32), dtype=torch.int32),
-            f"{UP}.qzeros": torch.full((4, rows // 4), 0x7F7F7F7F, dtype=torch.int32),
-            f"{UP}.g_idx": torch.arange(256, dtype=torch.int32) // 64,
-        },
-    )
+    wide = {
+        f"{UP}.qweight": torch.full((64, rows), 0x84848484 - (1 << 32), dtype=torch.int32),
+        f"{UP}.qzeros": torch.full((4, rows // 4), 0x7F7F7F7F, dtype=torch.int32),
+    }
+    changed(place, wide)
     down = UP.replace("up", "down")
-    said(place, extra_config={UP: {"bits": 8}, down: {"bits": 16}})
-    with open_model(str(place)) as model:
-        each = found[f"{UP}.scales"].float().T.repeat_interleave(64, 1).numpy()
-        assert np.array_equal(whole(model, f"{UP}.weight"), each * (0x84 - 0x80))
-        assert model.kind == "AutoRound-4+8bit"
-    assert any(down in problem for problem in verify(place).problems)
+    each = found[f"{UP}.scales"].float().T.repeat_interleave(64, 1).numpy()
+    for key in (UP, r".*layers\.0\.mlp\.up_proj.*"):
+        said(place, extra_config={key: {"bits": 8, "sym": True}, down: {"bits": 16}})
+        with open_model(str(place)) as model:
+            assert np.array_equal(whole(model, f"{UP}.weight"), each * (0x84 - 0x80))
+            assert model.kind == "AutoRound-4+8bit"
+        assert any(down in problem for problem in verify(place).problems)
+    said(place, extra_config={})
+    with pytest.raises(LlmQuantizeError):
+        open_source(str(place))
 
 
 @pytest.mark.parametrize(
