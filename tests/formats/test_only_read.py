@@ -261,6 +261,21 @@ def test_fp8_in_forms_that_are_a_model_and_no_artifact(llama: Path, tmp_path: Pa
     assert caught.value.found == "[64, 64]"
 
 
+@pytest.mark.parametrize("peer", ["FP8 blocks", "FP8 powers", "FP8 rows"])
+def test_fp8_is_what_transformers_makes_of_it(peer: str, llama: Path, tmp_path: Path) -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    write_peer(llama, tmp_path / "peer", peer)
+    stored = load_file(tmp_path / "peer" / "model.safetensors")
+    suffix = "weight_scale" if peer == "FP8 rows" else "weight_scale_inv"
+    with open_model(str(tmp_path / "peer")) as model:
+        for name in (UP, SQUARE):
+            scales = stored[f"{name}.{suffix}"]
+            scales = scales[:, None] if scales.dim() == 1 else scales
+            theirs = Fp8Dequantize(None)._dequantize_one(stored[f"{name}.weight"], scales, torch.float32)
+            assert np.array_equal(whole(model, f"{name}.weight"), theirs.numpy())
+
+
 def experts(place: Path, model: Path) -> dict[str, np.ndarray]:
     """gpt-oss' two tensors of experts, and what transformers decodes them to."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors

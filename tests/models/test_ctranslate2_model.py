@@ -181,7 +181,7 @@ def test_a_network_of_another_kind(tmp_path: Path) -> None:
     data = (ours / MODEL_FILE).read_bytes()
     for number, (old, new, words) in enumerate(
         (
-            (b"TransformerDecoderSpec", b"TransformerEncoderSpec", "not one that only writes on"),
+            (b"TransformerDecoderSpec", b"TransformerEncoderSpec", "no decoder that continues text"),
             (b"decoder/layer_0/", b"decoder/layer_9/", "of no family"),
             (b"ffn/linear_0_noact", b"ffn/linear_0_noacts"[:18].replace(b"t", b"x"), "of no family"),
         )

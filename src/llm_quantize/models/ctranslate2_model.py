@@ -119,13 +119,12 @@ class CTranslate2Model(SourceRows, Opened):
         self.kind = directory.label if rounded else ""
         self.headers = (_header(directory, self.tensors),)
         length = f"{self.config['max_position_embeddings']:,}"
-        told = " (model_max_length of its tokenizer)" if _said_length(directory.path) else ""
         self.notes = (
             ()
             if derived.told
             else (
-                f"a CTranslate2 model does not say how many tokens it was trained for: {length} is written{told}; set "
-                "it in what is made of this model if that is wrong",
+                f"a CTranslate2 model does not say how many tokens it was trained for; {length} is written, which is "
+                f"model_max_length of its tokenizer, or {LENGTH:,} where that is no length",
             )
         )
 
@@ -266,7 +265,7 @@ def _derive(directory: CTranslate2Directory) -> _Derived:
     file = directory.file
     if file.kind != KIND:
         raise UnsupportedError(
-            "this CTranslate2 model is no model to start from: it is not one that only writes on",
+            "this CTranslate2 model is no model to start from: its network is no decoder that continues text",
             file=file.path,
             expected=KIND,
             found=printable(file.kind, 80),
