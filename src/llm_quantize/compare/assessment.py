@@ -80,6 +80,7 @@ def assess(
     options: Options | None = None,
     *,
     revision: str | None = None,
+    lora: Sequence[str] = (),
     commands: Sequence[str] = (),
     on_event: EventSink = ignore,
 ) -> Assessment:
@@ -90,7 +91,7 @@ def assess(
     """
     options = options or Options()
     asked = options.measurement
-    source = open_source(model, revision=revision, on_event=on_event)
+    source = open_source(model, revision=revision, lora=lora, on_event=on_event)
     with source.checkpoint:
         text = evaluation_text(
             TextTokenizer(source),

@@ -211,6 +211,7 @@ def _other_files(source: Source, contents: Contents, warnings: list[str]) -> lis
         name=contents.name,
         source=checkpoint.name,
         revision=checkpoint.revision,
+        merged=[merge.words for merge in checkpoint.adapters],
         front=front,
         measured=room() if contents.measured else None,
     )
@@ -267,6 +268,7 @@ def _identity(source: Source, contents: Contents, files: Sequence[OutputFile]) -
         "source_revision": source.checkpoint.revision,
         "source_files": [[fact.name, fact.size, fact.header_sha256] for fact in source.checkpoint.fingerprint()],
         **({"source_kind": source.checkpoint.kind} if source.checkpoint.kind else {}),
+        **({"adapters": [merge.facts for merge in source.checkpoint.adapters]} if source.checkpoint.adapters else {}),
         "format": contents.format,
         "level": contents.label,
         "version": llm_quantize.__version__,

@@ -314,7 +314,7 @@ class _Reader:
                 str(),
                 int(count),
                 None,
-            ) if name.text.endswith("Storage") and type(count) is int and 0 <= count:
+            ) if name.text.endswith("Storage") and type(count) is int and count >= 0:
                 self.push(Storage(key, dtype, count))
             case _:
                 self.refuse(

@@ -99,7 +99,7 @@ def _two(view: View) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (1,) * missing + shape, (0,) * missing + strides
 
 
-def _check_view(view: View, scaled: bool) -> None:
+def check_view(view: View, scaled: bool) -> None:
     """Raise UnsupportedError for weights that do not lie in rows, or overlap, or are ``scaled`` (FP8)."""
     info = view.info
     shape, strides = _two(view)
@@ -151,7 +151,7 @@ def open_at(place: Place, model: str, *, headers_only: bool = False) -> PickledC
     check_weights(tensors, file, place.path)
     checkpoint = described(PickledCheckpoint, place, configuration, headers, tensors, headers_only=headers_only)
     for view in views.values():
-        _check_view(view, view.info.name in checkpoint.folded or view.info.dtype == "F8_E4M3")
+        check_view(view, view.info.name in checkpoint.folded or view.info.dtype == "F8_E4M3")
     checkpoint.views = views
     return checkpoint
 
