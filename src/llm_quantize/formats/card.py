@@ -102,14 +102,15 @@ def card(
     manifest: str = "manifest.json",
 ) -> str:
     """The whole text. ``name``: of the artifact; ``manifest``: of the file that stands in for it. ``source``: the
-    model's name, ``revision`` its commit where it comes from the hub; ``front``: its own metadata. ``merged``: adapters that are
-    merged into it, in words. ``measured``: {what: value} of the loss against the source, where it is (or will be)
-    known."""
+    model's name, ``revision`` its commit where it comes from the hub; ``front``: its own metadata. ``merged``:
+    adapters that are merged into it, in words. ``measured``: {what: value} of the loss against the source, where it is
+    (or will be) known."""
     metadata = _metadata(about, source, revision, front)
+    made_of = " with ".join([_origin(source, revision), *merged])
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n",
         f"# {name}\n",
-        f"{' with '.join([_origin(source, revision), *merged])}, quantized by llm-quantize {llm_quantize.__version__}.\n",
+        f"{made_of}, quantized by llm-quantize {llm_quantize.__version__}.\n",
         _table("Recipe", about.recipe),
         _table("Size", about.sizes),
         about.loading,

@@ -9,6 +9,7 @@ in 8 bytes, little-endian, and its bytes. The pickle itself is read by ``io/stat
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import struct
@@ -250,7 +251,7 @@ def _members(descriptor: int, path: Path, directory: bytes, start: int) -> dict[
         members[name] = _Span(begin, span.nbytes, span.crc)
         spans.append((local, begin + span.nbytes, name))
     spans.sort()
-    for (_, end, one), (begin, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, one), (begin, _, other) in itertools.pairwise(spans):
         if begin < end:
             raise _broken(
                 "members of the zip file lie over each other", path, begin,
