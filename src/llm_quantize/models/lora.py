@@ -52,10 +52,12 @@ def merged(model: Model, text: str, on_event: EventSink) -> Model:
         _check_order(adapter, model, found)
         if not model.headers_only:
             check_values(adapter, found)
-        return MergedModel(model, adapter, found, left_out)
+        result = MergedModel(model, adapter, found, left_out)
     except BaseException:
         adapter.tensors.close()
         raise
+    on_event(events.Note(f"{result.adapters[-1].words} is merged into {len(found):,} tensors"))
+    return result
 
 
 def _check_base(adapter: Adapter, model: Model, on_event: EventSink) -> None:
@@ -124,7 +126,7 @@ class MergedModel(Opened):
 
     def _notes(self) -> list[str]:
         whole = [name for name, change in self._found.items() if change.whole is not None]
-        notes = [f"{self.adapters[-1].words} is merged into {len(self._found):,} tensors"]
+        notes: list[str] = []
         if whole and self._adapter.scale != 1:
             notes.append(
                 f"{whole[0]}{f' and {len(whole) - 1} more' if len(whole) > 1 else ''}: replaced whole by the adapter, "

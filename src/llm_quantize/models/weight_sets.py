@@ -47,7 +47,8 @@ def refuse_adapter(directory: Path, present: Callable[[str], bool]) -> None:
         expected="one of the two",
         found=f"weights of a whole model, {ADAPTER} and {weights}",
         remedy=f"for the weights without it: move {ADAPTER} and {weights} away (from the hub: hf download MODEL "
-        "--exclude 'adapter_*' --local-dir DIR, then give DIR). With it: move them to a directory of their own, and give that as --lora",
+        "--exclude 'adapter_*' --local-dir DIR, then give DIR). With it: move them to a directory of "
+        "their own, and give that as --lora",
     )
 
 

@@ -2,7 +2,8 @@
 
 Files lie in huggingface_hub's own cache (``HF_HOME``); ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` mean what
 they mean there. Every file fetched is compared with the hash that the hub gives for it. Code is never fetched, and
-pickled weights only where there are no others. Messages are our own words: a server's text, a URL or a token never gets into them.
+pickled weights only where there are no others. Messages are our own words: a server's text, a URL or a token never gets
+into them.
 """
 
 from __future__ import annotations
