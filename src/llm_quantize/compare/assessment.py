@@ -156,6 +156,9 @@ def _generation(
     elif checkpoint.metadata is not None:
         text = "the source is a GGUF file, which transformers does not run: what artifacts write is judged without it"
         on_event(events.Caution(text))
+    elif checkpoint.adapters:
+        text = "the source is merged only while it is read: what artifacts write is judged without what it writes"
+        on_event(events.Caution(text))
     else:
         on_event(events.Stage("text that the source writes"))
         encode = TextTokenizer(source).encode
