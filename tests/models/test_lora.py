@@ -1,4 +1,4 @@
-"""Adapters merged while a model is read: exact, the same in any pieces, part of an artifact's identity; hostile ones."""
+"""Adapters merged while a model is read: exact, the same in any pieces, part of what an artifact is; hostile ones."""
 
 from __future__ import annotations
 

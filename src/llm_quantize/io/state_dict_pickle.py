@@ -324,7 +324,7 @@ class _Reader:
                 )
 
 
-_NOT_OURS = "do not load this file with anything that unpickles, unless you trust whoever wrote it; " + SAVE_AGAIN
+_NOT_OURS = "do not load this file with anything that unpickles; " + SAVE_AGAIN
 
 
 def _whole(values: Any) -> bool:
