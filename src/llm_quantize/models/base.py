@@ -51,9 +51,10 @@ class Merge:
     @property
     def words(self) -> str:
         """What people read of it."""
-        times = "" if self.scale == 1 else f", {self.scale:g} of it"
-        at = "" if self.revision is None else f" at commit {self.revision}"
-        return f"the adapter {self.name}{at} ({self.kind}{times})"
+        where = self.name if self.revision is None else f"{self.name} at commit {self.revision}"
+        if self.scale == 1:
+            return f"the adapter {where} ({self.kind})"
+        return f"the adapter {where} ({self.kind}, {self.scale:g} of it)"
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Products of two thin matrices that come out the same to the last bit on every machine, in any pieces.
+"""Products of thin matrices, the same to the last bit on every machine and in any pieces.
 
 A library of linear algebra adds in an order of its own, which depends on processor, shape and threads, so that float
 sums differ in their last bits. Here each factor is first cut into two parts of few bits (Ozaki et al., "Error-free
