@@ -27,7 +27,8 @@ from llm_quantize.io.journal import parse_journal, record_line
 
 from .faults.forking import QUIET_MACHINE, CommandLine, Outcome, finished, hashes, recorded
 from .faults.scenario import Scenario
-from .faults.tiny_llama import write_fp8_llama, write_sparse_llama, write_tiny_llama
+from .faults.tiny_llama import pickled_llama, write_fp8_llama, write_sparse_llama, write_tiny_llama
+from .models.adapters import attention, factors, write_adapter
 
 VARIANTS = {
     "one file": ("-q", "Q4_K_M", "--threads", "1"),
@@ -74,6 +75,19 @@ def test_killed_at_persistence_calls(command_line: CommandLine, model: Path, tmp
     ending = range(scenario.calls - 9, scenario.calls + 1, 2)
     scenario.kill_at_calls([*range(1, scenario.calls - 9, 11), *ending])
     assert scenario.kills > scenario.calls // 11
+    assert scenario.resumed > 0
+
+
+@pytest.mark.parametrize("kind", ["an adapter", "pickled weights"])
+def test_killed_with_other_sources(command_line: CommandLine, model: Path, tmp_path: Path, kind: str) -> None:
+    words = ["-q", "Q4_0", "--threads", "2"]
+    if kind == "an adapter":
+        words += ["--lora", f"{write_adapter(tmp_path / 'adapter', factors(attention()))}=0.5"]
+    else:
+        model = pickled_llama(model, tmp_path / "pickled")
+    scenario = Scenario(command_line, model, tmp_path, tuple(words))
+    scenario.kill_at_calls(range(3, scenario.calls + 1, scenario.calls // 5))
+    assert scenario.kills > 3
     assert scenario.resumed > 0
 
 

@@ -27,17 +27,24 @@ if TYPE_CHECKING:
     from llm_quantize.reports.findings import ComparisonResult
 
 
-def info(model: str | Path, *, revision: str | None = None, on_event: EventSink | None = None) -> ModelInfo:
+def info(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
+    on_event: EventSink | None = None,
+) -> ModelInfo:
     """What ``model`` is, from its headers: architecture, parameters, tensors, tokenizer, memory.
 
     ``model``: a model directory, quantized or not, a GGUF file, a hub id at ``revision``, or builtin:demo-llama.
+    ``lora``: adapters that are merged into it as it is read: directories or hub ids, with "=0.5" for half of one.
 
     Raises UsageError (no such model), MalformedInputError, UnsupportedError, AccessError, NetworkError.
     """
     from llm_quantize.advice.describe import describe
 
     with heard(on_event, "info") as sink:
-        return ModelInfo(describe(str(model), revision=revision, on_event=sink))
+        return ModelInfo(describe(str(model), revision=revision, lora=_adapters(lora), on_event=sink))
 
 
 def plan(
@@ -47,13 +54,14 @@ def plan(
     levels: str | Sequence[str],
     name: str | None = None,
     revision: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     options: Options | None = None,
     on_event: EventSink | None = None,
 ) -> Results[ArtifactPlan]:
     """The exact plan of each level, every byte of it, from headers alone: no weight is read and nothing is written.
 
     ``format``: gguf, gptq, awq, compressed-tensors or safetensors. ``levels``: one or more, as "Q4_K_M" or "4bit".
-    ``name``: of the output, without level and suffix; None: the model's.
+    ``name``: of the output, without level and suffix; None: the model's. ``lora``: as in ``info``.
 
     Raises UsageError and UnsupportedError for what cannot be made, and what opening the model raises (``info``).
     """
@@ -63,7 +71,14 @@ def plan(
         asked = _several(levels)
         return Results(
             pipeline.plan(
-                str(model), format, levels=asked, name=name, revision=revision, options=options, on_event=sink
+                str(model),
+                format,
+                levels=asked,
+                name=name,
+                revision=revision,
+                lora=_adapters(lora),
+                options=options,
+                on_event=sink,
             )
         )
 
@@ -76,6 +91,7 @@ def quantize(
     output_dir: str | Path = ".",
     name: str | None = None,
     revision: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     options: Options | None = None,
     on_event: EventSink | None = None,
 ) -> Results[ArtifactResult]:
@@ -99,6 +115,7 @@ def quantize(
             output_dir=output_dir,
             name=name,
             revision=revision,
+            lora=_adapters(lora),
             options=options,
             on_event=sink,
         )
@@ -110,6 +127,7 @@ def verify(
     *,
     source: str | Path | None = None,
     revision: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     on_event: EventSink | None = None,
 ) -> Verification:
     """Check every tensor of ``artifact``: structure, the hashes of its manifest, finite values, and with ``source``
@@ -125,7 +143,7 @@ def verify(
 
     with heard(on_event, "verify") as sink:
         model = None if source is None else str(source)
-        return verification.verify(artifact, source=model, revision=revision, on_event=sink)
+        return verification.verify(artifact, source=model, revision=revision, lora=_adapters(lora), on_event=sink)
 
 
 def evaluate(
@@ -134,6 +152,7 @@ def evaluate(
     source: str | Path,
     options: Options | None = None,
     revision: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     on_event: EventSink | None = None,
 ) -> Assessment:
     """Measure what ``artifacts`` lost against ``source``: KL divergence (nats per token), perplexity, agreement on the
@@ -150,7 +169,7 @@ def evaluate(
 
     with heard(on_event, "measure") as sink:
         paths = [artifacts] if isinstance(artifacts, str | Path) else list(artifacts)
-        return assess(str(source), paths, options, revision=revision, on_event=sink)
+        return assess(str(source), paths, options, revision=revision, lora=_adapters(lora), on_event=sink)
 
 
 def convert(
@@ -201,6 +220,7 @@ def compare(
     lang: str = "en",
     options: Options | None = None,
     revision: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     on_event: EventSink | None = None,
 ) -> ComparisonResult:
     """Make ``variants`` of ``model``, take ``artifacts`` as they are, measure loss, size, speed and memory of them all,
@@ -222,6 +242,7 @@ def compare(
             artifacts=artifacts,
             options=options,
             revision=revision,
+            lora=_adapters(lora),
             on_event=sink,
         )
     comparison.write_reports(result, Path(output_dir), lang)
@@ -281,6 +302,7 @@ def calibrate(
     format: str | None = None,
     options: CalibrationOptions | None = None,
     revision: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     on_event: EventSink | None = None,
 ) -> Calibration:
     """Run text through ``model``, one block in memory at a time, and keep how much each input channel matters. The
@@ -303,7 +325,7 @@ def calibrate(
     if format is not None and format not in KINDS:
         raise UsageError("no such format of statistics", expected=", ".join(KINDS), found=format)
     with heard(on_event, "calibrate") as sink:
-        source = open_source(str(model), revision=revision, on_event=sink)
+        source = open_source(str(model), revision=revision, lora=_adapters(lora), on_event=sink)
         with source.checkpoint:
             if target is not None:
                 read: list[str | Path] = [header.path for header in source.checkpoint.headers]
@@ -383,3 +405,8 @@ def run(
 def _several(names: str | Sequence[str]) -> list[str]:
     """A list, also of a single name: a text is a sequence too, of letters."""
     return [names] if isinstance(names, str) else list(names)
+
+
+def _adapters(lora: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    """The adapters as the command line names them, also a single one."""
+    return (str(lora),) if isinstance(lora, str | Path) else tuple(map(str, lora))

@@ -67,13 +67,14 @@ def plan(
     levels: Sequence[str],
     name: str | None = None,
     revision: str | None = None,
+    lora: Sequence[str] = (),
     options: Options | None = None,
     on_event: EventSink = ignore,
 ) -> list[ArtifactPlan]:
     """Exact plans for each level, from headers alone; no weight is read (or fetched) and nothing is written."""
     options, format = options or Options(), format_name(format)
     _refuse_other_recipe(format, options)
-    source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
+    source = open_source(model, revision=revision, lora=lora, on_event=on_event, headers_only=True)
     with source.checkpoint:
         importance = choose.foresee(source, format, levels, options)
         return plan_source(source, format, levels=levels, name=name, options=options, importance=importance)
@@ -87,6 +88,7 @@ def quantize(
     output_dir: str | Path = ".",
     name: str | None = None,
     revision: str | None = None,
+    lora: Sequence[str] = (),
     options: Options | None = None,
     on_event: EventSink = ignore,
 ) -> list[ArtifactResult]:
@@ -97,7 +99,7 @@ def quantize(
     """
     options, format = options or Options(), format_name(format)
     _refuse_other_recipe(format, options)
-    source = open_source(model, revision=revision, on_event=on_event)
+    source = open_source(model, revision=revision, lora=lora, on_event=on_event)
     before, told = memory.before_libraries(), frozenset[str]()
     with source.checkpoint:
         if source.checkpoint.kind and not options.judged:
@@ -193,7 +195,7 @@ def plan_source(
             expected=f"one or more of {', '.join(form.levels)}",
             remedy=f"name one or more with -q, for example -q {form.example}",
         )
-    stem = _file_stem(name or source.checkpoint.name)
+    stem = _file_stem(name or source.stem)
     plans = form.plan(source, levels, stem, importance, options)
     if isinstance(importance, choose.Text):
         # A level that no text makes (int16 of CTranslate2, beside int8) is the same file whatever the others need.

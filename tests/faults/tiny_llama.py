@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llm_quantize.data import demo_model
+from llm_quantize.io.safetensors_file import read_header
 
+from ..io.torch_by_hand import numbers, state_dict, storage, tensor, write_zip
 from ..safetensors_by_hand import write_model, write_raw
 
 VOCABULARY = 320
@@ -106,4 +109,22 @@ def write_sparse_llama(directory: Path, *, layers: int, hidden: int, inner: int,
         file.truncate(path.stat().st_size + at)
     (directory / "config.json").write_text(json.dumps(settings))
     write_tokenizer(directory)
+    return directory
+
+
+def pickled_llama(model: Path, directory: Path) -> Path:
+    """The same model with its weights in one pytorch_model.bin, written by hand."""
+    directory.mkdir(parents=True)
+    pickles, storages = {}, {}
+    for file in sorted(model.glob("*.safetensors")):
+        for name, info in read_header(file).tensors.items():
+            key = str(len(storages))
+            storages[key] = file.read_bytes()[info.offset : info.offset + info.nbytes]
+            strides = [math.prod(info.shape[at + 1 :]) for at in range(len(info.shape))]
+            held = storage(key, info.elements, "BFloat16Storage")
+            pickles[name] = tensor(held, shape=numbers(*info.shape), strides=numbers(*strides))
+    write_zip(directory / "pytorch_model.bin", state_dict(**pickles), storages)
+    for file in model.iterdir():
+        if not file.name.startswith("model"):
+            (directory / file.name).write_bytes(file.read_bytes())
     return directory

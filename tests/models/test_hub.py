@@ -30,10 +30,12 @@ from llm_quantize.errors import (
 from llm_quantize.models.hub import fetch as module
 from llm_quantize.models.hub.fetch import resolve
 from llm_quantize.models.hub.runnable import fetch_runnable, is_hub_id
+from llm_quantize.models.opening import open_model
 from llm_quantize.models.safetensors import open_checkpoint
 from llm_quantize.runtimes import generate
 from tests.fake_hub import COMMIT, FakeHub
 from tests.hearing import into
+from tests.io.torch_by_hand import state_dict, tensor, write_zip
 from tests.safetensors_by_hand import write_model
 
 TOKEN = "hf_secretsecretsecret"
@@ -257,8 +259,8 @@ def test_only_sane_revision_names_become_files(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "error", "says"),
     [
-        (["config.json", "pytorch_model.bin"], UnsupportedError, "python -c"),
-        (["adapter_config.json", "adapter_model.safetensors"], UnsupportedError, "merge"),
+        (["config.json", "weights.pt"], UnsupportedError, "python -c"),
+        (["adapter_config.json", "adapter_model.safetensors"], UnsupportedError, "--lora"),
         (["config.json", "consolidated.safetensors"], UnsupportedError, "consolidated.safetensors"),
         ([], UnsupportedError, "no files"),
     ],
@@ -270,6 +272,31 @@ def test_repositories_without_safetensors(
         point_to(hub.url, monkeypatch)
         assert says in str(refused(error))
         assert len(hub.requests) == 1
+
+
+@pytest.mark.parametrize("shards", [("pytorch_model.bin",), ("a.bin", "b.bin")])
+def test_pickled_weights_are_fetched_where_there_are_no_others(
+    shards: tuple[str, ...], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"config.json": b'{"model_type": "llama"}', "training_args.bin": b"x", "evil.py": b"x"}
+    for number, shard in enumerate(shards):
+        write_zip(tmp_path / shard, state_dict(**{f"w{number}": tensor()}))
+        files[shard] = (tmp_path / shard).read_bytes()
+    if len(shards) > 1:
+        places = {f"w{number}": shard for number, shard in enumerate(shards)}
+        files["pytorch_model.bin.index.json"] = json.dumps({"weight_map": places}).encode()
+    with FakeHub(files) as hub:
+        point_to(hub.url, monkeypatch)
+        assert "hf download" in str(refused(UnsupportedError, headers_only=True).remedy)
+        with open_model("org/model") as checkpoint:
+            assert checkpoint.read_rows("w0", 0, 2).tolist() == [[0, 1, 2], [3, 4, 5]]
+            assert (checkpoint.name, checkpoint.revision) == ("org/model", COMMIT)
+        with open_model("org/model", headers_only=True) as checkpoint:
+            assert checkpoint.temporary is None
+        assert not any(path.endswith((".py", "training_args.bin")) for _, path in hub.requests)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        (cache / "models--org--model" / "snapshots" / COMMIT / shards[-1]).unlink()
+        assert refused(NetworkError).file == (shards[-1] if len(shards) > 1 else "model.safetensors")
 
 
 def test_index_names_what_the_repository_lacks(sharded: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:

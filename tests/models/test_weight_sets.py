@@ -102,7 +102,7 @@ def test_an_adapter_beside_whole_weights_is_refused(
     write_tensors(model / name, {"base_model.model.x.lora_A.weight": X})
     with pytest.raises(UnsupportedError, match="an adapter") as caught:
         open_checkpoint(str(model))
-    assert "merge_and_unload" in (caught.value.remedy or "")
+    assert "--lora" in (caught.value.remedy or "")
 
 
 def test_a_quantized_source_says_it_too(tmp_path: Path) -> None:

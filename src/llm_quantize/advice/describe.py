@@ -32,23 +32,25 @@ from llm_quantize.models.weight_sets import left_lying
 CONTEXT = 8192  # tokens of the cache whose memory is told, or all that the model was trained for, if fewer
 
 
-def describe(model: str, *, revision: str | None = None, on_event: EventSink = ignore) -> dict[str, Any]:
+def describe(
+    model: str, *, revision: str | None = None, lora: Sequence[str] = (), on_event: EventSink = ignore
+) -> dict[str, Any]:
     """JSON-ready facts of a checkpoint (directory or hub id), of a GPTQ, AWQ or compressed-tensors directory, or of a
     GGUF artifact (a file, or every part of a split one, given by its directory or by any part). Sizes in bytes.
 
     Raises the error tree for anything malformed or unsupported, UsageError for a directory of several artifacts.
     """
     path = ollama.stored(model).path if ollama.is_named(model) else Path(model)
-    if path.exists() and gguf.sniff(path):
+    if not lora and path.exists() and gguf.sniff(path):
         return _describe_gguf([read_gguf(part) for part in artifact_files(path)])
-    if is_ctranslate2(path):
+    if not lora and is_ctranslate2(path):
         return _describe_ctranslate2(CTranslate2Directory(path))
-    if quantized.sniff(path):
+    if not lora and quantized.sniff(path):
         with PackedDirectory(path) as packed:
             for note in left_lying(path, packed.headers):
                 on_event(events.Caution(note))
             return _describe_packed(packed)
-    source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
+    source = open_source(model, revision=revision, lora=lora, on_event=on_event, headers_only=True)
     with source.checkpoint:
         return {**_describe_source(source), **_of_scaled_floats(path), **_origin(path)}
 
@@ -95,6 +97,7 @@ def _describe_source(source: Source) -> dict[str, Any]:
         "name": checkpoint.name,
         "directory": None if checkpoint.temporary is not None else str(checkpoint.directory),
         "revision": checkpoint.revision,
+        **({"adapters": [merge.words for merge in checkpoint.adapters]} if checkpoint.adapters else {}),
         "model_type": checkpoint.config.get("model_type"),
         "architecture": source.architecture.gguf_name,
         "parameters": weights,

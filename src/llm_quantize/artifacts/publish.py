@@ -221,6 +221,7 @@ def _gguf_card(path: Path, manifest: Mapping[str, Any], names: Sequence[str]) ->
         name=path.stem if path.is_file() else path.name,
         source=str(identity.get("source", "")),
         revision=identity.get("source_revision"),
+        merged=[str(merge.get("words", "")) for merge in identity.get("adapters", [])],
         front=_front(metadata),
         measured=loss,
         manifest=manifest_path(path).name,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +72,12 @@ _SCALES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 def verify(
-    artifact: str | Path, *, source: str | None = None, revision: str | None = None, on_event: EventSink = ignore
+    artifact: str | Path,
+    *,
+    source: str | None = None,
+    revision: str | None = None,
+    lora: Sequence[str] = (),
+    on_event: EventSink = ignore,
 ) -> Verification:
     """Check ``artifact`` (a GGUF file, the directory of a split one, or a model directory), against ``source`` too if
     given.
@@ -86,7 +91,7 @@ def verify(
         problems = list(subject.structure(manifest))
         model = None
         if source is not None:
-            model = open_source(source, revision=revision, on_event=on_event)
+            model = open_source(source, revision=revision, lora=lora, on_event=on_event)
             stack.callback(model.checkpoint.close)
             problems += subject.against(model, manifest, stack)
         known = {entry["name"]: entry for entry in (manifest or {}).get("tensors", [])}

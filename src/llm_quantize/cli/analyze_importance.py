@@ -13,6 +13,7 @@ from llm_quantize.cli.common import (
     calibration_options,
     emit_json,
     json_option,
+    lora_option,
     mode,
 )
 from llm_quantize.cli.progress import told
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="Tokens that each expert should see; more text is drawn until it does.",
 )
+@lora_option
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: all CPUs]")
 @click.option("--max-ram", type=Size(), help="Memory limit, for example 8G.")
@@ -71,6 +73,7 @@ def command(
     """  # fmt: skip
     from llm_quantize.calibration.collect import calibrate
     from llm_quantize.calibration.outcome import export, kind_of, refuse_export
+    from llm_quantize.compare.making import lora_words
     from llm_quantize.models.opening import open_source
 
     shown = mode(ctx, as_json)
@@ -78,9 +81,9 @@ def command(
         arguments, tuple(arguments["collect"].split(",")), expert_minimum=arguments["expert_minimum"]
     )
     with told(shown, "calibrate") as sink:
-        source = open_source(model, revision=arguments["revision"], on_event=sink)
+        source = open_source(model, revision=arguments["revision"], lora=arguments["lora"], on_event=sink)
         with source.checkpoint:
-            target = Path(output or f"{source.checkpoint.name.rsplit('/', 1)[-1]}-imatrix.gguf")
+            target = Path(output or f"{source.stem}-imatrix.gguf")
             kind = kind or kind_of(target)
             files = [header.path for header in source.checkpoint.headers]
             inputs = (*files, *source.checkpoint.directory.glob("*.json"), *options.data)
@@ -90,11 +93,11 @@ def command(
     if shown.json:
         emit_json({**result.to_dict(), "output": str(target), "format": kind})
     else:
-        _show(result, model, target, kind, in_full=shown.verbose > 0)
+        _show(result, [model, *lora_words(arguments["lora"])], target, kind, in_full=shown.verbose > 0)
     return 0
 
 
-def _show(result: Calibration, model: str, target: Path, kind: str, *, in_full: bool) -> None:
+def _show(result: Calibration, model: list[str], target: Path, kind: str, *, in_full: bool) -> None:
     from rich.console import Console
 
     from llm_quantize.reports.terminal import human_bytes, shown
@@ -105,5 +108,5 @@ def _show(result: Calibration, model: str, target: Path, kind: str, *, in_full: 
     console.print(shown(f"{target}: {kind}, {human_bytes(target.stat().st_size)}"))
     option = {"imatrix": "--imatrix", "dat": "--imatrix", "statistics": "--statistics"}.get(kind)
     if option is not None and "imatrix" in result.kinds:
-        words = ["llm-quantize", "quantize", model, "gguf", "-q", "IQ3_M", option, str(target)]
+        words = ["llm-quantize", "quantize", *model, "gguf", "-q", "IQ3_M", option, str(target)]
         console.print(shown(f"use it: {shlex.join(words)}"), style="dim")

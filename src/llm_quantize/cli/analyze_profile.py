@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_quantize import events
-from llm_quantize.cli.common import emit_json, json_option, line, mode, verbose_option
+from llm_quantize.cli.common import emit_json, json_option, line, lora_option, mode, verbose_option
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 from llm_quantize.reports.wording import said
@@ -71,7 +71,7 @@ def _options(function: Any) -> Any:
     ]  # fmt: skip
     for option in reversed(options):
         function = option(function)
-    return function
+    return lora_option(function)
 
 
 @click.command("profile")
@@ -93,6 +93,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
       llm-quantize analyze profile ./Llama-3.2-1B --preset balanced
       llm-quantize analyze profile ./Llama-3.2-1B compressed-tensors --like W4A16
     """
+    from llm_quantize.compare.making import lora_words
     from llm_quantize.evaluation.ladders import ladder_of
     from llm_quantize.evaluation.profile import ProfilePlan
     from llm_quantize.formats.recipe_file import write_recipe
@@ -104,9 +105,9 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     ladder = ladder_of(format_name(format))
     target = _target(arguments, ladder)
     with told(shown, "measure") as sink:
-        source = open_source(model, revision=arguments["revision"], on_event=sink)
+        source = open_source(model, revision=arguments["revision"], lora=arguments["lora"], on_event=sink)
         with source.checkpoint:
-            stem = source.checkpoint.name.rsplit("/", 1)[-1]
+            stem = source.stem
             kept = Path(arguments["profile_path"] or f"{stem}{_WORDS.get(ladder.form, f'.{ladder.form}')}.profile.json")
             output = Path(arguments["output"] or f"{stem}-{arguments['name'] or target.name}.recipe.json")
             refuse_existing(output, replace=arguments["overwrite"])
@@ -127,6 +128,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
         words = ["llm-quantize", "quantize", model, ladder.form, "--recipe", str(output)]
         for key in ("revision",) if ladder.feeds_back else ("imatrix", "statistics", "revision"):
             words += [f"--{key}", arguments[key]] if arguments[key] else []
+        words += lora_words(arguments["lora"])
         _show(profile, choice, kept, shlex.join(words), output, verbose=shown.verbose > 0)
     return 0
 

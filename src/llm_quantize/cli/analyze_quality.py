@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_quantize.cli.common import Mode, emit_json, json_option, line, mode, verbose_option
+from llm_quantize.cli.common import Mode, emit_json, json_option, line, lora_option, mode, verbose_option
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 from llm_quantize.reports.labels import LANGUAGES, grade_name, labels
@@ -82,6 +82,7 @@ def _number(_ctx: click.Context, _param: click.Parameter, value: float | None) -
     "--lang", type=click.Choice(LANGUAGES), help="Language of the report, and of what is said. [default: the locale's]"
 )
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or mps.")
+@lora_option
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: all CPUs]")
 @click.option("--max-ram", type=Size(), help="Memory limit, for example 8G.")
@@ -117,10 +118,12 @@ def command(
         refuse_unwritable(Path(report).parent)
         refuse_input(Path(report), (*artifacts, *arguments["texts"], arguments["statistics"] or ""))
     shown = mode(ctx, as_json, verbose)
-    revision = arguments.pop("revision")
+    revision, lora = arguments.pop("revision"), arguments.pop("lora")
     commands = (shlex.join(["llm-quantize", *sys.argv[1:]]),)
     with told(shown, "measure") as sink:
-        found = assess(reference, artifacts, _built(**arguments), revision=revision, commands=commands, on_event=sink)
+        found = assess(
+            reference, artifacts, _built(**arguments), revision=revision, lora=lora, commands=commands, on_event=sink
+        )
     if report is not None:
         from llm_quantize.reports.page import write_page
 

@@ -70,6 +70,17 @@ def tensor_type(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
     return tuple(pairs)
 
 
+def lora_option(function: Function) -> Function:
+    """``--lora``, of every command that makes something of MODEL or measures it."""
+    return click.option(
+        "--lora",
+        multiple=True,
+        metavar="DIR[=SCALE]",
+        help="LoRA adapter (peft's; a directory or a hub id) that is merged into MODEL as it is read; repeatable. "
+        "DIR=0.5 adds half of it.",
+    )(function)
+
+
 def recipe_options(function: Function) -> Function:
     """Options that change the plan."""
     options = [
@@ -102,7 +113,7 @@ def recipe_options(function: Function) -> Function:
     function = calibration_options(function)
     for option in reversed(options):
         function = option(function)
-    return function
+    return lora_option(function)
 
 
 def calibration_options(function: Function) -> Function:

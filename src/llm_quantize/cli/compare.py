@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_quantize.cli.common import build_calibration, calibration_options, emit_json, json_option, line, mode
+from llm_quantize.cli.common import (
+    build_calibration,
+    calibration_options,
+    emit_json,
+    json_option,
+    line,
+    lora_option,
+    mode,
+)
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 from llm_quantize.reports.labels import LANGUAGES, grade_name
@@ -59,7 +67,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
     function = calibration_options(function)
     for option in reversed(options):
         function = option(function)
-    return function
+    return lora_option(function)
 
 
 @click.command("compare")
@@ -92,6 +100,7 @@ def command(
             artifacts=artifacts,
             options=_built(arguments),
             revision=arguments["revision"],
+            lora=arguments["lora"],
             commands=_commands(ctx, model, artifacts, variants),
             on_event=sink,
         )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import click
 
-from llm_quantize.cli.common import emit_json, json_option, mode
+from llm_quantize.cli.common import emit_json, json_option, lora_option, mode
 from llm_quantize.cli.progress import told
 
 
 @click.command("info")
 @click.argument("model")
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model.")
+@lora_option
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @json_option
 @click.pass_context
-def command(ctx: click.Context, as_json: bool, model: str, revision: str | None, tensors: bool) -> int:
+def command(
+    ctx: click.Context, as_json: bool, model: str, revision: str | None, lora: tuple[str, ...], tensors: bool
+) -> int:
     """Show what MODEL is: architecture, parameters, layers, heads, dtypes, tokenizer, memory.
 
     MODEL is a local directory, quantized or not, a hub id, or a .gguf file. Reads headers only.
@@ -24,7 +27,7 @@ def command(ctx: click.Context, as_json: bool, model: str, revision: str | None,
 
     shown = mode(ctx, as_json)
     with told(shown, "info") as sink:
-        facts = describe(model, revision=revision, on_event=sink)
+        facts = describe(model, revision=revision, lora=lora, on_event=sink)
     if shown.json:
         emit_json(facts)
     else:

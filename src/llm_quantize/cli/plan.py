@@ -43,6 +43,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     shown = mode(ctx, as_json, verbose)
     options = build_options(arguments)
     common = {"levels": chosen_levels(arguments, options), "name": arguments["name"], "revision": arguments["revision"]}
+    common["lora"] = arguments["lora"]
     with told(shown, "plan") as sink:
         plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
     threads, needed = preflight.fit(plans, threads=options.threads, max_ram=options.max_ram)

@@ -76,6 +76,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     shown = mode(ctx, as_json, verbose)
     options = build_options(arguments)
     common = {"levels": chosen_levels(arguments, options), "name": arguments["name"], "revision": arguments["revision"]}
+    common["lora"] = arguments["lora"]
     if arguments["dry_run"]:
         with told(shown, "plan") as sink:
             plans = pipeline.plan(model, format, options=options, on_event=sink, **common)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from llm_quantize.cli.common import emit_json, json_option, mode, verbose_option
+from llm_quantize.cli.common import emit_json, json_option, lora_option, mode, verbose_option
 from llm_quantize.cli.progress import told
 from llm_quantize.reports.wording import said
 
@@ -15,6 +15,7 @@ from llm_quantize.reports.wording import said
 @click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT...", type=click.Path())
 @click.option("--source", metavar="MODEL", help="Also compare every tensor with the model it was made from.")
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a hub source.")
+@lora_option
 @verbose_option
 @json_option
 @click.pass_context
@@ -25,6 +26,7 @@ def command(
     artifacts: tuple[str, ...],
     source: str | None,
     revision: str | None,
+    lora: tuple[str, ...],
 ) -> int:
     """Check every tensor of each ARTIFACT: structure, manifest hashes, finite values, and the error against --source.
 
@@ -41,7 +43,7 @@ def command(
     outcomes = []
     for path in paths:
         with told(shown, "verify") as sink:
-            outcomes.append(verify(path, source=source, revision=revision, on_event=sink))
+            outcomes.append(verify(path, source=source, revision=revision, lora=lora, on_event=sink))
         if not shown.json:
             terminal.print_verification(outcomes[-1], verbose=shown.verbose)
     wrong = [outcome for outcome in outcomes if not outcome.ok]

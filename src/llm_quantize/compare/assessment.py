@@ -80,6 +80,7 @@ def assess(
     options: Options | None = None,
     *,
     revision: str | None = None,
+    lora: Sequence[str] = (),
     commands: Sequence[str] = (),
     on_event: EventSink = ignore,
 ) -> Assessment:
@@ -90,7 +91,7 @@ def assess(
     """
     options = options or Options()
     asked = options.measurement
-    source = open_source(model, revision=revision, on_event=on_event)
+    source = open_source(model, revision=revision, lora=lora, on_event=on_event)
     with source.checkpoint:
         text = evaluation_text(
             TextTokenizer(source),
@@ -154,6 +155,9 @@ def _generation(
         on_event(events.Caution(text))
     elif checkpoint.metadata is not None:
         text = "the source is a GGUF file, which transformers does not run: what artifacts write is judged without it"
+        on_event(events.Caution(text))
+    elif checkpoint.adapters:
+        text = "the source is merged only while it is read: what artifacts write is judged without what it writes"
         on_event(events.Caution(text))
     else:
         on_event(events.Stage("text that the source writes"))

@@ -200,7 +200,7 @@ class Bench:
         checkpoint, limit = self._source.checkpoint, memory_limit(self._max_ram)
         size = sum(header.file_size for header in checkpoint.headers)
         plain = {tensor.dtype for tensor in checkpoint.tensors.values()} <= {"F32", "F16", "BF16"}
-        plain = plain and checkpoint.metadata is None  # a directory, that is
+        plain = plain and checkpoint.metadata is None and not checkpoint.adapters  # the directory is the model, that is
         if self.absent or not self._prompts or not plain or (limit is not None and 2 * size > limit):
             return ()
 

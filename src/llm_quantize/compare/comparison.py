@@ -83,6 +83,7 @@ def compare(
     artifacts: Sequence[str | Path] = (),
     options: Options | None = None,
     revision: str | None = None,
+    lora: Sequence[str] = (),
     commands: Sequence[str] = (),
     on_event: EventSink = ignore,
 ) -> ComparisonResult:
@@ -107,7 +108,7 @@ def compare(
             raise MissingExtraError("Measuring quality", "torch")
     # What cannot be measured is refused before hours of quantizing, not after.
     taken = [measured_file(Path(path)) for path in artifacts]
-    source = open_source(model, revision=revision, on_event=on_event)
+    source = open_source(model, revision=revision, lora=lora, on_event=on_event)
     with source.checkpoint:
         for artifact in taken:
             open_decoded(source, artifact.path).close()
@@ -123,11 +124,13 @@ def compare(
         levels = {format: [level for other, level in variants if other == format] for format, _ in variants}
         told, *makes, measured, benched = _parts(source, levels, len(taken), text, options, on_event)
         facts = model_facts(source, model, on_event=told)
-        made = _make(model, folder / "artifacts", levels, options, revision, kept, makes)
+        made = _make(model, folder / "artifacts", levels, options, (revision, lora), kept, makes)
         found = made + taken
         refuse_twice(found)
         words = [
-            make_words(one.format, one.asked or one.level, options, revision, weighed=one.importance is not None)
+            make_words(
+                one.format, one.asked or one.level, options, revision, lora=lora, weighed=one.importance is not None
+            )
             for one in made
         ] + [None] * len(taken)
         found = with_labels(found)
@@ -319,11 +322,12 @@ def _make(
     folder: Path,
     levels: Mapping[str, Sequence[str]],
     options: Options,
-    revision: str | None,
+    opened: tuple[str | None, Sequence[str]],
     kept: Measurements,
     sinks: Sequence[EventSink],
 ) -> list[MeasuredFile]:
-    """Quantize to every level of each format in one read of the source; what is there already is reused."""
+    """Quantize to every level of each format in one read of the source; what is there already is reused.
+    ``opened``: revision and adapters of the source."""
     from llm_quantize.pipeline import quantize
 
     found: list[MeasuredFile] = []
@@ -333,7 +337,8 @@ def _make(
             format,
             levels=wanted,
             output_dir=folder,
-            revision=revision,
+            revision=opened[0],
+            lora=opened[1],
             options=options,
             on_event=on_event,
         )

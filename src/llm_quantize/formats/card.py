@@ -123,16 +123,19 @@ def card(
     front: Mapping[str, Any],
     measured: Mapping[str, Any] | None = None,
     judged: Mapping[str, str] | None = None,
+    merged: Sequence[str] = (),
     manifest: str = "manifest.json",
 ) -> str:
     """The whole text. ``name``: of the artifact; ``manifest``: of the file that stands in for it. ``source``: the
-    model's name, ``revision`` its commit where it comes from the hub; ``front``: its own metadata. ``measured``: {what:
-    value} of the loss against the source, where it is (or will be) known; ``judged``: of how exact a conversion is."""
+    model's name, ``revision`` its commit where it comes from the hub; ``front``: its own metadata. ``merged``:
+    adapters that are merged into it, in words. ``measured``: {what: value} of the loss against the source, where it is
+    (or will be) known; ``judged``: of how exact a conversion is."""
     metadata = _metadata(about, source, revision, front)
+    made_of = " with ".join([_origin(source, revision), *merged])
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n",
         f"# {name}\n",
-        f"{_origin(source, revision)}, quantized by llm-quantize {llm_quantize.__version__}.\n",
+        f"{made_of}, quantized by llm-quantize {llm_quantize.__version__}.\n",
         _table("Recipe", about.recipe),
         _table("Size", about.sizes),
         about.loading,

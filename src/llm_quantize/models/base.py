@@ -42,6 +42,35 @@ class FileFact:
     header_sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """An adapter that is merged into a model. ``directory``: where it lies; ``name``, ``revision``: as of a model;
+    ``scale``: the user's factor; ``kind``: LoRA, rsLoRA or DoRA; ``sha256``: of its settings, header and scale."""
+
+    directory: Path
+    name: str
+    revision: str | None
+    scale: float
+    kind: str
+    sha256: str
+
+    @property
+    def words(self) -> str:
+        """What people read of it."""
+        where = self.name if self.revision is None else f"{self.name} at commit {self.revision}"
+        if self.scale == 1:
+            return f"the adapter {where} ({self.kind})"
+        return f"the adapter {where} ({self.kind}, {self.scale:g} of it)"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The same for the identity of an artifact: nothing of this machine."""
+        return {
+            **{"name": self.name, "revision": self.revision, "scale": self.scale},
+            **{"kind": self.kind, "sha256": self.sha256, "words": self.words},
+        }
+
+
 class Rows(Protocol):
     """Tensors under the names and in the shapes of an unquantized model. Threads may share one.
 
@@ -97,6 +126,7 @@ class Model(Rows, Protocol):
     {stored tensor: the weight that is decoded with it}. ``left_out``: {stored tensor: why it is not in ``tensors``}.
     ``notes``: what a user should know. ``scratch``: bytes that a thread holds while it reads rows, beside them.
     ``headers_only``: reading rows is refused. ``temporary``: ``directory`` is a copy without weights, gone at close.
+    ``adapters``: what is merged into it, in this order.
     """
 
     @property
@@ -131,6 +161,8 @@ class Model(Rows, Protocol):
     def headers_only(self) -> bool: ...
     @property
     def temporary(self) -> tempfile.TemporaryDirectory[str] | None: ...
+    @property
+    def adapters(self) -> tuple[Merge, ...]: ...
 
     def held(self, name: str) -> Held | None:
         """The grid that the tensor ``name`` is stored on, from headers alone; None where it is not quantized, or not in
@@ -178,6 +210,7 @@ class Opened(ABC):
     directory: Path
     headers: tuple[Header, ...]
     notes: tuple[str, ...] = ()
+    adapters: tuple[Merge, ...] = ()
 
     @property
     def scratch(self) -> int:

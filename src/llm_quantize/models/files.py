@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,9 +19,12 @@ from llm_quantize.io.safetensors_file import Header, TensorInfo, read_header
 from llm_quantize.models.float8 import is_scaled_float8
 from llm_quantize.models.weight_sets import (
     INDEX,
+    PICKLED,
+    PICKLED_INDEX,
     SINGLE,
     check_single,
     index_counts,
+    pickled_set,
     refuse_adapter,
     refuse_twin,
     weight_map,
@@ -31,9 +34,10 @@ _SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
 CONFIG_LIMIT = 16 << 20
 
 
-def read_configuration(
-    directory: Path, model: str
-) -> tuple[dict[str, Any], dict[str, Any] | None, Mapping[str, Any] | None]:
+Configuration = tuple[dict[str, Any], dict[str, Any] | None, Mapping[str, Any] | None]
+
+
+def read_configuration(directory: Path, model: str) -> Configuration:
     """(config.json, generation_config.json or None, quantization_config if it is an FP8 form that we decode)."""
     if not _present(directory, "config.json"):
         _refuse_without_config(directory, model)
@@ -79,8 +83,7 @@ def _refuse_without_config(directory: Path, model: str) -> NoReturn:
             file=file,
             expected="a whole model with config.json",
             found="adapter_config.json",
-            remedy="merge it first: peft's AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload()"
-            ".save_pretrained(OUT), then give OUT",
+            remedy="give the model that it was trained on as MODEL, and this as --lora",
         )
     raise MalformedInputError(
         "config.json is absent, so the architecture is unknown",
@@ -123,7 +126,7 @@ def read_headers(
     index = inside(directory, INDEX)
     owners = weight_map(index) if present(INDEX) else {}
     if not present(SINGLE) or index_counts(owners.values(), partial(_declared, directory, index)):
-        headers, tensors = _read_indexed(directory, owners)
+        headers, tensors = read_indexed(directory, index, owners)
         if present(SINGLE) and SINGLE not in owners.values():
             refuse_twin(inside(directory, SINGLE), tensors)
     else:
@@ -131,13 +134,16 @@ def read_headers(
         headers, tensors = (header,), header.tensors
         if owners:
             check_single(tensors, index, owners)
-    _check_weights(tensors, headers[0].path if len(headers) == 1 else index, packed)
+    check_weights(tensors, headers[0].path if len(headers) == 1 else index, packed)
     return headers, tensors
 
 
-def _read_indexed(directory: Path, owners: Mapping[str, str]) -> tuple[tuple[Header, ...], dict[str, TensorInfo]]:
-    """The headers of the shards that the index places tensors in (``owners``), and all tensors in file order."""
-    index = inside(directory, INDEX)
+def read_indexed(
+    directory: Path, index: Path, owners: Mapping[str, str], read: Callable[[Path], Header] = read_header
+) -> tuple[tuple[Header, ...], dict[str, TensorInfo]]:
+    """The headers of the shards that ``index`` places tensors in (``owners``), and all tensors in file order. ``read``
+    gives the header of a shard. Raises MalformedInputError where they do not agree, AccessError for names that lead
+    elsewhere, and what ``read`` raises."""
     paths = {name: inside(directory, name, declared_in=index) for name in sorted(set(owners.values()))}
     headers: list[Header] = []
     tensors: dict[str, TensorInfo] = {}
@@ -152,7 +158,7 @@ def _read_indexed(directory: Path, owners: Mapping[str, str]) -> tuple[tuple[Hea
                 found="no such file",
                 remedy="fetch this file; then run the same command again",
             )
-        header = read_header(path)
+        header = read(path)
         headers.append(header)
         for tensor in header.tensors.values():
             _check_owner(tensor, name, owners, tensors, index)
@@ -198,7 +204,9 @@ def _check_owner(
         )
 
 
-def _check_weights(tensors: Mapping[str, TensorInfo], file: Path, packed: bool) -> None:
+def check_weights(tensors: Mapping[str, TensorInfo], file: Path, packed: bool = False) -> None:
+    """Raise MalformedInputError where there are none, and what ``check_tensors`` raises, unless codes are wanted
+    (``packed``)."""
     if not tensors:
         raise MalformedInputError(
             "this model holds no tensors", file=file, expected="weights", found="none", remedy="fetch it again"
@@ -212,9 +220,11 @@ def _refuse_without_weights(directory: Path, model: str) -> NoReturn:
     pickled = [n for n in names if n.endswith((".bin", ".pt", ".pth")) and not n.startswith(("training_", "optim"))]
     if pickled:
         raise UnsupportedError(
-            "the weights are pickled, which can run code when loaded; only safetensors are read",
+            "the weights are pickled; of an artifact, or a quantized model, only safetensors are read"
+            if pickled_set(names)
+            else "several files of pickled weights, and no index that says which of them are the model",
             file=directory / pickled[0],
-            expected=SINGLE,
+            expected=SINGLE if pickled_set(names) else f"{SINGLE}, {PICKLED}, or {PICKLED_INDEX}",
             found=", ".join(pickled[:3]),
             remedy=conversion_command(str(directory)),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from llm_quantize.architectures.base import TensorMap
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.cache import kept_hashes
-from llm_quantize.models import ctranslate2_model, gguf, quantized, safetensors
+from llm_quantize.models import ctranslate2_model, gguf, pickled, quantized, safetensors
 from llm_quantize.models.base import Model, Reader, itemsize
 from llm_quantize.models.hub.locate import locate
 from llm_quantize.models.identity import content_digest
+from llm_quantize.models.lora import merged
 
-READERS: tuple[Reader, ...] = (ctranslate2_model, quantized, gguf, safetensors)
+READERS: tuple[Reader, ...] = (ctranslate2_model, quantized, gguf, pickled, safetensors)
 """Ways in which models are stored; the first that knows a path opens it."""
 
 
@@ -32,6 +34,13 @@ class Source:
     def left_out(self) -> dict[str, str]:
         """Every source tensor that the artifact does not hold, and why."""
         return {**self.checkpoint.left_out, **self.tensors.left_out}
+
+    @property
+    def stem(self) -> str:
+        """What files that are made of it are called by, where the user gives no name: the model's own, and those of
+        the adapters that are merged into it."""
+        names = (self.checkpoint.name, *(merge.name for merge in self.checkpoint.adapters))
+        return "-".join(name.rsplit("/", 1)[-1] for name in names)
 
     @property
     def files(self) -> dict[str, Path]:
@@ -63,34 +72,53 @@ class Source:
 
 
 def open_model(
-    model: str, *, revision: str | None = None, on_event: EventSink = ignore, headers_only: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    lora: Sequence[str] = (),
+    on_event: EventSink = ignore,
+    headers_only: bool = False,
 ) -> Model:
     """The model in directory or file ``model``, or the hub's ``model`` at ``revision`` (branch, tag or commit), by the
-    first of READERS that knows it.
+    first of READERS that knows it. ``lora``: adapters that are merged into it as it is read, in this order, each
+    DIR or a hub id (with @REVISION), and =SCALE after it.
 
-    Raises UsageError (no such model), MalformedInputError, UnsupportedError (pickled weights, an adapter, a way of
-    quantizing that is not decoded), AccessError (names that lead outside), NetworkError, ResourceError. With
+    Raises UsageError (no such model or adapter, an adapter of another model), MalformedInputError, UnsupportedError (an
+    adapter as MODEL, a way of quantizing that is not decoded, an adapter that is no LoRA), AccessError (names that lead
+    outside), NetworkError, ResourceError, NumericPolicyError (an adapter with values that are not finite). With
     ``headers_only``, weights that are not here are not fetched from the hub, and ``read_rows`` refuses (UsageError)
     wherever the model came from.
     """
     place = locate(model, revision, on_event, headers_only=headers_only)
     try:
         reader = next(reader for reader in READERS if reader.sniff(place.path))
-        return reader.open_at(place, str(model), headers_only=headers_only)
+        opened = reader.open_at(place, str(model), headers_only=headers_only)
     except BaseException:
         if place.temporary is not None:
             place.temporary.cleanup()
         raise
+    try:
+        for text in lora:
+            opened = merged(opened, text, on_event)
+    except BaseException:
+        opened.close()
+        raise
+    return opened
 
 
 def open_source(
-    model: str, *, revision: str | None = None, on_event: EventSink = ignore, headers_only: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    lora: Sequence[str] = (),
+    on_event: EventSink = ignore,
+    headers_only: bool = False,
 ) -> Source:
     """Open a model: headers and configuration. Raises the error tree for anything malformed or unknown.
 
     With ``headers_only`` no weight is fetched from the hub, and none can be read (``open_model``).
     """
-    checkpoint = open_model(model, revision=revision, on_event=on_event, headers_only=headers_only)
+    checkpoint = open_model(model, revision=revision, lora=lora, on_event=on_event, headers_only=headers_only)
     try:
         return _describe(checkpoint, on_event)
     except BaseException:

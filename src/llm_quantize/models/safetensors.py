@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
 from llm_quantize.models import float8
 from llm_quantize.models.base import Digest, Opened, Values, writable
-from llm_quantize.models.files import read_configuration, read_headers
+from llm_quantize.models.files import Configuration, read_configuration, read_headers
 from llm_quantize.models.hub.locate import Place, locate
 from llm_quantize.models.weight_sets import left_lying
 from llm_quantize.qtypes.held import Held
@@ -38,13 +38,14 @@ if TYPE_CHECKING:
 READABLE_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3")
 """Element types whose values can be read; others may lie in a checkpoint as long as nobody needs them."""
 
-_STORED: dict[str, type[np.generic]] = {
+STORED: dict[str, type[np.generic]] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
     "BF16": np.uint16,
     "F8_E4M3": np.uint8,
 }
+"""The numpy types of READABLE_DTYPES as they are stored: bfloat16 and FP8 as their bits."""
 _SCALES_KEPT = 16
 _SCALE_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E8M0": "bfloat16"}
 
@@ -115,14 +116,14 @@ class Checkpoint(Opened):
         self.check_readable(name)
         kept = ("F16", "BF16")
         dtype = self.tensors[name].dtype
-        return np.dtype(_STORED[dtype] if dtype in kept else np.float32)
+        return np.dtype(STORED[dtype] if dtype in kept else np.float32)
 
     def raw_rows(self, name: str, start: int, stop: int, *, buffer: Any = None) -> memoryview:
         """The stored bytes of rows [start, stop), as they lie in the file (FP8 without its scales)."""
         self.check_readable(name)
         rows, columns = self.matrix(name)
         _check_range(name, start, stop, rows)
-        row_bytes = columns * np.dtype(_STORED[self.tensors[name].dtype]).itemsize
+        row_bytes = columns * np.dtype(STORED[self.tensors[name].dtype]).itemsize
         view = writable(buffer, (stop - start) * row_bytes)
         self._reader.read(self.tensors[name], start * row_bytes, view)
         return view
@@ -151,7 +152,7 @@ class Checkpoint(Opened):
             stored = self._columns(name, start, stop)
         else:
             raw = self.raw_rows(name, start, stop, buffer=buffer)
-            dtype = np.dtype(_STORED[self.tensors[name].dtype]).newbyteorder("<")
+            dtype = np.dtype(STORED[self.tensors[name].dtype]).newbyteorder("<")
             stored = np.frombuffer(raw, dtype).reshape(stop - start, self.matrix(name)[1])
         if digest is not None:
             digest.update(stored.reshape(-1).view(np.uint8).data)
@@ -192,7 +193,7 @@ class Checkpoint(Opened):
         total, inputs = self.matrix(name, transpose=True)
         _check_range(name, start, stop, total)
         outputs = tensor.shape[-1]
-        dtype = np.dtype(_STORED[tensor.dtype])
+        dtype = np.dtype(STORED[tensor.dtype])
         result = np.empty((stop - start, inputs), dtype)
         row_bytes = outputs * dtype.itemsize
         at = start
@@ -278,6 +279,9 @@ def without_weights(tensor: TensorInfo, start: int = 0) -> UsageError:
     )
 
 
+Opening = TypeVar("Opening", bound=Checkpoint)
+
+
 def open_checkpoint(
     model: str, *, revision: str | None = None, on_event: EventSink | None = None, headers_only: bool = False
 ) -> Checkpoint:
@@ -314,8 +318,25 @@ def open_at(place: Place, model: str, *, headers_only: bool = False) -> Checkpoi
             found="a file of another kind",
             remedy="give the directory that holds config.json and the .safetensors files",
         )
-    config, generation, quantization = read_configuration(place.path, model)
+    configuration = read_configuration(place.path, model)
     headers, tensors = read_headers(place.path, model)
+    notes = left_lying(place.path, headers)
+    return described(Checkpoint, place, configuration, headers, tensors, headers_only=headers_only, notes=notes)
+
+
+def described(
+    kind: type[Opening],
+    place: Place,
+    configuration: Configuration,
+    headers: tuple[Header, ...],
+    tensors: Mapping[str, TensorInfo],
+    *,
+    headers_only: bool,
+    notes: tuple[str, ...] = (),
+) -> Opening:
+    """The checkpoint at ``place``, of a ``kind``, from what its files say: FP8 weights find their scales. Raises what
+    finding those raises."""
+    config, generation, quantization = configuration
     layouts: dict[str, float8.ScaleLayout] = {}
     folded: dict[str, str] = {}
     left_out: dict[str, str] = {}
@@ -324,7 +345,7 @@ def open_at(place: Place, model: str, *, headers_only: bool = False) -> Checkpoi
         layouts, folded, left_out = float8.pair_scales(tensors, blocks)
     kept = {name: info for name, info in tensors.items() if name not in folded and name not in left_out}
     scales = {name: tensors[name] for name in folded}
-    return Checkpoint(
+    return kind(
         place.path,
         place.name,
         config,
@@ -338,7 +359,7 @@ def open_at(place: Place, model: str, *, headers_only: bool = False) -> Checkpoi
         scales,
         headers_only,
         temporary=place.temporary,
-        notes=left_lying(place.path, headers),
+        notes=notes,
     )
 
 

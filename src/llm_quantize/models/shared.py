@@ -26,7 +26,8 @@ class SharedModel:
         self._model = model
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _opened_here, (self._model.directory, tuple(_fact(header) for header in self._model.headers))
+        lora = tuple(f"{merge.directory}={merge.scale!r}" for merge in self._model.adapters)
+        return _opened_here, (self._model.directory, lora, tuple(_fact(header) for header in self._model.headers))
 
     def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
         """As ``Rows.matrix``."""
@@ -44,9 +45,9 @@ def _fact(header: Header) -> Fact:
 
 
 @cache
-def _opened_here(directory: Path, facts: tuple[Fact, ...]) -> SharedModel:
+def _opened_here(directory: Path, lora: tuple[str, ...], facts: tuple[Fact, ...]) -> SharedModel:
     """The same model, opened by this process."""
-    model = open_model(str(directory))
+    model = open_model(str(directory), lora=lora)
     for known, found in zip(facts, map(_fact, model.headers), strict=False):
         if known != found:
             raise IntegrityError(

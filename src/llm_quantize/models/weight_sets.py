@@ -16,10 +16,14 @@ from llm_quantize.io.safetensors_file import Header, TensorInfo, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 ADAPTER = "adapter_config.json"
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SAME_MODEL = ("consolidated",)
 """Beginnings of names under which repositories hold the same weights again, for programs of their own."""
+_NO_WEIGHTS = ("training_", "optim", "scheduler", "adapter_", "rng_", "random_states")
+"""Beginnings of names of what a training leaves beside the weights."""
 INDEX_LIMIT = 100_000_000
 _SAMPLE = 4096
 _NAMED = 3
@@ -34,7 +38,7 @@ def index_counts(shards: Iterable[str], present: Callable[[str], bool]) -> bool:
 def refuse_adapter(directory: Path, present: Callable[[str], bool]) -> None:
     """Raise UnsupportedError where an adapter lies beside whole weights: whether it belongs to them, or is already
     merged into them, no file says. ``present``: whether there is a file of a name."""
-    weights = next(filter(present, _ADAPTER_WEIGHTS), None)
+    weights = next(filter(present, ADAPTER_WEIGHTS), None)
     if weights is None or not present(ADAPTER):
         return
     raise UnsupportedError(
@@ -43,7 +47,8 @@ def refuse_adapter(directory: Path, present: Callable[[str], bool]) -> None:
         expected="one of the two",
         found=f"weights of a whole model, {ADAPTER} and {weights}",
         remedy=f"for the weights without it: move {ADAPTER} and {weights} away (from the hub: hf download MODEL "
-        "--exclude 'adapter_*' --local-dir DIR, then give DIR). With it: merge it first, peft's merge_and_unload()",
+        "--exclude 'adapter_*' --local-dir DIR, then give DIR). With it: move them to a directory of "
+        "their own, and give that as --lora",
     )
 
 
@@ -108,8 +113,20 @@ def left_lying(directory: Path, headers: Iterable[Header]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def weight_map(index: Path) -> dict[str, str]:
-    """{tensor: file name} as the index says; the names are not yet proved harmless (``paths.inside`` does)."""
+def pickled_set(names: Iterable[str]) -> str | None:
+    """Of the ``names`` of files in one directory, the one that says which pickled weights are the model: an index, the
+    usual single file, or the only one that may be it; None where safetensors are there, or nothing is certain."""
+    found = set(names)
+    if found & {SINGLE, INDEX}:
+        return None
+    usual = next((name for name in (PICKLED_INDEX, PICKLED) if name in found), None)
+    others = [name for name in found if name.endswith((".bin", ".pt", ".pth")) and not name.startswith(_NO_WEIGHTS)]
+    return usual or (others[0] if len(others) == 1 else None)
+
+
+def weight_map(index: Path, suffix: str = ".safetensors") -> dict[str, str]:
+    """{tensor: file name} as the index says; the names end in ``suffix``, and are not yet proved harmless
+    (``paths.inside`` does)."""
     value = read_json_object(index, limit_bytes=INDEX_LIMIT).get("weight_map")
     if not isinstance(value, dict) or not value or not all(isinstance(name, str) for name in value.values()):
         raise MalformedInputError(
@@ -120,13 +137,14 @@ def weight_map(index: Path) -> dict[str, str]:
             remedy="fetch the index again",
         )
     for tensor, name in value.items():
-        if not name.endswith(".safetensors"):
+        if not name.endswith(suffix):
+            kind = suffix.removeprefix(".")
             raise UnsupportedError(
-                "the index names a file that is not safetensors",
+                f"the index names a file that is not {kind}",
                 file=index,
                 tensor=tensor,
-                expected="NAME.safetensors",
+                expected=f"NAME{suffix}",
                 found=name,
-                remedy="fetch the model's safetensors files and their index",
+                remedy=f"fetch the model's {kind} files and their index",
             )
     return value

@@ -252,6 +252,9 @@ def _metadata(
         level=called,
         version=llm_quantize.__version__,
     )
+    if source.checkpoint.adapters:
+        merged = "; ".join(merge.words for merge in source.checkpoint.adapters)
+        metadata[f"{gguf_format.PROVENANCE}.adapters"] = gguf_format.text(merged)
     if importance is not None:
         metadata |= gguf_format.importance_metadata(
             file=importance.file,
@@ -273,6 +276,7 @@ def _source_identity(source: Source) -> dict[str, Any]:
         "source_metadata_sha256": hashlib.sha256(layout_gguf(describe(source), []).header).hexdigest(),
         "source_files": [[fact.name, fact.size, fact.header_sha256] for fact in checkpoint.fingerprint()],
         **({"source_kind": checkpoint.kind} if checkpoint.kind else {}),
+        **({"adapters": [merge.facts for merge in checkpoint.adapters]} if checkpoint.adapters else {}),
     }
 
 

@@ -1,8 +1,9 @@
 """Models from the Hugging Face hub: the commit is pinned first, then only data files of that commit are fetched.
 
 Files lie in huggingface_hub's own cache (``HF_HOME``); ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` mean what
-they mean there. Every file fetched is compared with the hash that the hub gives for it. Pickled weights and code are
-never fetched. Messages are our own words: a server's text, a URL or a token never gets into them.
+they mean there. Every file fetched is compared with the hash that the hub gives for it. Code is never fetched, and
+pickled weights only where there are no others. Messages are our own words: a server's text, a URL or a token never gets
+into them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,15 @@ from llm_quantize.io.paths import inside
 from llm_quantize.models.files import conversion_command
 from llm_quantize.models.hub.errors import UNREACHABLE, translated
 from llm_quantize.models.hub.headers import WeightFile, headers_directory
-from llm_quantize.models.weight_sets import INDEX, SINGLE, index_counts, refuse_adapter, weight_map
+from llm_quantize.models.weight_sets import (
+    INDEX,
+    PICKLED,
+    PICKLED_INDEX,
+    SINGLE,
+    index_counts,
+    refuse_adapter,
+    weight_map,
+)
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "README.md")
 """Top-level files fetched besides the weights and what runtimes read (an adapter's and a trainer's are left out),
@@ -77,7 +86,7 @@ def resolve(
 
     With ``headers_only``, weight files that are not in the cache are not fetched: see ``LocalSnapshot.temporary``.
     Raises UsageError (not an id), NetworkError (unreachable, refused, gated, absent, offline and not cached),
-    IntegrityError (bytes are not those the hub announced), UnsupportedError (no safetensors there), ResourceError.
+    IntegrityError (bytes are not those the hub announced), UnsupportedError (no weights there), ResourceError.
     """
     tell = on_event or ignore
     hub = importlib.import_module("huggingface_hub")
@@ -147,12 +156,19 @@ def _cached(hub: Any, model_id: str, revision: str | None) -> LocalSnapshot | No
 
 def _missing(snapshot: LocalSnapshot) -> str | None:
     """The first weight file that the cached snapshot lacks, None if it has all."""
-    index, single = snapshot.directory / INDEX, (snapshot.directory / SINGLE).exists()
+    usual, listed = _weight_names([path.name for path in snapshot.directory.iterdir()])
+    index, single = snapshot.directory / listed, (snapshot.directory / usual).exists()
     if not index.exists():
-        return None if single else SINGLE
-    names = sorted(set(weight_map(index).values()))
+        return None if single else usual
+    names = sorted(set(weight_map(index, Path(usual).suffix).values()))
     absent = [name for name in names if not inside(snapshot.directory, name, declared_in=index).exists()]
     return None if single and len(absent) == len(names) else next(iter(absent), None)
+
+
+def _weight_names(files: Collection[str]) -> tuple[str, str]:
+    """(the usual single file of weights, the index of several), in the form in which ``files`` has them."""
+    safe = SINGLE in files or INDEX in files or not (PICKLED in files or PICKLED_INDEX in files)
+    return (SINGLE, INDEX) if safe else (PICKLED, PICKLED_INDEX)
 
 
 def _whole(snapshot: LocalSnapshot, model_id: str) -> LocalSnapshot:
@@ -199,7 +215,7 @@ def _listing(hub: Any, model_id: str, revision: str | None) -> tuple[str, dict[s
 def _fetch(
     hub: Any, model_id: str, commit: str, files: Mapping[str, RemoteFile], tell: EventSink, headers_only: bool
 ) -> LocalSnapshot:
-    _refuse_without_safetensors(model_id, files)
+    _refuse_without_weights(model_id, files)
     refuse_adapter(Path(model_id), files.__contains__)
     small = [
         name
@@ -210,14 +226,17 @@ def _fetch(
     ]
     small += [name for name in files if is_known_file(name) and re.fullmatch(r"[A-Za-z0-9._/-]+", name)]
     fetcher = _Fetcher(hub, model_id, commit, tell)
-    fetcher.fetch([files[name] for name in [*small, *(name for name in (INDEX,) if name in files)]])
-    index = fetcher.path(INDEX) if INDEX in files else None
-    weights = [SINGLE] if index is None else sorted(set(weight_map(index).values()))
-    if SINGLE in files and not index_counts(weights, files.__contains__):
-        weights = [SINGLE]
+    single, listed = _weight_names(files)
+    fetcher.fetch([files[name] for name in [*small, *(name for name in (listed,) if name in files)]])
+    index = fetcher.path(listed) if listed in files else None
+    weights = [single] if index is None else sorted(set(weight_map(index, Path(single).suffix).values()))
+    if single in files and not index_counts(weights, files.__contains__):
+        weights = [single]
     elif index is not None:
-        if SINGLE in files and SINGLE not in weights:
-            tell(events.Caution(f"{SINGLE} of {printable(model_id, 120)} is not fetched, as {INDEX} names other files"))
+        if single in files and single not in weights:
+            tell(
+                events.Caution(f"{single} of {printable(model_id, 120)} is not fetched, as {listed} names other files")
+            )
         for name in weights:
             inside(index.parent, name, declared_in=index)
         absent = next((name for name in weights if name not in files), None)
@@ -232,6 +251,7 @@ def _fetch(
     if headers_only:
         found = [WeightFile(name, files[name].size, fetcher.cached(files[name])) for name in weights]
         if any(file.cached is None for file in found):
+            _refuse_pickled_headers(model_id, single, weights)
             temporary, directory = headers_directory(hub, model_id, commit, fetcher.paths(), found)
             return LocalSnapshot(directory, commit, temporary)
     fetcher.check_space([files[name] for name in weights])
@@ -239,21 +259,33 @@ def _fetch(
     return LocalSnapshot(fetcher.path(weights[0], weights[0].count("/")), commit)
 
 
-def _refuse_without_safetensors(model_id: str, files: Mapping[str, RemoteFile]) -> None:
-    if SINGLE in files or INDEX in files:
+def _refuse_pickled_headers(model_id: str, single: str, weights: Sequence[str]) -> None:
+    """Raise UnsupportedError where what is in the weights stands at their end, and in many places: it is not fetched
+    alone."""
+    if single == PICKLED:
+        raise UnsupportedError(
+            "what is in pickled weights cannot be told without fetching them whole",
+            file=f"{model_id}/{weights[0]}",
+            expected="safetensors, whose headers can be fetched alone",
+            remedy=f"hf download {model_id}, then the same command again",
+        )
+
+
+def _refuse_without_weights(model_id: str, files: Mapping[str, RemoteFile]) -> None:
+    if files.keys() & {SINGLE, INDEX, PICKLED, PICKLED_INDEX}:
         return
     if "adapter_config.json" in files:
         raise UnsupportedError(
             "this is an adapter (LoRA), not a model: it only holds changes to another model's weights",
             file=f"{model_id}/adapter_config.json",
-            remedy="merge it into its base model first (peft's merge_and_unload), then give the result's directory",
+            remedy="give the model that it was trained on as MODEL, and this as --lora",
         )
     pickled = next((name for name in files if name.endswith((".bin", ".pt", ".pth"))), None)
     if pickled is not None:
         raise UnsupportedError(
-            "the weights are pickled, which can run code when loaded; only safetensors are read",
+            "the weights are pickled, in a file of a name under which no runtime looks for them",
             file=f"{model_id}/{pickled}",
-            expected=SINGLE,
+            expected=f"{SINGLE} or {PICKLED}",
             remedy=conversion_command(model_id),
         )
     raise UnsupportedError(

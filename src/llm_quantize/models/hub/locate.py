@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llm_quantize import events
 from llm_quantize.data import demo_model
-from llm_quantize.errors import UsageError, printable
-from llm_quantize.events import EventSink
+from llm_quantize.errors import NetworkError, UsageError, printable
+from llm_quantize.events import EventSink, ignore
 from llm_quantize.models.hub import ollama
-from llm_quantize.models.hub.fetch import resolve
+from llm_quantize.models.hub.fetch import fetch_chosen, resolve
+from llm_quantize.models.weight_sets import ADAPTER, ADAPTER_WEIGHTS
 
 BUILT_IN = "builtin:demo-llama"
 
@@ -82,3 +85,41 @@ def _local(path: Path, revision: str | None) -> Place:
     if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
         name = real.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
     return Place(path.absolute(), name, None)
+
+
+def locate_adapter(text: str, revision: str | None, on_event: EventSink | None) -> Place:
+    """Where an adapter is: an existing path, which wins over a hub id, or the hub's files of one, fetched.
+
+    Raises UsageError (no such directory, no hub id, an adapter that the repository does not hold), NetworkError,
+    IntegrityError, ResourceError.
+    """
+    path = Path(text).expanduser()
+    if text and path.exists():
+        return _local(path, revision)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text, re.ASCII) is None:
+        raise UsageError(
+            "no such adapter directory",
+            file=printable(text, 200) or "(empty)",
+            remedy="give an existing directory, or a hub id such as ORG/NAME (ORG/NAME@REVISION for a commit of it)",
+        )
+
+    def choose(names: Collection[str]) -> list[str]:
+        weights = [name for name in ADAPTER_WEIGHTS if name in names][:1]
+        if ADAPTER not in names or not weights:
+            raise UsageError(
+                "this repository holds no adapter",
+                file=text,
+                expected=f"{ADAPTER} and {ADAPTER_WEIGHTS[0]}",
+                found=", ".join(sorted(names)[:6]) or "no files",
+                remedy="give the repository of a LoRA adapter as --lora, and a model as MODEL",
+            )
+        return [ADAPTER, *weights]
+
+    files = fetch_chosen(text, revision, choose, on_event=on_event or ignore)
+    if not files:
+        raise NetworkError(
+            "offline mode is on and this adapter is not in the cache",
+            file=text,
+            remedy="unset HF_HUB_OFFLINE, or give the directory of a copy of it",
+        )
+    return Place(files[0].parent, text, files[0].parent.name)
