@@ -19,6 +19,7 @@ FAMILIES = (
         "cohere",
         A.COMMAND_R,
         generator="CohereForCausalLM",
+        words={"model_max_length": ""},
         weights=_COHERE,
         activations=("silu",),
         defaults={"layer_norm_eps": 1e-5, "tie_word_embeddings": True, "logit_scale": 0.0625},

@@ -260,7 +260,7 @@ class _Inverse:
             found = self.values.get(value.key)
             if value.required and found is None:
                 self.values.number(value.key)  # raises
-            config[value.name] = None if found == value.empty else found
+            config |= self._named(value.name, None if found == value.empty else found)
         config |= self._layer_types()
         if family.rope_default is not None:
             config |= self._rope()
@@ -358,7 +358,8 @@ class _Inverse:
         family, values, keys = self.family, self.values, gguf.Keys.Rope
         theta = values.number(keys.FREQ_BASE, 10000.0, positive=True)
         rotary, head = values.integer(keys.DIMENSION_COUNT, self._head_dim), self._head_dim
-        share = min(1.0, math.nextafter(rotary / max(1, head), 2)) if rotary != head else 1.0
+        share = min(1.0, rotary / max(1, head))
+        share = share if int(head * share) == rotary else min(1.0, math.nextafter(share, 2))
         scaling = {"rope_theta": theta, **self._scaling(theta, rotary)}
         if share != 1:
             scaling["partial_rotary_factor"] = share

@@ -40,6 +40,7 @@ FAMILIES = (
         "olmo",
         A.OLMO,
         generator="OlmoForCausalLM",
+        words={"layer_norm_eps": ""},  # the class has 1e-5 built in
         # Its norms have no weights.
         weights=(EMBEDDING, HEAD, *attention(rotated=True), *gated()),
         activations=("silu",),
