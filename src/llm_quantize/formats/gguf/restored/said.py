@@ -17,7 +17,7 @@ from gguf.constants import GGUFValueType, Keys, TokenType
 
 from llm_quantize.errors import MalformedInputError, UnsupportedError, printable
 from llm_quantize.formats.gguf.vocabulary.around import MARKERS
-from llm_quantize.formats.gguf.vocabulary.pretokenizers import BEGIN_WITH_BOS
+from llm_quantize.formats.gguf.vocabulary.pretokenizers import begins_with_bos
 from llm_quantize.formats.gguf.vocabulary.reading import PHI3_NAMES, PHI3_TOKENS
 from llm_quantize.formats.gguf.vocabulary.special import ROLES
 from llm_quantize.io.gguf_file import MetaValue
@@ -163,8 +163,7 @@ def read_said(metadata: Mapping[str, MetaValue], file: Path, *, rows: int) -> Sa
     ids = _ids(read, texts, types)
     pre = read.text(_KEYS.PRE, "default")
     roles, ends = _roles(read, model, types)
-    spm = model == PIECES
-    add_bos = read.flag(_KEYS.ADD_BOS, spm or (model == BYTE_LEVEL and pre in BEGIN_WITH_BOS))
+    add_bos = read.flag(_KEYS.ADD_BOS, begins_with_bos(model, pre))
     add_eos = read.flag(_KEYS.ADD_EOS, model == UNIGRAM)
     name = read.text(Keys.General.NAME, "").lower()
     return Said(
@@ -180,7 +179,7 @@ def read_said(metadata: Mapping[str, MetaValue], file: Path, *, rows: int) -> Sa
         ends=ends,
         add_bos=add_bos and "bos" in roles,
         add_eos=add_eos and "eos" in roles,
-        prefix=read.flag(_KEYS.ADD_PREFIX, spm),
+        prefix=read.flag(_KEYS.ADD_PREFIX, model == PIECES),
         collapse=read.flag(_KEYS.REMOVE_EXTRA_WS, False),
         charsmap=_charsmap(read) if model == UNIGRAM else b"",
         strips=any(word in name for word in PHI3_NAMES) and ids.keys() >= PHI3_TOKENS,
@@ -268,6 +267,10 @@ def _charsmap(read: _Reader) -> bytes:
         size = int.from_bytes(data[:4], "little")
         if len(data) < 5 or size % 4 or size + 4 >= len(data) or data[-1] != 0:
             read.wrong(key, f"a trie of {size:,} bytes and its texts", f"{len(data):,} bytes")
+        try:
+            data[4 + size :].decode("utf-8")
+        except UnicodeDecodeError as error:
+            read.wrong(key, "texts in UTF-8", f"the byte {data[4 + size + error.start]:#04x} in them")
     return data
 
 
