@@ -20,7 +20,7 @@ from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.formats.gguf.vocabulary.around import Note, ending_ids, heed_settings, mark_ends
 from llm_quantize.formats.gguf.vocabulary.bytelevel import byte_level
 from llm_quantize.formats.gguf.vocabulary.json import AddedToken, added_token, check_id, malformed, read_tokenizer_json
-from llm_quantize.formats.gguf.vocabulary.pretokenizers import is_byte_level
+from llm_quantize.formats.gguf.vocabulary.pretokenizers import begins_with_bos, is_byte_level
 from llm_quantize.formats.gguf.vocabulary.sentencepiece import sentencepiece_vocabulary, trained_scores
 from llm_quantize.formats.gguf.vocabulary.special import chat_templates, read_optional, special_ids, template_ids
 from llm_quantize.formats.gguf.vocabulary.spm import character_bpe, unigram
@@ -134,17 +134,17 @@ def read_conventions(directory: Path, config: Mapping[str, Any]) -> Conventions:
 
 def said_conventions(metadata: Mapping[str, MetaValue]) -> Conventions:
     """The conventions that the metadata of a GGUF file says. What it leaves out of bos is llama.cpp's default: the
-    texts of a SentencePiece model begin with it."""
+    texts of a SentencePiece model begin with it, and those of some rules of byte-level BPE."""
     keys = Keys.Tokenizer
     texts, types = (getattr(metadata.get(key), "value", ()) for key in (keys.LIST, keys.TOKEN_TYPE))
     special = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
-    spm = metadata[keys.MODEL].value == "llama"
-    special.setdefault(keys.ADD_BOS, MetaValue(GGUFValueType.BOOL, spm))
+    begins = begins_with_bos(metadata[keys.MODEL].value, getattr(metadata.get(keys.PRE), "value", "default"))
+    special.setdefault(keys.ADD_BOS, MetaValue(GGUFValueType.BOOL, begins))
     return Conventions(special, dict(enumerate(texts)), dict(enumerate(types)))
 
 
-_PHI3 = ("phi-3", "phi3")
-_PHI3_TOKENS = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
+PHI3_NAMES = ("phi-3", "phi3")
+PHI3_TOKENS = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
 
 
 def runtime_name(name: str, directory: Path, metadata: Mapping[str, MetaValue]) -> str:
@@ -154,8 +154,8 @@ def runtime_name(name: str, directory: Path, metadata: Mapping[str, MetaValue]) 
     ``general.name`` holds "phi-3" or "phi3", and then fails to load a vocabulary without Phi-3's own tokens. So a
     tokenizer of that kind gets "Phi-3" in its name, and another gets it taken out. ``metadata``: read_vocabulary's.
     """
-    named = any(word in name.lower() for word in _PHI3)
-    complete = set(metadata[Keys.Tokenizer.LIST].value) >= _PHI3_TOKENS
+    named = any(word in name.lower() for word in PHI3_NAMES)
+    complete = set(metadata[Keys.Tokenizer.LIST].value) >= PHI3_TOKENS
     path = inside(Path(directory), "tokenizer.json")
     strips = False
     if complete and path.exists():
