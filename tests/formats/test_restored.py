@@ -329,7 +329,7 @@ def test_tokens_of_one_score_are_told() -> None:
     kinds = {KEYS.TOKEN_TYPE: array(INT, 2, 3, 3, 1, 1, 1, 1), KEYS.SCORES: array(FLOAT, *[0.0] * 7)}
     made({**SPM, **texts, **kinds}, notes)
     assert len(notes) == 1
-    assert notes[0].startswith("1 tokens have the score of another one")
+    assert notes[0].startswith("tokens with the score of another one: 1;")
 
 
 def test_control_tokens_by_their_text() -> None:
