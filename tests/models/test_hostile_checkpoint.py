@@ -292,7 +292,7 @@ CASES: dict[str, Case] = {
     ),
     "MLX in numpy's form": Case(files(config__json=b"{}", weights__npz=b"PK"), 4, "weights.npz", "MLX"),
     "pickled weights": Case(
-        files(config__json=b"{}", pytorch_model__bin=b"\x80\x04."), 4, "pytorch_model.bin", "pickled"
+        files(config__json=b"{}", pytorch_model__bin=b"\x80\x02cos\nsystem\n."), 4, "pytorch_model.bin", "pickle"
     ),
     "adapter": Case(
         files(adapter_config__json=b"{}", adapter_model__safetensors=b""), 4, "adapter_config.json", "adapter"
