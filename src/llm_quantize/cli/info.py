@@ -11,18 +11,30 @@ from llm_quantize.cli.progress import told
 @click.command("info")
 @click.argument("model")
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model.")
+@click.option(
+    "--recipe", is_flag=True, help="Print the types of a GGUF file's tensors as a recipe, for quantize --recipe."
+)
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @json_option
 @click.pass_context
-def command(ctx: click.Context, as_json: bool, model: str, revision: str | None, tensors: bool) -> int:
+def command(ctx: click.Context, as_json: bool, model: str, revision: str | None, recipe: bool, tensors: bool) -> int:
     """Show what MODEL is: architecture, parameters, layers, heads, dtypes, tokenizer, memory.
 
-    MODEL is a local directory, quantized or not, a hub id, or a .gguf file. Reads headers only.
+    MODEL is a local directory, quantized or not, a hub id, or a .gguf file; with --recipe a .gguf file, also one of
+    the hub (ORG/NAME:FILE). Reads headers only.
     """
     from llm_quantize.advice.describe import describe
     from llm_quantize.reports import terminal
 
     shown = mode(ctx, as_json)
+    if recipe:
+        from llm_quantize.formats.recipe_file import recipe_bytes
+        from llm_quantize.models.recipes import recipe_from
+
+        with told(shown, "info") as sink:
+            found = recipe_from(model, revision=revision, on_event=sink)
+        click.echo(recipe_bytes(found), nl=False)
+        return 0
     with told(shown, "info") as sink:
         facts = describe(model, revision=revision, on_event=sink)
     if shown.json:
