@@ -174,7 +174,7 @@ class ArtifactPlan(Tabled):
     ``source_scratch``: see ``Model.scratch``. ``warnings`` and ``notes``: a sentence for each thing that the user
     should know, or may like to; ``details``: {such a sentence: the whole list behind it}. ``substituted``: tensors that
     have not the type of the level. ``silent``: {what an importance says nothing of, and what that means: the
-    tensors}. ``cost``: what making it takes.
+    tensors}. ``cost``: what making it takes. ``asked``: the level as the user named it.
     """
 
     columns = ("name", "shape", "type", "bytes")
@@ -200,6 +200,7 @@ class ArtifactPlan(Tabled):
     substituted: tuple[Substitution, ...] = ()
     silent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cost: Cost | None = None
+    asked: str = ""
 
     @property
     def size(self) -> int:

@@ -1,0 +1,335 @@
+"""An artifact made again from what its manifest records, and held against what it is, byte by byte.
+
+The same path as ``pipeline.quantize``, with the artifact in the place of the output (artifacts/compared_output.py):
+nothing of it is written, and no statistics that an earlier run kept are believed.
+
+The manifest may be a stranger's. It chooses no file of this machine (record.py), and its source is opened only where
+the user gives it, where it is the built-in model, or at a commit of the hub. Its expressions are tried out in a process
+with few seconds before they are searched in names here.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import llm_quantize
+from llm_quantize import events, memory
+from llm_quantize.artifacts import preflight
+from llm_quantize.artifacts.compared_output import ComparedOutput, Held, places_of
+from llm_quantize.artifacts.manifest import read_manifest
+from llm_quantize.artifacts.output import DTYPES, refuse_changed, sealed_manifest, source_times
+from llm_quantize.artifacts.rederivation import Difference, Rederivation
+from llm_quantize.artifacts.rounding import Target
+from llm_quantize.calibration import choose
+from llm_quantize.data import demo_model
+from llm_quantize.engine import ENGINES, stop_on_signals
+from llm_quantize.engine.limited import LimitedProcess
+from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError, printable
+from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.artifact_paths import manifest_path
+from llm_quantize.io.journal import canonical_json
+from llm_quantize.models.hub.locate import BUILT_IN
+from llm_quantize.models.opening import Source, open_source
+from llm_quantize.options import Options
+from llm_quantize.pipeline import fill, plan_source
+from llm_quantize.plan import ARITHMETIC, ArtifactPlan
+from llm_quantize.provenance.record import Given, Recorded, inputs_of, made_of, recorded, with_inputs
+
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+_HUB_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+", re.ASCII)
+_SECONDS = 10
+_MEMORY = 2 << 30
+_OF_THE_VERSION = frozenset(("version", "layout_sha256"))
+"""Keys of an identity that another version of this package alone makes others."""
+
+
+def rederive(
+    artifact: Path,
+    *,
+    source: str | None = None,
+    revision: str | None = None,
+    given: Given | None = None,
+    threads: int | None = None,
+    max_ram: int | None = None,
+    on_event: EventSink = ignore,
+) -> Rederivation:
+    """Make ``artifact`` again from ``source`` (None: what the manifest records, where that is the built-in model or a
+    commit of the hub) with the files ``given``, and say whether its bytes are the same.
+
+    Holds in memory what ``quantize`` does, and on disk what that keeps on its way (statistics, hidden states), beside
+    the artifact and gone at the end.
+
+    Raises UnsupportedError where nothing is recorded, UsageError where a source or file must be given, IntegrityError
+    where one given is another, and what ``quantize`` raises.
+    """
+    manifest = read_manifest(manifest_path(artifact))
+    if manifest is None or "made" not in manifest:
+        raise _unrecorded(artifact, manifest)
+    found = recorded(manifest["made"], manifest_path(artifact))
+    options = replace(with_inputs(found, given or Given()), threads=threads, max_ram=max_ram, checkpoints=True)
+    calibration = replace(options.calibration, threads=threads, max_ram=max_ram)
+    options = replace(options, calibration=calibration)
+    before = memory.before_libraries()
+    place, at = _source_of(manifest, source, revision, manifest_path(artifact))
+    target = artifact.with_name(f"{artifact.name}.rederived")
+    with ExitStack() as stack:
+        model = open_source(place, revision=at, on_event=on_event)
+        stack.callback(model.checkpoint.close)
+        model = _as_recorded(model, manifest)
+        _try_expressions(model, options, manifest_path(artifact))
+        collecting = stack.enter_context(_Workspace(target.with_name(f"{target.name}.statistics")))
+        plan, importance, options = _planned(model, found, manifest, options, collecting, before, on_event)
+        cautions = list(_cautions(manifest, found, plan))
+        for text in cautions:
+            on_event(events.Caution(text))
+        held, changed = _compared(model, plan, importance, options, artifact, target, manifest, found, before, on_event)
+    return _told(artifact, place, manifest, plan, held, changed, cautions)
+
+
+def _unrecorded(artifact: Path, manifest: Mapping[str, Any] | None) -> UnsupportedError:
+    if manifest is None:
+        what, remedy = "nothing is recorded of how this was made: it has no manifest", "--rederive is for artifacts of ours"
+    else:
+        what = "the manifest does not say how its artifact was made: an earlier version wrote it"
+        remedy = "make the artifact again; without --rederive, --source compares its values with the source"
+    return UnsupportedError(what, file=artifact, remedy=remedy)
+
+
+class _Workspace:
+    """A directory of ours for what a run keeps on its way, emptied before and gone afterwards: one that a killed run
+    left is no one's any more."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __enter__(self) -> Path:
+        self._remove()
+        return self.directory
+
+    def __exit__(self, *_: object) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        if self.directory.is_dir() and not self.directory.is_symlink():
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+# the source
+
+
+def _source_of(
+    manifest: Mapping[str, Any], source: str | None, revision: str | None, file: Path
+) -> tuple[str, str | None]:
+    """The model to open, and its revision. Raises UsageError where the user must give it."""
+    if source is not None:
+        return source, revision
+    name, commit = str(manifest["identity"].get("source")), manifest["identity"].get("source_revision")
+    if name == demo_model().name and commit is None:
+        return BUILT_IN, None
+    on_hub = isinstance(commit, str) and _COMMIT.fullmatch(commit) and _HUB_ID.fullmatch(name)
+    if on_hub and not Path(name).exists():
+        return name, str(commit)
+    raise UsageError(
+        "the artifact was made from a model of another place"
+        if not on_hub
+        else "a directory here has the name of the hub's model that the artifact was made from",
+        file=file,
+        expected=printable(name, 120),
+        remedy="give it: --source MODEL",
+    )
+
+
+def _as_recorded(model: Source, manifest: Mapping[str, Any]) -> Source:
+    """``model`` under the name and commit that the manifest has: they stand in the artifact, and where a copy lies is
+    no part of what it is. That it is the same model is proved by what is made of it."""
+    identity = manifest["identity"]
+    name, revision = identity.get("source"), identity.get("source_revision")
+    if isinstance(name, str) and (revision is None or isinstance(revision, str)):
+        for key, value in (("name", name), ("revision", revision)):
+            object.__setattr__(model.checkpoint, key, value)
+    return model
+
+
+def _try_expressions(model: Source, options: Options, file: Path) -> None:
+    """Raise MalformedInputError where the expressions of a manifest are none, or take too long on the model's names."""
+    expressions = [*(one for one, _ in options.overrides.tensor_types), *options.method.ignore]
+    if not expressions:
+        return
+    names = {output.name for output in model.tensors.outputs} | model.checkpoint.tensors.keys()
+    names |= {name.removesuffix(".weight") for name in names}
+    process = LimitedProcess(
+        "llm_quantize.provenance.expressions_child", {"names": sorted(names)}, memory=_MEMORY
+    )
+    process.ask({"expressions": expressions}, cpu=_SECONDS)
+    answer = process.answer(1 << 16)
+    if answer is None or "wrong" in answer:
+        raise MalformedInputError(
+            "the manifest's expressions cannot be searched in the model's names",
+            file=file,
+            expected=f"regular expressions that are found or not in {_SECONDS} seconds",
+            found=printable(str((answer or {}).get("wrong", "no end")), 120),
+            remedy="do not trust this artifact; make it again by hand if you know what it should be",
+        )
+
+
+# making it again
+
+
+def _planned(
+    model: Source,
+    found: Recorded,
+    manifest: Mapping[str, Any],
+    options: Options,
+    directory: Path,
+    before: int,
+    on_event: EventSink,
+) -> tuple[ArtifactPlan, choose.Chosen | None, Options]:
+    """The one plan, with its importance collected anew. Raises as ``pipeline.quantize`` before its work."""
+    form = str(manifest.get("format"))
+    levels = [found.level] if options.overrides.recipe is None else [options.overrides.recipe.level]
+    importance: choose.Chosen | None = choose.foresee(model, form, levels, options, on_event)
+    (plan,) = plan_source(model, form, levels=levels, name=found.name, options=options, importance=importance)
+    if plan.matrices:
+        choose.need_torch("making this artifact again", "torch")
+    preflight.fit([plan], threads=1, max_ram=options.max_ram, before=before)
+    if isinstance(importance, choose.Foreseen):
+        on_event(events.Note(plan.cost.text) if plan.cost is not None and plan.cost.text else events.Stage("calibrate"))
+        importance = choose.collected(model, form, options, on_event, before=before, directory=directory)
+        (plan,) = plan_source(model, form, levels=levels, name=found.name, options=options, importance=importance)
+    dtype = manifest["identity"].get(ARITHMETIC)
+    if ARITHMETIC in plan.identity and dtype in DTYPES:
+        plan = replace(plan, identity={**plan.identity, ARITHMETIC: dtype})
+    return plan, importance, options
+
+
+def _cautions(manifest: Mapping[str, Any], found: Recorded, plan: ArtifactPlan) -> list[str]:
+    """What may make the bytes others though nothing was changed."""
+    told = []
+    was = str(manifest["identity"].get("version"))
+    if was != llm_quantize.__version__:
+        told.append(
+            f"made by llm-quantize {printable(was, 40)}, and this is {llm_quantize.__version__}: what stands at the "
+            "front of files differs by that alone"
+        )
+    from importlib.metadata import PackageNotFoundError, version
+
+    for package, then in sorted(found.versions.items()):
+        try:
+            now = version(package)
+        except (PackageNotFoundError, ValueError):
+            continue
+        if now != then:
+            told.append(f"made with {package} {printable(then, 40)}, and here is {now}: sums may be others")
+    if "processor" in found.versions and plan.chained:
+        import torch
+
+        now = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+        if now != found.versions["processor"]:
+            told.append(f"made with {printable(found.versions['processor'], 80)}, and here is {now}: sums may be others")
+    return told
+
+
+def _compared(
+    model: Source,
+    plan: ArtifactPlan,
+    importance: choose.Chosen | None,
+    options: Options,
+    artifact: Path,
+    target: Path,
+    manifest: Mapping[str, Any],
+    found: Recorded,
+    before: int,
+    on_event: EventSink,
+) -> tuple[Held, list[str]]:
+    """What differs, and the keys of the manifest that do."""
+    paths = [artifact / file.name for file in plan.files] if len(plan.files) > 1 else [artifact]
+    absent = [path.name for path in paths if not path.is_file()]
+    if absent:
+        held = Held()
+        for name in absent:
+            held.of_file(name, None)
+        return held, _unlike(manifest["identity"], plan.identity)
+    threads, needed = preflight.fit([plan], threads=options.threads, max_ram=options.max_ram, before=before)
+    fitted = preflight.Preflight(threads, needed, memory.memory_limit(options.max_ram), 0, 0, before)
+    times = source_times(model.checkpoint)
+    output = ComparedOutput(
+        target, plan, paths, places_of(plan, paths, manifest["tensors"]), lambda text: on_event(events.Caution(text))
+    )
+    inputs = inputs_of(options, importance)
+    with output, stop_on_signals() as stop:
+        one = Target(plan, output)
+        pool = partial(ENGINES["threads"], threads=threads, stop=stop, resumable=False, hold=[])
+        unfinished: list[str] = []
+
+        def goes_on(target: Target) -> bool:
+            """Whole matrices follow from text that runs through the rest: where that differs, so do they."""
+            if plan.chained and not output.held.same:
+                unfinished.append(f"{len(target.plan.matrices)} matrices")
+            return not unfinished
+
+        fill(model, [one], importance, options, fitted, pool, stop, on_event, goes_on=goes_on)
+        refuse_changed(model.checkpoint, times)
+        output.finish(b"")
+        changed = _unlike(manifest["identity"], plan.identity)
+        if not unfinished and output.held.same:
+            made = made_of(one, options, found.name, inputs)
+            again = read_sealed(sealed_manifest(model, one, made))
+            changed += [key for key in _unlike(manifest, again) if key not in ("identity", "plan_sha256", "made")]
+    if unfinished:
+        on_event(events.Note(f"{unfinished[0]} were not made again: what text would run through differs already"))
+    return output.held, changed
+
+
+def read_sealed(data: bytes) -> dict[str, Any]:
+    """The content of a manifest without its seal."""
+    import json
+
+    found: dict[str, Any] = json.loads(data)
+    found.pop("manifest_sha256")
+    return found
+
+
+def _unlike(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys in which two JSON objects differ."""
+    return [
+        key
+        for key in sorted({*was, *now})
+        if canonical_json(was.get(key)) != canonical_json(now.get(key))
+    ]
+
+
+def _told(
+    artifact: Path,
+    place: str,
+    manifest: Mapping[str, Any],
+    plan: ArtifactPlan,
+    held: Held,
+    changed: list[str],
+    cautions: list[str],
+) -> Rederivation:
+    known = {tensor.name: tensor for tensor in plan.tensors}
+    differences = [
+        Difference(found.file, name, (found.first, found.last) if found.rows else None, found.rows, found.offset)
+        for name, found in held.tensors.items()
+        if name in known
+    ]
+    differences += [Difference(found.file, "", None, 0, found.offset) for found in held.files.values()]
+    other = str(manifest["identity"].get("version")) != llm_quantize.__version__
+    return Rederivation(
+        path=artifact,
+        source=str(manifest["identity"].get("source")),
+        differences=tuple(differences),
+        sources=tuple(held.sources),
+        changed=tuple(changed),
+        cautions=tuple(cautions),
+        tensors=len(plan.tensors),
+        size=plan.size,
+        other_version=other and set(changed) <= _OF_THE_VERSION,
+    )
