@@ -30,7 +30,7 @@ LAYERS = (
     ("artifacts",),
     ("calibration",),
     ("blockwise",),
-    ("pipeline", "evaluation"),
+    ("pipeline", "evaluation", "provenance"),
     ("reports",),
     ("compare", "advice"),
     ("api",),

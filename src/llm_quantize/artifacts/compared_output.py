@@ -208,7 +208,9 @@ class ComparedOutput(ResumableOutput):
 def _first_unlike(found: bytes, wanted: bytes) -> int | None:
     if found == wanted:
         return None
-    return next((index for index, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), len(found))
+    return next(
+        (index for index, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), len(found)
+    )
 
 
 def places_of(plan: ArtifactPlan, paths: Sequence[Path], entries: Iterable[Mapping[str, Any]]) -> dict[str, Place]:
@@ -231,9 +233,7 @@ def _places(
         yield unit, _place(tensors[name], int(start), int(stop), paths, known.get(name))
 
 
-def _place(
-    tensor: TensorPlan, start: int, stop: int, paths: Sequence[Path], entry: Mapping[str, Any] | None
-) -> Place:
+def _place(tensor: TensorPlan, start: int, stop: int, paths: Sequence[Path], entry: Mapping[str, Any] | None) -> Place:
     offset = None
     hashes = {}
     if entry is not None and entry["bytes"] == tensor.nbytes and entry.get("file", 0) == tensor.file:

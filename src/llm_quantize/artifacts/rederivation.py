@@ -40,13 +40,25 @@ class Difference:
         return f"{file}: {tensor} differs in {rows}, from byte {self.offset:,} of the file on"
 
 
+@dataclass(frozen=True)
+class Dependency:
+    """A file that an artifact was made from: its name, its hash, what it is ("source", "text", "imatrix",
+    "statistics"), and of a source the ``model`` and its hub commit."""
+
+    name: str
+    sha256: str
+    kind: str
+    model: str = ""
+    revision: str | None = None
+
+
 @dataclass(frozen=True, repr=False)
 class Rederivation(Tabled):
     """An artifact that was made again. ``source``: what from, as the manifest calls it; ``differences``: where bytes
     differ; ``sources``: tensors whose weights in the source are not those that it was made of; ``changed``: keys of the
-    manifest that say otherwise; ``cautions``: why bytes might differ though nothing is wrong. ``other_version``: nothing
-    that the manifest says is otherwise but by another version of this package. ``tensors`` and ``size`` (bytes) were
-    compared."""
+    manifest that say otherwise; ``cautions``: why bytes might differ though nothing is wrong. ``other_version``: what
+    the manifest says is otherwise by another version of this package alone. ``tensors`` and ``size`` (bytes) were
+    compared. ``dependencies``: the files that it was made from, where they were asked for."""
 
     columns = ("file", "tensor", "rows", "count", "offset")
 
@@ -59,6 +71,7 @@ class Rederivation(Tabled):
     tensors: int
     size: int
     other_version: bool = False
+    dependencies: tuple[Dependency, ...] = ()
 
     @property
     def same(self) -> bool:

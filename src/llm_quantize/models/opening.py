@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llm_quantize import events
@@ -63,7 +63,12 @@ class Source:
 
 
 def open_model(
-    model: str, *, revision: str | None = None, on_event: EventSink = ignore, headers_only: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    on_event: EventSink = ignore,
+    headers_only: bool = False,
+    called: tuple[str, str | None] | None = None,
 ) -> Model:
     """The model in directory or file ``model``, or the hub's ``model`` at ``revision`` (branch, tag or commit), by the
     first of READERS that knows it.
@@ -71,9 +76,11 @@ def open_model(
     Raises UsageError (no such model), MalformedInputError, UnsupportedError (pickled weights, an adapter, a way of
     quantizing that is not decoded), AccessError (names that lead outside), NetworkError, ResourceError. With
     ``headers_only``, weights that are not here are not fetched from the hub, and ``read_rows`` refuses (UsageError)
-    wherever the model came from.
+    wherever the model came from. ``called``: the name and the revision that it has from now on, wherever it lies.
     """
     place = locate(model, revision, on_event, headers_only=headers_only)
+    if called is not None:
+        place = replace(place, name=called[0], revision=called[1])
     try:
         reader = next(reader for reader in READERS if reader.sniff(place.path))
         return reader.open_at(place, str(model), headers_only=headers_only)
@@ -84,13 +91,18 @@ def open_model(
 
 
 def open_source(
-    model: str, *, revision: str | None = None, on_event: EventSink = ignore, headers_only: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    on_event: EventSink = ignore,
+    headers_only: bool = False,
+    called: tuple[str, str | None] | None = None,
 ) -> Source:
     """Open a model: headers and configuration. Raises the error tree for anything malformed or unknown.
 
-    With ``headers_only`` no weight is fetched from the hub, and none can be read (``open_model``).
+    With ``headers_only`` no weight is fetched from the hub, and none can be read; ``called``: as in ``open_model``.
     """
-    checkpoint = open_model(model, revision=revision, on_event=on_event, headers_only=headers_only)
+    checkpoint = open_model(model, revision=revision, on_event=on_event, headers_only=headers_only, called=called)
     try:
         return _describe(checkpoint, on_event)
     except BaseException:

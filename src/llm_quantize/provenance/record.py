@@ -2,7 +2,7 @@
 
 {"level": "Q4_K_M", "name": "tiny",                 what was asked for; the artifact is called NAME-LEVEL
  "options": {"method": {"method": "gptq"}},         those that decide bytes and are not the default (options.Options)
- "texts": [{"name": "general", "built_in": true, "weight": 0.3},
+ "texts": [{"name": "general", "built_in": true, "sha256": "...", "weight": 0.3},
            {"name": "notes.txt", "sha256": "...", "weight": 1.0}],    what it was calibrated on
  "files": {"imatrix": {"name": "m.gguf", "sha256": "..."}},           or "statistics"
  "recipe": {...},                                   the whole recipe, as its file would have it, and its "sha256"
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from llm_quantize.artifacts.rounding import Target
 from llm_quantize.calibration.choose import Chosen
-from llm_quantize.calibration.text import text_items
+from llm_quantize.calibration.text import BUILT_IN, text_items
+from llm_quantize.data import calibration_file
 from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError, UsageError, printable
 from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.formats.recipe_file import parse_recipe, recipe_bytes
@@ -80,9 +81,12 @@ def inputs_of(options: Options, importance: Chosen | None) -> dict[str, Any]:
     if importance is None or files:
         return {"files": files} if files else {}
     texts = [
-        {"name": name, "built_in": True, "weight": weight}
-        if built_in
-        else {"name": Path(name).name, "sha256": file_sha256(Path(name)), "weight": weight}
+        {
+            "name": Path(name).name,
+            **({"built_in": True} if built_in else {}),
+            "sha256": file_sha256(calibration_file(name) if built_in else Path(name)),
+            "weight": weight,
+        }
         for name, built_in, weight in text_items(options.calibration.data)
     ]
     return {"texts": texts}
@@ -98,7 +102,7 @@ def made_of(target: Target, options: Options, name: str, inputs: Mapping[str, An
         chosen.pop("calibration", None)
     recipe = options.overrides.recipe
     computes = bool(target.plan.matrices) or "texts" in inputs
-    versions = {package: found for package in _PACKAGES if computes and (found := _version(package))}
+    versions = {package: found for package in _PACKAGES if computes and (found := version_of(package))}
     if processor := target.output.notes.get("processor"):
         versions["processor"] = str(processor)
     return {
@@ -111,10 +115,11 @@ def made_of(target: Target, options: Options, name: str, inputs: Mapping[str, An
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None for what is none."""
     try:
         return version(package)
-    except PackageNotFoundError:
+    except (PackageNotFoundError, ValueError):
         return None
 
 
@@ -163,7 +168,7 @@ def _is_file(value: Any) -> bool:
 def _is_text(value: Any) -> bool:
     known = isinstance(value, dict) and isinstance(value.get("name"), str)
     weighed = known and type(value.get("weight")) in (int, float)
-    return weighed and (value.get("built_in") is True or isinstance(value.get("sha256"), str))
+    return weighed and value.get("built_in", True) is True and isinstance(value.get("sha256"), str)
 
 
 def _with_recipe(overrides: Overrides, found: Any, file: Path) -> Overrides:
@@ -231,6 +236,9 @@ def with_inputs(found: Recorded, given: Given) -> Options:
     left = {Path(item).name: Path(item) for item in given.texts}
     for text in found.texts or ():
         if text.get("built_in"):
+            if text["name"] not in BUILT_IN:
+                raise _later(Path(text["name"]), "a built-in text of another version")
+            _prove(calibration_file(text["name"]), text)
             items.append(f"{text['name']}={text['weight']!r}")
             continue
         path = left.get(text["name"])
@@ -242,7 +250,8 @@ def with_inputs(found: Recorded, given: Given) -> Options:
     if odd:
         raise _needs("--calibration-data", None, left[odd[0]])
     calibration = replace(options.calibration, data=tuple(items))
-    return replace(options, calibration=calibration, **taken)
+    imatrix, statistics = taken.get("imatrix"), taken.get("statistics")
+    return replace(options, calibration=calibration, imatrix=imatrix, statistics=statistics)
 
 
 def _needs(option: str, wanted: Mapping[str, Any] | None, path: Path | None) -> UsageError:
@@ -286,8 +295,3 @@ def _later(file: Path, found: str) -> UnsupportedError:
         found=printable(found, 120),
         remedy="use the version of llm-quantize that made it",
     )
-
-
-def names_of(texts: Sequence[Mapping[str, Any]] | None) -> list[str]:
-    """What is told of the texts of a record."""
-    return [str(text["name"]) for text in texts or ()]

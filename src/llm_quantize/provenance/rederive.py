@@ -10,11 +10,12 @@ with few seconds before they are searched in names here.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ import llm_quantize
 from llm_quantize import events, memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.compared_output import ComparedOutput, Held, places_of
-from llm_quantize.artifacts.manifest import read_manifest
+from llm_quantize.artifacts.manifest import SEAL, read_manifest
 from llm_quantize.artifacts.output import DTYPES, refuse_changed, sealed_manifest, source_times
-from llm_quantize.artifacts.rederivation import Difference, Rederivation
+from llm_quantize.artifacts.rederivation import Dependency, Difference, Rederivation
 from llm_quantize.artifacts.rounding import Target
 from llm_quantize.calibration import choose
 from llm_quantize.data import demo_model
@@ -34,13 +35,16 @@ from llm_quantize.engine.limited import LimitedProcess
 from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError, printable
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_paths import manifest_path
+from llm_quantize.io.cache import kept_hashes
+from llm_quantize.io.content import contents
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.models.hub.locate import BUILT_IN
+from llm_quantize.models.identity import SMALL_FILES
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.options import Options
 from llm_quantize.pipeline import fill, plan_source
 from llm_quantize.plan import ARITHMETIC, ArtifactPlan
-from llm_quantize.provenance.record import Given, Recorded, inputs_of, made_of, recorded, with_inputs
+from llm_quantize.provenance.record import Given, Recorded, inputs_of, made_of, recorded, version_of, with_inputs
 
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+", re.ASCII)
@@ -58,10 +62,12 @@ def rederive(
     given: Given | None = None,
     threads: int | None = None,
     max_ram: int | None = None,
+    digests: bool = False,
     on_event: EventSink = ignore,
 ) -> Rederivation:
     """Make ``artifact`` again from ``source`` (None: what the manifest records, where that is the built-in model or a
     commit of the hub) with the files ``given``, and say whether its bytes are the same.
+    ``digests``: hash the files that it was made from, too.
 
     Holds in memory what ``quantize`` does, and on disk what that keeps on its way (statistics, hidden states), beside
     the artifact and gone at the end.
@@ -80,9 +86,8 @@ def rederive(
     place, at = _source_of(manifest, source, revision, manifest_path(artifact))
     target = artifact.with_name(f"{artifact.name}.rederived")
     with ExitStack() as stack:
-        model = open_source(place, revision=at, on_event=on_event)
+        model = open_source(place, revision=at, on_event=on_event, called=_called(manifest))
         stack.callback(model.checkpoint.close)
-        model = _as_recorded(model, manifest)
         _try_expressions(model, options, manifest_path(artifact))
         collecting = stack.enter_context(_Workspace(target.with_name(f"{target.name}.statistics")))
         plan, importance, options = _planned(model, found, manifest, options, collecting, before, on_event)
@@ -90,12 +95,16 @@ def rederive(
         for text in cautions:
             on_event(events.Caution(text))
         held, changed = _compared(model, plan, importance, options, artifact, target, manifest, found, before, on_event)
-    return _told(artifact, place, manifest, plan, held, changed, cautions)
+        dependencies = _dependencies(model, manifest["made"], on_event) if digests else ()
+    return replace(_told(artifact, manifest, plan, held, changed, cautions), dependencies=dependencies)
 
 
 def _unrecorded(artifact: Path, manifest: Mapping[str, Any] | None) -> UnsupportedError:
     if manifest is None:
-        what, remedy = "nothing is recorded of how this was made: it has no manifest", "--rederive is for artifacts of ours"
+        what, remedy = (
+            "nothing is recorded of how this was made: it has no manifest",
+            "--rederive is for artifacts of ours",
+        )
     else:
         what = "the manifest does not say how its artifact was made: an earlier version wrote it"
         remedy = "make the artifact again; without --rederive, --source compares its values with the source"
@@ -146,15 +155,12 @@ def _source_of(
     )
 
 
-def _as_recorded(model: Source, manifest: Mapping[str, Any]) -> Source:
-    """``model`` under the name and commit that the manifest has: they stand in the artifact, and where a copy lies is
+def _called(manifest: Mapping[str, Any]) -> tuple[str, str | None] | None:
+    """The name and commit of the source as the manifest has them: they stand in the artifact, and where a copy lies is
     no part of what it is. That it is the same model is proved by what is made of it."""
-    identity = manifest["identity"]
-    name, revision = identity.get("source"), identity.get("source_revision")
-    if isinstance(name, str) and (revision is None or isinstance(revision, str)):
-        for key, value in (("name", name), ("revision", revision)):
-            object.__setattr__(model.checkpoint, key, value)
-    return model
+    name, revision = (manifest["identity"].get(key) for key in ("source", "source_revision"))
+    known = isinstance(name, str) and (revision is None or isinstance(revision, str))
+    return (name, revision) if known else None
 
 
 def _try_expressions(model: Source, options: Options, file: Path) -> None:
@@ -164,9 +170,7 @@ def _try_expressions(model: Source, options: Options, file: Path) -> None:
         return
     names = {output.name for output in model.tensors.outputs} | model.checkpoint.tensors.keys()
     names |= {name.removesuffix(".weight") for name in names}
-    process = LimitedProcess(
-        "llm_quantize.provenance.expressions_child", {"names": sorted(names)}, memory=_MEMORY
-    )
+    process = LimitedProcess("llm_quantize.provenance.expressions_child", {"names": sorted(names)}, memory=_MEMORY)
     process.ask({"expressions": expressions}, cpu=_SECONDS)
     answer = process.answer(1 << 16)
     if answer is None or "wrong" in answer:
@@ -218,21 +222,18 @@ def _cautions(manifest: Mapping[str, Any], found: Recorded, plan: ArtifactPlan) 
             f"made by llm-quantize {printable(was, 40)}, and this is {llm_quantize.__version__}: what stands at the "
             "front of files differs by that alone"
         )
-    from importlib.metadata import PackageNotFoundError, version
-
     for package, then in sorted(found.versions.items()):
-        try:
-            now = version(package)
-        except (PackageNotFoundError, ValueError):
-            continue
-        if now != then:
+        now = version_of(package)
+        if now is not None and now != then:
             told.append(f"made with {package} {printable(then, 40)}, and here is {now}: sums may be others")
     if "processor" in found.versions and plan.chained:
         import torch
 
         now = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
         if now != found.versions["processor"]:
-            told.append(f"made with {printable(found.versions['processor'], 80)}, and here is {now}: sums may be others")
+            told.append(
+                f"made with {printable(found.versions['processor'], 80)}, and here is {now}: sums may be others"
+            )
     return told
 
 
@@ -287,27 +288,41 @@ def _compared(
     return output.held, changed
 
 
+def _dependencies(model: Source, made: Mapping[str, Any], on_event: EventSink) -> tuple[Dependency, ...]:
+    """The files of the source and of the user that the artifact was made from, with their hashes."""
+    checkpoint = model.checkpoint
+    files = sorted(checkpoint.files)
+    if checkpoint.metadata is None:
+        small = [checkpoint.directory / name for name in ("config.json", *SMALL_FILES)]
+        files += [path for path in small if path.is_file()]
+
+    def told(done: int, total: int) -> None:
+        on_event(events.Check("the files of the source", done, total))
+
+    hashes = contents(files, kept=kept_hashes(), told=told)
+    found = [
+        Dependency(path.name, sha256, "source", checkpoint.name, checkpoint.revision)
+        for path, sha256 in zip(files, hashes, strict=True)
+    ]
+    found += [Dependency(text["name"], text["sha256"], "text") for text in made.get("texts") or ()]
+    found += [Dependency(one["name"], one["sha256"], kind) for kind, one in made.get("files", {}).items()]
+    return tuple(found)
+
+
 def read_sealed(data: bytes) -> dict[str, Any]:
     """The content of a manifest without its seal."""
-    import json
-
     found: dict[str, Any] = json.loads(data)
-    found.pop("manifest_sha256")
+    found.pop(SEAL)
     return found
 
 
 def _unlike(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The keys in which two JSON objects differ."""
-    return [
-        key
-        for key in sorted({*was, *now})
-        if canonical_json(was.get(key)) != canonical_json(now.get(key))
-    ]
+    return [key for key in sorted({*was, *now}) if canonical_json(was.get(key)) != canonical_json(now.get(key))]
 
 
 def _told(
     artifact: Path,
-    place: str,
     manifest: Mapping[str, Any],
     plan: ArtifactPlan,
     held: Held,

@@ -114,7 +114,7 @@ def _level_of(files: Sequence[GgufFile], tensors: Sequence[TensorEntry]) -> str:
     weights: Counter[str] = Counter()
     for tensor in tensors:
         weights[tensor.type.name.lower()] += weights_of(tensor.shape)
-    bases: Mapping[str, str] = {level.base: level.name for level in reversed(LEVELS.values())}
+    bases: Mapping[str, str] = {level.base: level.name for level in reversed(list(LEVELS.values()))}
     return next((bases[qtype] for qtype, _ in weights.most_common() if qtype in bases), "F16")
 
 
