@@ -25,11 +25,13 @@ from llm_quantize.plan import CARD_UNIT, ArtifactPlan, TensorPlan
 
 @dataclass(frozen=True)
 class Place:
-    """Where a unit of the run stands in the artifact: ``tensor`` from row ``start``, ``offset`` in its file; None where
-    the artifact has none of that size. ``row_bytes``: of a row."""
+    """Where a unit of the run stands in the artifact: rows [start, stop) of ``tensor`` ("": the card), of ``row_bytes``
+    each, at ``offset`` of file number ``file``; None where the artifact has no such tensor of that size.
+    ``source_sha256``: of what it was made of, "" where that is not recorded."""
 
     tensor: str
     start: int
+    stop: int
     row_bytes: int
     file: int
     offset: int | None
@@ -213,31 +215,29 @@ def _first_unlike(found: bytes, wanted: bytes) -> int | None:
     )
 
 
-def places_of(plan: ArtifactPlan, paths: Sequence[Path], entries: Iterable[Mapping[str, Any]]) -> dict[str, Place]:
-    """Where each unit of ``plan`` stands in the artifact in ``paths``; ``entries``: the tensors of its manifest, whose
-    offsets may be others than those planned where another version wrote the fronts."""
+def places_of(plan: ArtifactPlan, entries: Iterable[Mapping[str, Any]]) -> dict[str, Place]:
+    """Where each unit of ``plan`` stands in the artifact; ``entries``: the tensors of its manifest, whose offsets may
+    be others than those planned where another version wrote the fronts."""
     known = {str(entry["name"]): entry for entry in entries}
-    return dict(_places(plan, paths, known))
+    return dict(_places(plan, known))
 
 
-def _places(
-    plan: ArtifactPlan, paths: Sequence[Path], known: Mapping[str, Mapping[str, Any]]
-) -> Iterator[tuple[str, Place]]:
+def _places(plan: ArtifactPlan, known: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Place]]:
     tensors = {tensor.name: tensor for tensor in plan.tensors}
     for unit, span in plan.units().items():
         if unit == CARD_UNIT:
-            yield unit, Place("", 0, max(1, span.nbytes), span.file, span.offset)
+            yield unit, Place("", 0, 1, max(1, span.nbytes), span.file, span.offset)
             continue
         name, _, rows = unit.rpartition("[")
         start, _, stop = rows.rstrip("]").partition(":")
-        yield unit, _place(tensors[name], int(start), int(stop), paths, known.get(name))
+        yield unit, _place(tensors[name], int(start), int(stop), known.get(name))
 
 
-def _place(tensor: TensorPlan, start: int, stop: int, paths: Sequence[Path], entry: Mapping[str, Any] | None) -> Place:
+def _place(tensor: TensorPlan, start: int, stop: int, entry: Mapping[str, Any] | None) -> Place:
     offset = None
     hashes = {}
     if entry is not None and entry["bytes"] == tensor.nbytes and entry.get("file", 0) == tensor.file:
         offset = max(0, entry["offset"]) + start * tensor.row_bytes
         hashes = {tuple(unit["rows"]): str(unit["source_sha256"]) for unit in entry["units"]}
     sha256 = hashes.get((start, stop), "")
-    return Place(tensor.name, start, max(1, tensor.row_bytes), tensor.file, offset, sha256)
+    return Place(tensor.name, start, stop, max(1, tensor.row_bytes), tensor.file, offset, sha256)

@@ -11,10 +11,10 @@ with few seconds before they are searched in names here.
 from __future__ import annotations
 
 import json
+import os
 import re
-import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,10 @@ from typing import Any
 import llm_quantize
 from llm_quantize import events, memory
 from llm_quantize.artifacts import preflight
-from llm_quantize.artifacts.compared_output import ComparedOutput, Held, places_of
+from llm_quantize.artifacts.compared_output import ComparedOutput, Held, Place, places_of
 from llm_quantize.artifacts.manifest import SEAL, read_manifest
 from llm_quantize.artifacts.output import DTYPES, refuse_changed, sealed_manifest, source_times
+from llm_quantize.artifacts.recheck import source_hash
 from llm_quantize.artifacts.rederivation import Dependency, Difference, Rederivation
 from llm_quantize.artifacts.rounding import Target
 from llm_quantize.calibration import choose
@@ -34,10 +35,11 @@ from llm_quantize.engine import ENGINES, stop_on_signals
 from llm_quantize.engine.limited import LimitedProcess
 from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError, printable
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.io.artifact_paths import manifest_path
+from llm_quantize.io.artifact_paths import hidden_directory, manifest_path
 from llm_quantize.io.cache import kept_hashes
 from llm_quantize.io.content import contents
 from llm_quantize.io.journal import canonical_json
+from llm_quantize.io.leftovers import discard_hidden, hold_hidden
 from llm_quantize.models.hub.locate import BUILT_IN
 from llm_quantize.models.identity import SMALL_FILES
 from llm_quantize.models.opening import Source, open_source
@@ -89,8 +91,7 @@ def rederive(
         model = open_source(place, revision=at, on_event=on_event, called=_called(manifest))
         stack.callback(model.checkpoint.close)
         _try_expressions(model, options, manifest_path(artifact))
-        collecting = stack.enter_context(_Workspace(target.with_name(f"{target.name}.statistics")))
-        plan, importance, options = _planned(model, found, manifest, options, collecting, before, on_event)
+        plan, importance = _planned(model, found, manifest, options, target, before, on_event)
         cautions = list(_cautions(manifest, found, plan))
         for text in cautions:
             on_event(events.Caution(text))
@@ -111,23 +112,29 @@ def _unrecorded(artifact: Path, manifest: Mapping[str, Any] | None) -> Unsupport
     return UnsupportedError(what, file=artifact, remedy=remedy)
 
 
-class _Workspace:
-    """A directory of ours for what a run keeps on its way, emptied before and gone afterwards: one that a killed run
-    left is no one's any more."""
+@contextmanager
+def _workspace(target: Path) -> Iterator[Path]:
+    """A directory beside ``target`` for statistics, held by this process: what one that was killed left is removed
+    first, and all of it at the end. Raises BusyError, AccessError, ResourceError."""
+    place = target.with_name(f"{target.name}.statistics")
+    descriptor = hold_hidden(place)
+    try:
+        _empty(hidden_directory(place))
+        yield hidden_directory(place)
+    finally:
+        _empty(hidden_directory(place))
+        with suppress(OSError):  # whatever lies there is not ours
+            hidden_directory(place).rmdir()
+        os.close(descriptor)
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
 
-    def __enter__(self) -> Path:
-        self._remove()
-        return self.directory
-
-    def __exit__(self, *_: object) -> None:
-        self._remove()
-
-    def _remove(self) -> None:
-        if self.directory.is_dir() and not self.directory.is_symlink():
-            shutil.rmtree(self.directory, ignore_errors=True)
+def _empty(directory: Path) -> None:
+    """Remove what a calibration leaves in ``directory``."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            discard_hidden(path.with_name(path.name.removesuffix(".hidden")))
+        else:
+            path.unlink()
 
 
 # the source
@@ -191,10 +198,10 @@ def _planned(
     found: Recorded,
     manifest: Mapping[str, Any],
     options: Options,
-    directory: Path,
+    target: Path,
     before: int,
     on_event: EventSink,
-) -> tuple[ArtifactPlan, choose.Chosen | None, Options]:
+) -> tuple[ArtifactPlan, choose.Chosen | None]:
     """The one plan, with its importance collected anew. Raises as ``pipeline.quantize`` before its work."""
     form = str(manifest.get("format"))
     levels = [found.level] if options.overrides.recipe is None else [options.overrides.recipe.level]
@@ -205,12 +212,15 @@ def _planned(
     preflight.fit([plan], threads=1, max_ram=options.max_ram, before=before)
     if isinstance(importance, choose.Foreseen):
         on_event(events.Note(plan.cost.text) if plan.cost is not None and plan.cost.text else events.Stage("calibrate"))
-        importance = choose.collected(model, form, options, on_event, before=before, directory=directory)
+        with ExitStack() as stack:
+            keeps = not options.method.calibrates(form)
+            directory = stack.enter_context(_workspace(target)) if keeps else None
+            importance = choose.collected(model, form, options, on_event, before=before, directory=directory)
         (plan,) = plan_source(model, form, levels=levels, name=found.name, options=options, importance=importance)
     dtype = manifest["identity"].get(ARITHMETIC)
     if ARITHMETIC in plan.identity and dtype in DTYPES:
         plan = replace(plan, identity={**plan.identity, ARITHMETIC: dtype})
-    return plan, importance, options
+    return plan, importance
 
 
 def _cautions(manifest: Mapping[str, Any], found: Recorded, plan: ArtifactPlan) -> list[str]:
@@ -260,9 +270,8 @@ def _compared(
     threads, needed = preflight.fit([plan], threads=options.threads, max_ram=options.max_ram, before=before)
     fitted = preflight.Preflight(threads, needed, memory.memory_limit(options.max_ram), 0, 0, before)
     times = source_times(model.checkpoint)
-    output = ComparedOutput(
-        target, plan, paths, places_of(plan, paths, manifest["tensors"]), lambda text: on_event(events.Caution(text))
-    )
+    places = places_of(plan, manifest["tensors"])
+    output = ComparedOutput(target, plan, paths, places, lambda text: on_event(events.Caution(text)))
     inputs = inputs_of(options, importance)
     with output, stop_on_signals() as stop:
         one = Target(plan, output)
@@ -270,7 +279,10 @@ def _compared(
         unfinished: list[str] = []
 
         def goes_on(target: Target) -> bool:
-            """Whole matrices follow from text that runs through the rest: where that differs, so do they."""
+            """Whole matrices follow from text that runs through the rest: where that or their weights in the source
+            differ, so do they."""
+            if plan.chained:
+                _compare_sources(model, plan, places, output.held, on_event)
             if plan.chained and not output.held.same:
                 unfinished.append(f"{len(target.plan.matrices)} matrices")
             return not unfinished
@@ -286,6 +298,24 @@ def _compared(
     if unfinished:
         on_event(events.Note(f"{unfinished[0]} were not made again: what text would run through differs already"))
     return output.held, changed
+
+
+def _compare_sources(
+    model: Source, plan: ArtifactPlan, places: Mapping[str, Place], held: Held, on_event: EventSink
+) -> None:
+    """Note the tensors of which the source's weights are not those that the artifact was made of: read before hours of
+    work, not after."""
+    known: dict[tuple[str, int, int], str] = {}
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    for number, place in enumerate(places.values()):
+        if place.source_sha256 and place.tensor not in held.sources:
+            output, start, stop = plan.origin(tensors[place.tensor], place.start, place.stop)
+            key = (output.name, start, stop)
+            if key not in known:
+                known[key] = source_hash(model.checkpoint, output, start, stop)
+            if known[key] != place.source_sha256:
+                held.sources[place.tensor] = None
+        on_event(events.Check("the source against what the artifact was made of", number + 1, len(places)))
 
 
 def _dependencies(model: Source, made: Mapping[str, Any], on_event: EventSink) -> tuple[Dependency, ...]:
