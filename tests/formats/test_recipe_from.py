@@ -1,4 +1,4 @@
-"""The types of someone's GGUF file for another model of that shape: the same in the file made, and what differs told."""
+"""The types of someone's GGUF file for another model of that shape: what is made has them; what differs is told."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from llm_quantize.calibration.choose import Chosen
 from llm_quantize.calibration.text import BUILT_IN, text_items
 from llm_quantize.data import calibration_file
 from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError, UsageError, printable
-from llm_quantize.formats.gguf.levels import Overrides
+from llm_quantize.formats.gguf.levels import Overrides, parse_qtype
 from llm_quantize.formats.recipe_file import parse_recipe, recipe_bytes
 from llm_quantize.io.output_file import file_sha256
 from llm_quantize.options import Options
@@ -43,6 +43,7 @@ APART = frozenset(("measurement", "imatrix", "statistics", "data", "recipe"))
 FILES = ("imatrix", "statistics")
 _PACKAGES = ("torch", "transformers", "numpy")
 _MOST = {"sweeps": 1000, "alternations": 1000}
+_LEAST = {"group_size": -1}
 _LARGEST = 1 << 53
 
 
@@ -147,6 +148,7 @@ def recorded(made: Any, file: Path) -> Recorded:
     if unknown:
         raise _later(file, ", ".join(unknown))
     options: Options = _filled(Options, made.get("options", {}), file, "options")
+    options = replace(options, overrides=_with_types(options.overrides))
     if "recipe" in made:
         options = replace(options, overrides=_with_recipe(options.overrides, made["recipe"], file))
     texts, files, versions = made.get("texts"), made.get("files", {}), made.get("versions", {})
@@ -169,6 +171,17 @@ def _is_text(value: Any) -> bool:
     known = isinstance(value, dict) and isinstance(value.get("name"), str)
     weighed = known and type(value.get("weight")) in (int, float)
     return weighed and value.get("built_in", True) is True and isinstance(value.get("sha256"), str)
+
+
+def _with_types(overrides: Overrides) -> Overrides:
+    """``overrides`` with types that there are. Raises UsageError for another."""
+    single = {
+        key: parse_qtype(value)
+        for key in ("output_type", "embedding_type")
+        if (value := getattr(overrides, key)) is not None
+    }
+    pairs = tuple((expression, parse_qtype(name)) for expression, name in overrides.tensor_types)
+    return replace(overrides, tensor_types=pairs, **single)
 
 
 def _with_recipe(overrides: Overrides, found: Any, file: Path) -> Overrides:
@@ -195,7 +208,7 @@ def _filled(kind: Any, found: Any, file: Path, where: str) -> Any:
             values[key] = _filled(hint, value, file, f"{where}.{key}")
             continue
         right, values[key] = _typed(value, hint)
-        if not right or (isinstance(value, int) and abs(value) > _MOST.get(key, _LARGEST)):
+        if not right or (isinstance(value, int) and not _LEAST.get(key, 0) <= value <= _MOST.get(key, _LARGEST)):
             raise _malformed(file, f"{where}.{key} as options are", value)
     return kind(**values)
 
