@@ -14,14 +14,18 @@ import llm_quantize
 from llm_quantize.cli import run
 from llm_quantize.errors import LlmQuantizeError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.formats.gguf.levels import Overrides
+from llm_quantize.formats.recipe import Recipe
 from llm_quantize.formats.recipe_file import read_recipe, recipe_bytes
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf, read_gguf
+from llm_quantize.models.quantized import PackedDirectory
 from llm_quantize.models.recipes import recipe_from
+from llm_quantize.options import MethodOptions
 from llm_quantize.pipeline import Options, plan, quantize
 from llm_quantize.qtypes.ggml_types import GgmlType
 from tests.fake_hub import FakeHub
 from tests.faults.tiny_llama import write_tiny_llama
 from tests.models.test_hub import cache, point_to
+from tests.tiny_models import make_tiny
 
 __all__ = ["cache"]
 
@@ -232,6 +236,55 @@ def test_of_the_hub_only_headers_are_fetched(
             recipe_from("org/model")
     assert list(scratch.iterdir()) == []
     assert not list(cache.rglob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of another model with several grids, in which a module was left as it is."""
+    place = tmp_path_factory.mktemp("mixed")
+    model = make_tiny("llama", place / "other", seed=5)
+    grids = {"model.layers.0.mlp.down_proj": "int8_g32", "model.layers.1.self_attn.o_proj": "int2_g32"}
+    recipe = Recipe("mixed", "W4A16", grids, form="compressed-tensors")
+    options = Options(
+        overrides=Overrides(recipe=recipe),
+        method=MethodOptions(method="rtn", group_size=32, ignore=(r"1\.mlp\.down_proj",)),
+    )
+    quantize(str(model), "compressed-tensors", levels=["W4A16"], output_dir=place, options=options)
+    return place / "other-mixed"
+
+
+def grids_of(directory: Path) -> dict[str, str]:
+    with PackedDirectory(directory) as packed:
+        return {name: matrix.qtype for name, matrix in packed.matrices.items()}
+
+
+def test_the_grids_of_a_directory(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_tiny("llama", tmp_path / "mine")
+    words = ["quantize", str(model), "compressed-tensors", "--method", "rtn", "-o", str(tmp_path)]
+    assert run([*words, "--recipe-from", str(mixed)]) == 0
+    assert "1 module that other-mixed has not quantized: left as they are" in capsys.readouterr().err
+    made = tmp_path / "mine-W2-8A16"
+    assert grids_of(made) == grids_of(mixed)
+    assert set(grids_of(made).values()) == {"int8_g32", "int2_g32", "int4_g32"}
+    assert run(["info", str(mixed), "--recipe"]) == 0
+    (tmp_path / "r.json").write_text(capsys.readouterr().out, "utf-8")
+    assert run([*words, "--recipe", str(tmp_path / "r.json")]) == 0  # it is there already, and the same
+    assert "already complete" in capsys.readouterr().out
+    assert llm_quantize.verify(made, source=model, rederive=True).ok
+    assert run(["quantize", str(model), "gguf", "--recipe-from", str(mixed), "-o", str(tmp_path)]) == 2
+    assert "is for another format" in capsys.readouterr().err
+
+
+def test_directories_that_are_no_recipe_are_refused(mixed: Path, tmp_path: Path) -> None:
+    model = make_tiny("llama", tmp_path / "mine")
+    options = Options(method=MethodOptions(method="rtn"))
+    quantize(str(model), "compressed-tensors", levels=["W8A8"], output_dir=tmp_path, options=options)
+    with pytest.raises(UsageError, match="activations of 16 bits"):
+        recipe_from(tmp_path / "mine-W8A8-channel")
+    larger = make_tiny("llama", tmp_path / "larger", num_hidden_layers=3)
+    recipe = recipe_from(mixed)
+    with pytest.raises(UsageError, match="another shape"):
+        plan(str(larger), recipe.form, levels=[recipe.level], options=Options(overrides=Overrides(recipe=recipe)))
 
 
 def test_the_origin_of_a_recipe_is_read_strictly(theirs: Path, tmp_path: Path) -> None:

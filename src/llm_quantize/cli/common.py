@@ -79,7 +79,7 @@ def recipe_options(function: Function) -> Function:
                      help="Instead of a level: a type for each tensor, as analyze profile writes it."),
         click.option("--recipe-from", metavar="FILE",
                      help="Instead of a level: the types of someone's GGUF file of a model of this shape, a path or "
-                     "ORG/NAME:FILE of the hub. Only its headers are read."),
+                     "ORG/NAME:FILE of the hub; for compressed-tensors the grids of a directory. Reads headers only."),
         click.option("-n", "--name", help="Name of the output without level and suffix. [default: the model's name]"),
         click.option("--output-type", metavar="TYPE", help="Type of output.weight."),
         click.option("--embedding-type", metavar="TYPE", help="Type of token_embd.weight."),

@@ -12,7 +12,9 @@ from llm_quantize.cli.progress import told
 @click.argument("model")
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model.")
 @click.option(
-    "--recipe", is_flag=True, help="Print the types of a GGUF file's tensors as a recipe, for quantize --recipe."
+    "--recipe",
+    is_flag=True,
+    help="Print the types of a GGUF file's or directory's tensors as a recipe, for quantize --recipe.",
 )
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @json_option
@@ -20,8 +22,8 @@ from llm_quantize.cli.progress import told
 def command(ctx: click.Context, as_json: bool, model: str, revision: str | None, recipe: bool, tensors: bool) -> int:
     """Show what MODEL is: architecture, parameters, layers, heads, dtypes, tokenizer, memory.
 
-    MODEL is a local directory, quantized or not, a hub id, or a .gguf file; with --recipe a .gguf file, also one of
-    the hub (ORG/NAME:FILE). Reads headers only.
+    MODEL is a local directory, quantized or not, a hub id, or a .gguf file; with --recipe a quantized
+    directory or a .gguf file, also one of the hub (ORG/NAME:FILE). Reads headers only.
     """
     from llm_quantize.advice.describe import describe
     from llm_quantize.reports import terminal

@@ -175,13 +175,11 @@ def _is_text(value: Any) -> bool:
 
 def _with_types(overrides: Overrides) -> Overrides:
     """``overrides`` with types that there are. Raises UsageError for another."""
-    single = {
-        key: parse_qtype(value)
-        for key in ("output_type", "embedding_type")
-        if (value := getattr(overrides, key)) is not None
-    }
+    output, embedding = (
+        None if name is None else parse_qtype(name) for name in (overrides.output_type, overrides.embedding_type)
+    )
     pairs = tuple((expression, parse_qtype(name)) for expression, name in overrides.tensor_types)
-    return replace(overrides, tensor_types=pairs, **single)
+    return replace(overrides, output_type=output, embedding_type=embedding, tensor_types=pairs)
 
 
 def _with_recipe(overrides: Overrides, found: Any, file: Path) -> Overrides:
