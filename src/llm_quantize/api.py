@@ -136,8 +136,8 @@ def verify(
     Raises UsageError or MalformedInputError where the artifact cannot be read at all, and what opening ``source``
     raises; with ``rederive`` UnsupportedError where nothing is recorded, and what ``quantize`` raises.
     """
+    from llm_quantize.made import Given
     from llm_quantize.provenance.check import check
-    from llm_quantize.provenance.record import Given
 
     given = Given(tuple(map(str, calibration_data)), _path(imatrix), _path(statistics))
     with heard(on_event, "verify") as sink:

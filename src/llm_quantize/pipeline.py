@@ -49,11 +49,11 @@ from llm_quantize.formats.base import Format, Importance
 from llm_quantize.formats.table import FORMATS, format_name, levels_of
 from llm_quantize.io.cache import cache_directory
 from llm_quantize.io.leftovers import allocated_bytes
+from llm_quantize.made import inputs_of, made_of
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.shared import SharedModel
 from llm_quantize.options import Options
 from llm_quantize.plan import ARITHMETIC, ArtifactPlan, spoken
-from llm_quantize.provenance.record import inputs_of, made_of
 
 __all__ = ["ArtifactResult", "Options", "Source", "fill", "open_source", "plan", "plan_source", "quantize"]
 

@@ -19,13 +19,17 @@ from llm_quantize.errors import IntegrityError, MalformedInputError, Unsupported
 from llm_quantize.formats.recipe import Recipe
 from llm_quantize.formats.recipe_file import write_recipe
 from llm_quantize.io.artifact_paths import manifest_path
+from llm_quantize.made import Given
 from llm_quantize.pipeline import quantize
-from llm_quantize.provenance.record import Given
 from llm_quantize.provenance.rederive import rederive
 from tests.blockwise.tiny import write_text
+from tests.fake_hub import COMMIT, FakeHub
 from tests.faults.forking import CommandLine
 from tests.faults.tiny_llama import write_tiny_llama
+from tests.models.test_hub import cache, point_to
 from tests.tiny_models import make_tiny
+
+__all__ = ["cache"]
 
 MIXED = {"model.layers.0.mlp.down_proj": "int2_g32", "model.layers.1.self_attn.o_proj": "int6", "lm_head": "int8_g32"}
 CASES = {
@@ -382,6 +386,28 @@ def test_the_built_in_model_needs_no_source(tmp_path: Path) -> None:
     found = rederive(tmp_path / "demo-llama-Q4_0.gguf")
     assert found.same
     assert found.source == "demo-llama"
+
+
+def test_a_commit_of_the_hub_is_fetched_again(
+    place: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source that the manifest names, at that commit; nothing else is asked for."""
+    files = {path.name: path.read_bytes() for path in (place / "tiny").iterdir()}
+    with FakeHub(files) as hub:
+        point_to(hub.url, monkeypatch)
+        assert run(["quantize", "org/model", "-q", "Q8_0", "-o", str(tmp_path)]) == 0
+        shutil.rmtree(cache)
+        found = llm_quantize.verify(tmp_path / "model-Q8_0.gguf", rederive=True, attest=tmp_path / "s.json")
+    assert found.ok
+    assert found.rederived is not None
+    assert (found.rederived.source, found.rederived.same) == ("org/model", True)
+    statement = json.loads((tmp_path / "s.json").read_bytes())
+    (weights,) = [
+        one
+        for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+        if one["name"] == "model.safetensors"
+    ]
+    assert weights["uri"].endswith(f"/org/model/resolve/{COMMIT}/model.safetensors")
 
 
 def test_progress_ends_whole(place: Path) -> None:

@@ -218,7 +218,7 @@ def finish_card(target: Target) -> None:
 
 def sealed_manifest(source: Source, target: Target, made: Mapping[str, Any]) -> bytes:
     """The manifest: deterministic, without times or machine names, so that it is as reproducible as the artifact.
-    ``made``: how to make it again (provenance/record.py)."""
+    ``made``: how to make it again (made.py)."""
     artifact = target.plan
     tensors = unit_records(target)
     matrices = matrix_records(target)

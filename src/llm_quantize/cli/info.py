@@ -35,7 +35,7 @@ def command(ctx: click.Context, as_json: bool, model: str, revision: str | None,
 
         with told(shown, "info") as sink:
             found = recipe_from(model, revision=revision, on_event=sink)
-        click.echo(recipe_bytes(found), nl=False)
+        click.echo(recipe_bytes(found).decode(), nl=False)
         return 0
     with told(shown, "info") as sink:
         facts = describe(model, revision=revision, on_event=sink)

@@ -69,8 +69,8 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, artifacts: tuple
     """
     from llm_quantize.errors import IntegrityError, UsageError
     from llm_quantize.io.artifact_files import artifacts_in
+    from llm_quantize.made import Given
     from llm_quantize.provenance.check import check
-    from llm_quantize.provenance.record import Given
     from llm_quantize.reports import terminal
 
     shown = mode(ctx, as_json, verbose)

@@ -10,7 +10,7 @@ from llm_quantize.artifacts.verify import verify
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, Part, ignore
 from llm_quantize.io.whole_file import refuse_existing, refuse_input, write_file
-from llm_quantize.provenance.record import Given
+from llm_quantize.made import Given
 from llm_quantize.provenance.rederive import rederive as made_again
 from llm_quantize.provenance.statement import files_of, statement_bytes, statement_of, unlike
 

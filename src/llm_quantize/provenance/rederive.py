@@ -3,7 +3,7 @@
 The same path as ``pipeline.quantize``, with the artifact in the place of the output (artifacts/compared_output.py):
 nothing of it is written, and no statistics that an earlier run kept are believed.
 
-The manifest may be a stranger's. It chooses no file of this machine (record.py), and its source is opened only where
+The manifest may be a stranger's. It chooses no file of this machine (made.py), and its source is opened only where
 the user gives it, where it is the built-in model, or at a commit of the hub. Its expressions are tried out in a process
 with few seconds before they are searched in names here.
 """
@@ -40,13 +40,13 @@ from llm_quantize.io.cache import kept_hashes
 from llm_quantize.io.content import contents
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.leftovers import discard_hidden, hold_hidden
+from llm_quantize.made import Given, Recorded, inputs_of, made_of, recorded, version_of, with_inputs
 from llm_quantize.models.hub.locate import BUILT_IN
 from llm_quantize.models.identity import SMALL_FILES
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.options import Options
 from llm_quantize.pipeline import fill, plan_source
 from llm_quantize.plan import ARITHMETIC, ArtifactPlan
-from llm_quantize.provenance.record import Given, Recorded, inputs_of, made_of, recorded, version_of, with_inputs
 
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+", re.ASCII)

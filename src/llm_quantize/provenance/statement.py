@@ -24,7 +24,7 @@ from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.artifact_paths import MANIFEST, manifest_path
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.output_file import file_sha256
-from llm_quantize.provenance.record import version_of
+from llm_quantize.made import version_of
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PROVENANCE = "https://slsa.dev/provenance/v1"

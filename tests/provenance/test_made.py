@@ -10,13 +10,13 @@ from typing import Any, get_type_hints
 
 import pytest
 
+from llm_quantize import made as record
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.formats.recipe import Origin, Recipe
+from llm_quantize.made import Given, inputs_of, made_of, recorded, with_inputs
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.options import CalibrationOptions, MethodOptions, Options
-from llm_quantize.provenance import record
-from llm_quantize.provenance.record import Given, inputs_of, made_of, recorded, with_inputs
 
 RECIPE = Recipe("mine", "Q4_0", {"blk.0.attn_v.weight": "q8_0"}, sha256="a" * 64, origin=Origin("f", "b", "llama", 2))
 EVERYTHING = Options(
