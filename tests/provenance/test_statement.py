@@ -88,9 +88,10 @@ def check_test_result(value: Any) -> None:
     assert value["result"] in ("PASSED", "WARNED", "FAILED")
     for one in value["configuration"]:
         check_descriptor(one, digest=False)
-    for key in ("passedTests", "failedTests"):
+    for key in ("passedTests", "warnedTests", "failedTests"):
         assert all(isinstance(name, str) for name in value[key])
     assert bool(value["failedTests"]) == (value["result"] == "FAILED")
+    assert bool(value["warnedTests"]) <= (value["result"] != "PASSED")
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,17 @@ def test_what_was_made_again(artifact: Path, place: Path, tmp_path: Path) -> Non
     for one in (statement, again):
         one["predicate"]["runDetails"].pop("metadata")
     assert statement_bytes(statement) == statement_bytes(again)
+
+
+def test_where_another_version_made_the_fronts_tests_are_stated(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No build of these very bytes took place: there is no provenance to be stated."""
+    monkeypatch.setattr(llm_quantize, "__version__", "9.9")
+    statement = attested(place / "tiny-Q4_0.gguf", tmp_path / "s.json", rederive=True, source=place / "tiny")
+    check_test_result(statement["predicate"])
+    assert statement["predicate"]["result"] == "WARNED"
+    assert statement["predicate"]["warnedTests"] == ["made again: every byte"]
 
 
 def test_a_commit_of_the_hub_is_named_by_its_address() -> None:

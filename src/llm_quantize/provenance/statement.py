@@ -1,8 +1,8 @@
 """What a verification found, as an in-toto Statement v1 that others can sign, keep and check.
 
 Owners of the fields: in-toto's attestation specification (Statement v1, ResourceDescriptor v1, the predicate Test
-Result v0.1) and SLSA (Provenance v1). An artifact that was made again here has provenance: this very run built it. Of
-one that was looked at only, the tests that it passed are stated. There are no paths and no names of users or machines
+Result v0.1) and SLSA (Provenance v1). An artifact that was made again here, to the byte, has provenance: this very run
+built it. Of any other, the tests that it passed are stated. There are no paths and no names of users or machines
 in it; what changes from run to run are the two times of a build.
 """
 
@@ -56,7 +56,7 @@ def statement_of(outcome: Verification, began: datetime) -> dict[str, Any]:
         ],
         **(
             {"predicateType": TEST_RESULT, "predicate": _tested(outcome)}
-            if again is None or manifest is None
+            if again is None or not again.same or manifest is None
             else {"predicateType": PROVENANCE, "predicate": _provenance(outcome, again, manifest, began)}
         ),
     }
@@ -78,17 +78,19 @@ def _tests(outcome: Verification) -> Iterator[tuple[str, bool]]:
 
 
 def _tested(outcome: Verification) -> dict[str, Any]:
-    tests = list(_tests(outcome))
+    wrong = [name for name, right in _tests(outcome) if not right]
+    failed = [] if outcome.ok else wrong
     file = manifest_path(outcome.path)
     configuration = [{"name": file.name, "digest": {"sha256": file_sha256(file)}}] if outcome.has_manifest else []
     return {
-        "result": "PASSED" if outcome.ok else "FAILED",
+        "result": "FAILED" if failed else "WARNED" if wrong else "PASSED",
         "configuration": [
             *configuration,
             {"name": f"llm-quantize verify {llm_quantize.__version__}", "uri": BUILDER},
         ],
-        "passedTests": [name for name, right in tests if right],
-        "failedTests": [name for name, right in tests if not right],
+        "passedTests": [name for name, right in _tests(outcome) if right],
+        "warnedTests": [name for name in wrong if name not in failed],
+        "failedTests": failed,
     }
 
 
@@ -117,7 +119,6 @@ def _provenance(
             "byproducts": [{"name": file.name, "digest": {"sha256": file_sha256(file)}}],
         },
         EXTENSION: {
-            "rederived": again.verdict,
             "reproduced": again.same,
             "tests": dict(_tests(outcome)),
             **({"cautions": list(again.cautions)} if again.cautions else {}),
