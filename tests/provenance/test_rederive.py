@@ -348,6 +348,15 @@ def test_absurd_records(
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
 
+def test_expressions_of_modules_are_tried_out_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_quantize.provenance.rederive._SECONDS", 2)
+    artifact = copied(made(place, "rtn")[0], tmp_path)
+    slow = r"^model\.layers\.0\.self_attn\.q_proj$|(([a-z]+[._]?)+)+_projection$"
+    rewritten(artifact, lambda content: content["made"]["options"]["method"].update(ignore=[slow]))
+    with pytest.raises(MalformedInputError, match="expressions"):
+        again(place, artifact, "rtn")
+
+
 def test_a_manifest_with_places_outside_of_its_files(place: Path, tmp_path: Path) -> None:
     for key, value in (("offset", -(1 << 40)), ("offset", 1 << 40), ("file", 7), ("bytes", 1 << 40)):
         artifact = copied(made(place, "gguf")[0], tmp_path / f"{key}{value}")

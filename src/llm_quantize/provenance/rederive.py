@@ -35,6 +35,7 @@ from llm_quantize.engine import ENGINES, stop_on_signals
 from llm_quantize.engine.limited import LimitedProcess
 from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError, printable
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.formats.modules import EDGES, select
 from llm_quantize.io.artifact_paths import hidden_directory, manifest_path
 from llm_quantize.io.cache import kept_hashes
 from llm_quantize.io.content import contents
@@ -176,7 +177,8 @@ def _try_expressions(model: Source, options: Options, file: Path) -> None:
     if not expressions:
         return
     names = {output.name for output in model.tensors.outputs} | model.checkpoint.tensors.keys()
-    names |= {name.removesuffix(".weight") for name in names}
+    if options.method.ignore:  # experts that are stored in one tensor have names of their own
+        names |= {module.name for module in select(model, edges=EDGES).modules}
     process = LimitedProcess("llm_quantize.provenance.expressions_child", {"names": sorted(names)}, memory=_MEMORY)
     process.ask({"expressions": expressions}, cpu=_SECONDS)
     answer = process.answer(1 << 16)
