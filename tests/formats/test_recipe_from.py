@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_the_file_made_has_the_types_of_theirs(theirs: Path, mine: Path, tmp_pat
     assert facts["llm_quantize.types_from"] == theirs.name
     recipe = recipe_from(theirs)
     assert recipe.origin is not None
-    assert facts["llm_quantize.types_from_sha256"] == recipe.origin.sha256
+    front = theirs.read_bytes()[: gguf.GGUFReader(theirs).data_offset]
+    assert facts["llm_quantize.types_from_sha256"] == recipe.origin.sha256 == hashlib.sha256(front).hexdigest()
     manifest = json.loads((tmp_path / f"{made.name}.manifest.json").read_text())
     assert manifest["made"]["recipe"]["from"]["file"] == theirs.name
     assert manifest["identity"]["recipe"] == recipe.sha256
@@ -199,6 +201,8 @@ def test_a_split_file_and_two_options(theirs: Path, mine: Path, tmp_path: Path) 
         assert recipe.tensors == whole.tensors
         assert recipe.origin is not None
         assert recipe.origin.file == "parts-UD-Q4_K_XL.gguf"
+        fronts = b"".join(part.read_bytes()[: read_gguf(part).data_start] for part in parts)
+        assert recipe.origin.sha256 == hashlib.sha256(fronts).hexdigest()
     parts[-1].unlink()
     with pytest.raises(UsageError, match="absent"):
         recipe_from(directory)

@@ -199,6 +199,8 @@ def test_another_source_is_found_and_named(place: Path, tmp_path: Path, case: st
     assert all("down_proj" in name or "blk.1.ffn_down" in name for name in found.sources)
     assert found.error() is not None
     assert "source" in str(found.error())
+    assert (found.left > 0) == (case in ("gptq", "gguf gptq"))
+    assert ("not made again" in "".join(found.lines())) == (found.left > 0)
 
 
 def test_another_configuration_of_the_source_is_found(place: Path, tmp_path: Path) -> None:

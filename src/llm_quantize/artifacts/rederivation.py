@@ -58,7 +58,8 @@ class Rederivation(Tabled):
     differ; ``sources``: tensors whose weights in the source are not those that it was made of; ``changed``: keys of the
     manifest that say otherwise; ``cautions``: why bytes might differ though nothing is wrong. ``other_version``: what
     the manifest says is otherwise by another version of this package alone. ``tensors`` and ``size`` (bytes) were
-    compared. ``dependencies``: the files that it was made from, where they were asked for."""
+    compared. ``dependencies``: the files that it was made from, where they were asked for. ``left``: matrices that
+    were not made again, as what text would run through differs already."""
 
     columns = ("file", "tensor", "rows", "count", "offset")
 
@@ -72,6 +73,7 @@ class Rederivation(Tabled):
     size: int
     other_version: bool = False
     dependencies: tuple[Dependency, ...] = ()
+    left: int = 0
 
     @property
     def same(self) -> bool:
@@ -100,6 +102,10 @@ class Rederivation(Tabled):
             yield one.text
         if self.changed:
             yield f"the manifest says otherwise: {', '.join(printable(key, 60) for key in self.changed)}"
+
+        if self.left:
+            matrices = counted(self.left, "matrix", "matrices")
+            yield f"{matrices} not made again: what text would run through differs already"
 
     def error(self) -> IntegrityError | None:
         """An error that names the first difference; None where every tensor is the same."""
@@ -136,6 +142,7 @@ class Rederivation(Tabled):
             "differences": self.rows(),
             **({"other_source": list(self.sources)} if self.sources else {}),
             **({"manifest_differs_in": list(self.changed)} if self.changed else {}),
+            **({"matrices_not_made_again": self.left} if self.left else {}),
             **({"cautions": list(self.cautions)} if self.cautions else {}),
         }
 

@@ -96,9 +96,12 @@ def rederive(
         cautions = list(_cautions(manifest, found, plan))
         for text in cautions:
             on_event(events.Caution(text))
-        held, changed = _compared(model, plan, importance, options, artifact, target, manifest, found, before, on_event)
+        held, changed, left = _compared(
+            model, plan, importance, options, artifact, target, manifest, found, before, on_event
+        )
         dependencies = _dependencies(model, manifest["made"], on_event) if digests else ()
-    return replace(_told(artifact, manifest, plan, held, changed, cautions), dependencies=dependencies)
+    told = _told(artifact, manifest, plan, held, changed, cautions)
+    return replace(told, left=left, dependencies=dependencies)
 
 
 def _unrecorded(artifact: Path, manifest: Mapping[str, Any] | None) -> UnsupportedError:
@@ -260,15 +263,15 @@ def _compared(
     found: Recorded,
     before: int,
     on_event: EventSink,
-) -> tuple[Held, list[str]]:
-    """What differs, and the keys of the manifest that do."""
+) -> tuple[Held, list[str], int]:
+    """What differs, the keys of the manifest that do, and how many matrices were not made again for it."""
     paths = [artifact / file.name for file in plan.files] if len(plan.files) > 1 else [artifact]
     absent = [path.name for path in paths if not path.is_file()]
     if absent:
         held = Held()
         for name in absent:
             held.of_file(name, None)
-        return held, _unlike(manifest["identity"], plan.identity)
+        return held, _unlike(manifest["identity"], plan.identity), 0
     threads, needed = preflight.fit([plan], threads=options.threads, max_ram=options.max_ram, before=before)
     fitted = preflight.Preflight(threads, needed, memory.memory_limit(options.max_ram), 0, 0, before)
     times = source_times(model.checkpoint)
@@ -278,28 +281,26 @@ def _compared(
     with output, stop_on_signals() as stop:
         one = Target(plan, output)
         pool = partial(ENGINES["threads"], threads=threads, stop=stop, resumable=False, hold=[])
-        unfinished: list[str] = []
+        left = 0
 
         def goes_on(target: Target) -> bool:
             """Whole matrices follow from text that runs through the rest: where that or their weights in the source
             differ, so do they."""
+            nonlocal left
             if plan.chained:
                 _compare_sources(model, plan, places, output.held, on_event)
-            if plan.chained and not output.held.same:
-                unfinished.append(f"{len(target.plan.matrices)} matrices")
-            return not unfinished
+                left = 0 if output.held.same else len(target.plan.matrices)
+            return not left
 
         fill(model, [one], importance, options, fitted, pool, stop, on_event, goes_on=goes_on)
         refuse_changed(model.checkpoint, times)
         output.finish(b"")
         changed = _unlike(manifest["identity"], plan.identity)
-        if not unfinished and output.held.same:
+        if not left and output.held.same:
             made = made_of(one, options, found.name, inputs)
             again = read_sealed(sealed_manifest(model, one, made))
             changed += [key for key in _unlike(manifest, again) if key not in ("identity", "plan_sha256", "made")]
-    if unfinished:
-        on_event(events.Note(f"{unfinished[0]} were not made again: what text would run through differs already"))
-    return output.held, changed
+    return output.held, changed, left
 
 
 def _compare_sources(
