@@ -19,6 +19,7 @@ SECTIONS = {
         "Overrides",
         "Recipe",
         "read_recipe",
+        "recipe_from",
     ),
     "Results": (
         "Results",

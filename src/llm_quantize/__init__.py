@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llm_quantize.formats.recipe import Recipe
     from llm_quantize.formats.recipe_file import read_recipe
     from llm_quantize.methods.gptq_options import GptqOptions
+    from llm_quantize.models.recipes import recipe_from
     from llm_quantize.options import CalibrationOptions, MeasurementOptions, MethodOptions, Options
     from llm_quantize.plan import ArtifactPlan
     from llm_quantize.reports.findings import ComparisonResult
@@ -49,6 +50,7 @@ _PUBLIC = {
     "Overrides": "formats.gguf.levels",
     "Recipe": "formats.recipe",
     "read_recipe": "formats.recipe_file",
+    "recipe_from": "models.recipes",
     "ModelInfo": "results",
     "ArtifactPlan": "plan",
     "ArtifactResult": "artifacts.result",
@@ -94,6 +96,7 @@ __all__ = [
     "plan",
     "quantize",
     "read_recipe",
+    "recipe_from",
     "recommend",
     "run",
     "verify",

@@ -128,6 +128,14 @@ def verify(
     source: str | Path | None = None,
     revision: str | None = None,
     lora: str | Path | Sequence[str | Path] = (),
+    rederive: bool = False,
+    calibration_data: Sequence[str | Path] = (),
+    imatrix: str | Path | None = None,
+    statistics: str | Path | None = None,
+    attest: str | Path | None = None,
+    against: str | Path | None = None,
+    threads: int | None = None,
+    max_ram: int | None = None,
     on_event: EventSink | None = None,
 ) -> Verification:
     """Check every tensor of ``artifact``: structure, the hashes of its manifest, finite values, and with ``source``
@@ -136,14 +144,38 @@ def verify(
     ``artifact``: a GGUF file, the directory of a split one, or a model directory, also of other tools. What is wrong is
     in the result (``ok``, ``all_problems``, ``raise_on_problems``).
 
-    Raises UsageError or MalformedInputError where the artifact cannot be read at all, and what opening ``source``
-    raises.
-    """
-    from llm_quantize.artifacts import verify as verification
+    ``rederive``: make one of ours again from what its manifest records, and compare every byte (``rederived`` of the
+    result). Its source is ``source``, else the hub's commit or built-in model that it was made from; the user's files
+    that it was made with are given again: texts (``calibration_data``), ``imatrix``, ``statistics``. ``threads`` and
+    ``max_ram`` (bytes) bound that.
+    ``attest``: a file to write, an in-toto statement of what was found. ``against``: such a file, whose hashes the
+    artifact's files are held against.
 
+    Raises UsageError or MalformedInputError where the artifact cannot be read at all, and what opening ``source``
+    raises; with ``rederive`` UnsupportedError where nothing is recorded, and what ``quantize`` raises.
+    """
+    from llm_quantize.made import Given
+    from llm_quantize.provenance.check import check
+
+    given = Given(tuple(map(str, calibration_data)), _path(imatrix), _path(statistics))
     with heard(on_event, "verify") as sink:
-        model = None if source is None else str(source)
-        return verification.verify(artifact, source=model, revision=revision, lora=_adapters(lora), on_event=sink)
+        return check(
+            artifact,
+            source=None if source is None else str(source),
+            revision=revision,
+            lora=_adapters(lora),
+            rederive=rederive,
+            given=given,
+            attest=_path(attest),
+            against=_path(against),
+            threads=threads,
+            max_ram=max_ram,
+            on_event=sink,
+        )
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 def evaluate(

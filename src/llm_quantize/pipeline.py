@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -46,16 +47,17 @@ from llm_quantize.calibration import choose
 from llm_quantize.engine import ENGINES, stop_on_signals
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.formats.base import Importance
+from llm_quantize.formats.base import Format, Importance
 from llm_quantize.formats.table import FORMATS, format_name, levels_of
 from llm_quantize.io.cache import cache_directory
 from llm_quantize.io.leftovers import allocated_bytes
+from llm_quantize.made import inputs_of, made_of
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.shared import SharedModel
 from llm_quantize.options import Options
 from llm_quantize.plan import ARITHMETIC, ArtifactPlan, spoken
 
-__all__ = ["ArtifactResult", "Options", "Source", "open_source", "plan", "plan_source", "quantize"]
+__all__ = ["ArtifactResult", "Options", "Source", "fill", "open_source", "plan", "plan_source", "quantize"]
 
 Pool = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
@@ -135,7 +137,8 @@ def quantize(
             ignore_space=options.ignore_space,
             engine=options.engine,
         )
-        written = _write_all(source, todo, importance, options, fitted, vouched.times, write) if todo else {}
+        stem = _file_stem(name or source.checkpoint.name)
+        written = _write_all(source, todo, importance, options, stem, fitted, vouched.times, write) if todo else {}
         for path in written:
             vouched.keep(path)
     results = []
@@ -196,7 +199,7 @@ def plan_source(
             remedy=f"name one or more with -q, for example -q {form.example}",
         )
     stem = _file_stem(name or source.stem)
-    plans = form.plan(source, levels, stem, importance, options)
+    plans = _asked(form, source, levels, stem, importance, options)
     if isinstance(importance, choose.Text):
         # A level that no text makes (int16 of CTranslate2, beside int8) is the same file whatever the others need.
         typed = [replace(plan, identity={**plan.identity, ARITHMETIC: importance.dtype}) for plan in plans]
@@ -204,6 +207,17 @@ def plan_source(
     if options.judged:
         plans = [replace(plan, judged=True, identity={**plan.identity, "judged": True}) for plan in plans]
     return _named([_estimated(source, plan, importance, options) for plan in plans], stem, name)
+
+
+def _asked(
+    form: Format, source: Source, levels: Sequence[str], stem: str, importance: Importance | None, options: Options
+) -> list[ArtifactPlan]:
+    """The plan of each level, with the level as the user named it: the first name, where several mean the same."""
+    plans = form.plan(source, levels, stem, importance, options)
+    if len(plans) == len(levels):
+        return [replace(plan, asked=level) for plan, level in zip(plans, levels, strict=True)]
+    names = {one.name: level for level in reversed(levels) for one in form.plan(source, [level], stem, None, options)}
+    return [replace(plan, asked=names[plan.name]) for plan in plans]
 
 
 def _named(plans: list[ArtifactPlan], stem: str, name: str | None) -> list[ArtifactPlan]:
@@ -240,60 +254,83 @@ def _recheck(source: Source, targets: Sequence[Target], deep: bool, pool: Pool, 
         on_event(events.Check(what="finished parts", done=done, total=total))
 
 
+def fill(
+    source: Source,
+    targets: Sequence[Target],
+    importance: choose.Chosen | None,
+    options: Options,
+    fitted: preflight.Preflight,
+    pool: Pool,
+    stop: threading.Event,
+    on_event: EventSink,
+    *,
+    goes_on: Callable[[Target], bool] = lambda _: True,
+) -> None:
+    """Quantize what is missing into the open outputs of ``targets``, in ``pool``: single tensors first, for all at
+    once, then for each that ``goes_on`` lets what a method does with whole matrices."""
+    plans = [target.plan for target in targets]
+    costs = [sum(map(effort.rounding, plans)), *map(effort.solving, plans)]
+    round_all, *solves = events.parts(on_event, costs)
+    policy = Policy(SharedModel(source.checkpoint), options.nonfinite, source.files)
+    units = list(missing_units(targets, choose.rows_of(source, importance)))
+    total = sum(unit_weights(targets, unit) for unit in units)
+    facts = {"total": total, "threads": fitted.threads, "memory_needed": fitted.memory_needed}
+    on_event(events.Start(**facts, resumed_units=sum(len(target.output.records) for target in targets)))
+    finished = 0
+    opened = tuple(target.output.opened for target in targets)
+    too_large, judged = (tuple(getattr(plan, name) for plan in plans) for name in ("too_large", "judged"))
+    rounding = Rounding(policy, tuple(plan.tensors for plan in plans), opened, too_large, judged)
+    for records in pool(rounding, units):
+        for record in records:
+            targets[record.artifact].keep(record)
+            finished += record.weights
+        round_all(events.Progress(done=finished, total=total))
+    for target, solve in zip(targets, solves, strict=True):
+        if not goes_on(target):
+            continue
+        if target.plan.matrices:
+            began = time.process_time()
+            solve_matrices(source, target, policy, importance, options, fitted, stop, solve)
+            target.seconds += time.process_time() - began
+        finish_card(target)
+
+
 def _write_all(
     source: Source,
     todo: Sequence[tuple[ArtifactPlan, Path]],
     importance: choose.Chosen | None,
     options: Options,
+    stem: str,
     fitted: preflight.Preflight,
     times: list[list[Any]],
     on_event: EventSink,
 ) -> dict[Path, ArtifactResult]:
-    """Quantize what is missing into every open output, then put each in place. ``times``: of the source's files."""
-    threads = fitted.threads
-    rows = choose.rows_of(source, importance)
+    """Quantize what is missing into every open output, then put each in place. ``stem``: what artifacts are called
+    without their level; ``times``: of the source's files."""
+    inputs = inputs_of(options, importance)
     plans_todo = [artifact for artifact, _ in todo]
-    costs = [effort.solving(artifact) for artifact in plans_todo]
-    rounds = sum(effort.rounding(artifact) for artifact in plans_todo)
-    round_all, *solves, finish = events.parts(on_event, [rounds, *costs, sum(map(effort.finishing, plans_todo))])
-    policy = Policy(SharedModel(source.checkpoint), options.nonfinite, source.files)
+    work = sum(effort.rounding(one) + effort.solving(one) for one in plans_todo)
+    filling, finish = events.parts(on_event, [work, sum(map(effort.finishing, plans_todo))])
     with ExitStack() as stack, stop_on_signals() as stop:
         targets = [
             Target(artifact, stack.enter_context(open_output(artifact, path, options, on_event)))
             for artifact, path in todo
         ]
         held = [lock for target in targets for lock in target.output.locks]
-        pool = partial(ENGINES[options.engine], threads=threads, stop=stop, resumable=options.checkpoints, hold=held)
+        engine, threads = ENGINES[options.engine], fitted.threads
+        pool = partial(engine, threads=threads, stop=stop, resumable=options.checkpoints, hold=held)
         deep = any(target.output.notes.get("source_times") != times for target in targets)
         _recheck(source, targets, deep, pool, events.Part(on_event, 0.0, 0.0))
         resumed = {path: len(target.output.records) for target, (_, path) in zip(targets, todo, strict=True)}
         for target in targets:
             target.output.note({"source_times": times})
-        units = list(missing_units(targets, rows))
-        total = sum(unit_weights(targets, unit) for unit in units)
-        facts = {"total": total, "threads": threads, "memory_needed": fitted.memory_needed}
-        on_event(events.Start(**facts, resumed_units=sum(resumed.values())))
-        finished = 0
-        plans = tuple(target.plan.tensors for target in targets)
-        opened = tuple(target.output.opened for target in targets)
-        too_large, judged = zip(*((target.plan.too_large, target.plan.judged) for target in targets), strict=True)
-        rounding = Rounding(policy, plans, opened, too_large, judged)
-        for records in pool(rounding, units):
-            for record in records:
-                targets[record.artifact].keep(record)
-                finished += record.weights
-            round_all(events.Progress(done=finished, total=total))
-        for target, solve in zip(targets, solves, strict=True):
-            if target.plan.matrices:
-                began = time.process_time()
-                solve_matrices(source, target, policy, importance, options, fitted, stop, solve)
-                target.seconds += time.process_time() - began
-            finish_card(target)
+        fill(source, targets, importance, options, fitted, pool, stop, filling)
         refuse_changed(source.checkpoint, times)
         finish(events.Stage("finish"))
         sound = not options.exact or all((conversion_of(target) or {}).get("worst") is None for target in targets)
         for target in targets if sound else ():
-            target.output.finish(sealed_manifest(source, target))
+            made = made_of(target, options, stem, inputs)
+            target.output.finish(sealed_manifest(source, target, made))
     for target, (_, path) in () if sound else zip(targets, todo, strict=True):
         error = discard_inexact(source, target, path, options)
         if error is not None:

@@ -175,6 +175,7 @@ class ArtifactPlan(Tabled):
     should know, or may like to; ``details``: {such a sentence: the whole list behind it}. ``substituted``: tensors that
     have not the type of the level. ``silent``: {what an importance says nothing of, and what that means: the
     tensors}. ``cost``: what making it takes. ``judged``: what becomes of each tensor is told (artifacts/verdict.py).
+    ``asked``: the level as the user named it.
     """
 
     columns = ("name", "shape", "type", "bytes")
@@ -201,6 +202,7 @@ class ArtifactPlan(Tabled):
     silent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cost: Cost | None = None
     judged: bool = False
+    asked: str = ""
 
     @property
     def size(self) -> int:

@@ -199,6 +199,8 @@ COMMANDS = (
     Command("info-awq", "info OUT/odd-AWQ-4bit-g8", (_AWQ,)),
     Command("info-ct", "info OUT/mixture-W4A16-g64", (_CT,)),
     Command("info-safetensors", "info OUT/mixture-F16", (_PLAIN,)),
+    Command("recipe-of-gguf", "info OUT/dense-Q4_K_M.gguf --recipe", (_GGUF,)),
+    Command("recipe-of-gptq", "info OUT/dense-GPTQ-4bit --recipe", (_GPTQ,)),
     Command("plan-gguf", "plan dense gguf -q Q4_K_M -q IQ4_XS --threads 2"),
     Command("plan-gguf-small", "plan dense gguf -q IQ2_XS --threads 2"),
     Command("plan-gguf-gptq", "plan mixture gguf -q Q4_K_M --method gptq --threads 2"),
@@ -216,6 +218,8 @@ COMMANDS = (
     Command("verify-awq", "verify OUT/odd-AWQ-4bit-g8", (_AWQ,)),
     Command("verify-ct", "verify OUT/mixture-W4A16-g64 --source mixture", (_CT,)),
     Command("verify-safetensors", "verify OUT/mixture-F16 --source mixture", (_PLAIN,)),
+    Command("rederive-gguf", "verify OUT/dense-Q4_K_M.gguf --rederive --source dense --threads 2", (_GGUF,)),
+    Command("rederive-refused", "verify OUT/dense-Q4_K_M.gguf --rederive --source mixture --threads 2", (_GGUF,)),
     Command("verify-refused", "verify OUT/dense-Q4_K_M.gguf --source mixture", (_GGUF,)),
     Command(
         "quality-dense",

@@ -9,6 +9,9 @@ numpy and BLAS; origin.json notes those of the machine that made the files. On t
 Elsewhere the weights may differ, so compared are: exit codes, warnings, names and sizes, files without weights whole,
 the headers of the others, manifests without what depends on weights; figures of quality with a tolerance.
 
+**How it was made** (the manifest's "made") is not among it, as it names the versions of torch; what stands there is
+held by tests/provenance. Hashes of manifests are of the same bytes without it.
+
 **Memory** is told in memory.json only: such a figure may change on purpose, and then shows in a small difference.
 Plans start from what the process holds, which differs from run to run; /proc says RESIDENT here, whoever asks, and
 that torch is not among it.
@@ -34,6 +37,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import llm_quantize
 from llm_quantize import memory
+from llm_quantize.artifacts.manifest import SEAL, manifest_bytes
 from llm_quantize.cli import run
 from tests.golden.cases import Case, Command
 
@@ -46,7 +50,7 @@ MEMORY = {"memory", "memory_needed", "memory_planned", "placement", "usable_ram"
 # Among the reasons of `recommend`.
 MEMORY_TEXT = re.compile(r"\d [kMG]B\b")
 # In a manifest: what changes with the version alone.
-VERSIONED = {"version", "plan_sha256", "manifest_sha256"}
+VERSIONED = {"version", "plan_sha256", "manifest_sha256", "made"}
 # In a manifest: what depends on weights, or on statistics of torch.
 WEIGHTS = VERSIONED | {"sha256", "card_sha256", "front_sha256", "layout_sha256", "imatrix"}
 WEIGHTS |= {"loss", "plain_loss", "plain_rows", "measured", "tokens"}  # an expert gets other tokens too
@@ -156,7 +160,18 @@ def hashes(directory: Path) -> dict[str, str]:
     """SHA-256 of every file below ``directory``; of a run that stopped the names alone, as journals hold times."""
     names = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
     stopped = any(name.endswith(".journal") for name in names)
-    return {name: "unfinished" if stopped else _sha(path.read_bytes()) for name, path in names.items()}
+    return {name: "unfinished" if stopped else _sha(_without_made(path)) for name, path in names.items()}
+
+
+def _without_made(path: Path) -> bytes:
+    """The bytes of a file; of a manifest those that it would have if it did not say how its artifact was made."""
+    data = path.read_bytes()
+    if not path.name.endswith("manifest.json"):
+        return data
+    content = json.loads(data)
+    if content.pop("made", None) is None:
+        return data
+    return manifest_bytes({key: value for key, value in content.items() if key != SEAL})
 
 
 def outline(directory: Path) -> dict[str, Any]:

@@ -238,8 +238,9 @@ def finish_card(target: Target) -> None:
     target.output.record(CARD_UNIT, {"sha256": hashlib.sha256(data).hexdigest()})
 
 
-def sealed_manifest(source: Source, target: Target) -> bytes:
-    """The manifest: deterministic, without times or machine names, so that it is as reproducible as the artifact."""
+def sealed_manifest(source: Source, target: Target, made: Mapping[str, Any]) -> bytes:
+    """The manifest: deterministic, without times or machine names, so that it is as reproducible as the artifact.
+    ``made``: how to make it again (made.py)."""
     artifact = target.plan
     tensors = unit_records(target)
     matrices = matrix_records(target)
@@ -261,5 +262,6 @@ def sealed_manifest(source: Source, target: Target) -> bytes:
         **({"measured": measured} if measured else {}),
         **({} if verdict is None else {"conversion": verdict}),
         **({"card_sha256": card["sha256"]} if card else {}),
+        "made": dict(made),
     }
     return manifest_bytes(content)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_quantize.artifacts.manifest import NONFINITE_FACTS
+from llm_quantize.artifacts.rederivation import Rederivation
 from llm_quantize.errors import IntegrityError
 from llm_quantize.io.files_at import HASH_CHUNK
 from llm_quantize.io.paths import read_range
@@ -48,7 +49,8 @@ class TensorCheck:
 @dataclass(repr=False)
 class Verification(Tabled):
     """The outcome. ``problems`` are about the artifact as a whole; each tensor has its own. ``notes``: what a reader of
-    the errors should know."""
+    the errors should know. ``rederived``: what making it again told, where that was asked for; ``statement``: the file
+    that says all of it to others."""
 
     columns = ("name", "type", "hash", "relative_error", "problems")
 
@@ -58,11 +60,14 @@ class Verification(Tabled):
     tensors: list[TensorCheck]
     problems: list[str]
     notes: list[str] = field(default_factory=list)
+    rederived: Rederivation | None = None
+    statement: Path | None = None
 
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong."""
-        return not self.problems and not any(tensor.problems for tensor in self.tensors)
+        again = self.rederived is None or self.rederived.same_tensors
+        return again and not self.problems and not any(tensor.problems for tensor in self.tensors)
 
     def all_problems(self) -> list[str]:
         """Every problem in one list, tensor names in front."""
@@ -72,7 +77,7 @@ class Verification(Tabled):
         """An error that names the first problem, if there is any."""
         problems = self.all_problems()
         if not problems:
-            return None
+            return None if self.rederived is None else self.rederived.error()
         return IntegrityError(
             "the artifact is not what it should be",
             file=self.path,
@@ -96,6 +101,8 @@ class Verification(Tabled):
             "compared_with_source": self.compared,
             "problems": self.all_problems(),
             **({"notes": self.notes} if self.notes else {}),
+            **({} if self.rederived is None else {"rederived": self.rederived.to_dict()}),
+            **({} if self.statement is None else {"statement": str(self.statement)}),
             "tensors": self.rows(),
             **(error.to_dict() if error is not None else {}),
         }
@@ -103,7 +110,8 @@ class Verification(Tabled):
     def summary(self) -> dict[str, Any]:
         """Whether it is right, and of how many tensors that is said."""
         facts = {"path": self.path, "ok": self.ok, "tensors": len(self.tensors), "problems": len(self.all_problems())}
-        return facts | {"manifest": self.has_manifest, "compared": self.compared}
+        facts |= {"manifest": self.has_manifest, "compared": self.compared}
+        return facts if self.rederived is None else facts | {"rederived": self.rederived.verdict}
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each tensor: its hash, its counts, its error against the source."""

@@ -145,10 +145,16 @@ def _foreseen(source: Source, options: CalibrationOptions) -> Foreseen:
 
 
 def collected(
-    source: Source, format: str, options: Options, on_event: EventSink, *, before: int | None = None
+    source: Source,
+    format: str,
+    options: Options,
+    on_event: EventSink,
+    *,
+    before: int | None = None,
+    directory: Path | None = None,
 ) -> Imatrix | Text:
     """What was only foreseen: the values of a calibration, kept and reused by every later run of the same model and
-    text; or the text itself, where the method runs it through the model.
+    text (in ``directory``, None: the cache); or the text itself, where the method runs it through the model.
 
     Raises MissingExtraError without torch, and what reading the text and calibrating raises.
     """
@@ -157,7 +163,8 @@ def collected(
     from llm_quantize.calibration.collect import calibrate
 
     need_torch("calibration", "torch", "transformers")
-    return from_statistics(calibrate(source, options.calibration, before=before, on_event=on_event).path, source)
+    found = calibrate(source, options.calibration, before=before, directory=directory, on_event=on_event)
+    return from_statistics(found.path, source)
 
 
 def rows_of(source: Source, importance: Chosen | None) -> dict[str, npt.NDArray[np.float32]]:

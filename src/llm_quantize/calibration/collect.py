@@ -71,7 +71,7 @@ MAX_PARTS = 4
 @dataclass
 class _Run:
     """One calibration: what stays the same for all its parts, and what it cost so far. ``times``: of the source's files
-    before the hash in ``model`` was asked for."""
+    before the hash in ``model`` was asked for; ``directory``: where statistics are kept."""
 
     source: Source
     options: CalibrationOptions
@@ -81,6 +81,7 @@ class _Run:
     windows: Windows
     kinds: tuple[str, ...]
     dtype: DType
+    directory: Path
     on_event: EventSink
     before: int | None = None
     network: Network | None = None
@@ -98,10 +99,15 @@ class _Run:
 
 
 def calibrate(
-    source: Source, options: CalibrationOptions, *, before: int | None = None, on_event: EventSink = ignore
+    source: Source,
+    options: CalibrationOptions,
+    *,
+    before: int | None = None,
+    directory: Path | None = None,
+    on_event: EventSink = ignore,
 ) -> Calibration:
-    """Statistics of ``source`` over the text of ``options``; kept in ``cache_directory`` under the hashes of both.
-    ``before``: bytes that were resident when the run began (``memory.peak``).
+    """Statistics of ``source`` over the text of ``options``; kept in ``directory`` (None: that of ``cache_directory``)
+    under the hashes of both. ``before``: bytes that were resident when the run began (``memory.peak``).
 
     The same call finds them again, and continues what was interrupted, ending in the same bytes. Raises
     MissingExtraError without torch; ResourceError before any work where memory or disk do not suffice;
@@ -111,7 +117,7 @@ def calibrate(
     for name in ("torch", "transformers"):
         if find_spec(name) is None:
             raise MissingExtraError("calibration", "torch")
-    state = _open_run(source, options, before, on_event)
+    state = _open_run(source, options, before, directory or cache_directory() / "statistics", on_event)
     path = _part_path(state, 0, state.windows.samples)
     reused = path.is_file()
     paths, total = [_collect(state, 0, state.windows.samples)], state.windows.samples
@@ -125,7 +131,7 @@ def calibrate(
         on_event(events.Note(f"{text}; drawing {count} more windows of text"))
         paths.append(_collect(state, total, count))
         total += count
-        merged = _merge(paths, on_event)
+        merged = _merge(paths, state.directory, on_event)
         short = _short(merged, options.expert_minimum)
     return _result(state, merged, total, short, reused=reused and state.computed == 0)
 
@@ -155,12 +161,14 @@ def _result(state: _Run, path: Path, total: int, short: Mapping[str, tuple[int, 
     )
 
 
-def _open_run(source: Source, options: CalibrationOptions, before: int | None, on_event: EventSink) -> _Run:
+def _open_run(
+    source: Source, options: CalibrationOptions, before: int | None, directory: Path, on_event: EventSink
+) -> _Run:
     windows, facts = draw_windows(source, options, on_event)
     times = source_times(source.checkpoint)
     model = {"name": source.checkpoint.name, "sha256": source.content(on_event)}
     kinds = check_kinds(options.collect)
-    state = _Run(source, options, model, times, facts, windows, kinds, "float32", on_event, before=before)
+    state = _Run(source, options, model, times, facts, windows, kinds, "float32", directory, on_event, before=before)
     _refuse_early(state)
     state.dtype = compute_dtype(source, options.device)
     return state
@@ -189,11 +197,11 @@ def compute_dtype(source: Source, device: str) -> DType:
 def _part_path(state: _Run, start: int, count: int) -> Path:
     identity = state.identity(start, count)
     key = canonical_json({"model": identity.model, "text": identity.text, "kinds": list(state.kinds)})
-    return _cached(hashlib.sha256(key).hexdigest())
+    return _kept_in(state.directory, hashlib.sha256(key).hexdigest())
 
 
-def _cached(digest: str) -> Path:
-    return cache_directory() / "statistics" / f"{digest[:32]}.safetensors"
+def _kept_in(directory: Path, digest: str) -> Path:
+    return directory / f"{digest[:32]}.safetensors"
 
 
 def _short(path: Path, minimum: int) -> dict[str, tuple[int, ...]]:
@@ -201,8 +209,8 @@ def _short(path: Path, minimum: int) -> dict[str, tuple[int, ...]]:
         return {entry.tap: entry.short for entry in coverage(statistics, minimum) if entry.short}
 
 
-def _merge(paths: Sequence[Path], on_event: EventSink) -> Path:
-    target = _cached(hashlib.sha256(canonical_json([path.name for path in paths])).hexdigest())
+def _merge(paths: Sequence[Path], directory: Path, on_event: EventSink) -> Path:
+    target = _kept_in(directory, hashlib.sha256(canonical_json([path.name for path in paths])).hexdigest())
     if not is_kept(target, merged_identity(paths), on_event):
         merge_statistics(paths, target)
         facts = {"identity": {"parts": [path.name for path in paths]}}

@@ -84,12 +84,17 @@ def load_texts(items: Sequence[str] = ()) -> Corpus:
     raises: AccessError, MalformedInputError, MissingExtraError, ResourceError.
     """
     weights: dict[tuple[str, bool], float] = {}
-    for item in items or (DEFAULT,):
-        for name, built_in, weight in _parsed(item):
-            key = (name if built_in else _same(name, weights), built_in)
-            weights[key] = weights.get(key, 0.0) + weight
+    for name, built_in, weight in text_items(items):
+        key = (name if built_in else _same(name, weights), built_in)
+        weights[key] = weights.get(key, 0.0) + weight
     total = sum(weights.values())
     return Corpus(tuple(_dataset(*key, weight / total) for key, weight in weights.items()))
+
+
+def text_items(items: Sequence[str] = ()) -> list[tuple[str, bool, float]]:
+    """(name or path, whether it is built in, weight as given) of every set and file that ``items`` mean, in order.
+    Raises UsageError as ``load_texts``."""
+    return [found for item in items or (DEFAULT,) for found in _parsed(item)]
 
 
 def _parsed(item: str) -> Iterator[tuple[str, bool, float]]:

@@ -88,6 +88,9 @@ def recipe_options(function: Function) -> Function:
                      help="Level, for example Q4_K_M (all are listed below); repeat for several in one read."),
         click.option("--recipe", type=click.Path(dir_okay=False), metavar="FILE",
                      help="Instead of a level: a type for each tensor, as analyze profile writes it."),
+        click.option("--recipe-from", metavar="FILE",
+                     help="Instead of a level: the types of someone's GGUF file of a model of this shape, a path or "
+                     "ORG/NAME:FILE of the hub; for compressed-tensors the grids of a directory. Reads headers only."),
         click.option("-n", "--name", help="Name of the output without level and suffix. [default: the model's name]"),
         click.option("--output-type", metavar="TYPE", help="Type of output.weight."),
         click.option("--embedding-type", metavar="TYPE", help="Type of token_embd.weight."),
@@ -158,7 +161,6 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
     from pathlib import Path
 
     from llm_quantize.formats.gguf.levels import Overrides, parse_qtype
-    from llm_quantize.formats.recipe_file import read_recipe
     from llm_quantize.pipeline import Options
 
     def typed(name: str | None) -> str | None:
@@ -169,7 +171,7 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
         embedding_type=typed(arguments["embedding_type"]),
         tensor_types=tuple((expression, parse_qtype(name)) for expression, name in arguments["tensor_types"]),
         pure=arguments["pure"],
-        recipe=read_recipe(arguments["recipe"]) if arguments["recipe"] else None,
+        recipe=_recipe(arguments),
         fallback=arguments["fallback"],
     )
     paths = {key: arguments.get(key) for key in ("imatrix", "statistics", "checkpoint_dir")}
@@ -193,6 +195,20 @@ def build_options(arguments: Mapping[str, Any]) -> Any:
     )
 
 
+def _recipe(arguments: Mapping[str, Any]) -> Any:
+    """The recipe of the command line, None where there is none. Raises UsageError for two, and what reading raises."""
+    from llm_quantize.errors import UsageError
+    from llm_quantize.formats.recipe_file import read_recipe
+    from llm_quantize.models.recipes import recipe_from
+
+    file, other = arguments["recipe"], arguments["recipe_from"]
+    if file and other:
+        raise UsageError("only one of these can be given", found="--recipe and --recipe-from")
+    if other:
+        return recipe_from(other)
+    return read_recipe(file) if file else None
+
+
 def chosen_levels(arguments: Mapping[str, Any], options: Any) -> tuple[str, ...]:
     """The levels of the command line, or the one that the recipe of ``options`` builds on."""
     from llm_quantize.errors import UsageError
@@ -201,7 +217,8 @@ def chosen_levels(arguments: Mapping[str, Any], options: Any) -> tuple[str, ...]
     if recipe is None:
         return tuple(arguments["levels"])
     if arguments["levels"]:
-        raise UsageError("a recipe is a level of its own", found=f"--recipe and -q {arguments['levels'][0]}")
+        option = "--recipe" if arguments["recipe"] else "--recipe-from"
+        raise UsageError("a recipe is a level of its own", found=f"{option} and -q {arguments['levels'][0]}")
     return (recipe.level,)
 
 

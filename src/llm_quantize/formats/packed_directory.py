@@ -6,6 +6,7 @@ it, is kept in the type it is stored in (FP8 as BF16 and without its scales, F64
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from llm_quantize.formats.idle_options import OF_DIRECTORIES, OF_GRIDS, refuse_i
 from llm_quantize.formats.keeping import Kept, float_of, keeping, scale_of
 from llm_quantize.formats.kv_cache import holders
 from llm_quantize.formats.modules import EDGES, HEAD, Module, Selection, coverage, head_of, select
-from llm_quantize.formats.packed_recipe import bits_per_weight, by_grid, named, types_of
+from llm_quantize.formats.packed_recipe import as_far_as_both, bits_per_weight, by_grid, named, types_of
 from llm_quantize.formats.recipe import Recipe, no_recipes
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.qtypes.codebook import IN_COMMON, CodebookType
@@ -148,7 +149,13 @@ class PackedFormat:
         """The artifact STEM-LABEL (LABEL: GPTQ-4bit, AWQ-4bit, W4A16, ...)."""
         form, method = self.form, options.method
         recipe = options.overrides.recipe
-        found = select(source, method.ignore, edges=EDGES if form.EDGES else self._edges(source, recipe))
+        edges = EDGES if form.EDGES else self._edges(source, recipe)
+        found, unlike = select(source, method.ignore, edges=edges), dict[str, tuple[str, ...]]()
+        if recipe is not None and recipe.origin is not None:
+            recipe.origin.refuse_unlike(source.architecture.gguf_name, source.architecture.hyper.n_layer)
+            recipe, kept, unlike = as_far_as_both(recipe, found.modules)
+            ignore = (*method.ignore, *(f"^{re.escape(name)}$" for name in kept))
+            found = select(source, ignore, edges=edges)
         if not found.packed:
             raise UsageError(
                 "nothing is left to pack", found=f"{len(found.ignored)} modules ignored", remedy="see --ignore"
@@ -206,15 +213,15 @@ class PackedFormat:
             include=method.include,
             qtype=scheme.qtype.name,
             measured=options.statistics is None and method.stages(self.name).corrects,
-            warnings=[*warnings, *cautions],
-            notes=why,
+            warnings=[*warnings, *cautions, *unlike],
+            notes=(*(() if recipe is None or recipe.origin is None else recipe.origin.notes()), *why),
             too_large=_TOO_LARGE,
             dropped=found.dropped,
         )
         plan = plan_files(source, contents)
         floats = transform.changes(source)
         held = frozenset(index for index, tensor in enumerate(plan.tensors) if tensor.name in floats)
-        return replace(plan, held=held)
+        return replace(plan, held=held, details={**plan.details, **unlike})
 
     def _edges(self, source: Source, recipe: Recipe | None) -> tuple[str, ...]:
         """The output matrix, where a recipe names it. Raises UsageError for a type that heads cannot have."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.base import mixture_of
 from llm_quantize.formats.modules import Module, joined_with
 from llm_quantize.formats.recipe import Recipe
+from llm_quantize.measures.amounts import counted
 from llm_quantize.qtypes.integer import GROUPS, WHOLE_ROW, IntegerType, dividing, integer_type
 
 _SHOWN = 6
@@ -64,6 +66,24 @@ def types_of(recipe: Recipe | None, modules: Sequence[Module], qtype: str) -> di
         _check_groups(recipe, module, found[module.name])
     _refuse_split(recipe, found)
     return found
+
+
+def as_far_as_both(
+    recipe: Recipe, modules: Sequence[Module]
+) -> tuple[Recipe, tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """``recipe``, which repeats what another model's directory has, for a model of ``modules``: (the same of the
+    modules that both have, those of this model that stay as they are, as they do there, {what differs: which}).
+    """
+    if recipe.origin is None:
+        return recipe, (), {}
+    wanted, known = named(recipe), {module.name for module in modules}
+    extra, kept = sorted(wanted.keys() - known), sorted(known - wanted.keys())
+    told = {
+        f"{counted(len(extra), 'module')} of {recipe.origin.file} that this model has not: passed over": tuple(extra),
+        f"{counted(len(kept), 'module')} that {recipe.origin.file} has not quantized: left as they are": tuple(kept),
+    }
+    told = {f"{text} (-v lists them)": names for text, names in told.items() if names}
+    return replace(recipe, tensors={name: grid for name, grid in wanted.items() if name in known}), tuple(kept), told
 
 
 def _check_groups(recipe: Recipe, module: Module, qtype: str) -> None:

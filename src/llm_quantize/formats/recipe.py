@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llm_quantize.errors import IntegrityError, UsageError
@@ -13,12 +13,48 @@ if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The file whose types a recipe repeats: its name, the ``sha256`` of its headers (of all parts, in order), its
+    ``architecture`` and number of ``blocks``; ``importance``: what it says of the importance that it was made with
+    ("file", "dataset", "entries", "chunks"), empty where there was none."""
+
+    file: str
+    sha256: str
+    architecture: str
+    blocks: int
+    importance: Mapping[str, str | int] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """What a plan says of it."""
+        return f"types as {self.file} has them (SHA-256 of its header {self.sha256[:16]}...)"
+
+    def notes(self) -> Iterator[str]:
+        """What the reader of a plan should know, a sentence each."""
+        yield self.text
+        if self.importance:
+            told = ", ".join(f"{key} {value}" for key, value in self.importance.items())
+            yield f"{self.file} was made with importance ({told}), which is not in it: types that need some calibrate"
+
+    def refuse_unlike(self, architecture: str, blocks: int) -> None:
+        """Raise UsageError for a model of another shape, naming both."""
+        if (architecture, blocks) != (self.architecture, self.blocks):
+            raise UsageError(
+                f"{self.file} holds a model of another shape: its types mean nothing here",
+                expected=f"{self.architecture} with {self.blocks} blocks, as in the file",
+                found=f"{architecture} with {blocks} blocks",
+                remedy="take the file of a model of the same architecture and as many blocks",
+            )
+
+
 @dataclass(frozen=True, repr=False)
 class Recipe(Shown):
     """A user's own mix (``read_recipe``): the qtypes of single ``tensors`` by name, before everything else; the rest
     as ``level`` says. ``model``: digest of the model that it was made for, if it says so; ``sha256``: of the file.
     ``form``: the format that it is for, in whose words names, level and qtypes are. ``kept``: tensors whose codes are
-    those of the source, if they can be, so that no importance is asked for."""
+    those of the source, if they can be, so that no importance is asked for. ``origin``: the file of another model whose
+    types it repeats; tensors that only one of the two has are told then, not refused."""
 
     name: str
     level: str
@@ -27,6 +63,7 @@ class Recipe(Shown):
     sha256: str = ""
     form: str = "gguf"
     kept: frozenset[str] = frozenset()
+    origin: Origin | None = None
 
     def summary(self) -> dict[str, object]:
         """Its name, its level, and how many tensors it names."""

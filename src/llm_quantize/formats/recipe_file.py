@@ -6,6 +6,7 @@
  "level": "Q4_K_M",                                  what tensors get that are not named
  "model": {"sha256": "...", "name": "..."},          optional: it is refused for any other model
  "tensors": {"blk.0.attn_v.weight": "q6_k", ...},    GGUF names; of a directory, the names of modules
+ "from": {"file": "...", "sha256": "...", ...},      optional: the file whose types these are (recipe.Origin)
  "made": {...}}                                      optional: how it came about; not read
 """
 
@@ -16,13 +17,14 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from dataclasses import replace as replace_field
 from pathlib import Path
 from typing import Any
 
 from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError, printable
 from llm_quantize.formats.base import Format
-from llm_quantize.formats.recipe import Recipe
+from llm_quantize.formats.recipe import Origin, Recipe
 from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.json_file import parse_json
 from llm_quantize.io.paths import open_argument, pread_into
@@ -33,7 +35,9 @@ VERSION = 1
 MAX_BYTES = 64 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}", re.ASCII)
 _REQUIRED = {"format", "format_version", "name", "level", "tensors"}
-_OPTIONAL = {"for", "model", "made"}
+_OPTIONAL = {"for", "model", "made", "from"}
+_ORIGIN = {"file": str, "sha256": str, "architecture": str, "blocks": int}
+_IMPORTANCE = {"file", "dataset", "entries", "chunks"}
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -43,7 +47,11 @@ def read_recipe(path: str | Path) -> Recipe:
     UnsupportedError (a later version), AccessError.
     """
     path = Path(path)
-    data = _bytes(path)
+    return parse_recipe(_bytes(path), path)
+
+
+def parse_recipe(data: bytes, path: Path) -> Recipe:
+    """The recipe that stands in ``data``, read from ``path``. Raises as ``read_recipe``."""
     fields = parse_json(data, file=path)
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise _refuse(path, "this file is not a recipe", f'an object with "format": "{FORMAT}"', type(fields).__name__)
@@ -78,6 +86,22 @@ def read_recipe(path: str | Path) -> Recipe:
         model=None if model is None else model["sha256"],
         sha256=hashlib.sha256(data).hexdigest(),
         form=form,
+        origin=_origin(path, fields.get("from")),
+    )
+
+
+def _origin(path: Path, found: Any) -> Origin | None:
+    """What a recipe says of the file whose types it repeats. Raises MalformedInputError."""
+    if found is None:
+        return None
+    right = isinstance(found, dict) and found.keys() <= {*_ORIGIN, "importance"}
+    right = right and all(type(found.get(key)) is kind for key, kind in _ORIGIN.items())
+    importance = found.get("importance", {}) if right else None
+    if not isinstance(importance, dict) or not importance.keys() <= _IMPORTANCE:
+        raise _refuse(path, "the recipe's origin is not what this version writes", ", ".join(_ORIGIN), found)
+    told = {key: value if type(value) is int else printable(str(value), 120) for key, value in importance.items()}
+    return Origin(
+        printable(found["file"], 120), printable(found["sha256"], 64), found["architecture"], found["blocks"], told
     )
 
 
@@ -122,6 +146,13 @@ def write_recipe(
 ) -> Recipe:
     """Write ``recipe`` (its own sha256 is not looked at) and return it as ``read_recipe`` will. Raises as
     ``write_file``."""
+    data = recipe_bytes(recipe, model_name=model_name, made=made)
+    write_file(path, [data], replace=replace)
+    return replace_field(recipe, sha256=hashlib.sha256(data).hexdigest())
+
+
+def recipe_bytes(recipe: Recipe, *, model_name: str = "", made: Mapping[str, Any] | None = None) -> bytes:
+    """The file of ``recipe``, whose own sha256 is not looked at."""
     fields: dict[str, Any] = {"format": FORMAT, "format_version": VERSION}
     if recipe.form != Recipe.form:
         fields["for"] = recipe.form
@@ -129,8 +160,8 @@ def write_recipe(
     if recipe.model is not None:
         fields["model"] = {"sha256": recipe.model, "name": model_name}
     fields["tensors"] = dict(recipe.tensors)
+    if recipe.origin is not None:
+        fields["from"] = {key: value for key, value in asdict(recipe.origin).items() if value or key in _ORIGIN}
     if made:
         fields["made"] = dict(made)
-    data = json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    write_file(path, [data], replace=replace)
-    return replace_field(recipe, sha256=hashlib.sha256(data).hexdigest())
+    return json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"

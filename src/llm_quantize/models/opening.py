@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llm_quantize import events
@@ -78,6 +78,7 @@ def open_model(
     lora: Sequence[str] = (),
     on_event: EventSink = ignore,
     headers_only: bool = False,
+    called: tuple[str, str | None] | None = None,
 ) -> Model:
     """The model in directory or file ``model``, or the hub's ``model`` at ``revision`` (branch, tag or commit), by the
     first of READERS that knows it. ``lora``: adapters that are merged into it as it is read, in this order, each
@@ -87,9 +88,11 @@ def open_model(
     adapter as MODEL, a way of quantizing that is not decoded, an adapter that is no LoRA), AccessError (names that lead
     outside), NetworkError, ResourceError, NumericPolicyError (an adapter with values that are not finite). With
     ``headers_only``, weights that are not here are not fetched from the hub, and ``read_rows`` refuses (UsageError)
-    wherever the model came from.
+    wherever the model came from. ``called``: the name and the revision that it has from now on, wherever it lies.
     """
     place = locate(model, revision, on_event, headers_only=headers_only)
+    if called is not None:
+        place = replace(place, name=called[0], revision=called[1])
     try:
         reader = next(reader for reader in READERS if reader.sniff(place.path))
         opened = reader.open_at(place, str(model), headers_only=headers_only)
@@ -113,12 +116,15 @@ def open_source(
     lora: Sequence[str] = (),
     on_event: EventSink = ignore,
     headers_only: bool = False,
+    called: tuple[str, str | None] | None = None,
 ) -> Source:
     """Open a model: headers and configuration. Raises the error tree for anything malformed or unknown.
 
-    With ``headers_only`` no weight is fetched from the hub, and none can be read (``open_model``).
+    With ``headers_only`` no weight is fetched from the hub, and none can be read; ``called``: as in ``open_model``.
     """
-    checkpoint = open_model(model, revision=revision, lora=lora, on_event=on_event, headers_only=headers_only)
+    checkpoint = open_model(
+        model, revision=revision, lora=lora, on_event=on_event, headers_only=headers_only, called=called
+    )
     try:
         return _describe(checkpoint, on_event)
     except BaseException:

@@ -278,6 +278,12 @@ def print_verification(outcome: Verification, *, verbose: int = 0) -> None:
             found = [(f"{found[0][0]} and {len(found) - 1:,} more (-v lists them)", total)]
         for name, count in found:
             console.print(shown(f"{name}: {count:,} NaN or infinite weights were {became}"))
+    if outcome.rederived is not None:
+        console.print(shown(said(outcome.rederived.line)))
     console.print(said("ok" if outcome.ok else "NOT OK"), style="green" if outcome.ok else "red")
     for problem in outcome.all_problems()[:50]:
         console.print(shown(f"  {said(problem)}"))
+    for line in [] if outcome.rederived is None else list(outcome.rederived.lines())[:50]:
+        console.print(shown(f"  {said(line)}"))
+    if outcome.statement is not None:
+        console.print(shown(said(f"the statement is in {outcome.statement}")))

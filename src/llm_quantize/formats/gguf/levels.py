@@ -30,6 +30,7 @@ from llm_quantize.formats.gguf.mixes import (
 )
 from llm_quantize.formats.level_names import FLOATS, known_level
 from llm_quantize.formats.recipe import Recipe
+from llm_quantize.measures.amounts import counted
 from llm_quantize.plan import Substitution
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.results import Settings
@@ -146,8 +147,11 @@ class TensorShape:
 
 
 def check_recipe(recipe: Recipe, tensors: Sequence[TensorShape]) -> None:
-    """Raise UsageError where ``recipe`` does not fit a model of these ``tensors``, naming the tensors."""
+    """Raise UsageError where ``recipe`` does not fit a model of these ``tensors``, naming the tensors. One that repeats
+    the types of another model's file fits as far as the two agree (``unlike``)."""
     shapes = {tensor.name: tensor for tensor in tensors}
+    if recipe.origin is not None:
+        return
     recipe.refuse_unknown([name for name in recipe.tensors if name not in shapes])
     for name, qtype in recipe.tensors.items():
         block = QTYPES[qtype].block_size
@@ -158,6 +162,21 @@ def check_recipe(recipe: Recipe, tensors: Sequence[TensorShape]) -> None:
                 expected=f"a matrix with rows of a multiple of {block} weights, no norm and no router",
                 found=f"shape {list(shapes[name].shape)}",
             )
+
+
+def unlike(recipe: Recipe, tensors: Sequence[TensorShape]) -> dict[str, tuple[str, ...]]:
+    """{what differs between the file whose types ``recipe`` repeats and a model of these ``tensors``: which}."""
+    if recipe.origin is None:
+        return {}
+    mine = {tensor.name for tensor in tensors if is_quantizable(tensor)}
+    extra, missing = sorted(recipe.tensors.keys() - mine), sorted(mine - recipe.tensors.keys())
+    told = {
+        f"{counted(len(extra), 'tensor')} of {recipe.origin.file} that this model has not: passed over": tuple(extra),
+        f"{counted(len(missing), 'tensor')} that {recipe.origin.file} has not: as {recipe.level} has them": tuple(
+            missing
+        ),
+    }
+    return {f"{text} (-v lists them)": names for text, names in told.items() if names}
 
 
 BEST = "best"

@@ -155,6 +155,11 @@ def recipe_metadata(*, file_type: int, quantized: bool, level: str, version: str
     return metadata
 
 
+def origin_metadata(file: str, sha256: str) -> dict[str, MetaValue]:
+    """Whose types the file's tensors have: that of ``file``, by the hash of its headers."""
+    return {f"{PROVENANCE}.types_from": text(file), f"{PROVENANCE}.types_from_sha256": text(sha256)}
+
+
 TEXTS = "quantize.imatrix.dataset"
 TEXTS_JOINED = ", "
 

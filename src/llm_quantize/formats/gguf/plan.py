@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gguf.constants import Keys
+
 import llm_quantize
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import matrix_shape, weights_of
@@ -32,6 +34,7 @@ from llm_quantize.formats.gguf.levels import (
     needs_importance,
     parse_level,
     parse_qtype,
+    unlike,
 )
 from llm_quantize.formats.gguf.scales import beside
 from llm_quantize.formats.idle_options import OF_GGUF, refuse_idle
@@ -80,6 +83,8 @@ class Gguf:
         if recipe is not None:
             recipe.check_use(source, NAME, levels, self.recipe_level)
             check_recipe(recipe, tensor_shapes(source, recipe.level))
+            if recipe.origin is not None:
+                recipe.origin.refuse_unlike(*_shape_of(source))
         names = list(dict.fromkeys(parse_level(level).name for level in levels))
         return [_plan_level(source, level, stem, importance, options) for level in names]
 
@@ -188,8 +193,19 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
         )
     too_large = TOO_LARGE_FLOAT if name in FLOAT_LEVELS else TOO_LARGE
     scratch = source.checkpoint.scratch
-    plan = replace(plan, matrices=matrices, silent=quiet, too_large=too_large, source_scratch=scratch, notes=at_most)
+    origin = None if recipe is None else recipe.origin
+    notes = (*([] if origin is None else origin.notes()), *at_most)
+    plan = replace(plan, matrices=matrices, silent=quiet, too_large=too_large, source_scratch=scratch, notes=notes)
+    if recipe is not None:
+        told = unlike(recipe, tensor_shapes(source, name))
+        plan = replace(plan, warnings=(*plan.warnings, *told), details={**plan.details, **told})
     return _with_silence(_with_substitutions(plan, assigned.substituted))
+
+
+def _shape_of(source: Source) -> tuple[str, int]:
+    """Architecture and number of blocks, as a GGUF file says them."""
+    arch = source.architecture.gguf_name
+    return arch, int(describe(source)[Keys.LLM.BLOCK_COUNT.format(arch=arch)].value)
 
 
 def _settled(
@@ -255,6 +271,9 @@ def _metadata(
     if source.checkpoint.adapters:
         merged = "; ".join(merge.words for merge in source.checkpoint.adapters)
         metadata[f"{gguf_format.PROVENANCE}.adapters"] = gguf_format.text(merged)
+    origin = None if options.overrides.recipe is None else options.overrides.recipe.origin
+    if origin is not None:
+        metadata |= gguf_format.origin_metadata(origin.file, origin.sha256)
     if importance is not None:
         metadata |= gguf_format.importance_metadata(
             file=importance.file,

@@ -39,7 +39,7 @@ from llm_quantize.formats.small_files import is_read
 from llm_quantize.io.paths import inside
 from llm_quantize.models.files import conversion_command
 from llm_quantize.models.hub.errors import UNREACHABLE, translated
-from llm_quantize.models.hub.headers import WeightFile, headers_directory
+from llm_quantize.models.hub.headers import WeightFile, gguf_headers, headers_directory
 from llm_quantize.models.weight_sets import (
     INDEX,
     PICKLED,
@@ -131,6 +131,24 @@ def fetch_chosen(
     fetcher.fetch(wanted)
     _remember(hub, model_id, revision or "main", commit)
     return [fetcher.path(file.name) for file in wanted]
+
+
+def headers_chosen(
+    model_id: str, revision: str | None, choose: Callable[[Collection[str]], Sequence[str]], *, on_event: EventSink
+) -> tuple[list[Path], tempfile.TemporaryDirectory[str] | None]:
+    """The GGUF files that ``choose`` picks of the repository's names, of those that are not in the cache the headers
+    alone, and what is to be cleaned up then. Raises as ``fetch_chosen`` and ``gguf_headers``."""
+    hub = importlib.import_module("huggingface_hub")
+    if _offline(hub):
+        return fetch_chosen(model_id, revision, choose, on_event=on_event), None
+    commit, files = _listing(hub, model_id, revision)
+    wanted = [files[name] for name in choose([name for name in files if re.fullmatch(r"[A-Za-z0-9._/-]+", name)])]
+    fetcher = _Fetcher(hub, model_id, commit, on_event)
+    weights = [WeightFile(file.name, file.size, fetcher.cached(file)) for file in wanted]
+    if all(file.cached is not None for file in weights):
+        return [file.cached for file in weights if file.cached is not None], None
+    holder, paths = gguf_headers(hub, model_id, commit, weights)
+    return paths, holder
 
 
 def _snapshot_folder(hub: Any, model_id: str, revision: str | None) -> Path | None:

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llm_quantize.engine import run, stop_on_signals
-from llm_quantize.errors import IntegrityError, NetworkError, ResourceError, printable
+from llm_quantize.errors import IntegrityError, MalformedInputError, NetworkError, ResourceError, printable
+from llm_quantize.io.gguf_file import MAX_METADATA_BYTES, read_gguf
 from llm_quantize.io.paths import inside, opened, pread_into
 from llm_quantize.io.safetensors_file import MAX_HEADER_BYTES
 from llm_quantize.models.hub.errors import translated
@@ -31,6 +32,7 @@ _WORKERS = 4
 _TRIES = 3
 _TIMEOUT_SECONDS = 30.0
 _CHUNK = 64 << 10
+_GGUF_FIRST, _GGUF_MORE = 1 << 20, 4  # bytes that are asked for first, and how many times as many next
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-\d{1,19}/(\d{1,19}|\*)", re.ASCII)
 
 Read = Callable[[int, int], bytes]
@@ -72,6 +74,49 @@ def headers_directory(
         holder.cleanup()
         raise
     return holder, directory
+
+
+def gguf_headers(
+    hub: Any, model_id: str, commit: str, weights: Sequence[WeightFile]
+) -> tuple[tempfile.TemporaryDirectory[str], list[Path]]:
+    """(what to clean up, the GGUF files ``weights``, each its header and a hole behind it). Files in the cache cost no
+    request. Raises as ``headers_directory``, and MalformedInputError and UnsupportedError for what is no GGUF file."""
+    holder = _temporary()
+    try:
+        directory = inside(Path(holder.name), model_id)
+        with _local_trouble(directory):
+            directory.mkdir(parents=True)
+        remote = _Remote(hub, model_id, commit)
+        with stop_on_signals() as stop:
+            place = partial(_place_gguf, directory=directory, remote=remote)
+            return holder, list(run(place, weights, threads=_WORKERS, stop=stop, resumable=None))
+    except BaseException:
+        holder.cleanup()
+        raise
+
+
+def _place_gguf(file: WeightFile, directory: Path, remote: _Remote) -> Path:
+    """The GGUF file itself where it is here, else a copy of its header. How long that is shows while it is read: as
+    long as it ends in what is not here yet, more is fetched."""
+    if file.cached is not None:
+        return file.cached
+    target = inside(directory, file.name)
+    header, size = remote.read(file, 0, _GGUF_FIRST)
+    with _local_trouble(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with _local_trouble(target), target.open("wb") as stream:
+            stream.write(header)
+            stream.truncate(size)
+        try:
+            if read_gguf(target).data_start <= len(header):
+                return target
+        except MalformedInputError:
+            if len(header) >= min(size, MAX_METADATA_BYTES) or not header.startswith(b"GGUF"):
+                raise
+        if len(header) >= min(size, MAX_METADATA_BYTES):
+            return target
+        header += remote.read(file, len(header), min(size, _GGUF_MORE * len(header), MAX_METADATA_BYTES))[0]
 
 
 def _temporary() -> tempfile.TemporaryDirectory[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from llm_quantize.errors import UsageError, printable
 from llm_quantize.events import EventSink
-from llm_quantize.models.hub.fetch import fetch_chosen, resolve
+from llm_quantize.models.hub.fetch import fetch_chosen, headers_chosen, resolve
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
@@ -33,6 +34,19 @@ def fetch_runnable(text: str, revision: str | None, on_event: EventSink) -> Path
     model_id, _, wanted = text.partition(":")
     found = fetch_chosen(model_id, revision, partial(_chosen, model_id, wanted), on_event=on_event)
     return found[0] if found else resolve(model_id, revision, on_event=on_event).directory
+
+
+@contextmanager
+def gguf_on_hub(text: str, revision: str | None, on_event: EventSink) -> Iterator[list[Path]]:
+    """The GGUF file ``text`` of a hub repository (ORG/NAME:FILE, as ``fetch_runnable`` takes it), all parts of a split
+    one; of what is not in the cache only headers, gone at the end. Raises what ``fetch.headers_chosen`` raises."""
+    model_id, _, wanted = text.partition(":")
+    paths, holder = headers_chosen(model_id, revision, partial(_chosen, model_id, wanted), on_event=on_event)
+    try:
+        yield paths
+    finally:
+        if holder is not None:
+            holder.cleanup()
 
 
 def _chosen(model_id: str, wanted: str, names: Collection[str]) -> list[str]:
