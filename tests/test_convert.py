@@ -23,7 +23,7 @@ from llm_quantize.artifacts.result import ArtifactResult
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.blockwise import keeping
 from llm_quantize.cli import run
-from llm_quantize.convert import foresee
+from llm_quantize.conversion import foresee
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError
 from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.formats.recipe import Recipe
