@@ -387,7 +387,7 @@ def test_the_same_bytes_for_any_number_of_threads(llama: Path, tmp_path: Path) -
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("words", ["compressed-tensors", "safetensors -q BF16"])
+@pytest.mark.parametrize("words", ["compressed-tensors", "safetensors -q BF16", "gguf"])
 def test_killed_while_converting(
     command_line: CommandLine, llama: Path, tmp_path_factory: pytest.TempPathFactory, words: str
 ) -> None:

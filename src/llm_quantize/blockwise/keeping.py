@@ -1,4 +1,4 @@
-"""Matrices that keep codes and scales of their source, where the format of the artifact holds them.
+"""Matrices that keep the codes and scales of their source.
 
 What is held is asked of the format (``Store.hold``), not of names; that it is the same is not believed of it either:
 what was packed is decoded again, as a runtime reads it, and held against what the source reads. Where values are not
