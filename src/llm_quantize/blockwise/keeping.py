@@ -2,13 +2,13 @@
 
 What is held is asked of the grid (``GridType.hold``), not of names; that it is the same is not believed of it either:
 what was packed is decoded again, as a runtime reads it, and held against what the source reads. Where one value is
-another, nothing of the matrix is kept.
+another, the matrix is not exact; codes alone are kept where that is near.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from llm_quantize.architectures.rows import (
     read_output_rows,
     to_float32,
 )
-from llm_quantize.artifacts.verdict import Difference
+from llm_quantize.artifacts.verdict import EXACT, Difference
 from llm_quantize.grids.held import joined
 from llm_quantize.plan import MatrixPlan
 from llm_quantize.streams.pool import Pool
@@ -36,15 +36,22 @@ Fields = list[npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Kept:
-    """Fields that decode to the source's values, and the hash of the source's rows (``source_hash``)."""
+    """Fields with the source's codes; ``facts`` of their record; ``origin``: the hash of the source's rows, where it
+    is known (``source_hash``)."""
 
     fields: Fields
-    origin: str
+    facts: Mapping[str, Any]
+    origin: str = ""
+
+
+NEAR = 0.01
+"""The relative error up to which codes are kept whose scales or offsets had to be rounded; beyond it, rounding anew is
+as good."""
 
 
 def keep(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> Kept | None:
-    """The fields of ``matrix`` with the source's own codes and scales, proved to decode to its values; None where the
-    artifact's grid does not hold them, or the source has none."""
+    """The fields of ``matrix`` with the source's own codes and scales, proved to decode to its values, or near them
+    where only floats had to be rounded; None where the artifact's grid does not hold them, or the source has none."""
     kind = matrices.store.grid_type(matrix.qtype)
     if kind is None or not all(matrices.source.checkpoint.held(piece.source) for piece in matrix.weight.pieces):
         return None
@@ -54,16 +61,20 @@ def keep(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> Kept | None:
     parts = list(pool.in_order(lambda part: held_output_rows(matrices.source.checkpoint, matrix.weight, *part), ranges))
     found = [part for part in parts if part is not None]
     whole = joined(found) if len(found) == len(parts) else None
-    held = None if whole is None else kind.hold(*whole)
-    if held is None:
+    if whole is None:
         return None
-    del whole, found, parts
-    fields = matrices.store.join(matrix, [matrices.store.piece(matrix, *held)])
-    del held
-    digest = hashlib.sha256()
-    if not _same(matrices, matrix, fields, digest):
+    del found, parts
+    held = kind.hold(*whole)
+    if held is not None:
+        fields, digest = matrices.store.join(matrix, [matrices.store.piece(matrix, *held)]), hashlib.sha256()
+        if _same(matrices, matrix, fields, digest):
+            return Kept(fields, {"kept": True, "verdict": EXACT}, digest.hexdigest())
+    near = kind.near(*whole)
+    if near is None:
         return None
-    return Kept(fields, digest.hexdigest())
+    fields = matrices.store.join(matrix, [matrices.store.piece(matrix, *near)])
+    off = difference(matrices, matrix, fields)
+    return Kept(fields, {"kept": True, **off.verdict()}) if off.relative <= NEAR else None
 
 
 def _same(matrices: Matrices, matrix: MatrixPlan, fields: Fields, digest: Any) -> bool:

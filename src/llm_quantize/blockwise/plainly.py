@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from llm_quantize import events
 from llm_quantize.architectures.rows import matrix_shape
-from llm_quantize.artifacts.verdict import EXACT
 from llm_quantize.blockwise.keeping import keep
 from llm_quantize.blockwise.segments import Segment
 from llm_quantize.blockwise.solver import Job, Solver
@@ -34,7 +33,7 @@ def round_matrices(
     for matrix in todo:
         kept = keep(matrices, matrix, pool) if method.keeps else None
         if kept is not None:
-            matrices.write(matrix, kept.fields, {"kept": True, "verdict": EXACT}, kept.origin)
+            matrices.write(matrix, kept.fields, kept.facts, kept.origin)
         else:
             job = Job(matrix, [Segment(0, _rows(matrix), "", 0)])
             solver.round([job], fits=not seen and matrices.store.fits_unseen)

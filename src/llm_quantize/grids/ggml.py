@@ -97,6 +97,11 @@ class GgmlGridType:
         del grid, codes
         return None
 
+    def near(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``: nor with rounded scales."""
+        del grid, codes
+        return None
+
     def weights(self, x: Tensor, importance: Tensor) -> Tensor:
         """w (rows, columns): ``importance`` (columns,) times sqrt(k * mean x^2 + x^2) over the root of the mean."""
         if self.name not in SPREAD:

@@ -79,6 +79,11 @@ class Nvfp4GridType:
         del grid, codes
         return None
 
+    def near(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``: nor with rounded scales."""
+        del grid, codes
+        return None
+
     def weights(self, x: Tensor, importance: Tensor) -> Tensor:
         """w (rows, columns): ``importance`` (columns,) alone."""
         return importance.expand(x.shape)
