@@ -34,7 +34,7 @@ LAYERS = (
     ("pipeline", "evaluation"),
     ("provenance",),
     ("reports",),
-    ("compare", "advice", "convert"),
+    ("compare", "advice", "conversion"),
     ("api",),
     ("cli",),
     ("__main__",),
