@@ -28,11 +28,10 @@ from llm_quantize.formats.base import (
 )
 from llm_quantize.formats.card import PackedFacts, about_packed, transformers_caution
 from llm_quantize.formats.directory import (
-    KEPT_TYPES,
     Contents,
     Group,
     Stored,
-    decoded_type,
+    kept_type,
     plain_config,
     plan_files,
     whole,
@@ -386,7 +385,7 @@ def _groups(
     source: Source, found: Selection, form: Packed, scheme: Scheme, types: Mapping[str, str], cache: _Cache
 ) -> list[Group]:
     """What stands in the files, in the order of the checkpoint. ``types``: {module: its grid}."""
-    kept, decoded = {info.name for info in found.kept}, decoded_type(source)
+    kept = {info.name for info in found.kept}
     groups = []
     for name, info in source.checkpoint.tensors.items():
         for module in found.packed.get(name, ()):
@@ -397,7 +396,7 @@ def _groups(
             stored += [Stored(OutputTensor(scale, (1,)), cache.dtype) for scale in scales]
             groups.append(Group(tuple(stored), module, types[module.name], cache.grid if scales else None))
         if name in kept:
-            groups.append(whole(info, KEPT_TYPES.get(info.dtype, decoded)))
+            groups.append(whole(info, kept_type(source, info.dtype)))
     return groups
 
 
