@@ -190,7 +190,7 @@ def test_it_is_no_model_to_start_from(made: dict[tuple[str, str], Path], tmp_pat
     (tmp_path / "model.bin").write_bytes(b"\x80\x02}q\x00.")
     (tmp_path / "config.json").write_text("{}")
     assert not is_ctranslate2(tmp_path)
-    with pytest.raises(UnsupportedError, match="pickled"):
+    with pytest.raises(MalformedInputError, match="the pickle is cut short"):
         open_source(str(tmp_path))
 
 
