@@ -188,7 +188,7 @@ def test_a_pickle_of_the_same_name_is_no_such_model(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"\x80\x02}q\x00.")
     (tmp_path / "config.json").write_text("{}")
     assert not is_ctranslate2(tmp_path)
-    with pytest.raises(UnsupportedError, match="pickled"):
+    with pytest.raises(MalformedInputError, match="the pickle is cut short"):
         open_source(str(tmp_path))
 
 

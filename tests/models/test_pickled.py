@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +184,26 @@ def test_a_quantized_model_in_pickled_files_says_so(tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedError, match="a quantized model, only safetensors"):
         open_model(str(model))
+
+
+def test_the_command_that_saves_it_again_works(tmp_path: Path) -> None:
+    """What a refusal tells to do, done."""
+    model = pickled(tmp_path)
+    tensors = torch.load(model / PICKLED, weights_only=True)
+    torch.save({**tensors, "odd": torch.arange(64.0).reshape(8, 8)[::2, ::2]}, model / PICKLED)
+    with pytest.raises(UnsupportedError, match="view") as caught:
+        open_model(str(model))
+    words = shlex.split(str(caught.value.remedy).partition("save it again: ")[2])
+    places = [{"IN": PICKLED}.get(word, word) for word in words[1:]]
+    subprocess.run([sys.executable, *places], cwd=model, check=True, capture_output=True, timeout=300)
+    with open_model(str(model)) as opened:
+        assert [path.name for path in opened.files] == [SAFE]
+        assert opened.read_rows("odd", 0, 4).tolist() == [
+            [0, 2, 4, 6],
+            [16, 18, 20, 22],
+            [32, 34, 36, 38],
+            [48, 50, 52, 54],
+        ]
 
 
 def test_no_tensors(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -109,7 +110,8 @@ class Adapter:
     def merge(self) -> Merge:
         """What is said of it where it is merged."""
         found = "DoRA" if self.config.get("use_dora") else "rsLoRA" if self.config.get("use_rslora") else "LoRA"
-        return Merge(self.place.path, self.place.name, self.place.revision, self.scale, found, self.header.sha256)
+        name = printable(self.place.name, 120)
+        return Merge(self.place.path, name, self.place.revision, self.scale, found, self.header.sha256)
 
 
 def open_adapter(text: str, on_event: EventSink) -> Adapter:
@@ -259,7 +261,7 @@ def _sorted(adapter: Adapter) -> tuple[list[_Module], dict[str, str]]:
     """(what is added to weights, {tensor of the model: the tensor that takes its place})."""
     parts: dict[str, dict[str, str]] = {}
     wholes: dict[str, str] = {}
-    for key, info in adapter.header.tensors.items():
+    for key in adapter.header.tensors:
         adapter.tensors.check_readable(key)
         name = key.removeprefix(_ROOT)
         match = _PART.fullmatch(name)
@@ -276,11 +278,10 @@ def _sorted(adapter: Adapter) -> tuple[list[_Module], dict[str, str]]:
         if target in wholes:
             _refuse_tensor(adapter, key, "the adapter has a tensor twice")
         wholes[target] = key
-        del info
     return [_Module(name, known) for name, known in parts.items()], wholes
 
 
-def _refuse_tensor(adapter: Adapter, key: str, what: str) -> None:
+def _refuse_tensor(adapter: Adapter, key: str, what: str) -> NoReturn:
     info = adapter.header.tensors[key]
     raise UnsupportedError(
         what,
@@ -306,7 +307,7 @@ def _is_head(name: str, model: Model, architecture: Architecture) -> bool:
     return head is not None and name not in model.tensors and architecture.hyper.tied
 
 
-def _renaming(adapter: Adapter, model: Model, names: Iterable[str]) -> Any:
+def _renaming(adapter: Adapter, model: Model, names: Iterable[str]) -> Callable[[str], str]:
     """How names of the adapter become those of the model's tensors: as they are, or with one word in front more or
     less, as the class that was trained may have a word before all others (``transformer.``) that its files have not."""
     wanted = list(names)
@@ -316,9 +317,13 @@ def _renaming(adapter: Adapter, model: Model, names: Iterable[str]) -> Any:
         ways += [(f"{starts.pop()}.", ""), *(("", f"{word}.") for word in ("model", "transformer", "language_model"))]
     for taken, added in ways:
         if all(f"{added}{name.removeprefix(taken)}" in model.tensors for name in wanted):
-            return lambda name, taken=taken, added=added: f"{added}{name.removeprefix(taken)}"
+            return partial(_renamed, taken, added)
     missing = next(name for name in wanted if name not in model.tensors)
     raise _other_base(adapter, model, f"a change of {printable(missing, 200)}, which this model has not")
+
+
+def _renamed(taken: str, added: str, name: str) -> str:
+    return f"{added}{name.removeprefix(taken)}"
 
 
 def _other_base(adapter: Adapter, model: Model, found: str, tensor: str | None = None) -> UsageError:

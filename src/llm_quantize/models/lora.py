@@ -23,6 +23,8 @@ from llm_quantize.architectures import open_architecture
 from llm_quantize.architectures.rows import to_float32
 from llm_quantize.errors import UsageError, printable
 from llm_quantize.events import EventSink
+from llm_quantize.io.content import contents
+from llm_quantize.io.paths import inside
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.adapter import Adapter, Change, Factor, changes, check_values, open_adapter
 from llm_quantize.models.base import Digest, FileFact, Merge, Model, Opened, Values, writable
@@ -134,7 +136,7 @@ class MergedModel(Opened):
             )
         directory = self._adapter.place.path
         own = [name for name in _OWN_FILES if (directory / name).is_file() and self.directory.is_dir()]
-        own = [name for name in own if _differs(directory / name, self.directory / name)]
+        own = [name for name in own if _differs(directory, self.directory, name)]
         if own:
             notes.append(f"the adapter has {' and '.join(own)} of its own, which is not taken: the model's is")
         return notes
@@ -300,5 +302,9 @@ def _lengths(block: Doubles) -> Doubles:
     return found
 
 
-def _differs(file: Path, other: Path) -> bool:
-    return not other.is_file() or file.read_bytes() != other.read_bytes()
+def _differs(directory: Path, other: Path, name: str) -> bool:
+    """Whether a file of the adapter is not the model's."""
+    if not (other / name).is_file():
+        return True
+    one, two = contents([inside(directory, name), inside(other, name)], kept=None)
+    return one != two

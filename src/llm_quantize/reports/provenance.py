@@ -30,7 +30,7 @@ def model_facts(source: Source, given: str, *, on_event: EventSink = ignore) -> 
     for tensor in checkpoint.tensors.values():
         kept[tensor.dtype] += tensor.nbytes
     return ModelFacts(
-        name=checkpoint.name,
+        name=source.stem if checkpoint.adapters else checkpoint.name,
         source=given,
         revision=checkpoint.revision,
         architecture=source.architecture.gguf_name,
