@@ -385,19 +385,19 @@ def _told(
     changed: list[str],
     cautions: list[str],
 ) -> Rederivation:
-    known = {tensor.name: tensor for tensor in plan.tensors}
+    places = {tensor.name: number for number, tensor in enumerate(plan.tensors)}
+    tensors = sorted(held.tensors.items(), key=lambda pair: places[pair[0]])  # threads find them in any order
     differences = [
         Difference(found.file, name, (found.first, found.last) if found.rows else None, found.rows, found.offset)
-        for name, found in held.tensors.items()
-        if name in known
+        for name, found in tensors
     ]
-    differences += [Difference(found.file, "", None, 0, found.offset) for found in held.files.values()]
+    differences += [Difference(found.file, "", None, 0, found.offset) for _, found in sorted(held.files.items())]
     other = str(manifest["identity"].get("version")) != llm_quantize.__version__
     return Rederivation(
         path=artifact,
         source=str(manifest["identity"].get("source")),
         differences=tuple(differences),
-        sources=tuple(held.sources),
+        sources=tuple(sorted(held.sources, key=lambda name: places[name])),
         changed=tuple(changed),
         cautions=tuple(cautions),
         tensors=len(plan.tensors),
