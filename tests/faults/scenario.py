@@ -33,6 +33,7 @@ class Scenario:
     calls: int = 0
     times: list[float] = field(default_factory=list)
     format: str = "gguf"
+    command: str = "quantize"
     always: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -48,7 +49,7 @@ class Scenario:
         place = ("-o", directory / "out")
         given = {**self.always, **faults}
         given["constants"] = [*given.get("constants", []), BY_BYTES_ALONE]
-        return self.command_line.run("quantize", self.model, self.format, *place, *words, **given)
+        return self.command_line.run(self.command, self.model, self.format, *place, *words, **given)
 
     @staticmethod
     def warned(outcome: Outcome) -> list[str]:

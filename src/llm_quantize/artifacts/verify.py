@@ -41,6 +41,7 @@ from llm_quantize.artifacts.immense import FLOATS, nonfinite, refuse_large_matri
 from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.artifacts.promise import MovedScales, Promises
 from llm_quantize.artifacts.subject import Checks, Floats, Keeps, Manifest, Notes, Subject
+from llm_quantize.artifacts.verdict import EXACT, ROUNDED
 from llm_quantize.artifacts.verification import StoredTensor, TensorCheck, Verification, check_stored, judge_nonfinite
 from llm_quantize.artifacts.verify_ctranslate2 import CTranslate2Subject
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, NumericPolicyError, UsageError
@@ -63,6 +64,7 @@ from llm_quantize.qtypes import QTYPES
 __all__ = ["TensorCheck", "Verification", "error_bound", "verify"]
 
 _NAMES = {"U8": "uint8", "F8_E4M3": "float8_e4m3", "I8": "int8", "I32": "int32", "U32": "uint32", "I64": "int64"}
+_SLACK = 1e-6  # of sums in another order
 _SCALES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
@@ -95,9 +97,27 @@ def verify(
             judge_nonfinite(check, poisoned.get(name, 0), has_manifest=name in known)
         promises = Promises(manifest, model)
         notes = subject.judge(checks, promises.keeps)
+        _hold_to_verdicts(manifest, checks)
     return Verification(
         subject.path, manifest is not None, model is not None, list(checks.values()), problems, list(notes)
     )
+
+
+def _hold_to_verdicts(manifest: Manifest | None, checks: Checks) -> None:
+    """Problems where a tensor is further from the source than the conversion said that made it."""
+    fields = {str(entry["fields"][0]): entry for entry in (manifest or {}).get("matrices", []) if entry["fields"]}
+    for entry in (manifest or {}).get("tensors", []):
+        name = str(entry["name"])
+        said = fields.get(name, entry)
+        check, word = checks.get(name), said.get("verdict")
+        if check is None or check.relative_error is None or word not in (EXACT, ROUNDED):
+            continue
+        limit = 0.0 if word == EXACT else float(said.get("relative_error", 0.0)) * (1 + _SLACK)
+        if not check.relative_error <= limit:
+            check.problems.append(
+                f"relative error {check.relative_error:.4g}, but the manifest says {word}"
+                + (f" ({said['relative_error']:.4g})" if word == ROUNDED else "")
+            )
 
 
 def _open(path: Path, stack: ExitStack) -> Subject:
