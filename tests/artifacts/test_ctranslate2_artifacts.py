@@ -184,9 +184,7 @@ def test_other_files_and_models_are_told(
         verify(folder)
 
 
-def test_it_is_no_model_to_start_from(made: dict[tuple[str, str], Path], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="CTranslate2 model is no model to start from"):
-        open_source(str(made["llama", "int8"]))
+def test_a_pickle_of_the_same_name_is_no_such_model(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"\x80\x02}q\x00.")
     (tmp_path / "config.json").write_text("{}")
     assert not is_ctranslate2(tmp_path)

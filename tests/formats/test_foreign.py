@@ -16,7 +16,10 @@ from llm_quantize.artifacts.verify import verify
 from llm_quantize.cli import run
 from llm_quantize.errors import LlmQuantizeError, MalformedInputError, UnsupportedError
 from llm_quantize.formats.foreign import KINDS
+from llm_quantize.formats.packed_formats import READ
 from llm_quantize.models.opening import open_source
+from llm_quantize.runtimes.base import refuse_incomplete
+from tests.hearing import into
 from tests.oracles.reference_directories import Layout, write_directory
 from tests.tiny_models import make_tiny
 
@@ -129,7 +132,7 @@ def test_every_method_that_transformers_loads_is_named(llama: Path, tmp_path: Pa
 
     known = {method for kind in KINDS for method in kind.methods}
     assert set(AUTO_QUANTIZATION_CONFIG_MAPPING) - {"gemma"} <= known
-    decoded = {"mlx", "gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8", "fbgemm_fp8"}
+    decoded = set(READ)
     for number, method in enumerate(sorted(known - decoded)):
         block = {"quant_method": method.upper() if number % 2 else method}
         assert refused(altered(llama, tmp_path / f"{number}", {}, quantization_config=block)).file
@@ -148,31 +151,62 @@ def test_bitsandbytes_of_8_bit_and_without_a_name(llama: Path, tmp_path: Path) -
         assert f"(bitsandbytes, {bits} bit)" in error.what
 
 
-@pytest.mark.parametrize("format", ["awq", "gptq"])
-def test_the_remedy_for_a_directory_of_2023_works(format: str, llama: Path, tmp_path: Path) -> None:
-    """Its settings are in a file of their own; what the message says to add makes it a model."""
-    place = tmp_path / "packed"
-    write_directory(llama, place, Layout(format, group=32, symmetric=format == "gptq"))
+SIDE_FILES: dict[str, tuple[str, dict[str, Any]]] = {
+    "awq": (
+        "quant_config.json",
+        {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM", "modules_to_not_convert": None},
+    ),
+    "gptq": (
+        "quantize_config.json",
+        {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True},
+    ),
+}
+
+
+def of_2023(format: str, model: Path, place: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """A directory whose config.json says nothing, without the file beside it, and its values."""
+    values = write_directory(model, place, Layout(format, group=32, symmetric=format == "gptq"))
     config = json.loads((place / "config.json").read_text())
     config.pop("quantization_config")
     (place / "config.json").write_text(json.dumps(config))
+    return place, values
+
+
+@pytest.mark.parametrize("format", ["awq", "gptq"])
+def test_a_directory_of_2023_is_read(format: str, llama: Path, tmp_path: Path) -> None:
+    """Its settings are in a file of their own, which is read with a note; without it, the message says what to add."""
+    place, values = of_2023(format, llama, tmp_path / "packed")
     assert "give its config.json a quantization_config" in (refused(place).remedy or "")
-    if format == "awq":
-        said = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM", "modules_to_not_convert": None}
-        (place / "quant_config.json").write_text(json.dumps(said))
-    else:
-        said = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True}
-        (place / "quantize_config.json").write_text(json.dumps(said))
-    remedy = refused(place).remedy or ""
-    block = json.loads(remedy.partition('"quantization_config": ')[2])
-    (place / "config.json").write_text(json.dumps(config | {"quantization_config": block}))
-    with open_source(str(place)).checkpoint as model:
+    name, said = SIDE_FILES[format]
+    (place / name).write_text(json.dumps(said))
+    heard: list[dict[str, Any]] = []
+    with open_source(str(place), on_event=into(heard)).checkpoint as model:
         assert model.kind == f"{format.upper()}-4bit"
+        assert "quantization_config" not in model.config
+        assert any(name in str(event.get("text")) for event in heard)
+        for weight, expected in values.items():
+            assert np.array_equal(model.read_rows(weight, 0, len(expected)), expected)
+    assert describe(str(place))["quantization"]["bits"] == 4
+    assert not verify(place).problems
+    with pytest.raises(UnsupportedError, match="already quantized") as caught:
+        refuse_incomplete(place)
+    block = json.loads((caught.value.remedy or "").partition('"quantization_config": ')[2])
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"quantization_config": block}))
+    refuse_incomplete(place)
     (place / "config.json").write_text(json.dumps(config))
-    for path in place.glob("quant*_config.json"):
-        path.write_text('{"what": 1}')
+    (place / name).write_text('{"what": 1}')
     with pytest.raises(MalformedInputError, match="name no width"):
         open_source(str(place))
+
+
+@pytest.mark.parametrize("name", ["quant_config.json", "quantize_config.json", "hf_quant_config.json"])
+def test_a_side_file_that_was_left_lying_beside_floats_says_nothing(name: str, llama: Path, tmp_path: Path) -> None:
+    place = altered(llama, tmp_path / "floats", {})
+    (place / name).write_text(json.dumps({"bits": 4, "quantization": {"quant_algo": "NVFP4"}}))
+    with open_source(str(place)).checkpoint as model:
+        assert model.kind == ""
+    refuse_incomplete(place)
 
 
 def fp8(model: Path, place: Path, scale: str, config: dict[str, Any], suffix: str = "_scale_inv", **extra: Any) -> Path:
@@ -232,9 +266,6 @@ def test_info_of_an_fp8_source_that_quantize_reads(
     assert facts["dtypes"]["F8_E4M3"]["tensors"] == 14
     assert facts["layers"] == 2
     assert len(facts["left_out"]) == 14 * len(extra.get("activations", ()))
-    if config and not form.startswith("compressed-tensors"):
-        with pytest.raises(UnsupportedError, match="an FP8 directory can be a MODEL"):
-            verify(model)
     with open_source(str(model)).checkpoint as checkpoint:
         name = f"{LAYER}.weight"
         expected = load_file(llama / "model.safetensors")[name].float().clamp(-4, 4).to(torch.float8_e4m3fn).float()

@@ -18,13 +18,13 @@ from llm_quantize.errors import IntegrityError, MalformedInputError, Unsupported
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.gguf.describe import describe as gguf_metadata
 from llm_quantize.formats.gguf.vocabulary.reading import has_tokenizer
-from llm_quantize.formats.packed_formats import PACKED
+from llm_quantize.formats.packed_formats import read_format
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import GgufFile, read_gguf
-from llm_quantize.io.json_file import read_json_object
 from llm_quantize.models import gguf, quantized
 from llm_quantize.models.ctranslate2 import CTranslate2Directory, is_ctranslate2
-from llm_quantize.models.files import CONFIG_LIMIT
+from llm_quantize.models.files import read_config
+from llm_quantize.models.hub import ollama
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.quantized import PackedDirectory, is_packed_directory, quantization_of
 from llm_quantize.models.weight_sets import left_lying
@@ -38,7 +38,7 @@ def describe(model: str, *, revision: str | None = None, on_event: EventSink = i
 
     Raises the error tree for anything malformed or unsupported, UsageError for a directory of several artifacts.
     """
-    path = Path(model)
+    path = ollama.stored(model).path if ollama.is_named(model) else Path(model)
     if path.exists() and gguf.sniff(path):
         return _describe_gguf([read_gguf(part) for part in artifact_files(path)])
     if is_ctranslate2(path):
@@ -58,8 +58,8 @@ def _of_scaled_floats(path: Path) -> dict[str, Any]:
     a format of ours has it."""
     if not is_packed_directory(path):
         return {}
-    settings = quantization_of(read_json_object(path / "config.json", limit_bytes=CONFIG_LIMIT), path / "config.json")
-    if settings.values.get("quant_method") not in PACKED:
+    settings = quantization_of(read_config(path), path / "config.json")
+    if read_format(settings.values.get("quant_method")) is None:
         return {}
     try:
         with PackedDirectory(path) as packed:

@@ -63,7 +63,10 @@ from llm_quantize.qtypes import QTYPES
 
 __all__ = ["TensorCheck", "Verification", "error_bound", "verify"]
 
-_NAMES = {"U8": "uint8", "F8_E4M3": "float8_e4m3", "I8": "int8", "I32": "int32", "U32": "uint32", "I64": "int64"}
+_NAMES = {
+    **{"U8": "uint8", "F8_E4M3": "float8_e4m3", "F8_E8M0": "float8_e8m0", "I8": "int8", "I16": "int16"},
+    **{"I32": "int32", "U32": "uint32", "I64": "int64"},
+}
 _SLACK = 1e-6  # of sums in another order
 _SCALES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 

@@ -1,4 +1,4 @@
-"""AWQ checkpoints in AutoAWQ's "gemm" layout, which llm-awq's kernels want.
+"""AWQ checkpoints in AutoAWQ's "gemm" layout, which llm-awq's kernels want. Its other layouts are in awq_gemv.py.
 
 K = in, N = out, G = groups, codes q and zero points z from 0 to 15; w = scales * (q - z):
 
@@ -19,12 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import UnsupportedError, printable
+from llm_quantize.formats import awq_gemv as gemv
 from llm_quantize.formats.base import (
     MARLIN_STEPS,
     NO_CACHES,
     Array,
     Coverage,
     Field,
+    Mixes,
     Scheme,
     SchemeOptions,
     as_they_are,
@@ -74,9 +76,10 @@ if TYPE_CHECKING:
 NAME = "awq"
 TITLE = "AWQ"
 LABEL = "AWQ-{level}"
-FORMS: Sequence[str] = ("gemm",)
+FORMS: Sequence[str] = ("gemm", *gemv.LAYOUTS)
 RESCALES = True
 LAYOUT = Layout("awq", ("qweight", "qzeros", "scales"), (), "qweight", "scales")
+LAYOUTS = (LAYOUT, *gemv.LAYOUTS.values())
 EXAMPLE = DEFAULT = "4bit"
 TRANSFORM = "awq"
 SYMMETRIC = False
@@ -92,7 +95,7 @@ OPTIONS: Sequence[str] = ()
 EDGES = False
 UNNAMED = None
 RUNTIME = None
-MIXES = None
+MIXES: Mixes | None = None
 CACHES = NO_CACHES
 vllm_caution = no_caution
 inputs = as_they_are
@@ -184,6 +187,10 @@ def notes(settings: Settings) -> Iterator[str]:
 def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
     """As ``StoredFormat.read``."""
     del numbers
+    other = gemv.LAYOUTS.get(form_of(settings)[0])
+    if other is not None:
+        yield from gemv.read(tensors, settings, other)
+        return
     for name, found in modules(tensors, LAYOUT):
         check_present(name, LAYOUT, found)
         rows, columns = _sizes(found)
@@ -222,30 +229,37 @@ def _sizes(found: Mapping[str, TensorInfo]) -> tuple[int, int]:
 
 def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
     """As ``StoredFormat.codes``, from 0."""
-    del packed
+    if packed.layout is not LAYOUT:
+        return gemv.codes(packed, fields, first, last)
     return _unpack(fields["qweight"][:, first // 8 : -(-last // 8)])
 
 
 def zeros(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
     """As ``StoredFormat.zeros``."""
-    del packed
+    if packed.layout is not LAYOUT:
+        return gemv.zeros(packed, fields, first, last)
     return _unpack(fields["qzeros"][:, first // 8 : -(-last // 8)])
 
 
 def scales(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.scales``."""
-    del packed
+    if packed.layout is not LAYOUT:
+        return gemv.scales(packed, fields, first, last)
     return load_floats(fields["scales"][:, first:last].T)
 
 
 def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.float32]:
     """As ``StoredFormat.unpack``."""
     rows = (packed, fields, first, last)
+    if packed.layout is not LAYOUT:
+        return gemv.unpack(*rows)
     return values_of(codes(*rows), zeros(*rows), scales(*rows), group_index(packed, fields))
 
 
 def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
     """As ``StoredFormat.held``."""
+    if packed.layout is not LAYOUT:
+        return gemv.held(packed, fields, first, last)
     places = _places(fields["qweight"][:, first // 8 : -(-last // 8)])
     rows = (packed, fields, first, last)
     return held_integers(packed, fields, places, 0, scales(*rows), zeros(*rows))
@@ -271,9 +285,9 @@ def _part_of(rule: str) -> Meaning:
 
 
 def layout_name(matrices: Collection[PackedMatrix]) -> str:
-    """gemm."""
-    del matrices
-    return FORMS[0]
+    """gemm, gemv, gemv_fast."""
+    names = {layout: name for name, layout in gemv.LAYOUTS.items()}
+    return "+".join(sorted({names.get(matrix.layout, FORMS[0]) for matrix in matrices}))
 
 
 def level_of(matrices: Collection[PackedMatrix]) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.qtypes.codebook import CODEBOOKS
+from llm_quantize.qtypes.codebook import CODEBOOKS, SCALES, CodebookType
+from llm_quantize.qtypes.held import HeldRows
 
 _MAGNITUDES = {"e2m1": 8, "e4m3": 127}
 _SIGN = {"e2m1": 8, "e4m3": 128}
@@ -49,6 +50,31 @@ def values(codebook: str) -> npt.NDArray[np.float32]:
     found = np.full(2 * sign, np.nan, np.float32)
     found[:half], found[sign : sign + half] = levels[half:], levels[half - 1 :: -1]
     return found
+
+
+def held(
+    kind: CodebookType,
+    codes: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.float32],
+    storage: str,
+    *,
+    rungs: npt.NDArray[np.uint8] | None = None,
+    step: npt.NDArray[np.float32] | None = None,
+) -> HeldRows | None:
+    """Rows of a file's ``codes`` uint8 (n, K) with ``scales`` float32 (n, G), stored as ``storage``, or as ``rungs``
+    uint8 (n, G), times ``step`` (1, 1) where there is one. None for codes and scales that are no numbers, and where the
+    last group is shorter."""
+    found = places(kind.codebook, codes)
+    if found is None or codes.shape[1] % scales.shape[1]:
+        return None
+    levels, group = np.array(CODEBOOKS[kind.codebook], np.float32), codes.shape[1] // scales.shape[1]
+    if rungs is None:
+        return HeldRows(levels, found, group, scales, storage)
+    table = np.array(SCALES[kind.nested], np.float32)
+    if (rungs >= len(table)).any():
+        return None
+    steps = np.ones((1, 1), np.float32) if step is None else step
+    return HeldRows(levels, found, group, scales, "float32", rungs=rungs, rung_levels=table, steps=steps)
 
 
 def halves_joined(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

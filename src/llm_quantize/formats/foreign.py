@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,34 @@ KINDS: tuple[Foreign, ...] = (
     Foreign("a GGUF file's", ("gguf",), instead="give the GGUF file itself"),
 )  # fmt: skip
 
-_SIDE_FILES: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    "quant_config.json": ("awq", {"w_bit": "bits", "q_group_size": "group_size"}),
-    "quantize_config.json": ("gptq", {}),
-}
-"""Files of settings that GPTQ and AWQ directories of 2023 have: {name: (quant_method, {their word: today's})}."""
 
-_TODAY = ("bits", "group_size", "zero_point", "version", "sym", "desc_act")
+@dataclass(frozen=True)
+class _SideFile:
+    """A file of settings beside a config.json that says nothing. ``method``: the quant_method that is meant where it
+    names none. ``words``: {its word: today's}. ``within``: the object in it that has them. ``tells``: a regular
+    expression for names of tensors that there are in a model of that kind."""
+
+    method: str
+    words: Mapping[str, str]
+    kept: tuple[str, ...]
+    tells: str
+    within: str = ""
+
+
+_INTEGERS_KEPT = ("bits", "group_size", "zero_point", "version", "sym", "desc_act", "checkpoint_format")
+_QWEIGHT = r"\.(qweight|qzeros)$"
+
+_SIDE_FILES: Mapping[str, _SideFile] = {
+    "quant_config.json": _SideFile("awq", {"w_bit": "bits", "q_group_size": "group_size"}, _INTEGERS_KEPT, _QWEIGHT),
+    "quantize_config.json": _SideFile("gptq", {}, _INTEGERS_KEPT, _QWEIGHT),
+    "hf_quant_config.json": _SideFile(
+        *("modelopt", {}, ("quant_algo", "kv_cache_quant_algo", "group_size"), r"\.weight_scale(_2)?$", "quantization")
+    ),
+}
+"""By name: those of GPTQ and AWQ directories of 2023, and ModelOpt's. Transformers looks into none of them."""
+
+SAID_IN = "said_in"
+"""The key under which settings from a side file name it."""
 
 
 def refuse_settings(settings: Mapping[str, Any], file: Path) -> UnsupportedError:
@@ -140,18 +161,16 @@ def _by_settings(settings: Mapping[str, Any]) -> Foreign | None:
     return next((kind for kind in KINDS if kind.keys and held.issuperset(kind.keys)), None)
 
 
-def check_tensors(tensors: Mapping[str, TensorInfo], directory: Path) -> None:
-    """Raise UnknownCodesError where ``tensors`` hold quantized weights whose configuration says nothing of it; what
-    files beside it say (``directory``) goes into the remedy."""
+def check_tensors(tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise UnknownCodesError where ``tensors`` hold quantized weights of which neither their configuration nor a file
+    beside it says anything."""
     found = _by_tensors(tensors)
     if found is None:
         return
     kind, info = found
     name, remedy = (kind or _UNKNOWN).name, (kind or _UNKNOWN).remedy
     if kind is _PACKED_INTEGERS:
-        remedy = _settings_beside(directory) or (
-            "give its config.json a quantization_config, which says what its codes mean; or " + _ORIGINAL
-        )
+        remedy = "give its config.json a quantization_config, which says what its codes mean; or " + _ORIGINAL
     raise UnknownCodesError(
         f"this checkpoint is already quantized ({name}): its weights are packed codes, and config.json says nothing "
         "of it",
@@ -178,24 +197,53 @@ def _by_tensors(tensors: Mapping[str, TensorInfo]) -> tuple[Foreign | None, Tens
     return None
 
 
-def _settings_beside(directory: Path) -> str | None:
-    """The remedy for a directory of 2023: what belongs into its config.json, from the file beside it. None without."""
-    for name, (method, words) in _SIDE_FILES.items():
+def settings_beside(directory: Path, tensors: Collection[str]) -> dict[str, Any] | None:
+    """The quantization_config that a file beside config.json in ``directory`` amounts to, with its name under SAID_IN;
+    None where there is no such file, or ``tensors`` (names) are of another kind.
+
+    Raises MalformedInputError for settings that say nothing of what the codes are.
+    """
+    for name, kind in _SIDE_FILES.items():
         path = inside(directory, name)
-        if not path.is_file():
+        tells = re.compile(kind.tells)
+        if not path.is_file() or not any(tells.search(tensor) for tensor in tensors):
             continue
         said = read_json_object(path, limit_bytes=_LIMIT)
-        renamed = {words.get(key, key): value for key, value in said.items()}
-        kept = {key: renamed[key] for key in _TODAY if type(renamed.get(key)) in (int, bool, str)}
+        inner = said.get(kind.within, {}) if kind.within else said
+        renamed = {kind.words.get(key, key): value for key, value in (inner.items() if isinstance(inner, dict) else ())}
+        kept = {key: renamed[key] for key in kind.kept if type(renamed.get(key)) in (int, bool, str)}
         if isinstance(kept.get("version"), str):
             kept["version"] = kept["version"].lower()
-        if type(kept.get("bits")) is not int:
+        if type(kept.get("bits")) is not int and "quant_algo" not in kept:
             raise MalformedInputError(
                 "the settings of a quantized model name no width",
                 file=path,
-                expected="bits or w_bit",
+                expected="bits, w_bit or quant_algo",
                 found=sorted(said),
             )
-        block = printable(json.dumps({"quant_method": method, **kept}), 300)
-        return f'no runtime looks into {name}: add what it says to config.json, as "quantization_config": {block}'
+        if kept.pop("kv_cache_quant_algo", None) == "FP8":
+            kept["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "dynamic": False}
+        method = renamed.get("quant_method")
+        return {"quant_method": method if isinstance(method, str) else kind.method, **kept, SAID_IN: name}
     return None
+
+
+def has_side_file(directory: Path) -> bool:
+    """Whether a file of settings that Transformers does not look into is in ``directory``."""
+    return any((directory / name).is_file() for name in _SIDE_FILES)
+
+
+def refuse_side_file(settings: Mapping[str, Any], file: Path) -> UnknownCodesError:
+    """The error for running a model whose ``settings`` come from a side file: runtimes look for them in ``file``, its
+    config.json, alone."""
+    beside = settings[SAID_IN]
+    kind = _by_settings(settings) or _UNKNOWN
+    block = printable(json.dumps({key: value for key, value in settings.items() if key != SAID_IN}), 300)
+    return UnknownCodesError(
+        f"this checkpoint is already quantized ({kind.name}), and config.json says nothing of it: a runtime would make "
+        "up its weights",
+        file=file,
+        expected="a quantization_config",
+        found=f"{beside} alone",
+        remedy=f'no runtime looks into {beside}: add what it says to config.json, as "quantization_config": {block}',
+    )

@@ -36,6 +36,7 @@ from llm_quantize.formats.base import (
     Array,
     Coverage,
     Field,
+    Mixes,
     Scheme,
     SchemeOptions,
     as_they_are,
@@ -106,7 +107,7 @@ OPTIONS: Sequence[str] = ()
 EDGES = False
 UNNAMED = None
 RUNTIME = None
-MIXES = None
+MIXES: Mixes | None = None
 CACHES = NO_CACHES
 vllm_caution = no_caution
 inputs = as_they_are

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from llm_quantize.errors import IntegrityError, MalformedInputError, printable
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.held import HeldRows
 from llm_quantize.qtypes.inputs import InputGrid
+
+if TYPE_CHECKING:
+    from llm_quantize.formats.base import Mixes
 
 AGAIN = "fetch or make the model again; its files are damaged or of different versions"
 ALIGNED = 32
@@ -61,7 +64,8 @@ class PackedMatrix:
     group may be shorter). ``minus_one``: stored zero points are one too small (GPTQ's first format). ``fields``:
     {suffix: stored tensor}; none of a matrix that is not in a file yet. ``grid``: the name of a grid that is not one of
     integers. ``inputs``: what a runtime rounds its inputs to; None: nothing, or nothing that is followed here;
-    ``inputs_at``: the field that the calibrated number of it stands in."""
+    ``inputs_at``: the field that the calibrated number of it stands in. ``experts``: how many matrices of equal height
+    lie in it one below the other. ``parameter``: the name of its weight in an unquantized model, "" for NAME.weight."""
 
     name: str
     layout: Layout
@@ -75,6 +79,18 @@ class PackedMatrix:
     grid: str = ""
     inputs: InputGrid | None = None
     inputs_at: str = ""
+    experts: int = 0
+    parameter: str = ""
+
+    @property
+    def weight(self) -> str:
+        """The name of its weight in an unquantized model."""
+        return self.parameter or f"{self.name}.weight"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, columns), or (experts, rows of each, columns)."""
+        return (self.experts, self.rows // self.experts, self.columns) if self.experts else (self.rows, self.columns)
 
     @property
     def groups(self) -> int:
@@ -106,9 +122,14 @@ class PackedMatrix:
 
 
 class StoredFormat(Protocol):
-    """A format as it is read, whoever wrote it. ``FORMS``: the names under which configurations know what is decoded.
-    ``RESCALES``: what writes it may have moved scales between tensors, as AWQ does."""
+    """A format as it is read, whoever wrote it. ``NAME``: its name, and the quant_method of its configurations;
+    ``LABEL``: what people call a level of it. ``FORMS``: the names under which configurations know what is decoded.
+    ``RESCALES``: what writes it may have moved scales between tensors, as AWQ does. ``MIXES``: how matrices on
+    different grids may lie in one directory; None: nothing is to be said of that."""
 
+    NAME: str
+    LABEL: str
+    MIXES: Mixes | None
     FORMS: Sequence[str]
     RESCALES: bool
 

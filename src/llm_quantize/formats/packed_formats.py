@@ -6,13 +6,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_quantize.errors import UnsupportedError, printable
-from llm_quantize.formats import awq, bitsandbytes, compressed_tensors, gptq, mlx
+from llm_quantize.formats import (
+    auto_round,
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    gptq,
+    mlx,
+    modelopt,
+    mxfp4_experts,
+    scaled_floats,
+)
 from llm_quantize.formats.base import Packed
 from llm_quantize.formats.foreign import refuse_settings
-from llm_quantize.formats.packed import Settings
+from llm_quantize.formats.packed import Settings, StoredFormat
 
 PACKED: Mapping[str, Packed] = {form.NAME: form for form in (gptq, awq, compressed_tensors, bitsandbytes, mlx)}
 """By name, which is also the quant_method of their configurations."""
+
+READ: Mapping[str, StoredFormat] = {
+    **PACKED,
+    **{word: form for form in (modelopt, scaled_floats, mxfp4_experts, auto_round) for word in form.METHODS},
+}
+"""All that are decoded, by quant_method in small letters: those of PACKED, and those that are only read."""
 
 
 _NAMED = ("quantization_config", "compression_config")
@@ -43,13 +59,18 @@ def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def format_of(settings: Settings) -> Packed:
+def read_format(method: Any) -> StoredFormat | None:
+    """The format that a configuration calls ``method``; None: none that is decoded."""
+    return READ.get(method.lower()) if isinstance(method, str) else None
+
+
+def format_of(settings: Settings) -> StoredFormat:
     """The format of a quantized model, by its configuration's quant_method.
 
     Raises UnsupportedError for a method, or a form of it, that is not decoded; MalformedInputError.
     """
     method = settings.values.get("quant_method")
-    found = PACKED.get(method) if isinstance(method, str) else None
+    found = read_format(method)
     if found is None:
         raise refuse_settings(settings.values, settings.file)
     form, known = found.form_of(settings)
@@ -57,7 +78,7 @@ def format_of(settings: Settings) -> Packed:
         raise UnsupportedError(
             "this way of quantizing is not decoded by this version",
             file=settings.file,
-            expected=", ".join(f"{name} ({', '.join(format.FORMS)})" for name, format in PACKED.items()),
+            expected=", ".join(f"{name} ({', '.join(format.FORMS)})" for name, format in READ.items()),
             found=printable(f"quant_method {method!r}{f', layout {form}' if form else ''}", 200),
             remedy="use the model that it was made from, in BF16 or F16 (its model card names it)",
         )

@@ -5,25 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import inverse, matrix_shape, read_output_rows, to_float32, weights_of
-from llm_quantize.errors import IntegrityError, UnsupportedError, UsageError, printable
+from llm_quantize.errors import IntegrityError, UsageError
 from llm_quantize.formats.ctranslate2.levels import CODES, VARIABLE_TYPES
-from llm_quantize.formats.ctranslate2.network import Network, Weight, network_of
+from llm_quantize.formats.ctranslate2.network import Network, Source, Weight, network_of
 from llm_quantize.io.ctranslate2_file import MODEL_FILE, Entry, read_model_file
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside, read_range
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.files import CONFIG_LIMIT
-from llm_quantize.models.hub.locate import Place
-
-if TYPE_CHECKING:
-    from llm_quantize.models.opening import Source
 
 Floats = npt.NDArray[np.float32]
 
@@ -42,22 +38,6 @@ def is_ctranslate2(path: Path) -> bool:
         return False
     file = inside(path, MODEL_FILE)
     return file.stat().st_size >= 4 and 0 < int.from_bytes(read_range(file, 0, 4), "little") < 256
-
-
-def sniff(path: Path) -> bool:
-    """As ``is_ctranslate2``."""
-    return path.is_dir() and is_ctranslate2(path)
-
-
-def open_at(place: Place, model: str, *, headers_only: bool = False) -> NoReturn:
-    """Raises UnsupportedError: such a model does not say which checkpoint's tensors its variables are."""
-    del headers_only
-    raise UnsupportedError(
-        "a CTranslate2 model is no model to start from: it does not say what its variables are in a checkpoint",
-        file=place.path / MODEL_FILE,
-        found=printable(model, 200),
-        remedy="give the model that it was made from; verify, analyze quality, compare and run take this one",
-    )
 
 
 class CTranslate2Directory:
@@ -155,12 +135,13 @@ class CTranslate2Directory:
 class SourceRows:
     """What a CTranslate2 model holds under the names and in the shapes of ``source``'s checkpoint (``base.Rows``), all
     of it float32. ``tensors``: a dtype is line8, line16, f32, f16 or bf16. ``network``: as the source would have it.
+    ``stored``: the model.
 
     Raises IntegrityError where it was made from another model, UnsupportedError for a source that has no such network.
     """
 
     def __init__(self, directory: CTranslate2Directory, source: Source) -> None:
-        self.directory, self.network = directory, network_of(source)
+        self.stored, self.network = directory, network_of(source)
         _check(directory, self.network, source)
         used = {piece.source for weight in self.network.weights for piece in weight.output.pieces}
         shapes = {name: info.shape for name, info in source.checkpoint.tensors.items() if name in used}
@@ -169,14 +150,14 @@ class SourceRows:
         self.tensors = {name: self._info(made) for name, made in self._made.items()}
 
     def _info(self, made: OutputTensor) -> TensorInfo:
-        entry = self.directory.find(made.pieces[0].source)
+        entry = self.stored.find(made.pieces[0].source)
         if entry is None:
             raise KeyError(made.name)
-        scale = self.directory.file.variables.get(f"{entry.name}_scale")
+        scale = self.stored.file.variables.get(f"{entry.name}_scale")
         nbytes = entry.nbytes + (0 if scale is None else scale.nbytes)
         share = weights_of(made.shape) / max(1, weights_of(entry.shape))
         dtype = GRIDS.get(entry.dtype, entry.dtype)
-        return TensorInfo(made.name, dtype, made.shape, self.directory.file.path, entry.offset, round(nbytes * share))
+        return TensorInfo(made.name, dtype, made.shape, self.stored.file.path, entry.offset, round(nbytes * share))
 
     def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
         """As ``Rows.matrix``."""
@@ -190,11 +171,11 @@ class SourceRows:
         del buffer, digest
         made = self._made[name]
         if not transpose:
-            return to_float32(read_output_rows(self.directory, made, start, stop))
+            return to_float32(read_output_rows(self.stored, made, start, stop))
         (piece, *others) = made.pieces
         if piece.transpose and not others and piece.order is None and piece.columns is None:
-            return self.directory.rows(piece.source, start, stop)
-        whole = to_float32(read_output_rows(self.directory, made, 0, self.matrix(name)[0]))
+            return self.stored.rows(piece.source, start, stop)
+        whole = to_float32(read_output_rows(self.stored, made, 0, self.matrix(name)[0]))
         return np.ascontiguousarray(whole.T[start:stop])
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llm_quantize.errors import MalformedInputError, UnsupportedError, printable
-from llm_quantize.formats.foreign import check_config, check_tensors, refuse_settings
+from llm_quantize.formats.foreign import check_config, check_tensors, has_side_file, refuse_settings, settings_beside
+from llm_quantize.formats.packed_formats import said_of
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
 from llm_quantize.io.safetensors_file import Header, TensorInfo, read_header
@@ -36,8 +37,18 @@ def read_configuration(
     """(config.json, generation_config.json or None, quantization_config if it is an FP8 form that we decode)."""
     if not _present(directory, "config.json"):
         _refuse_without_config(directory, model)
-    config = read_json_object(inside(directory, "config.json"), limit_bytes=CONFIG_LIMIT)
+    config = read_config(directory)
     return config, read_generation_config(directory), _quantization(config, directory / "config.json")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json; where it says nothing of quantization and a file beside it does, which the weights bear out, with
+    the quantization_config that this amounts to (``foreign.settings_beside``). Raises what reading raises."""
+    config = read_json_object(inside(directory, "config.json"), limit_bytes=CONFIG_LIMIT)
+    if said_of(config) is not None or not has_side_file(directory):
+        return config
+    beside = settings_beside(directory, read_headers(directory, str(directory), packed=True)[1])
+    return config if beside is None else {**config, "quantization_config": beside}
 
 
 def read_generation_config(directory: Path) -> dict[str, Any] | None:
@@ -120,7 +131,7 @@ def read_headers(
         headers, tensors = (header,), header.tensors
         if owners:
             check_single(tensors, index, owners)
-    _check_weights(tensors, headers[0].path if len(headers) == 1 else index, directory, packed)
+    _check_weights(tensors, headers[0].path if len(headers) == 1 else index, packed)
     return headers, tensors
 
 
@@ -187,13 +198,13 @@ def _check_owner(
         )
 
 
-def _check_weights(tensors: Mapping[str, TensorInfo], file: Path, directory: Path, packed: bool) -> None:
+def _check_weights(tensors: Mapping[str, TensorInfo], file: Path, packed: bool) -> None:
     if not tensors:
         raise MalformedInputError(
             "this model holds no tensors", file=file, expected="weights", found="none", remedy="fetch it again"
         )
     if not packed:
-        check_tensors(tensors, directory)
+        check_tensors(tensors)
 
 
 def _refuse_without_weights(directory: Path, model: str) -> NoReturn:

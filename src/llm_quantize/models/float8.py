@@ -6,7 +6,7 @@ quantizing our values equals quantizing its F32 conversion.
 
 Scale shapes, for a weight of shape (..., N, K) and blocks (bn, bk) of ``quantization_config.weight_block_size``
 (DeepSeek-V3): (..., ceil(N/bn), ceil(K/bk)) per block; (..., N, 1) or (..., N) per row; (...) or (..., 1, 1) per
-matrix; one value per tensor.
+matrix; one value per tensor. A scale of the type F8_E8M0 is 2^(code - 127).
 """
 
 from __future__ import annotations
@@ -21,16 +21,27 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import MalformedInputError, UnsupportedError, printable
+from llm_quantize.formats import float_codes
+from llm_quantize.formats.base import load_floats
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import CODEBOOKS
 from llm_quantize.qtypes.held import HeldRows
 
-SCALE_DTYPES = ("F32", "F16", "BF16")
+SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0")
+_POWERS = "F8_E8M0"
+_STORED: Mapping[str, type[np.generic]] = {
+    **{"F32": np.float32, "F16": np.float16},
+    **{"BF16": np.uint16, _POWERS: np.uint8},
+}
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
-_ACTIVATION_SUFFIXES = (".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
+_ACTIVATION_SUFFIXES = (
+    *(".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale", ".input_scale_ub"),
+)
 _FORMS: Mapping[str, tuple[str, tuple[str, ...]] | None] = {
     "fp8": None,
     "fbgemm_fp8": None,
+    "finegrained_fp8": None,
+    "auto-round": ("packing_format", ("auto_round:fp8_static",)),
     "compressed-tensors": ("format", ("float-quantized",)),
     "modelopt": ("quant_algo", ("FP8",)),
 }
@@ -113,6 +124,14 @@ class ScaleLayout:
 _LEVELS = np.array(CODEBOOKS["e4m3"], np.float32)
 _PLACES = np.array([127 + code if code < 128 else 254 - code for code in range(256)], np.int16)
 """By code: its place among the levels; of a code that is no number, none of them."""
+
+
+def scales(raw: memoryview, dtype: str) -> npt.NDArray[np.float32]:
+    """float32 (n,): the scales that the bytes ``raw`` of a tensor of ``dtype`` (of SCALE_DTYPES) hold."""
+    stored = np.frombuffer(raw, _STORED[dtype])
+    if dtype == _POWERS:
+        return float_codes.POWERS[stored]
+    return load_floats(stored)
 
 
 def is_scaled_float8(quantization: Mapping[str, Any]) -> bool:

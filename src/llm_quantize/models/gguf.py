@@ -378,7 +378,7 @@ def open_at(place: Place, model: str, *, headers_only: bool = False) -> GgufMode
             stored.close()
 
     derived = derive(Contents(paths[0], metadata, shapes, values))
-    return GgufModel(_name(paths[0]), metadata, headers, derived, headers_only)
+    return GgufModel(place.called or _name(paths[0]), metadata, headers, derived, headers_only)
 
 
 def _check_parts(files: Sequence[GgufFile]) -> None:

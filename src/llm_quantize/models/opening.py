@@ -11,12 +11,12 @@ from llm_quantize.architectures.base import TensorMap
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.cache import kept_hashes
-from llm_quantize.models import ctranslate2, gguf, quantized, safetensors
+from llm_quantize.models import ctranslate2_model, gguf, quantized, safetensors
 from llm_quantize.models.base import Model, Reader, itemsize
 from llm_quantize.models.hub.locate import locate
 from llm_quantize.models.identity import content_digest
 
-READERS: tuple[Reader, ...] = (ctranslate2, quantized, gguf, safetensors)
+READERS: tuple[Reader, ...] = (ctranslate2_model, quantized, gguf, safetensors)
 """Ways in which models are stored; the first that knows a path opens it."""
 
 

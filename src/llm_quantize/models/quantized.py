@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,19 +19,18 @@ import numpy.typing as npt
 
 from llm_quantize.architectures import open_architecture
 from llm_quantize.architectures.rows import matrix_shape
-from llm_quantize.errors import IntegrityError, NumericPolicyError, UnsupportedError, UsageError
+from llm_quantize.errors import IntegrityError, NumericPolicyError, UsageError
 from llm_quantize.formats import kv_cache
 from llm_quantize.formats.base import load_floats
+from llm_quantize.formats.foreign import SAID_IN
 from llm_quantize.formats.kv_cache import stored_scales
 from llm_quantize.formats.packed import AGAIN, ALIGNED, PackedMatrix, Settings, check_index, wrong_form
-from llm_quantize.formats.packed_formats import PACKED, format_of, said_of, unquantized
+from llm_quantize.formats.packed_formats import format_of, read_format, said_of, unquantized
 from llm_quantize.io.gguf_file import MetaValue
-from llm_quantize.io.json_file import read_json_object
-from llm_quantize.io.paths import inside
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
 from llm_quantize.models.base import Digest, Opened, Values
-from llm_quantize.models.files import CONFIG_LIMIT, read_generation_config
+from llm_quantize.models.files import read_config, read_generation_config
 from llm_quantize.models.float8 import is_scaled_float8
 from llm_quantize.models.hub.locate import Place
 from llm_quantize.models.safetensors import NoWeights, without_weights
@@ -47,8 +46,9 @@ if TYPE_CHECKING:
 
 _STEPS = 16 << 20
 _STORED: dict[str, type[np.generic]] = {
-    **{"I8": np.int8, "I32": np.int32, "U32": np.uint32, "I64": np.int64},
-    **{"U8": np.uint8, "F8_E4M3": np.uint8, "F16": np.float16, "BF16": np.uint16, "F32": np.float32},
+    **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "U32": np.uint32, "I64": np.int64},
+    **{"U8": np.uint8, "F8_E4M3": np.uint8, "F8_E8M0": np.uint8},
+    **{"F16": np.float16, "BF16": np.uint16, "F32": np.float32},
 }
 
 
@@ -57,8 +57,7 @@ def is_packed_directory(path: Path) -> bool:
     configuration raises."""
     if not path.is_dir() or not (path / "config.json").is_file():
         return False
-    config = read_json_object(inside(path, "config.json"), limit_bytes=CONFIG_LIMIT)
-    return said_of(config) is not None
+    return said_of(read_config(path)) is not None
 
 
 def is_stored_directory(path: Path) -> bool:
@@ -100,27 +99,25 @@ class PackedDirectory(StoredDirectory):
 
     def _understand(self) -> None:
         self.settings = quantization_of(self.config, self.file)
-        if is_scaled_float8(self.settings.values) and self.settings.values.get("quant_method") not in PACKED:
-            raise UnsupportedError(
-                "an FP8 directory can be a MODEL to start from, but not an artifact that is verified or measured",
-                file=self.file,
-                expected="a plain directory, or one of GPTQ, AWQ or compressed-tensors with integers",
-                found="FP8",
-                remedy="give it as MODEL (info, plan, quantize), and verify or measure what is made of it",
-            )
         self.format = format_of(self.settings)
         self.method = self.format.NAME
 
     def _read_matrices(self) -> Mapping[str, PackedMatrix]:
         self._reader = NoWeights(self.headers) if self.hollow else TensorReader(self.headers)
         self._local = threading.local()
-        self.notes = tuple(self.format.notes(self.settings))
+        self.notes = (*self.beside(), *self.format.notes(self.settings))
         try:
             found = self.format.read(self.tensors, self.settings, self._stored)
-            return {f"{matrix.name}.weight": matrix for matrix in found}
+            return {matrix.weight: matrix for matrix in found}
         except BaseException:
             self._reader.close()
             raise
+
+    def beside(self) -> Iterator[str]:
+        """Where its settings stand, if not in config.json."""
+        if SAID_IN in self.settings.values:
+            name = self.settings.values[SAID_IN]
+            yield f"what its codes mean stands in {name} alone, where neither Transformers nor vLLM look by themselves"
 
     def _read_caches(self, taken: Collection[str]) -> Mapping[str, TensorInfo]:
         return stored_scales(self.tensors, taken)
@@ -266,8 +263,8 @@ class PackedRows:
                     found="both",
                     remedy=AGAIN,
                 )
-            shape = (matrix.rows, matrix.columns)
-            shape = shape[::-1] if name in transposed else shape
+            *lead, rows, columns = matrix.shape
+            shape = (*lead, columns, rows) if name in transposed else matrix.shape
             self.tensors[name] = TensorInfo(name, matrix.qtype, shape, first.file, first.offset, matrix.nbytes)
 
     def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
@@ -310,8 +307,9 @@ class PackedRows:
         if transpose == (name in self._transposed):
             values = self.packed.rows(name, start, stop)
         else:
-            whole = self.packed.rows(name, 0, self.packed.matrices[name].rows)
-            values = np.ascontiguousarray(whole.T[start:stop])
+            matrix = self.packed.matrices[name]
+            whole = self.packed.rows(name, 0, matrix.rows).reshape(matrix.shape).swapaxes(-1, -2)
+            values = np.ascontiguousarray(whole.reshape(-1, whole.shape[-1])[start:stop])
         if digest is not None:
             digest.update(values.reshape(-1).view(np.uint8).data)
         return values
@@ -353,7 +351,7 @@ class QuantizedModel(PackedRows, Opened):
         for name in zero:
             del self.tensors[name]
         biases = (f"{len(zero)} biases that this model does not have are left out, all zeros",) if zero else ()
-        self.notes = (*left_lying(place.path, packed.headers), *biases)
+        self.notes = (*left_lying(place.path, packed.headers), *packed.beside(), *biases)
         self.directory, self.name, self.revision = place.path, place.name, place.revision
         self.temporary, self.headers_only = place.temporary, headers_only
         self.headers, self.generation_config, self.kind = packed.headers, generation, packed.label
@@ -407,12 +405,10 @@ def sniff(path: Path) -> bool:
     """
     if not os.path.lexists(path / "config.json"):
         return False
-    config = read_json_object(inside(path, "config.json"), limit_bytes=CONFIG_LIMIT)
-    found = said_of(config)
+    found = said_of(read_config(path))
     if not isinstance(found, dict) or is_scaled_float8(found):
         return False
-    method = found.get("quant_method")
-    return isinstance(method, str) and method in PACKED
+    return read_format(found.get("quant_method")) is not None
 
 
 def open_at(place: Place, model: str, *, headers_only: bool = False) -> QuantizedModel:

@@ -46,7 +46,7 @@ _STORED: dict[str, type[np.generic]] = {
     "F8_E4M3": np.uint8,
 }
 _SCALES_KEPT = 16
-_SCALE_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SCALE_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E8M0": "bfloat16"}
 
 
 @dataclass
@@ -246,10 +246,7 @@ class Checkpoint(Opened):
             tensor = self._scale_tensors[layout.name]
             raw = memoryview(bytearray(tensor.nbytes))
             self._reader.read(tensor, 0, raw)
-            stored = np.frombuffer(raw, _STORED[tensor.dtype])
-            if tensor.dtype == "BF16":
-                stored = (stored.astype(np.uint32) << 16).view(np.float32)
-            scale = stored.astype(np.float32).reshape(-1, layout.columns)
+            scale = float8.scales(raw, tensor.dtype).reshape(-1, layout.columns)
         with self._lock:
             self._scales[layout.name] = scale
             while len(self._scales) > _SCALES_KEPT:

@@ -15,10 +15,8 @@ import numpy.typing as npt
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.foreign import check_config
 from llm_quantize.formats.packed import PackedMatrix
-from llm_quantize.io.json_file import read_json_object
-from llm_quantize.io.paths import inside
 from llm_quantize.io.safetensors_file import Header, TensorInfo
-from llm_quantize.models.files import CONFIG_LIMIT, read_headers
+from llm_quantize.models.files import read_config, read_headers
 from llm_quantize.models.safetensors import Checkpoint
 from llm_quantize.qtypes.held import HeldRows
 from llm_quantize.qtypes.inputs import InputGrid
@@ -46,7 +44,7 @@ class StoredDirectory:
         if not self.path.is_dir():
             raise UsageError("no such directory", file=self.path, remedy="check the path")
         self.file = self.path / "config.json"
-        self.config = read_json_object(inside(self.path, "config.json"), limit_bytes=CONFIG_LIMIT)
+        self.config = read_config(self.path)
         self._understand()
         self.headers: tuple[Header, ...]
         self.headers, self.tensors = read_headers(self.path, str(path), packed=self.packs)

@@ -18,13 +18,13 @@ from llm_quantize import events
 from llm_quantize.architectures.mapping import AbsentWeightError
 from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.events import EventSink
-from llm_quantize.formats.foreign import UnknownCodesError
+from llm_quantize.formats.foreign import SAID_IN, UnknownCodesError, refuse_side_file
 from llm_quantize.formats.packed_formats import PACKED, said_of
 from llm_quantize.formats.small_files import MOST_BYTES, is_read
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside, refuse_larger
 from llm_quantize.models.ctranslate2 import is_ctranslate2
-from llm_quantize.models.files import CONFIG_LIMIT
+from llm_quantize.models.files import CONFIG_LIMIT, read_config
 from llm_quantize.models.opening import open_source
 
 TALK_CONTEXT = 4096
@@ -272,6 +272,13 @@ def own_format(path: Path) -> str | None:
     return form.NAME if form is not None and form.RUNTIME is not None else None
 
 
+def _refuse_side_file(path: Path) -> None:
+    """Raise UnknownCodesError for a quantized model whose settings are not in its config.json."""
+    said = said_of(read_config(path)) if path.is_dir() else None
+    if isinstance(said, dict) and SAID_IN in said:
+        raise refuse_side_file(said, path / "config.json")
+
+
 def is_torch_directory(path: Path) -> bool:
     """Whether ``path`` is a model directory of those that Transformers and vLLM read. Raises as
     ``is_model_directory``."""
@@ -287,6 +294,7 @@ def refuse_incomplete(path: Path, *, tells: bool = True) -> None:
     ``tells`` afterwards what it did not fill; else such a model is refused too (UnsupportedError).
     """
     try:
+        _refuse_side_file(path)
         open_source(str(path), headers_only=True).checkpoint.close()
     except (AbsentWeightError, UnknownCodesError):
         raise

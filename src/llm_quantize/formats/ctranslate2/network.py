@@ -5,24 +5,48 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
 
-from llm_quantize.architectures.base import OutputTensor, Piece
+from llm_quantize.architectures.architecture import Architecture
+from llm_quantize.architectures.base import OutputTensor, Piece, TensorMap
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.formats.ctranslate2.families import EMBEDDING, FAMILIES, HEAD, Family, Linear, Norm, Part, Table
 from llm_quantize.io.ctranslate2_file import Variable
-
-if TYPE_CHECKING:
-    from llm_quantize.models.opening import Source
+from llm_quantize.io.safetensors_file import TensorInfo
 
 KIND, REVISION = "TransformerDecoderSpec", 8
-_FORMS = {"int8": "<b", "int16": "<h", "int32": "<i", "float32": "<f"}
-_ACTIVATIONS = {
+FORMS = {"int8": "<b", "int16": "<h", "int32": "<i", "float32": "<f"}
+ACTIVATIONS = {
     **{"relu": 0, "gelu_fast": 1, "gelu_new": 1, "gelu_pytorch_tanh": 1, "silu": 2, "swish": 2},
     **{"gelu": 3, "gelu_python": 3, "quick_gelu": 4},
 }
-_SCALINGS = {"linear": 0, "llama3": 2}
-_TOP = "decoder"
+SCALINGS = {"linear": 0, "llama3": 2}
+TOP = "decoder"
+
+
+class Stored(Protocol):
+    """What a network asks of a checkpoint."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def config_file(self) -> Path: ...
+    @property
+    def directory(self) -> Path: ...
+
+
+class Source(Protocol):
+    """What a network asks of a source (``models.opening.Source``)."""
+
+    @property
+    def checkpoint(self) -> Stored: ...
+    @property
+    def architecture(self) -> Architecture: ...
+    @property
+    def tensors(self) -> TensorMap: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +98,7 @@ def network_of(source: Source) -> Network:
         if lost:
             _refuse(source, "CTranslate2's network has no place for a weight of this model", lost[0], "no such weight")
     tied = _tied(source, outputs)
-    aliases = {f"{_TOP}/{HEAD}/weight": f"{_TOP}/{EMBEDDING}/weight"} if tied else {}
+    aliases = {f"{TOP}/{HEAD}/weight": f"{TOP}/{EMBEDDING}/weight"} if tied else {}
     weights.sort(key=lambda weight: weight.output.name)
     return Network(tuple(weights), tuple(_scalars(source, family)), aliases)
 
@@ -119,9 +143,9 @@ def _check(source: Source, family: Family) -> None:
 
 def _activation(source: Source) -> int:
     found = source.architecture.config.text("hidden_act")
-    if found not in _ACTIVATIONS:
-        _refuse(source, "CTranslate2 does not compute this activation", found, ", ".join(_ACTIVATIONS))
-    return _ACTIVATIONS[found]
+    if found not in ACTIVATIONS:
+        _refuse(source, "CTranslate2 does not compute this activation", found, ", ".join(ACTIVATIONS))
+    return ACTIVATIONS[found]
 
 
 # weights
@@ -131,9 +155,9 @@ def _weights(source: Source, family: Family, outputs: Mapping[str, OutputTensor]
     edges: list[Part] = [Linear(EMBEDDING, ("token_embd",)), *family.edges]
     if not _tied(source, outputs):
         edges.append(Linear(HEAD, ("output",)))
-    places = [(_TOP, "", edges)]
+    places = [(TOP, "", edges)]
     for index in range(source.architecture.hyper.n_layer):
-        places.append((f"{_TOP}/layer_{index}", f"blk.{index}.", list(family.layer)))
+        places.append((f"{TOP}/layer_{index}", f"blk.{index}.", list(family.layer)))
     for scope, prefix, parts in places:
         for part in parts:
             for weight in _variables(scope, prefix, part, outputs):
@@ -188,7 +212,7 @@ def _tied(source: Source, outputs: Mapping[str, OutputTensor]) -> bool:
 
 def _scalar(name: str, dtype: str, value: float) -> Variable:
     number = value if dtype == "float32" else int(value)
-    return Variable(name, dtype, (), struct.pack(_FORMS[dtype], number))
+    return Variable(name, dtype, (), struct.pack(FORMS[dtype], number))
 
 
 def _scalars(source: Source, family: Family) -> Iterator[Variable]:
@@ -207,10 +231,10 @@ def _scalars(source: Source, family: Family) -> Iterator[Variable]:
     if (window := _window(source, family)) is not None:
         numbers["sliding_window"] = ("int32", window)
     for name, (dtype, value) in numbers.items():
-        yield _scalar(f"{_TOP}/{name}", dtype, value)
-    norms = [(_TOP, part) for part in family.edges if isinstance(part, Norm)]
+        yield _scalar(f"{TOP}/{name}", dtype, value)
+    norms = [(TOP, part) for part in family.edges if isinstance(part, Norm)]
     for index in range(hyper.n_layer):
-        scope = f"{_TOP}/layer_{index}"
+        scope = f"{TOP}/layer_{index}"
         norms += [(scope, part) for part in family.layer if isinstance(part, Norm)]
         for name, (dtype, value) in _attention(source, family, index).items():
             yield _scalar(f"{scope}/self_attention/{name}", dtype, value)
@@ -245,15 +269,15 @@ def _attention(source: Source, family: Family, index: int) -> dict[str, tuple[st
         "rotary_dim": ("int32", sizes[family.rotary]),
         "rotary_interleave": ("int8", 0),
     }
-    if rope.kind in _SCALINGS and not slides:
-        found["rotary_scaling_type"] = ("int8", _SCALINGS[rope.kind])
-        for key, (name, dtype) in _SCALING_NUMBERS.items():
+    if rope.kind in SCALINGS and not slides:
+        found["rotary_scaling_type"] = ("int8", SCALINGS[rope.kind])
+        for key, (name, dtype) in SCALING_NUMBERS.items():
             if key in rope.scaling and (rope.kind == "llama3" or key == "factor"):
                 found[name] = (dtype, architecture.config.checked_number(key, rope.scaling[key], positive=True))
     return found
 
 
-_SCALING_NUMBERS = {
+SCALING_NUMBERS = {
     "factor": ("rotary_scaling_factor", "float32"),
     "low_freq_factor": ("rotary_low_freq_factor", "float32"),
     "high_freq_factor": ("rotary_high_freq_factor", "float32"),
