@@ -88,6 +88,19 @@ def test_killed_while_a_ctranslate2_model_is_made(
     assert scenario.resumed > 0
 
 
+def test_killed_while_a_directory_is_made_of_a_gguf_file(
+    command_line: CommandLine, model: Path, tmp_path: Path
+) -> None:
+    """Its small files are not copied but made."""
+    (origin,) = pipeline.quantize(str(model), "gguf", levels=["F16"], output_dir=tmp_path, options=pipeline.Options())
+    arguments = ("-q", "BF16", "--threads", "1")
+    scenario = Scenario(command_line, origin.path, tmp_path, arguments, format="safetensors")
+    assert any(name.endswith("tokenizer.json") for name in scenario.expected)
+    assert scenario.calls > 50
+    scenario.kill_at_calls([*range(1, scenario.calls - 9, 17), *range(scenario.calls - 9, scenario.calls + 1, 3)])
+    assert scenario.resumed > 0
+
+
 def test_killed_with_several_split_levels(command_line: CommandLine, model: Path, tmp_path: Path) -> None:
     arguments = ("-q", "Q2_K", "-q", "F16", "--split-max-size", "400K", "--threads", "3")
     scenario = Scenario(command_line, model, tmp_path, arguments)

@@ -436,17 +436,6 @@ def test_without_a_tokenizer_no_gguf_is_made(llama: Path, tmp_path: Path) -> Non
     assert not list((tmp_path / "out").glob("*"))
 
 
-@pytest.mark.parametrize(("format", "level"), [("gptq", "4bit"), ("awq", "4bit"), ("compressed-tensors", "W4A16")])
-def test_directories_are_not_made_of_a_file(llama: Path, tmp_path: Path, format: str, level: str) -> None:
-    for method in ("rtn", "gptq"):
-        chosen = Options(threads=1, method=MethodOptions(method=method, transform="none"))
-        with pytest.raises(UnsupportedError, match="tokenizer files, which a GGUF file has not"):
-            quantize(str(llama), format, levels=[level], output_dir=tmp_path, options=chosen)
-    with pytest.raises(UnsupportedError, match="which a GGUF file has not"):
-        quantize(str(llama), "safetensors", levels=["BF16"], output_dir=tmp_path, options=Options(threads=1))
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_file_is_not_replaced_by_what_is_made_of_it(llama: Path, tmp_path: Path) -> None:
     path = tmp_path / "net-Q8_0.gguf"
     shutil.copy(llama, path)

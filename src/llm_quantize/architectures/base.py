@@ -195,9 +195,12 @@ TWO_FEEDS = (
 class Family:
     """A model family as one row of data.
 
-    ``arch``: its name in GGUF. ``weights``: everything a checkpoint holds. ``prefixes``: (old, new) pairs that bring
-    source names to the ones used here; the first that fits is taken. ``left_out``: (regular expression, reason).
-    ``defaults``: configuration values that transformers fills in where config.json has none.
+    ``arch``: its name in GGUF. ``generator``: transformers' class of its model that generates text. ``words``:
+    {the name of a value here: the one that its configuration has for it} where these differ ("": none); the names here
+    are those of ``config_reader.ALIASES``. ``weights``: everything a checkpoint holds. ``prefixes``: (old, new) pairs
+    that bring source names to the ones used here; the first that fits is taken.
+    ``left_out``: (regular expression, reason). ``defaults``: configuration values that transformers fills in where
+    config.json has none.
     ``layer_types``: the period of full attention among sliding layers that the runtime has built in (0: no check).
     ``sliding_pattern``: instead, the runtime reads which layers slide; ``layer_types`` is then the default period.
     ``rope``: which rope scalings the runtime computes for this family. ``rope_default``: rope_theta, or None where
@@ -215,6 +218,7 @@ class Family:
 
     model_type: str
     arch: gguf.MODEL_ARCH
+    generator: str
     weights: tuple[Weight, ...]
     activations: tuple[str, ...]
     defaults: Mapping[str, object] = field(default_factory=dict)
@@ -242,3 +246,4 @@ class Family:
     score_layers: int = 0
     rope_period: int = 0
     feeds: tuple[Feed, ...] = TWO_FEEDS
+    words: Mapping[str, str] = field(default_factory=dict)

@@ -18,6 +18,8 @@ FAMILIES = (
     Family(
         "cohere",
         A.COMMAND_R,
+        generator="CohereForCausalLM",
+        words={"model_max_length": ""},
         weights=_COHERE,
         activations=("silu",),
         defaults={"layer_norm_eps": 1e-5, "tie_word_embeddings": True, "logit_scale": 0.0625},
@@ -34,6 +36,7 @@ FAMILIES = (
     Family(
         "cohere2",
         A.COHERE2,
+        generator="Cohere2ForCausalLM",
         weights=_COHERE,
         activations=("silu",),
         defaults={
@@ -56,6 +59,7 @@ FAMILIES = (
     Family(
         "glm4",
         A.GLM4,
+        generator="Glm4ForCausalLM",
         weights=(
             *EDGES,
             norm(T.ATTN_NORM, "layers.{}.input_layernorm"),
@@ -77,6 +81,7 @@ FAMILIES = (
     Family(
         "ernie4_5",
         A.ERNIE4_5,
+        generator="Ernie4_5ForCausalLM",
         weights=(*EDGES, *LAYER_NORMS, *attention(), *gated()),
         activations=("silu",),
         defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": True},

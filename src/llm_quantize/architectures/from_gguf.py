@@ -26,6 +26,7 @@ from .architecture import Architecture
 from .base import Family, OutputTensor
 from .config_reader import ALIASES, LARGEST
 from .mapping import artifact_shapes, checkpoint_shapes, output_name
+from .rope import DIVISORS
 
 _AGAIN = "make the file again with a current llama.cpp, or start from the original model"
 _NOT_MODELS = {
@@ -225,11 +226,6 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def _named(name: str, value: object) -> dict[str, object]:
-    """A value under every name that some configuration class of transformers has for it."""
-    return dict.fromkeys(ALIASES.get(name, (name,)), value)
-
-
 class _Inverse:
     """One family's tables, read backwards."""
 
@@ -237,29 +233,34 @@ class _Inverse:
         self.family, self.contents = family, contents
         self.values = _Values(contents, gguf.MODEL_ARCH_NAMES[family.arch])
 
+    def _named(self, name: str, value: object) -> dict[str, object]:
+        """A value under the name that the family's configuration has for it, if it has one."""
+        word = self.family.words.get(name, name)
+        return {word: value} if word else {}
+
     def config(self) -> dict[str, object]:
         """The configuration. Raises MalformedInputError for a value that is absent or of a wrong kind."""
         family = self.family
-        config: dict[str, object] = {"model_type": family.model_type}
+        config: dict[str, object] = {"architectures": [family.generator], "model_type": family.model_type}
         for limit in family.limits:
             config[limit.name] = limit.allowed[0]
-        config |= _named("hidden_act", family.activations[0])
+        config |= self._named("hidden_act", family.activations[0])
         config |= self._conditions()
         config |= self._sizes()
         config |= self._experts()
         if family.falcon_heads:
-            config |= self._falcon(config)
+            config |= self._falcon(config, config.pop("two_norms") is True)
         config |= self._tokens()
         keys = gguf.Keys.Attention
         if family.norm == "rms":
-            config |= _named("rms_norm_eps", self.values.number(keys.LAYERNORM_RMS_EPS))
+            config |= self._named("rms_norm_eps", self.values.number(keys.LAYERNORM_RMS_EPS))
         else:
-            config |= _named("layer_norm_eps", self.values.number(keys.LAYERNORM_EPS))
+            config |= self._named("layer_norm_eps", self.values.number(keys.LAYERNORM_EPS))
         for value in family.values:
             found = self.values.get(value.key)
             if value.required and found is None:
                 self.values.number(value.key)  # raises
-            config[value.name] = None if found == value.empty else found
+            config |= self._named(value.name, None if found == value.empty else found)
         config |= self._layer_types()
         if family.rope_default is not None:
             config |= self._rope()
@@ -282,12 +283,12 @@ class _Inverse:
         embedding, count = values.integer(keys.EMBEDDING_LENGTH), values.integer(heads.HEAD_COUNT)
         table = self.contents.shapes.get("token_embd.weight", (0,))
         found = {
-            **_named("num_hidden_layers", values.integer(keys.BLOCK_COUNT)),
-            **_named("max_position_embeddings", values.integer(keys.CONTEXT_LENGTH)),
-            **_named("hidden_size", embedding),
-            **_named("intermediate_size", values.integer(keys.FEED_FORWARD_LENGTH)),
-            **_named("num_attention_heads", count),
-            **_named("num_key_value_heads", values.integer(heads.HEAD_COUNT_KV, count)),
+            **self._named("num_hidden_layers", values.integer(keys.BLOCK_COUNT)),
+            **self._named("max_position_embeddings", values.integer(keys.CONTEXT_LENGTH)),
+            **self._named("hidden_size", embedding),
+            **self._named("intermediate_size", values.integer(keys.FEED_FORWARD_LENGTH)),
+            **self._named("num_attention_heads", count),
+            **self._named("num_key_value_heads", values.integer(heads.HEAD_COUNT_KV, count)),
             "vocab_size": table[0],
             "tie_word_embeddings": "output.weight" not in self.contents.shapes,
         }
@@ -311,19 +312,20 @@ class _Inverse:
         count = values.integer(keys.EXPERT_COUNT, 0)
         if not count:
             usual = any(name in self.family.defaults for name in ALIASES["num_experts"])
-            return _named("num_experts", 0) if usual else {}
+            return self._named("num_experts", 0) if usual else {}
         feed = values.integer(keys.FEED_FORWARD_LENGTH)
+        width = values.integer(keys.EXPERT_SHARED_FEED_FORWARD_LENGTH, 0)
+        shared = {"shared_expert_intermediate_size": width} if width else {}
         return {
-            **_named("num_experts", count),
+            **self._named("num_experts", count),
             "num_experts_per_tok": values.integer(keys.EXPERT_USED_COUNT),
-            "moe_intermediate_size": values.integer(keys.EXPERT_FEED_FORWARD_LENGTH, feed),
-            "shared_expert_intermediate_size": values.integer(keys.EXPERT_SHARED_FEED_FORWARD_LENGTH, 0),
+            **self._named("moe_intermediate_size", values.integer(keys.EXPERT_FEED_FORWARD_LENGTH, feed)),
+            **shared,
         }
 
-    def _falcon(self, config: Mapping[str, object]) -> dict[str, object]:
-        """Which of Falcon's three ways of sharing key heads."""
-        heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
-        two = config["two_norms"] is True
+    def _falcon(self, config: Mapping[str, object], two: bool) -> dict[str, object]:
+        """Which of Falcon's three ways of sharing key heads. ``two``: attention has a norm of its own."""
+        heads, kv = config["num_attention_heads"], config["num_kv_heads"]
         new = two or kv not in (1, heads)
         return {
             "new_decoder_architecture": new,
@@ -332,11 +334,12 @@ class _Inverse:
         }
 
     def _tokens(self) -> dict[str, object]:
-        keys = gguf.Keys.Tokenizer
+        keys, rows = gguf.Keys.Tokenizer, self.contents.shapes.get("token_embd.weight", (0,))[0]
         found: dict[str, object] = {}
         for name, key in (("bos", keys.BOS_ID), ("eos", keys.EOS_ID), ("pad", keys.PAD_ID)):
             value = self.values.get(key)
-            found[f"{name}_token_id"] = value if isinstance(value, int) else None
+            held = type(value) is int and 0 <= value < rows  # the others mean nothing to llama.cpp, too
+            found[f"{name}_token_id"] = value if held else None
         return found
 
     def _layer_types(self) -> dict[str, object]:
@@ -355,7 +358,8 @@ class _Inverse:
         family, values, keys = self.family, self.values, gguf.Keys.Rope
         theta = values.number(keys.FREQ_BASE, 10000.0, positive=True)
         rotary, head = values.integer(keys.DIMENSION_COUNT, self._head_dim), self._head_dim
-        share = min(1.0, math.nextafter(rotary / max(1, head), 2)) if rotary != head else 1.0
+        share = min(1.0, rotary / max(1, head))
+        share = share if int(head * share) == rotary else min(1.0, math.nextafter(share, 2))
         scaling = {"rope_theta": theta, **self._scaling(theta, rotary)}
         if share != 1:
             scaling["partial_rotary_factor"] = share
@@ -445,7 +449,7 @@ def llama3_parameters(divisors: npt.NDArray[np.float32], theta: float, rotary: i
             found=printable(str(divisors.tolist()), 120),
             remedy="start from the original model",
         )
-    return {**found, "divisors": divisors.tolist()}
+    return {**found, DIVISORS: divisors.tolist()}
 
 
 def _llama3_bounds(

@@ -49,6 +49,7 @@ FAMILIES = (
     Family(
         "gemma",
         A.GEMMA,
+        generator="GemmaForCausalLM",
         weights=(
             *_EDGES,
             norm(T.ATTN_NORM, "layers.{}.input_layernorm", add=1.0),
@@ -66,6 +67,8 @@ FAMILIES = (
     Family(
         "gemma2",
         A.GEMMA2,
+        generator="Gemma2ForCausalLM",
+        words={"hidden_act": "hidden_activation"},
         weights=(*_EDGES, *_FOUR_NORMS, *attention(), *gated()),
         activations=_GELU,
         defaults={
@@ -93,6 +96,8 @@ FAMILIES = (
     Family(
         "gemma3_text",
         A.GEMMA3,
+        generator="Gemma3ForCausalLM",
+        words={"hidden_act": "hidden_activation"},
         weights=_GEMMA3_WEIGHTS,
         activations=_GELU,
         defaults=_GEMMA3_DEFAULTS,
@@ -110,6 +115,8 @@ FAMILIES = (
     Family(
         "gemma3",
         A.GEMMA3,
+        generator="Gemma3ForConditionalGeneration",
+        words={"hidden_act": "hidden_activation"},
         weights=_GEMMA3_WEIGHTS,
         activations=_GELU,
         defaults=_GEMMA3_DEFAULTS,

@@ -15,6 +15,17 @@ FAMILIES = (
     Family(
         "gpt2",
         A.GPT2,
+        generator="GPT2LMHeadModel",
+        words={
+            "num_hidden_layers": "n_layer",
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_attention_heads": "n_head",
+            "num_key_value_heads": "",
+            "max_position_embeddings": "n_positions",
+            "layer_norm_eps": "layer_norm_epsilon",
+            "hidden_act": "activation_function",
+        },
         weights=(
             one(T.TOKEN_EMBD, "wte.weight", "vocab", "embd"),
             one(T.POS_EMBD, "wpe.weight", "context", "embd"),
@@ -43,6 +54,8 @@ FAMILIES = (
     Family(
         "gpt_neox",
         A.GPTNEOX,
+        generator="GPTNeoXForCausalLM",
+        words={"num_key_value_heads": ""},
         weights=(
             one(T.TOKEN_EMBD, "embed_in.weight", "vocab", "embd"),
             *pair(T.OUTPUT_NORM, "final_layer_norm", "embd"),
@@ -72,6 +85,13 @@ FAMILIES = (
     Family(
         "falcon",
         A.FALCON,
+        generator="FalconForCausalLM",
+        words={
+            "intermediate_size": "ffn_hidden_size",
+            "num_key_value_heads": "num_kv_heads",
+            "layer_norm_eps": "layer_norm_epsilon",
+            "hidden_act": "activation",
+        },
         weights=(
             one(T.TOKEN_EMBD, "word_embeddings.weight", "vocab", "embd"),
             *pair(T.OUTPUT_NORM, "ln_f", "embd"),
@@ -111,6 +131,8 @@ FAMILIES = (
     Family(
         "starcoder2",
         A.STARCODER2,
+        generator="Starcoder2ForCausalLM",
+        words={"layer_norm_eps": "norm_epsilon"},
         weights=(
             EMBEDDING,
             HEAD,

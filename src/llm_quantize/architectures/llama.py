@@ -45,6 +45,7 @@ FAMILIES = (
     Family(
         "llama",
         A.LLAMA,
+        generator="LlamaForCausalLM",
         weights=(
             *EDGES,
             *LAYER_NORMS,
@@ -61,6 +62,7 @@ FAMILIES = (
     Family(
         "mistral",
         A.LLAMA,
+        generator="MistralForCausalLM",
         weights=(*EDGES, *LAYER_NORMS, *attention(rotated=True), *gated()),
         activations=("silu",),
         defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 8},
@@ -73,6 +75,8 @@ FAMILIES = (
     Family(
         "mixtral",
         A.LLAMA,
+        generator="MixtralForCausalLM",
+        words={"num_experts": "num_local_experts", "moe_intermediate_size": ""},
         weights=(
             *EDGES,
             *LAYER_NORMS,
@@ -94,6 +98,7 @@ FAMILIES = (
     Family(
         "smollm3",
         A.SMOLLM3,
+        generator="SmolLM3ForCausalLM",
         weights=(
             *EDGES,
             *LAYER_NORMS,
@@ -112,6 +117,7 @@ FAMILIES = (
     Family(
         "granite",
         A.GRANITE,
+        generator="GraniteForCausalLM",
         weights=(
             *EDGES,
             *LAYER_NORMS,
@@ -127,6 +133,8 @@ FAMILIES = (
     Family(
         "granitemoe",
         A.GRANITE_MOE,
+        generator="GraniteMoeForCausalLM",
+        words={"num_experts": "num_local_experts", "moe_intermediate_size": ""},
         weights=(*EDGES, *LAYER_NORMS, *attention(rotated=True), *_GRANITE_EXPERTS),
         activations=("silu",),
         defaults={**_GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2},
@@ -138,6 +146,7 @@ FAMILIES = (
     Family(
         "seed_oss",
         A.SEED_OSS,
+        generator="SeedOssForCausalLM",
         weights=(
             *EDGES,
             norm(T.ATTN_NORM, "layers.{}.input_layernorm"),
@@ -155,6 +164,7 @@ FAMILIES = (
     Family(
         "arcee",
         A.ARCEE,
+        generator="ArceeForCausalLM",
         weights=(
             *EDGES,
             *LAYER_NORMS,

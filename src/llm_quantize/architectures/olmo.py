@@ -39,6 +39,8 @@ FAMILIES = (
     Family(
         "olmo",
         A.OLMO,
+        generator="OlmoForCausalLM",
+        words={"layer_norm_eps": ""},  # the class has 1e-5 built in
         # Its norms have no weights.
         weights=(EMBEDDING, HEAD, *attention(rotated=True), *gated()),
         activations=("silu",),
@@ -52,6 +54,7 @@ FAMILIES = (
     Family(
         "olmo3",
         A.OLMO2,
+        generator="Olmo3ForCausalLM",
         weights=_OLMO2_WEIGHTS,
         activations=("silu",),
         defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096},
@@ -67,6 +70,8 @@ FAMILIES = (
     Family(
         "olmoe",
         A.OLMOE,
+        generator="OlmoeForCausalLM",
+        words={"moe_intermediate_size": ""},
         weights=(
             *EDGES,
             *LAYER_NORMS,
@@ -85,6 +90,8 @@ FAMILIES = (
     Family(
         "nemotron",
         A.NEMOTRON,
+        generator="NemotronForCausalLM",
+        words={"layer_norm_eps": "norm_eps"},
         weights=(
             EMBEDDING,
             HEAD,
@@ -108,6 +115,7 @@ FAMILIES = (
     Family(
         "olmo2",
         A.OLMO2,
+        generator="Olmo2ForCausalLM",
         weights=_OLMO2_WEIGHTS,
         activations=("silu",),
         defaults={"rms_norm_eps": 1e-5},
@@ -119,6 +127,7 @@ FAMILIES = (
     Family(
         "stablelm",
         A.STABLELM,
+        generator="StableLmForCausalLM",
         weights=(
             EMBEDDING,
             *pair(T.OUTPUT_NORM, "norm", "embd"),

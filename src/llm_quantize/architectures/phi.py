@@ -13,6 +13,7 @@ FAMILIES = (
     Family(
         "phi",
         A.PHI2,
+        generator="PhiForCausalLM",
         weights=(
             EMBEDDING,
             *pair(T.OUTPUT_NORM, "final_layernorm", "embd"),
@@ -36,6 +37,7 @@ FAMILIES = (
     Family(
         "phi3",
         A.PHI3,
+        generator="Phi3ForCausalLM",
         weights=(
             *EDGES,
             *LAYER_NORMS,

@@ -25,6 +25,7 @@ FAMILIES = (
     Family(
         "qwen2",
         A.QWEN2,
+        generator="Qwen2ForCausalLM",
         weights=(*EDGES, *LAYER_NORMS, *attention(qkv_bias=""), *gated()),
         activations=("silu",),
         defaults={"rms_norm_eps": 1e-6},
@@ -34,6 +35,7 @@ FAMILIES = (
     Family(
         "qwen2_moe",
         A.QWEN2MOE,
+        generator="Qwen2MoeForCausalLM",
         weights=(
             *EDGES,
             *LAYER_NORMS,
@@ -54,6 +56,7 @@ FAMILIES = (
     Family(
         "qwen3",
         A.QWEN3,
+        generator="Qwen3ForCausalLM",
         weights=(
             *EDGES,
             *LAYER_NORMS,
@@ -70,6 +73,7 @@ FAMILIES = (
     Family(
         "qwen3_moe",
         A.QWEN3MOE,
+        generator="Qwen3MoeForCausalLM",
         weights=(
             *EDGES,
             *LAYER_NORMS,

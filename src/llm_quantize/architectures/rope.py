@@ -17,6 +17,8 @@ from ..errors import UnsupportedError
 from .base import Family, Hyper
 from .config_reader import ConfigReader
 
+DIVISORS = "divisors"
+"""What a configuration derived of a GGUF file calls the rotary divisors that the file holds."""
 _NESTED = ("full_attention", "sliding_attention")
 
 
@@ -169,8 +171,8 @@ def rope_constants(
     if rope is None or rope.kind not in ("llama3", "longrope"):
         return {}
     if rope.kind == "llama3":
-        said = "divisors" in rope.scaling  # by a GGUF file, which has them instead of what they come from
-        divisors = _divisors("divisors", rope, config, hyper) if said else _llama3_divisors(rope, config, hyper)
+        said = DIVISORS in rope.scaling  # by a GGUF file, which has them instead of what they come from
+        divisors = _divisors(DIVISORS, rope, config, hyper) if said else _llama3_divisors(rope, config, hyper)
         return {gguf.MODEL_TENSOR.ROPE_FREQS: divisors}
     found = {}
     for name, tensor in (

@@ -46,7 +46,7 @@ from llm_quantize.artifacts.verification import StoredTensor, TensorCheck, Verif
 from llm_quantize.artifacts.verify_ctranslate2 import CTranslate2Subject
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, NumericPolicyError, UsageError
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.formats.directory_check import compare_files, compare_tensors, compare_tokenizer
+from llm_quantize.formats.directory_check import compare_files, compare_small_files, compare_tensors
 from llm_quantize.formats.gguf.check import compare_names, compare_parts, compare_plan, squeezed
 from llm_quantize.formats.gguf.scales import Scales, decode
 from llm_quantize.formats.kv_cache import contradictions
@@ -254,8 +254,7 @@ class _Directory:
 
     def against(self, source: Source, manifest: Manifest | None, stack: ExitStack) -> Iterator[str]:
         refuse_long_rows((name, info.file, info.shape) for name, info in self.files.plain.items())
-        if source.checkpoint.metadata is None:  # else its tokenizer is no file
-            yield from compare_tokenizer(self.path, source.checkpoint.directory, exact=manifest is not None)
+        yield from compare_small_files(self.path, source, manifest)
         try:
             self._decoded = DecodedDirectory(source, self.path)
         except LlmQuantizeError as error:

@@ -18,7 +18,7 @@ from llm_quantize.artifacts.verification import StoredTensor
 from llm_quantize.errors import LlmQuantizeError
 from llm_quantize.formats.ctranslate2.levels import CODES, VARIABLE_TYPES
 from llm_quantize.formats.directory import KEPT_TYPES
-from llm_quantize.formats.directory_check import compare_files, compare_names, compare_tokenizer
+from llm_quantize.formats.directory_check import compare_files, compare_names, compare_small_files
 from llm_quantize.io.ctranslate2_file import Entry
 from llm_quantize.models.ctranslate2 import GRIDS, CTranslate2Directory
 from llm_quantize.models.opening import Source
@@ -53,8 +53,7 @@ class CTranslate2Subject:
         return GRIDS.get(entry.dtype, entry.dtype)
 
     def against(self, source: Source, manifest: Manifest | None, stack: ExitStack) -> Iterator[str]:
-        if source.checkpoint.metadata is None:  # else its tokenizer is no file
-            yield from compare_tokenizer(self.path, source.checkpoint.directory, exact=manifest is not None)
+        yield from compare_small_files(self.path, source, manifest)
         try:
             self._decoded = DecodedCTranslate2(source, self.path)
         except LlmQuantizeError as error:

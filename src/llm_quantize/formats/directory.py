@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import llm_quantize
 from llm_quantize.architectures.base import OutputTensor, Piece
+from llm_quantize.architectures.rope import DIVISORS
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.base import SAFETENSORS_TYPES
 from llm_quantize.formats.card import About, card, room, verdict_room
 from llm_quantize.formats.gguf.metadata import read_card
+from llm_quantize.formats.gguf.restored.files import restored
 from llm_quantize.formats.modules import Module
 from llm_quantize.formats.small_files import small_files
 from llm_quantize.io.output import OutputFile
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 KEPT_TYPES: Mapping[str, str] = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f32", "F8_E4M3": "bf16"}
 """What a tensor is stored as that a format leaves alone, by its element type in the source."""
 
+DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+"""What a configuration calls the types of floats."""
 _WORDS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 _METADATA = {"format": "pt"}
 _TIED = "tie_word_embeddings"
@@ -109,6 +113,14 @@ class Contents:
 def whole(info: TensorInfo, qtype: str) -> Group:
     """A tensor of the checkpoint, stored as ``qtype`` under its own name."""
     return Group((Stored(OutputTensor(info.name, info.shape, (Piece(info.name),)), qtype),))
+
+
+def decoded_type(source: Source) -> str:
+    """What a tensor is stored as that a format leaves alone and the source holds quantized: float32, or of a GGUF file
+    the type that the model is run in, to which every runtime would round it."""
+    if source.checkpoint.metadata is None:
+        return "f32"
+    return {word: kind for kind, word in DTYPES.items()}.get(str(source.checkpoint.config.get("dtype")), "f32")
 
 
 def plan_files(source: Source, contents: Contents) -> ArtifactPlan:
@@ -201,13 +213,11 @@ def _file(name: str, data: bytes) -> OutputFile:
 def _other_files(source: Source, contents: Contents, warnings: list[str]) -> list[OutputFile]:
     """config.json, what is copied, and the model card; what could not be copied is added to ``warnings``."""
     checkpoint = source.checkpoint
-    copied, problems = small_files(checkpoint.directory, contents.include)
-    warnings += problems
+    beside, front = _beside(source, contents.include, warnings)
     config = contents.config
     if not isinstance(config, bytes):
         found = _config_of_files(source, config, contents, warnings)
         config = json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n"
-    front = read_card(checkpoint.directory, warnings.append)
     text = card(
         contents.about,
         name=contents.name,
@@ -219,14 +229,38 @@ def _other_files(source: Source, contents: Contents, warnings: list[str]) -> lis
     )
     return [
         _file("config.json", config),
-        *(OutputFile(name, file.size, b"", file) for name, file in copied),
+        *beside,
         _file("README.md", text.encode()),
     ]
 
 
+def _beside(source: Source, include: Sequence[str], warnings: list[str]) -> tuple[list[OutputFile], Mapping[str, Any]]:
+    """The small files, copied, or made of what a GGUF file says; and what the source's card says of itself."""
+    checkpoint = source.checkpoint
+    if checkpoint.metadata is not None:
+        if include:
+            raise UsageError(
+                "--include copies files of a model directory, and this model is a GGUF file",
+                file=checkpoint.config_file,
+                found=", ".join(include),
+                remedy="leave the option out, and copy them yourself",
+            )
+        made = restored(source)
+        warnings += made.warnings
+        return [_file(name, data) for name, data in made.files], made.front
+    copied, problems = small_files(checkpoint.directory, include)
+    warnings += problems
+    front = read_card(checkpoint.directory, warnings.append)
+    return [OutputFile(name, file.size, b"", file) for name, file in copied], front
+
+
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what it says of the source's own quantization (FP8), and nothing else changed."""
+    """A configuration without what it says of the source's own quantization (FP8), and nothing else changed but for the
+    rotary divisors of a GGUF file, which follow from the other parameters."""
     found = {key: value for key, value in config.items() if key not in _QUANTIZATION}
+    rotary = found.get("rope_parameters")
+    if isinstance(rotary, dict) and DIVISORS in rotary:
+        found["rope_parameters"] = {key: value for key, value in rotary.items() if key != DIVISORS}
     text = found.get("text_config")
     if isinstance(text, dict):
         found["text_config"] = {key: value for key, value in text.items() if key not in _QUANTIZATION}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_quantize.errors import AccessError, MalformedInputError, UnsupportedError, printable
 from llm_quantize.formats.card import without_added
 from llm_quantize.formats.folders import folder_files
+from llm_quantize.formats.gguf.restored.files import restored
 from llm_quantize.formats.gguf.vocabulary.json import LIMIT_BYTES
 from llm_quantize.formats.small_files import is_vocabulary
 from llm_quantize.io.ctranslate2_file import MODEL_FILE, read_model_file
@@ -17,6 +18,9 @@ from llm_quantize.io.json_file import read_json
 from llm_quantize.io.output_file import file_sha256, read_pieces
 from llm_quantize.io.paths import inside, read_limited, read_range
 from llm_quantize.io.safetensors_file import MAX_HEADER_BYTES, TensorInfo
+
+if TYPE_CHECKING:
+    from llm_quantize.models.opening import Source
 
 CARD = "README.md"
 _MOST_CARD = 16 << 20
@@ -129,6 +133,25 @@ def compare_names(tensors: Collection[str], manifest: Mapping[str, Any]) -> Iter
         yield f"tensor {name} is in the manifest but not in the files"
     for name in sorted(set(tensors) - known):
         yield f"tensor {name} is in the files but not in the manifest"
+
+
+def compare_small_files(path: Path, source: Source, manifest: Mapping[str, Any] | None) -> list[str]:
+    """Files of the tokenizer, template and generation settings against the source's, or against what is made of a GGUF
+    file, where the manifest says that this one is the source."""
+    checkpoint = source.checkpoint
+    if checkpoint.metadata is None:
+        return compare_tokenizer(path, checkpoint.directory, exact=manifest is not None)
+    facts = [[fact.name, fact.size, fact.header_sha256] for fact in checkpoint.fingerprint()]
+    if manifest is None or manifest["identity"].get("source_files") != facts:
+        return []
+    problems = []
+    for name, data in restored(source).files:
+        copy = inside(path, name)
+        if not copy.is_file():
+            problems.append(f"{name}, which is made of the source, is missing from the artifact")
+        elif file_sha256(copy) != hashlib.sha256(data).hexdigest():
+            problems.append(f"{name} is not what is made of the source, byte for byte")
+    return problems
 
 
 def compare_tokenizer(path: Path, source: Path, *, exact: bool) -> list[str]:

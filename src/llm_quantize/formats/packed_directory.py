@@ -26,14 +26,22 @@ from llm_quantize.formats.base import (
     scheme_of,
 )
 from llm_quantize.formats.card import PackedFacts, about_packed, transformers_caution
-from llm_quantize.formats.directory import KEPT_TYPES, Contents, Group, Stored, plain_config, plan_files, whole
+from llm_quantize.formats.directory import (
+    KEPT_TYPES,
+    Contents,
+    Group,
+    Stored,
+    decoded_type,
+    plain_config,
+    plan_files,
+    whole,
+)
 from llm_quantize.formats.idle_options import OF_DIRECTORIES, OF_GRIDS, refuse_idle
 from llm_quantize.formats.keeping import Kept, float_of, keeping, scale_of
 from llm_quantize.formats.kv_cache import holders
 from llm_quantize.formats.modules import EDGES, HEAD, Module, Selection, coverage, head_of, select
 from llm_quantize.formats.packed_recipe import bits_per_weight, by_grid, named, types_of
 from llm_quantize.formats.recipe import Recipe, no_recipes
-from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.qtypes.codebook import IN_COMMON, CodebookType
 from llm_quantize.qtypes.inputs import InputGrid
@@ -83,7 +91,6 @@ class PackedFormat:
         """See ``Format``. Raises UsageError (no such level, sizes that the grid or the words do not divide, nothing
         left to pack, a bad --ignore, options of GGUF), UnsupportedError (matrices stored (in, out); experts without
         names of their own; a model without tokenizer files)."""
-        need_small_files(source.checkpoint)
         recipe = options.overrides.recipe
         takes = OF_DIRECTORIES | OF_GRIDS | {"--method", "--recipe", *self.form.OPTIONS}
         refuse_idle(self.name, options, takes, "use --group-size, --sym or --asym, --ignore and --output-shard-size")
@@ -372,7 +379,7 @@ def _groups(
     source: Source, found: Selection, form: Packed, scheme: Scheme, types: Mapping[str, str], cache: _Cache
 ) -> list[Group]:
     """What stands in the files, in the order of the checkpoint. ``types``: {module: its grid}."""
-    kept = {info.name for info in found.kept}
+    kept, decoded = {info.name for info in found.kept}, decoded_type(source)
     groups = []
     for name, info in source.checkpoint.tensors.items():
         for module in found.packed.get(name, ()):
@@ -383,7 +390,7 @@ def _groups(
             stored += [Stored(OutputTensor(scale, (1,)), cache.dtype) for scale in scales]
             groups.append(Group(tuple(stored), module, types[module.name], cache.grid if scales else None))
         if name in kept:
-            groups.append(whole(info, KEPT_TYPES.get(info.dtype, "f32")))
+            groups.append(whole(info, KEPT_TYPES.get(info.dtype, decoded)))
     return groups
 
 

@@ -21,7 +21,6 @@ from llm_quantize.formats.idle_options import OF_DIRECTORIES, refuse_idle
 from llm_quantize.formats.keeping import Kept
 from llm_quantize.formats.level_names import FLOATS, known_level
 from llm_quantize.formats.recipe import no_recipes
-from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.plan import ArtifactPlan
 
@@ -51,7 +50,6 @@ class Safetensors:
     ) -> list[ArtifactPlan]:
         """See ``Format``. Raises UsageError for a level or an option that weights without codes have no use for,
         UnsupportedError for a model without tokenizer files."""
-        need_small_files(source.checkpoint)
         refuse_idle(
             self.name,
             options,

@@ -9,15 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from llm_quantize.errors import AccessError, UnsupportedError, UsageError, printable
+from llm_quantize.errors import AccessError, UsageError, printable
 from llm_quantize.formats.folders import folder_files
 from llm_quantize.io.output_file import CopiedFile, copied_file
 from llm_quantize.io.paths import inside
-
-if TYPE_CHECKING:
-    from llm_quantize.models.base import Model
 
 MOST_BYTES = 512 << 20
 MOST_INCLUDED = 256
@@ -47,16 +43,6 @@ _WEIGHTS = (
 )
 _LOADED = (".safetensors", ".gguf", ".index.json")  # a stray one would be taken for the artifact's own weights
 _MADE_ANEW = ("config.json", "manifest.json", "quantize_config.json", "quant_config.json", "README.md")
-
-
-def need_small_files(model: Model) -> None:
-    """Raise UnsupportedError for a model that has none: a directory made of it could not be loaded."""
-    if model.metadata is not None:
-        raise UnsupportedError(
-            "a directory needs tokenizer files, which a GGUF file has not",
-            file=model.config_file,
-            remedy="start from the directory of the original model, or make a GGUF file: quantize MODEL gguf -q LEVEL",
-        )
 
 
 def is_vocabulary(name: str) -> bool:

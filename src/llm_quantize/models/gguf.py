@@ -55,6 +55,7 @@ Bytes = npt.NDArray[np.uint8]
 
 _MAGIC = b"GGUF"
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _FLOATS: Mapping[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _SCALED, _SCALED_GRID = "nvfp4", "e2m1_b16_e4m3"
 """The type whose scales beside it have a place in grids, and the grid that it is on with them."""
@@ -186,8 +187,8 @@ class GgufModel(Opened):
         self.name, self.headers, self.headers_only = name, tuple(headers), hollow
         self.directory = headers[0].path
         self.metadata: Mapping[str, MetaValue] | None = metadata
-        self.config: dict[str, Any] = derived.config
         self.stored = StoredRows(headers)
+        self.config: dict[str, Any] = {**derived.config, "dtype": _dtype(self.stored.tensors.values())}
         self._rows = inverse(derived.shapes, derived.outputs)
         self.tensors: dict[str, TensorInfo] = {name: self._info(tensor) for name, tensor in self._rows.items()}
         held = {piece.source: name for name, tensor in self._rows.items() for piece in tensor.pieces}
@@ -424,6 +425,15 @@ def _share(count: int | None, part: TensorInfo) -> float:
 def _upright(piece: Piece) -> Piece:
     """A transposed piece of the same tensor seen the other way round."""
     return replace(piece, transpose=False, order=piece.columns, columns=piece.order)
+
+
+def _dtype(tensors: Iterable[TensorInfo]) -> str:
+    """The type that a model of these weights is run in, in torch's word: that of most; bfloat16 where they are
+    quantized, which holds every magnitude."""
+    weights: Counter[str] = Counter()
+    for info in tensors:
+        weights[info.dtype] += math.prod(info.shape)
+    return _DTYPES.get(weights.most_common(1)[0][0], "bfloat16")
 
 
 def _kind(metadata: Mapping[str, MetaValue], tensors: Iterable[TensorInfo]) -> str:

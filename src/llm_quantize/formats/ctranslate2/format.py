@@ -31,13 +31,12 @@ from llm_quantize.formats.card import About, bytes_words
 from llm_quantize.formats.ctranslate2.families import Family
 from llm_quantize.formats.ctranslate2.levels import CODES, FED, LEVELS, VARIABLE_TYPES, Level, level_of
 from llm_quantize.formats.ctranslate2.network import KIND, REVISION, Network, Weight, family_of, network_of
-from llm_quantize.formats.ctranslate2.vocabulary import special_tokens, tokens_of
+from llm_quantize.formats.ctranslate2.vocabulary import has_template, special_tokens, tokens_of
 from llm_quantize.formats.directory import KEPT_TYPES, Contents, plan_around
-from llm_quantize.formats.gguf.vocabulary.special import chat_templates
+from llm_quantize.formats.gguf.restored.files import Restored, restored
 from llm_quantize.formats.idle_options import refuse_idle
 from llm_quantize.formats.keeping import Kept
 from llm_quantize.formats.recipe import no_recipes
-from llm_quantize.formats.small_files import need_small_files
 from llm_quantize.io.ctranslate2_file import MODEL_FILE, Variable, layout_model
 from llm_quantize.io.output import OutputFile
 from llm_quantize.plan import ArtifactPlan, MatrixPlan, TensorPlan
@@ -65,7 +64,6 @@ class CTranslate2:
     ) -> list[ArtifactPlan]:
         """See ``Format``. Raises UsageError (no such level, options of other formats), UnsupportedError (a family or
         variant that CTranslate2's converter or network does not know, a model without tokenizer files)."""
-        need_small_files(source.checkpoint)
         refuse_idle(
             self.name,
             options,
@@ -209,9 +207,9 @@ def _stored(weight: Weight, level: Level, loaded: str) -> list[tuple[OutputTenso
 def _config(source: Source, family: Family) -> bytes:
     """config.json, byte for byte the converter's, but for a token that there is not: it writes null, which the runtime
     does not load, where "" means none."""
-    directory = source.checkpoint.directory
-    tokens = special_tokens(directory, source.architecture.family.model_type)
-    chats = bool(family.chat_eos) and bool(chat_templates(directory))
+    directory, made = source.checkpoint.directory, _made(source)
+    tokens = special_tokens(directory, source.architecture.family.model_type, made)
+    chats = bool(family.chat_eos) and has_template(directory, made)
     known: dict[str, Any] = {
         "bos_token": next((tokens[role] for role in family.bos if role in tokens), ""),
         "eos_token": family.chat_eos if chats else tokens.get("eos_token", ""),
@@ -222,8 +220,13 @@ def _config(source: Source, family: Family) -> bytes:
     return json.dumps(known, indent=2, sort_keys=True).encode() + b"\n"
 
 
+def _made(source: Source) -> Restored | None:
+    """The small files of a GGUF file; None of a directory, which has them."""
+    return restored(source) if source.checkpoint.metadata is not None else None
+
+
 def _vocabulary(source: Source) -> OutputFile:
-    tokens = tokens_of(source.checkpoint.directory, source.architecture.hyper.vocab_size)
+    tokens = tokens_of(source.checkpoint.directory, source.architecture.hyper.vocab_size, _made(source))
     data = json.dumps(tokens, indent=2).encode()
     return OutputFile("vocabulary.json", len(data), data)
 

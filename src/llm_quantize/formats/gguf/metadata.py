@@ -30,7 +30,7 @@ MAX_FRONT_MATTER = 1 << 15  # characters; the YAML parser reads about 100,000 a 
 MAX_CARD_DEPTH = 64
 _DEPTH = {"[": 1, "{": 1, "]": -1, "}": -1}
 
-_SAMPLING = {
+SAMPLING = {
     "temperature": (Keys.General.SAMPLING_TEMP, GGUFValueType.FLOAT32),
     "top_k": (Keys.General.SAMPLING_TOP_K, GGUFValueType.INT32),
     "top_p": (Keys.General.SAMPLING_TOP_P, GGUFValueType.FLOAT32),
@@ -74,8 +74,8 @@ def general_metadata(
     }
     metadata |= card_metadata(card)
     for key, value in (generation_config or {}).items():
-        if key in _SAMPLING and _is_number(value):
-            gguf_key, kind = _SAMPLING[key]
+        if key in SAMPLING and _is_number(value):
+            gguf_key, kind = SAMPLING[key]
             metadata[gguf_key] = MetaValue(kind, int(value) if kind == GGUFValueType.INT32 else float(value))
     return metadata
 

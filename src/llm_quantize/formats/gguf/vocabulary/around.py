@@ -11,6 +11,7 @@ from typing import Any
 from gguf.constants import Keys
 
 from llm_quantize.errors import printable
+from llm_quantize.formats.gguf.vocabulary.special import BY_TEXT
 from llm_quantize.formats.gguf.vocabulary.tokens import Vocabulary, number_value
 from llm_quantize.io.gguf_file import MetaValue
 
@@ -27,6 +28,9 @@ _ENDING = frozenset(
     )
 )
 """Tokens at which llama.cpp ends a generation because of their text, whatever the file says."""
+
+MARKERS = _ENDING | {text for _, texts in BY_TEXT for text in texts}
+"""Tokens that are control tokens to llama.cpp because of their text, whatever type the file gives them."""
 
 _KEYS = Keys.Tokenizer
 _ALSO_END = (_KEYS.FIM_PAD_ID, _KEYS.FIM_REP_ID, _KEYS.FIM_SEP_ID)

@@ -110,6 +110,35 @@ RULES: tuple[Rule, ...] = (
     Rule("laguna", (r"next (?:\r?\n)+(?!\r?\n)", _QWEN2)),
 )
 
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DEFAULT = Rule("default", (r"[\p{P}\$\+<=>\^~\|]+", _WORDS, r"\p{N}+", "[0-9][0-9][0-9]"))
+"""llama.cpp's rule where a file names none. No file of ours asks for it."""
+
+OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "gpt-2": (
+        *("phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "gigachat", "a.x-4.0", "mellum"),
+        *("modern-bert", "roberta-bpe", "jina-es", "jina-de", "jina-v1-en", "jina-v2-es", "jina-v2-de", "jina-v2-code"),
+    ),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    "llama-bpe": (
+        *("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "glm4"),
+    ),
+    "dbrx": ("smaug-bpe", "chatglm-bpe"),
+    "qwen2": ("stablelm2", "deepseek-r1-qwen", "kormo", "megrez", "hunyuan", "solar-open", "grok-2"),
+    "deepseek-v3": ("hunyuan-dense", "joyai-llm"),
+    "bloom": ("poro-chat", "gpt3-finnish"),
+    "gpt-4o": ("llama4", "minimax-m2"),
+    "bailingmoe": ("bailingmoe2", "llada-moe"),
+}
+"""Names that llama.cpp has for a rule beside the one that is written."""
+
+BEGIN_WITH_BOS = frozenset(("llama-bpe", "tekken", *OTHER_NAMES["llama-bpe"])) - {"glm4"}
+"""Names of which texts begin with bos where the file does not say."""
+
+_BY_NAME: Mapping[str, Rule] = {
+    name: rule for rule in (*RULES, _DEFAULT) for name in (rule.name, *OTHER_NAMES.get(rule.name, ()))
+}
+
 _CONTRACTIONS = (
     "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",
     "'(?i:[sdmt]|ll|ve|re)",
@@ -215,3 +244,45 @@ def find_rules(pre_tokenizer: object, file: Path) -> tuple[Rule, ...]:
 
 def _show(steps: tuple[str, ...]) -> str:
     return json.dumps(steps, ensure_ascii=False)
+
+
+def rule_named(name: str, file: Path) -> Rule:
+    """The rule that llama.cpp has under ``name``. Raises UnsupportedError for a name that is not known here."""
+    rule = _BY_NAME.get(name)
+    if rule is None:
+        near = difflib.get_close_matches(name[:80], _BY_NAME, n=1, cutoff=0.3)
+        raise UnsupportedError(
+            f"the pre-tokenizer {name[:80]!r} is not known, so tokenizer.json cannot be made",
+            file=file,
+            expected=f"the nearest that is known is {near[0]!r}" if near else "a name of docs/reference/tokenizers.md",
+            found=printable(name, 80),
+            remedy="start from the directory of the original model, or make a GGUF file",
+        )
+    return rule
+
+
+def written_steps(rule: Rule) -> dict[str, Any]:
+    """``pre_tokenizer`` of tokenizer.json with the steps of ``rule``: what ``canonical_steps`` reads as them."""
+    steps = [_written(step) for step in rule.steps]
+    if "words" not in rule.steps:  # else the bytes are mapped already
+        steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False})
+    return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+
+
+def _written(step: str) -> dict[str, Any]:
+    known = _STEPS.get(step)
+    if known is not None:
+        return dict(known)
+    follows = step.startswith(_NEXT)
+    expression = step.removeprefix(_NEXT) if follows else step
+    behavior = "MergedWithNext" if follows else "Isolated"
+    return {"type": "Split", "pattern": {"Regex": expression}, "behavior": behavior, "invert": False}
+
+
+_NEXT = "next "
+_STEPS: Mapping[str, Mapping[str, Any]] = {
+    "words": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    "digits": {"type": "Digits", "individual_digits": True},
+    "digit runs": {"type": "Digits", "individual_digits": False},
+    "punctuation runs": {"type": "Punctuation", "behavior": "Contiguous"},
+}

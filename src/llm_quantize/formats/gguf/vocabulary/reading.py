@@ -143,8 +143,8 @@ def said_conventions(metadata: Mapping[str, MetaValue]) -> Conventions:
     return Conventions(special, dict(enumerate(texts)), dict(enumerate(types)))
 
 
-_PHI3 = ("phi-3", "phi3")
-_PHI3_TOKENS = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
+PHI3_NAMES = ("phi-3", "phi3")
+PHI3_TOKENS = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
 
 
 def runtime_name(name: str, directory: Path, metadata: Mapping[str, MetaValue]) -> str:
@@ -154,8 +154,8 @@ def runtime_name(name: str, directory: Path, metadata: Mapping[str, MetaValue]) 
     ``general.name`` holds "phi-3" or "phi3", and then fails to load a vocabulary without Phi-3's own tokens. So a
     tokenizer of that kind gets "Phi-3" in its name, and another gets it taken out. ``metadata``: read_vocabulary's.
     """
-    named = any(word in name.lower() for word in _PHI3)
-    complete = set(metadata[Keys.Tokenizer.LIST].value) >= _PHI3_TOKENS
+    named = any(word in name.lower() for word in PHI3_NAMES)
+    complete = set(metadata[Keys.Tokenizer.LIST].value) >= PHI3_TOKENS
     path = inside(Path(directory), "tokenizer.json")
     strips = False
     if complete and path.exists():

@@ -17,7 +17,7 @@ from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside, read_limited
 
 _LIMIT = 64 << 20
-_ROLES = {
+ROLES = {
     "bos": Keys.Tokenizer.BOS_ID,
     "eos": Keys.Tokenizer.EOS_ID,
     "unk": Keys.Tokenizer.UNK_ID,
@@ -27,7 +27,7 @@ _ROLES = {
 }
 # Roles that no Hugging Face file names. llama.cpp finds them by text when it loads a model, in no fixed order; the ids
 # are written so that the choice does not depend on the order of a hash table. First that is present wins.
-_BY_TEXT: tuple[tuple[str, tuple[str, ...]], ...] = (
+BY_TEXT: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         Keys.Tokenizer.EOT_ID,
         (
@@ -161,7 +161,7 @@ def special_ids(
     }
     text_config = config.get("text_config")
     roles: dict[str, int] = {}
-    for role in _ROLES:
+    for role in ROLES:
         index = _by_name(vocabulary, named.get(f"{role}_token"))
         for place in (config, text_config if isinstance(text_config, Mapping) else {}):
             value = place.get(f"{role}_token_id")
@@ -177,8 +177,8 @@ def special_ids(
     if end_of_turn is not None and end_of_turn != roles["eos"]:
         found[Keys.Tokenizer.EOT_ID] = number_value(end_of_turn)  # still ends a generation
     for role, index in roles.items():
-        found[_ROLES[role]] = number_value(index)
-    for key, texts in _BY_TEXT:
+        found[ROLES[role]] = number_value(index)
+    for key, texts in BY_TEXT:
         index = next((vocabulary.ids[t] for t in texts if vocabulary.ids.get(t) in vocabulary.controls), None)
         if index is not None:
             found.setdefault(key, number_value(index))

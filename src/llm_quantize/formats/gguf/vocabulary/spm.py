@@ -73,6 +73,8 @@ def _normalizer_step(source: TokenizerJson, step: Mapping[str, Any], spaces: Spa
         if source.kind == "Unigram" and expression == " {2,}" and content in (" ", SPACE_MARK):
             spaces.collapse = True
             return
+        if source.kind == "Unigram" and spaces.collapse and expression == r" \z" and content == "":
+            return  # llama.cpp drops spaces at the end when it merges runs
     if source.kind == "Unigram":
         if kind == "Precompiled":
             spaces.charsmap = _charsmap(source, step.get("precompiled_charsmap"))
