@@ -115,10 +115,10 @@ def whole(info: TensorInfo, qtype: str) -> Group:
     return Group((Stored(OutputTensor(info.name, info.shape, (Piece(info.name),)), qtype),))
 
 
-def decoded_type(source: Source) -> str:
+def decoded_type(source: Source, *, exact: bool = False) -> str:
     """What a tensor is stored as that a format leaves alone and the source holds quantized: float32, or of a GGUF file
-    the type that the model is run in, to which every runtime would round it."""
-    if source.checkpoint.metadata is None:
+    the type that the model is run in, to which every runtime would round it; with ``exact`` not so."""
+    if exact or source.checkpoint.metadata is None:
         return "f32"
     return {word: kind for kind, word in DTYPES.items()}.get(str(source.checkpoint.config.get("dtype")), "f32")
 

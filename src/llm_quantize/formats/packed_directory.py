@@ -176,7 +176,7 @@ class PackedFormat:
             )
         cache = _cache(source, found, form, options)
         types = types_of(recipe, found.modules, scheme.qtype.name)
-        groups = _groups(source, found, form, scheme, types, cache)
+        groups = _groups(source, found, form, scheme, types, cache, decoded_type(source, exact=options.exact))
         label = _label(form, scheme)
         ending = f"-kv-{method.kv_cache}" if cache.scales else ""
         name, mixed = f"{stem}-{label}{ending}", dict[str, list[str]]()
@@ -376,10 +376,11 @@ def _label(form: Packed, scheme: Scheme) -> str:
 
 
 def _groups(
-    source: Source, found: Selection, form: Packed, scheme: Scheme, types: Mapping[str, str], cache: _Cache
+    source: Source, found: Selection, form: Packed, scheme: Scheme, types: Mapping[str, str], cache: _Cache, decoded: str
 ) -> list[Group]:
-    """What stands in the files, in the order of the checkpoint. ``types``: {module: its grid}."""
-    kept, decoded = {info.name for info in found.kept}, decoded_type(source)
+    """What stands in the files, in the order of the checkpoint. ``types``: {module: its grid}; ``decoded``: what is
+    kept that the source holds quantized becomes that."""
+    kept = {info.name for info in found.kept}
     groups = []
     for name, info in source.checkpoint.tensors.items():
         for module in found.packed.get(name, ()):
