@@ -24,15 +24,8 @@ ROUNDED_FLOATS = 2.0**-8
 UNNAMED = "one must be named"
 """What is said where no level of the format holds the source."""
 
-WHY: Mapping[str, str] = {
-    "named": "no level of the format has such a grid, so `convert` asks for one; the level shown was named",
-    "asked": "the level was named; tensors that its types hold are kept",
-    "numbers": "every code is kept; numbers of groups or of matrices are rounded to the type that the format has "
-    "for them",
-    "partly": "the level holds the grid, but not of these matrices: columns in groups of an order of their own "
-    "(act-order), or more bits than the format has",
-}
-"""Why a cell is rounded."""
+WHY = ("named", "asked", "numbers", "partly")
+"""Why a cell is rounded: scripts/generate_docs.py has the sentences."""
 
 Cell = Mapping[str, Any]
 
