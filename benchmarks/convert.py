@@ -1,8 +1,8 @@
 """Speed and memory of ``convert``: directories of random codes, each put into another format in a process of its own.
 
 The models are of Llama's shape (hidden 4096, 11008 inside, two blocks: 405 million weights in matrices, 200 MB of
-codes) with the tokenizer of the built-in model. Bytes per CPU second are those of the source's files; the seconds are of
-the whole process, torch's start among them, which ``start`` tells by itself.
+codes) with the tokenizer of the built-in model. Bytes per CPU second are those of the source's files; the seconds are
+of the whole process. What it takes to start (Python, torch) is ``start``: the same for a model of 2 million weights.
 
     python benchmarks/convert.py --directory .peers/convert --json benchmarks/results/convert.json
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -30,12 +29,8 @@ from safetensors.numpy import save_file
 
 from llm_quantize.data import demo_model
 
-WIDTH, INSIDE, BLOCKS, HEADS, GROUP = 4096, 11008, 2, 32, 128
-SHAPES = {
-    **{f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in ("q", "k", "v", "o")},
-    **{f"mlp.{name}_proj": (INSIDE, WIDTH) for name in ("gate", "up")},
-    "mlp.down_proj": (WIDTH, INSIDE),
-}
+LARGE, SMALL = (4096, 11008, 2), (512, 1024, 1)  # width, width inside, blocks
+HEADS, GROUP = 4, 128
 CASES = (
     ("gptq", "compressed-tensors", None),
     ("awq", "compressed-tensors", None),
@@ -43,7 +38,6 @@ CASES = (
     ("gptq", "mlx", None),
     ("gptq", "safetensors", "BF16"),
 )
-START = "import torch, llm_quantize.convert"
 
 
 def fields(form: str, rows: int, columns: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
@@ -62,8 +56,18 @@ def fields(form: str, rows: int, columns: int, generator: np.random.Generator) -
     return {"qweight": words((columns // 8, rows)), "qzeros": zeros, "scales": scales, "g_idx": index}
 
 
-def make(form: str, place: Path) -> Path:
+def shapes(width: int, inside: int) -> dict[str, tuple[int, int]]:
+    """The matrices of a block."""
+    return {
+        **{f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "o")},
+        **{f"mlp.{name}_proj": (inside, width) for name in ("gate", "up")},
+        "mlp.down_proj": (width, inside),
+    }
+
+
+def make(form: str, place: Path, size: tuple[int, int, int] = LARGE) -> Path:
     """The model as ``form`` has it."""
+    width, inside, blocks = size
     if (place / "model.safetensors").is_file():
         return place
     place.mkdir(parents=True, exist_ok=True)
@@ -72,24 +76,20 @@ def make(form: str, place: Path) -> Path:
         if file.name.startswith(("tokenizer", "special", "generation")):
             shutil.copy(file, place / file.name)
     config = json.loads((source / "config.json").read_text())
-    config |= {
-        "hidden_size": WIDTH,
-        "intermediate_size": INSIDE,
-        "num_hidden_layers": BLOCKS,
-        "head_dim": WIDTH // HEADS,
-    }
-    config |= {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "tie_word_embeddings": True}
+    config |= {"hidden_size": width, "intermediate_size": inside, "num_hidden_layers": blocks}
+    config |= {"head_dim": width // HEADS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS}
+    config |= {"tie_word_embeddings": True}
     said = {"gptq": {"checkpoint_format": "gptq", "sym": True, "desc_act": False}}
     said["awq"] = {"version": "gemm", "zero_point": True}
     config["quantization_config"] = {"quant_method": form, "bits": 4, "group_size": GROUP, **said[form]}
     (place / "config.json").write_text(json.dumps(config))
-    tensors = {"model.embed_tokens.weight": generator.random((config["vocab_size"], WIDTH), np.float32)}
-    tensors["model.norm.weight"] = np.ones(WIDTH, np.float32)
-    for block in range(BLOCKS):
+    tensors = {"model.embed_tokens.weight": generator.random((config["vocab_size"], width), np.float32)}
+    tensors["model.norm.weight"] = np.ones(width, np.float32)
+    for block in range(blocks):
         layer = f"model.layers.{block}"
         for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{layer}.{name}.weight"] = np.ones(WIDTH, np.float32)
-        for name, shape in SHAPES.items():
+            tensors[f"{layer}.{name}.weight"] = np.ones(width, np.float32)
+        for name, shape in shapes(width, inside).items():
             found = fields(form, *shape, generator)
             tensors |= {f"{layer}.{name}.{suffix}": value for suffix, value in found.items()}
     plain = {name: value.astype(np.float16) if value.dtype == np.float32 else value for name, value in tensors.items()}
@@ -136,15 +136,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args(arguments)
-    start = taken([sys.executable, "-c", START])
-    rows = []
+    small, rows = make("gptq", given.directory / "small", SMALL), []
+    start = measured(small, given.directory / "out", "compressed-tensors", None, 0.0)
     for form, format, level in CASES:
         source = make(form, given.directory / form)
         rows.append(measured(source, given.directory / "out", format, level, start["cpu_seconds"]))
         print(json.dumps(rows[-1]), flush=True)
     facts = {
-        "start": {key: start[key] for key in ("cpu_seconds", "peak_rss")},
-        "page": resource.getpagesize(),
+        "start": {key: start[key] for key in ("source_bytes", "cpu_seconds", "peak_rss")},
         "numpy": np.__version__,
         "rows": rows,
     }

@@ -9,7 +9,18 @@ from typing import Any
 import llm_quantize
 
 SECTIONS = {
-    "Functions": ("info", "plan", "quantize", "verify", "evaluate", "compare", "recommend", "calibrate", "run"),
+    "Functions": (
+        "info",
+        "plan",
+        "quantize",
+        "convert",
+        "verify",
+        "evaluate",
+        "compare",
+        "recommend",
+        "calibrate",
+        "run",
+    ),
     "Options": (
         "Options",
         "CalibrationOptions",

@@ -51,6 +51,7 @@ def results(demo_model: Path, folder: Path) -> dict[str, Any]:
         "info of GGUF": llm_quantize.info(made[0].path),
         "plan": llm_quantize.plan(model, levels="Q4_K_M")[0],
         "quantize": made[0],
+        "convert": llm_quantize.convert(model, "safetensors", output_dir=folder, options=SHORT),
         "verify": llm_quantize.verify(made[0].path, source=model),
         "evaluate": llm_quantize.evaluate([one.path for one in made], source=model, options=SHORT),
         "compare": llm_quantize.compare(model, folder / "report", artifacts=[one.path for one in made], options=SHORT),

@@ -32,7 +32,7 @@ LAYERS = (
     ("blockwise",),
     ("pipeline", "evaluation"),
     ("reports",),
-    ("compare", "advice", "convert"),
+    ("compare", "advice", "conversion"),
     ("api",),
     ("cli",),
     ("__main__",),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_quantize import errors, events
     from llm_quantize.advice.answer import Advice
-    from llm_quantize.api import calibrate, compare, evaluate, info, plan, quantize, recommend, run, verify
+    from llm_quantize.api import calibrate, compare, convert, evaluate, info, plan, quantize, recommend, run, verify
     from llm_quantize.artifacts.result import ArtifactResult
     from llm_quantize.artifacts.verification import Verification
     from llm_quantize.calibration.outcome import Calibration
@@ -35,6 +35,7 @@ _PUBLIC = {
     "info": "api",
     "plan": "api",
     "quantize": "api",
+    "convert": "api",
     "verify": "api",
     "evaluate": "api",
     "compare": "api",
@@ -87,6 +88,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "compare",
+    "convert",
     "errors",
     "evaluate",
     "events",

@@ -176,7 +176,7 @@ def convert(
     Raises as ``quantize``; UsageError where no level holds the source and none is named; UnsupportedError (exit code 4)
     and NumericPolicyError (9) where ``options.exact`` cannot be kept.
     """
-    from llm_quantize import convert as conversion
+    from llm_quantize import conversion
 
     with heard(on_event, "quantize") as sink:
         return conversion.convert(

@@ -246,6 +246,19 @@ def test_a_number_for_the_matrix_is_held_by_nvfp4_alone() -> None:
     assert hold("nvfp4", *fours("e8m0", 32)) is None
 
 
+def test_blocks_of_zeros_have_codes_of_zero_where_offsets_stand_beside_them() -> None:
+    """Q4_0 has the code 8 there; MLX's would be 8 steps of nothing, which verify takes for a lost scale."""
+    rows = np.random.default_rng(4).standard_normal((3, 64)).astype(np.float32)
+    rows[1] = 0
+    found = held("q4_0", kernels.quantize("q4_0", rows), 64)
+    assert found is not None
+    taken = grid_type("affine4_g32", scale="float16").hold(*found)
+    assert taken is not None
+    assert np.array_equal(taken[0].decode(taken[1]).numpy(), found[0].decode(found[1]).numpy())
+    assert bool((taken[1][1] == 0).all())
+    assert bool((found[1][1] == 8).all())
+
+
 def test_blocks_hold_whole_rows_only() -> None:
     for qtype in ("q4_0", "nvfp4"):
         assert QTYPES[qtype].block_size in (32, 64)

@@ -1,4 +1,4 @@
-"""What became of the numbers of a source in an artifact that was converted from it, tensor by tensor and as a whole.
+"""What became of a source's numbers in what was converted from it.
 
     exact          the artifact decodes to the source's very values (of a zero, whatever its sign), which was looked at
     rounded        put on another grid, or into a narrower type of floats: the relative error says how far

@@ -14,6 +14,7 @@ from llm_quantize.architectures.rows import weights_of
 from llm_quantize.blockwise.stages import routers, stages
 from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.formats.base import Importance
+from llm_quantize.formats.keeping import holding_of
 from llm_quantize.io.statistics_layout import TapLike
 from llm_quantize.memory import TORCH_BYTES, Sizes, foreseen
 from llm_quantize.methods.sizes import WORKING_BYTES, factor_bytes, solve_bytes
@@ -49,6 +50,9 @@ STARTING = 2.0
 FITTING_RATE = 10e6
 """Weights per CPU second whose grids are fitted and that are rounded to them, in torch: 34e6 took 3.3 s."""
 
+KEEPING_RATE = 125e6
+"""Weights per CPU second whose codes are taken over, decoded and compared: benchmarks/results/convert.json."""
+
 RESCALING = 1.5
 """How much longer error feedback takes where channels are rescaled first (docs/concepts/methods.md)."""
 
@@ -62,6 +66,8 @@ def estimate(
     """
     fed_back = options.method.calibrates(artifact.format)
     rounding = _rounding(artifact, weighted=importance is not None, fitting=not fed_back)
+    if options.method.method_of(artifact.format).keeps:
+        rounding = _keeping(source, artifact)
     if importance is None or (fed_back and not artifact.observed):
         return rounding_sizes(artifact), Cost(rounding)
     if fed_back:
@@ -144,6 +150,19 @@ def _rounding(artifact: ArtifactPlan, *, weighted: bool, fitting: bool) -> float
     )
     fitted = sum(weights_of(matrix.weight.shape) for matrix in artifact.matrices) if fitting else 0
     return rounded + (STARTING + fitted / FITTING_RATE if fitted else 0.0)
+
+
+def _keeping(source: Source, artifact: ArtifactPlan) -> float:
+    """CPU seconds where matrices keep their codes; those that cannot are looked at first, and rounded then."""
+    single = sum(
+        rounding_seconds(weights_of(tensor.output.shape), tensor.qtype, weighted=False)
+        for tensor in (artifact.tensors[index] for index in artifact.rounded())
+    )
+    kept = anew = 0
+    for matrix in artifact.matrices:
+        kept += weights_of(matrix.weight.shape)
+        anew += 0 if holding_of(source, matrix.weight, matrix.qtype) else weights_of(matrix.weight.shape)
+    return single + (STARTING + kept / KEEPING_RATE + anew / FITTING_RATE if kept else 0.0)
 
 
 def _used_weights(source: Source, output: OutputTensor) -> float:

@@ -1,4 +1,4 @@
-"""Matrices that keep the codes and the scales of their source, where the format of the artifact holds them.
+"""Matrices that keep the codes and scales of their source.
 
 What is held is asked of the format (``Store.hold``), not of names; that it is the same is not believed of it either:
 what was packed is decoded again, as a runtime reads it, and held against what the source reads. Where values are not
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 Fields = list[npt.NDArray[Any]]
 
 
-NEAR = 2.0**-9
-"""The relative error below which codes are kept under rounded scales: float16 has eleven bits. Codes chosen anew would
-lose more."""
+NEAR, RUN, LEAST = 2.0**-9, 16, 2.0**-18
+"""How far values may be from the source's where codes are kept under rounded scales: of the largest of RUN columns, and
+by itself. float16 has eleven bits, subnormal numbers end at 2^-24; a code of 8 bits that is another is further off, and
+codes chosen anew lose more."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,29 @@ class Kept:
 
 
 def keep(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> Kept | None:
-    """The fields of ``matrix`` with the source's own codes and scales, proved to decode to its values or NEAR them; None
-    where the artifact's grid does not hold them, or the source has none."""
+    """The fields of ``matrix`` with the source's own codes and scales, proved to decode to its values or NEAR them;
+    None where the artifact's grid does not hold them, or the source has none."""
     fields = _copied(matrices, matrix) or _held(matrices, matrix, pool)
     if fields is None:
         return None
     digest = hashlib.sha256()
     if _same(matrices, matrix, fields, digest):
         return Kept(fields, {"kept": True, "verdict": EXACT}, digest.hexdigest())
-    off = difference(matrices, matrix, fields)
-    return Kept(fields, {"kept": True, **off.verdict()}, "") if off.relative < NEAR else None
+    if not _is_near(matrices, matrix, fields):
+        return None
+    return Kept(fields, {"kept": True, **difference(matrices, matrix, fields).verdict()}, "")
+
+
+def _is_near(matrices: Matrices, matrix: MatrixPlan, fields: Fields) -> bool:
+    """Whether no value is further from the source's than the rounding of a scale explains."""
+    for start, values in matrices.store.decoded(matrix, fields):
+        wanted = matrices.present_rows(matrix, start, start + len(values))
+        run = RUN if wanted.shape[1] % RUN == 0 else wanted.shape[1]
+        most = np.abs(wanted).reshape(len(wanted), -1, run).max(axis=2, keepdims=True)
+        off = np.abs(values - wanted).reshape(len(wanted), -1, run)
+        if not (off <= NEAR * most + LEAST).all():
+            return False
+    return True
 
 
 def _copied(matrices: Matrices, matrix: MatrixPlan) -> Fields | None:

@@ -64,7 +64,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
       llm-quantize convert ./Qwen3-8B-AWQ safetensors -q BF16 --measure -o out
       llm-quantize convert ./Qwen3-8B-NF4 compressed-tensors -q W4A16 --method gptq -o out
     """
-    from llm_quantize import convert as conversion
+    from llm_quantize import conversion
     from llm_quantize.artifacts import preflight
     from llm_quantize.reports import terminal
 

@@ -17,6 +17,7 @@ __all__ = ["pack_bits", "packed_words", "unpack_bits"]
 Codes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.int32]
 _GROUP = 32
+_TILE = 1 << 19  # codes that stay in the cache of a core while they are packed
 _WHOLE = (1, 2, 4, 8)  # bits of codes that never cross bytes
 
 
@@ -36,7 +37,10 @@ def pack_bits(codes: Codes, bits: int, axis: int) -> Words:
         raise ValueError(f"code {int(codes.max())} does not fit {bits} bits")
     count = codes.shape[axis]
     if axis == 1 and bits in _WHOLE:
-        return _packed_bytes(codes, bits)
+        words = np.empty((len(codes), packed_words(count, bits)), np.int32)
+        for start in range(0, len(codes), step := max(1, _TILE // max(1, count))):
+            words[start : start + step] = _packed_bytes(codes[start : start + step], bits)
+        return words
     lanes = _grouped(codes, -(-count // _GROUP) * _GROUP, _GROUP, axis)
     words = np.zeros(_group_shape(lanes.shape, bits, axis), np.uint32)
     for index in range(_GROUP):
@@ -79,6 +83,10 @@ def _packed_bytes(codes: Codes, bits: int) -> Words:
     if count % (4 * each):
         padded = np.zeros((rows, packed_words(count, bits) * 4 * each), np.uint8)
         padded[:, :count] = codes
+    if bits == 4:
+        pairs = np.ascontiguousarray(padded).view("<u2")
+        found: Words = (pairs | pairs >> np.uint16(4)).astype(np.uint8).view("<i4").astype(np.int32, copy=False)
+        return found
     packed = np.ascontiguousarray(padded[:, ::each])
     for place in range(1, each):
         packed |= padded[:, place::each] << np.uint8(place * bits)
@@ -88,6 +96,11 @@ def _packed_bytes(codes: Codes, bits: int) -> Words:
 def _unpacked_bytes(words: Words, bits: int, count: int) -> Codes:
     """``unpack_bits`` along rows where codes do not cross bytes."""
     stored = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+    if bits == 4:
+        pairs = stored.astype("<u2")
+        pairs |= pairs << np.uint16(4)
+        pairs &= np.uint16(0x0F0F)
+        return np.ascontiguousarray(pairs.view(np.uint8)[:, :count])
     each, mask = 8 // bits, np.uint8((1 << bits) - 1)
     codes = np.empty((len(words), stored.shape[1], each), np.uint8)
     for place in range(each):

@@ -6,7 +6,7 @@ value = d (q - z) + m, d of a group of whole blocks,
 
     q4_0, q5_0, q8_0   whole q - z from -8, -16 or -128 on          m = 0, or such that m / d is whole
     q4_1, q5_1         whole q from 0 to 15 or 31                   m - d z in float16
-    q2_0               whole q - z from -1 to 2, or from -2 to 1 under a scale of the other sign
+    q2_0               whole q - z from -2 to 1, with every sign turned round
     mxfp4              E2M1 with scales of E8M0 in groups of 32
     nvfp4              E2M1 with scales of E4M3 in groups of 16, times one number for the matrix
 
@@ -15,7 +15,7 @@ Codes are kept as they are. Whether the values are the same to the last bit is f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from llm_quantize.errors import UsageError
 from llm_quantize.grids import ggml_pack
-from llm_quantize.grids.grid import Grid, Ladder, to_storage
+from llm_quantize.grids.grid import Grid, Ladder
+from llm_quantize.grids.holding import as_affine, as_integers, stored
 from llm_quantize.kernels.reference.floats import half_bits, half_values
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.qtypes.codebook import CODEBOOKS, SCALES
@@ -33,15 +34,6 @@ __all__ = ["held", "hold", "is_other", "pack"]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class _Integers:
-    """Whole levels from ``least`` to ``most``; ``offset``: a block has one, and levels are counted from it."""
-
-    least: int
-    most: int
-    offset: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,14 +47,10 @@ class _Fours:
     codes: int
 
 
-_INTEGERS = {
-    "q2_0": _Integers(-1, 2),
-    "q4_0": _Integers(-8, 7),
-    "q5_0": _Integers(-16, 15),
-    "q8_0": _Integers(-128, 127),
-    "q4_1": _Integers(0, 15, offset=True),
-    "q5_1": _Integers(0, 31, offset=True),
-}
+_WHOLE = {"q2_0": 2, "q4_0": 4, "q5_0": 5, "q8_0": 8}
+_OFFSET = {"q4_1": 4, "q5_1": 5}
+"""Bits of the codes of types without and with an offset."""
+_MIRRORED = "q2_0"  # its levels are -1 to 2, where those of two bits are -2 to 1 elsewhere
 _FOURS = {"mxfp4": _Fours(32, "e8m0", 1, 16), "nvfp4": _Fours(16, "e4m3", 4, 32)}
 _E2M1 = np.array(CODEBOOKS["e2m1"], np.float32)
 _BYTES = "q8_0"
@@ -122,22 +110,27 @@ def hold(qtype: str, grid: Grid, codes: Tensor, *, exact: bool = True) -> tuple[
     """
     if qtype in _FOURS:
         return _of_fours(_FOURS[qtype], grid, codes)
-    if _is_own(qtype, grid) and _is_half(grid.d, True) and _is_half(grid.m, True):
+    if _is_own(qtype, grid) and _is_half(grid.d) and _is_half(grid.m):
         return grid, codes
-    block = QTYPES[qtype].block_size if qtype in _INTEGERS else 0
-    if not block or grid.ladder is not None or not grid.uniform or grid.group % block:
+    if grid.ladder is not None or qtype not in (*_WHOLE, *_OFFSET) or grid.group % QTYPES[qtype].block_size:
         return None
-    found = _of_integers(_INTEGERS[qtype], grid, codes, block)
-    if found is None or not all(_is_half(part, exact) for part in (found[0].d, found[0].m)):
+    size, storage = QTYPES[qtype].block_size, torch.float16 if exact else torch.float32
+    if qtype in _OFFSET:
+        found = as_affine(grid, codes, bits=_OFFSET[qtype], size=size, storage=storage)
+    else:
+        bits = _WHOLE[qtype]
+        found = as_integers(grid, codes, bits=bits, size=size, symmetric=True, zeros=(0, 0), storage=storage)
+    if found is None or not (found[0].d.isfinite().all() and (found[0].m is None or found[0].m.isfinite().all())):
         return None
-    return found[0].with_floats(found[0].d, found[0].m), found[1]
+    near = replace(found[0], storage=torch.float16).with_floats(found[0].d, found[0].m)
+    if qtype != _MIRRORED:
+        return near, found[1]
+    return replace(near, levels=-near.levels.flip(0), d=-near.d), 3 - found[1]
 
 
-def _is_half(values: Tensor | None, exact: bool) -> bool:
-    """Whether ``values`` are numbers, with ``exact`` of float16."""
-    if values is None:
-        return True
-    return bool(values.isfinite().all()) and (not exact or torch.equal(to_storage(values, torch.float16), values))
+def _is_half(values: Tensor | None) -> bool:
+    """Whether ``values`` are finite numbers of float16."""
+    return values is None or (bool(values.isfinite().all()) and stored(values, torch.float16))
 
 
 def _is_own(qtype: str, grid: Grid) -> bool:
@@ -182,48 +175,3 @@ def pack(qtype: str, grid: Grid, codes: Tensor) -> Bytes:
     low = (halves[:, :, 0] | halves[:, :, 1] << np.uint8(4)).reshape(rows, -1, form.codes)
     rungs = ladder.codes.numpy().reshape(rows, -1, form.scales)
     return np.ascontiguousarray(np.concatenate([rungs, low], axis=2).reshape(rows, -1))
-
-
-def _of_integers(form: _Integers, grid: Grid, codes: Tensor, block: int) -> tuple[Grid, Tensor] | None:
-    """The same whole numbers on levels of ``form``; None where they go beyond these."""
-    rows, columns = codes.shape
-    scale = grid.scale()
-    away = torch.zeros_like(scale) if grid.z is None else grid.z
-    away = away - float(grid.levels[0])  # of the code: q = code - away
-    offset = None
-    if grid.m is not None and grid.v is not None:
-        offset = grid.m.repeat_interleave(grid.span // grid.group, dim=1) * grid.v
-    steps = None if offset is None else _steps(scale, offset)
-    if steps is not None:
-        away, offset = away + steps, None
-    least, most = float(form.least), float(form.most)
-    numbers, minimum = codes.to(torch.float32).reshape(rows, -1, grid.group), None
-    if form.offset:
-        minimum = scale * away if offset is None else offset + scale * away
-    elif offset is not None:
-        return None
-    else:
-        numbers = numbers - away[:, :, None]
-        low, high = float(numbers.min()), float(numbers.max())
-        if (low < least or high > most) and -high >= least and -low <= most:
-            numbers, scale = -numbers, -scale
-    if not bool(((numbers >= least) & (numbers <= most) & (numbers == numbers.round())).all()):
-        return None
-    repeat = grid.group // block
-
-    def each(part: Tensor) -> Tensor:
-        return part.repeat_interleave(repeat, dim=1)
-
-    d = each(scale)
-    ones = torch.ones(d.shape)
-    m = None if minimum is None else each(minimum)
-    levels = torch.arange(form.least, form.most + 1, dtype=torch.float32)
-    held = Grid(levels, block, block, d, ones, m=m, v=None if m is None else ones)
-    return held, (numbers - least).to(torch.uint8).reshape(rows, columns)
-
-
-def _steps(scale: Tensor, offset: Tensor) -> Tensor | None:
-    """offset / scale, where offsets are whole numbers of steps; None where one is not."""
-    found = torch.where(scale == 0, 0.0, offset / scale)
-    right = found.isfinite() & (found == found.round()) & (found.abs() <= 255) & (found * scale == offset)
-    return found if bool(right.all()) else None

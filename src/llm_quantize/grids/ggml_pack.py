@@ -272,7 +272,11 @@ def pack(qtype: str, grid: Grid, codes: Tensor) -> Bytes:
     """
     layout = _layout(qtype)
     numbers = _checked(qtype, layout, grid, codes)
-    parts = _pack_codes(qtype, numbers["codes"].astype(np.uint8).reshape(-1, layout.span))
+    stored = np.ascontiguousarray(codes.detach().cpu().numpy())
+    if stored.dtype != np.uint8 or (stored.size and int(stored.max()) >= layout.levels):
+        expected = f"uint8, 0 to {layout.levels - 1}"
+        raise UsageError(f"codes of a {qtype} grid are out of range", expected=expected, found=stored.dtype)
+    parts = _pack_codes(qtype, stored.reshape(-1, layout.span))
     parts["d"] = _half_bytes(numbers["d"])
     if layout.sub_minima == 1:
         parts["m"] = _half_bytes(-numbers["m"])
@@ -310,7 +314,7 @@ def _half_bytes(values: Float32) -> Bytes:
 
 
 def _checked(qtype: str, layout: Layout, grid: Grid, codes: Tensor) -> dict[str, npt.NDArray[np.float32]]:
-    """The grid's parts and the codes as float32 arrays, known to be such that the format holds them."""
+    """The grid's parts as float32 arrays, known to be such that the format holds them."""
     wanted = layout.level_values()
     if grid.group != layout.group or grid.span != layout.span or not np.array_equal(_array(grid.levels), wanted):
         raise UsageError(
@@ -322,8 +326,8 @@ def _checked(qtype: str, layout: Layout, grid: Grid, codes: Tensor) -> dict[str,
         raise UsageError("A matrix does not fit its number grid", expected=grid.shape, found=tuple(codes.shape))
     if grid.z is not None or (grid.m is None) != (layout.sub_minima == 0):
         raise UsageError(f"This number grid is not one of {qtype}", found="other offsets than the format has")
-    found = {"d": _array(grid.d), "u": _array(grid.u), "codes": _array(codes)}
-    bounds = {"u": layout.sub_scales, "codes": (0, layout.levels - 1)}
+    found = {"d": _array(grid.d), "u": _array(grid.u)}
+    bounds = {"u": layout.sub_scales}
     if grid.m is not None and grid.v is not None:
         found |= {"m": _array(grid.m), "v": _array(grid.v)}
         bounds["v"] = (1, 1) if layout.sub_minima == 1 else (0, layout.sub_minima)

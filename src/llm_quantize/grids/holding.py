@@ -162,7 +162,11 @@ def as_affine(grid: Grid, codes: Tensor, *, bits: int, size: int, storage: torch
         return None
     levels = torch.arange(1 << bits, dtype=torch.float32)
     ones = _ones(found.scale)
-    return Grid(levels, size, size, found.scale, ones, m=offset, v=ones, storage=storage), codes
+    grid = Grid(levels, size, size, found.scale, ones, m=offset, v=ones, storage=storage)
+    empty = found.scale == 0
+    if bool(empty.any()):  # all codes are one value there: that which verify takes for sound is 0
+        codes = codes.masked_fill(empty.repeat_interleave(size, dim=1), 0)
+    return grid, codes
 
 
 def as_levels(grid: Grid, codes: Tensor, *, levels: Tensor, size: int) -> tuple[Groups, Tensor] | None:

@@ -59,16 +59,16 @@ def blocks_of(qtype: str, columns: int) -> str | None:
 
 
 def fits(target: str, source: str) -> bool:
-    """Whether blocks of ``target`` hold every code of a matrix on the grid ``source``."""
+    """Whether blocks of ``target`` hold every code of a matrix on the grid ``source``, and its numbers as they are."""
     grid = _known(source)
-    return target == source or (grid is not None and target in _holding(grid))
+    return target == source or (grid is not None and source != WITH_A_SCALE and target in _holding(grid))
 
 
 def may_fit(target: str, source: str) -> bool:
-    """Whether they may, by what its scales and zero points are."""
+    """Whether they may, by what its scales and zero points are: WITH_A_SCALE some formats store the inverse of it."""
     grid = _known(source)
     if grid is None or isinstance(grid, CodebookType):
-        return False
+        return grid is not None and target in _holding(grid)
     if grid.group_size != WHOLE_ROW and grid.group_size % QTYPES[target].block_size:
         return False
     if isinstance(grid, AffineType):

@@ -1,4 +1,4 @@
-"""Scales of whole matrices beside their weights in GGUF, as llama.cpp (b11549) reads them and writes them for NVFP4.
+"""Scales of whole matrices beside their weights in GGUF, as llama.cpp (b11549) reads them.
 
     NAME.scale         F32 (1,), or (experts,) beside a stack of experts: the product with NAME.weight is multiplied
                        with it

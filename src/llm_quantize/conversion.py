@@ -1,4 +1,4 @@
-"""``convert``: a model in another format, as far as may be with the very numbers that it has, and what became of them.
+"""A model put into another format, as far as may be with its very numbers, and what became of them.
 
 The way is the pipeline's own; here is what is asked of it: the level that holds the source, its own groups and zero
 points, codes kept where they can be, and every tensor held against the source's (artifacts/verdict.py).
