@@ -185,21 +185,22 @@ def test_modules_of_auto_round_that_differ(llama: Path, tmp_path: Path) -> None:
     write_peer(llama, place, "AutoRound auto_gptq")
     found = load_file(place / "model.safetensors")
     rows = found[f"{UP}.scales"].shape[1]
-    changed(
-        place,
-        {
-            f"{UP}.qweight": torch.full((64, rows), 0x84848484 - (1 << 32), dtype=torch.int32),
-            f"{UP}.qzeros": torch.full((4, rows // 4), 0x7F7F7F7F, dtype=torch.int32),
-            f"{UP}.g_idx": torch.arange(256, dtype=torch.int32) // 64,
-        },
-    )
+    wide = {
+        f"{UP}.qweight": torch.full((64, rows), 0x84848484 - (1 << 32), dtype=torch.int32),
+        f"{UP}.qzeros": torch.full((4, rows // 4), 0x7F7F7F7F, dtype=torch.int32),
+    }
+    changed(place, wide)
     down = UP.replace("up", "down")
-    said(place, extra_config={UP: {"bits": 8}, down: {"bits": 16}})
-    with open_model(str(place)) as model:
-        each = found[f"{UP}.scales"].float().T.repeat_interleave(64, 1).numpy()
-        assert np.array_equal(whole(model, f"{UP}.weight"), each * (0x84 - 0x80))
-        assert model.kind == "AutoRound-4+8bit"
-    assert any(down in problem for problem in verify(place).problems)
+    each = found[f"{UP}.scales"].float().T.repeat_interleave(64, 1).numpy()
+    for key in (UP, r".*layers\.0\.mlp\.up_proj.*"):
+        said(place, extra_config={key: {"bits": 8, "sym": True}, down: {"bits": 16}})
+        with open_model(str(place)) as model:
+            assert np.array_equal(whole(model, f"{UP}.weight"), each * (0x84 - 0x80))
+            assert model.kind == "AutoRound-4+8bit"
+        assert any(down in problem for problem in verify(place).problems)
+    said(place, extra_config={})
+    with pytest.raises(LlmQuantizeError):
+        open_source(str(place))
 
 
 @pytest.mark.parametrize(
@@ -258,6 +259,21 @@ def test_fp8_in_forms_that_are_a_model_and_no_artifact(llama: Path, tmp_path: Pa
     with pytest.raises(UnsupportedError, match="can be a MODEL") as caught:
         verify(place)
     assert caught.value.found == "[64, 64]"
+
+
+@pytest.mark.parametrize("peer", ["FP8 blocks", "FP8 powers", "FP8 rows"])
+def test_fp8_is_what_transformers_makes_of_it(peer: str, llama: Path, tmp_path: Path) -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    write_peer(llama, tmp_path / "peer", peer)
+    stored = load_file(tmp_path / "peer" / "model.safetensors")
+    suffix = "weight_scale" if peer == "FP8 rows" else "weight_scale_inv"
+    with open_model(str(tmp_path / "peer")) as model:
+        for name in (UP, SQUARE):
+            scales = stored[f"{name}.{suffix}"]
+            scales = scales[:, None] if scales.dim() == 1 else scales
+            theirs = Fp8Dequantize(None)._dequantize_one(stored[f"{name}.weight"], scales, torch.float32)
+            assert np.array_equal(whole(model, f"{name}.weight"), theirs.numpy())
 
 
 def experts(place: Path, model: Path) -> dict[str, np.ndarray]:

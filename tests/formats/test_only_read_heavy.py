@@ -53,7 +53,9 @@ def test_structured_damage(peer: str, model: Path, tmp_path: Path) -> None:
                 case 0:
                     said[pick(random, KEYS)] = pick(random, VALUES)
                 case 1:
-                    tensors[f"{name.rpartition('.')[0]}.{pick(random, list(own)).rpartition('.')[2]}"] = tensors[name].clone()
+                    tensors[f"{name.rpartition('.')[0]}.{pick(random, list(own)).rpartition('.')[2]}"] = tensors[
+                        name
+                    ].clone()
                 case 2:
                     del tensors[name]
                 case 3:

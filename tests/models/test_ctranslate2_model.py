@@ -19,7 +19,7 @@ from llm_quantize.errors import LlmQuantizeError, UnsupportedError
 from llm_quantize.formats.ctranslate2.families import FAMILIES
 from llm_quantize.io.ctranslate2_file import MODEL_FILE, read_model_file
 from llm_quantize.models.opening import open_model, open_source
-from llm_quantize.options import MethodOptions, Options
+from llm_quantize.options import CalibrationOptions, MethodOptions, Options
 from llm_quantize.pipeline import plan, quantize
 from tests.formats.test_ctranslate2 import VARIANTS as CONVERTED
 from tests.hearing import into
@@ -130,6 +130,9 @@ def test_rounded_ones_are_what_the_runtime_computes_with(level: str, tmp_path: P
         assert values.dtype == expected.dtype == found.stored_dtype(name)
         assert np.array_equal(values, expected)
         assert np.array_equal(np.asarray(found.read_rows(name, 3, 9, transpose=True)), expected.T[3:9])
+        whole = np.empty(values.nbytes, np.uint8)
+        assert found.raw_rows(name, 0, entry.shape[0], buffer=whole.data).tobytes() == whole.tobytes()
+        assert whole.tobytes() == values.tobytes()
     plain = made(ours, tmp_path / "out", "safetensors", "F32")
     stored_values = load_file(plain / "model.safetensors")[name].numpy()
     as_floats = (expected.astype(np.uint32) << 16).view(np.float32) if level == "bfloat16" else expected
@@ -147,6 +150,24 @@ def test_it_becomes_a_gguf_where_its_tokenizer_lies_beside(tmp_path: Path) -> No
     with pytest.raises(LlmQuantizeError, match="no tokenizer"):
         plan(str(ours), "gguf", levels=["Q8_0"])
     assert describe(str(ours))["format"] == "ctranslate2"
+
+
+def test_text_goes_through_it(tmp_path: Path) -> None:
+    """A calibrated run, block by block, with norms that are bfloat16 and matrices that are decoded."""
+    model = net("llama", tmp_path / "net")
+    ours = made(model, tmp_path, "ctranslate2", "int8")
+    (result,) = quantize(
+        str(ours),
+        "gptq",
+        levels=["4bit"],
+        output_dir=tmp_path,
+        options=Options(
+            threads=1,
+            method=MethodOptions(group_size=32),
+            calibration=CalibrationOptions(samples=2, length=64),
+        ),
+    )
+    assert not verify(result.path, source=str(ours)).problems
 
 
 def test_what_is_not_kept_is_told(tmp_path: Path) -> None:
@@ -181,7 +202,7 @@ def test_a_network_of_another_kind(tmp_path: Path) -> None:
     data = (ours / MODEL_FILE).read_bytes()
     for number, (old, new, words) in enumerate(
         (
-            (b"TransformerDecoderSpec", b"TransformerEncoderSpec", "not one that only writes on"),
+            (b"TransformerDecoderSpec", b"TransformerEncoderSpec", "no decoder that continues text"),
             (b"decoder/layer_0/", b"decoder/layer_9/", "of no family"),
             (b"ffn/linear_0_noact", b"ffn/linear_0_noacts"[:18].replace(b"t", b"x"), "of no family"),
         )

@@ -111,8 +111,8 @@ def _lang_option() -> click.Option:
 def group(ctx: click.Context, as_json: bool, verbose: int, quiet: bool) -> None:
     """Turn any Hugging Face checkpoint into the best quantized artifact for your runtime.
 
-    MODEL is a local directory, a GGUF file, a hub id such as Qwen/Qwen3-0.6B, or builtin:demo-llama, the small model
-    that comes with this program. Start with: llm-quantize demo
+    MODEL is a local directory, a GGUF file, a hub id such as Qwen/Qwen3-0.6B, ollama:NAME from Ollama's store, or
+    builtin:demo-llama, the small model that comes with this program. Start with: llm-quantize demo
     """
     ctx.obj = {"json": as_json, "verbose": verbose, "quiet": quiet}
 

@@ -8,7 +8,7 @@
     auto_round:llm_compressor                      MXFP4 or NVFP4 of compressed-tensors
     auto_round:fp8_static                          FP8 (models/float8.py)
 
-``extra_config`` names modules of another width or group; what they have, their shapes say. A directory whose weights
+``extra_config`` says of single modules, by name or by an expression, what they have instead. A directory whose weights
 were rotated (``rotation_config``) computes with a matrix beside each weight, and is refused.
 """
 
@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.formats import awq, compressed_tensors, gptq, scaled_floats
-from llm_quantize.formats.packed import Fields, Layout, Numbers, PackedMatrix, Settings, StoredFormat
+from llm_quantize.formats.expressions import compiled, each_meant
+from llm_quantize.formats.packed import Fields, Layout, Numbers, PackedMatrix, Settings, StoredFormat, wrong_form
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.held import HeldRows
 
@@ -69,15 +70,33 @@ def form_of(settings: Settings) -> tuple[str, bool]:
     return form, form in _MEANT
 
 
-def _meant(settings: Settings) -> tuple[StoredFormat, Settings]:
-    """The format that a directory is in, and its configuration in that format's words."""
+def _meant(settings: Settings, of: Mapping[str, Any] | None = None) -> tuple[StoredFormat, Settings]:
+    """The format that a directory is in, and its configuration in that format's words, with what ``of`` says of single
+    modules."""
     form, beside = _MEANT[str(settings.values.get("packing_format") or USUAL).lower()]
-    words = ("bits", "group_size", "sym", "fmt")
-    said = {key: settings.values[key] for key in words if settings.values.get(key) is not None}
+    values = {**settings.values, **({} if of is None or _left(of) else of)}
+    said = {key: values[key] for key in ("bits", "group_size", "sym", "fmt") if values.get(key) is not None}
     if "sym" in said:
         said["zero_point"] = not said["sym"] if isinstance(said["sym"], bool) else said["sym"]
-    others = settings.values.get("extra_config")
-    return form, Settings({**said, **beside, "dynamic": others or None}, settings.file)
+    return form, Settings({**said, **beside}, settings.file)
+
+
+def _left(said: Mapping[str, Any]) -> bool:
+    """Whether modules of which this is said are not quantized."""
+    bits = said.get("bits")
+    return type(bits) is int and bits >= 16
+
+
+def _others(settings: Settings, names: Collection[str]) -> dict[str, Mapping[str, Any]]:
+    """{module: what extra_config says of it} of those of ``names`` that it means: by name, else by an expression.
+    Raises MalformedInputError."""
+    said = settings.values.get("extra_config") or {}
+    if not isinstance(said, dict) or not all(isinstance(one, dict) for one in said.values()):
+        raise wrong_form(settings.file, "extra_config", "an object of objects", said)
+    rest = [name for name in names if name not in said]
+    rules = ((key, compiled(f".*(?:{key})", settings.file)) for key in said if key not in names)  # found anywhere
+    found = {name: said[rule] for name, rule in each_meant(rules, rest, settings.file)}
+    return {**found, **{name: said[name] for name in names if name in said}}
 
 
 def _of(packed: PackedMatrix) -> StoredFormat:
@@ -93,8 +112,13 @@ def notes(settings: Settings) -> Iterator[str]:
 
 def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers) -> Iterator[PackedMatrix]:
     """As ``StoredFormat.read``."""
-    form, meant = _meant(settings)
-    yield from form.read(tensors, meant, numbers)
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        modules.setdefault(name.rpartition(".")[0], {})[name] = info
+    others = _others(settings, modules)
+    for name, held in modules.items():
+        form, meant = _meant(settings, others.get(name))
+        yield from form.read(held, meant, numbers)
 
 
 def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
@@ -130,11 +154,9 @@ def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, 
 
 def check_settings(settings: Settings, matrices: Mapping[str, PackedMatrix]) -> Iterator[str]:
     """As ``StoredFormat.check_settings``: modules that extra_config leaves as they are."""
-    others = settings.values.get("extra_config")
-    for name, said in others.items() if isinstance(others, dict) else ():
-        bits = said.get("bits") if isinstance(said, dict) else None
-        if type(bits) is int and bits >= 16 and f"{name}.weight" in matrices:
-            yield f"{name} is quantized, but the configuration's extra_config gives it {bits} bits"
+    for name, said in _others(settings, [matrix.name for matrix in matrices.values()]).items():
+        if _left(said):
+            yield f"{name} is quantized, but the configuration's extra_config gives it {said['bits']} bits"
 
 
 def layout_name(matrices: Collection[PackedMatrix]) -> str:

@@ -45,7 +45,7 @@ from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.json_file import read_json
 from llm_quantize.io.paths import inside, opened, read_range
 from llm_quantize.io.safetensors_file import Header, TensorInfo
-from llm_quantize.models.base import Digest, Opened, Values
+from llm_quantize.models.base import Digest, Opened, Values, writable
 from llm_quantize.models.ctranslate2 import CTranslate2Directory, SourceRows, is_ctranslate2
 from llm_quantize.models.hub.locate import Place
 from llm_quantize.models.safetensors import without_weights
@@ -119,13 +119,12 @@ class CTranslate2Model(SourceRows, Opened):
         self.kind = directory.label if rounded else ""
         self.headers = (_header(directory, self.tensors),)
         length = f"{self.config['max_position_embeddings']:,}"
-        told = " (model_max_length of its tokenizer)" if _said_length(directory.path) else ""
         self.notes = (
             ()
             if derived.told
             else (
-                f"a CTranslate2 model does not say how many tokens it was trained for: {length} is written{told}; set "
-                "it in what is made of this model if that is wrong",
+                f"a CTranslate2 model does not say how many tokens it was trained for; {length} is written, which is "
+                f"model_max_length of its tokenizer, or {LENGTH:,} where that is no length",
             )
         )
 
@@ -147,7 +146,10 @@ class CTranslate2Model(SourceRows, Opened):
 
     def raw_rows(self, name: str, start: int, stop: int, *, buffer: Any = None) -> memoryview:
         """As ``Rows.raw_rows``."""
-        return self.read_rows(name, start, stop, buffer=buffer).reshape(-1).view(np.uint8).data
+        found = np.ascontiguousarray(self.read_rows(name, start, stop)).reshape(-1).view(np.uint8)
+        view = writable(buffer, found.size)
+        view[:] = found.data
+        return view
 
     def read_rows(  # type: ignore[override]
         self,
@@ -162,7 +164,7 @@ class CTranslate2Model(SourceRows, Opened):
         """As ``Rows.read_rows``."""
         if self.headers_only:
             raise without_weights(self.tensors[name])
-        values: Values = super().read_rows(name, start, stop, transpose=transpose, buffer=buffer)
+        values: Values = super().read_rows(name, start, stop, transpose=transpose)
         dtype = self.stored_dtype(name)
         if dtype == np.uint16:
             values = (np.ascontiguousarray(values).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
@@ -266,7 +268,7 @@ def _derive(directory: CTranslate2Directory) -> _Derived:
     file = directory.file
     if file.kind != KIND:
         raise UnsupportedError(
-            "this CTranslate2 model is no model to start from: it is not one that only writes on",
+            "this CTranslate2 model is no model to start from: its network is no decoder that continues text",
             file=file.path,
             expected=KIND,
             found=printable(file.kind, 80),
