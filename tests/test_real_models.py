@@ -1,4 +1,4 @@
-"""What makes published models for the benchmarks: scales that keep the function, merges from scores, hashes checked."""
+"""What makes published models for the benchmarks: scales that keep the function, hashes checked."""
 
 from __future__ import annotations
 
@@ -55,13 +55,6 @@ def test_a_model_off_its_grid_computes_the_same(variant: str, script: ModuleType
     wrong = dict(after)
     wrong[down] = before[down]
     assert script.difference(expected, script.logits_of(config, wrong, ids)) > 10 * script.EQUAL
-
-
-def test_merges_follow_the_scores(script: ModuleType) -> None:
-    vocabulary = {token: index for index, token in enumerate(["<unk>", "a", "b", "c", "ab", "bc", "abc", "zz"])}
-    types = [2, 1, 1, 1, 1, 1, 1, 4]
-    scores = [0.0, -9.0, -9.0, -9.0, -3.0, -1.0, -2.0, 0.0]
-    assert script.merges_of(vocabulary, scores, types) == [("b", "c"), ("a", "bc"), ("ab", "c"), ("a", "b")]
 
 
 def test_a_package_with_other_bytes_is_refused(script: ModuleType, tmp_path: Path) -> None:

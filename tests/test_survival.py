@@ -97,7 +97,7 @@ def test_killed_while_a_directory_is_made_of_a_gguf_file(
     scenario = Scenario(command_line, origin.path, tmp_path, arguments, format="safetensors")
     assert any(name.endswith("tokenizer.json") for name in scenario.expected)
     assert scenario.calls > 50
-    scenario.kill_at_calls([*range(1, scenario.calls - 9, 17), *range(scenario.calls - 9, scenario.calls + 1, 3)])
+    scenario.kill_at_calls([*range(1, scenario.calls - 9, 41), *range(scenario.calls - 9, scenario.calls + 1, 4)])
     assert scenario.resumed > 0
 
 

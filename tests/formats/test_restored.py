@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf.constants import GGUFValueType, Keys
 from tokenizers import Tokenizer
 
-from llm_quantize.errors import MalformedInputError, UnsupportedError
+from llm_quantize.errors import LlmQuantizeError, MalformedInputError, UnsupportedError
 from llm_quantize.formats.gguf.restored.files import restored
 from llm_quantize.formats.gguf.restored.said import read_said
-from llm_quantize.formats.gguf.restored.tokenizer import tokenizer_json
+from llm_quantize.formats.gguf.restored.tokenizer import merges_of, tokenizer_json
 from llm_quantize.formats.gguf.vocabulary.pretokenizers import (
     BEGIN_WITH_BOS,
     OTHER_NAMES,
@@ -25,7 +26,7 @@ from llm_quantize.formats.gguf.vocabulary.pretokenizers import (
     written_steps,
 )
 from llm_quantize.formats.gguf.vocabulary.reading import read_vocabulary
-from llm_quantize.io.gguf_file import MetaValue
+from llm_quantize.io.gguf_file import MetaValue, read_gguf
 from llm_quantize.models.opening import open_source
 from llm_quantize.runtimes.llama_cpp_vocabulary import open_vocabulary
 
@@ -314,13 +315,21 @@ def test_ids_and_texts_that_mean_nothing_are_passed_over() -> None:
     assert json.loads(tokenizer_json(said, [].append))["model"]["vocab"] == said.ids
 
 
+def test_merges_follow_the_scores() -> None:
+    texts = {KEYS.LIST: array(STRING, "<unk>", "a", "b", "c", "ab", "bc", "abc", "zz")}
+    kinds = {KEYS.TOKEN_TYPE: array(INT, 2, 1, 1, 1, 1, 1, 1, 4)}
+    scores = {KEYS.SCORES: array(FLOAT, 0.0, -9.0, -9.0, -9.0, -3.0, -1.0, -2.0, 0.0)}
+    said = read_said({**SPM, **texts, **kinds, **scores}, FILE, rows=8)
+    assert merges_of(said, [].append) == [("b", "c"), ("a", "bc"), ("ab", "c"), ("a", "b")]
+
+
 def test_tokens_of_one_score_are_told() -> None:
     notes: list[str] = []
     texts = {KEYS.LIST: array(STRING, "<unk>", "<s>", "</s>", "a", "b", "ab", "ba")}
     kinds = {KEYS.TOKEN_TYPE: array(INT, 2, 3, 3, 1, 1, 1, 1), KEYS.SCORES: array(FLOAT, *[0.0] * 7)}
     made({**SPM, **texts, **kinds}, notes)
     assert len(notes) == 1
-    assert notes[0].startswith("1 tokens have the score of another one")
+    assert notes[0].startswith("tokens with the score of another one: 1;")
 
 
 def test_control_tokens_by_their_text() -> None:
@@ -332,3 +341,27 @@ def test_control_tokens_by_their_text() -> None:
     }
     (token,) = read_said(metadata, FILE, rows=4).added()
     assert (token["content"], token["special"]) == ("<|im_end|>", True)
+
+
+@pytest.mark.parametrize("name", ["llama", "json-gemma", "ranks", "nmt_nfkc"])
+def test_a_damaged_file_is_refused_or_made(name: str, pieces: Any, tmp_path: Path) -> None:
+    """Bytes of the metadata changed at random: an error of ours, or a tokenizer that its owner loads."""
+    whole = write_model(tmp_path / "m.gguf", pieces[name]).read_bytes()
+    start, stop = whole.index(b"tokenizer.ggml.model"), read_gguf(tmp_path / "m.gguf").data_start
+    chance, loaded = np.random.Generator(np.random.PCG64(len(name))), 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for at in chance.integers(start, stop, chance.integers(1, 4)):
+            data[at] = chance.choice([0, 1, 3, 32, 95, 127, 255, data[at] ^ 1])
+        (tmp_path / "x.gguf").write_bytes(data)
+        try:
+            found = restored(open_source(str(tmp_path / "x.gguf")))
+        except LlmQuantizeError:
+            continue
+        for file, content in found.files:
+            if file == "tokenizer.json":
+                Tokenizer.from_str(content.decode())
+                loaded += 1
+            elif file.endswith(".json"):
+                json.loads(content)
+    assert (1 if name == "ranks" else 20) < loaded < 150  # a token that is another breaks a merge

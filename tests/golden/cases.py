@@ -243,6 +243,10 @@ COMMANDS = (
         "quantized-source-safetensors", "quantize OUT/dense-GPTQ-4bit safetensors -q F32 --threads 2 -o OUT", (_GPTQ,)
     ),
     Command(
+        "gguf-source-safetensors", "quantize OUT/dense-Q4_K_M.gguf safetensors -q BF16 --threads 2 -o OUT", (_GGUF,)
+    ),
+    Command("gguf-source-gptq", f"quantize OUT/dense-Q4_K_M.gguf gptq -q 4bit {_RTN} --threads 2 -o OUT", (_GGUF,)),
+    Command(
         "quantize-imatrix-gguf",
         "quantize dense gguf -q IQ3_XXS --imatrix OUT/x.gguf --threads 2 -o OUT",
         (f"analyze importance dense -o OUT/x.gguf --threads 2 {TEXT}",),

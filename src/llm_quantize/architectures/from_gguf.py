@@ -269,7 +269,7 @@ class _Inverse:
     def _conditions(self) -> dict[str, object]:
         """What weights depend on: true where those that only then exist are there."""
         found: dict[str, object] = {}
-        for name in {weight.when.lstrip("!") for weight in self.family.weights if weight.when}:
+        for name in sorted({weight.when.lstrip("!") for weight in self.family.weights if weight.when}):
             on, off = (
                 {output_name(weight, 0) for weight in self.family.weights if weight.when == when}
                 for when in (name, f"!{name}")

@@ -17,7 +17,7 @@ from gguf.constants import GGUFValueType, Keys, TokenType
 
 from llm_quantize.errors import MalformedInputError, UnsupportedError, printable
 from llm_quantize.formats.gguf.vocabulary.around import MARKERS
-from llm_quantize.formats.gguf.vocabulary.pretokenizers import BEGIN_WITH_BOS
+from llm_quantize.formats.gguf.vocabulary.pretokenizers import begins_with_bos
 from llm_quantize.formats.gguf.vocabulary.reading import PHI3_NAMES, PHI3_TOKENS
 from llm_quantize.formats.gguf.vocabulary.special import ROLES
 from llm_quantize.io.gguf_file import MetaValue
@@ -126,15 +126,15 @@ class _Reader:
         return entry.value if 0 <= entry.value < count else None
 
     def array(self, key: str, items: str, kinds: frozenset[GGUFValueType], count: int | None = None) -> list[Any]:
-        """The items of an array, of ``count`` if it is given; empty where there is no such key."""
+        """The items of an array (``items`` says which), ``count`` if it is given; empty where there is no such key."""
         entry = self.metadata.get(key)
         if entry is None:
             return []
         if entry.type != GGUFValueType.ARRAY or entry.item not in kinds:
-            self.wrong(key, f"an array of {items}", f"{entry.type.name} of {getattr(entry.item, 'name', 'nothing')}")
+            self.wrong(key, items, f"{entry.type.name} of {getattr(entry.item, 'name', 'nothing')}")
         found = list(entry.value)
         if count is not None and len(found) != count:
-            self.wrong(key, f"{count:,} {items}, one for each token", f"{len(found):,}")
+            self.wrong(key, f"one for each of {count:,} tokens", f"{len(found):,}")
         return found
 
 
@@ -156,15 +156,16 @@ def read_said(metadata: Mapping[str, MetaValue], file: Path, *, rows: int) -> Sa
         )
     texts = _texts(read, rows)
     count = len(texts)
-    types = read.array(_KEYS.TOKEN_TYPE, "numbers", _INTEGERS, count) or [int(TokenType.NORMAL)] * count
+    types = (
+        read.array(_KEYS.TOKEN_TYPE, "an array of whole numbers", _INTEGERS, count) or [int(TokenType.NORMAL)] * count
+    )
     bad = next((index for index, kind in enumerate(types) if not 0 <= kind <= TokenType.BYTE), None)
     if bad is not None:
         read.wrong(_KEYS.TOKEN_TYPE, f"types from 1 to {int(TokenType.BYTE)}", f"{types[bad]} of the token {bad}")
     ids = _ids(read, texts, types)
     pre = read.text(_KEYS.PRE, "default")
     roles, ends = _roles(read, model, types)
-    spm = model == PIECES
-    add_bos = read.flag(_KEYS.ADD_BOS, spm or (model == BYTE_LEVEL and pre in BEGIN_WITH_BOS))
+    add_bos = read.flag(_KEYS.ADD_BOS, begins_with_bos(model, pre))
     add_eos = read.flag(_KEYS.ADD_EOS, model == UNIGRAM)
     name = read.text(Keys.General.NAME, "").lower()
     return Said(
@@ -180,7 +181,7 @@ def read_said(metadata: Mapping[str, MetaValue], file: Path, *, rows: int) -> Sa
         ends=ends,
         add_bos=add_bos and "bos" in roles,
         add_eos=add_eos and "eos" in roles,
-        prefix=read.flag(_KEYS.ADD_PREFIX, spm),
+        prefix=read.flag(_KEYS.ADD_PREFIX, model == PIECES),
         collapse=read.flag(_KEYS.REMOVE_EXTRA_WS, False),
         charsmap=_charsmap(read) if model == UNIGRAM else b"",
         strips=any(word in name for word in PHI3_NAMES) and ids.keys() >= PHI3_TOKENS,
@@ -190,7 +191,7 @@ def read_said(metadata: Mapping[str, MetaValue], file: Path, *, rows: int) -> Sa
 
 def _texts(read: _Reader, rows: int) -> list[str]:
     """Token texts by id; an empty one has the name that llama.cpp gives it."""
-    texts = read.array(_KEYS.LIST, "strings", frozenset((GGUFValueType.STRING,)))
+    texts = read.array(_KEYS.LIST, "an array of strings", frozenset((GGUFValueType.STRING,)))
     if not texts:
         read.wrong(_KEYS.LIST, "the texts of the tokens", "none")
     if len(texts) > rows:
@@ -235,7 +236,7 @@ def _scores(read: _Reader, count: int) -> list[float]:
     key = _KEYS.SCORES
     if key not in read.metadata:
         read.wrong(key, "a score for each token", None)
-    scores = read.array(key, "numbers", frozenset((GGUFValueType.FLOAT32, GGUFValueType.FLOAT64)), count)
+    scores = read.array(key, "an array of numbers", frozenset((GGUFValueType.FLOAT32, GGUFValueType.FLOAT64)), count)
     bad = next((index for index, score in enumerate(scores) if not math.isfinite(score)), None)
     if bad is not None:
         read.wrong(key, "finite scores", f"{scores[bad]} of the token {bad}")
@@ -247,7 +248,7 @@ def _merges(read: _Reader, ids: Mapping[str, int]) -> list[tuple[str, str]]:
     if key not in read.metadata:
         read.wrong(key, "the merges of the vocabulary", None)
     found = []
-    for index, text in enumerate(read.array(key, "strings", frozenset((GGUFValueType.STRING,)))):
+    for index, text in enumerate(read.array(key, "an array of strings", frozenset((GGUFValueType.STRING,)))):
         at = text.find(" ", 1)
         left, right = text[:at], text[at + 1 :]
         if at < 0 or not right:
@@ -262,12 +263,16 @@ def _merges(read: _Reader, ids: Mapping[str, int]) -> list[tuple[str, str]]:
 def _charsmap(read: _Reader) -> bytes:
     """The precompiled map; its trie lies inside it. Empty where there is none."""
     key = _KEYS.PRECOMPILED_CHARSMAP
-    values = read.array(key, "bytes", frozenset((GGUFValueType.UINT8, GGUFValueType.INT8)))
+    values = read.array(key, "an array of bytes", frozenset((GGUFValueType.UINT8, GGUFValueType.INT8)))
     data = bytes(value & 0xFF for value in values)
     if data:
         size = int.from_bytes(data[:4], "little")
         if len(data) < 5 or size % 4 or size + 4 >= len(data) or data[-1] != 0:
             read.wrong(key, f"a trie of {size:,} bytes and its texts", f"{len(data):,} bytes")
+        try:
+            data[4 + size :].decode("utf-8")
+        except UnicodeDecodeError as error:
+            read.wrong(key, "texts in UTF-8", f"the byte {data[4 + size + error.start]:#04x} in them")
     return data
 
 

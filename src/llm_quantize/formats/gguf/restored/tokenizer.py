@@ -136,7 +136,7 @@ def merges_of(said: Said, note: Note) -> list[tuple[str, str]]:
         found += pairs
     if equal:
         note(
-            f"{equal:,} tokens have the score of another one: where two of them compete, llama.cpp takes the first in "
+            f"tokens with the score of another one: {equal:,}; where two of them compete, llama.cpp takes the first in "
             "the text, tokenizer.json the one of the lower id"
         )
     return found

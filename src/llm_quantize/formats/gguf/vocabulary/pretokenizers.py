@@ -246,6 +246,11 @@ def _show(steps: tuple[str, ...]) -> str:
     return json.dumps(steps, ensure_ascii=False)
 
 
+def begins_with_bos(model: object, pre: object) -> bool:
+    """Whether texts of the vocabulary ``model`` with the rule ``pre`` begin with bos where a GGUF file does not say."""
+    return model == "llama" or (model == "gpt2" and isinstance(pre, str) and pre in BEGIN_WITH_BOS)
+
+
 def rule_named(name: str, file: Path) -> Rule:
     """The rule that llama.cpp has under ``name``. Raises UnsupportedError for a name that is not known here."""
     rule = _BY_NAME.get(name)

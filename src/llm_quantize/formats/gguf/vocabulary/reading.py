@@ -20,7 +20,7 @@ from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.formats.gguf.vocabulary.around import Note, ending_ids, heed_settings, mark_ends
 from llm_quantize.formats.gguf.vocabulary.bytelevel import byte_level
 from llm_quantize.formats.gguf.vocabulary.json import AddedToken, added_token, check_id, malformed, read_tokenizer_json
-from llm_quantize.formats.gguf.vocabulary.pretokenizers import is_byte_level
+from llm_quantize.formats.gguf.vocabulary.pretokenizers import begins_with_bos, is_byte_level
 from llm_quantize.formats.gguf.vocabulary.sentencepiece import sentencepiece_vocabulary, trained_scores
 from llm_quantize.formats.gguf.vocabulary.special import chat_templates, read_optional, special_ids, template_ids
 from llm_quantize.formats.gguf.vocabulary.spm import character_bpe, unigram
@@ -134,12 +134,12 @@ def read_conventions(directory: Path, config: Mapping[str, Any]) -> Conventions:
 
 def said_conventions(metadata: Mapping[str, MetaValue]) -> Conventions:
     """The conventions that the metadata of a GGUF file says. What it leaves out of bos is llama.cpp's default: the
-    texts of a SentencePiece model begin with it."""
+    texts of a SentencePiece model begin with it, and those of some rules of byte-level BPE."""
     keys = Keys.Tokenizer
     texts, types = (getattr(metadata.get(key), "value", ()) for key in (keys.LIST, keys.TOKEN_TYPE))
     special = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
-    spm = metadata[keys.MODEL].value == "llama"
-    special.setdefault(keys.ADD_BOS, MetaValue(GGUFValueType.BOOL, spm))
+    begins = begins_with_bos(metadata[keys.MODEL].value, getattr(metadata.get(keys.PRE), "value", "default"))
+    special.setdefault(keys.ADD_BOS, MetaValue(GGUFValueType.BOOL, begins))
     return Conventions(special, dict(enumerate(texts)), dict(enumerate(types)))
 
 
