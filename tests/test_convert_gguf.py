@@ -19,7 +19,7 @@ from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.blockwise import run as blockwise
 from llm_quantize.cli import run
-from llm_quantize.convert import convert, foresee
+from llm_quantize.conversion import convert, foresee
 from llm_quantize.errors import LlmQuantizeError, UnsupportedError, UsageError
 from llm_quantize.events import Caution
 from llm_quantize.formats.base import SchemeOptions

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGUF_MAGIC, GGUFValueType
 
-from llm_quantize.convert import foresee
+from llm_quantize.conversion import foresee
 from llm_quantize.errors import LlmQuantizeError
 from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.ctranslate2_file import MODEL_FILE, TYPES, VERSION, read_model_file
