@@ -3,8 +3,8 @@
     PYTHONPATH=src python -m tests.conversions.fuzz COUNT [SOURCE ...]
 
 tries COUNT inputs for each kind of source and prints how many were tried in a second, and how many could be opened.
-Data is not written (files are sparse), so a value that is read is zero; what is looked at are names, counts, shapes,
-types, places and settings.
+Data is not written (files are sparse) but for what is small, as shapes are, so a value that is read is zero; what is
+looked at are names, counts, shapes, types, places and settings.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ DTYPES = ("BF16", "F16", "F32", "F64", "I8", "U8", "I16", "I32", "U32", "I64", "
 WORDS = ("weight", "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "biases",
          "weight_zero_point", "weight_shape", "weight_global_scale", "weight.absmax", "bias", "SCB")  # fmt: skip
 READ_EVERY = 8
+SMALL = 64
+"""Bytes of a tensor whose values are written."""
 MEMORY = 3 << 30
 """Address space beyond what the process has, in bytes: whoever asks for more meets MemoryError, which is no error of
 ours."""
@@ -81,8 +83,10 @@ def directory(place: Path) -> Write:
     file = place / "model.safetensors"
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    data = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
     names = [name for name in header if name != "__metadata__"]
+    data = max(header[name]["data_offsets"][1] for name in names)
+    whole, small = file.read_bytes()[-data:], [header[name]["data_offsets"] for name in names]
+    small = [(start, whole[start:stop]) for start, stop in small if stop - start <= SMALL]
 
     def tensor(choice: random.Random, told: dict[str, Any]) -> None:
         name = choice.choice(names)
@@ -124,7 +128,9 @@ def directory(place: Path) -> Write:
             text = text[:-1] + b"," + text[1:]  # every name twice
         length = len(text) if choice.random() < 0.98 else choice.choice(SIZES_OF_NO_SENSE)
         (place / "config.json").write_text(json.dumps(settings))
-        _sparse(file, [(0, struct.pack("<Q", length) + text)], 8 + len(text) + data - (choice.random() < 0.02))
+        front = 8 + len(text)
+        parts = [(0, struct.pack("<Q", length) + text), *((front + start, content) for start, content in small)]
+        _sparse(file, parts, front + data - (choice.random() < 0.02))
 
     return write
 
