@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llm_quantize import kernels
+from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import matrix_shape, read_output_rows, to_float32
 from llm_quantize.artifacts.decoded import DecodedArtifact
 from llm_quantize.artifacts.manifest import read_manifest
@@ -24,6 +25,7 @@ from llm_quantize.errors import LlmQuantizeError, UnsupportedError, UsageError
 from llm_quantize.events import Caution
 from llm_quantize.formats.base import SchemeOptions
 from llm_quantize.formats.gguf.levels import Overrides
+from llm_quantize.formats.gguf.store import GgufStore
 from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.formats.packed_store import DirectoryStore
 from llm_quantize.io.artifact_paths import manifest_path
@@ -35,6 +37,7 @@ from llm_quantize.plan import MatrixPlan
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
 from tests.formats.test_gguf_scales import TOKENS, rewritten, scales_for
+from tests.grids.test_ggml_held import fours
 from tests.tiny_models import make_tiny, reference_logits, reference_model, row_lengths_of_256
 
 FORMATS: dict[str, tuple[str, str, dict[str, Any], str]] = {
@@ -273,7 +276,7 @@ def retyped(path: Path, target: Path, name: str, qtype: str) -> Path:
 def test_a_type_that_needs_importance_is_copied_without_any(qtype: str, net: Path, tmp_path: Path) -> None:
     plain = gguf_of(net, tmp_path / "in", "Q8_0")
     source = retyped(plain, tmp_path / "m.gguf", "blk.0.ffn_up.weight", qtype)
-    result = made(source, tmp_path / "out", exact=True)
+    result = made(source, tmp_path / "out", exact=True, calibrate=False)
     ones, others = ({t.name: bytes(t.data) for t in gguf.GGUFReader(p).tensors} for p in (source, result.path))
     assert ones == others
 
@@ -358,6 +361,18 @@ def test_where_llama_cpp_ignores_the_number_nothing_is_written_that_it_would_mis
     assert "blk.0.ffn_up.scale" not in types
     assert result.conversion is not None
     assert result.conversion["verdict"] == "rounded"
+
+
+def test_without_a_place_for_its_number_nvfp4_holds_no_other_than_one() -> None:
+    weight = OutputTensor("blk.0.ffn_up.weight", (4, 768), (Piece("up"),))
+    places = {
+        False: MatrixPlan(weight.name, weight, "nvfp4", (0,)),
+        True: MatrixPlan(weight.name, weight, "nvfp4", (0, 1)),
+    }
+    for step, alone in ((0.01, False), (1.0, True)):
+        found = {place: GgufStore().hold(matrix, *fours("e4m3", 16, step)) for place, matrix in places.items()}
+        assert found[True] is not None
+        assert (found[False] is not None) == alone
 
 
 def test_a_stack_of_experts_has_a_number_for_each(tmp_path: Path) -> None:

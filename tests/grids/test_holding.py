@@ -59,6 +59,11 @@ def test_offsets_of_products_that_are_not_exact_are_not_held() -> None:
     """3 bits of a scale of eleven and a zero point of two do not all fit eleven."""
     grid, codes = integers(4, 32, zeros=True)
     assert grid_type("affine4_g32", scale="float16").hold(grid, codes) is None
+    near = grid_type("affine4_g32", scale="float16").near(grid, codes)
+    assert near is not None
+    assert torch.equal(near[1], codes)
+    wanted = grid.decode(codes)
+    assert 0 < float((near[0].decode(near[1]) - wanted).norm() / wanted.norm()) < 2**-11
     even = Grid(grid.levels, 32, 32, grid.d, grid.u, z=torch.full_like(grid.d, 8))
     found = grid_type("affine4_g32", scale="float16").hold(even, codes)
     assert found is not None
@@ -71,6 +76,9 @@ def test_offsets_of_products_that_are_not_exact_are_not_held() -> None:
 def test_scales_are_not_rounded() -> None:
     grid, codes = integers(4, 32, lowest=-8)
     assert grid_type("int4_g32", scale="bfloat16").hold(grid, codes) is None
+    near = grid_type("int4_g32", scale="bfloat16").near(grid, codes)
+    assert near is not None
+    assert torch.equal(near[0].d, grid.d.to(torch.bfloat16).float())
     assert grid_type("int4_g32", scale="float32").hold(grid, codes) is not None
 
 

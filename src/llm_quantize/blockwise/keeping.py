@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 Fields = list[npt.NDArray[Any]]
 
 
-NEAR, RUN, LEAST = 2.0**-9, 16, 2.0**-18
-"""How far values may be from the source's where codes are kept under rounded scales: of the largest of RUN columns, and
-by itself. float16 has eleven bits, subnormal numbers end at 2^-24; a code of 8 bits that is another is further off, and
-codes chosen anew lose more."""
+NEAR, RUN, LEAST = 2.0**-7, 16, 2.0**-18
+"""How far values may be from the source's where codes are kept under rounded scales and offsets: of the largest of RUN
+columns, and by itself. bfloat16 has eight bits, the subnormal numbers of float16 end at 2^-24; a code of 4 bits that is
+another is further off, and codes chosen anew lose more."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ class DirectoryStore:
     def hold(
         self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor, *, exact: bool = True
     ) -> tuple[Grid, torch.Tensor] | None:
-        return self.grid_type(matrix.qtype).hold(grid, codes) if exact else None
+        kind = self.grid_type(matrix.qtype)
+        return kind.hold(grid, codes) if exact else kind.near(grid, codes)
 
     def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], npt.NDArray[Any]]) -> None:
         """As ``Store.blocks``: there are none."""

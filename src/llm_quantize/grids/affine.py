@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llm_quantize.grids.grid import Grid, row_tiles, to_storage
-from llm_quantize.grids.holding import as_affine
+from llm_quantize.grids.holding import Floats, as_affine
 from llm_quantize.grids.integer import TILE, channel_importance
 from llm_quantize.grids.search import TRIMS, Levels, affine_scales, divided, from_lanes, lanes
 from llm_quantize.qtypes.affine import AffineType
@@ -103,10 +103,17 @@ class AffineGridType:
 
     def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
         """See ``GridType``: offsets that are exact products, stored exactly."""
+        return self._held(grid, codes, exact=True)
+
+    def near(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``: scales and offsets are rounded."""
+        return self._held(grid, codes, exact=False)
+
+    def _held(self, grid: Grid, codes: Tensor, *, exact: bool) -> tuple[Grid, Tensor] | None:
         if codes.shape[1] % self.block:
             return None
         size = self.qtype.group(codes.shape[1])
-        return as_affine(grid, codes, bits=self.qtype.bits, size=size, storage=self.storage)
+        return as_affine(grid, codes, bits=self.qtype.bits, size=size, floats=Floats(self.storage, exact))
 
     def _grid(self, scale: Tensor, offset: Tensor) -> Grid:
         levels = torch.arange(int(self._last) + 1, dtype=torch.float32, device=scale.device)

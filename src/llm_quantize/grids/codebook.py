@@ -126,6 +126,11 @@ class CodebookGridType:
         ladder = self._held_ladder(scale, groups.ladder)
         return None if ladder is None else (replace(held, ladder=ladder), moved)
 
+    def near(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``: scales that are codes are chosen anew, so nothing is near."""
+        del grid, codes
+        return None
+
     def _held_ladder(self, scale: Tensor, given: Ladder | None) -> Ladder | None:
         """The ladder of scales (rows, blocks) that are there already, of which ``given`` may be theirs; None where they
         are on none."""

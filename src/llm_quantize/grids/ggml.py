@@ -97,6 +97,10 @@ class GgmlGridType:
         """See ``GridType``: see ``ggml_held``."""
         return ggml_held.hold(self.name, grid, codes)
 
+    def near(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``: see ``ggml_held``."""
+        return ggml_held.hold(self.name, grid, codes, exact=False)
+
     def weights(self, x: Tensor, importance: Tensor) -> Tensor:
         """w (rows, columns): ``importance`` (columns,) times sqrt(k * mean x^2 + x^2) over the root of the mean."""
         if self.name not in SPREAD:

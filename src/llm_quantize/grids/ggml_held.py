@@ -25,7 +25,7 @@ from torch import Tensor
 from llm_quantize.errors import UsageError
 from llm_quantize.grids import ggml_pack
 from llm_quantize.grids.grid import Grid, Ladder
-from llm_quantize.grids.holding import as_affine, as_integers, stored
+from llm_quantize.grids.holding import Floats, as_affine, as_integers, stored
 from llm_quantize.kernels.reference.floats import half_bits, half_values
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.qtypes.codebook import CODEBOOKS, SCALES
@@ -33,7 +33,7 @@ from llm_quantize.qtypes.codebook import CODEBOOKS, SCALES
 __all__ = ["held", "hold", "is_other", "pack"]
 
 Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
+Values = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ _BYTES = "q8_0"
 _HALF = 8  # codes of E2M1 with either sign
 
 
-def held(qtype: str, packed: Bytes, columns: int, whole: Floats | None = None) -> tuple[Grid, Tensor] | None:
+def held(qtype: str, packed: Bytes, columns: int, whole: Values | None = None) -> tuple[Grid, Tensor] | None:
     """Grid and codes uint8 (rows, ``columns``) of ``packed`` uint8 (rows, row_bytes), whose ``Grid.decode`` is what a
     decoder of GGUF gives. ``whole``: float32 (rows, 1), what the values of each row are multiplied with.
 
@@ -83,7 +83,7 @@ def _bytes(packed: Bytes, columns: int) -> tuple[Grid, Tensor]:
     return Grid(levels, 32, 32, torch.from_numpy(d), torch.ones(d.shape)), torch.from_numpy(codes)
 
 
-def _fours(form: _Fours, packed: Bytes, columns: int, whole: Floats | None) -> tuple[Grid, Tensor] | None:
+def _fours(form: _Fours, packed: Bytes, columns: int, whole: Values | None) -> tuple[Grid, Tensor] | None:
     rows, levels = len(packed), np.array(SCALES[form.nested], np.float32)
     parts = packed.reshape(rows, -1, form.scales + form.codes)
     rungs = np.ascontiguousarray(parts[:, :, : form.scales]).reshape(rows, -1)
@@ -114,18 +114,17 @@ def hold(qtype: str, grid: Grid, codes: Tensor, *, exact: bool = True) -> tuple[
         return grid, codes
     if grid.ladder is not None or qtype not in (*_WHOLE, *_OFFSET) or grid.group % QTYPES[qtype].block_size:
         return None
-    size, storage = QTYPES[qtype].block_size, torch.float16 if exact else torch.float32
+    size, floats = QTYPES[qtype].block_size, Floats(torch.float16, exact)
     if qtype in _OFFSET:
-        found = as_affine(grid, codes, bits=_OFFSET[qtype], size=size, storage=storage)
+        found = as_affine(grid, codes, bits=_OFFSET[qtype], size=size, floats=floats)
     else:
         bits = _WHOLE[qtype]
-        found = as_integers(grid, codes, bits=bits, size=size, symmetric=True, zeros=(0, 0), storage=storage)
+        found = as_integers(grid, codes, bits=bits, size=size, symmetric=True, zeros=(0, 0), floats=floats)
     if found is None or not (found[0].d.isfinite().all() and (found[0].m is None or found[0].m.isfinite().all())):
         return None
-    near = replace(found[0], storage=torch.float16).with_floats(found[0].d, found[0].m)
     if qtype != _MIRRORED:
-        return near, found[1]
-    return replace(near, levels=-near.levels.flip(0), d=-near.d), 3 - found[1]
+        return found
+    return replace(found[0], levels=-found[0].levels.flip(0), d=-found[0].d), 3 - found[1]
 
 
 def _is_half(values: Tensor | None) -> bool:

@@ -290,6 +290,10 @@ class GridType(Protocol):
         """``codes`` uint8 (rows, columns) of a whole matrix on ``grid``, of whatever type, as a grid of this type and
         codes, for ``Store.piece``: the same numbers, none rounded. None where this type cannot hold them."""
 
+    def near(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """``hold``, but that floats which do not fit their storage are rounded to it: the same codes. None where even
+        so this type has no such grid."""
+
 
 GGML_GRIDS = frozenset(
     (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_quantize.grids.grid import Grid, Ladder, to_storage
 
-__all__ = ["Groups", "as_affine", "as_integers", "as_levels", "grouped", "stored"]
+__all__ = ["Floats", "Groups", "as_affine", "as_integers", "as_levels", "grouped", "stored"]
 
 Held = tuple[Grid, Tensor]
 
@@ -85,13 +85,27 @@ def stored(values: Tensor, storage: torch.dtype) -> bool:
     return torch.equal(to_storage(values, storage), values)
 
 
+@dataclass(frozen=True)
+class Floats:
+    """How a grid stores its floats; ``exact``: what does not fit is not held, else it is rounded."""
+
+    storage: torch.dtype
+    exact: bool = True
+
+    def kept(self, values: Tensor) -> Tensor | None:
+        """``values`` float32 as they are stored; None where they do not fit and must."""
+        found = to_storage(values, self.storage)
+        return None if self.exact and not torch.equal(found, values) else found
+
+
 def as_integers(
-    grid: Grid, codes: Tensor, *, bits: int, size: int, symmetric: bool, zeros: tuple[int, int], storage: torch.dtype
+    grid: Grid, codes: Tensor, *, bits: int, size: int, symmetric: bool, zeros: tuple[int, int], floats: Floats
 ) -> Held | None:
     """``codes`` on ``grid`` as integers of ``bits`` bits in groups of ``size``: from -2^(bits-1) where ``symmetric``,
     else from 0 with zero points of ``zeros`` (least, most). None where they are not that."""
     found = grouped(grid, size)
-    if found is None or not grid.uniform or not stored(found.scale, storage):
+    scale = None if found is None else floats.kept(found.scale)
+    if found is None or scale is None or not grid.uniform:
         return None
     lowest, zero = int(grid.levels[0]), found.zero
     if found.offset is not None:
@@ -104,12 +118,12 @@ def as_integers(
     if symmetric:
         moved = _moved(codes, None if zero is None else lowest + count // 2 - zero, lowest + count // 2, count, size)
         levels = torch.arange(count, dtype=torch.float32) - count // 2
-        return None if moved is None else (_grid(levels, size, found.scale, None, storage), moved)
+        return None if moved is None else (_grid(levels, size, scale, None, floats.storage), moved)
     point = torch.full_like(found.scale, -lowest) if zero is None else zero - lowest
     moved = _moved(codes, None, 0, count, size)
     if moved is None or bool((point < zeros[0]).any()) or bool((point > zeros[1]).any()):
         return None
-    return _grid(torch.arange(count, dtype=torch.float32), size, found.scale, point, storage), moved
+    return _grid(torch.arange(count, dtype=torch.float32), size, scale, point, floats.storage), moved
 
 
 def _zero_of(scale: Tensor, offset: Tensor, zero: Tensor | None) -> Tensor | None:
@@ -144,9 +158,9 @@ def _ones(scale: Tensor) -> Tensor:
     return torch.ones((1, 1)).expand(scale.shape)
 
 
-def as_affine(grid: Grid, codes: Tensor, *, bits: int, size: int, storage: torch.dtype) -> Held | None:
-    """``codes`` on ``grid`` as integers from 0 with a scale and an offset, both stored as ``storage``, in groups of
-    ``size``. None where the offset is no product that ``storage`` holds exactly."""
+def as_affine(grid: Grid, codes: Tensor, *, bits: int, size: int, floats: Floats) -> Held | None:
+    """``codes`` on ``grid`` as integers from 0 with a scale and an offset, both stored as ``floats`` say, in groups of
+    ``size``. None where the offset is no product that they hold."""
     found = grouped(grid, size)
     if found is None or not grid.uniform or int(codes.max()) >> bits:
         return None
@@ -156,17 +170,16 @@ def as_affine(grid: Grid, codes: Tensor, *, bits: int, size: int, storage: torch
         wide = found.scale.double() * (zero - float(grid.levels[0]))
         wide = wide if found.offset is None else wide + found.offset.double()
         offset = wide.float()
-        if not torch.equal(offset.double(), wide):
+        if floats.exact and not torch.equal(offset.double(), wide):
             return None
-    if not stored(found.scale, storage) or not stored(offset, storage):
+    scale, kept = floats.kept(found.scale), floats.kept(offset)
+    if scale is None or kept is None:
         return None
     levels = torch.arange(1 << bits, dtype=torch.float32)
-    ones = _ones(found.scale)
-    grid = Grid(levels, size, size, found.scale, ones, m=offset, v=ones, storage=storage)
-    empty = found.scale == 0
+    ones, empty = _ones(scale), scale == 0
     if bool(empty.any()):  # all codes are one value there: that which verify takes for sound is 0
         codes = codes.masked_fill(empty.repeat_interleave(size, dim=1), 0)
-    return grid, codes
+    return Grid(levels, size, size, scale, ones, m=kept, v=ones, storage=floats.storage), codes
 
 
 def as_levels(grid: Grid, codes: Tensor, *, levels: Tensor, size: int) -> tuple[Groups, Tensor] | None:

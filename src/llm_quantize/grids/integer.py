@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_quantize.errors import UsageError
 from llm_quantize.grids.grid import Grid, row_tiles, to_storage
-from llm_quantize.grids.holding import as_integers
+from llm_quantize.grids.holding import Floats, as_integers
 from llm_quantize.grids.search import (
     LEAST_SCALE,
     Levels,
@@ -119,13 +119,19 @@ class IntegerGridType:
 
     def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
         """See ``GridType``: scales that are stored exactly, and zero points in their range."""
+        return self._held(grid, codes, exact=True)
+
+    def near(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``: scales are rounded."""
+        return self._held(grid, codes, exact=False)
+
+    def _held(self, grid: Grid, codes: Tensor, *, exact: bool) -> tuple[Grid, Tensor] | None:
         if codes.shape[1] % self.block:
             return None
         zeros = (self.least_zero, (1 << self.qtype.bits) - 1 + self.least_zero)
         kind, size = self.qtype, self.qtype.group(codes.shape[1])
-        return as_integers(
-            grid, codes, bits=kind.bits, size=size, symmetric=kind.symmetric, zeros=zeros, storage=self.storage
-        )
+        kept = Floats(self.storage, exact)
+        return as_integers(grid, codes, bits=kind.bits, size=size, symmetric=kind.symmetric, zeros=zeros, floats=kept)
 
     def _grid(
         self, weight: Tensor, importance: Tensor | None, scales: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

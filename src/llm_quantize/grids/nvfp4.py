@@ -79,6 +79,10 @@ class Nvfp4GridType:
         """See ``GridType``: see ``ggml_held``."""
         return ggml_held.hold(NAME, grid, codes)
 
+    def near(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``: see ``ggml_held``."""
+        return ggml_held.hold(NAME, grid, codes, exact=False)
+
     def weights(self, x: Tensor, importance: Tensor) -> Tensor:
         """w (rows, columns): ``importance`` (columns,) alone."""
         return importance.expand(x.shape)

@@ -70,7 +70,9 @@ class CTranslate2Store:
         self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor, *, exact: bool = True
     ) -> tuple[Grid, torch.Tensor] | None:
         kind = self.grid_type(matrix.qtype)
-        return kind.hold(grid, codes) if exact and kind is not None else None
+        if kind is None:
+            return None
+        return kind.hold(grid, codes) if exact else kind.near(grid, codes)
 
     def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], npt.NDArray[Any]]) -> None:
         """As ``Store.blocks``: there are none."""
