@@ -112,7 +112,7 @@ def imports_done(good: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     assert run(["--json", "quantize", str(good), "-q", "Q8_0", "-o", str(tmp_path_factory.mktemp("first"))]) == 0
 
 
-DESCRIBED = ("already gptq", "already awq", "already quantized, inner")
+DESCRIBED = ("already gptq", "already awq", "already mxfp4", "already quantized, inner")
 
 
 @pytest.mark.parametrize("kind", CHECKPOINT_CASES)

@@ -151,13 +151,29 @@ def test_modelopt_says_it_in_a_file_beside(llama: Path, tmp_path: Path) -> None:
     assert not verify(place).problems
 
 
-@pytest.mark.parametrize("field", ["pre_quant_scale", "svdquant_lora_a"])
-def test_what_changes_a_module_is_refused(field: str, llama: Path, tmp_path: Path) -> None:
+def test_scales_of_inputs_go_into_the_columns(llama: Path, tmp_path: Path) -> None:
+    """What AWQ could not fold into a norm: W (x s) is (W s) x."""
+    place = tmp_path / "peer"
+    expected = write_peer(llama, place, "ModelOpt NVFP4")[f"{UP}.weight"]
+    before = torch.rand(256, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    changed(place, {f"{UP}.pre_quant_scale": before})
+    said(place, quant_algo="NVFP4_AWQ")
+    with open_source(str(place)).checkpoint as model:
+        assert np.array_equal(whole(model, f"{UP}.weight"), expected * before.float().numpy())
+        assert model.held_grid(f"{UP}.weight", 0, 32) is None
+        assert model.left_out == {}
+    assert not verify(place).problems
+    changed(place, {f"{UP}.pre_quant_scale": before[:-1].clone()})
+    with pytest.raises(IntegrityError, match="does not fit"):
+        open_model(str(place))
+
+
+def test_what_adds_to_a_module_is_refused(llama: Path, tmp_path: Path) -> None:
     write_peer(llama, tmp_path / "peer", "ModelOpt NVFP4")
-    changed(tmp_path / "peer", {f"{UP}.{field}": torch.ones(256)})
-    with pytest.raises(UnsupportedError, match="scales its inputs") as caught:
+    changed(tmp_path / "peer", {f"{UP}.svdquant_lora_a": torch.ones(256)})
+    with pytest.raises(UnsupportedError, match="SVDQuant") as caught:
         open_model(str(tmp_path / "peer"))
-    assert caught.value.tensor == f"{UP}.{field}"
+    assert caught.value.tensor == f"{UP}.svdquant_lora_a"
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ N = out, K = in; what a module's tensors hold follows from their types:
     FP8     weight          F8_E4M3  (N, K)
             weight_scale    F32      () or (N,)   w = level * weight_scale
 
-``input_scale`` is the calibrated scale of a module's inputs; of the values of the weights it says nothing. A
-``pre_quant_scale`` (AWQ) that was not folded into the norm before it, and ``svdquant_lora_a``, change what a module
-computes; such directories are refused.
+``input_scale`` is the calibrated scale of a module's inputs; of the values of the weights it says nothing.
+``pre_quant_scale`` (K,), any float: a module multiplies its inputs by it, where AWQ's scales could not be folded into
+the norm before it; here column k of the weight is w * pre_quant_scale[k], which is the same function.
+``svdquant_lora_a`` and ``_b`` add a product to what a module computes; such directories are refused.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ FORMS: Sequence[str] = (
 )
 """The values of ``quant_algo`` that are decoded."""
 
-_OPTIONAL = ("weight_scale_2", "input_scale")
+_BEFORE = "pre_quant_scale"
+_OPTIONAL = ("weight_scale_2", "input_scale", _BEFORE)
 _WHOLE = "e4m3_whole"
 _LAYOUTS: Mapping[str, Layout] = {
     grid: Layout(name, ("weight", "weight_scale"), _OPTIONAL, telling="weight_scale", scales="weight_scale")
@@ -73,7 +75,7 @@ _LAYOUTS: Mapping[str, Layout] = {
 }
 """By grid."""
 
-_CHANGES = (".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b")
+_CHANGES = (".svdquant_lora_a", ".svdquant_lora_b")
 _CODES = ("F8_E4M3", "U8", "I8")
 _ONE = ("F32", "F16", "BF16")
 _LEVELS = {name: float_codes.values(name) for name in ("e2m1", "e4m3")}
@@ -97,11 +99,11 @@ def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
     changed = next((info for name, info in tensors.items() if name.endswith(_CHANGES)), None)
     if changed is not None:
         raise UnsupportedError(
-            "a module scales its inputs, or adds to its outputs, in a way that is not decoded",
+            "a module adds a product of two small matrices to its outputs (SVDQuant), which is not decoded",
             file=changed.file,
             tensor=changed.name,
             offset=changed.offset,
-            expected="weights whose scales are folded into the norms before them",
+            expected="matrices alone",
             found=changed.name.rpartition(".")[2],
             remedy="start from the model it was made from, in BF16 or F16 (its model card names it)",
         )
@@ -147,6 +149,7 @@ def _matrix(name: str, found: Mapping[str, TensorInfo], settings: Settings) -> P
             "weight_scale": ((scale.dtype,) if grid.coded else _ONE, scales),
             "weight_scale_2": (("F32",), ((), (1,))),
             "input_scale": (_ONE, ((), (1,))),
+            _BEFORE: (_ONE, ((columns,),)),
         },
     )
 
@@ -202,12 +205,16 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
     levels = _LEVELS[codebook_type(packed.grid).codebook][_stored(packed, fields, first, last)]
     each = scales(packed, fields, first, last)
     with np.errstate(invalid="ignore", over="ignore"):
-        values = levels.reshape(last - first, each.shape[1], -1) * each[:, :, None]
-    return np.ascontiguousarray(values.reshape(last - first, packed.columns), np.float32)
+        values = (levels.reshape(last - first, each.shape[1], -1) * each[:, :, None]).reshape(levels.shape)
+        if _BEFORE in packed.fields:
+            values = values * load_floats(np.asarray(fields[_BEFORE]))
+    return np.ascontiguousarray(values, np.float32)
 
 
 def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
-    """As ``StoredFormat.held``; None for codes and scales that are no numbers."""
+    """As ``StoredFormat.held``; None for codes and scales that are no numbers, and columns with scales of their own."""
+    if _BEFORE in packed.fields:
+        return None
     kind, stored = codebook_type(packed.grid), _stored(packed, fields, first, last)
     each = scales(packed, fields, first, last)
     rungs = np.asarray(fields["weight_scale"], np.uint8)[first:last] if kind.coded else None
