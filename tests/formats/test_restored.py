@@ -25,7 +25,7 @@ from llm_quantize.formats.gguf.vocabulary.pretokenizers import (
     rule_named,
     written_steps,
 )
-from llm_quantize.formats.gguf.vocabulary.reading import read_vocabulary
+from llm_quantize.formats.gguf.vocabulary.reading import read_vocabulary, said_conventions
 from llm_quantize.io.gguf_file import MetaValue, read_gguf
 from llm_quantize.models.opening import open_source
 from llm_quantize.runtimes.llama_cpp_vocabulary import open_vocabulary
@@ -142,6 +142,7 @@ def test_texts_begin_as_in_llama_cpp_where_the_file_does_not_say(name: str, byte
     del metadata[KEYS.ADD_BOS], metadata[KEYS.ADD_EOS]
     begins = open_vocabulary(metadata, FILE).tokenize("", add_special=True) == [1]
     assert read_said(metadata, FILE, rows=9999).add_bos is begins is (name in BEGIN_WITH_BOS)
+    assert said_conventions(metadata).special[KEYS.ADD_BOS].value is begins
 
 
 @pytest.fixture(scope="module")
