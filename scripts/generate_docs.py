@@ -158,6 +158,71 @@ def calibration_table() -> list[str]:
     return parts
 
 
+CELLS = ROOT / "tests" / "conversions" / "cells.json"
+REASONS = {
+    "named": "no level of the format has such a grid, so `convert` asks for a level; the one that is shown was named.",
+    "asked": "the level was named; tensors that its types hold are kept, the others rounded.",
+    "numbers": "every code is kept; numbers of groups or of matrices are rounded to the type that the format has for "
+    "them.",
+    "partly": "the format has this grid, but not for these matrices: their columns are in groups of an order of their "
+    "own (act-order), or some have more bits than it has.",
+}
+"""Why a conversion is rounded, by the word that tests/conversions/cells.py has for it."""
+
+
+def conversions_page() -> str:
+    """The table of conversions: a row for each kind of source, a column for each format."""
+    rows: dict[str, dict[str, Any]] = json.loads(CELLS.read_text(encoding="utf-8"))
+    notes: dict[str, int] = {}
+    columns = list(next(iter(rows.values())))
+    lines = ["| source | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for name, row in rows.items():
+        cells = [_conversion(row[column], notes) for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    cells = [one for row in rows.values() for one in row.values()]
+    counts = {word: sum(one.get("verdict", "refused") == word for one in cells) for word in ("exact", "rounded")}
+    refused = len(cells) - sum(counts.values())
+    return "\n".join(
+        [
+            "# Conversions: what becomes of the numbers",
+            "",
+            "Generated from tests/conversions/cells.json by scripts/generate_docs.py. Every cell is a run of",
+            "`llm-quantize convert SOURCE FORMAT` on a small model, repeated by tests/conversions/test_conversions.py,",
+            "which decodes both sides with readers that had no part in it.",
+            "",
+            f"{len(cells)} conversions: {counts['exact']} exact, {counts['rounded']} rounded, {refused} refused.",
+            "",
+            "- **exact** (LEVEL): the artifact decodes to the source's very values. **exact\\*** needs `--exact`: what",
+            "  the GGUF file holds quantized and the format leaves as floats (embedding, output matrix) is then float32;",
+            "  else it is in 16 bits, and the verdict says rounded, by less than 0.3 %.",
+            "- rounded (LEVEL), and the largest relative error of a tensor, here of random weights. `--exact` refuses.",
+            "- refused: nothing is written.",
+            "",
+            "LEVEL is the one that `convert` chooses by itself, unless the column or a note says that it was named.",
+            "",
+            *lines,
+            "",
+            "Notes:",
+            "",
+            *(f"{number}. {text}" for text, number in notes.items()),
+            "",
+        ]
+    )
+
+
+def _conversion(cell: dict[str, Any], notes: dict[str, int]) -> str:
+    """A cell as Markdown; ``notes``: {text: its number}, which grows."""
+    if cell.get("verdict") == "exact":
+        return f"**exact{chr(92) + '*' if cell.get('asked') else ''}** ({cell['level']})"
+    text = cell["why"] if "refused" in cell else REASONS[cell["why"]]
+    number = notes.setdefault(text, len(notes) + 1)
+    if "refused" in cell:
+        return f"refused [{number}]"
+    error = cell["error"]
+    size = f"{100 * error:.2g} %" if error > 1e-5 else f"{error:.0e}"
+    return f"rounded ({cell['level']}) {size} [{number}]"
+
+
 TOOLS = {
     "llamacpp": "llama.cpp's quantizer",
     "gptqmodel": "GPTQModel",
@@ -304,6 +369,7 @@ def main() -> None:
         "architectures.md": architecture_page(),
         "speed.md": speed_page(),
         "python.md": python_page(),
+        "conversions.md": conversions_page(),
     }
     if (RESULTS / "quality.json").is_file():
         pages["quality.md"] = quality_page()

@@ -17,7 +17,7 @@ from llm_quantize.advice.describe import describe
 from llm_quantize.artifacts.opening import open_decoded
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.cli import run
-from llm_quantize.errors import IntegrityError, MalformedInputError, UnsupportedError
+from llm_quantize.errors import IntegrityError, MalformedInputError
 from llm_quantize.evaluation.tensor_errors import tensor_errors
 from llm_quantize.formats.ctranslate2.families import FAMILIES
 from llm_quantize.io.ctranslate2_file import MODEL_FILE, read_model_file

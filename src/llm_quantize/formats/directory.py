@@ -115,11 +115,12 @@ def whole(info: TensorInfo, qtype: str) -> Group:
     return Group((Stored(OutputTensor(info.name, info.shape, (Piece(info.name),)), qtype),))
 
 
-def kept_type(source: Source, dtype: str) -> str:
+def kept_type(source: Source, dtype: str, *, exact: bool = False) -> str:
     """What a tensor of the source's ``dtype`` is stored as that a format leaves alone: in its own type, or in float32
     where it is quantized. Of a GGUF file, which has norms in float32 whatever the model, in the type that the model is
-    run in: all runtimes round to it, and some (bitsandbytes in Transformers) do not run a mixture."""
-    if source.checkpoint.metadata is None:
+    run in: all runtimes round to it, and some (bitsandbytes in Transformers) do not run a mixture; with ``exact`` not
+    so."""
+    if exact or source.checkpoint.metadata is None:
         return KEPT_TYPES.get(dtype, "f32")
     return {word: kind for kind, word in DTYPES.items()}.get(str(source.checkpoint.config.get("dtype")), "f32")
 

@@ -64,10 +64,7 @@ def keeping(form: Packed, source: Source, levels: Sequence[str], options: Option
     given = {name: one for name, one in held.items() if one is not None}
     if not given:
         return Kept(levels[0], options, 0)
-    floats = [module.name for module in found.modules if held[module.name] is None]
-    if floats:
-        left = f"^(?:{'|'.join(map(re.escape, floats))})$"
-        options = replace(options, method=replace(method, ignore=(*method.ignore, left)))
+    options = _without(options, [module.name for module in found.modules if held[module.name] is None])
     modules = [module for module in found.modules if module.name in given]
     mix = _mix(form, found.modules, given) if len(levels) > 1 else None
     if mix is not None:
@@ -77,10 +74,21 @@ def keeping(form: Packed, source: Source, levels: Sequence[str], options: Option
     if best is None or best[0][:2] == (0, 0):
         return Kept(levels[0], options, 0)
     score, level, asked = best
+    grid = form.scheme(level, asked).qtype.name
+    edge = [one.name for one in modules if not one.seen and holds(grid, given[one.name].qtype) == NEVER]
+    options = _without(options, edge)  # floats lose less there than a second rounding
     method = replace(
         options.method, group_size=asked.group_size, symmetric=asked.symmetric, double_quant=asked.double_quant
     )
     return Kept(level, replace(options, method=method), score[0])
+
+
+def _without(options: Options, names: Sequence[str]) -> Options:
+    """``options`` with the modules ``names`` left as floats."""
+    if not names:
+        return options
+    left = f"^(?:{'|'.join(map(re.escape, names))})$"
+    return replace(options, method=replace(options.method, ignore=(*options.method.ignore, left)))
 
 
 def _mix(form: Packed, modules: Sequence[Module], given: Mapping[str, Held]) -> Recipe | None:

@@ -182,7 +182,7 @@ class PackedFormat:
             )
         cache = _cache(source, found, form, options)
         types = types_of(recipe, found.modules, scheme.qtype.name)
-        groups = _groups(source, found, form, scheme, types, cache)
+        groups = _groups(source, found, form, scheme, types, cache, exact=options.exact)
         label = _label(form, scheme)
         ending = f"-kv-{method.kv_cache}" if cache.scales else ""
         name, mixed = f"{stem}-{label}{ending}", dict[str, list[str]]()
@@ -382,9 +382,17 @@ def _label(form: Packed, scheme: Scheme) -> str:
 
 
 def _groups(
-    source: Source, found: Selection, form: Packed, scheme: Scheme, types: Mapping[str, str], cache: _Cache
+    source: Source,
+    found: Selection,
+    form: Packed,
+    scheme: Scheme,
+    types: Mapping[str, str],
+    cache: _Cache,
+    *,
+    exact: bool,
 ) -> list[Group]:
-    """What stands in the files, in the order of the checkpoint. ``types``: {module: its grid}."""
+    """What stands in the files, in the order of the checkpoint. ``types``: {module: its grid}; ``exact``: what is kept
+    stays in its own type (``kept_type``)."""
     kept = {info.name for info in found.kept}
     groups = []
     for name, info in source.checkpoint.tensors.items():
@@ -396,7 +404,7 @@ def _groups(
             stored += [Stored(OutputTensor(scale, (1,)), cache.dtype) for scale in scales]
             groups.append(Group(tuple(stored), module, types[module.name], cache.grid if scales else None))
         if name in kept:
-            groups.append(whole(info, kept_type(source, info.dtype)))
+            groups.append(whole(info, kept_type(source, info.dtype, exact=exact)))
     return groups
 
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,12 @@ from llm_quantize.models.adapter import Adapter, Change, Factor, changes, check_
 from llm_quantize.models.base import Digest, FileFact, Merge, Model, Opened, Values, writable
 from llm_quantize.models.low_rank import PARTS, Doubles, Right, cut, laid_out, product
 from llm_quantize.models.safetensors import without_weights
+from llm_quantize.qtypes.held import Held
+
+if TYPE_CHECKING:
+    import torch
+
+    from llm_quantize.grids.grid import Grid
 
 _BLOCK_WEIGHTS = 1 << 18
 """Weights merged at a time by one thread."""
@@ -180,6 +186,22 @@ class MergedModel(Opened):
     def stored_dtype(self, name: str) -> np.dtype[Any]:
         """As ``Rows.stored_dtype``: float32 of what is merged."""
         return np.dtype(np.float32) if name in self._found else self._model.stored_dtype(name)
+
+    def held(self, name: str) -> Held | None:
+        """As ``Model.held``: of what is merged, nothing."""
+        return None if name in self._found else self._model.held(name)
+
+    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+        """As ``Model.held_grid``."""
+        return None if name in self._found else self._model.held_grid(name, start, stop)
+
+    def block_type(self, name: str, *, transpose: bool = False) -> str | None:
+        """As ``Model.block_type``."""
+        return None if name in self._found else self._model.block_type(name, transpose=transpose)
+
+    def block_rows(self, name: str, start: int, stop: int, *, transpose: bool = False) -> npt.NDArray[np.uint8]:
+        """As ``Model.block_rows``."""
+        return self._model.block_rows(name, start, stop, transpose=transpose)
 
     def raw_rows(self, name: str, start: int, stop: int, *, buffer: Any = None) -> memoryview:
         """As ``Rows.raw_rows``: of what is merged, its values."""

@@ -46,6 +46,14 @@ if TYPE_CHECKING:
     from llm_quantize.options import Options
 
 _DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+_STORED = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+_FLOATS = frozenset(_STORED.values())
+_LEVEL_OF: Mapping[frozenset[str], str] = {
+    frozenset(_STORED.get(word, word) for word in (level.matrix, level.rest)): name
+    for name, level in LEVELS.items()
+    if level.rest is not None
+}
+"""{the types of what a model stores, as a source has them: the level that stores just these}."""
 
 
 class CTranslate2:
@@ -94,8 +102,12 @@ class CTranslate2:
         raise no_recipes(self.name)
 
     def keeping(self, source: Source, level: str | None, options: Options) -> Kept | None:
-        """See ``Format``: no source that is read has its grids."""
-        return None
+        """See ``Format``: of a CTranslate2 model its own level, of floats the one that holds them all; no other source
+        has these grids."""
+        tensors = source.checkpoint.tensors
+        words = {info.dtype for name, info in tensors.items() if source.checkpoint.is_readable(name)}
+        found = level or _LEVEL_OF.get(frozenset(words), "float32" if words <= _FLOATS else None)
+        return None if found is None else Kept(found, options, 1)
 
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
