@@ -1,4 +1,4 @@
-"""How far a layer makes up for the errors of those before it, told by text that was held back from the sums.
+"""How far a layer makes up for the errors of those before it, told by text held back.
 
 The correction W' = W (I + D (Y + ridge)^-1) of hessian.py is a regression, and learns its text by heart as any does:
 the less there is of it beside the columns, the more. So D and Y are summed up without some windows, and on those
