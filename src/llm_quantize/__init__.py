@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_quantize import errors, events
     from llm_quantize.advice.answer import Advice
-    from llm_quantize.api import calibrate, compare, convert, evaluate, info, plan, quantize, recommend, run, verify
+    from llm_quantize.api import (
+        calibrate,
+        compare,
+        convert,
+        evaluate,
+        info,
+        plan,
+        quantize,
+        recipe_from,
+        recommend,
+        run,
+        verify,
+    )
     from llm_quantize.artifacts.result import ArtifactResult
     from llm_quantize.artifacts.verification import Verification
     from llm_quantize.calibration.outcome import Calibration
@@ -24,7 +36,6 @@ if TYPE_CHECKING:
     from llm_quantize.formats.recipe import Recipe
     from llm_quantize.formats.recipe_file import read_recipe
     from llm_quantize.methods.gptq_options import GptqOptions
-    from llm_quantize.models.recipes import recipe_from
     from llm_quantize.options import CalibrationOptions, MeasurementOptions, MethodOptions, Options
     from llm_quantize.plan import ArtifactPlan
     from llm_quantize.reports.findings import ComparisonResult
@@ -51,7 +62,7 @@ _PUBLIC = {
     "Overrides": "formats.gguf.levels",
     "Recipe": "formats.recipe",
     "read_recipe": "formats.recipe_file",
-    "recipe_from": "models.recipes",
+    "recipe_from": "api",
     "ModelInfo": "results",
     "ArtifactPlan": "plan",
     "ArtifactResult": "artifacts.result",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llm_quantize.artifacts.verification import Verification
     from llm_quantize.calibration.outcome import Calibration
     from llm_quantize.compare.assessment import Assessment
+    from llm_quantize.formats.recipe import Recipe
     from llm_quantize.plan import ArtifactPlan
     from llm_quantize.reports.findings import ComparisonResult
 
@@ -120,6 +121,22 @@ def quantize(
             on_event=sink,
         )
     return Results(found)
+
+
+def recipe_from(file: str | Path, *, revision: str | None = None, on_event: EventSink | None = None) -> Recipe:
+    """The types of the tensors of ``file``, for another model of the same architecture and as many blocks; the command
+    is `info FILE --recipe`.
+
+    ``file``: a GGUF file (of a split one its directory or any part), or one of the hub, ORG/NAME:FILE at ``revision``:
+    a recipe for gguf. Or a model directory of integers: a recipe for compressed-tensors. Reads headers only.
+
+    Raises UsageError (no such file, types that are not written here), MalformedInputError, UnsupportedError,
+    AccessError, NetworkError.
+    """
+    from llm_quantize.models import recipes
+
+    with heard(on_event, "info") as sink:
+        return recipes.recipe_from(file, revision=revision, on_event=sink)
 
 
 def verify(
