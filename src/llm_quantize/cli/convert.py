@@ -8,6 +8,7 @@ import click
 
 from llm_quantize.cli.common import calibration_options, emit_json, json_option, mode, verbose_option
 from llm_quantize.cli.progress import told
+from llm_quantize.cli.quantize import DEGRADED
 from llm_quantize.cli.sizes import Size
 from llm_quantize.cli.words import LevelsCommand
 
@@ -98,7 +99,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
         emit_json({"artifacts": [result.to_dict()]})
     else:
         terminal.print_results([result])
-    return 0
+    return DEGRADED if result.degradations() else 0
 
 
 def _options(arguments: dict[str, Any]) -> Any:
