@@ -87,7 +87,9 @@ def check_file(path: Path, source: Path) -> None:
             rows = to_float32(read_output_rows(checkpoint, output, 0, matrix_shape(output.shape)[0]))
             scaled = any(f"{output.name.removesuffix('.weight')}.scale" == name for name in scales)
             near = 2.0**-22 if scaled else 0.0
-            assert np.allclose(found[output.name], rows.reshape(found[output.name].shape), rtol=near, atol=0), output.name
+            assert np.allclose(found[output.name], rows.reshape(found[output.name].shape), rtol=near, atol=0), (
+                output.name
+            )
 
 
 def check_values(column: str, source: Path, made: Path, wanted: Mapping[str, np.ndarray], verdict: str) -> None:

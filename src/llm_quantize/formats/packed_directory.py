@@ -376,7 +376,13 @@ def _label(form: Packed, scheme: Scheme) -> str:
 
 
 def _groups(
-    source: Source, found: Selection, form: Packed, scheme: Scheme, types: Mapping[str, str], cache: _Cache, decoded: str
+    source: Source,
+    found: Selection,
+    form: Packed,
+    scheme: Scheme,
+    types: Mapping[str, str],
+    cache: _Cache,
+    decoded: str,
 ) -> list[Group]:
     """What stands in the files, in the order of the checkpoint. ``types``: {module: its grid}; ``decoded``: what is
     kept that the source holds quantized becomes that."""
