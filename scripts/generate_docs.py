@@ -160,11 +160,12 @@ def calibration_table() -> list[str]:
 
 CELLS = ROOT / "tests" / "conversions" / "cells.json"
 REASONS = {
-    "named": "no level of the format has such a grid, so `convert` asks for a level; the one that is shown was named.",
-    "asked": "the level was named; tensors that its types hold are kept, the others rounded.",
-    "numbers": "every code is kept; numbers of groups or of matrices are rounded to the type that the format has for "
-    "them.",
-    "partly": "the format has this grid, but not for these matrices: their columns are in groups of an order of their "
+    "named": "No level of the format has such a grid, so `convert` asks for one; the one that is shown was named.",
+    "asked": "The level was named; tensors that its types hold are kept, the others rounded.",
+    "numbers": "Every code is kept; numbers of groups or matrices are rounded to the type the format has for them.",
+    "perhaps": "Every code is kept, with offsets that are rounded: whether such a grid fits hangs on the numbers, so "
+    "`convert` asks for a level; the one that is shown was named.",
+    "partly": "The format has this grid, but not for these matrices: their columns are in groups of an order of their "
     "own (act-order), or some have more bits than it has.",
 }
 """Why a conversion is rounded, by the word that tests/conversions/cells.py has for it."""
@@ -193,8 +194,8 @@ def conversions_page() -> str:
             f"{len(cells)} conversions: {counts['exact']} exact, {counts['rounded']} rounded, {refused} refused.",
             "",
             "- **exact** (LEVEL): the artifact decodes to the source's very values. **exact\\*** needs `--exact`: what",
-            "  the GGUF file holds quantized and the format leaves as floats (embedding, output matrix) is then float32;",
-            "  else it is in 16 bits, and the verdict says rounded, by less than 0.3 %.",
+            "  the GGUF file holds quantized and the format leaves as floats (embedding, output matrix) is then",
+            "  float32; else it is in 16 bits, and the verdict says rounded, by less than 0.3 %.",
             "- rounded (LEVEL), and the largest relative error of a tensor, here of random weights. `--exact` refuses.",
             "- refused: nothing is written.",
             "",
@@ -214,7 +215,7 @@ def _conversion(cell: dict[str, Any], notes: dict[str, int]) -> str:
     """A cell as Markdown; ``notes``: {text: its number}, which grows."""
     if cell.get("verdict") == "exact":
         return f"**exact{chr(92) + '*' if cell.get('asked') else ''}** ({cell['level']})"
-    text = cell["why"] if "refused" in cell else REASONS[cell["why"]]
+    text = f"{cell['refused']}: {cell['why']}." if "refused" in cell else REASONS[cell["why"]]
     number = notes.setdefault(text, len(notes) + 1)
     if "refused" in cell:
         return f"refused [{number}]"

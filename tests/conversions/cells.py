@@ -24,7 +24,7 @@ ROUNDED_FLOATS = 2.0**-8
 UNNAMED = "one must be named"
 """What is said where no level of the format holds the source."""
 
-WHY = ("named", "asked", "numbers", "partly")
+WHY = ("named", "asked", "numbers", "perhaps", "partly")
 """Why a cell is rounded: scripts/generate_docs.py has the sentences."""
 
 Cell = Mapping[str, Any]
@@ -82,7 +82,7 @@ def cell(source: Path, target: Target, place: Path) -> tuple[dict[str, Any], Pat
     found = _told(made)
     if found["verdict"] == EXACT:
         return found, made.path
-    found["why"] = "asked" if target.level else "named" if named else "numbers" if _keeps(made.path) else "partly"
+    found["why"] = _why(target, named, _keeps(made.path))
     if found["error"] > ROUNDED_FLOATS:
         return found, made.path
     again = place.with_name(f"{place.name} exact")
@@ -94,10 +94,20 @@ def cell(source: Path, target: Target, place: Path) -> tuple[dict[str, Any], Pat
     return {**_told(made), "asked": True}, made.path
 
 
+def _why(target: Target, named: bool, kept: bool) -> str:
+    """A word of WHY. ``named``: a level had to be; ``kept``: all matrices have the codes of the source."""
+    if target.level is not None:
+        return "asked"
+    if named:
+        return "perhaps" if kept else "named"
+    return "numbers" if kept else "partly"
+
+
 def _keeps(path: Path) -> bool:
     """Whether all matrices have the codes of the source."""
     manifest = read_manifest(manifest_path(path))
-    return manifest is not None and all(entry.get("kept", False) for entry in manifest["matrices"])
+    matrices = [] if manifest is None else manifest.get("matrices", [])
+    return bool(matrices) and all(entry.get("kept", False) for entry in matrices)
 
 
 def _told(made: ArtifactResult) -> dict[str, Any]:

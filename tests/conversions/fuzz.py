@@ -42,10 +42,12 @@ ODD: tuple[Any, ...] = (
 SIZES_OF_NO_SENSE = (0, 1, 2, 3, 15, 16, 31, 32, 64, 127, 255, 256, 257, 512, 1 << 20, 1 << 31, (1 << 32) - 1, 1 << 40,
                      (1 << 63) - 1, (1 << 64) - 1)  # fmt: skip
 DTYPES = ("BF16", "F16", "F32", "F64", "I8", "U8", "I16", "I32", "U32", "I64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "BOOL")
-WORDS = ("weight", "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "biases",
-         "weight_zero_point", "weight_shape", "weight_global_scale", "weight.absmax", "bias", "SCB")  # fmt: skip
+WORDS = (
+    *("weight", "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "biases"),
+    *("weight_zero_point", "weight_shape", "weight_global_scale", "weight.absmax", "bias", "SCB"),
+)
 READ_EVERY = 8
-SMALL = 64
+SMALL = 1024
 """Bytes of a tensor whose values are written."""
 MEMORY = 3 << 30
 """Address space beyond what the process has, in bytes: whoever asks for more meets MemoryError, which is no error of
@@ -350,9 +352,9 @@ def main() -> None:
             start, wall = time.process_time(), time.monotonic()
             fine = attack(source, count, seed=number)
             seconds, wall = time.process_time() - start, time.monotonic() - wall
-            print(
-                f"{name}: {count} inputs, {count / seconds:.0f}/CPU s, {count / wall:.0f}/s, {fine} opened", flush=True
-            )
+            rate = f"{count / seconds:.0f}/CPU s, {count / wall:.0f}/s"
+            sys.stdout.write(f"{name}: {count} inputs, {rate}, {fine} opened\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":
