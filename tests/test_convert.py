@@ -31,8 +31,10 @@ from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.models.opening import open_model
 from llm_quantize.models.quantized import PackedDirectory
 from llm_quantize.options import MethodOptions, Options
+from llm_quantize.provenance.rederive import rederive
 from tests.faults.forking import CommandLine
 from tests.faults.scenario import Scenario
+from tests.models.adapters import factors, write_adapter
 from tests.oracles.packed_formats import Form, write_packed
 from tests.oracles.reference_directories import Layout, write_directory
 from tests.tiny_models import make_tiny, row_lengths_of_256
@@ -434,6 +436,38 @@ def test_on_the_command_line(llama: Path, tmp_path: Path, capsys: pytest.Capture
     assert "判定: exact" in capsys.readouterr().out
 
 
+def test_small_errors_are_told_as_what_they_are(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = quantized(llama, tmp_path / "source", "compressed-tensors", "NVFP4A16")
+    capsys.readouterr()
+    assert run(["convert", str(source), "gguf", "-o", str(tmp_path / "made")]) == 0
+    (error,) = re.findall(r"largest relative error (\S+): blk", capsys.readouterr().out)
+    assert 1e-9 < float(error) < 1e-6
+
+
+def test_with_an_adapter_only_what_it_changes_is_rounded(llama: Path, tmp_path: Path) -> None:
+    """What an adapter leaves alone keeps its codes; made again with the adapter, the bytes are the same."""
+    source = quantized(llama, tmp_path / "source", "gptq", "4bit")
+    with open_model(str(source)) as opened:
+        shape = opened.matrix(f"{UP}.weight")
+    adapter = str(write_adapter(tmp_path / "adapter", factors({UP: shape})))
+    out = tmp_path / "made"
+    words = ["convert", str(source), "compressed-tensors", "-q", "W4A16", "--lora", adapter, "-o", str(out)]
+    assert run([*words, "--dry-run"]) == 0
+    assert not out.exists()
+    assert run(words) == 0
+    (path,) = (path for path in out.iterdir() if path.is_dir())
+    manifest = read_manifest(manifest_path(path))
+    assert manifest is not None
+    told = {one["name"]: one["verdict"] for one in [*manifest["matrices"], *manifest["tensors"]] if "verdict" in one}
+    assert [name for name, word in told.items() if word != "exact"] == [UP]
+    floats = api.convert(source, "compressed-tensors", output_dir=tmp_path / "floats", lora=adapter)
+    assert (floats.conversion or {})["verdict"] == "exact"
+    assert verify(path, source=str(source), lora=(adapter,)).ok
+    assert rederive(path, source=str(source), lora=(adapter,), threads=1).verdict == "same"
+
+
 def test_quantize_names_convert(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = quantized(llama, tmp_path / "source", "gptq", "4bit")
     capsys.readouterr()
@@ -455,5 +489,6 @@ def test_measured_against_the_source(llama: Path, tmp_path: Path) -> None:
         found = made.conversion["measured"]
         assert (abs(found["kld"]) < 1e-9) == lossless
         assert verify(made.path, source=str(source)).ok
+        assert rederive(made.path, source=str(source), threads=1).verdict == "same"
         again = api.convert(source, target, level, output_dir=tmp_path, options=options, measure=True)
         assert (again.status, again.conversion) == ("already complete", made.conversion)

@@ -33,7 +33,7 @@ from llm_quantize.io.output_file import file_sha256
 from llm_quantize.options import Options
 
 OF_THE_RUN = frozenset(
-    ("threads", "max_ram", "checkpoints", "checkpoint_dir", "overwrite", "ignore_space", "engine", "modelfile", "exact")
+    ("threads", "max_ram", "checkpoints", "checkpoint_dir", "overwrite", "ignore_space", "engine", "modelfile")
 )
 """Options that decide how a run goes, and no byte."""
 

@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 EXACT, ROUNDED, REQUANTIZED = "exact", "rounded", "re-quantized"
 _WORST_LAST = (EXACT, ROUNDED, REQUANTIZED)
+MEASURED = "measured"
+"""Where the verdict of a whole has what was measured after it was made."""
 FACTS = ("unequal", "square_error", "square_norm")
 """What the record of a unit says of how far it is from the source."""
 

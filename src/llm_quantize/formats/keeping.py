@@ -55,7 +55,8 @@ def holding_of(source: Source, output: OutputTensor, qtype: str) -> int:
 
 def keeping(form: Packed, source: Source, levels: Sequence[str], options: Options, edges: Collection[str]) -> Kept:
     """The one of ``levels`` of ``form`` that holds the most, and what must be asked with it: the source's groups and
-    zero points, where the user asks for none, and that modules that are no codes in the source stay as they are.
+    zero points, where the user asks for none, and that modules that are no codes in the source stay as they are. Of
+    a level that was named (one of ``levels``), what an adapter changed is rounded to it.
 
     ``weights`` 0 where none holds anything. Raises what ``select`` raises."""
     method = options.method
@@ -64,7 +65,10 @@ def keeping(form: Packed, source: Source, levels: Sequence[str], options: Option
     given = {name: one for name, one in held.items() if one is not None}
     if not given:
         return Kept(levels[0], options, 0)
-    options = _without(options, [module.name for module in found.modules if held[module.name] is None])
+    merged = {name for one in source.checkpoint.adapters for name in one.changes} if len(levels) == 1 else set()
+    plain = [module for module in found.modules if held[module.name] is None]
+    plain = [module for module in plain if not any(piece.source in merged for piece in module.weight.pieces)]
+    options = _without(options, [module.name for module in plain])
     modules = [module for module in found.modules if module.name in given]
     mix = _mix(form, found.modules, given) if len(levels) > 1 else None
     if mix is not None:

@@ -206,7 +206,7 @@ class PackedFormat:
             config=config,
             about=about_packed(replace(facts, cache=cache.grid)),
             weights=facts.weights,
-            identity=self._identity(scheme, importance, options, mixed),
+            identity=self._identity(source, scheme, importance, options, mixed),
             shard_size=method.shard_size,
             judged=options.judged,
             include=method.include,
@@ -231,9 +231,15 @@ class PackedFormat:
         return (HEAD,)
 
     def _identity(
-        self, scheme: Scheme, importance: Importance | None, options: Options, mixed: Mapping[str, Sequence[str]]
+        self,
+        source: Source,
+        scheme: Scheme,
+        importance: Importance | None,
+        options: Options,
+        mixed: Mapping[str, Sequence[str]],
     ) -> dict[str, Any]:
-        """What decides the codes, JSON-ready; of a recipe its hash, and how many matrices have which grid."""
+        """What decides the codes, JSON-ready; of a recipe its hash, and how many matrices have which grid; of a GGUF
+        file whether its floats stay as they are."""
         text: dict[str, Any] = {} if importance is None else {"text": importance.sha256}
         recipe = options.overrides.recipe
         if recipe is not None:
@@ -243,6 +249,7 @@ class PackedFormat:
             "ignore": list(options.method.ignore),
             **options.method.identity(self.name),
             "nonfinite": options.nonfinite,
+            **({"exact": True} if options.exact and source.checkpoint.metadata is not None else {}),
             **text,
         }
 

@@ -45,7 +45,8 @@ class FileFact:
 @dataclass(frozen=True, slots=True)
 class Merge:
     """An adapter that is merged into a model. ``directory``: where it lies; ``name``, ``revision``: as of a model;
-    ``scale``: the user's factor; ``kind``: LoRA, rsLoRA or DoRA; ``sha256``: of its settings, header and scale."""
+    ``scale``: the user's factor; ``kind``: LoRA, rsLoRA or DoRA; ``sha256``: of its settings, header and scale;
+    ``changes``: the tensors that are others by it."""
 
     directory: Path
     name: str
@@ -53,6 +54,7 @@ class Merge:
     scale: float
     kind: str
     sha256: str
+    changes: frozenset[str] = frozenset()
 
     @property
     def words(self) -> str:

@@ -127,7 +127,7 @@ class MergedModel(Opened):
             name: replace(info, dtype="F32", nbytes=4 * info.elements) if name in found else info
             for name, info in model.tensors.items()
         }
-        self.adapters: tuple[Merge, ...] = (*model.adapters, adapter.merge())
+        self.adapters: tuple[Merge, ...] = (*model.adapters, replace(adapter.merge(), changes=frozenset(found)))
         self.notes = (*model.notes, *self._notes())
         self._local = threading.local()
         self._lengths: dict[str, Doubles] = {}

@@ -135,7 +135,7 @@ def open_source(
 def _describe(checkpoint: Model, on_event: EventSink) -> Source:
     architecture = open_architecture(checkpoint.config, file=checkpoint.config_file)
     if checkpoint.kind:
-        text = f"this model is already quantized ({checkpoint.kind}): what is made of it has its errors too"
+        text = f"this model is already quantized ({checkpoint.kind}): what it lost by that is counted in no figure here"
         on_event(events.Caution(text))
     for note in (*checkpoint.notes, *architecture.notes):
         on_event(events.Caution(note))

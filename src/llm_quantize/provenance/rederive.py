@@ -29,6 +29,7 @@ from llm_quantize.artifacts.output import DTYPES, refuse_changed, sealed_manifes
 from llm_quantize.artifacts.recheck import source_hash
 from llm_quantize.artifacts.rederivation import Dependency, Difference, Rederivation
 from llm_quantize.artifacts.rounding import Target
+from llm_quantize.artifacts.verdict import MEASURED
 from llm_quantize.calibration import choose
 from llm_quantize.data import demo_model
 from llm_quantize.engine import ENGINES, stop_on_signals
@@ -322,8 +323,19 @@ def _compared(
         if not left and output.held.same:
             made = made_of(one, options, found.name, inputs)
             again = read_sealed(sealed_manifest(model, one, made))
-            changed += [key for key in _unlike(manifest, again) if key not in ("identity", "plan_sha256", "made")]
+            changed += [key for key in _unlike(_made(manifest), again) if key not in _COMPARED_APART]
     return output.held, changed, left
+
+
+_COMPARED_APART = ("identity", "plan_sha256", "made")
+
+
+def _made(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``manifest`` as the run left it: without what ``convert --measure`` added afterwards."""
+    told = manifest.get("conversion")
+    if not isinstance(told, dict):
+        return manifest
+    return {**manifest, "conversion": {key: value for key, value in told.items() if key != MEASURED}}
 
 
 def _compare_sources(

@@ -153,7 +153,7 @@ def _print_verdict(console: Console, conversion: Mapping[str, Any]) -> None:
         console.print(shown(f"  {said(_tensors_text(word, count, conversion['weights'][word]))}"))
     worst, measured = conversion.get("worst"), conversion.get("measured")
     if worst is not None:
-        text = f"largest relative error {worst['relative_error']:.5f}: {worst['tensor']}"
+        text = f"largest relative error {worst['relative_error']:.3g}: {worst['tensor']}"
         console.print(shown(f"  {said(text)}"))
     if measured is not None:
         text = (
