@@ -29,6 +29,8 @@ EVERYTHING = Options(
         *(32, False, True, "float16", "fp8", ("head",), 77, ("*.py",)),
     ),
     nonfinite="zero",
+    judged=True,
+    exact=True,
 )
 TARGET: Any = SimpleNamespace(plan=SimpleNamespace(asked="4bit", matrices=()), output=SimpleNamespace(notes={}))
 TEXT: Any = SimpleNamespace()

@@ -26,6 +26,7 @@ from tests.blockwise.tiny import write_text
 from tests.fake_hub import COMMIT, FakeHub
 from tests.faults.forking import CommandLine
 from tests.faults.tiny_llama import write_tiny_llama
+from tests.models.adapters import factors, write_adapter
 from tests.models.test_hub import cache, point_to
 from tests.tiny_models import make_tiny
 
@@ -216,6 +217,16 @@ def test_a_copy_of_the_source_under_another_name_is_the_same(place: Path, tmp_pa
     source = Path(shutil.copytree(place / "tiny", tmp_path / "another-name"))
     for case in ("gguf", "gptq"):
         assert again(place, made(place, case)[0], case, source=str(source)).same
+
+
+def test_merged_adapters_in_a_name_that_nobody_gave(place: Path, tmp_path: Path) -> None:
+    """The card is called by the model and its adapters; the manifest records that name."""
+    adapter = str(write_adapter(tmp_path / "mine", factors({"model.layers.0.self_attn.q_proj": (64, 64)})))
+    (result,) = quantize(
+        str(place / "tiny"), "safetensors", levels=["F16"], output_dir=tmp_path / "out", lora=[adapter]
+    )
+    assert result.path.name == "tiny-mine-F16"
+    assert rederive(result.path, source=str(place / "tiny"), lora=[adapter], threads=1).verdict == "same"
 
 
 def test_a_text_that_is_gone_or_changed_is_refused(place: Path, tmp_path: Path) -> None:
