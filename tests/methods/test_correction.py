@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_quantize.methods.correction import RIDGES, ROWS, UNTRIED, Correction, decide, mean_square, sampled
 from llm_quantize.methods.gptq_options import GptqOptions, held_back
@@ -26,7 +27,7 @@ def asked(own, full, weights, held: int) -> Correction:
     own, full, weights = (torch.from_numpy(values).float() for values in (own, full, weights))
     fit = len(own) - held
     hessian, cross = own[:fit].T @ own[:fit], (full[:fit] - own[:fit]).T @ own[:fit]
-    return decide(hessian, cross, fit, own[fit:], full[fit:] - own[fit:], weights)
+    return decide(hessian, cross, fit, [(own[fit:], full[fit:])], weights)
 
 
 @pytest.mark.parametrize(("learnable", "noise"), [(0.2, 0.0), (0.2, 0.5), (0.05, 0.5), (0.02, 1.0)])
@@ -60,6 +61,28 @@ def test_inputs_that_do_not_differ_need_nothing() -> None:
     own, _ = drawn(200, 16, 1, learnable=0.0, noise=0.0)
     assert asked(own, own, np.eye(16), 50) == Correction(0.0, RIDGES[0])
     assert asked(0 * own, 0 * own, np.eye(16), 50) == Correction(0.0, RIDGES[0])
+
+
+def test_text_held_back_is_not_copied_whole() -> None:
+    """bfloat16 in many chunks: what a decision takes beside them does not grow with the text."""
+    columns, weights = 64, torch.eye(64)[:8]
+    own, full = (torch.from_numpy(one).bfloat16() for one in drawn(40_000, columns, 9, learnable=0.2, noise=0.3))
+    fit, largest = 8192, 0
+    hessian = own[:fit].float().T @ own[:fit].float()
+    cross = (full[:fit].float() - own[:fit].float()).T @ own[:fit].float()
+    chunks = list(zip(own[fit:].split(4096), full[fit:].split(4096), strict=True))
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.dtype == torch.float32 and found.shape[-1] == columns:
+                largest = max(largest, len(found))
+            return found
+
+    with Seen():
+        decide(hessian, cross, fit, chunks, weights)
+    assert largest == 1024
 
 
 def test_the_share_and_the_ridge_are_what_is_applied() -> None:

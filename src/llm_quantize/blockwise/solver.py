@@ -298,11 +298,9 @@ class Solver:
 
 
 def _decided(gram: Gram, weights: torch.Tensor) -> Correction:
-    inputs = torch.cat([inputs.float() for inputs, _ in gram.held])
-    away = torch.cat([full.float() for _, full in gram.held]) - inputs
     if gram.cross is None:
         raise ValueError("nothing was summed up of how inputs differ")
-    return decide(gram.hessian, gram.cross, gram.tokens, inputs, away, weights)
+    return decide(gram.hessian, gram.cross, gram.tokens, gram.held, weights)
 
 
 def _rounded(kind: GridType, weight: torch.Tensor, way: str) -> tuple[Grid, torch.Tensor]:

@@ -15,7 +15,7 @@ sampling, sum <p, p> - sum <p, t>, falls as 1 / tokens. Dense twin: tests/oracle
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,11 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 ROWS = 256
 """Rows of the matrices behind an input that tell what is lacking."""
+
+AT_ONCE = 1024
+"""Tokens held back of which there are copies in float32."""
+
+Pair = tuple[Tensor, Tensor]
 
 OUTLIER = 100.0  # mean squares count at most this many medians in the mean that ridge and damping are shares of
 
@@ -59,18 +64,19 @@ def sampled(rows: Sequence[int]) -> list[list[int]]:
     return [[index * count // taken for index in range(taken)] for count, taken in zip(rows, counts, strict=True)]
 
 
-def decide(hessian: Tensor, cross: Tensor, tokens: int, inputs: Tensor, away: Tensor, weights: Tensor) -> Correction:
+def decide(hessian: Tensor, cross: Tensor, tokens: int, held: Sequence[Pair], weights: Tensor) -> Correction:
     """The correction that serves text held back.
 
-    ``hessian``, ``cross`` float32 (n, n): sums of x x^T and of (x_full - x) x^T over ``tokens`` inputs; ``inputs`` x
-    and ``away`` x_full - x, float32 (m, n): of tokens that are in neither. ``weights`` float32 (rows, n).
+    ``hessian``, ``cross`` float32 (n, n): sums of x x^T and of (x_full - x) x^T over ``tokens`` inputs; ``held``:
+    (x, x_full) of chunks of tokens that are in neither, each (m, n) of any floats; of a few at a time there is a copy
+    in float32. ``weights`` float32 (rows, n).
     """
     squares = hessian.diagonal().to(torch.float64) / max(tokens, 1)
     mean = mean_square(squares)
     best, most = Correction(0.0, RIDGES[0]), 0.0
     if mean <= 0:
         return best
-    lacking = away @ weights.T
+    lacking = torch.cat([(full.float() - inputs.float()) @ weights.T for inputs, full in _cut(held)])
     moment = (weights @ cross).to(torch.float64) / tokens
     work = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
     for ridge in RIDGES:
@@ -80,10 +86,16 @@ def decide(hessian: Tensor, cross: Tensor, tokens: int, inputs: Tensor, away: Te
         if not factor_in_place(work):
             continue
         half = torch.linalg.solve_triangular(work, moment.T, upper=False)
-        said = inputs @ torch.linalg.solve_triangular(work.T, half, upper=True).to(torch.float32)
+        answer = torch.linalg.solve_triangular(work.T, half, upper=True).to(torch.float32)
+        said = torch.cat([inputs.float() @ answer for inputs, _ in _cut(held)])
         agreement, size = (float((said * other).sum(dtype=torch.float64)) for other in (lacking, said))
         if agreement > 0 and agreement * agreement / size > most:
             most = agreement * agreement / size
-            error = max(0.0, size / agreement - 1.0) * tokens / (tokens + len(inputs))
+            error = max(0.0, size / agreement - 1.0) * tokens / (tokens + len(said))
             best = Correction(1.0 / (1.0 + error), ridge)
     return best
+
+
+def _cut(held: Sequence[Pair]) -> Iterator[Pair]:
+    for inputs, full in held:
+        yield from zip(inputs.split(AT_ONCE), full.split(AT_ONCE), strict=True)
