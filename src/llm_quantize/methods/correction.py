@@ -98,4 +98,4 @@ def decide(hessian: Tensor, cross: Tensor, tokens: int, held: Sequence[Pair], we
 
 def _cut(held: Sequence[Pair]) -> Iterator[Pair]:
     for inputs, full in held:
-        yield from zip(inputs.split(AT_ONCE), full.split(AT_ONCE), strict=True)
+        yield from zip(torch.split(inputs, AT_ONCE), torch.split(full, AT_ONCE), strict=True)
