@@ -245,14 +245,22 @@ def test_compressed_tensors_in_transformers(trained: Path, tmp_path: Path) -> No
     assert 0 < np.abs(got - expected).max() < 0.05 * np.ptp(expected)
 
 
+def test_bitsandbytes_in_transformers(trained: Path, tmp_path: Path) -> None:
+    """It runs no mixture of types, so the norms, which are float32 in the file, are not."""
+    path = directory(trained, tmp_path, "bitsandbytes", "nf4", method=MethodOptions(method="rtn"))
+    got = reference_logits(loaded(path), TOKENS)
+    expected = reference_logits(loaded(directory(trained, tmp_path, "safetensors", "F32")), TOKENS)
+    assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > 0.95
+
+
 def test_kept_tensors_of_a_quantized_file_are_in_the_type_of_the_model(llama: Path, tmp_path: Path) -> None:
     (origin,) = made(llama, tmp_path, "Q8_0")
     path = directory(origin, tmp_path, "gptq", "4bit", method=MethodOptions(method="rtn", transform="none"))
     config = json.loads((path / "config.json").read_text())
+    assert verify(path, source=str(origin)).ok
     kept = {t["name"]: t["type"] for t in json.loads((path / "manifest.json").read_text())["tensors"]}
     assert config["dtype"] == "bfloat16"
-    assert kept["model.embed_tokens.weight"] == kept["lm_head.weight"] == "bf16"
-    assert kept["model.norm.weight"] == "f32"  # as it is stored
+    assert kept["model.embed_tokens.weight"] == kept["lm_head.weight"] == kept["model.norm.weight"] == "bf16"
 
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }} 日本</s>\n{% endfor %}"

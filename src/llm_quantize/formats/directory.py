@@ -115,11 +115,13 @@ def whole(info: TensorInfo, qtype: str) -> Group:
     return Group((Stored(OutputTensor(info.name, info.shape, (Piece(info.name),)), qtype),))
 
 
-def decoded_type(source: Source, *, exact: bool = False) -> str:
-    """What a tensor is stored as that a format leaves alone and the source holds quantized: float32, or of a GGUF file
-    the type that the model is run in, to which every runtime would round it; with ``exact`` not so."""
+def kept_type(source: Source, dtype: str, *, exact: bool = False) -> str:
+    """What a tensor of the source's ``dtype`` is stored as that a format leaves alone: in its own type, or in float32
+    where it is quantized. Of a GGUF file, which has norms in float32 whatever the model, in the type that the model is
+    run in: all runtimes round to it, and some (bitsandbytes in Transformers) do not run a mixture; not so with
+    ``exact``."""
     if exact or source.checkpoint.metadata is None:
-        return "f32"
+        return KEPT_TYPES.get(dtype, "f32")
     return {word: kind for kind, word in DTYPES.items()}.get(str(source.checkpoint.config.get("dtype")), "f32")
 
 

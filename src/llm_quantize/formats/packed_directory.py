@@ -27,11 +27,10 @@ from llm_quantize.formats.base import (
 )
 from llm_quantize.formats.card import PackedFacts, about_packed, transformers_caution
 from llm_quantize.formats.directory import (
-    KEPT_TYPES,
     Contents,
     Group,
     Stored,
-    decoded_type,
+    kept_type,
     plain_config,
     plan_files,
     whole,
@@ -176,7 +175,7 @@ class PackedFormat:
             )
         cache = _cache(source, found, form, options)
         types = types_of(recipe, found.modules, scheme.qtype.name)
-        groups = _groups(source, found, form, scheme, types, cache, decoded_type(source, exact=options.exact))
+        groups = _groups(source, found, form, scheme, types, cache, options.exact)
         label = _label(form, scheme)
         ending = f"-kv-{method.kv_cache}" if cache.scales else ""
         name, mixed = f"{stem}-{label}{ending}", dict[str, list[str]]()
@@ -382,10 +381,10 @@ def _groups(
     scheme: Scheme,
     types: Mapping[str, str],
     cache: _Cache,
-    decoded: str,
+    exact: bool,
 ) -> list[Group]:
-    """What stands in the files, in the order of the checkpoint. ``types``: {module: its grid}; ``decoded``: what is
-    kept that the source holds quantized becomes that."""
+    """What stands in the files, in the order of the checkpoint. ``types``: {module: its grid}; ``exact``: what is kept
+    stays what it is in the source."""
     kept = {info.name for info in found.kept}
     groups = []
     for name, info in source.checkpoint.tensors.items():
@@ -397,7 +396,7 @@ def _groups(
             stored += [Stored(OutputTensor(scale, (1,)), cache.dtype) for scale in scales]
             groups.append(Group(tuple(stored), module, types[module.name], cache.grid if scales else None))
         if name in kept:
-            groups.append(whole(info, KEPT_TYPES.get(info.dtype, decoded)))
+            groups.append(whole(info, kept_type(source, info.dtype, exact=exact)))
     return groups
 
 
