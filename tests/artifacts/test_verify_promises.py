@@ -44,7 +44,7 @@ def outlier(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(outlier: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file whose weights are further from the source than any bound on rounding."""
     place = tmp_path_factory.mktemp("made")
-    chosen = options(place, samples=8, length=256, threads=2)
+    chosen = options(place, samples=8, length=256, threads=2, correction=1.0)
     chosen = replace(chosen, calibration=replace(chosen.calibration, data=()))
     result, _ = run(outlier, place, chosen, "gguf", "Q4_K_M")
     assert not result.degradations()
@@ -65,6 +65,15 @@ def _beyond(artifact: Path, source: Path) -> list[str]:
         for check in verify(artifact, source=str(source)).tensors
         if check.relative_error is not None and check.relative_error > error_bound(check.type, feedback=True)
     ]
+
+
+def test_a_correction_that_text_held_back_decided_moves_no_weight_far(outlier: Path, tmp_path: Path) -> None:
+    chosen = options(tmp_path, samples=8, length=256, threads=2)
+    chosen = replace(chosen, calibration=replace(chosen.calibration, data=()))
+    result, manifest = run(outlier, tmp_path, chosen, "gguf", "Q4_K_M")
+    shares = [entry["correction"]["share"] for entry in manifest["matrices"] if "correction" in entry]
+    assert 0 < min(filter(None, shares)) < 0.9
+    assert _beyond(result.path, outlier) == []
 
 
 def test_weights_that_feedback_moved_far_are_judged_by_the_layers_loss(
