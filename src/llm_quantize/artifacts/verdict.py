@@ -73,16 +73,18 @@ def conversion(judged: Iterable[tuple[str, int, Mapping[str, Any]]]) -> dict[str
     """What a manifest says of the whole. ``judged``: (name, weights, verdict) of every matrix, and of every tensor that
     is no field of one.
 
-    {"verdict", "tensors": {verdict: count}, "weights": {verdict: count}, "worst": {"tensor", "relative_error"}}
+    {"verdict", "tensors": {verdict: count}, "weights": {verdict: count}, "worst": {"tensor", "relative_error"}}, the
+    last unless all are exact.
     """
     tensors: dict[str, int] = {}
     weights: dict[str, int] = {}
-    worst: tuple[float, str] = (0.0, "")
+    worst: tuple[float, str] = (-1.0, "")
     for name, count, facts in judged:
         word = facts["verdict"]
         tensors[word] = tensors.get(word, 0) + 1
         weights[word] = weights.get(word, 0) + count
-        worst = max(worst, (facts.get("relative_error", 0.0), name), key=lambda one: one[0])
+        if word != EXACT:
+            worst = max(worst, (facts.get("relative_error", 0.0), name), key=lambda one: one[0])
     found: dict[str, Any] = {"verdict": max(tensors, key=_WORST_LAST.index, default=EXACT)}
     found |= {"tensors": tensors, "weights": weights}
     return found | ({"worst": {"tensor": worst[1], "relative_error": worst[0]}} if worst[1] else {})
