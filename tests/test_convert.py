@@ -33,6 +33,7 @@ from llm_quantize.models.quantized import PackedDirectory
 from llm_quantize.options import MethodOptions, Options
 from tests.faults.forking import CommandLine
 from tests.faults.scenario import Scenario
+from tests.models.adapters import factors, write_adapter
 from tests.oracles.packed_formats import Form, write_packed
 from tests.oracles.reference_directories import Layout, write_directory
 from tests.tiny_models import make_tiny, row_lengths_of_256
@@ -62,6 +63,29 @@ def converted(
 ) -> ArtifactResult:
     options = Options(threads=1, exact=exact, method=MethodOptions(**method))
     return api.convert(source, format, level, output_dir=place, options=options)
+
+
+def test_a_model_with_an_adapter(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Codes that the adapter leaves alone are kept; what it changes has none, and stays the sum in float32."""
+    source, module = quantized(llama, tmp_path, "gptq", "4bit", group_size=32), "model.layers.0.self_attn.o_proj"
+    with open_model(str(source)) as opened:
+        rows, columns = opened.tensors[f"{module}.weight"].shape
+    adapter = write_adapter(tmp_path / "mine", factors({module: (rows, columns)}))
+    words = f"convert {source} compressed-tensors --lora {adapter} -o {tmp_path / 'out'} --threads 1 --json".split()
+    assert run([*words, "--dry-run"]) == 0
+    foreseen = json.loads(capsys.readouterr().out)["verdicts"]
+    assert {f"{module}.weight", UP} <= foreseen.keys()
+    assert run(words) == 0
+    (told,) = json.loads(capsys.readouterr().out)["artifacts"]
+    assert told["conversion"]["verdict"] == "exact"
+    found, base = values(Path(told["path"])), values(source)
+    assert [name for name in base if not np.array_equal(found[name], base[name])] == [f"{module}.weight"]
+    assert verify(told["path"], source=str(source), lora=[str(adapter)]).ok
+    assert not verify(told["path"], source=str(source)).ok
+    whole = api.convert(source, "safetensors", "BF16", output_dir=tmp_path / "bf16", lora=adapter)
+    assert whole.path.name == f"{source.name}-mine-BF16"
+    assert whole.conversion is not None
+    assert whole.conversion["verdict"] == "rounded"
 
 
 def values(directory: Path) -> dict[str, np.ndarray]:

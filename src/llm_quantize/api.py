@@ -229,6 +229,7 @@ def convert(
     output_dir: str | Path = ".",
     name: str | None = None,
     revision: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     options: Options | None = None,
     measure: bool = False,
     on_event: EventSink | None = None,
@@ -239,7 +240,8 @@ def convert(
     artifact decodes to the source's values, which was looked at), "rounded", or "re-quantized" (with
     ``options.method.method`` "gptq"), with how many tensors and weights are which, and the largest relative error; of
     each tensor the manifest says it. ``options.exact``: what is not exact is refused, or removed. ``measure``: the KL
-    divergence against the source too (it needs torch and transformers), kept in the manifest.
+    divergence against the source too (it needs torch and transformers), kept in the manifest. ``lora``: as in ``info``;
+    what an adapter changes has no codes any more.
 
     Raises as ``quantize``; UsageError where no level holds the source and none is named; UnsupportedError (exit code 4)
     and NumericPolicyError (9) where ``options.exact`` cannot be kept.
@@ -254,6 +256,7 @@ def convert(
             output_dir=output_dir,
             name=name,
             revision=revision,
+            lora=_adapters(lora),
             options=options,
             measure=measure,
             on_event=sink,

@@ -6,6 +6,7 @@ points, codes kept where they can be, and every tensor held against the source's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,12 @@ def foresee(
     *,
     name: str | None = None,
     revision: str | None = None,
+    lora: Sequence[str] = (),
     options: Options | None = None,
     on_event: EventSink = ignore,
 ) -> Foreseen:
     """What ``convert`` would make, from headers alone; nothing is written. Raises as ``convert`` before its work."""
-    source = open_source(model, revision=revision, on_event=on_event, headers_only=True)
+    source = open_source(model, revision=revision, lora=lora, on_event=on_event, headers_only=True)
     with source.checkpoint:
         return _foreseen(source, format_name(format), level, name, options or Options())
 
@@ -126,6 +128,7 @@ def convert(
     output_dir: str | Path = ".",
     name: str | None = None,
     revision: str | None = None,
+    lora: Sequence[str] = (),
     options: Options | None = None,
     measure: bool = False,
     on_event: EventSink = ignore,
@@ -138,7 +141,7 @@ def convert(
     and NumericPolicyError for what is not exact and was to be.
     """
     options, format = options or Options(), format_name(format)
-    source = open_source(model, revision=revision, headers_only=True)
+    source = open_source(model, revision=revision, lora=lora, headers_only=True)
     with source.checkpoint:
         level, options = settled(source, format, level, options)
         if options.exact:
@@ -150,6 +153,7 @@ def convert(
         output_dir=output_dir,
         name=name,
         revision=revision,
+        lora=lora,
         options=options,
         on_event=on_event,
     )
@@ -162,7 +166,7 @@ def convert(
             remedy="leave --exact out, or convert to a level that holds the source",
         )
     if measure and "measured" not in (result.conversion or {}):
-        return _with_measured(result, _measured(model, result.path, options, revision, on_event))
+        return _with_measured(result, _measured(model, result.path, options, revision, lora, on_event))
     return result
 
 
@@ -182,10 +186,12 @@ def _refuse_inexact(source: Source, foreseen: Foreseen) -> None:
     )
 
 
-def _measured(model: str, path: Path, options: Options, revision: str | None, on_event: EventSink) -> dict[str, Any]:
+def _measured(
+    model: str, path: Path, options: Options, revision: str | None, lora: Sequence[str], on_event: EventSink
+) -> dict[str, Any]:
     """What the artifact loses against the source on the evaluation text: KLD in nats per token."""
     on_event(events.Stage("measure"))
-    quality = assess(model, [path], options, revision=revision, on_event=on_event).quality
+    quality = assess(model, [path], options, revision=revision, lora=lora, on_event=on_event).quality
     found = quality.artifacts[0].divergence.to_dict()
     figures = {key: found[key] for key in ("kld", "kld_sem", "same_top", "tokens")}
     return json_ready({**figures, "texts": list(quality.texts)})  # type: ignore[no-any-return]

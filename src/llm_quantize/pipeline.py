@@ -137,7 +137,7 @@ def quantize(
             ignore_space=options.ignore_space,
             engine=options.engine,
         )
-        stem = _file_stem(name or source.checkpoint.name)
+        stem = _file_stem(name or source.stem)
         written = _write_all(source, todo, importance, options, stem, fitted, vouched.times, write) if todo else {}
         for path in written:
             vouched.keep(path)

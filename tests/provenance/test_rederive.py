@@ -26,6 +26,7 @@ from tests.blockwise.tiny import write_text
 from tests.fake_hub import COMMIT, FakeHub
 from tests.faults.forking import CommandLine
 from tests.faults.tiny_llama import write_tiny_llama
+from tests.models.adapters import factors, write_adapter
 from tests.models.test_hub import cache, point_to
 from tests.tiny_models import make_tiny
 
@@ -216,6 +217,45 @@ def test_a_copy_of_the_source_under_another_name_is_the_same(place: Path, tmp_pa
     source = Path(shutil.copytree(place / "tiny", tmp_path / "another-name"))
     for case in ("gguf", "gptq"):
         assert again(place, made(place, case)[0], case, source=str(source)).same
+
+
+@pytest.fixture(scope="module")
+def merged(place: Path) -> Path:
+    """An artifact of the model with two adapters merged into it."""
+    shapes = {"model.layers.0.self_attn.q_proj": (tiny_shape(place), tiny_shape(place))}
+    lora = []
+    for number, scale in enumerate(("", "=0.5")):
+        write_adapter(place / f"lora{number}", factors(shapes, seed=number), base_model_name_or_path="org/tiny")
+        lora += ["--lora", f"{place / f'lora{number}'}{scale}"]
+    assert run(["quantize", str(place / "tiny"), "gguf", "-q", "Q8_0", *lora, "-o", str(place / "merged")]) == 0
+    return place / "merged" / "tiny-lora0-lora1-Q8_0.gguf"
+
+
+def tiny_shape(place: Path) -> int:
+    size: int = json.loads((place / "tiny" / "config.json").read_text())["hidden_size"]
+    return size
+
+
+def test_adapters_are_part_of_the_source(place: Path, merged: Path, tmp_path: Path) -> None:
+    lora = [str(place / "lora0"), f"{place / 'lora1'}=0.5"]
+    found = rederive(merged, source=str(place / "tiny"), lora=lora, digests=True)
+    assert found.verdict == "same"
+    for wrong in ([], lora[:1], lora[::-1], [lora[0], str(place / "lora1")]):
+        with pytest.raises(UsageError, match="adapters are not those"):
+            rederive(merged, source=str(place / "tiny"), lora=wrong)
+    files = [(one.name, one.kind, one.model) for one in found.dependencies if one.kind != "source"]
+    assert files == [
+        (name, "adapter", owner)
+        for owner in ("lora0", "lora1")
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    ]
+    assert "adapter_model.safetensors" not in [one.name for one in found.dependencies if one.kind == "source"]
+    llm_quantize.verify(merged, source=place / "tiny", lora=lora, rederive=True, attest=tmp_path / "s.json")
+    predicate = json.loads((tmp_path / "s.json").read_bytes())["predicate"]
+    assert predicate["buildDefinition"]["externalParameters"]["adapters"] == [
+        {"name": "lora0", "revision": None, "scale": 1.0},
+        {"name": "lora1", "revision": None, "scale": 0.5},
+    ]
 
 
 def test_a_text_that_is_gone_or_changed_is_refused(place: Path, tmp_path: Path) -> None:

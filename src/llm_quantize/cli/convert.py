@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from llm_quantize.cli.common import calibration_options, emit_json, json_option, mode, verbose_option
+from llm_quantize.cli.common import calibration_options, emit_json, json_option, lora_option, mode, verbose_option
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.quantize import DEGRADED
 from llm_quantize.cli.sizes import Size
@@ -48,6 +48,7 @@ from llm_quantize.cli.words import LevelsCommand
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: all CPUs]")
 @click.option("--max-ram", type=Size(), help="Memory limit, for example 4G.")
+@lora_option
 @calibration_options
 @verbose_option
 @json_option
@@ -71,7 +72,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
 
     shown = mode(ctx, as_json, verbose)
     options = _options(arguments)
-    common = {"name": arguments["name"], "revision": arguments["revision"], "options": options}
+    common = {"lora": arguments["lora"], "options": options, **{key: arguments[key] for key in ("name", "revision")}}
     if arguments["dry_run"]:
         with told(shown, "plan") as sink:
             found = conversion.foresee(model, format, arguments["level"], on_event=sink, **common)

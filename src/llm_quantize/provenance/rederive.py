@@ -42,9 +42,11 @@ from llm_quantize.io.content import contents
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.leftovers import discard_hidden, hold_hidden
 from llm_quantize.made import Given, Recorded, inputs_of, made_of, recorded, version_of, with_inputs
+from llm_quantize.models.base import Merge, Model
 from llm_quantize.models.hub.locate import BUILT_IN
 from llm_quantize.models.identity import SMALL_FILES
 from llm_quantize.models.opening import Source, open_source
+from llm_quantize.models.weight_sets import ADAPTER
 from llm_quantize.options import Options
 from llm_quantize.pipeline import fill, plan_source
 from llm_quantize.plan import ARITHMETIC, ArtifactPlan
@@ -346,19 +348,24 @@ def _compare_sources(
 
 def _dependencies(model: Source, made: Mapping[str, Any], on_event: EventSink) -> tuple[Dependency, ...]:
     """The files of the source and of the user that the artifact was made from, with their hashes."""
-    checkpoint = model.checkpoint
-    files = sorted(checkpoint.files)
+    checkpoint, merges = model.checkpoint, model.checkpoint.adapters
+    whole = len(checkpoint.files) - len(merges)  # an adapter's one file comes after all of the model's
+    files = sorted(checkpoint.files[:whole])
     if checkpoint.metadata is None:
         small = [checkpoint.directory / name for name in ("config.json", *SMALL_FILES)]
         files += [path for path in small if path.is_file()]
+    owners: list[tuple[str, Model | Merge]] = [("source", checkpoint)] * len(files)
+    for merge, weights in zip(merges, checkpoint.files[whole:], strict=True):
+        files += [merge.directory / ADAPTER, weights]
+        owners += [("adapter", merge)] * 2
 
     def told(done: int, total: int) -> None:
         on_event(events.Check("the files of the source", done, total))
 
     hashes = contents(files, kept=kept_hashes(), told=told)
     found = [
-        Dependency(path.name, sha256, "source", checkpoint.name, checkpoint.revision)
-        for path, sha256 in zip(files, hashes, strict=True)
+        Dependency(path.name, sha256, kind, owner.name, owner.revision)
+        for path, sha256, (kind, owner) in zip(files, hashes, owners, strict=True)
     ]
     found += [Dependency(text["name"], text["sha256"], "text") for text in made.get("texts") or ()]
     found += [Dependency(one["name"], one["sha256"], kind) for kind, one in made.get("files", {}).items()]

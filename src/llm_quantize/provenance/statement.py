@@ -101,7 +101,10 @@ def _provenance(
     source = {"name": again.source}
     revision = manifest["identity"].get("source_revision")
     source |= {} if revision is None else {"revision": str(revision)}
-    asked = {key: made[key] for key in ("level", "name", "options", "recipe") if key in made}
+    merges = manifest["identity"].get("adapters")
+    adapters = [{key: merge[key] for key in ("name", "revision", "scale")} for merge in merges or ()]
+    asked = {"adapters": adapters} if adapters else {}
+    asked |= {key: made[key] for key in ("level", "name", "options", "recipe") if key in made}
     file = manifest_path(outcome.path)
     return {
         "buildDefinition": {
