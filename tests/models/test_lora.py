@@ -14,7 +14,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from llm_quantize import api
+from llm_quantize import api, events
 from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.cli import run
@@ -203,6 +203,17 @@ def test_verify_against_the_merged_source(model: Path, adapter: Path, tmp_path: 
     assert api.verify(path, source=model, lora=adapter).ok
     found = verify(path, source=str(model))
     assert not found.ok
+
+
+def test_verify_says_where_adapters_are_missing(model: Path, adapter: Path, tmp_path: Path) -> None:
+    made(model, tmp_path, adapter)
+    (artifact,) = tmp_path.glob("*.gguf")
+    for lora, told in ([], 1), ([str(adapter)], 0), ([f"{adapter}=0.5"], 1):
+        heard: list[Any] = []
+        verify(artifact, source=str(model), lora=lora, on_event=heard.append)
+        cautions = [one.text for one in heard if isinstance(one, events.Caution) and "says that adapters" in one.text]
+        assert len(cautions) == told
+        assert all("the adapter adapter (LoRA)" in text for text in cautions)
 
 
 def test_a_changed_adapter_is_noticed(model: Path, tmp_path: Path) -> None:

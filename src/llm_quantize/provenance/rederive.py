@@ -24,7 +24,7 @@ import llm_quantize
 from llm_quantize import events, memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.compared_output import ComparedOutput, Held, Place, places_of
-from llm_quantize.artifacts.manifest import SEAL, read_manifest
+from llm_quantize.artifacts.manifest import SEAL, adapters_told, read_manifest
 from llm_quantize.artifacts.output import DTYPES, refuse_changed, sealed_manifest, source_times
 from llm_quantize.artifacts.recheck import source_hash
 from llm_quantize.artifacts.rederivation import Dependency, Difference, Rederivation
@@ -179,16 +179,10 @@ def _check_adapters(manifest: Mapping[str, Any], model: Source, file: Path) -> N
         raise UsageError(
             "the adapters are not those that were merged into the artifact's source",
             file=file,
-            expected=_merges(wanted),
-            found=_merges(found),
+            expected=adapters_told(wanted),
+            found=adapters_told(found),
             remedy="give the same ones in the same order: --lora DIR[=SCALE]",
         )
-
-
-def _merges(adapters: object) -> str:
-    merges = adapters if isinstance(adapters, list) else [adapters]
-    words = [str(merge.get("words", "")) if isinstance(merge, dict) else str(merge) for merge in merges]
-    return printable("; ".join(words) or "none", 200)
 
 
 def _called(manifest: Mapping[str, Any]) -> tuple[str, str | None] | None:
