@@ -22,9 +22,10 @@ from llm_quantize.artifacts.manifest import manifest_bytes, read_manifest
 from llm_quantize.artifacts.result import ArtifactResult
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.blockwise import keeping
+from llm_quantize.calibration import choose
 from llm_quantize.cli import run
 from llm_quantize.conversion import foresee
-from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError
+from llm_quantize.errors import MissingExtraError, NumericPolicyError, UnsupportedError, UsageError
 from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.formats.recipe import Recipe
 from llm_quantize.io.artifact_paths import manifest_path
@@ -86,6 +87,17 @@ def test_a_model_with_an_adapter(llama: Path, tmp_path: Path, capsys: pytest.Cap
     assert whole.path.name == f"{source.name}-mine-BF16"
     assert whole.conversion is not None
     assert whole.conversion["verdict"] == "rounded"
+
+
+def test_a_missing_extra_is_named_before_any_work(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = quantized(llama, tmp_path, "gptq", "4bit", group_size=32)
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    out = tmp_path / "out"
+    with pytest.raises(MissingExtraError, match="keeping the codes of a model needs"):
+        api.convert(source, "compressed-tensors", output_dir=out)
+    with pytest.raises(MissingExtraError, match="Measuring quality needs"):
+        api.convert(llama, "gguf", "F32", output_dir=out, measure=True)
+    assert not out.exists()
 
 
 def values(directory: Path) -> dict[str, np.ndarray]:

@@ -129,14 +129,14 @@ def _hold_to_verdicts(manifest: Manifest | None, checks: Checks) -> None:
             )
 
 
-def _tell_adapters(manifest: Manifest, model: Source, on_event: EventSink) -> None:
+def _tell_adapters(manifest: Manifest | None, model: Source, on_event: EventSink) -> None:
     """Say where the artifact was made with other adapters than are merged into ``model``: its values are others then,
     unless ``model`` has them in its own weights."""
     merged = adapters_told([merge.facts for merge in model.checkpoint.adapters])
     wanted = merged if manifest is None else adapters_told(manifest["identity"].get("adapters", []))
     if wanted != merged:
-        text = f"the artifact says that adapters were merged into its source: {wanted}; here, into --source: {merged}"
-        on_event(events.Caution(f"{text} (--lora merges them)"))
+        text = f"the artifact says that adapters were merged into its source: {wanted}; here, with --lora: {merged}"
+        on_event(events.Caution(text))
 
 
 def _open(path: Path, stack: ExitStack) -> Subject:

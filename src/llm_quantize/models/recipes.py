@@ -33,8 +33,8 @@ def recipe_from(file: str | Path, *, revision: str | None = None, on_event: Even
     """The tensor types of the model ``file``, for another of the same architecture and as many blocks.
 
     ``file``: a path of a GGUF file (of a split model its directory or any part), or a file of the hub, ORG/NAME:FILE at
-    ``revision``, where FILE is a level or a part of the file's name, or ollama:NAME: a recipe for gguf. Or a model directory of
-    integers (GPTQ, AWQ, compressed-tensors): a recipe for compressed-tensors. Reads headers only.
+    ``revision``, where FILE is a level or a part of the file's name, or ollama:NAME: a recipe for gguf. Or a model
+    directory of integers (GPTQ, AWQ, compressed-tensors): a recipe for compressed-tensors. Reads headers only.
 
     Raises UsageError (no such file, none of these, types that are not written here), MalformedInputError,
     UnsupportedError, AccessError, NetworkError.
