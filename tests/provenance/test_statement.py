@@ -235,8 +235,12 @@ def test_a_statement_is_held_against_the_files(artifact: Path, place: Path, tmp_
         '{"_type": "https://in-toto.io/Statement/v1", "subject": [7]}',
         '{"_type": "https://in-toto.io/Statement/v0.1", "subject": [{"name": "a", "digest": {"sha256": "%s"}}]}'
         % ("0" * 64),
-        '{"_type": "https://in-toto.io/Statement/v1", "subject": [%s, %s]}'
-        % tuple(json.dumps({"name": "tiny-Q4_0.gguf", "digest": {"sha256": digit * 64}}) for digit in "01"),
+        json.dumps(
+            {
+                "_type": "https://in-toto.io/Statement/v1",
+                "subject": [{"name": "tiny-Q4_0.gguf", "digest": {"sha256": digit * 64}} for digit in "01"],
+            }
+        ),
     ],
 )
 def test_what_is_no_statement_is_refused(place: Path, tmp_path: Path, content: str) -> None:
