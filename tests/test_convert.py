@@ -22,9 +22,10 @@ from llm_quantize.artifacts.manifest import manifest_bytes, read_manifest
 from llm_quantize.artifacts.result import ArtifactResult
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.blockwise import keeping
+from llm_quantize.calibration import choose
 from llm_quantize.cli import run
 from llm_quantize.conversion import foresee
-from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError
+from llm_quantize.errors import MissingExtraError, NumericPolicyError, UnsupportedError, UsageError
 from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.formats.recipe import Recipe
 from llm_quantize.io.artifact_paths import manifest_path
@@ -64,6 +65,40 @@ def converted(
 ) -> ArtifactResult:
     options = Options(threads=1, exact=exact, method=MethodOptions(**method))
     return api.convert(source, format, level, output_dir=place, options=options)
+
+
+def test_a_model_with_an_adapter(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Codes that the adapter leaves alone are kept; what it changes has none, and stays the sum in float32."""
+    source, module = quantized(llama, tmp_path, "gptq", "4bit", group_size=32), "model.layers.0.self_attn.o_proj"
+    with open_model(str(source)) as opened:
+        rows, columns = opened.tensors[f"{module}.weight"].shape
+    adapter = write_adapter(tmp_path / "mine", factors({module: (rows, columns)}))
+    words = f"convert {source} compressed-tensors --lora {adapter} -o {tmp_path / 'out'} --threads 1 --json".split()
+    assert run([*words, "--dry-run"]) == 0
+    foreseen = json.loads(capsys.readouterr().out)["verdicts"]
+    assert {f"{module}.weight", UP} <= foreseen.keys()
+    assert run(words) == 0
+    (told,) = json.loads(capsys.readouterr().out)["artifacts"]
+    assert told["conversion"]["verdict"] == "exact"
+    found, base = values(Path(told["path"])), values(source)
+    assert [name for name in base if not np.array_equal(found[name], base[name])] == [f"{module}.weight"]
+    assert verify(told["path"], source=str(source), lora=[str(adapter)]).ok
+    assert not verify(told["path"], source=str(source)).ok
+    whole = api.convert(source, "safetensors", "BF16", output_dir=tmp_path / "bf16", lora=adapter)
+    assert whole.path.name == f"{source.name}-mine-BF16"
+    assert whole.conversion is not None
+    assert whole.conversion["verdict"] == "rounded"
+
+
+def test_a_missing_extra_is_named_before_any_work(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = quantized(llama, tmp_path, "gptq", "4bit", group_size=32)
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    out = tmp_path / "out"
+    with pytest.raises(MissingExtraError, match="keeping the codes of a model needs"):
+        api.convert(source, "compressed-tensors", output_dir=out)
+    with pytest.raises(MissingExtraError, match="Measuring quality needs"):
+        api.convert(llama, "gguf", "F32", output_dir=out, measure=True)
+    assert not out.exists()
 
 
 def values(directory: Path) -> dict[str, np.ndarray]:

@@ -141,6 +141,8 @@ def convert(
     and NumericPolicyError for what is not exact and was to be.
     """
     options, format = options or Options(), format_name(format)
+    if measure:
+        choose.need_torch("Measuring quality", "torch", "transformers")
     source = open_source(model, revision=revision, lora=lora, headers_only=True)
     with source.checkpoint:
         level, options = settled(source, format, level, options)

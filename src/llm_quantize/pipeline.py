@@ -112,7 +112,8 @@ def quantize(
         costs = [effort.writing(artifact) for artifact in plans]
         collect, write = events.parts(on_event, [effort.collecting(source, importance, options), sum(costs)])
         if any(artifact.matrices for artifact in plans):
-            choose.need_torch(f"--method {options.method.method_of(format).name}", "torch")
+            method = options.method.method_of(format)
+            choose.need_torch("keeping the codes of a model" if method.keeps else f"--method {method.name}", "torch")
         if isinstance(importance, choose.Foreseen):
             _refuse_early(source, plans, Path(output_dir), options, importance, before)
             told = _tell(plans, told, on_event)

@@ -79,6 +79,25 @@ def test_views_and_shared_memory(tmp_path: Path, legacy: bool) -> None:
     assert file.header.tensors["w"].offset == file.header.tensors["tied"].offset
 
 
+@pytest.mark.parametrize(
+    "view", [torch.ones(2, dtype=torch.complex64).conj(), torch.ones(2, dtype=torch.complex64).conj().imag]
+)
+def test_views_that_negate_are_not_read_as_what_is_stored(tmp_path: Path, view: torch.Tensor) -> None:
+    assert view.is_neg() or view.is_conj()
+    torch.save({"w": view}, tmp_path / "a.bin")
+    with pytest.raises(UnsupportedError, match="not the numbers that are stored"):
+        read_torch_file(tmp_path / "a.bin")
+    torch.save({"w": view.resolve_neg().resolve_conj()}, tmp_path / "a.bin")
+    assert bits(read_torch_file(tmp_path / "a.bin"), "w") == plain(view.resolve_neg().resolve_conj())
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_old_files_of_every_protocol(tmp_path: Path, protocol: int) -> None:
+    w = torch.arange(6.0).reshape(2, 3)
+    torch.save({"w": w}, tmp_path / "a.bin", pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+    assert bits(read_torch_file(tmp_path / "a.bin"), "w") == plain(w)
+
+
 def test_what_modules_write(tmp_path: Path) -> None:
     """The attribute _metadata of a state dict, and its order."""
     path = tmp_path / "a.bin"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from safetensors.torch import load_file
 from llm_quantize.advice.describe import describe
 from llm_quantize.architectures import open_architecture
 from llm_quantize.artifacts.verify import verify
-from llm_quantize.errors import LlmQuantizeError, UnsupportedError
+from llm_quantize.errors import LlmQuantizeError, MalformedInputError, UnsupportedError
 from llm_quantize.formats.ctranslate2.families import FAMILIES
 from llm_quantize.io.ctranslate2_file import MODEL_FILE, read_model_file
 from llm_quantize.models.opening import open_model, open_source
@@ -237,6 +240,33 @@ def test_numbers_that_lie(name: str, value: int, tmp_path: Path) -> None:
     assert name in ("num_heads", "activation") or "rotary_base" in name
     if name == "num_heads":
         assert told["num_attention_heads"] == value
+
+
+@pytest.mark.parametrize("name", ["vocabulary.json", "tokenizer_config.json"])
+def test_damage_beside_the_network_is_named(tmp_path: Path, name: str) -> None:
+    directory = made(net("llama", tmp_path / "net"), tmp_path, "ctranslate2", "int8")
+    (directory / name).write_bytes(b'{"a"')
+    with pytest.raises(MalformedInputError, match="not JSON") as caught:
+        open_model(str(directory))
+    assert caught.value.file == str(directory / name)
+
+
+def test_the_configuration_does_not_depend_on_the_run(tmp_path: Path) -> None:
+    """Nor on the order in which this interpreter keeps sets."""
+    directory = made(net("llama", tmp_path / "net"), tmp_path, "ctranslate2", "int8")
+    code = (
+        "import json, sys; from llm_quantize.models.opening import open_model; "
+        "print(json.dumps(open_model(sys.argv[1]).config))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(directory)],
+            env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True,
+        ).stdout
+        for seed in "012345"
+    }  # fmt: skip
+    assert len(found) == 1
+    assert json.loads(found.pop())["model_type"] == "llama"
 
 
 def test_every_family_of_the_format_is_tried() -> None:

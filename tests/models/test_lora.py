@@ -14,7 +14,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from llm_quantize import api
+from llm_quantize import api, events
 from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.cli import run
@@ -28,6 +28,7 @@ from llm_quantize.errors import (
     UnsupportedError,
     UsageError,
 )
+from llm_quantize.formats import expressions
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.models import lora as module
@@ -202,6 +203,17 @@ def test_verify_against_the_merged_source(model: Path, adapter: Path, tmp_path: 
     assert api.verify(path, source=model, lora=adapter).ok
     found = verify(path, source=str(model))
     assert not found.ok
+
+
+def test_verify_says_where_adapters_are_missing(model: Path, adapter: Path, tmp_path: Path) -> None:
+    made(model, tmp_path, adapter)
+    (artifact,) = tmp_path.glob("*.gguf")
+    for lora, told in ([], 1), ([str(adapter)], 0), ([f"{adapter}=0.5"], 1):
+        heard: list[Any] = []
+        verify(artifact, source=str(model), lora=lora, on_event=heard.append)
+        cautions = [one.text for one in heard if isinstance(one, events.Caution) and "says that adapters" in one.text]
+        assert len(cautions) == told
+        assert all("the adapter adapter (LoRA)" in text for text in cautions)
 
 
 def test_a_changed_adapter_is_noticed(model: Path, tmp_path: Path) -> None:
@@ -434,6 +446,24 @@ def test_hostile(model: Path, tmp_path: Path, kind: str) -> None:
     if error is not NumericPolicyError:  # everything else is known from headers alone
         with pytest.raises(error):
             plan(str(model), levels=["Q8_0"], lora=[str(place)])
+
+
+def test_patterns_without_number_are_refused_in_time(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = write_adapter(tmp_path / "many", factors(attention()), alpha_pattern={f"v{n}": 8 for n in range(20_000)})
+    monkeypatch.setattr(expressions, "MOST_SECONDS", 0.05)
+    with pytest.raises(MalformedInputError, match="take too long to match") as caught:
+        plan(str(model), levels=["Q8_0"], lora=[str(place)])
+    assert "fetch adapter_config.json again" in str(caught.value)
+
+
+def test_the_first_pattern_that_fits_counts(model: Path, tmp_path: Path) -> None:
+    settings = {"alpha_pattern": {"nothing": 3, "1.self_attn.q_proj": 16, "q_proj": 4, "[01].self_attn.[qo]_proj": 2}}
+    place = write_adapter(tmp_path / "patterns", factors(attention()), **settings)
+    with open_model(model, lora=[str(place)]) as opened:
+        scales = [opened.changed[f"{name}.weight"].scaling for name in sorted(attention())]
+    assert scales == [0.5, 1.0, 0.5, 4.0]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from llm_quantize.advice.describe import describe
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.models.hub.ollama import stored
 from llm_quantize.models.opening import open_source
+from llm_quantize.models.recipes import recipe_from
 from llm_quantize.options import Options
 from llm_quantize.pipeline import quantize
 from tests.hearing import into
@@ -157,3 +158,9 @@ def test_a_blob_of_another_size(store: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(IntegrityError, match="another size"):
         open_source("ollama:tiny")
+
+
+def test_its_types_are_a_recipe(store: Path, made: Path) -> None:
+    assert recipe_from("ollama:tiny").tensors == recipe_from(made).tensors
+    with pytest.raises(UsageError, match="no such model in Ollama's store"):
+        recipe_from("ollama:none")

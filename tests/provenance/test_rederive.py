@@ -229,6 +229,45 @@ def test_merged_adapters_in_a_name_that_nobody_gave(place: Path, tmp_path: Path)
     assert rederive(result.path, source=str(place / "tiny"), lora=[adapter], threads=1).verdict == "same"
 
 
+@pytest.fixture(scope="module")
+def merged(place: Path) -> Path:
+    """An artifact of the model with two adapters merged into it."""
+    shapes = {"model.layers.0.self_attn.q_proj": (tiny_shape(place), tiny_shape(place))}
+    lora = []
+    for number, scale in enumerate(("", "=0.5")):
+        write_adapter(place / f"lora{number}", factors(shapes, seed=number), base_model_name_or_path="org/tiny")
+        lora += ["--lora", f"{place / f'lora{number}'}{scale}"]
+    assert run(["quantize", str(place / "tiny"), "gguf", "-q", "Q8_0", *lora, "-o", str(place / "merged")]) == 0
+    return place / "merged" / "tiny-lora0-lora1-Q8_0.gguf"
+
+
+def tiny_shape(place: Path) -> int:
+    size: int = json.loads((place / "tiny" / "config.json").read_text())["hidden_size"]
+    return size
+
+
+def test_adapters_are_part_of_the_source(place: Path, merged: Path, tmp_path: Path) -> None:
+    lora = [str(place / "lora0"), f"{place / 'lora1'}=0.5"]
+    found = rederive(merged, source=str(place / "tiny"), lora=lora, digests=True)
+    assert found.verdict == "same"
+    for wrong in ([], lora[:1], lora[::-1], [lora[0], str(place / "lora1")]):
+        with pytest.raises(UsageError, match="adapters are not those"):
+            rederive(merged, source=str(place / "tiny"), lora=wrong)
+    files = [(one.name, one.kind, one.model) for one in found.dependencies if one.kind != "source"]
+    assert files == [
+        (name, "adapter", owner)
+        for owner in ("lora0", "lora1")
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    ]
+    assert "adapter_model.safetensors" not in [one.name for one in found.dependencies if one.kind == "source"]
+    llm_quantize.verify(merged, source=place / "tiny", lora=lora, rederive=True, attest=tmp_path / "s.json")
+    predicate = json.loads((tmp_path / "s.json").read_bytes())["predicate"]
+    assert predicate["buildDefinition"]["externalParameters"]["adapters"] == [
+        {"name": "lora0", "revision": None, "scale": 1.0},
+        {"name": "lora1", "revision": None, "scale": 0.5},
+    ]
+
+
 def test_a_text_that_is_gone_or_changed_is_refused(place: Path, tmp_path: Path) -> None:
     (artifact,) = made(place, "gptq")
     with pytest.raises(UsageError, match="needed") as caught:

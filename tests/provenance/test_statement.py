@@ -235,12 +235,27 @@ def test_a_statement_is_held_against_the_files(artifact: Path, place: Path, tmp_
         '{"_type": "https://in-toto.io/Statement/v1", "subject": [7]}',
         '{"_type": "https://in-toto.io/Statement/v0.1", "subject": [{"name": "a", "digest": {"sha256": "%s"}}]}'
         % ("0" * 64),
+        json.dumps(
+            {
+                "_type": "https://in-toto.io/Statement/v1",
+                "subject": [{"name": "tiny-Q4_0.gguf", "digest": {"sha256": digit * 64}} for digit in "01"],
+            }
+        ),
     ],
 )
 def test_what_is_no_statement_is_refused(place: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "s.json").write_text(content)
     with pytest.raises(MalformedInputError):
         unlike(place / "tiny-Q4_0.gguf", tmp_path / "s.json")
+
+
+def test_a_statement_may_lie_beside_the_files(place: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny-F16"
+    shutil.copytree(place / copy.name, copy)
+    attested(copy, copy / "s.json")
+    assert unlike(copy, copy / "s.json") == []
+    shutil.copy(copy / "s.json", copy / "other.json")
+    assert unlike(copy, copy / "s.json") == ["the statement says nothing of other.json"]
 
 
 def test_a_statement_takes_the_place_of_nothing(place: Path, tmp_path: Path) -> None:

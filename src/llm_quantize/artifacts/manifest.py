@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_quantize.errors import IntegrityError, MalformedInputError
+from llm_quantize.errors import IntegrityError, MalformedInputError, printable
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.json_file import read_json_object
 
@@ -113,3 +113,11 @@ def _all(values: Any, check: Any) -> bool:
 
 def _has(entry: Any, **kinds: type) -> bool:
     return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+
+
+def adapters_told(adapters: object) -> str:
+    """What people read of the adapters that a manifest names, which may be a stranger's; "none" where there are
+    none."""
+    merges = adapters if isinstance(adapters, list) else [adapters]
+    words = [str(merge.get("words", "")) if isinstance(merge, dict) else str(merge) for merge in merges]
+    return printable("; ".join(words) or "none", 200)

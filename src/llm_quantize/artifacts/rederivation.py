@@ -42,8 +42,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Dependency:
-    """A file that an artifact was made from: its name, its hash, what it is ("source", "text", "imatrix",
-    "statistics"), and of a source the ``model`` and its hub commit."""
+    """A file that an artifact was made from: its name, its hash, what it is ("source", "adapter", "text",
+    "imatrix", "statistics"), and of a source or an adapter the name (``model``) and its hub commit."""
 
     name: str
     sha256: str

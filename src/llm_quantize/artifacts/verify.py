@@ -38,7 +38,7 @@ from llm_quantize.artifacts.deviation import (
     told,
 )
 from llm_quantize.artifacts.immense import FLOATS, nonfinite, refuse_large_matrices, refuse_long_rows
-from llm_quantize.artifacts.manifest import read_manifest
+from llm_quantize.artifacts.manifest import adapters_told, read_manifest
 from llm_quantize.artifacts.promise import MovedScales, Promises
 from llm_quantize.artifacts.subject import Checks, Floats, Keeps, Manifest, Notes, Subject
 from llm_quantize.artifacts.verdict import EXACT, ROUNDED
@@ -93,6 +93,7 @@ def verify(
         if source is not None:
             model = open_source(source, revision=revision, lora=lora, on_event=on_event)
             stack.callback(model.checkpoint.close)
+            _tell_adapters(manifest, model, on_event)
             problems += subject.against(model, manifest, stack)
         known = {entry["name"]: entry for entry in (manifest or {}).get("tensors", [])}
         checks = {stored.name: check_stored(stored, known.get(stored.name)) for stored in subject.stored()}
@@ -126,6 +127,16 @@ def _hold_to_verdicts(manifest: Manifest | None, checks: Checks) -> None:
                 f"relative error {check.relative_error:.4g}, but the manifest says {word}"
                 + (f" ({said['relative_error']:.4g})" if word == ROUNDED else "")
             )
+
+
+def _tell_adapters(manifest: Manifest | None, model: Source, on_event: EventSink) -> None:
+    """Say where the artifact was made with other adapters than are merged into ``model``: its values are others then,
+    unless ``model`` has them in its own weights."""
+    merged = adapters_told([merge.facts for merge in model.checkpoint.adapters])
+    wanted = merged if manifest is None else adapters_told(manifest["identity"].get("adapters", []))
+    if wanted != merged:
+        text = f"the artifact says that adapters were merged into its source: {wanted}; here, with --lora: {merged}"
+        on_event(events.Caution(text))
 
 
 def _open(path: Path, stack: ExitStack) -> Subject:

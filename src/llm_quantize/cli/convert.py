@@ -72,8 +72,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
 
     shown = mode(ctx, as_json, verbose)
     options = _options(arguments)
-    common = {"name": arguments["name"], "revision": arguments["revision"], "options": options}
-    common["lora"] = arguments["lora"]
+    common = {"lora": arguments["lora"], "options": options, **{key: arguments[key] for key in ("name", "revision")}}
     if arguments["dry_run"]:
         with told(shown, "plan") as sink:
             found = conversion.foresee(model, format, arguments["level"], on_event=sink, **common)

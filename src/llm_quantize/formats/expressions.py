@@ -53,17 +53,18 @@ def first_meant(rules: Iterable[tuple[str, Meaning]], names: Collection[str], fi
 
 def each_meant(rules: Iterable[tuple[str, Meaning]], names: Collection[str], file: Path) -> Iterator[tuple[str, str]]:
     """(name, the first of ``rules`` that means it) for every one of ``names`` that is meant; the time that ``rules``
-    takes to come counts. Raises as ``first_meant``."""
-    look, known = _watch(len(names), file), []
-    for number, (rule, means) in enumerate(rules):
-        look(number, rule)
-        known.append((rule, means))
-    for name in names:
-        for number, (rule, means) in enumerate(known):
+    takes to come counts, and one of them is held at a time. Raises as ``first_meant``."""
+    look, left = _watch(len(names), file), list(names)
+    for count, (rule, means) in enumerate(rules):
+        look(count, rule)
+        others = []
+        for number, name in enumerate(left, 1):
             look(number, rule)
             if means(name):
                 yield name, rule
-                break
+            else:
+                others.append(name)
+        left = others
 
 
 def _watch(count: int, file: Path) -> Callable[[int, str], None]:
@@ -73,11 +74,11 @@ def _watch(count: int, file: Path) -> Callable[[int, str], None]:
     def look(number: int, rule: str) -> None:
         if number % _LOOKS == 0 and time.process_time() > end:
             raise MalformedInputError(
-                "the expressions of the quantization's configuration take too long to match",
+                "the expressions of the configuration take too long to match",
                 file=file,
                 expected=f"all of them and {count:,} modules in {MOST_SECONDS:g} seconds",
                 found=f"no end at {printable(rule, 80)}",
-                remedy="fetch config.json again; shorten or remove its expressions if they are really so many",
+                remedy=f"fetch {file.name} again; shorten or remove its expressions if they are really so many",
             )
 
     return look
@@ -85,10 +86,10 @@ def _watch(count: int, file: Path) -> Callable[[int, str], None]:
 
 def _refuse(expression: str, file: Path, found: str) -> NoReturn:
     raise MalformedInputError(
-        "an expression in the quantization's configuration cannot be matched in linear time",
+        "an expression in the configuration cannot be matched in linear time",
         file=file,
         expected=f"a regular expression of at most {MOST_CHARACTERS:,} characters, without look-around and "
         "back-references",
         found=f"{printable(expression, 80)} ({printable(found, 80)})",
-        remedy="write it in another way, or remove it from config.json",
+        remedy=f"write it in another way, or remove it from {file.name}",
     )

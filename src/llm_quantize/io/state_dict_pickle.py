@@ -335,8 +335,9 @@ def _tensor(reader: _Reader, arguments: tuple[Any, ...]) -> Tensor:
     """torch._utils._rebuild_tensor_v2: storage, offset, size, strides, requires_grad, hooks[, metadata]."""
     match arguments:
         case (Storage() as storage, int(offset), tuple(shape), tuple(strides), bool(), dict(), *rest) if (
-            type(offset) is int and offset >= 0 and _whole(shape) and _whole(strides) and len(rest) < 2
+            type(offset) is int and offset >= 0 and _whole(shape) and _whole(strides)
         ):
+            _refuse_marks(reader, rest)
             if not storage.dtype:
                 reader.refuse("a tensor has no element type", "a type", "bytes")
             return Tensor(storage, storage.dtype, offset, shape, strides, reader.at)
@@ -355,9 +356,17 @@ def _typed_tensor(reader: _Reader, arguments: tuple[Any, ...]) -> Tensor:
             dict(),
             _Name() as name,
             *rest,
-        ) if type(offset) is int and offset >= 0 and _whole(shape) and _whole(strides) and len(rest) < 2 and name.dtype:
+        ) if type(offset) is int and offset >= 0 and _whole(shape) and _whole(strides) and name.dtype:
+            _refuse_marks(reader, rest)
             return Tensor(storage, name.dtype, offset, shape, strides, reader.at)
     reader.refuse("a tensor of the pickle is not described as torch.save does", "storage, offset, size", "other values")
+
+
+def _refuse_marks(reader: _Reader, rest: list[Any]) -> None:
+    """torch._utils.get_tensor_metadata: whether the numbers that are stored mean their negatives or conjugates."""
+    marks = rest[0] if rest else None
+    if len(rest) > 1 or not (marks is None or (type(marks) is dict and all(on is False for on in marks.values()))):
+        reader.unsupported("a tensor of the pickle is not the numbers that are stored", "a negative or conjugate view")
 
 
 def _parameter(reader: _Reader, arguments: tuple[Any, ...]) -> Tensor:

@@ -84,7 +84,7 @@ def read_torch_file(path: str | Path) -> TorchFile:
         front = _read(descriptor, path, 0, min(8, facts.st_size))
         if front[:4] == _LOCAL:
             tensors, places, digest = _zip(descriptor, path, facts.st_size)
-        elif front[:2] == b"\x80\x02":
+        elif front[:1] == b"\x80":
             tensors, places, digest = _plain(descriptor, path, facts.st_size)
         else:
             remedy = "run `git lfs pull` in the model's directory" if front == b"version " else _AGAIN

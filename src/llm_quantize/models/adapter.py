@@ -23,7 +23,7 @@ from llm_quantize.architectures.architecture import Architecture
 from llm_quantize.architectures.rows import chunk_rows, to_float32
 from llm_quantize.errors import MalformedInputError, NumericPolicyError, UnsupportedError, UsageError, printable
 from llm_quantize.events import EventSink
-from llm_quantize.formats.expressions import compiled
+from llm_quantize.formats.expressions import compiled, each_meant
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside
@@ -241,9 +241,11 @@ def changes(adapter: Adapter, model: Model, architecture: Architecture) -> tuple
             continue
         _check_shape(adapter, model, key, target, model.tensors[target].shape)
         found[target] = Change(whole=key)
+    ranks = _settings(adapter, modules, "r", "rank_pattern", 8)
+    alphas = _settings(adapter, modules, "lora_alpha", "alpha_pattern", 8)
     for module in modules:
-        weight = rename(f"{module.name}.weight")
-        change = _low_rank(adapter, model, architecture, module, weight)
+        weight, said = rename(f"{module.name}.weight"), (ranks[module.name], alphas[module.name])
+        change = _low_rank(adapter, model, architecture, module, weight, *said)
         before = found.get(weight, Change())
         found[weight] = Change(before.whole, *_fields(change))
         if "lora_B.bias" in module.parts:
@@ -345,8 +347,10 @@ def _check_shape(adapter: Adapter, model: Model, key: str, target: str, expected
         raise _other_base(adapter, model, told, key)
 
 
-def _low_rank(adapter: Adapter, model: Model, architecture: Architecture, module: _Module, weight: str) -> Change:
-    """The change of a weight by two matrices; proved by shapes."""
+def _low_rank(
+    adapter: Adapter, model: Model, architecture: Architecture, module: _Module, weight: str, said: Any, alpha: Any
+) -> Change:
+    """The change of a weight by two matrices; proved by shapes. ``said``, ``alpha``: rank and lora_alpha, as set."""
     shape, parts = model.tensors[weight].shape, module.parts
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     down, up = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -371,7 +375,7 @@ def _low_rank(adapter: Adapter, model: Model, architecture: Architecture, module
     form = architecture.form_of(weight)
     turned = embedding or (bool(adapter.config.get("fan_in_fan_out")) if form is None else form.transpose)
     outputs, inputs = shape[::-1] if turned else shape
-    rank = _rank(adapter, module, parts[down])
+    rank = _rank(adapter, said, parts[down])
     _check_shape(adapter, model, parts[down], weight, (rank, inputs))
     _check_shape(adapter, model, parts[up], weight, (outputs, rank))
     magnitude = parts.get("lora_magnitude_vector")
@@ -388,7 +392,7 @@ def _low_rank(adapter: Adapter, model: Model, architecture: Architecture, module
         _check_shape(adapter, model, magnitude, weight, (outputs,))
     a, b = Factor(parts[down], True), Factor(parts[up], False)
     left, right = (a, b) if turned else (b, a)
-    return Change(None, left, right, rank, _scaling(adapter, module, rank), None, magnitude, turned)
+    return Change(None, left, right, rank, _scaling(adapter, module, alpha, rank), None, magnitude, turned)
 
 
 def _add_bias(
@@ -403,10 +407,9 @@ def _add_bias(
     found[bias] = Change(found.get(bias, Change()).whole, scaling=scaling, added=key)
 
 
-def _rank(adapter: Adapter, module: _Module, key: str) -> int:
-    """The rank, as the tensors and the settings have it."""
+def _rank(adapter: Adapter, said: Any, key: str) -> int:
+    """The rank, as the tensors and the settings (``said``) have it."""
     shape = adapter.header.tensors[key].shape
-    said = _setting(adapter, module, "r", "rank_pattern", 8)
     rank = shape[0] if len(shape) == 2 else 0
     if type(said) is not int or said != rank or not 0 < rank <= _MOST_RANK:
         raise MalformedInputError(
@@ -420,9 +423,8 @@ def _rank(adapter: Adapter, module: _Module, key: str) -> int:
     return rank
 
 
-def _scaling(adapter: Adapter, module: _Module, rank: int) -> float:
+def _scaling(adapter: Adapter, module: _Module, alpha: Any, rank: int) -> float:
     """What B A is multiplied with: alpha / rank, or alpha / sqrt(rank) of rsLoRA, and the user's factor."""
-    alpha = _setting(adapter, module, "lora_alpha", "alpha_pattern", 8)
     usable = isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) < 1e30
     if not usable:
         raise MalformedInputError(
@@ -439,17 +441,16 @@ def _scaling(adapter: Adapter, module: _Module, rank: int) -> float:
     return scale
 
 
-def _setting(adapter: Adapter, module: _Module, name: str, pattern: str, usual: int) -> Any:
-    """A setting of one module: of the first pattern that fits the end of its name, else of all."""
+def _settings(adapter: Adapter, modules: Iterable[_Module], name: str, pattern: str, usual: int) -> dict[str, Any]:
+    """{module: its setting ``name``}: of the first pattern that fits the end of its name, else of all."""
     patterns = adapter.config.get(pattern) or {}
     if not isinstance(patterns, dict):
         raise MalformedInputError(
             f"{pattern} must be an object", file=adapter.file, found=type(patterns).__name__, remedy="fetch it again"
         )
-    for expression, value in patterns.items():
-        if compiled(rf"(.*\.)?({expression})$", adapter.file)(module.name):
-            return value
-    return adapter.config.get(name, usual)
+    found = dict.fromkeys((module.name for module in modules), adapter.config.get(name, usual))
+    rules = ((text, compiled(rf"(.*\.)?({text})$", adapter.file)) for text in patterns)
+    return found | {module: patterns[text] for module, text in each_meant(rules, list(found), adapter.file)}
 
 
 def check_values(adapter: Adapter, found: Mapping[str, Change]) -> None:

@@ -194,10 +194,12 @@ def _header(directory: CTranslate2Directory, tensors: Mapping[str, TensorInfo]) 
 
 
 class _Numbers:
-    """What the file says of its network. ``layers``: how many blocks it has."""
+    """What the file says of its network. ``layers``: how many blocks it has. ``tokens``, ``length``: what lies beside
+    it says of special tokens, and of how many the model was trained for; damage there is no network's."""
 
     def __init__(self, directory: CTranslate2Directory) -> None:
         self._file = directory.file
+        self.tokens, self.length = _tokens(directory), _said_length(directory.path)
         inside_blocks = (name.split("/") for name in directory.file.variables if name.startswith(f"{TOP}/layer_"))
         numbers = {parts[1].removeprefix("layer_") for parts in inside_blocks if len(parts) > 2} - {"norm"}
         self.layers = len(numbers)
@@ -365,7 +367,7 @@ def _configuration(
         "num_key_value_heads": numbers.of_layer(block, "num_heads_kv") or heads,
         "rms_norm_eps" if rows.norm == "rms" else "layer_norm_eps": _epsilon(directory, rows),
     }
-    length, told = _length(directory, numbers, family)
+    length, told = _length(numbers, family)
     for name, value in {**sizes, "max_position_embeddings": length}.items():
         config |= dict.fromkeys(ALIASES.get(name, (name,)), value)
     config |= {"vocab_size": vocabulary, "tie_word_embeddings": head is not None and head is table}
@@ -381,7 +383,7 @@ def _configuration(
     if rows.layer_types:
         config["layer_types"] = ["sliding_attention" if one else "full_attention" for one in slides]
     config |= _rope(numbers, rows, family, slides, int(head_dim))
-    return config | _tokens(directory), told
+    return config | numbers.tokens, told
 
 
 def _conditions(directory: CTranslate2Directory, rows: Rows, family: Family) -> dict[str, bool]:
@@ -389,7 +391,7 @@ def _conditions(directory: CTranslate2Directory, rows: Rows, family: Family) -> 
     there = {name for part in family.layer for name in _names(directory, f"{TOP}/layer_0", "blk.0.", part)}
     there |= {name for part in family.edges for name in _names(directory, TOP, "", part)}
     found: dict[str, bool] = {}
-    for name in {weight.when.lstrip("!") for weight in rows.weights if weight.when}:
+    for name in sorted({weight.when.lstrip("!") for weight in rows.weights if weight.when}):
         on, off = ({output_name(one, 0) for one in rows.weights if one.when == when} for when in (name, f"!{name}"))
         found[name] = not there.isdisjoint(on - off) if on - off else there.isdisjoint(off - on)
     return found
@@ -417,14 +419,14 @@ def _epsilon(directory: CTranslate2Directory, rows: Rows) -> float:
     return usual if isinstance(usual, float) else _OF_GEMMA if rows.norm == "rms" else _EPSILON
 
 
-def _length(directory: CTranslate2Directory, numbers: _Numbers, family: Family) -> tuple[int, bool]:
+def _length(numbers: _Numbers, family: Family) -> tuple[int, bool]:
     """(how many tokens the model was trained for, whether the file says so)."""
     for part in family.edges:
         if isinstance(part, Table):
             return numbers.shape(f"{TOP}/{part.name}")[0], True
     if family.contexts:
         return int(numbers.of_layer(0, "max_position_embeddings") or LENGTH), True
-    return _said_length(directory.path) or LENGTH, False
+    return numbers.length or LENGTH, False
 
 
 def _said_length(path: Path) -> int | None:

@@ -24,6 +24,7 @@ from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.io.paths import read_limited
 from llm_quantize.models.files import CONFIG_LIMIT
 from llm_quantize.models.gguf import sniff
+from llm_quantize.models.hub.ollama import is_named, stored
 from llm_quantize.models.hub.runnable import gguf_on_hub, is_hub_id
 from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
 
@@ -32,14 +33,14 @@ def recipe_from(file: str | Path, *, revision: str | None = None, on_event: Even
     """The tensor types of the model ``file``, for another of the same architecture and as many blocks.
 
     ``file``: a path of a GGUF file (of a split model its directory or any part), or a file of the hub, ORG/NAME:FILE at
-    ``revision``, where FILE is a level or a part of the file's name: a recipe for gguf. Or a model directory of
-    integers (GPTQ, AWQ, compressed-tensors): a recipe for compressed-tensors. Reads headers only.
+    ``revision``, where FILE is a level or a part of the file's name, or ollama:NAME: a recipe for gguf. Or a model
+    directory of integers (GPTQ, AWQ, compressed-tensors): a recipe for compressed-tensors. Reads headers only.
 
     Raises UsageError (no such file, none of these, types that are not written here), MalformedInputError,
     UnsupportedError, AccessError, NetworkError.
     """
     text = os.fspath(file)
-    path = Path(text).expanduser()
+    path = stored(text).path if is_named(text) else Path(text).expanduser()
     if os.path.lexists(path):
         if revision is not None:
             raise UsageError("a file has no revisions", file=path, remedy="leave --revision out")

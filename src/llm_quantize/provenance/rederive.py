@@ -24,7 +24,7 @@ import llm_quantize
 from llm_quantize import events, memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.compared_output import ComparedOutput, Held, Place, places_of
-from llm_quantize.artifacts.manifest import SEAL, read_manifest
+from llm_quantize.artifacts.manifest import SEAL, adapters_told, read_manifest
 from llm_quantize.artifacts.output import DTYPES, refuse_changed, sealed_manifest, source_times
 from llm_quantize.artifacts.recheck import source_hash
 from llm_quantize.artifacts.rederivation import Dependency, Difference, Rederivation
@@ -43,9 +43,11 @@ from llm_quantize.io.content import contents
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.io.leftovers import discard_hidden, hold_hidden
 from llm_quantize.made import Given, Recorded, inputs_of, made_of, recorded, version_of, with_inputs
+from llm_quantize.models.base import Merge, Model
 from llm_quantize.models.hub.locate import BUILT_IN
 from llm_quantize.models.identity import SMALL_FILES
 from llm_quantize.models.opening import Source, open_source
+from llm_quantize.models.weight_sets import ADAPTER
 from llm_quantize.options import Options
 from llm_quantize.pipeline import fill, plan_source
 from llm_quantize.plan import ARITHMETIC, ArtifactPlan
@@ -178,16 +180,10 @@ def _check_adapters(manifest: Mapping[str, Any], model: Source, file: Path) -> N
         raise UsageError(
             "the adapters are not those that were merged into the artifact's source",
             file=file,
-            expected=_merges(wanted),
-            found=_merges(found),
+            expected=adapters_told(wanted),
+            found=adapters_told(found),
             remedy="give the same ones in the same order: --lora DIR[=SCALE]",
         )
-
-
-def _merges(adapters: object) -> str:
-    merges = adapters if isinstance(adapters, list) else [adapters]
-    words = [str(merge.get("words", "")) if isinstance(merge, dict) else str(merge) for merge in merges]
-    return printable("; ".join(words) or "none", 200)
 
 
 def _called(manifest: Mapping[str, Any]) -> tuple[str, str | None] | None:
@@ -358,19 +354,24 @@ def _compare_sources(
 
 def _dependencies(model: Source, made: Mapping[str, Any], on_event: EventSink) -> tuple[Dependency, ...]:
     """The files of the source and of the user that the artifact was made from, with their hashes."""
-    checkpoint = model.checkpoint
-    files = sorted(checkpoint.files)
+    checkpoint, merges = model.checkpoint, model.checkpoint.adapters
+    whole = len(checkpoint.files) - len(merges)  # an adapter's one file comes after all of the model's
+    files = sorted(checkpoint.files[:whole])
     if checkpoint.metadata is None:
         small = [checkpoint.directory / name for name in ("config.json", *SMALL_FILES)]
         files += [path for path in small if path.is_file()]
+    owners: list[tuple[str, Model | Merge]] = [("source", checkpoint)] * len(files)
+    for merge, weights in zip(merges, checkpoint.files[whole:], strict=True):
+        files += [merge.directory / ADAPTER, weights]
+        owners += [("adapter", merge)] * 2
 
     def told(done: int, total: int) -> None:
         on_event(events.Check("the files of the source", done, total))
 
     hashes = contents(files, kept=kept_hashes(), told=told)
     found = [
-        Dependency(path.name, sha256, "source", checkpoint.name, checkpoint.revision)
-        for path, sha256 in zip(files, hashes, strict=True)
+        Dependency(path.name, sha256, kind, owner.name, owner.revision)
+        for path, sha256, (kind, owner) in zip(files, hashes, owners, strict=True)
     ]
     found += [Dependency(text["name"], text["sha256"], "text") for text in made.get("texts") or ()]
     found += [Dependency(one["name"], one["sha256"], kind) for kind, one in made.get("files", {}).items()]

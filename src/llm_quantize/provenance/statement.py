@@ -101,7 +101,10 @@ def _provenance(
     source = {"name": again.source}
     revision = manifest["identity"].get("source_revision")
     source |= {} if revision is None else {"revision": str(revision)}
-    asked = {key: made[key] for key in ("level", "name", "options", "recipe") if key in made}
+    merges = manifest["identity"].get("adapters")
+    adapters = [{key: merge[key] for key in ("name", "revision", "scale")} for merge in merges or ()]
+    asked = {"adapters": adapters} if adapters else {}
+    asked |= {key: made[key] for key in ("level", "name", "options", "recipe") if key in made}
     file = manifest_path(outcome.path)
     return {
         "buildDefinition": {
@@ -149,23 +152,24 @@ def statement_bytes(statement: Mapping[str, Any]) -> bytes:
 
 def unlike(artifact: Path, file: Path) -> list[str]:
     """What of ``artifact``'s files is not as the statement in ``file`` says, a sentence each; the files that it names
-    are never opened by its names.
+    are never opened by its names, and the statement itself may lie among them.
 
     Raises MalformedInputError (no statement of files by SHA-256), AccessError, UsageError.
     """
     statement = read_json_object(file, limit_bytes=MAX_BYTES)
     subjects = statement.get("subject")
     known = statement.get("_type") == STATEMENT and isinstance(subjects, list) and subjects
-    if not known or not all(_is_subject(one) for one in subjects or ()):
+    named = known and all(_is_subject(one) for one in subjects or ())
+    if not named or len({one["name"] for one in subjects or ()}) != len(subjects or ()):
         raise MalformedInputError(
             "this is no in-toto statement of files by their SHA-256",
             file=file,
-            expected=f"_type {STATEMENT}, with a subject for each file",
+            expected=f"_type {STATEMENT}, with one subject for each file",
             found=printable(str(statement.get("_type")), 80),
             remedy="give a file that --attest wrote",
         )
     said = {one["name"]: one["digest"]["sha256"] for one in subjects or ()}
-    found = files_of(artifact)
+    found = {name: path for name, path in files_of(artifact).items() if not path.samefile(file)}
     told = [
         f"{printable(name, 120)}, of which the statement says something, is not there"
         for name in said
