@@ -97,7 +97,7 @@ def test_experts_that_no_token_reached(format: str, level: str, text: Path, tmp_
 def test_experts_as_wide_as_the_model_are_not_drawn_to_the_router(text: Path, tmp_path: Path) -> None:
     """Inputs of the second stack of experts are not the model's, though both are 64 wide."""
     model = make_tiny("qwen3_moe", tmp_path / "model", dtype="float32", moe_intermediate_size=64)
-    result, manifest = run(model, tmp_path / "out", options(text, samples=3, length=48))
+    result, manifest = run(model, tmp_path / "out", options(text, samples=3, length=48, correction=1.0))
     told = matrices(manifest)
     for block in range(2):
         down, up = (told[f"blk.{block}.ffn_{name}_exps.weight"] for name in ("down", "up"))

@@ -95,10 +95,12 @@ class Terminal:
     """The command with a terminal of its own."""
 
     def __init__(self, *words: str) -> None:
+        # This process has threads: its child may do nothing but become the command.
+        command = [sys.executable, "-m", "llm_quantize", "run", *words]
+        environment = {**os.environ, "TERM": "dumb", "LC_ALL": "C.UTF-8"}
         self.child, self.master = pty.fork()
         if self.child == 0:
-            os.environ |= {"TERM": "dumb", "LC_ALL": "C.UTF-8"}
-            os.execv(sys.executable, [sys.executable, "-m", "llm_quantize", "run", *words])
+            os.execve(sys.executable, command, environment)
         self.text = ""
 
     def until(self, words: str, seconds: float = 90) -> str:
