@@ -95,11 +95,13 @@ class Terminal:
     """The command with a terminal of its own."""
 
     def __init__(self, *words: str) -> None:
-        # This process has threads: its child may do nothing but become the command.
+        # This process has threads, so its child may do nothing but become the command; and Ctrl-C must reach that, also
+        # where this process was started in the background, which ignores it.
         command = [sys.executable, "-m", "llm_quantize", "run", *words]
         environment = {**os.environ, "TERM": "dumb", "LC_ALL": "C.UTF-8"}
         self.child, self.master = pty.fork()
         if self.child == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execve(sys.executable, command, environment)
         self.text = ""
 
