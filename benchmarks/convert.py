@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +22,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HERE = Path(__file__).resolve().parent
 # This folder has a file called like the gguf package: it must not come first on the import path.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+sys.path.append(str(HERE / "peers"))
 
 import numpy as np
+from costs import taken
 from safetensors.numpy import save_file
 
 from llm_quantize.data import demo_model
@@ -95,19 +96,6 @@ def make(form: str, place: Path, size: tuple[int, int, int] = LARGE) -> Path:
     plain = {name: value.astype(np.float16) if value.dtype == np.float32 else value for name, value in tensors.items()}
     save_file(plain, place / "model.safetensors", metadata={"format": "pt"})
     return place
-
-
-def taken(command: Sequence[str]) -> dict[str, Any]:
-    """CPU seconds and the largest memory of ``command``, in a process of its own."""
-    script = (
-        "import json, resource, subprocess, sys\n"
-        "done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)\n"
-        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
-        "print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, done.stdout.decode()]))"
-    )
-    done = subprocess.run([sys.executable, "-c", script, *command], stdout=subprocess.PIPE, check=True)
-    seconds, memory, said = json.loads(done.stdout)
-    return {"cpu_seconds": round(seconds, 2), "peak_rss": memory, "said": said}
 
 
 def measured(source: Path, out: Path, format: str, level: str | None, start: float) -> Mapping[str, Any]:

@@ -17,7 +17,6 @@ import math
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -28,8 +27,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HERE = Path(__file__).resolve().parent
 # This folder has a file called like the gguf package: it must not come first on the import path.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+sys.path.append(str(HERE / "peers"))
 
 import numpy as np
+from costs import taken
 
 from llm_quantize import api
 from llm_quantize.data import demo_model
@@ -124,19 +125,6 @@ def make(place: Path) -> Path:
         file.truncate(layout.size)
     path.with_suffix(".part").rename(path)
     return path
-
-
-def taken(command: Sequence[str]) -> dict[str, Any]:
-    """CPU seconds and the largest memory of ``command``, in a process of its own."""
-    script = (
-        "import json, resource, subprocess, sys\n"
-        "done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)\n"
-        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
-        "print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, done.stdout.decode()]))"
-    )
-    done = subprocess.run([sys.executable, "-c", script, *command], stdout=subprocess.PIPE, check=True)
-    seconds, memory, said = json.loads(done.stdout)
-    return {"cpu_seconds": round(seconds, 2), "peak_rss": memory, "said": said}
 
 
 def runs(source: Path, out: Path) -> Mapping[str, list[str]]:

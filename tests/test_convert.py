@@ -32,7 +32,7 @@ from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.models.opening import open_model
 from llm_quantize.models.quantized import PackedDirectory
 from llm_quantize.options import MethodOptions, Options
-from llm_quantize.provenance.rederive import rederive
+from llm_quantize.provenance.rederive import ready, rederive
 from tests.faults.forking import CommandLine
 from tests.faults.scenario import Scenario
 from tests.models.adapters import factors, write_adapter
@@ -500,7 +500,7 @@ def test_with_an_adapter_only_what_it_changes_is_rounded(llama: Path, tmp_path: 
     floats = api.convert(source, "compressed-tensors", output_dir=tmp_path / "floats", lora=adapter)
     assert (floats.conversion or {})["verdict"] == "exact"
     assert verify(path, source=str(source), lora=(adapter,)).ok
-    assert rederive(path, source=str(source), lora=(adapter,), threads=1).verdict == "same"
+    assert rederive(ready(path, source=str(source)), lora=(adapter,), threads=1).verdict == "same"
 
 
 def test_quantize_names_convert(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -524,6 +524,6 @@ def test_measured_against_the_source(llama: Path, tmp_path: Path) -> None:
         found = made.conversion["measured"]
         assert (abs(found["kld"]) < 1e-9) == lossless
         assert verify(made.path, source=str(source)).ok
-        assert rederive(made.path, source=str(source), threads=1).verdict == "same"
+        assert rederive(ready(made.path, source=str(source)), threads=1).verdict == "same"
         again = api.convert(source, target, level, output_dir=tmp_path, options=options, measure=True)
         assert (again.status, again.conversion) == ("already complete", made.conversion)

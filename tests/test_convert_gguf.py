@@ -34,7 +34,7 @@ from llm_quantize.models.opening import open_source
 from llm_quantize.options import MethodOptions
 from llm_quantize.pipeline import Options, quantize
 from llm_quantize.plan import MatrixPlan
-from llm_quantize.provenance.rederive import rederive
+from llm_quantize.provenance.rederive import ready, rederive
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
 from tests.formats.test_gguf_scales import TOKENS, rewritten, scales_for
@@ -411,7 +411,7 @@ def test_exact_floats_are_asked_for_and_remembered(net: Path, tmp_path: Path) ->
     exact, plain = (Options(threads=1, exact=exact) for exact in (True, False))
     result = convert(source, "gptq", output_dir=tmp_path / "out", options=exact)
     assert (result.conversion or {})["verdict"] == "exact"
-    assert rederive(result.path, source=source, threads=1).verdict == "same"
+    assert rederive(ready(result.path, source=source), threads=1).verdict == "same"
     for taken, other in ((exact, plain), (plain, exact)):
         place = tmp_path / f"{taken.exact}"
         convert(source, "gptq", output_dir=place, options=taken)

@@ -32,8 +32,7 @@ from llm_quantize.results import Shown, json_ready
 KEEP = "keep"
 """The method that is meant where the user names none."""
 
-_NARROWER = {"f32": (), "f16": ("F32", "BF16", "F64"), "bf16": ("F32", "F16", "F64")}
-"""{a type of floats: those of which it does not hold all values}."""
+_FLOATS = {"f32", "f16", "bf16"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,12 +87,12 @@ def _foreseen(source: Source, format: str, level: str | None, name: str | None, 
             never.append(matrix.name)
     for index in plan.rounded():
         tensor = plan.tensors[index]
-        types = {source.checkpoint.tensors[piece.source].dtype for piece in tensor.output.pieces}
-        lost = types - {"F32", "F16", "BF16", "F64"} if tensor.qtype != "f32" else set()
-        exact = tensor.qtype in _NARROWER and not types & {*_NARROWER[tensor.qtype], *lost}
+        types = {source.checkpoint.tensors[piece.source].dtype.lower() for piece in tensor.output.pieces}
+        # Floats may fit narrower ones, as norms in float32 do that were trained in bfloat16; products hardly ever do.
+        exact = tensor.qtype in _FLOATS and (tensor.qtype == "f32" or types <= {*_FLOATS, "f64"})
         if tensor.output.pieces:
             told[tensor.name] = EXACT if exact else ROUNDED
-            if tensor.qtype not in _NARROWER:
+            if tensor.qtype not in _FLOATS:
                 never.append(tensor.name)
     words = set(told.values())
     verdict = next((word for word in (REQUANTIZED, ROUNDED) if word in words), EXACT)

@@ -21,7 +21,8 @@ from llm_quantize.formats.recipe_file import write_recipe
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.made import Given
 from llm_quantize.pipeline import quantize
-from llm_quantize.provenance.rederive import rederive
+from llm_quantize.provenance.check import check
+from llm_quantize.provenance.rederive import ready, rederive
 from tests.blockwise.tiny import write_text
 from tests.fake_hub import COMMIT, FakeHub
 from tests.faults.forking import CommandLine
@@ -98,7 +99,9 @@ def given(place: Path, case: str) -> dict[str, Any]:
 def again(place: Path, artifact: Path, case: str, **more: Any) -> Rederivation:
     files = given(place, case)
     found = Given(tuple(map(str, files.get("calibration_data", ()))), files.get("imatrix"), files.get("statistics"))
-    return rederive(artifact, **{"source": str(place / "tiny"), "given": found, "threads": 1, **more})
+    needed = {"source": str(place / "tiny"), "given": found}
+    needed |= {key: more.pop(key) for key in tuple(more) if key in needed}
+    return rederive(ready(artifact, **needed), **{"threads": 1, **more})
 
 
 def copied(artifact: Path, target: Path) -> Path:
@@ -213,6 +216,16 @@ def test_another_configuration_of_the_source_is_found(place: Path, tmp_path: Pat
     assert {one.tensor for one in found.differences} == {""}
 
 
+def test_what_is_missing_is_refused_before_a_tensor_is_read(place: Path) -> None:
+    artifact = made(place, "gguf")[0]
+    changed = Given(imatrix=place / "tiny" / "config.json")
+    for words, message in (({}, "another place"), ({"source": str(place / "tiny"), "given": changed}, "no part")):
+        told: list[Any] = []
+        with pytest.raises(UsageError, match=message):
+            check(artifact, rederive=True, on_event=told.append, **words)
+        assert told == []
+
+
 def test_a_copy_of_the_source_under_another_name_is_the_same(place: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(place / "tiny", tmp_path / "another-name"))
     for case in ("gguf", "gptq"):
@@ -226,7 +239,7 @@ def test_merged_adapters_in_a_name_that_nobody_gave(place: Path, tmp_path: Path)
         str(place / "tiny"), "safetensors", levels=["F16"], output_dir=tmp_path / "out", lora=[adapter]
     )
     assert result.path.name == "tiny-mine-F16"
-    assert rederive(result.path, source=str(place / "tiny"), lora=[adapter], threads=1).verdict == "same"
+    assert rederive(ready(result.path, source=str(place / "tiny")), lora=[adapter], threads=1).verdict == "same"
 
 
 @pytest.fixture(scope="module")
@@ -248,11 +261,11 @@ def tiny_shape(place: Path) -> int:
 
 def test_adapters_are_part_of_the_source(place: Path, merged: Path, tmp_path: Path) -> None:
     lora = [str(place / "lora0"), f"{place / 'lora1'}=0.5"]
-    found = rederive(merged, source=str(place / "tiny"), lora=lora, digests=True)
+    found = rederive(ready(merged, source=str(place / "tiny")), lora=lora, digests=True)
     assert found.verdict == "same"
     for wrong in ([], lora[:1], lora[::-1], [lora[0], str(place / "lora1")]):
         with pytest.raises(UsageError, match="adapters are not those"):
-            rederive(merged, source=str(place / "tiny"), lora=wrong)
+            rederive(ready(merged, source=str(place / "tiny")), lora=wrong)
     files = [(one.name, one.kind, one.model) for one in found.dependencies if one.kind != "source"]
     assert files == [
         (name, "adapter", owner)
@@ -349,7 +362,7 @@ def test_a_manifest_opens_no_model_of_this_machine(
             artifact, lambda content, commit=commit: content["identity"].update(source=name, source_revision=commit)
         )
         with pytest.raises(UsageError, match="made from") as caught:
-            rederive(artifact)
+            ready(artifact)
         assert "--source" in str(caught.value.remedy)
 
 
@@ -444,7 +457,7 @@ def test_the_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_the_built_in_model_needs_no_source(tmp_path: Path) -> None:
     assert run(["quantize", "builtin:demo-llama", "-q", "Q4_0", "-o", str(tmp_path)]) == 0
-    found = rederive(tmp_path / "demo-llama-Q4_0.gguf")
+    found = rederive(ready(tmp_path / "demo-llama-Q4_0.gguf"))
     assert found.same
     assert found.source == "demo-llama"
 
@@ -517,5 +530,5 @@ def test_large_files_are_compared_a_few_rows_at_a_time(tmp_path: Path) -> None:
     row_bytes = entry["bytes"] // 70000
     for row in (3, 4, 69999):
         flip(artifact, entry["offset"] + row * row_bytes)
-    (one,) = rederive(artifact, source=str(model)).differences
+    (one,) = rederive(ready(artifact, source=str(model))).differences
     assert (one.tensor, one.rows, one.count) == (entry["name"], (3, 69999), 3)

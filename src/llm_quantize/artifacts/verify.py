@@ -61,7 +61,7 @@ from llm_quantize.models.quantized import PackedDirectory, is_packed_directory, 
 from llm_quantize.models.stored import StoredDirectory
 from llm_quantize.qtypes import QTYPES
 
-__all__ = ["TensorCheck", "Verification", "error_bound", "verify"]
+__all__ = ["TensorCheck", "Verification", "error_bound", "located", "verify"]
 
 _NAMES = {
     **{"U8": "uint8", "F8_E4M3": "float8_e4m3", "F8_E8M0": "float8_e8m0", "I8": "int8", "I16": "int16"},
@@ -110,6 +110,13 @@ def verify(
     return Verification(
         subject.path, manifest is not None, model is not None, list(checks.values()), problems, list(notes)
     )
+
+
+def located(artifact: str | Path) -> Path:
+    """Where the artifact lies that ``artifact`` is, or is a part of. Raises what ``verify`` raises before it reads a
+    tensor."""
+    with ExitStack() as stack:
+        return _open(Path(artifact), stack).path
 
 
 def _hold_to_verdicts(manifest: Manifest | None, checks: Checks) -> None:

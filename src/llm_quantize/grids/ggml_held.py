@@ -28,6 +28,7 @@ from llm_quantize.grids.grid import Grid, Ladder
 from llm_quantize.grids.holding import Floats, as_affine, as_integers, stored
 from llm_quantize.kernels.reference.floats import half_bits, half_values
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.qtypes.blocks import OFFSETS, SYMMETRIC
 from llm_quantize.qtypes.codebook import CODEBOOKS, SCALES
 
 __all__ = ["held", "hold", "is_other", "pack"]
@@ -47,9 +48,6 @@ class _Fours:
     codes: int
 
 
-_WHOLE = {"q2_0": 2, "q4_0": 4, "q5_0": 5, "q8_0": 8}
-_OFFSET = {"q4_1": 4, "q5_1": 5}
-"""Bits of the codes of types without and with an offset."""
 _MIRRORED = "q2_0"  # its levels are -1 to 2, where those of two bits are -2 to 1 elsewhere
 _FOURS = {"mxfp4": _Fours(32, "e8m0", 1, 16), "nvfp4": _Fours(16, "e4m3", 4, 32)}
 _E2M1 = np.array(CODEBOOKS["e2m1"], np.float32)
@@ -112,13 +110,13 @@ def hold(qtype: str, grid: Grid, codes: Tensor, *, exact: bool = True) -> tuple[
         return _of_fours(_FOURS[qtype], grid, codes)
     if _is_own(qtype, grid) and _is_half(grid.d) and _is_half(grid.m):
         return grid, codes
-    if grid.ladder is not None or qtype not in (*_WHOLE, *_OFFSET) or grid.group % QTYPES[qtype].block_size:
+    if grid.ladder is not None or qtype not in (*SYMMETRIC, *OFFSETS) or grid.group % QTYPES[qtype].block_size:
         return None
     size, floats = QTYPES[qtype].block_size, Floats(torch.float16, exact)
-    if qtype in _OFFSET:
-        found = as_affine(grid, codes, bits=_OFFSET[qtype], size=size, floats=floats)
+    if qtype in OFFSETS:
+        found = as_affine(grid, codes, bits=OFFSETS[qtype], size=size, floats=floats)
     else:
-        bits = _WHOLE[qtype]
+        bits = SYMMETRIC[qtype]
         found = as_integers(grid, codes, bits=bits, size=size, symmetric=True, zeros=(0, 0), floats=floats)
     if found is None or not (found[0].d.isfinite().all() and (found[0].m is None or found[0].m.isfinite().all())):
         return None

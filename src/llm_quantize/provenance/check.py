@@ -7,11 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from llm_quantize.artifacts.verification import Verification
-from llm_quantize.artifacts.verify import verify
+from llm_quantize.artifacts.verify import located, verify
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, Part, ignore
 from llm_quantize.io.whole_file import refuse_existing, refuse_input, write_file
 from llm_quantize.made import Given
+from llm_quantize.provenance.rederive import ready
 from llm_quantize.provenance.rederive import rederive as made_again
 from llm_quantize.provenance.statement import files_of, statement_bytes, statement_of, unlike
 
@@ -45,18 +46,16 @@ def check(
         )
     if attest is not None:
         refuse_existing(attest, replace=False)
+    begun = ready(located(artifact), source=source, revision=revision, given=given) if rederive else None
     first, second = (Part(on_event, 0.0, _VERIFYING), Part(on_event, _VERIFYING, 1.0)) if rederive else (on_event,) * 2
     outcome = verify(artifact, source=source, revision=revision, lora=lora, on_event=first)
     if against is not None:
         outcome.problems += unlike(outcome.path, against)
     began = datetime.now(UTC)
-    if rederive:
+    if begun is not None:
         outcome.rederived = made_again(
-            outcome.path,
-            source=source,
-            revision=revision,
+            begun,
             lora=lora,
-            given=given,
             threads=threads,
             max_ram=max_ram,
             digests=attest is not None,

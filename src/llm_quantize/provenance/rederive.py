@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,41 +60,63 @@ _OF_THE_VERSION = frozenset(("version", "layout_sha256"))
 """Keys of an identity that another version of this package alone makes others."""
 
 
-def rederive(
-    artifact: Path,
-    *,
-    source: str | None = None,
-    revision: str | None = None,
-    lora: Sequence[str] = (),
-    given: Given | None = None,
-    threads: int | None = None,
-    max_ram: int | None = None,
-    digests: bool = False,
-    on_event: EventSink = ignore,
-) -> Rederivation:
-    """Make ``artifact`` again from ``source`` (None: what the manifest records, where that is the built-in model or a
-    commit of the hub), adapters ``lora`` merged into it, with the files ``given``, and say whether its bytes are the
-    same.
-    ``digests``: hash the files that it was made from, too.
+@dataclass(frozen=True)
+class Ready:
+    """What is needed to make ``artifact`` again, and is there: its ``manifest``, what that records (``found``), the
+    ``options`` with the user's files, and the ``source`` to open, at ``revision``."""
 
-    Holds in memory what ``quantize`` does, and on disk what that keeps on its way (statistics, hidden states), beside
-    the artifact and gone at the end.
+    artifact: Path
+    manifest: dict[str, Any]
+    found: Recorded
+    options: Options
+    source: str
+    revision: str | None
+
+
+def ready(
+    artifact: Path, *, source: str | None = None, revision: str | None = None, given: Given | None = None
+) -> Ready:
+    """``artifact`` to be made again from ``source`` (None: what the manifest records, where that is the built-in model
+    or a commit of the hub) with the files ``given``. No tensor is read.
 
     Raises UnsupportedError where nothing is recorded, UsageError where a source or file must be given, IntegrityError
-    where one given is another, and what ``quantize`` raises.
+    where one given is another, MalformedInputError for a manifest of no sense.
     """
     manifest = read_manifest(manifest_path(artifact))
     if manifest is None or "made" not in manifest:
         raise _unrecorded(artifact, manifest)
     found = recorded(manifest["made"], manifest_path(artifact))
-    options = replace(with_inputs(found, given or Given()), threads=threads, max_ram=max_ram, checkpoints=True)
+    options = with_inputs(found, given or Given())
+    place, at = _source_of(manifest, source, revision, manifest_path(artifact))
+    return Ready(artifact, manifest, found, options, place, at)
+
+
+def rederive(
+    begun: Ready,
+    *,
+    lora: Sequence[str] = (),
+    threads: int | None = None,
+    max_ram: int | None = None,
+    digests: bool = False,
+    on_event: EventSink = ignore,
+) -> Rederivation:
+    """Make the artifact of ``begun`` again, adapters ``lora`` merged into its source, and say whether its bytes are the
+    same. ``digests``: hash the files that it was made from, too.
+
+    Holds in memory what ``quantize`` does, and on disk what that keeps on its way (statistics, hidden states), beside
+    the artifact and gone at the end.
+
+    Raises UsageError where the adapters are others, and what ``quantize`` raises.
+    """
+    artifact, manifest, found = begun.artifact, begun.manifest, begun.found
+    options = replace(begun.options, threads=threads, max_ram=max_ram, checkpoints=True)
     calibration = replace(options.calibration, threads=threads, max_ram=max_ram)
     options = replace(options, calibration=calibration)
     before = memory.before_libraries()
-    place, at = _source_of(manifest, source, revision, manifest_path(artifact))
     target = artifact.with_name(f"{artifact.name}.rederived")
     with ExitStack() as stack:
-        model = open_source(place, revision=at, lora=lora, on_event=on_event, called=_called(manifest))
+        known = _called(manifest)
+        model = open_source(begun.source, revision=begun.revision, lora=lora, on_event=on_event, called=known)
         stack.callback(model.checkpoint.close)
         _check_adapters(manifest, model, manifest_path(artifact))
         _try_expressions(model, options, manifest_path(artifact))

@@ -15,14 +15,14 @@ from llm_quantize.qtypes.codebook import CodebookType
 from llm_quantize.qtypes.integer import WHOLE_ROW
 from llm_quantize.qtypes.packed import PackedType, packed_type
 
-__all__ = ["WITH_A_SCALE", "blocks_of", "fits", "may_fit"]
+__all__ = ["OFFSETS", "SYMMETRIC", "WITH_A_SCALE", "blocks_of", "fits", "may_fit"]
 
 WITH_A_SCALE = "e2m1_b16_e4m3"
 """The grid of which GGUF keeps one number for the matrix beside its blocks."""
 
-_SYMMETRIC = {"q2_0": 2, "q4_0": 4, "q5_0": 5, "q8_0": 8}
+SYMMETRIC = {"q2_0": 2, "q4_0": 4, "q5_0": 5, "q8_0": 8}
 _AROUND_ZEROS = {"q4_0": 3, "q5_0": 4, "q8_0": 7}
-_OFFSETS = {"q4_1": 4, "q5_1": 5}
+OFFSETS = {"q4_1": 4, "q5_1": 5}
 """{type: the most bits}, types in rising order of their bytes."""
 _FLOATS = {"mxfp4": ("e8m0", "e8m0up"), "nvfp4": ("e4m3", "e4m3alone")}
 """{type: how the scales of groups of E2M1 are stored}."""
@@ -35,7 +35,7 @@ def _holding(grid: PackedType) -> Iterator[str]:
             if grid.codebook == "e2m1" and grid.nested in scales:
                 yield name
         return
-    table = _OFFSETS if isinstance(grid, AffineType) else _SYMMETRIC if grid.symmetric else _AROUND_ZEROS
+    table = OFFSETS if isinstance(grid, AffineType) else SYMMETRIC if grid.symmetric else _AROUND_ZEROS
     for name, most in table.items():
         if grid.bits <= most and (grid.group_size == WHOLE_ROW or grid.group_size % QTYPES[name].block_size == 0):
             yield name
@@ -72,5 +72,5 @@ def may_fit(target: str, source: str) -> bool:
     if grid.group_size != WHOLE_ROW and grid.group_size % QTYPES[target].block_size:
         return False
     if isinstance(grid, AffineType):
-        return grid.bits <= _SYMMETRIC.get(target, 0)
-    return grid.bits <= _OFFSETS.get(target, 0)
+        return grid.bits <= SYMMETRIC.get(target, 0)
+    return grid.bits <= OFFSETS.get(target, 0)
