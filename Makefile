@@ -12,7 +12,7 @@ GPTQMODEL := defuser device-smi logbar pillow pypcre requests threadpoolctl toke
 VARIANTS := gguf:Q8_0,gguf:Q6_K,gguf:Q5_K_M,gguf:Q4_K_M,gguf:IQ4_XS,gguf:IQ3_M,gguf:IQ3_XXS,gguf:IQ2_M,gguf:IQ2_XXS,gguf:IQ1_S
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo demo-all compare test test-all vllm test-vllm transformers-runtime test-transformers mlx-runtime test-mlx develop check format bench real-models bench-real clean
+.PHONY: demo demo-all compare test test-all vllm test-vllm transformers-runtime test-transformers mlx-runtime test-mlx develop check format bench bench-convert real-models bench-real clean
 
 # Without torch: eight GGUF levels, measured in llama.cpp. Where torch is in $(VENV) already, it does what demo-all does.
 demo: $(VENV)/.light
@@ -55,6 +55,11 @@ test-mlx: $(VENV)/.test $(MLX)/.ready
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/gguf.py
+
+# Conversions: directories of random codes into other formats, a GGUF file of a billion weights into bfloat16; minutes, 6 GB.
+bench-convert: $(VENV)/.test
+	$(BIN)/python benchmarks/convert.py --directory $(PEERS)/convert --json benchmarks/results/convert.json
+	$(BIN)/python benchmarks/convert_gguf.py --directory $(PEERS)/convert --json benchmarks/results/convert_gguf.json
 
 # Against the tools that own the formats: hours. Without their environments (benchmarks/peers/environments.sh .peers)
 # they are left out.
