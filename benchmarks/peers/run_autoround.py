@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--scheme", default="W4A16")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--format", default="auto_gptq")
+    parser.add_argument("--group-size", type=int, help="instead of the scheme's")
     options = parser.parse_args()
     import torch
     from auto_round import AutoRound
@@ -35,6 +36,7 @@ def main() -> None:
             model,
             tokenizer,
             scheme=options.scheme,
+            **({} if options.group_size is None else {"group_size": options.group_size}),
             dataset=examples,
             iters=options.iterations,
             seqlen=len(windows[0]),
