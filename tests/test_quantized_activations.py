@@ -79,6 +79,40 @@ def test_logits_are_those_of_transformers(level: str, tmp_path: Path) -> None:
     assert 0 < kld(base, ours(demo_model(), artifact)) < 0.98 * kld(base, found)
 
 
+@pytest.mark.parametrize("variant", ["demo", "phi3", "gemma3"])
+def test_keys_and_values_are_rounded_as_transformers_rounds_them(variant: str, tmp_path: Path) -> None:
+    """Its logits with the scales that stand there, and with others, so small that large keys are cut off."""
+    model = demo_model() if variant == "demo" else make_tiny(variant, tmp_path / "model", dtype="float32")
+    artifact = made(model, tmp_path, "FP8_DYNAMIC", method="gptq", kv_cache="fp8")
+    base, found = ours(model, None), ours(model, artifact)
+    assert kld(found, theirs(artifact)) < 1e-9
+    file = artifact / "model.safetensors"
+    tensors = load_file(file)
+    changed = {name: one / 50 if name.endswith("k_scale") else one for name, one in tensors.items()}
+    save_file(changed, file, {"format": "pt"})
+    cut = ours(model, artifact)
+    assert kld(cut, theirs(artifact)) < 1e-9
+    assert kld(base, cut) > 1.5 * kld(base, found)
+
+
+def test_keys_and_values_without_a_scale(tmp_path: Path) -> None:
+    """One that is not stored is 1; one of no sense is named; a scheme that is not followed is said, and not counted."""
+    artifact = made(demo_model(), tmp_path, "FP8_DYNAMIC", method="gptq", kv_cache="fp8")
+    file = artifact / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: one for name, one in tensors.items() if not name.endswith(("k_scale", "v_scale"))}, file)
+    absent = ours(demo_model(), artifact)
+    ones = {
+        name: torch.ones_like(one) if name.endswith(("k_scale", "v_scale")) else one for name, one in tensors.items()
+    }
+    save_file(ones, file)
+    assert torch.equal(ours(demo_model(), artifact), absent)
+    save_file({**ones, "model.layers.0.self_attn.v_scale": torch.tensor([-1.0], dtype=torch.bfloat16)}, file)
+    with pytest.raises(NumericPolicyError, match="a scale of keys or values") as refusal:
+        ours(demo_model(), artifact)
+    assert refusal.value.tensor == "model.layers.0.self_attn.v_scale"
+
+
 @pytest.mark.parametrize("level", ["NVFP4", "MXFP4"])
 def test_four_bits_are_those_of_transformers(level: str, tmp_path: Path) -> None:
     """It unpacks weights in bfloat16, which rounds those of NVFP4: they are put in again as they are stored."""

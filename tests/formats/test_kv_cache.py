@@ -171,7 +171,7 @@ def test_statistics_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert refusal.value.found == "--statistics"
 
 
-def test_what_is_told(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_told(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert artifact.name == "demo-llama-W4A16-kv-fp8"
     scheme = json.loads((artifact / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
     assert SCHEME.items() <= scheme.items()
@@ -186,9 +186,17 @@ def test_what_is_told(artifact: Path, capsys: pytest.CaptureFixture[str]) -> Non
     command = ["analyze", "quality", str(artifact), "--reference", str(demo_model()), "--windows", "1"]
     assert run([*command, "--context", "64", "--threads", "1", "--json"]) == 0
     (one,) = json.loads(capsys.readouterr().out)["artifacts"]
+    assert (one["notes"], one["cache"]) == ([], "8-bit floats, calibrated scales")
+    config = json.loads((artifact / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"]["dynamic"] = True
+    other = shutil.copytree(artifact, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps(config))
+    assert run([*command[:2], str(other), *command[3:], "--context", "64", "--threads", "1", "--json"]) == 0
+    (one,) = json.loads(capsys.readouterr().out)["artifacts"]
     assert one["notes"] == [
-        "a runtime keeps keys and values as 8-bit floats, calibrated scales; here they are measured as they are"
+        "a runtime keeps keys and values as 8-bit floats, scales found as it runs; here they are measured as they are"
     ]
+    assert one["cache"] == ""
 
 
 def altered(artifact: Path, folder: Path, tensors: dict[str, torch.Tensor | None], scheme: Any = ...) -> Path:

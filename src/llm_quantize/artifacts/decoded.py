@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,8 +143,18 @@ class Decoded(ABC):
         del name, expert
         return None
 
+    def cache(self, names: Sequence[str]) -> tuple[InputGrid, InputGrid] | None:
+        """What a runtime rounds keys and values to, before it keeps those of the attention that has the checkpoint
+        tensors ``names``; None: nothing, or nothing that is followed here. Raises as ``inputs``."""
+        del names
+        return None
+
     def inputs_text(self) -> str:
         """What the inputs of its matrices are rounded to, in words, "" where they are not."""
+        return ""
+
+    def cache_text(self) -> str:
+        """What its keys and values are kept as, in words; "" where that is not counted here."""
         return ""
 
     def for_head(self) -> HeadWeights:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,24 @@ class DecodedDirectory(DecodedRows):
             return None
         return (min if grids[0].nested else max)(grids, key=lambda grid: grid.whole or 0.0)
 
+    def cache(self, names: Sequence[str]) -> tuple[InputGrid, InputGrid] | None:
+        """As ``Decoded.cache``."""
+        layers = dict.fromkeys(
+            weight.rsplit(".", 2)[0]
+            for name in names
+            for weight in self._weights_of(name, None)
+            if weight.count(".") > 1
+        )
+        found = (self.packed.cache(layer) for layer in layers)
+        return next((grids for grids in found if grids is not None), None)
+
     def inputs_text(self) -> str:
         """As ``Decoded.inputs_text``."""
         return self.packed.inputs_text
+
+    def cache_text(self) -> str:
+        """As ``Decoded.cache_text``."""
+        return "" if self.packed.cache_grid is None else self.packed.cache_text
 
     def _weights_of(self, name: str, expert: int | None) -> Iterator[str]:
         """The artifact's weights that make up the checkpoint tensor ``name``, or an expert of it."""

@@ -176,7 +176,7 @@ def _show(found: Assessment, shown: Mode, report: str | None) -> None:
     )
     console.print(floor, markup=False, style="dim")
     for one in quality.artifacts:
-        for sentence in filter(None, (one.inputs_sentence, runtime_sentence(one))):
+        for sentence in filter(None, (*one.rounded_sentences, runtime_sentence(one))):
             console.print(line(said(sentence)), markup=False)
     _pairs(console, found)
     for index, artifact in enumerate(quality.artifacts):

@@ -242,7 +242,7 @@ def _variant(one: ArtifactQuality, losses: Sequence[TensorLoss], written: Genera
 
 def _notes(quality: QualityResult, generation: Sequence[GenerationCheck]) -> list[str]:
     notes = [f"{Path(one.path).name}: {note}" for one in quality.artifacts for note in one.notes]
-    notes += [one.inputs_sentence for one in quality.artifacts if one.inputs]
+    notes += [sentence for one in quality.artifacts for sentence in one.rounded_sentences]
     notes += [sentence for one in quality.artifacts if (sentence := runtime_sentence(one))]
     for one, check in zip(quality.artifacts, generation, strict=False):
         notes += [f"{Path(one.path).name}, after “{f.prompt}”: {f.text}" for f in check.findings]

@@ -400,7 +400,7 @@ def _quality(
         kept.put(floor, measured.noise.kld)
         for index, one in zip(missing, measured.artifacts, strict=True):
             notes = [f"{Path(one.path).name}: {note}" for note in one.notes]
-            notes += [one.inputs_sentence] if one.inputs else []
+            notes += one.rounded_sentences
             kept.put(keys[index], {"divergence": divergence_to_dict(one.divergence), "notes": notes})
     facts = [kept.get(key) for key in keys]
     return _Quality(

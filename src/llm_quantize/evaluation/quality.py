@@ -80,7 +80,7 @@ class RuntimeQuality:
 class ArtifactQuality:
     """One artifact. ``size`` in bytes; ``bits_per_weight``: all its bits, header included, as a plan has it;
     ``notes``: what in it differs from the reference's configuration; ``inputs``: what the inputs of its matrices were
-    rounded to, as its runtime does, "" where they were not."""
+    rounded to, as its runtime does, "" where they were not; ``cache``: the same of keys and values."""
 
     path: str
     size: int
@@ -90,12 +90,15 @@ class ArtifactQuality:
     notes: tuple[str, ...]
     runtime: RuntimeQuality | None
     inputs: str = ""
+    cache: str = ""
 
     @property
-    def inputs_sentence(self) -> str:
-        """What a reader must know of the inputs, "" where they were not rounded."""
-        rounded = f"{Path(self.path).name}: inputs of matrices rounded too, as its runtime does: {self.inputs}"
-        return rounded if self.inputs else ""
+    def rounded_sentences(self) -> tuple[str, ...]:
+        """What a reader must know of inputs, and of keys and values, that were rounded."""
+        name = Path(self.path).name
+        inputs = f"{name}: inputs of matrices rounded too, as its runtime does: {self.inputs}"
+        cache = f"{name}: keys and values rounded too, as its runtime does: {self.cache}"
+        return (*([inputs] if self.inputs else []), *([cache] if self.cache else []))
 
 
 @dataclass(frozen=True)
@@ -374,6 +377,7 @@ def _artifact(one: Decoded, stream: Stream, real: RuntimeStream | None, runtime:
         notes=one.notes,
         runtime=None if real is None else _runtime_quality(stream, real, runtime or ""),
         inputs=one.inputs_text(),
+        cache=one.cache_text(),
     )
 
 

@@ -243,7 +243,7 @@ def notes(settings: Settings) -> Iterator[str]:
             "rounds so, only the weights are measured"
         )
     cache = settings.values.get("kv_cache_scheme")
-    if isinstance(cache, dict):
+    if isinstance(cache, dict) and kv_cache.grid_of(cache) is None:
         yield f"a runtime keeps keys and values as {kv_cache.words(cache)}; here they are measured as they are"
 
 

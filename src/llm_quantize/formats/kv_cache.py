@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llm_quantize.errors import UnsupportedError, UsageError, printable
 from llm_quantize.formats.packed import FLOATS
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.qtypes.inputs import InputGrid
 
 if TYPE_CHECKING:
     from llm_quantize.formats.modules import Selection
@@ -94,10 +95,24 @@ def contradictions(scheme: Any, scales: Collection[str], modules: Collection[str
     )
     for layer in layers:
         for letter in "kv":
-            names = (f"{letter}_scale", f"{letter}_proj.{letter}_scale", f"{letter}_proj.output_scale")
-            known = tuple(f"{layer}.{name}" for name in names)
+            known = scale_names(layer, letter)
             if not kinds.isdisjoint(map(_kind, known)) and not any(name in scales for name in known):
                 yield f"{printable(known[0], 200)} is absent, but kv_cache_scheme says that it was calibrated"
+
+
+def scale_names(layer: str, letter: str) -> tuple[str, ...]:
+    """What the scale of keys ("k") or values ("v") of the attention module ``layer`` is called, by any writer."""
+    names = (f"{letter}_scale", f"{letter}_proj.{letter}_scale", f"{letter}_proj.output_scale")
+    return tuple(f"{layer}.{name}" for name in names)
+
+
+def grid_of(scheme: Any) -> InputGrid | None:
+    """How keys and values are rounded by a kv_cache_scheme, but for their calibrated scales; None where there is none,
+    or where it is of a kind that is not followed here: other than one scale of 8-bit floats for a tensor."""
+    if not isinstance(scheme, dict) or scheme.get("strategy") not in (None, "tensor"):
+        return None
+    known = (scheme.get("num_bits"), scheme.get("type")) == (8, "float") and scheme.get("dynamic") in (None, False)
+    return InputGrid("e4m3", static=True) if known else None
 
 
 def _kind(name: str) -> str:

@@ -124,9 +124,14 @@ class PackedDirectory(StoredDirectory):
 
     @property
     def cache_text(self) -> str:
-        """What a runtime keeps keys and values as, in words; "" where it keeps them as they come."""
+        """As ``StoredDirectory.cache_text``."""
         scheme = self.settings.values.get("kv_cache_scheme")
         return kv_cache.words(scheme) if isinstance(scheme, dict) else ""
+
+    @property
+    def cache_grid(self) -> InputGrid | None:
+        """As ``StoredDirectory.cache_grid``."""
+        return kv_cache.grid_of(self.settings.values.get("kv_cache_scheme"))
 
     def cache_scales(self, name: str) -> npt.NDArray[np.float32]:
         """float32 (n,): one of ``caches``."""
@@ -200,18 +205,24 @@ class PackedDirectory(StoredDirectory):
         matrix = self.matrices.get(name)
         if matrix is None or matrix.inputs is None or not matrix.inputs.static:
             return None if matrix is None else matrix.inputs
-        suffix = matrix.inputs_at
-        whole = float(self.field(matrix, suffix).reshape(-1)[0])
-        if not (math.isfinite(whole) and whole > 0):
-            raise NumericPolicyError(
-                "the scale of a matrix's inputs is of no sense",
-                file=matrix.fields[suffix].file,
-                tensor=matrix.fields[suffix].name,
-                expected="a positive number",
-                found=whole,
-                remedy=AGAIN,
-            )
-        return replace(matrix.inputs, whole=whole)
+        info = matrix.fields[matrix.inputs_at]
+        whole = float(self.field(matrix, matrix.inputs_at).reshape(-1)[0])
+        return replace(matrix.inputs, whole=_positive(whole, info, "the scale of a matrix's inputs is of no sense"))
+
+    def cache(self, layer: str) -> tuple[InputGrid, InputGrid] | None:
+        """As ``StoredDirectory.cache``. A scale that is not stored is 1, as for vLLM (0.32)."""
+        grid = self.cache_grid
+        if grid is None:
+            return None
+        keys, values = (replace(grid, whole=self._cache_scale(layer, letter)) for letter in "kv")
+        return keys, values
+
+    def _cache_scale(self, layer: str, letter: str) -> float:
+        for name in kv_cache.scale_names(layer, letter):
+            if name in self.caches:
+                found = float(self.cache_scales(name).max())
+                return _positive(found, self.caches[name], "a scale of keys or values is of no sense")
+        return 1.0
 
     def rows(self, name: str, start: int, stop: int, *, transpose: bool = False) -> npt.NDArray[np.float32]:
         """As ``StoredDirectory.rows``."""
@@ -227,6 +238,14 @@ class PackedDirectory(StoredDirectory):
         first, last = start // ALIGNED * ALIGNED, min(-(-stop // ALIGNED) * ALIGNED, matrix.rows)
         found = self.format.held(matrix, self.fields(matrix), first, last)
         return None if found is None else found.cut(start - first, stop - first)
+
+
+def _positive(value: float, info: TensorInfo, problem: str) -> float:
+    if math.isfinite(value) and value > 0:
+        return value
+    raise NumericPolicyError(
+        problem, file=info.file, tensor=info.name, expected="a positive number", found=value, remedy=AGAIN
+    )
 
 
 def zero_biases(packed: StoredDirectory, known: Callable[[str], bool]) -> list[str]:

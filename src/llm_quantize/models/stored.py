@@ -123,6 +123,25 @@ class StoredDirectory:
         del name
         return None
 
+    @property
+    def cache_text(self) -> str:
+        """What a runtime keeps keys and values as, in words; "" where it keeps them as they come."""
+        return ""
+
+    @property
+    def cache_grid(self) -> InputGrid | None:
+        """How a runtime rounds keys and values, but for their scales; None: not at all, or not in a way that is
+        followed here."""
+        return None
+
+    def cache(self, layer: str) -> tuple[InputGrid, InputGrid] | None:
+        """What a runtime rounds the keys and the values of the attention module ``layer`` to, before it keeps them;
+        None: nothing, or nothing that is followed here.
+
+        Raises NumericPolicyError for a stored scale that is not a positive number."""
+        del layer
+        return None
+
     def held(self, matrix: PackedMatrix, start: int, stop: int) -> HeldRows | None:
         """Rows [start, stop) of a matrix as they are stored; see ``StoredFormat.held``. None: nothing is packed."""
         del matrix, start, stop

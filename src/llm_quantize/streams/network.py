@@ -174,8 +174,8 @@ class Network:
         skeleton.restore_buffers(module)
         observer = Observer()
         attach(module, points, observer)
-        watch(module, lambda: observer.cache)
         prefix = self._prefix(index) + "."
+        watch(module, prefix, self._places, self._parameters(index), weights, lambda: observer.cache)
         for parameter in self._parameters(index):
             self._put(module, parameter, weights, prefix)
         round_inputs(module, prefix, self._places, self._parameters(index), weights)

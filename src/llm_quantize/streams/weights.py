@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -48,6 +48,14 @@ class RoundsInputs(Protocol):
     tensor, and by expert where that is a stack of them; None: not at all."""
 
     def inputs(self, name: str, expert: int | None = None) -> InputGrid | None: ...
+
+
+@runtime_checkable
+class RoundsCache(Protocol):
+    """Weights of a model whose keys and values are kept in few bits: ``cache`` says how those of the attention with
+    the checkpoint tensors ``names`` are rounded, keys first; None: not at all, or not in a way that is followed."""
+
+    def cache(self, names: Sequence[str]) -> tuple[InputGrid, InputGrid] | None: ...
 
 
 class CheckpointWeights:
