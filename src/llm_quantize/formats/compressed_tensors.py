@@ -7,8 +7,8 @@ N = out, K = in, G = groups, b = bits, codes q and zero points z from 0; w = wei
     weight_scale       bf16 or f16 (N, G)           in the type of the checkpoint's weights
     weight_shape       int64  (2,)                  N, K
     weight_zero_point  int32  (ceil(N b / 32), G)   zero points packed along N; only where the grid is asymmetric
-    weight_g_idx       int32  (K,)                  the group of each column (actorder "group"): read, and not written, as
-                                                    the package refuses it since 0.20
+    weight_g_idx       int32  (K,)                  the group of each column (actorder "group"): read, and not written,
+                                                    as the package refuses it since 0.20
 
     weight             int8   (N, K)                int-quantized: signed codes, with weight_scale (N, 1); others also
                                                     (N, G) or one for all, and perhaps weight_zero_point int8 (N, G)

@@ -235,8 +235,12 @@ def _sizes(found: Mapping[str, TensorInfo], settings: Settings) -> tuple[int, in
     check_matrix(main)
     rows = scales.shape[-1] if len(scales.shape) == 2 else 0
     declared = declared_bits(settings)
+    usual = max(1, declared[0] if declared else 4)
     columns = index.shape[0] if index is not None and len(index.shape) == 1 else 0
-    columns = columns or 32 * main.shape[0] // max(1, declared[0] if declared else 4)
+    if index is not None and columns and main.shape[0] != packed_words(columns, usual):
+        if found["qzeros"].shape[-1:] == (packed_words(rows, usual),):  # codes and zero points agree
+            raise misfit(index, f"the group of each of {32 * main.shape[0] // usual} columns", index.shape)
+    columns = columns or 32 * main.shape[0] // usual
     bits, rest = divmod(32 * main.shape[0], max(1, columns))
     if rest or not 2 <= bits <= 8 or not rows:
         raise misfit(main, f"codes of {rows} rows and {columns} columns in 2 to 8 bits", main.shape)

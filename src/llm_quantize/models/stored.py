@@ -124,7 +124,7 @@ class StoredDirectory:
         return None
 
     def grid(self, matrix: PackedMatrix) -> Held:
-        """The grid of a matrix; see ``Model.held``. Raises IntegrityError for a column of a group that does not exist."""
+        """The grid of a matrix; see ``Model.held``. Raises IntegrityError for columns of groups that do not exist."""
         return Held(matrix.qtype, matrix.scale)
 
     def held(self, matrix: PackedMatrix, start: int, stop: int) -> HeldRows | None:
