@@ -26,6 +26,7 @@ from llm_quantize.errors import IntegrityError, UnsupportedError, UsageError
 from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.formats.table import ACT_ORDER, FORMATS
 from llm_quantize.models.opening import open_model
+from llm_quantize.models.quantized import PackedDirectory
 from llm_quantize.options import MethodOptions, Options
 from llm_quantize.provenance.rederive import ready, rederive
 from tests.conversions.cells import UNNAMED
@@ -177,10 +178,8 @@ def test_formats_without_it_round_and_say_why(
     assert result.conversion is not None
     assert result.conversion["tensors"]["rounded"] >= 14
     (warning,) = [text for text in result.plan.warnings if "g_idx" in text]
-    assert warning.startswith(
-        f"14 matrices rounded anew: their groups of columns are spread by g_idx (act-order), those of {format}"
-    )
-    assert "gptq keeps them" in warning
+    assert warning.startswith("14 matrices rounded anew: g_idx spreads the columns of each group over the row")
+    assert f"(act-order), {format} has them side by side; gptq keeps them" in warning
     assert len(result.plan.details[warning]) == 14
     with pytest.raises(UnsupportedError, match=r"cannot hold this model exactly[\s\S]*act-order") as caught:
         converted(source, tmp_path / "exact", format, level, exact=True)
@@ -320,6 +319,19 @@ def test_wherever_artifacts_are_read(
     assert again[0].index is not None
     assert torch.equal(held[0].index, again[0].index)
     assert torch.equal(held[0].decode(held[1]), again[0].decode(again[1]))
+
+
+def test_where_only_headers_are_here_the_configuration_is_believed(made: dict[str, Path], tmp_path: Path) -> None:
+    plain = changed(made["gptq"], tmp_path / "plain", lambda values: None, desc_act=False)
+    fixed = changed(made["gptq"], tmp_path / "fixed", lambda values: None, static_groups=True)
+    for path, hollow, told in (
+        (made["gptq"], True, True),
+        (plain, True, False),
+        (fixed, True, False),
+        (plain, False, True),
+    ):
+        with PackedDirectory(path, hollow=hollow) as packed:
+            assert {packed.grid(matrix).act_order for matrix in packed.matrices.values()} == {told}
 
 
 def test_a_configuration_that_lies_is_told(made: dict[str, Path], tmp_path: Path) -> None:

@@ -124,7 +124,8 @@ def _order_of(source: Source, format: str) -> str:
     if FORMATS[format].act_order or not any(is_act_order(source, one) for one in source.tensors.outputs):
         return ""
     keeps = " and ".join(ACT_ORDER)
-    return f", act-order: g_idx spreads its groups, those of {format} stand side by side; {keeps} keeps them"
+    told = f"g_idx spreads the columns of each group over the row, {format} has them side by side"
+    return f", act-order: {told}; {keeps} keeps them"
 
 
 def convert(

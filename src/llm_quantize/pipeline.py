@@ -233,13 +233,13 @@ def _named(plans: list[ArtifactPlan], stem: str, name: str | None) -> list[Artif
 
 
 def _with_order(source: Source, plan: ArtifactPlan, form: Format) -> ArtifactPlan:
-    """``plan``, with a warning where matrices are rounded for the order of their columns alone."""
+    """``plan``, with a warning where the source has matrices in an order of columns that the format does not have."""
     names = out_of_order(source, plan, form.act_order)
     if not names:
         return plan
     text = (
-        f"{counted(len(names), 'matrix', 'matrices')} rounded anew: their groups of columns are spread by g_idx "
-        f"(act-order), those of {form.name} stand side by side; {' and '.join(ACT_ORDER)} keeps them (-v lists them)"
+        f"{counted(len(names), 'matrix', 'matrices')} rounded anew: g_idx spreads the columns of each group over the "
+        f"row (act-order), {form.name} has them side by side; {' and '.join(ACT_ORDER)} keeps them (-v lists them)"
     )
     return replace(plan, warnings=(*plan.warnings, text), details={**plan.details, text: names})
 

@@ -237,9 +237,9 @@ def _sizes(found: Mapping[str, TensorInfo], settings: Settings) -> tuple[int, in
     declared = declared_bits(settings)
     usual = max(1, declared[0] if declared else 4)
     columns = index.shape[0] if index is not None and len(index.shape) == 1 else 0
-    if index is not None and columns and main.shape[0] != packed_words(columns, usual):
-        if found["qzeros"].shape[-1:] == (packed_words(rows, usual),):  # codes and zero points agree
-            raise misfit(index, f"the group of each of {32 * main.shape[0] // usual} columns", index.shape)
+    agree = found["qzeros"].shape[-1:] == (packed_words(rows, usual),)  # zero points and the configuration
+    if index is not None and columns and agree and main.shape[0] != packed_words(columns, usual):
+        raise misfit(index, f"the group of each of {32 * main.shape[0] // usual} columns", index.shape)
     columns = columns or 32 * main.shape[0] // usual
     bits, rest = divmod(32 * main.shape[0], max(1, columns))
     if rest or not 2 <= bits <= 8 or not rows:
