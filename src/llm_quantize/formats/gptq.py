@@ -74,6 +74,7 @@ from llm_quantize.formats.packed import (
     declared_bits,
     flat_settings,
     group_index,
+    group_size,
     groups_by_row,
     held_integers,
     in_order,
@@ -237,14 +238,25 @@ def _sizes(found: Mapping[str, TensorInfo], settings: Settings) -> tuple[int, in
     declared = declared_bits(settings)
     usual = max(1, declared[0] if declared else 4)
     columns = index.shape[0] if index is not None and len(index.shape) == 1 else 0
-    agree = found["qzeros"].shape[-1:] == (packed_words(rows, usual),)  # zero points and the configuration
-    if index is not None and columns and agree and main.shape[0] != packed_words(columns, usual):
-        raise misfit(index, f"the group of each of {32 * main.shape[0] // usual} columns", index.shape)
+    if index is not None and columns and main.shape[0] != packed_words(columns, usual):
+        _check_index_alone(index, found, settings, rows, usual)
     columns = columns or 32 * main.shape[0] // usual
     bits, rest = divmod(32 * main.shape[0], max(1, columns))
     if rest or not 2 <= bits <= 8 or not rows:
         raise misfit(main, f"codes of {rows} rows and {columns} columns in 2 to 8 bits", main.shape)
     return rows, columns, bits
+
+
+def _check_index_alone(
+    index: TensorInfo, found: Mapping[str, TensorInfo], settings: Settings, rows: int, bits: int
+) -> None:
+    """Raise IntegrityError for an ``index`` whose length fits neither codes nor scales, where zero points are of as
+    many ``bits`` as the configuration says: else another field, or the configuration, would be blamed."""
+    declared = group_size(settings.values.get("group_size", 128), settings.file)
+    if found["qzeros"].shape[-1:] != (packed_words(rows, bits),) or declared < 1:
+        return
+    if index.shape[0] != declared * groups_by_row(found["scales"]):
+        raise misfit(index, f"the group of each of {32 * found['qweight'].shape[0] // bits} columns", index.shape)
 
 
 def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
