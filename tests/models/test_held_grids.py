@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,9 @@ def test_directories_of_other_writers(llama: Path, tmp_path: Path, bits: int) ->
         parts = [model.held_grid(UP, 0, 32) for model in (one, other)]
         assert None not in parts
         assert joined(parts) is None  # type: ignore[arg-type]
+    grid, codes = parts[1]
+    assert joined([(grid, codes), (replace(grid, index=grid.index.flip(0)), codes)]) is None
+    assert joined([(grid, codes), (grid, codes)]) is not None
 
 
 def test_rows_follow_the_map(llama: Path, tmp_path: Path) -> None:
