@@ -165,8 +165,9 @@ REASONS = {
     "numbers": "Every code is kept; numbers of groups or matrices are rounded to the type the format has for them.",
     "perhaps": "Every code is kept, with offsets that are rounded: whether such a grid fits hangs on the numbers, so "
     "`convert` asks for a level; the one that is shown was named.",
-    "partly": "The format has this grid, but not for these matrices: their columns are in groups of an order of their "
-    "own (act-order), or some have more bits than it has.",
+    "partly": "The format has this grid, but not for all of these matrices: some have more bits than it has.",
+    "order": "The source's groups are spread over the columns by `g_idx` (act-order), and those of the format stand "
+    "side by side; GPTQ alone keeps them. The level that is shown was named.",
 }
 """Why a conversion is rounded, by the word that tests/conversions/cells.py has for it."""
 

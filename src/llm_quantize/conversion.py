@@ -19,8 +19,8 @@ from llm_quantize.calibration import choose
 from llm_quantize.compare.assessment import assess
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.formats.keeping import holding_of
-from llm_quantize.formats.table import FORMATS, format_name
+from llm_quantize.formats.keeping import PLAIN, holding_of, is_act_order
+from llm_quantize.formats.table import ACT_ORDER, FORMATS, format_name
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.whole_file import write_file
 from llm_quantize.models.opening import Source, open_source
@@ -32,7 +32,7 @@ from llm_quantize.results import Shown, json_ready
 KEEP = "keep"
 """The method that is meant where the user names none."""
 
-_FLOATS = {"f32", "f16", "bf16"}
+_FLOATS = frozenset(PLAIN)
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,9 +78,9 @@ def _foreseen(source: Source, format: str, level: str | None, name: str | None, 
     importance = choose.foresee(source, format, [level], options)
     (plan,) = pipeline.plan_source(source, format, levels=[level], name=name, options=options, importance=importance)
     keeps, method = options.method.method_of(format).keeps, options.method.method_of(format)
-    told, never = {}, []
+    told, never, act_order = {}, [], FORMATS[format].act_order
     for matrix in plan.matrices:
-        held = holding_of(source, matrix.weight, matrix.qtype) if keeps else NEVER
+        held = holding_of(source, matrix.weight, matrix.qtype, act_order=act_order) if keeps else NEVER
         word = REQUANTIZED if method.reads_text and matrix.seen else ROUNDED
         told[matrix.name] = EXACT if held == SURELY else word
         if held == NEVER:
@@ -109,7 +109,7 @@ def settled(source: Source, format: str, level: str | None, options: Options) ->
     if kept is not None and kept.weights:
         return kept.level, kept.options
     if level is None:
-        kind = source.checkpoint.kind or "not quantized"
+        kind = f"{source.checkpoint.kind or 'not quantized'}{_order_of(source, format)}"
         raise UsageError(
             f"no level of {format} holds this model as it is, so one must be named",
             expected=", ".join(form.levels),
@@ -117,6 +117,15 @@ def settled(source: Source, format: str, level: str | None, options: Options) ->
             remedy=f"name the level to round it to, for example -q {form.example}",
         )
     return level, options if kept is None else kept.options
+
+
+def _order_of(source: Source, format: str) -> str:
+    """ ", act-order ..." where that is why ``format`` does not hold what ``source`` has; else ""."""
+    if FORMATS[format].act_order or not any(is_act_order(source, one) for one in source.tensors.outputs):
+        return ""
+    keeps = " and ".join(ACT_ORDER)
+    told = f"g_idx spreads the columns of each group over the row, {format} has them side by side"
+    return f", act-order: {told}; {keeps} keeps them"
 
 
 def convert(
@@ -176,13 +185,14 @@ def _refuse_inexact(source: Source, foreseen: Foreseen) -> None:
     if not foreseen.never:
         return
     first, more = foreseen.never[0], len(foreseen.never) - 1
+    order = _order_of(source, foreseen.plan.format)
     info = source.checkpoint.tensors.get(f"{first}.weight") or source.checkpoint.tensors.get(first)
     stored = "" if info is None else f" ({info.dtype})"
     raise UnsupportedError(
         f"{foreseen.plan.format} {foreseen.plan.level} cannot hold this model exactly",
         tensor=first,
         expected="a grid that holds what the source stores",
-        found=f"{source.checkpoint.kind or 'floats'}{stored}" + (f"; and {more:,} more tensors" if more else ""),
+        found=f"{source.checkpoint.kind or 'floats'}{stored}{order}" + (f"; and {more:,} more tensors" if more else ""),
         remedy="leave --exact out, name another level or format, or take safetensors F32, which holds any source",
     )
 

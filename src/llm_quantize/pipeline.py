@@ -48,10 +48,12 @@ from llm_quantize.engine import ENGINES, stop_on_signals
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.base import Format, Importance
-from llm_quantize.formats.table import FORMATS, format_name, levels_of
+from llm_quantize.formats.keeping import out_of_order
+from llm_quantize.formats.table import ACT_ORDER, FORMATS, format_name, levels_of
 from llm_quantize.io.cache import cache_directory
 from llm_quantize.io.leftovers import allocated_bytes
 from llm_quantize.made import inputs_of, made_of
+from llm_quantize.measures.amounts import counted
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.models.shared import SharedModel
 from llm_quantize.options import Options
@@ -207,6 +209,8 @@ def plan_source(
         plans = [new if plan.chained else plan for plan, new in zip(plans, typed, strict=True)]
     if options.judged:
         plans = [replace(plan, judged=True, identity={**plan.identity, "judged": True}) for plan in plans]
+    if options.method.method_of(form.name).keeps:
+        plans = [_with_order(source, plan, form) for plan in plans]
     return _named([_estimated(source, plan, importance, options) for plan in plans], stem, name)
 
 
@@ -226,6 +230,18 @@ def _named(plans: list[ArtifactPlan], stem: str, name: str | None) -> list[Artif
     if name is not None and stem != name:
         plans[0] = replace(plans[0], warnings=(f"the output is called {stem}, not {name[:80]!r}", *plans[0].warnings))
     return plans
+
+
+def _with_order(source: Source, plan: ArtifactPlan, form: Format) -> ArtifactPlan:
+    """``plan``, with a warning where the source has matrices in an order of columns that the format does not have."""
+    names = out_of_order(source, plan, form.act_order)
+    if not names:
+        return plan
+    text = (
+        f"{counted(len(names), 'matrix', 'matrices')} rounded anew: g_idx spreads the columns of each group over the "
+        f"row (act-order), {form.name} has them side by side; {' and '.join(ACT_ORDER)} keeps them (-v lists them)"
+    )
+    return replace(plan, warnings=(*plan.warnings, text), details={**plan.details, text: names})
 
 
 def _estimated(source: Source, plan: ArtifactPlan, importance: Importance | None, options: Options) -> ArtifactPlan:

@@ -229,7 +229,8 @@ def test_memory_of_decoding_is_planned(tiny: SimpleNamespace) -> None:
 def test_info(tiny: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     facts = describe(str(tiny.paths["gptq"]))
     assert facts["quantization"] == {
-        "format": "gptq", "layout": "gptq", "bits": 8, "group_size": 32, "symmetric": False, "matrices": 14
+        "format": "gptq", "layout": "gptq", "bits": 8, "group_size": 32, "symmetric": False, "matrices": 14,
+        "act_order": 14,
     }  # fmt: skip
     assert facts["not_quantized"] == {"model.embed_tokens": 1}
     assert facts["parameters"] == sum(values.numel() for values in tiny.values["gptq"].values())

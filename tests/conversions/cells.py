@@ -24,7 +24,7 @@ ROUNDED_FLOATS = 2.0**-8
 UNNAMED = "one must be named"
 """What is said where no level of the format holds the source."""
 
-WHY = ("named", "asked", "numbers", "perhaps", "partly")
+WHY = ("named", "asked", "numbers", "perhaps", "partly", "order")
 """Why a cell is rounded: scripts/generate_docs.py has the sentences."""
 
 Cell = Mapping[str, Any]
@@ -82,7 +82,8 @@ def cell(source: Path, target: Target, place: Path) -> tuple[dict[str, Any], Pat
     found = _told(made)
     if found["verdict"] == EXACT:
         return found, made.path
-    found["why"] = _why(target, named, _keeps(made.path))
+    ordered = not any("g_idx" in text for text in made.plan.warnings)
+    found["why"] = _why(target, named, _keeps(made.path)) if ordered else "order"
     if found["error"] > ROUNDED_FLOATS:
         return found, made.path
     again = place.with_name(f"{place.name} exact")

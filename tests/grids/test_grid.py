@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -37,13 +39,16 @@ def make_grid(kind: str) -> Grid:
         return Grid(levels, GROUP, SPAN, d * 1e-6, u, m=m * 50, v=integers(16))
     if kind == "zero points":
         return Grid(levels, GROUP, SPAN, d, u, z=integers(16))
+    if kind == "act-order":
+        index = (torch.arange(COLUMNS) // GROUP)[torch.randperm(COLUMNS, generator=generator)]
+        return Grid(levels, GROUP, SPAN, d, u, z=integers(16), index=index)
     return Grid(torch.from_numpy(LEVELS.copy()), GROUP, SPAN, d / 16, u)
 
 
 KINDS = ("symmetric", "offsets", "far offsets", "zero points", "table")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "act-order"])
 def test_decode_is_the_formula(kind):
     grid = make_grid(kind)
     codes = torch.randint(0, 16, (ROWS, COLUMNS), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
@@ -51,7 +56,7 @@ def test_decode_is_the_formula(kind):
     np.testing.assert_array_equal(grid.decode(codes).numpy().ravel(), np.array(wanted))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "act-order"])
 @pytest.mark.parametrize("spread", [0.001, 0.3, 30.0])
 def test_nearest_is_the_best_of_all_codes(kind, spread):
     grid = make_grid(kind)
@@ -128,6 +133,40 @@ def test_parts_that_do_not_fit_are_refused():
         grid.decode(torch.zeros(ROWS, COLUMNS - 1, dtype=torch.uint8))
     with pytest.raises(UsageError, match="does not fit its number grid"):
         grid.nearest(torch.zeros(ROWS + 1, COLUMNS))
+
+
+def test_columns_in_the_order_of_their_groups_and_back():
+    grid = make_grid("act-order")
+    codes = torch.randint(0, 16, (ROWS, COLUMNS), generator=torch.Generator().manual_seed(4)).to(torch.uint8)
+    plain, order = grid.in_order()
+    assert plain.index is None
+    assert grid.index[order].tolist() == [column // GROUP for column in range(COLUMNS)]
+    assert torch.equal(plain.decode(codes[:, order]), grid.decode(codes)[:, order])
+    assert torch.equal(plain.spread(order).index, grid.index)
+    again, same = plain.in_order()
+    assert again is plain
+    assert same.tolist() == list(range(COLUMNS))
+    assert torch.equal(grid.rows(2, 5).decode(codes[2:5]), grid.decode(codes)[2:5])
+    assert torch.equal(Grid.stack([grid.rows(0, 2), grid.rows(2, ROWS)]).decode(codes), grid.decode(codes))
+    assert torch.equal(grid.to("cpu").index, grid.index)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index[:-1],
+        lambda index: index.float(),
+        lambda index: index - 1,
+        lambda index: index + 1,
+        lambda index: torch.where(index == 3, 4, index),
+        lambda index: index[None],
+    ],
+    ids=["short", "floats", "negative", "too far", "uneven", "matrix"],
+)
+def test_an_index_that_does_not_fill_the_groups_is_refused(change):
+    grid = make_grid("act-order")
+    with pytest.raises(UsageError, match="do not fill its groups"):
+        replace(grid, index=change(grid.index))
 
 
 def test_which_types_have_a_grid():

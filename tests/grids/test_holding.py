@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -53,6 +54,15 @@ def test_integers(source: dict[str, int], target: str, held: bool) -> None:
     assert (found is not None) == held
     if found is not None:
         assert same(found[0].decode(found[1]), grid.decode(codes))
+
+
+@pytest.mark.parametrize("target", ["int4_g32", "int4_g32_asym", "int8_g16", "affine4_g32", "nf4_b32", "q4_0", "q4_1"])
+def test_groups_that_do_not_stand_side_by_side_are_held_by_nobody_who_does_not_ask(target: str) -> None:
+    grid, codes = integers(4, 32, lowest=-8)
+    kind = grid_type(target, scale="float16", signed=True)
+    spread = replace(grid, index=torch.arange(64) % 2)
+    assert target == "nf4_b32" or kind.near(grid, codes) is not None
+    assert kind.hold(spread, codes) is kind.near(spread, codes) is None
 
 
 def test_offsets_of_products_that_are_not_exact_are_not_held() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import held_output_rows, read_output_rows, to_float32
 from llm_quantize.errors import UsageError
+from llm_quantize.grids.held import joined
 from llm_quantize.models.opening import open_model
 from llm_quantize.options import MethodOptions, Options
 from llm_quantize.pipeline import quantize
@@ -116,21 +118,33 @@ def test_fp8_with_scales_beside_is_held(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_directories_of_other_writers(llama: Path, tmp_path: Path, bits: int) -> None:
-    """GPTQ of the first format with signed scales; with columns in an order of their own nothing is held."""
+    """GPTQ of the first format with signed scales; with columns in an order of their own too."""
     expected = write_directory(llama, tmp_path / "gptq", Layout("gptq", bits, group=32, signed_scales=True))
     with open_model(str(tmp_path / "gptq")) as model:
         for name, values in expected.items():
             found = model.held_grid(name, 0, len(values))
             assert found is not None
             assert same(found[0].decode(found[1]).numpy(), values)
+        assert not model.held(UP).act_order
     write_directory(llama, tmp_path / "ordered", Layout("gptq", bits, group=32, desc_act=True))
     tensors = load_file(tmp_path / "ordered" / "model.safetensors")
     for name in [name for name in tensors if name.endswith(".g_idx")]:
-        tensors[name] = tensors[name].flip(0).contiguous()
+        tensors[name] = tensors[name][torch.from_numpy(np.random.default_rng(3).permutation(len(tensors[name])))]
     save_file(tensors, tmp_path / "ordered" / "model.safetensors", metadata={"format": "pt"})
     with open_model(str(tmp_path / "ordered")) as model:
-        assert model.held_grid(UP, 0, 32) is None
-        assert model.held(UP) is not None
+        assert model.held(UP).act_order
+        for start, stop in ((0, 32), (3, 90)):
+            found = model.held_grid(UP, start, stop)
+            assert found is not None
+            assert found[0].index is not None
+            assert same(found[0].decode(found[1]).numpy(), model.read_rows(UP, start, stop))
+    with open_model(str(tmp_path / "gptq")) as one, open_model(str(tmp_path / "ordered")) as other:
+        parts = [model.held_grid(UP, 0, 32) for model in (one, other)]
+        assert None not in parts
+        assert joined(parts) is None  # type: ignore[arg-type]
+    grid, codes = parts[1]
+    assert joined([(grid, codes), (replace(grid, index=grid.index.flip(0)), codes)]) is None
+    assert joined([(grid, codes), (grid, codes)]) is not None
 
 
 def test_rows_follow_the_map(llama: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ ZERO = F(0)
 
 def value(grid, code: int, row: int, column: int) -> F:
     """What ``code`` stands for at (row, column): the formula of the Grid, decoder's order."""
-    group, span = column // grid.group, column // grid.span
+    group, span = placed(grid, column)
     level = F(grid.levels[code].item())
     if grid.z is not None:
         level = F(level - F(grid.z[row, group].item()))
@@ -25,13 +25,20 @@ def value(grid, code: int, row: int, column: int) -> F:
     return F(scaled - F(F(grid.m[row, span].item()) * F(grid.v[row, group].item())))
 
 
+def placed(grid, column: int) -> tuple[int, int]:
+    """(group, span) of a column."""
+    group = column // grid.group if grid.index is None else int(grid.index[column])
+    return group, group * grid.group // grid.span
+
+
 def nearest(grid, weight: Array) -> Array:
     """Codes by trying all: the nearest value, of equally near ones the lowest code; at scale 0 the level next to 0."""
     codes = np.zeros(weight.shape, np.uint8)
     levels = grid.levels.numpy().astype(np.float64)
     for row, column in np.ndindex(weight.shape):
-        zero = 0.0 if grid.z is None else float(grid.z[row, column // grid.group])
-        scale = F(grid.d[row, column // grid.span].item()) * F(grid.u[row, column // grid.group].item())
+        group, span = placed(grid, column)
+        zero = 0.0 if grid.z is None else float(grid.z[row, group])
+        scale = F(grid.d[row, span].item()) * F(grid.u[row, group].item())
         if scale == 0:
             distances = np.abs(levels - zero)
         else:

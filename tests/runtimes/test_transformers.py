@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm_quantize import api
 from llm_quantize.errors import AccessError, UnsupportedError
 from llm_quantize.events import Event, Generated
+from llm_quantize.options import Options
 from llm_quantize.runtimes import generate, transformers
 from llm_quantize.runtimes.base import Reply, Request
 from llm_quantize.runtimes.workers.telling import Pieces
+from tests.oracles.packed_formats import Form, is_linear, write_packed
 from tests.oracles.reference_directories import Layout, divergence, logprobs, write_directory
 from tests.tiny_models import make_tiny
 
@@ -137,6 +140,27 @@ def test_kernels_in_plain_torch(tiny: dict[str, Path], tmp_path: Path, layout: L
     # Weights, and for AWQ inputs, are rounded to float16.
     assert abs(kld) < (1e-4 if layout.format == "awq" else 1e-5)
     assert reply.kernels == (("AwqTorchLinear",) if layout.format == "awq" else ("TorchLinear",))
+
+
+@pytest.mark.gptqmodel
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form("gptq", group=64, act_order=True),
+        Form("gptq", group=64, act_order=True, symmetric=False),
+        Form("compressed-tensors", bits=8, group=128, act_order=True),
+    ],
+    ids=["gptq", "gptq_v2", "compressed-tensors"],
+)
+def test_act_order_that_was_kept(tiny: dict[str, Path], tmp_path: Path, form: Form) -> None:
+    """What ``convert`` makes of directories whose groups are spread over the columns: their own values."""
+    decoded = write_packed(tiny["llama"], tmp_path / "source", form)
+    made = api.convert(tmp_path / "source", "gptq", output_dir=tmp_path, options=Options(threads=1, exact=True))
+    reply = transformers.run(made.path, ASK)
+    assert reply.logprobs is not None
+    weights = {name: rows.numpy() for name, rows in decoded.items() if is_linear(name)}
+    assert abs(divergence(logprobs(tiny["llama"], weights, WINDOWS), reply.logprobs)) < 1e-5
+    assert reply.kernels == ("TorchLinear",)
 
 
 @pytest.mark.gptqmodel

@@ -212,6 +212,7 @@ def _describe_packed(packed: PackedDirectory) -> dict[str, Any]:
 def _quantization(packed: PackedDirectory) -> dict[str, Any]:
     matrices = packed.matrices.values()
     grids = Counter(matrix.qtype for matrix in matrices)
+    spread = sum(packed.grid(matrix).act_order for matrix in matrices)
     return {
         "format": packed.method,
         "layout": packed.layout_name,
@@ -220,6 +221,7 @@ def _quantization(packed: PackedDirectory) -> dict[str, Any]:
         "symmetric": _one_or_all(matrix.symmetric for matrix in matrices),
         "matrices": len(matrices),
         **({"grids": dict(sorted(grids.items()))} if len(grids) > 1 else {}),
+        **({"act_order": spread} if spread else {}),
         **({"activations": packed.inputs_text} if packed.inputs_text else {}),
         **({"keys_and_values": packed.cache_text} if packed.cache_text else {}),
     }

@@ -15,6 +15,7 @@ from llm_quantize.blockwise.stages import routers, stages
 from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.formats.base import Importance
 from llm_quantize.formats.keeping import holding_of
+from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.statistics_layout import TapLike
 from llm_quantize.memory import TORCH_BYTES, Sizes, foreseen
 from llm_quantize.methods.gptq_options import held_back
@@ -162,7 +163,8 @@ def _keeping(source: Source, artifact: ArtifactPlan) -> float:
     kept = anew = 0
     for matrix in artifact.matrices:
         kept += weights_of(matrix.weight.shape)
-        anew += 0 if holding_of(source, matrix.weight, matrix.qtype) else weights_of(matrix.weight.shape)
+        held = holding_of(source, matrix.weight, matrix.qtype, act_order=FORMATS[artifact.format].act_order)
+        anew += 0 if held else weights_of(matrix.weight.shape)
     return single + (STARTING + kept / KEEPING_RATE + anew / FITTING_RATE if kept else 0.0)
 
 

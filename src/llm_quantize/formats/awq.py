@@ -97,6 +97,7 @@ UNNAMED = None
 RUNTIME = None
 MIXES: Mixes | None = None
 CACHES = NO_CACHES
+ACT_ORDER = False
 vllm_caution = no_caution
 inputs = as_they_are
 input_fields = no_fields

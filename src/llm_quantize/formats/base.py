@@ -78,12 +78,13 @@ class SchemeOptions:
 @dataclass(frozen=True)
 class Scheme:
     """How the matrices of one artifact are stored. ``variant``: GPTQ's checkpoint_format ("gptq", "gptq_v2"); the type
-    that bitsandbytes computes in."""
+    that bitsandbytes computes in. ``act_order``: columns of a group do not stand side by side in some of them."""
 
     format: str
     level: str
     qtype: PackedType
     variant: str = ""
+    act_order: bool = False
 
     def on(self, qtype: str) -> Scheme:
         """The same for a matrix on the grid ``qtype``, which a recipe may have given it."""
@@ -92,13 +93,14 @@ class Scheme:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; :func:`scheme_from_dict` reads it back."""
         facts = {"format": self.format, "level": self.level, "qtype": self.qtype.name, "scale": self.qtype.scale}
-        return facts | ({"variant": self.variant} if self.variant else {})
+        facts |= {"variant": self.variant} if self.variant else {}
+        return facts | ({"act_order": True} if self.act_order else {})
 
 
 def scheme_from_dict(facts: Mapping[str, Any]) -> Scheme:
     """The scheme that ``Scheme.to_dict`` described."""
     grid = packed_type(facts["qtype"], facts["scale"])
-    return Scheme(facts["format"], facts["level"], grid, facts.get("variant", ""))
+    return Scheme(facts["format"], facts["level"], grid, facts.get("variant", ""), facts.get("act_order", False))
 
 
 def scheme_of(plan: ArtifactPlan) -> Scheme:
@@ -171,7 +173,8 @@ class Format(Protocol):
 
     ``levels``: what may follow -q; ``example``: one of them; ``default``: the one that is meant without -q. ``method``,
     ``transform``: its own, where the user asks for none; the transform goes only with a method that reads text.
-    ``weighs``: rounding uses importance where there is any.
+    ``weighs``: rounding uses importance where there is any. ``act_order``: it can say of each column which group it is
+    in, so that those of a group need not stand side by side.
     """
 
     @property
@@ -188,6 +191,8 @@ class Format(Protocol):
     def transform(self) -> str: ...
     @property
     def weighs(self) -> bool: ...
+    @property
+    def act_order(self) -> bool: ...
 
     def plan(
         self, source: Source, levels: Sequence[str], stem: str, importance: Importance | None, options: Options
@@ -317,7 +322,7 @@ class Packed(StoredFormat, Protocol):
     ``UNNAMED``: (key of config.json, what it holds at least) of a configuration that names no quant_method.
     ``RUNTIME``: (name, how a directory NAME is loaded) of the one runtime that reads it, where Transformers and
     vLLM do not. ``MIXES``: how a recipe may put matrices on different grids; None: all have one. ``CACHES``: {name:
-    what keys and values may be kept as}.
+    what keys and values may be kept as}. ``ACT_ORDER``: see ``Format.act_order``.
     """
 
     NAME: str
@@ -342,6 +347,7 @@ class Packed(StoredFormat, Protocol):
     RUNTIME: tuple[str, str] | None
     MIXES: Mixes | None
     CACHES: Mapping[str, InputGrid]
+    ACT_ORDER: bool
 
     def scheme(self, level: str, options: SchemeOptions) -> Scheme: ...
     def groups(self, scheme: Scheme) -> Sequence[int]:

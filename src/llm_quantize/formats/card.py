@@ -233,6 +233,8 @@ def _recipe(facts: PackedFacts) -> dict[str, Any]:
         **codes,
         "Packed": f"{facts.matrices} matrices{' of the whole model' if facts.form.EDGES else facts.packed_of}",
     }
+    if facts.scheme.act_order:
+        found["Groups"] = "of columns that do not stand side by side (act-order, desc_act): each says which it is in"
     inputs = facts.form.inputs(facts.scheme)
     if inputs is not None:
         found["Activations"] = inputs.text

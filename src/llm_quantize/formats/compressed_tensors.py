@@ -7,7 +7,8 @@ N = out, K = in, G = groups, b = bits, codes q and zero points z from 0; w = wei
     weight_scale       bf16 or f16 (N, G)           in the type of the checkpoint's weights
     weight_shape       int64  (2,)                  N, K
     weight_zero_point  int32  (ceil(N b / 32), G)   zero points packed along N; only where the grid is asymmetric
-    weight_g_idx       int32  (K,)                  the group of each column; others write it, we do not
+    weight_g_idx       int32  (K,)                  the group of each column (actorder "group"): read, and not written,
+                                                    as the package refuses it since 0.20
 
     weight             int8   (N, K)                int-quantized: signed codes, with weight_scale (N, 1); others also
                                                     (N, G) or one for all, and perhaps weight_zero_point int8 (N, G)
@@ -120,6 +121,7 @@ UNNAMED = None
 RUNTIME = None
 MIXES: Mixes | None = mixed
 CACHES: Mapping[str, InputGrid] = {"fp8": InputGrid("e4m3", static=True)}
+ACT_ORDER = False
 refuse = takes_any
 configured = with_quantization
 FORMS: Sequence[str] = (PACKED_FORM, PLAIN_FORM, *(layout.name for layout in floats.LAYOUTS.values()))
@@ -318,6 +320,7 @@ def _matrix(
     _check_called_for(name, layout, found, weights)
     group = columns_of_group(declared, k, each, varies=False)
     matrix = PackedMatrix(name, layout, n, k, bits, group, "weight_zero_point" not in found, False, found)
+    matrix = replace(matrix, act_order=layout is PACKED and weights.get("actorder") in _BY_GROUP)
     g = matrix.groups
     by_row = {"weight_zero_point": (("I8",), ((n, g), (1,), (1, 1), *(((n,),) if g == 1 else ())))}
     packed_zeros = {"weight_zero_point": (("I32",), ((packed_words(n, bits), g),))}
@@ -339,8 +342,12 @@ def _check_called_for(name: str, layout: Layout, found: Mapping[str, TensorInfo]
     """Raise IntegrityError where a field is absent that the module's group calls for."""
     if weights.get("symmetric", True) is False:
         check_called_for(name, "weight_zero_point", found, "symmetric false")
-    if layout is PACKED and weights.get("actorder") == "group":
+    if layout is PACKED and weights.get("actorder") in _BY_GROUP:
         check_called_for(name, "weight_g_idx", found, "actorder group")
+
+
+_BY_GROUP = ("group", "dynamic", True)
+"""actorder of weights whose groups follow the order, in the words of versions before 0.20."""
 
 
 def _sizes(

@@ -5,8 +5,8 @@ K = in, N = out, G = groups, b = bits, codes q and zero points z from 0; w = sca
     qweight  int32    (K b / 32, N)   codes, packed along K, least significant bits first; 3 bits cross words
     qzeros   int32    (G, N b / 32)   zero points packed along N: z - 1 in format "gptq" (1), z in "gptq_v2"
     scales   float16  (G, N)
-    g_idx    int32    (K,)            the group of each input channel, here always k // group; others leave it out, or
-                                      give groups in any order, and scales of another float type
+    g_idx    int32    (K,)            the group of each input channel: k // group, unless it is kept from a source that
+                                      has another order; some leave it out, and have scales of another float type
 
 *Zero points.* Symmetric grids have z = 2^(b-1) and are written in format 1, which everything reads. In format 1 a zero
 point of 0 is stored as -1, all ones, and readers that add 1 to whole words carry it into the neighbour; and GPTQModel
@@ -16,13 +16,15 @@ refused in format 1.
 *Order of activations.* The optimiser visits columns in the order of their importance on grids fixed before, so g_idx
 stays sequential, no kernel has to permute anything, and ``desc_act`` is false in the file (static ordering). A file
 that said true with this g_idx would mean the same, but vLLM refuses it, and others take a slower path for nothing;
-so there is no option for it.
+so there is no option for it. What others quantized with groups that follow the order (act-order) is kept with its
+g_idx, and then ``desc_act`` is true.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,8 +74,10 @@ from llm_quantize.formats.packed import (
     declared_bits,
     flat_settings,
     group_index,
+    group_size,
     groups_by_row,
     held_integers,
+    in_order,
     misfit,
     modules,
     values_of,
@@ -109,6 +113,7 @@ UNNAMED = None
 RUNTIME = None
 MIXES: Mixes | None = None
 CACHES = NO_CACHES
+ACT_ORDER = True
 vllm_caution = no_caution
 inputs = as_they_are
 input_fields = no_fields
@@ -148,7 +153,7 @@ def fields(scheme: Scheme, rows: int, columns: int, *, name: str | None = None) 
 
 
 def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
-    """qweight, qzeros, scales, g_idx of ``codes`` uint8 (rows, columns) on ``grid``.
+    """qweight, qzeros, scales, g_idx of ``codes`` uint8 (rows, columns) on ``grid``, which may have an index.
 
     Raises UnsupportedError for a zero point of 0 in format 1, NumericPolicyError for scales that are not finite,
     ValueError for a grid of another kind.
@@ -166,6 +171,8 @@ def pack(scheme: Scheme, grid: Grid, codes: Any) -> list[Array]:
     packed = np.ascontiguousarray(pack_bits(np.ascontiguousarray(to_numpy(codes)), bits, 1).T)
     stored = (zeros - np.uint16(first)).astype(np.uint8)
     indices = np.arange(codes.shape[1], dtype=np.int32) // np.int32(grid.group)
+    if grid.index is not None:
+        indices = to_numpy(grid.index).astype(np.int32)
     return [
         packed,
         pack_bits(np.ascontiguousarray(stored.T), bits, 1),
@@ -206,9 +213,10 @@ def read(tensors: Mapping[str, TensorInfo], settings: Settings, numbers: Numbers
         rows, columns, bits = _sizes(found, settings)
         declared, symmetric, varies = flat_settings(settings, bits, "sym")
         group = columns_of_group(declared, columns, groups_by_row(found["scales"]), varies=varies)
-        matrix = PackedMatrix(name, LAYOUT, rows, columns, bits, group, symmetric, form == "gptq", found)
         ordered = settings.values.get("desc_act") is not True or settings.values.get("static_groups") is True
-        if not ordered and matrix.groups > 1:
+        matrix = PackedMatrix(name, LAYOUT, rows, columns, bits, group, symmetric, form == "gptq", found)
+        matrix = replace(matrix, act_order=not ordered and matrix.groups > 1)
+        if matrix.act_order:
             check_called_for(name, "g_idx", found, "desc_act true")
         n, k, g, across = matrix.rows, matrix.columns, matrix.groups, packed_words(rows, bits)
         yield check_fields(
@@ -228,12 +236,27 @@ def _sizes(found: Mapping[str, TensorInfo], settings: Settings) -> tuple[int, in
     check_matrix(main)
     rows = scales.shape[-1] if len(scales.shape) == 2 else 0
     declared = declared_bits(settings)
+    usual = max(1, declared[0] if declared else 4)
     columns = index.shape[0] if index is not None and len(index.shape) == 1 else 0
-    columns = columns or 32 * main.shape[0] // max(1, declared[0] if declared else 4)
+    if index is not None and columns and main.shape[0] != packed_words(columns, usual):
+        _check_index_alone(index, found, settings, rows, usual)
+    columns = columns or 32 * main.shape[0] // usual
     bits, rest = divmod(32 * main.shape[0], max(1, columns))
     if rest or not 2 <= bits <= 8 or not rows:
         raise misfit(main, f"codes of {rows} rows and {columns} columns in 2 to 8 bits", main.shape)
     return rows, columns, bits
+
+
+def _check_index_alone(
+    index: TensorInfo, found: Mapping[str, TensorInfo], settings: Settings, rows: int, bits: int
+) -> None:
+    """Raise IntegrityError for an ``index`` whose length fits neither codes nor scales, where zero points are of as
+    many ``bits`` as the configuration says: else another field, or the configuration, would be blamed."""
+    declared = group_size(settings.values.get("group_size", 128), settings.file)
+    if found["qzeros"].shape[-1:] != (packed_words(rows, bits),) or declared < 1:
+        return
+    if index.shape[0] != declared * groups_by_row(found["scales"]):
+        raise misfit(index, f"the group of each of {32 * found['qweight'].shape[0] // bits} columns", index.shape)
 
 
 def codes(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.NDArray[np.int16]:
@@ -276,8 +299,7 @@ def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRow
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:
     """As ``StoredFormat.check``: the order of columns, and zero points."""
-    plain = np.arange(packed.columns) // packed.group
-    ordered = first > 0 or "g_idx" not in fields or np.array_equal(group_index(packed, fields), plain)
+    ordered = first > 0 or in_order(packed, fields)
     if not ordered and settings.values.get("desc_act") is False:
         yield "g_idx", "columns are not in the order of their groups, but the configuration says desc_act false"
     found, top = zeros(packed, fields, first, last), 1 << packed.bits
@@ -328,7 +350,7 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
         "quant_method": "gptq",
         "bits": scheme.qtype.bits,
         "group_size": scheme.qtype.group_size,
-        "desc_act": False,
+        "desc_act": scheme.act_order,
         "sym": scheme.qtype.symmetric,
         "checkpoint_format": scheme.variant,
         "lm_head": False,
@@ -355,6 +377,8 @@ def vllm_refusal(scheme: Scheme) -> str | None:
     """Why vLLM (0.32) refuses this scheme on every device; None where it has kernels."""
     if not scheme.qtype.symmetric:
         return "of GPTQ it takes symmetric grids only"
+    if scheme.act_order:
+        return "of GPTQ it takes act-order (desc_act) no longer"
     return None if scheme.qtype.bits in (4, 8) else "of GPTQ it takes 4 and 8 bits only"
 
 

@@ -30,6 +30,10 @@ from llm_quantize.qtypes.packed import packed_type
 if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
     from llm_quantize.options import Options
+    from llm_quantize.plan import ArtifactPlan
+
+PLAIN = ("f32", "f16", "bf16")
+"""Types of tensors that are floats."""
 
 _FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 
@@ -44,13 +48,32 @@ class Kept:
     weights: int
 
 
-def holding_of(source: Source, output: OutputTensor, qtype: str) -> int:
-    """NEVER, PERHAPS or SURELY: whether the grid ``qtype`` holds all rows of ``output`` as the source stores them."""
+def holding_of(source: Source, output: OutputTensor, qtype: str, *, act_order: bool = False) -> int:
+    """NEVER, PERHAPS or SURELY: whether the grid ``qtype`` holds all rows of ``output`` as the source stores them.
+    ``act_order``: of a format whose groups need not stand side by side."""
     blocks = {source.checkpoint.block_type(piece.source, transpose=piece.transpose) for piece in output.pieces}
     if blocks == {qtype}:
         return SURELY
     found = [source.checkpoint.held(piece.source) for piece in output.pieces]
-    return min((NEVER if one is None else holds(qtype, one.qtype) for one in found), default=NEVER)
+    told = (NEVER if one is None or (one.act_order and not act_order) else holds(qtype, one.qtype) for one in found)
+    return min(told, default=NEVER)
+
+
+def is_act_order(source: Source, output: OutputTensor) -> bool:
+    """Whether groups of ``output`` do not stand side by side where the source stores it."""
+    found = (source.checkpoint.held(piece.source) for piece in output.pieces)
+    return any(one is not None and one.act_order for one in found)
+
+
+def out_of_order(source: Source, plan: ArtifactPlan, act_order: bool) -> tuple[str, ...]:
+    """What ``plan`` stores as codes though the source has it in groups that do not stand side by side, which its format
+    cannot say (``act_order``: it can): the names of matrices, or of tensors."""
+    if act_order:
+        return ()
+    rounded = [plan.tensors[index] for index in plan.rounded()]
+    found = [(one.name, one.output) for one in rounded if one.qtype not in PLAIN]
+    found += [(matrix.name, matrix.weight) for matrix in plan.matrices]
+    return tuple(name for name, output in found if is_act_order(source, output))
 
 
 def keeping(form: Packed, source: Source, levels: Sequence[str], options: Options, edges: Collection[str]) -> Kept:
@@ -79,7 +102,7 @@ def keeping(form: Packed, source: Source, levels: Sequence[str], options: Option
         return Kept(levels[0], options, 0)
     score, level, asked = best
     grid = form.scheme(level, asked).qtype.name
-    edge = [one.name for one in modules if not one.seen and holds(grid, given[one.name].qtype) == NEVER]
+    edge = [one.name for one in modules if not one.seen and _holds(form, grid, given[one.name]) == NEVER]
     options = _without(options, edge)  # floats lose less there than a second rounding
     method = replace(
         options.method, group_size=asked.group_size, symmetric=asked.symmetric, double_quant=asked.double_quant
@@ -97,9 +120,11 @@ def _without(options: Options, names: Sequence[str]) -> Options:
 
 def _mix(form: Packed, modules: Sequence[Module], given: Mapping[str, Held]) -> Recipe | None:
     """The recipe that gives each module its own grid of the source, where those are integers of several kinds; None
-    where they are not, or the format has no such mixes, or no runtime would read this one."""
+    where they are not, or the format has no such mixes or orders, or no runtime would read this one."""
     grids = {name: held.qtype for name, held in given.items()}
     if form.MIXES is None or len(set(grids.values())) < 2 or not all(map(is_integer, grids.values())):
+        return None
+    if not all(_is_ordered(form, held) for held in given.values()):
         return None
     text = canonical_json(grids)
     name = form.MIXES.mixed_level(set(grids.values()))
@@ -120,6 +145,15 @@ def _held(source: Source, module: Module) -> Held | None:
     return found[0] if len(set(found)) == 1 else None
 
 
+def _is_ordered(form: Packed, held: Held) -> bool:
+    """Whether ``form`` can say which columns are in which group."""
+    return form.ACT_ORDER or not held.act_order
+
+
+def _holds(form: Packed, qtype: str, held: Held) -> int:
+    return holds(qtype, held.qtype) if _is_ordered(form, held) else NEVER
+
+
 Score = tuple[int, ...]
 
 
@@ -130,8 +164,10 @@ def _candidates(
     the fewest bits, in the source's own groups, with inputs as they come, and the least to ask for."""
     method = options.method
     weights: Counter[str] = Counter()
+    grids: Counter[Held] = Counter()
     for module in modules:
         weights[given[module.name].qtype] += weights_of(module.weight.shape)
+        grids[given[module.name]] += weights_of(module.weight.shape)
     own = packed_type(weights.most_common(1)[0][0]).group_size if _is_known(weights) else None
     groups = {None, *(packed_type(name).group_size for name in weights if _is_known((name,)))}
     asked = (
@@ -149,8 +185,8 @@ def _candidates(
         size = scheme.qtype.group_size
         if size != WHOLE_ROW and any(module.weight.shape[-1] % size for module in modules):
             continue
-        told = {name: holds(scheme.qtype.name, name) for name in weights}
-        total, perhaps = (sum(weights[name] for name in told if told[name] == word) for word in (SURELY, PERHAPS))
+        told = {held: _holds(form, scheme.qtype.name, held) for held in grids}
+        total, perhaps = (sum(grids[held] for held in told if told[held] == word) for word in (SURELY, PERHAPS))
         plain, calibrated = form.inputs(scheme) is None, bool(form.input_fields(scheme))
         if calibrated and len(levels) > 1:
             continue

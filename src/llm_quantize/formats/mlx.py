@@ -90,6 +90,7 @@ RUNTIME = (
 )
 MIXES = None
 CACHES = NO_CACHES
+ACT_ORDER = False
 vllm_caution = no_caution
 RESCALES = False
 _BITS: Mapping[str, int] = {f"{bits}bit": bits for bits in (4, 8, 6, 5, 3, 2)}

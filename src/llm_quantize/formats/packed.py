@@ -65,7 +65,8 @@ class PackedMatrix:
     {suffix: stored tensor}; none of a matrix that is not in a file yet. ``grid``: the name of a grid that is not one of
     integers. ``inputs``: what a runtime rounds its inputs to; None: nothing, or nothing that is followed here;
     ``inputs_at``: the field that the calibrated number of it stands in. ``experts``: how many matrices of equal height
-    lie in it one below the other. ``parameter``: the name of its weight in an unquantized model, "" for NAME.weight."""
+    lie in it one below the other. ``parameter``: the name of its weight in an unquantized model, "" for NAME.weight.
+    ``act_order``: the configuration says that columns of a group do not stand side by side."""
 
     name: str
     layout: Layout
@@ -81,6 +82,7 @@ class PackedMatrix:
     inputs_at: str = ""
     experts: int = 0
     parameter: str = ""
+    act_order: bool = False
 
     @property
     def weight(self) -> str:
@@ -270,6 +272,18 @@ def group_index(packed: PackedMatrix, fields: Fields) -> npt.NDArray[np.int64]:
     return stored.astype(np.int64)
 
 
+def in_order(packed: PackedMatrix, fields: Fields) -> bool:
+    """Whether the columns of each group stand side by side, the groups one after the other."""
+    stored = fields.get(packed.layout.index)
+    return stored is None or not stored.size or np.array_equal(stored, np.arange(packed.columns) // packed.group)
+
+
+def is_even(packed: PackedMatrix, fields: Fields) -> bool:
+    """Whether all groups have as many columns. Every index is one of a group (``check_index``)."""
+    counts = np.bincount(group_index(packed, fields), minlength=packed.groups)
+    return bool((counts == counts[0]).all())
+
+
 def values_of(
     codes: npt.NDArray[np.int16],
     zeros: npt.NDArray[np.int16] | None,
@@ -309,15 +323,16 @@ def held_integers(
     zeros: npt.NDArray[np.int16] | None,
 ) -> HeldRows | None:
     """As ``StoredFormat.held`` of integers. ``places``: uint8 (n, K), the code less ``lowest``; ``zeros`` on the count
-    of codes. None where columns are not in the order of their groups, or the last group is shorter."""
+    of codes. None where one group has fewer columns than another."""
     if packed.columns % packed.groups or (packed.groups > 1 and packed.columns % packed.group):
         return None
-    group = packed.columns // packed.groups
-    stored = fields.get(packed.layout.index)
-    if stored is not None and stored.size and not np.array_equal(stored, np.arange(packed.columns) // group):
-        return None
+    group, index = packed.columns // packed.groups, None
+    if not in_order(packed, fields):
+        if not is_even(packed, fields):
+            return None
+        index = group_index(packed, fields)
     levels = np.arange(lowest, lowest + (1 << packed.bits), dtype=np.float32)
-    return HeldRows(levels, places, group, scales, packed.scale, zeros=zeros)
+    return HeldRows(levels, places, group, scales, packed.scale, zeros=zeros, index=index)
 
 
 def group_size(value: Any, file: Path) -> int:

@@ -37,13 +37,14 @@ from llm_quantize.formats.directory import (
     whole,
 )
 from llm_quantize.formats.idle_options import OF_DIRECTORIES, OF_GRIDS, refuse_idle
-from llm_quantize.formats.keeping import Kept, float_of, keeping, scale_of
+from llm_quantize.formats.keeping import Kept, float_of, holding_of, is_act_order, keeping, scale_of
 from llm_quantize.formats.kv_cache import holders
 from llm_quantize.formats.modules import EDGES, HEAD, Module, Selection, coverage, head_of, select
 from llm_quantize.formats.packed_recipe import as_far_as_both, bits_per_weight, by_grid, named, types_of
 from llm_quantize.formats.recipe import Recipe, no_recipes
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.qtypes.codebook import IN_COMMON, CodebookType
+from llm_quantize.qtypes.holding import NEVER
 from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.integer import WHOLE_ROW, dividing
 
@@ -84,6 +85,10 @@ class PackedFormat:
     @property
     def transform(self) -> str:
         return self.form.TRANSFORM
+
+    @property
+    def act_order(self) -> bool:
+        return self.form.ACT_ORDER
 
     def plan(
         self, source: Source, levels: Sequence[str], stem: str, importance: Importance | None, options: Options
@@ -182,6 +187,7 @@ class PackedFormat:
             )
         cache = _cache(source, found, form, options)
         types = types_of(recipe, found.modules, scheme.qtype.name)
+        scheme = replace(scheme, act_order=self._has_act_order(source, found.modules, types, options))
         groups = _groups(source, found, form, scheme, types, cache, exact=options.exact)
         label = _label(form, scheme)
         ending = f"-kv-{method.kv_cache}" if cache.scales else ""
@@ -221,6 +227,20 @@ class PackedFormat:
         floats = transform.changes(source)
         held = frozenset(index for index, tensor in enumerate(plan.tensors) if tensor.name in floats)
         return replace(plan, held=held, details={**plan.details, **unlike})
+
+    def _has_act_order(
+        self, source: Source, modules: Sequence[Module], types: Mapping[str, str], options: Options
+    ) -> bool:
+        """Whether the groups of a matrix that keeps its codes do not stand side by side."""
+        return (
+            self.act_order
+            and options.method.method_of(self.name).keeps
+            and any(
+                is_act_order(source, module.weight)
+                and holding_of(source, module.weight, types[module.name], act_order=True) != NEVER
+                for module in modules
+            )
+        )
 
     def _edges(self, source: Source, recipe: Recipe | None) -> tuple[str, ...]:
         """The output matrix, where a recipe names it. Raises UsageError for a type that heads cannot have."""

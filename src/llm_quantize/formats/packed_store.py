@@ -69,7 +69,14 @@ class DirectoryStore:
         self, matrix: MatrixPlan, grid: Grid, codes: torch.Tensor, *, exact: bool = True
     ) -> tuple[Grid, torch.Tensor] | None:
         kind = self.grid_type(matrix.qtype)
-        return kind.hold(grid, codes) if exact else kind.near(grid, codes)
+        take = kind.hold if exact else kind.near
+        if grid.index is None:
+            return take(grid, codes)
+        if not self.scheme.act_order:
+            return None
+        plain, order = grid.in_order()
+        found = take(plain, codes[:, order])
+        return None if found is None else (found[0].spread(order), found[1][:, torch.argsort(order)])
 
     def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], npt.NDArray[Any]]) -> None:
         """As ``Store.blocks``: there are none."""

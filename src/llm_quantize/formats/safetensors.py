@@ -44,6 +44,7 @@ class Safetensors:
     method = "rtn"
     transform = "none"
     weighs = False
+    act_order = False
 
     def plan(
         self, source: Source, levels: Sequence[str], stem: str, importance: Importance | None, options: Options

@@ -20,6 +20,9 @@ FORMATS: Mapping[str, Format] = {
     Safetensors.name: Safetensors(),
 }
 
+ACT_ORDER: Sequence[str] = tuple(name for name, form in FORMATS.items() if form.act_order)
+"""The formats that can say of each column which group it is in."""
+
 
 def format_name(text: str) -> str:
     """The format that a user named, in any case. Raises UnsupportedError, which names the nearest."""

@@ -106,6 +106,8 @@ def hold(qtype: str, grid: Grid, codes: Tensor, *, exact: bool = True) -> tuple[
     ``qtype``; None where they are none of its, and with ``exact`` where float16 does not hold the numbers. Without, the
     numbers are the nearest of float16: codes that were chosen with care lose less so than when they are chosen again.
     """
+    if grid.index is not None:  # a block is of neighbours
+        return None
     if qtype in _FOURS:
         return _of_fours(_FOURS[qtype], grid, codes)
     if _is_own(qtype, grid) and _is_half(grid.d) and _is_half(grid.m):

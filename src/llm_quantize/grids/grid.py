@@ -5,6 +5,8 @@ r a row, j a column, g = j // group and s = j // span:
 
     value(r, j) = d[r, s] * u[r, g] * (levels[code] - z[r, g]) - m[r, s] * v[r, g]
 
+or, where the columns of a group do not stand side by side (act-order), g = index[j] and s = g * group // span.
+
 d, m   float32 (rows, columns / span)   the free floats, already as the format stores them
 u, v   float32 (rows, columns / group)  integers of the format (sub-scales, sub-minima), or ones
 z      float32 (rows, columns / group)  integer zero points
@@ -85,8 +87,9 @@ class Grid:
 
     ``levels`` float32 (n,), ascending, at most 256. ``group`` and ``span``: weights that share u, v, z and d, m; span
     is a multiple of group. ``z``, ``m``, ``v`` may be None (no zero points, no offsets; m and v together).
-    ``storage``: the dtype that d and m were rounded to; ``ladder``: of d where it is stored as codes. Raises UsageError
-    where shapes contradict each other.
+    ``storage``: the dtype that d and m were rounded to; ``ladder``: of d where it is stored as codes. ``index`` int64
+    (columns,): the group of each column, where that is not column // group. Raises UsageError where shapes contradict
+    each other, or a group of ``index`` has not ``group`` columns.
     """
 
     levels: Tensor
@@ -99,6 +102,7 @@ class Grid:
     v: Tensor | None = None
     storage: torch.dtype = torch.float16
     ladder: Ladder | None = None
+    index: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
@@ -113,6 +117,21 @@ class Grid:
                 "The parts of a number grid do not fit together",
                 expected=f"d, m (rows, columns / {self.span}), u, v, z (rows, columns / {self.group}), m with v",
                 found=found,
+            )
+        if self.index is not None:
+            self._check_index(self.index)
+
+    def _check_index(self, index: Tensor) -> None:
+        _, columns = self.shape
+        groups = columns // self.group
+        right = index.shape == (columns,) and not index.is_floating_point()
+        right = right and bool((index >= 0).all()) and bool((index < groups).all())
+        counts = torch.bincount(index, minlength=groups).tolist() if right else []
+        if any(count != self.group for count in counts) or not right:
+            raise UsageError(
+                "The columns of a number grid do not fill its groups",
+                expected=f"{groups} groups of {self.group} columns",
+                found=counts or f"{index.dtype} {tuple(index.shape)}",
             )
 
     def _parts(self) -> dict[str, Tensor | None]:
@@ -147,6 +166,9 @@ class Grid:
         Raises UsageError for another shape.
         """
         self._check(codes)
+        if self.index is not None:
+            plain, order = self.in_order()
+            return plain.decode(codes[:, order])[:, torch.argsort(order)]
         values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         for start, stop in row_tiles(*self.shape):
             part = self.rows(start, stop)
@@ -173,6 +195,9 @@ class Grid:
         Raises UsageError for another shape.
         """
         self._check(weight)
+        if self.index is not None:
+            plain, order = self.in_order()
+            return plain.nearest(weight[:, order])[:, torch.argsort(order)]
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         for start, stop in row_tiles(*self.shape):
             part = self.rows(start, stop)
@@ -217,6 +242,16 @@ class Grid:
         """``d`` (rows, spans) as it is after having been stored, finite."""
         return to_storage(d, self.storage) if self.ladder is None else self.ladder.at(d).decode()
 
+    def in_order(self) -> tuple[Grid, Tensor]:
+        """The grid of the columns in the order of their groups, and which column each of them is, int64 (columns,)."""
+        if self.index is None:
+            return self, torch.arange(self.shape[1], device=self.u.device)
+        return replace(self, index=None), torch.argsort(self.index, stable=True)
+
+    def spread(self, order: Tensor) -> Grid:
+        """This grid, whose groups stand side by side, for columns ``order`` of a matrix: what ``in_order`` undoes."""
+        return replace(self, index=torch.argsort(order) // self.group)
+
     def rows(self, start: int, stop: int) -> Grid:
         """The grid of rows ``start`` to ``stop`` (views of the same numbers)."""
         return self._mapped(lambda part: part[start:stop], levels=self.levels)
@@ -236,13 +271,14 @@ class Grid:
     def to(self, device: torch.device | str) -> Grid:
         """The same grid on ``device``."""
         moved = self._mapped(lambda part: part.to(device), levels=self.levels.to(device))
+        moved = moved if moved.index is None else replace(moved, index=moved.index.to(device))
         if moved.ladder is None:
             return moved
         return replace(moved, ladder=replace(moved.ladder, levels=moved.ladder.levels.to(device)))
 
     @staticmethod
     def stack(grids: Sequence[Grid]) -> Grid:
-        """The grids of successive rows of one matrix as one. UsageError for none."""
+        """The grids of successive rows of one matrix, with the same ``index``, as one. UsageError for none."""
         if not grids:
             raise UsageError("No number grid of a matrix without rows")
         parts = {

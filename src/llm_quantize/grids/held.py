@@ -35,6 +35,7 @@ def grid_of(rows: HeldRows) -> tuple[Grid, Tensor]:
         v=None if offsets is None else torch.ones((1, 1)).expand(offsets.shape),
         storage=getattr(torch, rows.storage),
         ladder=ladder,
+        index=None if rows.index is None else torch.from_numpy(rows.index.astype(np.int64)),
     )
     return grid, torch.from_numpy(np.ascontiguousarray(rows.places))
 
@@ -57,8 +58,10 @@ def joined(parts: Sequence[tuple[Grid, Tensor]]) -> tuple[Grid, Tensor] | None:
 
 def _alike(one: Grid, other: Grid) -> bool:
     same = (one.group, one.span, one.storage) == (other.group, other.span, other.storage)
-    parts = ((one.z, other.z), (one.m, other.m), (one.ladder, other.ladder))
+    parts = ((one.z, other.z), (one.m, other.m), (one.ladder, other.ladder), (one.index, other.index))
     if not same or any((left is None) != (right is None) for left, right in parts):
+        return False
+    if one.index is not None and other.index is not None and not torch.equal(one.index, other.index):
         return False
     if one.ladder is not None and other.ladder is not None:
         ladders = one.ladder.base == other.ladder.base and torch.equal(one.ladder.levels, other.ladder.levels)

@@ -34,7 +34,10 @@ class Groups:
 
 def grouped(grid: Grid, size: int) -> Groups | None:
     """The numbers of ``grid`` in groups of ``size`` columns; None where its own are neither whole multiples of that,
-    nor parts of it with the same numbers. Scales beyond what is finite are not held."""
+    nor parts of it with the same numbers, or do not stand side by side (``Grid.in_order``). Scales beyond what is
+    finite are not held."""
+    if grid.index is not None:
+        return None
     scale = grid.scale()
     offset = None if grid.m is None else grid.offset() if grid.z is None else None
     if (grid.m is not None and grid.z is not None) or not bool(torch.isfinite(scale).all()):

@@ -167,13 +167,14 @@ class Model(Rows, Protocol):
     def adapters(self) -> tuple[Merge, ...]: ...
 
     def held(self, name: str) -> Held | None:
-        """The grid that the tensor ``name`` is stored on, from headers alone; None where it is not quantized, or not in
-        a form that ``held_grid`` may give. Needs no torch."""
+        """The grid that the tensor ``name`` is stored on, from headers alone, but for the order of its columns; None
+        where it is not quantized, or not in a form that ``held_grid`` may give. Needs no torch. Raises IntegrityError
+        for columns of groups that do not exist."""
 
     def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
         """Rows [start, stop) of a stored quantized matrix, in the orientation of ``matrix``: the grid, and codes uint8
         (stop - start, columns), whose ``Grid.decode`` is ``read_rows`` bit for bit. None where the tensor is not
-        quantized or these rows are not of this form (columns in an order of their own, numbers that are NaN).
+        quantized or these rows are not of this form (groups of several sizes, numbers that are NaN).
 
         Needs torch. Raises what ``read_rows`` raises."""
 

@@ -24,7 +24,16 @@ from llm_quantize.formats import kv_cache
 from llm_quantize.formats.base import load_floats
 from llm_quantize.formats.foreign import SAID_IN
 from llm_quantize.formats.kv_cache import stored_scales
-from llm_quantize.formats.packed import AGAIN, ALIGNED, PackedMatrix, Settings, check_index, wrong_form
+from llm_quantize.formats.packed import (
+    AGAIN,
+    ALIGNED,
+    PackedMatrix,
+    Settings,
+    check_index,
+    in_order,
+    is_even,
+    wrong_form,
+)
 from llm_quantize.formats.packed_formats import format_of, read_format, said_of, unquantized
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.safetensors_file import TensorInfo
@@ -36,7 +45,7 @@ from llm_quantize.models.hub.locate import Place
 from llm_quantize.models.safetensors import NoWeights, without_weights
 from llm_quantize.models.stored import StoredDirectory
 from llm_quantize.models.weight_sets import left_lying
-from llm_quantize.qtypes.held import Held, HeldRows
+from llm_quantize.qtypes.held import UNEVEN, Held, HeldRows
 from llm_quantize.qtypes.inputs import InputGrid
 
 if TYPE_CHECKING:
@@ -105,6 +114,7 @@ class PackedDirectory(StoredDirectory):
     def _read_matrices(self) -> Mapping[str, PackedMatrix]:
         self._reader = NoWeights(self.headers) if self.hollow else TensorReader(self.headers)
         self._local = threading.local()
+        self._grids: dict[str, Held] = {}
         self.notes = (*self.beside(), *self.format.notes(self.settings))
         try:
             found = self.format.read(self.tensors, self.settings, self._stored)
@@ -233,6 +243,25 @@ class PackedDirectory(StoredDirectory):
         first, last = start // ALIGNED * ALIGNED, min(-(-stop // ALIGNED) * ALIGNED, matrix.rows)
         return self.format.unpack(matrix, fields, first, last)[start - first : stop - first]
 
+    def grid(self, matrix: PackedMatrix) -> Held:
+        """As ``StoredDirectory.grid``: which columns share a scale is read, but where only headers are here, and the
+        configuration has to be believed."""
+        if matrix.name not in self._grids:
+            self._grids[matrix.name] = self._grid(matrix)
+        return self._grids[matrix.name]
+
+    def _grid(self, matrix: PackedMatrix) -> Held:
+        info = matrix.fields.get(matrix.layout.index)
+        if matrix.groups > 1 and matrix.columns % matrix.group:
+            return Held(UNEVEN, matrix.scale)
+        if self.hollow or info is None or not info.elements:
+            return Held(matrix.qtype, matrix.scale, matrix.act_order)
+        fields = {matrix.layout.index: self._stored(info)}
+        check_index(matrix, fields)
+        if in_order(matrix, fields):
+            return Held(matrix.qtype, matrix.scale)
+        return Held(matrix.qtype if is_even(matrix, fields) else UNEVEN, matrix.scale, act_order=True)
+
     def held(self, matrix: PackedMatrix, start: int, stop: int) -> HeldRows | None:
         """As ``StoredDirectory.held``."""
         first, last = start // ALIGNED * ALIGNED, min(-(-stop // ALIGNED) * ALIGNED, matrix.rows)
@@ -336,11 +365,11 @@ class PackedRows:
     def held(self, name: str) -> Held | None:
         """As ``Model.held``: of what an unquantized model stores the other way round nothing."""
         matrix = self.packed.matrices.get(name)
-        return None if matrix is None or name in self._transposed else Held(matrix.qtype, matrix.scale)
+        return None if matrix is None or name in self._transposed else self.packed.grid(matrix)
 
     def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
         """As ``Model.held_grid``."""
-        if self.held(name) is None:
+        if name not in self.packed.matrices or name in self._transposed:
             return None
         from llm_quantize.grids.held import grid_of
 

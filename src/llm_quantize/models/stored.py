@@ -18,7 +18,7 @@ from llm_quantize.formats.packed import PackedMatrix
 from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.models.files import read_config, read_headers
 from llm_quantize.models.safetensors import Checkpoint
-from llm_quantize.qtypes.held import HeldRows
+from llm_quantize.qtypes.held import Held, HeldRows
 from llm_quantize.qtypes.inputs import InputGrid
 
 
@@ -141,6 +141,10 @@ class StoredDirectory:
         Raises NumericPolicyError for a stored scale that is not a positive number."""
         del layer
         return None
+
+    def grid(self, matrix: PackedMatrix) -> Held:
+        """The grid of a matrix; see ``Model.held``. Raises IntegrityError for columns of groups that do not exist."""
+        return Held(matrix.qtype, matrix.scale)
 
     def held(self, matrix: PackedMatrix, start: int, stop: int) -> HeldRows | None:
         """Rows [start, stop) of a matrix as they are stored; see ``StoredFormat.held``. None: nothing is packed."""

@@ -13,23 +13,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Held", "HeldRows"]
+__all__ = ["UNEVEN", "Held", "HeldRows"]
 
 Floats = npt.NDArray[np.float32]
+
+UNEVEN = "uneven"
+"""The name of the grid of a matrix with groups of several sizes, which nothing holds."""
 
 
 @dataclass(frozen=True)
 class Held:
     """The grid of a stored matrix, as headers say. ``qtype``: its name. ``scale``: how scales are stored that are
-    floats, "float16", "bfloat16" or "float32"."""
+    floats, "float16", "bfloat16" or "float32". ``act_order``: the columns of a group do not stand side by side."""
 
     qtype: str
     scale: str
+    act_order: bool = False
 
 
 @dataclass(frozen=True)
 class HeldRows:
-    """n rows of K columns in groups of ``group``. ``levels`` float32 (L,), ascending; ``places`` uint8 (n, K) among
+    """n rows of K columns in groups of ``group``: column // group is the group of each, or what ``index`` (K,) says, in
+    which each group is there as often. ``levels`` float32 (L,), ascending; ``places`` uint8 (n, K) among
     them; ``scales`` float32 (n, G), stored as ``storage`` ("float16", "bfloat16", "float32"); ``zeros`` (n, G), whole
     numbers on the count of the levels; ``offsets`` float32 (n, G), taken off.
 
@@ -49,6 +54,7 @@ class HeldRows:
     rung_levels: Floats | None = None
     steps: npt.NDArray[Any] | None = None
     base: float = 0.0
+    index: npt.NDArray[Any] | None = None
 
     def cut(self, start: int, stop: int) -> HeldRows:
         """Rows [start, stop) of these."""

@@ -66,6 +66,7 @@ class CTranslate2:
     method = "gptq"
     transform = "none"
     weighs = False
+    act_order = False
 
     def plan(
         self, source: Source, levels: Sequence[str], stem: str, importance: Importance | None, options: Options

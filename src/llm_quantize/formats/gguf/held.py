@@ -59,7 +59,7 @@ def taken(source: Source, output: OutputTensor) -> Taken | None:
         return Taken(None)
     grids = {model.held(name) for name in sources}
     grid = grids.pop() if len(grids) == 1 else None
-    found = None if grid is None else blocks_of(grid.qtype, columns)
+    found = None if grid is None or grid.act_order else blocks_of(grid.qtype, columns)
     if found is None or grid is None or grid.qtype != WITH_A_SCALE:
         return Taken(found)
     heeded = output.name != _EMBEDDING and is_heeded(output.name, source.architecture.gguf_name)

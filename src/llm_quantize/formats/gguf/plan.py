@@ -69,6 +69,7 @@ class Gguf:
     method = "rtn"
     transform = "none"
     weighs = True
+    act_order = False
 
     def plan(
         self, source: Source, levels: Sequence[str], stem: str, importance: Importance | None, options: Options
