@@ -19,6 +19,7 @@ from llm_quantize.calibration import choose
 from llm_quantize.compare.assessment import assess
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.formats.base import scheme_of
 from llm_quantize.formats.keeping import holding_of
 from llm_quantize.formats.table import FORMATS, format_name
 from llm_quantize.io.artifact_paths import manifest_path
@@ -26,7 +27,7 @@ from llm_quantize.io.whole_file import write_file
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.options import Options
 from llm_quantize.plan import ArtifactPlan
-from llm_quantize.qtypes.holding import NEVER, SURELY
+from llm_quantize.qtypes.holding import CODES, NEVER, SURELY
 from llm_quantize.results import Shown, json_ready
 
 KEEP = "keep"
@@ -79,11 +80,12 @@ def _foreseen(source: Source, format: str, level: str | None, name: str | None, 
     (plan,) = pipeline.plan_source(source, format, levels=[level], name=name, options=options, importance=importance)
     keeps, method = options.method.method_of(format).keeps, options.method.method_of(format)
     told, never = {}, []
+    wide = "scheme" in plan.identity and scheme_of(plan).qtype.scale == "float32"
     for matrix in plan.matrices:
-        held = holding_of(source, matrix.weight, matrix.qtype) if keeps else NEVER
+        held = holding_of(source, matrix.weight, matrix.qtype, wide=wide) if keeps else NEVER
         word = REQUANTIZED if method.reads_text and matrix.seen else ROUNDED
         told[matrix.name] = EXACT if held == SURELY else word
-        if held == NEVER:
+        if held in (NEVER, CODES):
             never.append(matrix.name)
     for index in plan.rounded():
         tensor = plan.tensors[index]

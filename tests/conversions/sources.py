@@ -118,6 +118,8 @@ SOURCES: Mapping[str, Kind] = {
     "GGUF IQ4_NL": Kind(gguf("IQ4_NL")),
     "GGUF IQ4_XS": Kind(gguf("IQ4_XS")),
     "GGUF TQ2_0": Kind(gguf("TQ2_0")),
+    "GGUF TQ1_0": Kind(gguf("TQ1_0")),
+    "GGUF Q2_0": Kind(gguf("Q2_0")),
     "GGUF MXFP4": Kind(gguf("mxfp4")),
     "GGUF NVFP4": Kind(gguf("nvfp4")),
     "GGUF NVFP4 with scales": Kind(with_numbers),

@@ -21,9 +21,9 @@ from llm_quantize.formats.modules import Module, select
 from llm_quantize.formats.packed_recipe import types_of
 from llm_quantize.formats.recipe import Recipe
 from llm_quantize.io.journal import canonical_json
-from llm_quantize.qtypes.codebook import CodebookType
+from llm_quantize.qtypes.codebook import OF_127, CodebookType
 from llm_quantize.qtypes.held import Held
-from llm_quantize.qtypes.holding import NEVER, PERHAPS, SURELY, holds
+from llm_quantize.qtypes.holding import CODES, NEVER, PERHAPS, SURELY, holds
 from llm_quantize.qtypes.integer import WHOLE_ROW, is_integer
 from llm_quantize.qtypes.packed import packed_type
 
@@ -44,13 +44,20 @@ class Kept:
     weights: int
 
 
-def holding_of(source: Source, output: OutputTensor, qtype: str) -> int:
-    """NEVER, PERHAPS or SURELY: whether the grid ``qtype`` holds all rows of ``output`` as the source stores them."""
+def holding_of(source: Source, output: OutputTensor, qtype: str, *, wide: bool = True) -> int:
+    """NEVER, PERHAPS, CODES or SURELY: whether the grid ``qtype`` holds all rows of ``output`` as the source stores
+    them. ``wide``: scales that are floats are stored in float32."""
     blocks = {source.checkpoint.block_type(piece.source, transpose=piece.transpose) for piece in output.pieces}
     if blocks == {qtype}:
         return SURELY
     found = [source.checkpoint.held(piece.source) for piece in output.pieces]
-    return min((NEVER if one is None else holds(qtype, one.qtype) for one in found), default=NEVER)
+    held = min((NEVER if one is None else _holds(qtype, one) for one in found), default=NEVER)
+    narrow = not wide and qtype not in OF_127 and any(one is not None and one.qtype in OF_127 for one in found)
+    return CODES if held == SURELY and narrow else held
+
+
+def _holds(qtype: str, held: Held) -> int:
+    return holds(qtype, held.qtype, powers=held.powers)
 
 
 def keeping(form: Packed, source: Source, levels: Sequence[str], options: Options, edges: Collection[str]) -> Kept:
@@ -79,7 +86,7 @@ def keeping(form: Packed, source: Source, levels: Sequence[str], options: Option
         return Kept(levels[0], options, 0)
     score, level, asked = best
     grid = form.scheme(level, asked).qtype.name
-    edge = [one.name for one in modules if not one.seen and holds(grid, given[one.name].qtype) == NEVER]
+    edge = [one.name for one in modules if not one.seen and _holds(grid, given[one.name]) == NEVER]
     options = _without(options, edge)  # floats lose less there than a second rounding
     method = replace(
         options.method, group_size=asked.group_size, symmetric=asked.symmetric, double_quant=asked.double_quant
@@ -129,11 +136,12 @@ def _candidates(
     """(how good, level, options) of every grid of ``levels`` that divides all rows. Best: what holds most weights, in
     the fewest bits, in the source's own groups, with inputs as they come, and the least to ask for."""
     method = options.method
-    weights: Counter[str] = Counter()
+    weights: Counter[Held] = Counter()
     for module in modules:
-        weights[given[module.name].qtype] += weights_of(module.weight.shape)
-    own = packed_type(weights.most_common(1)[0][0]).group_size if _is_known(weights) else None
-    groups = {None, *(packed_type(name).group_size for name in weights if _is_known((name,)))}
+        weights[given[module.name]] += weights_of(module.weight.shape)
+    names = [held.qtype for held, _ in weights.most_common()]
+    own = packed_type(names[0]).group_size if _is_known(names) else None
+    groups = {None, *(packed_type(name).group_size for name in names if _is_known((name,)))}
     asked = (
         groups if method.group_size is None else {method.group_size},
         (None, True, False) if method.symmetric is None else (method.symmetric,),
@@ -149,8 +157,9 @@ def _candidates(
         size = scheme.qtype.group_size
         if size != WHOLE_ROW and any(module.weight.shape[-1] % size for module in modules):
             continue
-        told = {name: holds(scheme.qtype.name, name) for name in weights}
-        total, perhaps = (sum(weights[name] for name in told if told[name] == word) for word in (SURELY, PERHAPS))
+        told = {held: _holds(scheme.qtype.name, held) for held in weights}
+        words = ((SURELY, CODES), (PERHAPS,))
+        total, perhaps = (sum(weights[held] for held in told if told[held] in some) for some in words)
         plain, calibrated = form.inputs(scheme) is None, bool(form.input_fields(scheme))
         if calibrated and len(levels) > 1:
             continue
@@ -167,15 +176,16 @@ def _is_known(names: Collection[str]) -> bool:
     return True
 
 
-def scale_of(source: Source, modules: Sequence[Module]) -> str | None:
-    """How most of the source's scales are stored that are floats; None where it has none. ``modules``: those that are
-    packed."""
+def scale_of(source: Source, modules: Sequence[Module], *, exact: bool = False) -> str | None:
+    """How most of the source's scales are stored that are floats; None where it has none, and of grids whose scales are
+    float32 whatever the model is in, unless ``exact``. ``modules``: those that are packed."""
     counts: Counter[str] = Counter()
     for module in modules:
         held = _held(source, module)
         if held is not None and _is_known((held.qtype,)):
             kind = packed_type(held.qtype)
-            if not isinstance(kind, CodebookType) or kind.scale_follows:
+            always = isinstance(kind, CodebookType) and kind.codebook in OF_127
+            if not isinstance(kind, CodebookType) or kind.scale_follows or (exact and always):
                 counts[held.scale] += weights_of(module.weight.shape)
     return counts.most_common(1)[0][0] if counts else None
 

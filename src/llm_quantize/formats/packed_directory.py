@@ -162,7 +162,7 @@ class PackedFormat:
         asked = SchemeOptions(
             method.group_size,
             method.symmetric,
-            _scale_type(source, found, keeps=method.method_of(self.name).keeps),
+            _scale_type(source, found, keeps=method.method_of(self.name).keeps, exact=options.exact),
             method.double_quant,
             method.compute_dtype,
         )
@@ -364,11 +364,11 @@ def _refuse_experts(form: Packed, modules: Sequence[Module]) -> None:
         )
 
 
-def _scale_type(source: Source, found: Selection, *, keeps: bool = False) -> str:
+def _scale_type(source: Source, found: Selection, *, keeps: bool = False, exact: bool = False) -> str:
     """How scales are stored where the format leaves that to the checkpoint: as its weights, in 16 bit; with ``keeps``
-    as its scales, so that they stay what they are."""
+    as its scales, so that they stay what they are (``scale_of``)."""
     if keeps:
-        kept = scale_of(source, found.modules) or float_of(source, [info.name for info in found.kept])
+        kept = scale_of(source, found.modules, exact=exact) or float_of(source, [info.name for info in found.kept])
         if kept is not None:
             return kept
     stored = [source.checkpoint.tensors[name].dtype for name in found.packed]

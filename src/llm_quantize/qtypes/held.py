@@ -21,10 +21,11 @@ Floats = npt.NDArray[np.float32]
 @dataclass(frozen=True)
 class Held:
     """The grid of a stored matrix, as headers say. ``qtype``: its name. ``scale``: how scales are stored that are
-    floats, "float16", "bfloat16" or "float32"."""
+    floats, "float16", "bfloat16" or "float32". ``powers``: those are said to be powers of two."""
 
     qtype: str
     scale: str
+    powers: bool = False
 
 
 @dataclass(frozen=True)
