@@ -18,6 +18,7 @@ from llm_quantize.errors import UsageError
 from llm_quantize.models.opening import open_model
 from llm_quantize.options import MethodOptions, Options
 from llm_quantize.pipeline import quantize
+from llm_quantize.qtypes.held import Held
 from tests.oracles.reference_directories import Layout, write_directory
 from tests.tiny_models import make_tiny, row_lengths_of_256
 
@@ -80,6 +81,26 @@ def test_what_is_held_decodes_to_what_is_read(
                 assert same(grid.decode(codes).numpy(), model.read_rows(name, start, stop))
         assert model.held("model.norm.weight") is None
         assert model.held_grid("model.norm.weight", 0, 1) is None
+
+
+def test_scales_that_divide_are_factors_but_for_their_last_bits(llama: Path, tmp_path: Path) -> None:
+    """CTranslate2: a division is not a product with the inverse; the codes are."""
+    with open_model(str(made(llama, tmp_path, "ctranslate2", "int8"))) as model:
+        rows, columns = model.matrix(UP)
+        assert (model.held(UP), model.block_type(UP)) == (Held("line8", "float32"), "line8")
+        found = model.held_grid(UP, 3, rows)
+        assert found is not None
+        wanted = model.read_rows(UP, 3, rows)
+        assert np.allclose(found[0].decode(found[1]).numpy(), wanted, rtol=2.0**-22, atol=0)
+        blocks = model.block_rows(UP, 3, rows)
+        assert blocks.shape == (rows - 3, columns + 4)
+        codes = blocks[:, :columns].view(np.int8)
+        assert np.array_equal(codes.astype(np.int16) + 127, found[1].numpy())
+        scales = np.ascontiguousarray(blocks[:, columns:]).view("<f4")
+        assert same(codes.astype(np.float32) / scales, wanted)
+        assert model.held("model.norm.weight") is model.block_type("model.norm.weight") is None
+        with pytest.raises(ValueError, match="not stored in blocks"):
+            model.block_rows("model.norm.weight", 0, 1)
 
 
 def test_scales_of_scales_are_their_rungs(llama: Path, tmp_path: Path) -> None:
