@@ -60,38 +60,38 @@ def _holds(qtype: str, held: Held) -> int:
     return holds(qtype, held.qtype, powers=held.powers)
 
 
-def keeping(form: Packed, source: Source, levels: Sequence[str], options: Options, edges: Collection[str]) -> Kept:
-    """The one of ``levels`` of ``form`` that holds the most, and what must be asked with it: the source's groups and
-    zero points, where the user asks for none, and that modules that are no codes in the source stay as they are. Of
-    a level that was named (one of ``levels``), what an adapter changed is rounded to it.
+def keeping(form: Packed, source: Source, level: str | None, options: Options, edges: Collection[str]) -> Kept:
+    """The level of ``form`` (``level``, where that is named) that holds the most, and what must be asked with it: the
+    source's groups and zero points, where the user asks for none, and that modules that are no codes in the source stay
+    as they are. What an adapter changed is rounded to a level that is named.
 
     ``weights`` 0 where none holds anything. Raises what ``select`` raises."""
-    method = options.method
+    method, levels = options.method, form.LEVELS if level is None else [level]
     found = select(source, method.ignore, edges=edges)
     held = {module.name: _held(source, module) for module in found.modules}
     given = {name: one for name, one in held.items() if one is not None}
     if not given:
         return Kept(levels[0], options, 0)
-    merged = {name for one in source.checkpoint.adapters for name in one.changes} if len(levels) == 1 else set()
+    merged = {name for one in source.checkpoint.adapters for name in one.changes} if level is not None else set()
     plain = [module for module in found.modules if held[module.name] is None]
     plain = [module for module in plain if not any(piece.source in merged for piece in module.weight.pieces)]
     options = _without(options, [module.name for module in plain])
     modules = [module for module in found.modules if module.name in given]
-    mix = _mix(form, found.modules, given) if len(levels) > 1 else None
+    mix = _mix(form, found.modules, given) if level is None else None
     if mix is not None:
         weights = sum(weights_of(module.weight.shape) for module in modules)
         return Kept(mix.level, replace(options, overrides=replace(options.overrides, recipe=mix)), weights)
     best = max(_candidates(form, levels, options, modules, given), key=lambda one: one[0], default=None)
     if best is None or best[0][:2] == (0, 0):
         return Kept(levels[0], options, 0)
-    score, level, asked = best
-    grid = form.scheme(level, asked).qtype.name
+    score, chosen, asked = best
+    grid = form.scheme(chosen, asked).qtype.name
     edge = [one.name for one in modules if not one.seen and _holds(grid, given[one.name]) == NEVER]
     options = _without(options, edge)  # floats lose less there than a second rounding
     method = replace(
         options.method, group_size=asked.group_size, symmetric=asked.symmetric, double_quant=asked.double_quant
     )
-    return Kept(level, replace(options, method=method), score[0])
+    return Kept(chosen, replace(options, method=method), score[0])
 
 
 def _without(options: Options, names: Sequence[str]) -> Options:

@@ -129,8 +129,7 @@ class PackedFormat:
 
     def keeping(self, source: Source, level: str | None, options: Options) -> Kept | None:
         """See ``Format``."""
-        levels = self.form.LEVELS if level is None else [level]
-        return keeping(self.form, source, levels, options, EDGES if self.form.EDGES else ())
+        return keeping(self.form, source, level, options, EDGES if self.form.EDGES else ())
 
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
