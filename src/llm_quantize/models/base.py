@@ -272,9 +272,13 @@ def fingerprint(directory: Path, headers: Sequence[Header]) -> list[FileFact]:
     return sorted(facts, key=lambda fact: fact.name)
 
 
+_DECODED = ("F8_E4M3",)
+"""Stored types of weights that are read as float32."""
+
+
 def itemsize(dtype: str) -> int:
-    """Bytes of a weight of a stored type; of a grid's, of the float32 that it is decoded to."""
-    return DTYPE_BITS.get(dtype, 32) // 8
+    """Bytes of a weight of a stored type as it is read; of a grid's and of FP8, of the float32 it is decoded to."""
+    return 4 if dtype in _DECODED else DTYPE_BITS.get(dtype, 32) // 8
 
 
 def writable(buffer: Any, nbytes: int) -> memoryview:
