@@ -479,6 +479,11 @@ def test_small_errors_are_told_as_what_they_are(
     assert run(["convert", str(source), "gguf", "-o", str(tmp_path / "made")]) == 0
     (error,) = re.findall(r"largest relative error (\S+): blk", capsys.readouterr().out)
     assert 1e-9 < float(error) < 1e-6
+    (made,) = (tmp_path / "made").glob("*.gguf")
+    assert run(["verify", str(made), "--source", str(source)]) == 0
+    errors = re.findall(r"blk\S+\s+nvfp4\s+(\S+)", capsys.readouterr().out)
+    assert errors
+    assert all(0 < float(one) < 1e-6 and len(one.partition("e")[0].replace(".", "")) == 3 for one in errors)
 
 
 def test_with_an_adapter_only_what_it_changes_is_rounded(llama: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from llm_quantize.artifacts.result import ArtifactResult
 from llm_quantize.artifacts.verdict import EXACT, MEASURED, REQUANTIZED, ROUNDED
 from llm_quantize.calibration import choose
 from llm_quantize.compare.assessment import assess
-from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError
+from llm_quantize.errors import IntegrityError, MalformedInputError, NumericPolicyError, UnsupportedError, UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.formats.base import scheme_of
 from llm_quantize.formats.keeping import holding_of
@@ -71,6 +71,7 @@ def foresee(
     """What ``convert`` would make, from headers alone; nothing is written. Raises as ``convert`` before its work."""
     source = open_source(model, revision=revision, lora=lora, on_event=on_event, headers_only=True)
     with source.checkpoint:
+        name = bare_name(source) if name is None else name
         return _foreseen(source, format_name(format), level, name, options or Options())
 
 
@@ -99,6 +100,23 @@ def _foreseen(source: Source, format: str, level: str | None, name: str | None, 
     words = set(told.values())
     verdict = next((word for word in (REQUANTIZED, ROUNDED) if word in words), EXACT)
     return Foreseen(plan, verdict, told, tuple(never))
+
+
+def bare_name(source: Source) -> str | None:
+    """What conversions of ``source`` are called: the name that it has without its level, where its own manifest or what
+    it stores says which level that is; None where it has no other name than its own."""
+    own, *adapters = (name.rsplit("/", 1)[-1] for name in source.names)
+    try:
+        manifest = read_manifest(manifest_path(source.checkpoint.directory)) or {}
+    except (IntegrityError, MalformedInputError):  # a stranger's, or another tool's: it says nothing
+        manifest = {}
+    made = manifest.get("made")
+    if isinstance(made, dict) and own == f"{made.get('name')}-{manifest.get('level')}":
+        return "-".join([str(made["name"]), *adapters])
+    labels = {label for form in FORMATS.values() for label in form.labels(source)}
+    ends = (f"-{label}" for label in sorted(labels, key=len, reverse=True))
+    found = next((own.removesuffix(end) for end in ends if own.endswith(end) and own != end), None)
+    return None if found is None else "-".join([found, *adapters])
 
 
 def settled(source: Source, format: str, level: str | None, options: Options) -> tuple[str, Options]:
@@ -146,6 +164,7 @@ def convert(
         choose.need_torch("Measuring quality", "torch", "transformers")
     source = open_source(model, revision=revision, lora=lora, headers_only=True)
     with source.checkpoint:
+        name = bare_name(source) if name is None else name
         level, options = settled(source, format, level, options)
         if options.exact:
             _refuse_inexact(source, _foreseen(source, format, level, name, options))

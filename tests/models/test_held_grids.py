@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import held_output_rows, read_output_rows, to_float32
 from llm_quantize.errors import UsageError
-from llm_quantize.models.opening import open_model
+from llm_quantize.models.opening import open_model, open_source
 from llm_quantize.options import MethodOptions, Options
 from llm_quantize.pipeline import quantize
 from llm_quantize.qtypes.held import Held
+from tests.oracles.peer_layouts import write_peer
 from tests.oracles.reference_directories import Layout, write_directory
 from tests.tiny_models import make_tiny, row_lengths_of_256
 
@@ -109,6 +110,16 @@ def test_scales_of_scales_are_their_rungs(llama: Path, tmp_path: Path) -> None:
         assert found is not None
         assert found[0].ladder is not None
         assert torch.equal(found[0].ladder.decode(), found[0].d)
+
+
+def test_fp8_is_planned_as_the_float32_that_it_is_read_as(llama: Path, tmp_path: Path) -> None:
+    """Rows of FP8 are decoded on reading: chunks of them are four times as large as they are stored."""
+    write_peer(llama, tmp_path / "fp8", "FP8 blocks")
+    sources = [open_source(str(path), headers_only=True) for path in (tmp_path / "fp8", llama)]
+    assert [source.itemsize for source in sources] == [4, 2]
+    for source in sources:
+        with source.checkpoint as model:
+            assert source.itemsize == max(model.stored_dtype(name).itemsize for name in model.tensors)
 
 
 def test_fp8_with_scales_beside_is_held(llama: Path, tmp_path: Path) -> None:

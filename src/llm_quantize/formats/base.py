@@ -215,6 +215,10 @@ class Format(Protocol):
         """The level, or ``level`` itself, and what to ask with it, that hold the most of what ``source`` stores
         quantized; None where it has nothing of that kind to keep, or nothing is known of it. From headers alone."""
 
+    def labels(self, source: Source) -> Collection[str]:
+        """What would stand behind the name of an artifact of this format that stores what ``source`` does. From headers
+        alone."""
+
     def store(self, plan: ArtifactPlan) -> Store:
         """How one of its artifacts keeps a matrix. Needs torch."""
 

@@ -190,6 +190,16 @@ def scale_of(source: Source, modules: Sequence[Module], *, exact: bool = False) 
     return counts.most_common(1)[0][0] if counts else None
 
 
+def most_held(source: Source) -> str | None:
+    """The grid of directories that most quantized weights of ``source`` are on; None where there is none."""
+    counts: Counter[str] = Counter()
+    for name, info in source.checkpoint.tensors.items():
+        held = source.checkpoint.held(name)
+        if held is not None and _is_known((held.qtype,)):
+            counts[held.qtype] += info.elements
+    return counts.most_common(1)[0][0] if counts else None
+
+
 def float_of(source: Source, names: Collection[str]) -> str | None:
     """The type of floats that most weights of the tensors ``names`` are stored in; None where none are."""
     counts: Counter[str] = Counter()

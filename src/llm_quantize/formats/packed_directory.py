@@ -7,7 +7,7 @@ it, is kept in the type it is stored in (FP8 as BF16 and without its scales, F64
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ from llm_quantize.formats.directory import (
     whole,
 )
 from llm_quantize.formats.idle_options import OF_DIRECTORIES, OF_GRIDS, refuse_idle
-from llm_quantize.formats.keeping import Kept, float_of, keeping, scale_of
+from llm_quantize.formats.keeping import Kept, float_of, keeping, most_held, scale_of
 from llm_quantize.formats.kv_cache import holders
 from llm_quantize.formats.modules import EDGES, HEAD, Module, Selection, coverage, head_of, select
 from llm_quantize.formats.packed_recipe import as_far_as_both, bits_per_weight, by_grid, named, types_of
@@ -45,7 +45,8 @@ from llm_quantize.formats.recipe import Recipe, no_recipes
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.qtypes.codebook import IN_COMMON, CodebookType
 from llm_quantize.qtypes.inputs import InputGrid
-from llm_quantize.qtypes.integer import WHOLE_ROW, dividing
+from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType, dividing
+from llm_quantize.qtypes.packed import packed_type
 
 if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
@@ -130,6 +131,10 @@ class PackedFormat:
     def keeping(self, source: Source, level: str | None, options: Options) -> Kept | None:
         """See ``Format``."""
         return keeping(self.form, source, level, options, EDGES if self.form.EDGES else ())
+
+    def labels(self, source: Source) -> Collection[str]:
+        """See ``Format``: those of levels on the grid of most weights, which are of the kind that the source says."""
+        return [label for label in _labels(self.form, source) if label.startswith(source.checkpoint.kind)]
 
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
@@ -385,6 +390,23 @@ def _label(form: Packed, scheme: Scheme) -> str:
     if form.SYMMETRIC is not None and scheme.qtype.symmetric != form.SYMMETRIC:
         label += "-sym" if scheme.qtype.symmetric else "-asym"
     return label
+
+
+def _labels(form: Packed, source: Source) -> Iterator[str]:
+    """The labels of all levels of ``form`` that are on the grid which most matrices of ``source`` are on."""
+    qtype = most_held(source)
+    if qtype is None:
+        return
+    grid = packed_type(qtype)
+    symmetric = grid.symmetric if isinstance(grid, IntegerType) else None
+    nested = True if isinstance(grid, CodebookType) and grid.nested == "dq" else None
+    for level in form.LEVELS:
+        try:
+            scheme = form.scheme(level, SchemeOptions(grid.group_size, symmetric, double_quant=nested))
+        except UsageError:  # no such grid of this level
+            continue
+        if scheme.qtype.name == qtype:
+            yield _label(form, scheme)
 
 
 def _groups(
