@@ -84,7 +84,7 @@ def test_every_level_is_a_choice_or_excluded_with_a_reason(demo: Source, tmp_pat
     advice = advise(demo)
     excluded = dict(advice.excluded)
     assert {choice.level for choice in advice.choices} | set(excluded) == set(LEVELS)
-    assert set(excluded) == {"F32", "F16", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "MXFP4_MOE"}
+    assert set(excluded) == {"F32", "F16", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "MXFP4_MOE", "NVFP4"}
     assert "ternary" in excluded["TQ1_0"]
     assert "experts" in excluded["MXFP4_MOE"]
     with (experts := open_source(str(make_tiny("mixtral", tmp_path / "moe")), headers_only=True)).checkpoint:

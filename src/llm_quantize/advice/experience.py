@@ -267,7 +267,9 @@ def _make(words: Any, format: str, level: str) -> tuple[str, ...] | None:
     """The words of a report that make ``level``, if they are such words: a report may come from anybody."""
     if not isinstance(words, list) or not all(isinstance(word, str) and word.isprintable() for word in words):
         return None
-    words = [word for before, word in pairwise(["", *words]) if "--lora" not in (before, word)]  # whose they are is asked
+    words = [
+        word for before, word in pairwise(["", *words]) if "--lora" not in (before, word)
+    ]  # whose they are is asked
     if words[:3] != [format, "-q", level] or any(word.startswith("-") and word not in MAKING for word in words[3:]):
         return None
     return tuple(words)
