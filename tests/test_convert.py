@@ -269,6 +269,21 @@ def test_mixed_bits_stay_mixed(llama: Path, tmp_path: Path) -> None:
     is_exact(mixed.path, wide)
 
 
+def test_a_mix_that_a_format_cannot_hold_is_said(llama: Path, tmp_path: Path) -> None:
+    """AWQ has 4 bits for all: what has 8 is rounded, and the plan says which grids those are."""
+    names = [UP, UP.replace("up_proj", "gate_proj")]
+    recipe = Recipe("mine", "W4A16", dict.fromkeys(names, "int8_g128"), sha256="0" * 64, form="compressed-tensors")
+    options = Options(threads=1, method=MethodOptions(method="rtn"), overrides=Overrides(recipe=recipe))
+    (made,) = api.quantize(llama, "compressed-tensors", levels="W4A16", output_dir=tmp_path, options=options)
+    plan = foresee(str(made.path), "awq").plan
+    assert any(
+        "2 of 14 matrices are stored on grids that AWQ 4bit does not hold (int8_g128)" in w for w in plan.warnings
+    )
+    assert not any("does not hold" in warning for warning in foresee(str(made.path), "gptq").plan.warnings)
+    same = quantized(llama, tmp_path / "same", "compressed-tensors", "W4A16")
+    assert not any("does not hold" in warning for warning in foresee(str(same), "awq").plan.warnings)
+
+
 def test_modules_that_are_floats_in_the_source_stay_so(llama: Path, tmp_path: Path) -> None:
     place = quantized(llama, tmp_path / "source", "gptq", "4bit", ignore=(r"layers\.1\.mlp\.down_proj",))
     made = converted(place, tmp_path / "made", "compressed-tensors", exact=True)

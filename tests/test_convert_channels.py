@@ -1,5 +1,5 @@
-"""``convert`` of whole numbers with a scale for each row (LLM.int8, CTranslate2), of FP8 whose scales are powers of two,
-and of ternary blocks: codes are kept, and scales as far as the target's type has them."""
+"""``convert`` of whole numbers with a scale for each row (LLM.int8, CTranslate2), of FP8 whose scales are powers of
+two, and of ternary blocks: codes are kept, and scales as far as the target's type has them."""
 
 from __future__ import annotations
 

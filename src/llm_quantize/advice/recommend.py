@@ -38,8 +38,8 @@ def recommend(
     runtime: str | None = None,
 ) -> Advice:
     """Which runtime, format and level of ``source`` to take for ``machine`` with a cache of ``context`` tokens (None:
-    8192, or what the model was made for, if that is less). ``model``, ``lora``: as the user named them, for the commands.
-    ``runtime``: a name of RUNTIMES; None: the first of WAYS for this machine that fits. Reads headers only.
+    8192, or what the model was made for, if that is less). ``model``, ``lora``: as the user named them, for the
+    commands. ``runtime``: a name of RUNTIMES; None: the first of WAYS for this machine that fits. Reads headers only.
 
     Raises UsageError for an unknown priority, no context or a runtime that this machine does not have, and where
     nothing can be made of the model what the first runtime's format says."""

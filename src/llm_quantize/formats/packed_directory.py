@@ -37,13 +37,14 @@ from llm_quantize.formats.directory import (
     whole,
 )
 from llm_quantize.formats.idle_options import OF_DIRECTORIES, OF_GRIDS, refuse_idle
-from llm_quantize.formats.keeping import Kept, float_of, keeping, most_held, scale_of
+from llm_quantize.formats.keeping import Kept, float_of, holding_of, keeping, most_held, scale_of
 from llm_quantize.formats.kv_cache import holders
 from llm_quantize.formats.modules import EDGES, HEAD, Module, Selection, coverage, head_of, select
 from llm_quantize.formats.packed_recipe import as_far_as_both, bits_per_weight, by_grid, named, types_of
 from llm_quantize.formats.recipe import Recipe, no_recipes
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.qtypes.codebook import IN_COMMON, CodebookType
+from llm_quantize.qtypes.holding import NEVER
 from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType, dividing
 from llm_quantize.qtypes.packed import packed_type
@@ -198,6 +199,8 @@ class PackedFormat:
             label, name = f"{scheme.level} ({bits_per_weight(sizes):.1f} bits)", f"{stem}-{recipe.name}{ending}"
         caution = transformers_caution(form) if source.architecture.hyper.n_expert else None
         warnings = [*found.warnings, *_warnings(form, scheme, found, types), *([caution] if caution else [])]
+        if method.method_of(self.name).keeps:
+            warnings += _not_held(source, f"{form.TITLE} {scheme.level}", found.modules, types)
         cautions = () if form.MIXES is None or not mixed else tuple(form.MIXES.cautions(mixed))
         own = form.config(scheme, replace(coverage(source, found), mixed=mixed, cache=cache.grid))
         config = form.configured(source, plain_config(source.checkpoint.config), own)
@@ -390,6 +393,19 @@ def _label(form: Packed, scheme: Scheme) -> str:
     if form.SYMMETRIC is not None and scheme.qtype.symmetric != form.SYMMETRIC:
         label += "-sym" if scheme.qtype.symmetric else "-asym"
     return label
+
+
+def _not_held(source: Source, label: str, modules: Sequence[Module], types: Mapping[str, str]) -> Iterator[str]:
+    """Of a source that mixes grids, which of its matrices ``label`` has no grid for."""
+    stored = {one.name: {source.checkpoint.held(piece.source) for piece in one.weight.pieces} for one in modules}
+    given = [one for one in modules if None not in stored[one.name]]
+    lost = [one for one in given if holding_of(source, one.weight, types[one.name]) == NEVER]
+    if 0 < len(lost) < len(given):
+        grids = sorted({grid.qtype for one in lost for grid in stored[one.name] if grid is not None})
+        yield (
+            f"{len(lost):,} of {len(given):,} matrices are stored on grids that {label} does not hold "
+            f"({', '.join(grids)}): they are rounded"
+        )
 
 
 def _labels(form: Packed, source: Source) -> Iterator[str]:

@@ -157,8 +157,8 @@ def _print_verdict(console: Console, conversion: Mapping[str, Any]) -> None:
         console.print(shown(f"  {said(text)}"))
     if measured is not None:
         text = (
-            f"KL divergence {decimals(measured['kld'], 5)} ± {decimals(measured['kld_sem'], 5)} nats against the source, "
-            f"same likeliest token {100 * measured['same_top']:.1f} %, on {measured['tokens']:,} tokens"
+            f"KL divergence {decimals(measured['kld'], 5)} ± {decimals(measured['kld_sem'], 5)} nats against the "
+            f"source, same likeliest token {100 * measured['same_top']:.1f} %, on {measured['tokens']:,} tokens"
         )
         console.print(shown(f"  {said(text)}"))
 

@@ -85,8 +85,8 @@ def generate(
     **more: Any,
 ) -> Iterator[str]:
     """Pieces of text that continue ``prompt``, from ``runtime`` (a name of RUNTIMES) or the usual one for ``artifact``.
-    ``artifact``: a path, ollama:NAME of Ollama's store, or a hub id as ``fetch_runnable`` takes it, with ``revision``. ``more``: ``system``,
-    ``top_p``, ``context`` and ``gpu_layers`` of a ``Request``.
+    ``artifact``: a path, ollama:NAME of Ollama's store, or a hub id as ``fetch_runnable`` takes it, with
+    ``revision``. ``more``: ``system``, ``top_p``, ``context`` and ``gpu_layers`` of a ``Request``.
 
     ``on_event`` hears a warning where the text may pass the context that the model was trained for, and where a chat
     is not set in the model's own template; at the end, how many tokens were written in which time.
