@@ -455,12 +455,20 @@ def test_the_same_bytes_for_any_number_of_threads(llama: Path, tmp_path: Path) -
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("words", ["compressed-tensors", "safetensors -q BF16", "gguf"])
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ("gptq 4bit", "compressed-tensors"),
+        ("gptq 4bit", "safetensors -q BF16"),
+        ("gptq 4bit", "gguf"),
+        ("ctranslate2 int8", "ctranslate2"),
+    ],
+)
 def test_killed_while_converting(
-    command_line: CommandLine, llama: Path, tmp_path_factory: pytest.TempPathFactory, words: str
+    command_line: CommandLine, llama: Path, tmp_path_factory: pytest.TempPathFactory, stored: str, words: str
 ) -> None:
     place = tmp_path_factory.mktemp("killed")
-    source = quantized(llama, place / "source", "gptq", "4bit")
+    source = quantized(llama, place / "source", *stored.split())
     format, *more = words.split()
     scenario = Scenario(command_line, source, place, (*more, "--threads", "1"), format=format, command="convert")
     assert scenario.calls > 50

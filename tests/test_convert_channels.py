@@ -136,6 +136,14 @@ def test_whole_numbers_keep_their_codes_between_the_two(sources: dict[str, Path]
     assert made.conversion is not None
     assert 0 < made.conversion["worst"]["relative_error"] < 2.0**-22
     assert np.array_equal(codes_of(made.path), codes_of(sources["ctranslate2"]))
+    threads = api.convert(
+        sources["ctranslate2"],
+        "bitsandbytes",
+        output_dir=tmp_path / "three",
+        options=Options(threads=3, calibrate=False),
+    )
+    files = [{file.name: file.read_bytes() for file in path.iterdir()} for path in (made.path, threads.path)]
+    assert files[0] == files[1]
     back = converted(sources["bitsandbytes"], tmp_path / "back", "ctranslate2", "int8")
     assert np.array_equal(codes_of(back.path), codes_of(sources["bitsandbytes"]))
 
