@@ -257,8 +257,8 @@ class Store(Protocol):
         format cannot hold them: with ``exact`` as they are, else with numbers of groups that are rounded."""
 
     def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], Array]) -> list[Array] | None:
-        """The fields of ``matrix``, whose blocks of ggml a source stores: ``read`` gives rows of them; None where this
-        format has no such blocks."""
+        """The fields of ``matrix``, which a source stores in the very blocks (``Model.block_type``): ``read`` gives
+        rows of them; None where this format has no such blocks."""
 
     def inputs(self, matrix: MatrixPlan) -> InputGrid | None:
         """What a runtime rounds the inputs of ``matrix`` to; None: nothing."""
