@@ -41,6 +41,10 @@ NEED_IMPORTANCE = frozenset(I_QUANTS) - {"IQ3_S", "IQ3_M"} | {"Q2_K_S"}
 NEED_NONE = ("F16", "BF16", "TQ1_0", "TQ2_0", "Q1_0", "MXFP4_MOE", "Q6_K")
 
 
+NEWER = ("Q2_0", "NVFP4")
+"""What the quantizer at hand has no level for."""
+
+
 def random_importance(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, np.ndarray]:
     """Writes an importance matrix for the weights of the layers; returns what it means, by the slow twin."""
     random = np.random.default_rng(11)
@@ -123,7 +127,7 @@ def test_random_models(model: Model, with_importance: bool, tmp_path: Path) -> N
         assert importance.keys() == slow.keys()
         assert all((importance[name] == slow[name]).all() for name in slow)
     skipped = set(I_QUANTS) - {"IQ2_XXS"} if with_importance else NEED_IMPORTANCE
-    skipped = {*skipped, "Q2_0"}  # newer than the quantizer at hand
+    skipped = {*skipped, *NEWER}
     if any(columns % 128 for columns in (model.columns, model.ffn_columns)):
         skipped.add("Q1_0")  # llama.cpp has nothing for rows that its blocks do not divide
     levels = [level for level in LEVELS if level not in skipped]
@@ -235,6 +239,17 @@ def test_odd_row_lengths(tmp_path: Path) -> None:
 def test_from_bf16_as_from_f32(tmp_path: Path) -> None:
     model = wide_model("qwen3", tmp_path / "model")
     compare_pipeline(model, ("Q4_K_M", "Q6_K"), tmp_path / "out", importance=True, base="BF16")
+
+
+def test_nvfp4(tmp_path: Path) -> None:
+    """By ggml's own rounding, asked for as the type of the tensors in blocks."""
+    model = wide_model("llama", tmp_path / "model")
+    source = pipeline_bytes(model, ["F32"], tmp_path)["F32"]
+    ours = pipeline_bytes(model, ["NVFP4"], tmp_path / "ours")["NVFP4"]
+    job = Job(str(source), str(tmp_path / "theirs"), LEVELS["Q8_0"].file_type, tensor_types=(("blk", 40),))
+    assert run([job])[0].error == ""
+    assert {qtype for qtype, _ in data_of(ours).values()} == {"f32", "q8_0", "nvfp4"}
+    assert unequal(data_of(ours), data_of(job.target)) == []
 
 
 def test_overrides_reach_the_file(tmp_path: Path) -> None:

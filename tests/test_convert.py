@@ -85,7 +85,7 @@ def test_a_model_with_an_adapter(llama: Path, tmp_path: Path, capsys: pytest.Cap
     assert verify(told["path"], source=str(source), lora=[str(adapter)]).ok
     assert not verify(told["path"], source=str(source)).ok
     whole = api.convert(source, "safetensors", "BF16", output_dir=tmp_path / "bf16", lora=adapter)
-    assert whole.path.name == f"{source.name}-mine-BF16"
+    assert whole.path.name == "tiny-mine-BF16"
     assert whole.conversion is not None
     assert whole.conversion["verdict"] == "rounded"
 
@@ -269,6 +269,21 @@ def test_mixed_bits_stay_mixed(llama: Path, tmp_path: Path) -> None:
     is_exact(mixed.path, wide)
 
 
+def test_a_mix_that_a_format_cannot_hold_is_said(llama: Path, tmp_path: Path) -> None:
+    """AWQ has 4 bits for all: what has 8 is rounded, and the plan says which grids those are."""
+    names = [UP, UP.replace("up_proj", "gate_proj")]
+    recipe = Recipe("mine", "W4A16", dict.fromkeys(names, "int8_g128"), sha256="0" * 64, form="compressed-tensors")
+    options = Options(threads=1, method=MethodOptions(method="rtn"), overrides=Overrides(recipe=recipe))
+    (made,) = api.quantize(llama, "compressed-tensors", levels="W4A16", output_dir=tmp_path, options=options)
+    plan = foresee(str(made.path), "awq").plan
+    assert any(
+        "2 of 14 matrices are stored on grids that AWQ 4bit does not hold (int8_g128)" in w for w in plan.warnings
+    )
+    assert not any("does not hold" in warning for warning in foresee(str(made.path), "gptq").plan.warnings)
+    same = quantized(llama, tmp_path / "same", "compressed-tensors", "W4A16")
+    assert not any("does not hold" in warning for warning in foresee(str(same), "awq").plan.warnings)
+
+
 def test_modules_that_are_floats_in_the_source_stay_so(llama: Path, tmp_path: Path) -> None:
     place = quantized(llama, tmp_path / "source", "gptq", "4bit", ignore=(r"layers\.1\.mlp\.down_proj",))
     made = converted(place, tmp_path / "made", "compressed-tensors", exact=True)
@@ -432,16 +447,25 @@ def test_the_same_bytes_for_any_number_of_threads(llama: Path, tmp_path: Path) -
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("words", ["compressed-tensors", "safetensors -q BF16", "gguf", "gptq act-order"])
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ("gptq 4bit", "compressed-tensors"),
+        ("gptq 4bit", "safetensors -q BF16"),
+        ("gptq 4bit", "gguf"),
+        ("gptq act-order", "gptq"),
+        ("ctranslate2 int8", "ctranslate2"),
+    ],
+)
 def test_killed_while_converting(
-    command_line: CommandLine, llama: Path, tmp_path_factory: pytest.TempPathFactory, words: str
+    command_line: CommandLine, llama: Path, tmp_path_factory: pytest.TempPathFactory, stored: str, words: str
 ) -> None:
     place = tmp_path_factory.mktemp("killed")
-    if words.endswith(" act-order"):
-        source, words = place / "source", words.removesuffix(" act-order")
+    if stored == "gptq act-order":
+        source = place / "source"
         write_packed(llama, source, Form("gptq", group=64, act_order=True))
     else:
-        source = quantized(llama, place / "source", "gptq", "4bit")
+        source = quantized(llama, place / "source", *stored.split())
     format, *more = words.split()
     scenario = Scenario(command_line, source, place, (*more, "--threads", "1"), format=format, command="convert")
     assert scenario.calls > 50
@@ -475,6 +499,11 @@ def test_small_errors_are_told_as_what_they_are(
     assert run(["convert", str(source), "gguf", "-o", str(tmp_path / "made")]) == 0
     (error,) = re.findall(r"largest relative error (\S+): blk", capsys.readouterr().out)
     assert 1e-9 < float(error) < 1e-6
+    (made,) = (tmp_path / "made").glob("*.gguf")
+    assert run(["verify", str(made), "--source", str(source)]) == 0
+    errors = re.findall(r"blk\S+\s+nvfp4\s+(\S+)", capsys.readouterr().out)
+    assert errors
+    assert all(0 < float(one) < 1e-6 and len(one.partition("e")[0].replace(".", "")) == 3 for one in errors)
 
 
 def test_with_an_adapter_only_what_it_changes_is_rounded(llama: Path, tmp_path: Path) -> None:

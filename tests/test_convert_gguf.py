@@ -319,6 +319,23 @@ def test_nvfp4_keeps_codes_scales_and_the_number_of_the_matrix(net: Path, tmp_pa
         assert np.allclose(artifact.decode(name), checkpoint.read_rows(name, 0, rows), rtol=2**-22, atol=0)
 
 
+def test_nvfp4_is_a_level_that_may_be_named(net: Path, tmp_path: Path) -> None:
+    """What a source has of it is kept with its numbers, its floats are put on 8 bits; of floats all is rounded, and
+    llama.cpp loads either."""
+    source = directory(net, tmp_path / "in", "compressed-tensors", "NVFP4A16")
+    result = made(source, tmp_path / "out", "NVFP4")
+    plain = made(source, tmp_path / "plain")
+    tensors, own = ({one.name: one for one in gguf.GGUFReader(path.path).tensors} for path in (result, plain))
+    assert tensors["token_embd.weight"].tensor_type.name == "Q8_0"
+    for name in ("blk.0.ffn_up.weight", "blk.0.ffn_up.scale", "blk.1.attn_q.weight"):
+        assert np.array_equal(tensors[name].data, own[name].data)
+    assert distance(logits(result.path), logits(gguf_of(source, tmp_path / "wide", "F32"))) < 0.05
+    rounded = gguf_of(net, tmp_path / "rounded", "NVFP4")
+    assert gguf.GGUFReader(rounded).fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_NVFP4
+    assert verify(rounded, source=str(net)).ok
+    assert np.isfinite(logits(rounded)).all()
+
+
 def test_llama_cpp_computes_with_nvfp4_of_a_directory(net: Path, tmp_path: Path) -> None:
     source = directory(net, tmp_path / "in", "compressed-tensors", "NVFP4A16")
     result = made(source, tmp_path / "out")

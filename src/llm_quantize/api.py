@@ -313,6 +313,7 @@ def recommend(
     priority: str = "quality",
     measured: str | Path | None = None,
     revision: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     on_event: EventSink | None = None,
 ) -> Advice:
     """Which runtime, format and level of ``model`` to take for a machine, and why; reads headers only.
@@ -321,8 +322,8 @@ def recommend(
     compute capability ("8.9"). ``device``: auto, cpu, cuda or apple. ``runtime``: llama.cpp, vllm, transformers,
     ctranslate2 or mlx; None: what is usual for the machine, with the answers of the others in ``others``.
     ``context``: tokens of the cache, None: 8192, or what the model was made for. ``priority``: quality, speed or size.
-    ``measured``: a comparison.json of this model; None: report/comparison.json, if there is one of it. ``take`` of the
-    result is None where nothing fits.
+    ``measured``: a comparison.json of this model; None: report/comparison.json, if there is one of it. ``lora``: as
+    ``quantize`` takes it. ``take`` of the result is None where nothing fits.
 
     Raises UsageError for settings that contradict each other, and what opening the model raises (``info``).
     """
@@ -333,13 +334,14 @@ def recommend(
 
     machine = detect(device, ram=ram, vram=vram, gpu=gpu)
     with heard(on_event, "recommend") as sink:
-        source = open_source(str(model), revision=revision, on_event=sink, headers_only=True)
+        source = open_source(str(model), revision=revision, lora=_adapters(lora), on_event=sink, headers_only=True)
         with source.checkpoint:
             return advice.recommend(
                 source,
                 machine,
                 model=str(model),
                 revision=revision,
+                lora=_adapters(lora),
                 context=context,
                 priority=priority,
                 experience=experience_of(source, None if measured is None else Path(measured), sink),

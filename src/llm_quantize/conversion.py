@@ -17,8 +17,9 @@ from llm_quantize.artifacts.result import ArtifactResult
 from llm_quantize.artifacts.verdict import EXACT, MEASURED, REQUANTIZED, ROUNDED
 from llm_quantize.calibration import choose
 from llm_quantize.compare.assessment import assess
-from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError
+from llm_quantize.errors import IntegrityError, MalformedInputError, NumericPolicyError, UnsupportedError, UsageError
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.formats.base import scheme_of
 from llm_quantize.formats.keeping import PLAIN, holding_of, is_act_order
 from llm_quantize.formats.table import ACT_ORDER, FORMATS, format_name
 from llm_quantize.io.artifact_paths import manifest_path
@@ -26,7 +27,7 @@ from llm_quantize.io.whole_file import write_file
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.options import Options
 from llm_quantize.plan import ArtifactPlan
-from llm_quantize.qtypes.holding import NEVER, SURELY
+from llm_quantize.qtypes.holding import CODES, NEVER, SURELY
 from llm_quantize.results import Shown, json_ready
 
 KEEP = "keep"
@@ -70,6 +71,7 @@ def foresee(
     """What ``convert`` would make, from headers alone; nothing is written. Raises as ``convert`` before its work."""
     source = open_source(model, revision=revision, lora=lora, on_event=on_event, headers_only=True)
     with source.checkpoint:
+        name = bare_name(source) if name is None else name
         return _foreseen(source, format_name(format), level, name, options or Options())
 
 
@@ -79,11 +81,14 @@ def _foreseen(source: Source, format: str, level: str | None, name: str | None, 
     (plan,) = pipeline.plan_source(source, format, levels=[level], name=name, options=options, importance=importance)
     keeps, method = options.method.method_of(format).keeps, options.method.method_of(format)
     told, never, act_order = {}, [], FORMATS[format].act_order
+    wide = "scheme" in plan.identity and scheme_of(plan).qtype.scale == "float32"
     for matrix in plan.matrices:
-        held = holding_of(source, matrix.weight, matrix.qtype, act_order=act_order) if keeps else NEVER
+        held = NEVER
+        if keeps:
+            held = holding_of(source, matrix.weight, matrix.qtype, wide=wide, act_order=act_order)
         word = REQUANTIZED if method.reads_text and matrix.seen else ROUNDED
         told[matrix.name] = EXACT if held == SURELY else word
-        if held == NEVER:
+        if held in (NEVER, CODES):
             never.append(matrix.name)
     for index in plan.rounded():
         tensor = plan.tensors[index]
@@ -97,6 +102,23 @@ def _foreseen(source: Source, format: str, level: str | None, name: str | None, 
     words = set(told.values())
     verdict = next((word for word in (REQUANTIZED, ROUNDED) if word in words), EXACT)
     return Foreseen(plan, verdict, told, tuple(never))
+
+
+def bare_name(source: Source) -> str | None:
+    """What conversions of ``source`` are called: the name that it has without its level, where its own manifest or what
+    it stores says which level that is; None where it has no other name than its own."""
+    own, *adapters = (name.rsplit("/", 1)[-1] for name in source.names)
+    try:
+        manifest = read_manifest(manifest_path(source.checkpoint.directory)) or {}
+    except (IntegrityError, MalformedInputError):  # a stranger's, or another tool's: it says nothing
+        manifest = {}
+    made = manifest.get("made")
+    if isinstance(made, dict) and own == f"{made.get('name')}-{manifest.get('level')}":
+        return "-".join([str(made["name"]), *adapters])
+    labels = {label for form in FORMATS.values() for label in form.labels(source)}
+    ends = (f"-{label}" for label in sorted(labels, key=len, reverse=True))
+    found = next((own.removesuffix(end) for end in ends if own.endswith(end) and own != end), None)
+    return None if found is None else "-".join([found, *adapters])
 
 
 def settled(source: Source, format: str, level: str | None, options: Options) -> tuple[str, Options]:
@@ -153,6 +175,7 @@ def convert(
         choose.need_torch("Measuring quality", "torch", "transformers")
     source = open_source(model, revision=revision, lora=lora, headers_only=True)
     with source.checkpoint:
+        name = bare_name(source) if name is None else name
         level, options = settled(source, format, level, options)
         if options.exact:
             _refuse_inexact(source, _foreseen(source, format, level, name, options))

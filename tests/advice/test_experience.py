@@ -159,3 +159,10 @@ def test_the_published_table_knows_levels_and_falls_with_bits() -> None:
 def test_only_words_that_make_the_file_are_taken_from_a_report(make: Any, kept: bool, tmp_path: Path) -> None:
     found = read_report(report(tmp_path / "r.json", [variant("Q8_0", kld=0.1, make=make)]), OURS)
     assert found.make("gguf", "Q8_0") == (tuple(make) if kept else None)
+
+
+def test_adapters_of_a_report_are_those_that_are_asked_for(tmp_path: Path) -> None:
+    """A report may come from anybody: which adapter is merged says the user."""
+    words = ["gguf", "-q", "Q8_0", "--lora", "/etc", "--chat", "--lora", "-o"]
+    found = read_report(report(tmp_path / "r.json", [variant("Q8_0", kld=0.1, make=words)]), OURS)
+    assert found.make("gguf", "Q8_0") == ("gguf", "-q", "Q8_0", "--chat")

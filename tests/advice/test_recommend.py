@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llm_quantize import api
 from llm_quantize.advice.answer import Advice
 from llm_quantize.advice.choice import Choice, with_dominated
 from llm_quantize.advice.experience import Experience, Measured
@@ -29,7 +30,8 @@ from llm_quantize.options import MethodOptions, Options
 from llm_quantize.pipeline import quantize
 from llm_quantize.reports.findings import VERSION
 from llm_quantize.reports.provenance import model_facts
-from tests.tiny_models import make_tiny
+from tests.models.adapters import factors, write_adapter
+from tests.tiny_models import make_tiny, row_lengths_of_256
 
 LIMITS = dict(GRADES)
 PLENTY = 64_000_000_000
@@ -82,7 +84,7 @@ def test_every_level_is_a_choice_or_excluded_with_a_reason(demo: Source, tmp_pat
     advice = advise(demo)
     excluded = dict(advice.excluded)
     assert {choice.level for choice in advice.choices} | set(excluded) == set(LEVELS)
-    assert set(excluded) == {"F32", "F16", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "MXFP4_MOE"}
+    assert set(excluded) == {"F32", "F16", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "MXFP4_MOE", "NVFP4"}
     assert "ternary" in excluded["TQ1_0"]
     assert "experts" in excluded["MXFP4_MOE"]
     with (experts := open_source(str(make_tiny("mixtral", tmp_path / "moe")), headers_only=True)).checkpoint:
@@ -230,6 +232,28 @@ def test_on_the_command_line(
     (tmp_path / "report" / "comparison.json").write_text(text.replace(fingerprint, "0" * 64))
     code, out = call(capsys, *words, "--json")
     assert json.loads(out)["take"]["level"] == "Q8_0"
+
+
+def test_of_a_model_with_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its commands merge it, and figures of the base are not its own."""
+    model = make_tiny("llama", tmp_path / "net", **row_lengths_of_256("llama"))
+    adapter = write_adapter(tmp_path / "mine", factors({"model.layers.0.self_attn.o_proj": (256, 256)}))
+    words = [str(model), "--lora", f"{adapter}=0.5", "--ram", "16G", "--device", "cpu", "--json"]
+    code, text = call(capsys, "recommend", *words)
+    answer = json.loads(text)
+    assert code == 0
+    command = shlex.split(answer["take"]["commands"]["quantize"])
+    assert command[command.index("--lora") + 1] == f"{adapter}=0.5"
+    own = open_source(str(model), lora=[str(adapter)])
+    with own.checkpoint, open_source(str(model)).checkpoint:
+        facts = {"version": VERSION, "model": asdict(model_facts(own, str(model))), "variants": []}
+    (tmp_path / "comparison.json").write_text(json.dumps(facts))
+    code, _ = call(capsys, "recommend", *words, "--measured", str(tmp_path / "comparison.json"))
+    assert code != 0, "it is of the adapter added whole"
+    words[2] = str(adapter)
+    code, text = call(capsys, "recommend", *words, "--measured", str(tmp_path / "comparison.json"))
+    assert code == 0
+    assert api.recommend(model, lora=adapter, ram=16_000_000_000, device="cpu").lora == (str(adapter),)
 
 
 def test_nothing_fits(demo_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from llm_quantize.errors import LlmQuantizeError, UsageError
 from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.options import MethodOptions, Options
+from tests.conversions.sources import Given
 
 FILE = Path(__file__).parent / "cells.json"
 ROUNDED_FLOATS = 2.0**-8
@@ -54,19 +55,19 @@ TARGETS: Mapping[str, Target] = {
 """{column: what is asked of ``convert``}."""
 
 
-def convert(source: Path, target: Target, place: Path, *, exact: bool) -> tuple[ArtifactResult, bool]:
+def convert(source: Given, target: Target, place: Path, *, exact: bool) -> tuple[ArtifactResult, bool]:
     """The conversion, and whether a level had to be named. Raises what ``convert`` raises."""
     options = Options(threads=1, calibrate=False, exact=exact, method=MethodOptions(transform="none"))
-    common: dict[str, Any] = {"output_dir": place, "name": "m", "options": options}
+    common: dict[str, Any] = {"output_dir": place, "name": "m", "lora": source.lora, "options": options}
     try:
-        return api.convert(source, target.format, target.level, **common), False
+        return api.convert(source.model, target.format, target.level, **common), False
     except UsageError as error:
         if UNNAMED not in str(error.remedy) + error.what:
             raise
-    return api.convert(source, target.format, FORMATS[target.format].example, **common), True
+    return api.convert(source.model, target.format, FORMATS[target.format].example, **common), True
 
 
-def cell(source: Path, target: Target, place: Path) -> tuple[dict[str, Any], Path | None]:
+def cell(source: Given, target: Target, place: Path) -> tuple[dict[str, Any], Path | None]:
     """What cells.json has of the cell, and what was made.
 
     {"verdict", "level", "tensors": {verdict: count}}; where it is rounded "error", the largest relative one in two

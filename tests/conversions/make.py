@@ -23,8 +23,9 @@ def make(directory: Path, names: list[str]) -> None:
     for number, name in enumerate(names):
         place = directory / str(number)
         place.mkdir()
-        source = SOURCES[name].make(model, place / "source")
-        rows[name] = {column: cell(source, target, place / "made")[0] for column, target in TARGETS.items()}
+        source = SOURCES[name].given(SOURCES[name].make(model, place / "source"))
+        with source.here():
+            rows[name] = {column: cell(source, target, place / "made")[0] for column, target in TARGETS.items()}
     ordered = {name: rows[name] for name in SOURCES if name in rows}
     FILE.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
 

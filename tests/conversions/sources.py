@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 from llm_quantize import api
 from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.formats.recipe import Recipe
 from llm_quantize.options import MethodOptions, Options
 from tests.formats.test_gguf_scales import rewritten, scales_for
+from tests.models.adapters import factors, write_adapter
 from tests.oracles.packed_formats import Form, write_packed
 from tests.oracles.peer_layouts import write_peer
 from tests.tiny_models import make_tiny, row_lengths_of_256
@@ -23,12 +31,37 @@ Make = Callable[[Path, Path], Path]
 
 
 @dataclass(frozen=True)
+class Given:
+    """What a command is given: a model by its path or name, and adapters. ``environment``: what must be set."""
+
+    model: str
+    lora: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """With the environment."""
+        before = {name: os.environ.get(name) for name in self.environment}
+        os.environ.update(self.environment)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+@dataclass(frozen=True)
 class Kind:
-    """A kind of source. ``make``: (the model in bfloat16, an empty place) to the source. ``core``: its cells are run
-    by the gate; those of the others are among the heavy tests."""
+    """A kind of source. ``make``: (the model in bfloat16, an empty place) to the source. ``given``: what commands are
+    given of what ``make`` returned. ``core``: its cells are run by the gate; those of the others are among the heavy
+    tests."""
 
     make: Make
     core: bool = False
+    given: Callable[[Path], Given] = lambda path: Given(str(path))
 
 
 def _options(**method: Any) -> Options:
@@ -100,24 +133,74 @@ def mixed(model: Path, place: Path) -> Path:
     return made[0].path
 
 
+MERGED = {"model.layers.0.self_attn.o_proj": (256, 256), "model.layers.0.mlp.down_proj": (256, 512)}
+"""{module that the adapter changes: its shape}."""
+
+
+def with_adapter(make: Make) -> Make:
+    """The model, and an adapter beside it."""
+
+    def both(model: Path, place: Path) -> Path:
+        write_adapter(place / "adapter", factors(MERGED))
+        return make(model, place)
+
+    return both
+
+
+def beside(path: Path) -> Given:
+    return Given(str(path), (str(path.parent / "adapter"),))
+
+
+def pickled(model: Path, place: Path) -> Path:
+    """As ``torch.save`` wrote models before safetensors."""
+    found = plain("bfloat16")(model, place)
+    torch.save(load_file(found / "model.safetensors"), found / "pytorch_model.bin")
+    (found / "model.safetensors").unlink()
+    return found
+
+
+def ollama(model: Path, place: Path) -> Path:
+    """The blob of a store."""
+    data = gguf("Q8_0")(model, place).read_bytes()
+    digest, store = hashlib.sha256(data).hexdigest(), place / "models"
+    blob, manifest = store / "blobs" / f"sha256-{digest}", store / "manifests/registry.ollama.ai/library/m/latest"
+    for path in (blob, manifest):
+        path.parent.mkdir(parents=True)
+    blob.write_bytes(data)
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}", "size": len(data)}
+    manifest.write_text(json.dumps({"schemaVersion": 2, "config": {}, "layers": [layer]}))
+    return blob
+
+
+def in_store(path: Path) -> Given:
+    return Given("ollama:m", environment={"OLLAMA_MODELS": str(path.parents[1])})
+
+
 SOURCES: Mapping[str, Kind] = {
     "BF16": Kind(plain("bfloat16"), core=True),
     "BF16, experts (Qwen 3 MoE)": Kind(family("qwen3_moe")),
     "BF16, matrices of (in, out) (GPT-2)": Kind(gpt2, core=True),
     "F16": Kind(plain("float16")),
     "F32": Kind(plain("float32")),
+    "BF16 in pytorch_model.bin": Kind(pickled),
+    "BF16 with a LoRA": Kind(with_adapter(plain("bfloat16")), given=beside),
+    "F32 with a LoRA": Kind(with_adapter(plain("float32")), given=beside),
+    "GPTQ 4 bit g32 with a LoRA": Kind(with_adapter(ours("gptq", "4bit", group_size=32)), given=beside),
     "GGUF BF16": Kind(gguf("BF16")),
     "GGUF Q4_0": Kind(gguf("Q4_0"), core=True),
     "GGUF Q4_1": Kind(gguf("Q4_1")),
     "GGUF Q5_0": Kind(gguf("Q5_0")),
     "GGUF Q5_1": Kind(gguf("Q5_1")),
     "GGUF Q8_0": Kind(gguf("Q8_0"), core=True),
+    "GGUF Q8_0 in Ollama's store": Kind(ollama, given=in_store),
     "GGUF Q4_K_M": Kind(gguf("Q4_K_M"), core=True),
     "GGUF Q6_K": Kind(gguf("Q6_K")),
     "GGUF Q2_K": Kind(gguf("Q2_K")),
     "GGUF IQ4_NL": Kind(gguf("IQ4_NL")),
     "GGUF IQ4_XS": Kind(gguf("IQ4_XS")),
     "GGUF TQ2_0": Kind(gguf("TQ2_0")),
+    "GGUF TQ1_0": Kind(gguf("TQ1_0")),
+    "GGUF Q2_0": Kind(gguf("Q2_0")),
     "GGUF MXFP4": Kind(gguf("mxfp4")),
     "GGUF NVFP4": Kind(gguf("nvfp4")),
     "GGUF NVFP4 with scales": Kind(with_numbers),

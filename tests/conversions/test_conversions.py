@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from llm_quantize.artifacts.verdict import EXACT
 from llm_quantize.formats.table import FORMATS
 from llm_quantize.models.opening import open_model, open_source
 from tests.conversions.cells import TARGETS, WHY, Cell, cell, stored
-from tests.conversions.sources import SIZES, SOURCES
+from tests.conversions.sources import SIZES, SOURCES, Given
 from tests.test_convert_gguf import judged
 from tests.tiny_models import make_tiny
 
@@ -42,9 +42,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny("llama", tmp_path_factory.mktemp("model") / "llama", **SIZES)
 
 
-def values(path: Path) -> dict[str, np.ndarray]:
+def values(path: str | Path, lora: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Every tensor as it is read, float32."""
-    with open_model(str(path)) as opened:
+    with open_model(str(path), lora=lora) as opened:
         found = {name: opened.read_rows(name, 0, opened.matrix(name)[0]) for name in opened.tensors}
     wide = {
         name: (rows.astype(np.uint32) << 16).view(np.float32) if rows.dtype == np.uint16 else rows
@@ -75,9 +75,9 @@ def package_of_compressed_tensors(path: Path) -> torch.Tensor:
     return found.float()
 
 
-def check_file(path: Path, source: Path) -> None:
+def check_file(path: Path, source: Given) -> None:
     """Every tensor of a GGUF file, decoded by its owner, times the number beside it, is what the source reads."""
-    found, opened = judged(path), open_source(str(source))
+    found, opened = judged(path), open_source(source.model, lora=source.lora)
     scales = [name for name in found if name.endswith(".scale")]  # in which order three numbers are multiplied differs
     for name in scales:
         found[name.replace(".scale", ".weight")] *= found.pop(name).reshape(-1)[0]
@@ -92,7 +92,7 @@ def check_file(path: Path, source: Path) -> None:
             )
 
 
-def check_values(column: str, source: Path, made: Path, wanted: Mapping[str, np.ndarray], verdict: str) -> None:
+def check_values(column: str, source: Given, made: Path, wanted: Mapping[str, np.ndarray], verdict: str) -> None:
     """The verdict, by readers that the proof did not use."""
     format = TARGETS[column].format
     assert alike(values(made), wanted) == (verdict == EXACT)
@@ -117,17 +117,18 @@ def same_cell(found: Cell, said: Cell) -> bool:
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.filterwarnings("ignore::UserWarning:compressed_tensors")
 def test_row(name: str, model: Path, tmp_path: Path) -> None:
-    source = SOURCES[name].make(model, tmp_path / "source")
-    wanted, wrong = values(source), {}
-    for column, target in TARGETS.items():
-        found, made = cell(source, target, tmp_path / "made")
-        said = stored()[name][column]
-        if not same_cell(found, said):
-            wrong[column] = (found, said)
-        if made is not None:
-            check_values(column, source, made, wanted, found["verdict"])
-        for folder in ("made", "made exact"):
-            shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    source = SOURCES[name].given(SOURCES[name].make(model, tmp_path / "source"))
+    with source.here():
+        wanted, wrong = values(source.model, source.lora), {}
+        for column, target in TARGETS.items():
+            found, made = cell(source, target, tmp_path / "made")
+            said = stored()[name][column]
+            if not same_cell(found, said):
+                wrong[column] = (found, said)
+            if made is not None:
+                check_values(column, source, made, wanted, found["verdict"])
+            for folder in ("made", "made exact"):
+                shutil.rmtree(tmp_path / folder, ignore_errors=True)
     assert not wrong
 
 

@@ -16,7 +16,7 @@ from tests.conversions.sources import SIZES, SOURCES
 from tests.tiny_models import make_tiny
 
 COUNT = int(os.environ.get("LLM_QUANTIZE_FUZZ", "500"))
-QUICK = ("GPTQ 4 bit", "GGUF Q4_0", "CTranslate2 int8")
+QUICK = ("GPTQ 4 bit", "GGUF Q4_0", "CTranslate2 int8", "BF16 in pytorch_model.bin", "BF16 with a LoRA")
 """One for each form of container, for the gate."""
 
 
@@ -29,13 +29,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(24 * 3600)
 @pytest.mark.parametrize("name", SOURCES)
 def test_damage(name: str, model: Path, tmp_path: Path) -> None:
-    fine = attack(made(name, model, tmp_path), COUNT, seed=list(SOURCES).index(name))
-    assert 0 < fine < COUNT or COUNT < 100, "nothing is damaged, or all of it"
+    source, lora = made(name, model, tmp_path)
+    found = attack(source, COUNT, seed=list(SOURCES).index(name), lora=lora)
+    assert 0 < found[""] < COUNT or COUNT < 100, "nothing is damaged, or all of it"
+    assert len(found) > 10 or COUNT < 100, "all are refused at the door"
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_some_damage(name: str, model: Path, tmp_path: Path) -> None:
-    attack(made(name, model, tmp_path), 60, seed=-1)
+    source, lora = made(name, model, tmp_path)
+    assert len(attack(source, 60, seed=-1, lora=lora)) > 3
 
 
 def test_a_change_changes_one_thing() -> None:

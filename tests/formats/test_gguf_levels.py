@@ -23,9 +23,9 @@ ARCHS = (
 )
 
 
-KNOWN = tuple(level for level in LEVELS if level != "Q2_0")
+KNOWN = tuple(level for level in LEVELS if level not in ("Q2_0", "NVFP4"))
 KNOWN_TYPES = tuple(qtype for qtype in recipes.TENSOR_TYPES if qtype != "q2_0")
-"""What cyllama's quantizer knows: its llama.cpp is older than Q2_0."""
+"""What cyllama's quantizer knows: its llama.cpp is older than Q2_0, and none has a rule for NVFP4."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def test_the_whole_product(arch: str, tmp_path: Path) -> None:
 
 
 def test_levels_carry_the_numbers_of_the_format() -> None:
-    assert len(LEVELS) == 35
+    assert len(LEVELS) == 36
     for name in KNOWN:
         level = LEVELS[name]
         known = gguf.LlamaFileType(level.file_type).name
@@ -215,6 +215,21 @@ def test_a_level_that_the_quantizer_at_hand_does_not_know_is_as_the_other_of_few
     assert "invalid output file type" in outcome.error, "cyllama knows it now: put it into KNOWN"
     ours = assigned(Case(model, "Q2_0")).qtypes
     assert [kind.replace("q1_0", "q2_0") for kind in assigned(Case(model, "Q1_0")).qtypes] == ours
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_nvfp4_is_that_type_with_edges_at_8_bits(tied: bool, tmp_path: Path) -> None:
+    """No llama-quantize has a rule for it: it is what Q8_0 is with the type asked for in the blocks."""
+    model = Model(n_layer=2, tied=tied)
+    source = write_model(tmp_path / "model.gguf", model)
+    (outcome,) = run([Job(source, str(tmp_path / "out"), LEVELS["NVFP4"].file_type, dry_run=True)])
+    assert "invalid output file type" in outcome.error, "cyllama has a rule now: compare with that"
+    job = Job(source, str(tmp_path / "out"), LEVELS["Q8_0"].file_type, tensor_types=(("blk", 40),), dry_run=True)
+    (outcome,) = run([job])
+    assert outcome.error == ""
+    ours = dict(zip((tensor.name for tensor in model.tensors()), assigned(Case(model, "NVFP4")).qtypes, strict=True))
+    assert ours == outcome.types
+    assert recipes.parse_level("nvfp4").name == "NVFP4"
 
 
 def test_names_are_read_in_any_case() -> None:

@@ -149,3 +149,40 @@ def test_rows_that_share_scales_share_them() -> None:
         found = taking.hold(one, codes)
         assert found is not None
         assert same(found[0].decode(found[1]), one.decode(codes))
+
+
+def of_127(seed: int = 0) -> tuple[Grid, Tensor]:
+    """LLM.int8: codes from -127, a float32 scale for each row, in units of 1/127; one row is all zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 255, (6, 64), generator=generator).to(torch.uint8)
+    scale = torch.rand((6, 1), generator=generator) + 0.01
+    scale[2], codes[2] = 0, 127
+    levels, unit = torch.arange(-127, 128, dtype=torch.float32), torch.tensor([[1 / 127]])
+    return Grid(levels, 64, 64, scale, unit.expand(6, 1), storage=torch.float32), codes
+
+
+@pytest.mark.parametrize(("target", "held"), [("int8", True), ("int8_g32", True), ("int8_g32_asym", True)])
+def test_whole_numbers_with_a_scale_for_each_row(target: str, held: bool) -> None:
+    """Float32 holds the scales of integers, 16 bits hold the codes."""
+    grid, codes = of_127()
+    found = grid_type(target, scale="float32").hold(grid, codes)
+    assert (found is not None) == held
+    if found is not None:
+        assert same(found[0].decode(found[1]), grid.decode(codes))
+    assert grid_type(target, scale="float16").hold(grid, codes) is None
+    near = grid_type(target, scale="float16").near(grid, codes)
+    assert near is not None
+    assert len({int(a) - int(b) for a, b in zip(near[1].reshape(-1), codes.reshape(-1), strict=True)}) == 1
+    wanted = grid.decode(codes)
+    assert 0 < float((near[0].decode(near[1]) - wanted).norm() / wanted.norm()) < 2**-11
+
+
+def test_offsets_of_whole_numbers_are_a_power_of_two_of_scales() -> None:
+    """128 scales are as exact as a scale; 127 of them would be off by a quarter of a step in bfloat16."""
+    grid, codes = of_127()
+    near = grid_type("affine8_g32", scale="bfloat16").near(grid, codes)
+    assert near is not None
+    moved = near[1].short() - codes
+    assert bool((moved[[0, 1, 3, 4, 5]] == 1).all())
+    factor = grid.scale().bfloat16().float()
+    assert torch.equal(near[0].decode(near[1]), factor * (codes.float() - 127))

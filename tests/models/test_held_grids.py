@@ -17,9 +17,11 @@ from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import held_output_rows, read_output_rows, to_float32
 from llm_quantize.errors import UsageError
 from llm_quantize.grids.held import joined
-from llm_quantize.models.opening import open_model
+from llm_quantize.models.opening import open_model, open_source
 from llm_quantize.options import MethodOptions, Options
 from llm_quantize.pipeline import quantize
+from llm_quantize.qtypes.held import Held
+from tests.oracles.peer_layouts import write_peer
 from tests.oracles.reference_directories import Layout, write_directory
 from tests.tiny_models import make_tiny, row_lengths_of_256
 
@@ -84,12 +86,42 @@ def test_what_is_held_decodes_to_what_is_read(
         assert model.held_grid("model.norm.weight", 0, 1) is None
 
 
+def test_scales_that_divide_are_factors_but_for_their_last_bits(llama: Path, tmp_path: Path) -> None:
+    """CTranslate2: a division is not a product with the inverse; the codes are."""
+    with open_model(str(made(llama, tmp_path, "ctranslate2", "int8"))) as model:
+        rows, columns = model.matrix(UP)
+        assert (model.held(UP), model.block_type(UP)) == (Held("line8", "float32"), "line8")
+        found = model.held_grid(UP, 3, rows)
+        assert found is not None
+        wanted = model.read_rows(UP, 3, rows)
+        assert np.allclose(found[0].decode(found[1]).numpy(), wanted, rtol=2.0**-22, atol=0)
+        blocks = model.block_rows(UP, 3, rows)
+        assert blocks.shape == (rows - 3, columns + 4)
+        codes = blocks[:, :columns].view(np.int8)
+        assert np.array_equal(codes.astype(np.int16) + 127, found[1].numpy())
+        scales = np.ascontiguousarray(blocks[:, columns:]).view("<f4")
+        assert same(codes.astype(np.float32) / scales, wanted)
+        assert model.held("model.norm.weight") is model.block_type("model.norm.weight") is None
+        with pytest.raises(ValueError, match="not stored in blocks"):
+            model.block_rows("model.norm.weight", 0, 1)
+
+
 def test_scales_of_scales_are_their_rungs(llama: Path, tmp_path: Path) -> None:
     with open_model(str(made(llama, tmp_path, "bitsandbytes", "NF4", double_quant=True))) as model:
         found = model.held_grid(UP, 0, model.matrix(UP)[0])
         assert found is not None
         assert found[0].ladder is not None
         assert torch.equal(found[0].ladder.decode(), found[0].d)
+
+
+def test_fp8_is_planned_as_the_float32_that_it_is_read_as(llama: Path, tmp_path: Path) -> None:
+    """Rows of FP8 are decoded on reading: chunks of them are four times as large as they are stored."""
+    write_peer(llama, tmp_path / "fp8", "FP8 blocks")
+    sources = [open_source(str(path), headers_only=True) for path in (tmp_path / "fp8", llama)]
+    assert [source.itemsize for source in sources] == [4, 2]
+    for source in sources:
+        with source.checkpoint as model:
+            assert source.itemsize == max(model.stored_dtype(name).itemsize for name in model.tensors)
 
 
 def test_fp8_with_scales_beside_is_held(llama: Path, tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from llm_quantize.advice.describe import describe
+from llm_quantize.cli import run
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.models.hub.ollama import stored
 from llm_quantize.models.opening import open_source
 from llm_quantize.models.recipes import recipe_from
 from llm_quantize.options import Options
 from llm_quantize.pipeline import quantize
+from llm_quantize.runtimes import generate
 from tests.hearing import into
 from tests.tiny_models import make_tiny
 
@@ -121,6 +123,20 @@ def test_a_name_that_is_not_there(store: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_names_that_are_none(name: str, store: Path) -> None:
     with pytest.raises(UsageError, match="no name of a model"):
         open_source(name)
+
+
+def test_it_is_run_by_its_name(store: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In llama.cpp, which is given the blob; what Ollama has beside it is told."""
+    heard: list[dict[str, Any]] = []
+    found = "".join(generate("ollama:tiny", "Once", max_tokens=4, threads=1, on_event=into(heard)))
+    assert found == "".join(generate(made, "Once", max_tokens=4, threads=1))
+    assert any("Ollama's own template" in str(event.get("text")) for event in heard)
+    assert run(["run", "ollama:hf.co/owner/Tiny-GGUF:Q8_0", "Once", "-n", "4", "--threads", "1"]) == 0
+    assert found in capsys.readouterr().out
+    with pytest.raises(UsageError, match="no such model in Ollama"):
+        next(generate("ollama:other", "Once"))
+    with pytest.raises(UsageError, match="no revisions"):
+        next(generate("ollama:tiny", "Once", revision="main"))
 
 
 def test_an_adapter_is_said(store: Path) -> None:

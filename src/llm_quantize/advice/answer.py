@@ -56,6 +56,7 @@ class Advice(Tabled):
     answer: Answer
     others: tuple[Answer, ...]
     notes: tuple[str, ...]
+    lora: tuple[str, ...] = ()
 
     @property
     def runtime(self) -> str:
@@ -113,7 +114,8 @@ class Advice(Tabled):
         revision = ["--revision", self.revision] if self.revision else []
         calibrate = ["--calibrate"] if choice.calibrate else []
         make = choice.make or (choice.format, "-q", choice.level, *calibrate, *revision)
-        words = ["llm-quantize", "quantize", self.model, *make, "-o", "out"]
+        adapters = [word for text in self.lora for word in ("--lora", text)]
+        words = ["llm-quantize", "quantize", self.model, *make, *adapters, "-o", "out"]
         way = next(answer.way for answer in self.answers if answer.runtime == choice.runtime)
         return {
             "quantize": shlex.join(words),

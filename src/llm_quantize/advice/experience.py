@@ -14,6 +14,7 @@ import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,8 @@ def experience_of(source: Source, report: Path | None = None, on_event: EventSin
         return Experience()
     model = source.checkpoint
     content = None if model.temporary is not None else lambda: source.content(on_event)
-    wanted = Wanted(header_digest(model), content, model.revision)
+    commit = None if model.adapters else model.revision  # which says nothing of adapters
+    wanted = Wanted(header_digest(model), content, commit)
     return read_report(report or DEFAULT_REPORT, wanted, given=report is not None)
 
 
@@ -265,6 +267,9 @@ def _make(words: Any, format: str, level: str) -> tuple[str, ...] | None:
     """The words of a report that make ``level``, if they are such words: a report may come from anybody."""
     if not isinstance(words, list) or not all(isinstance(word, str) and word.isprintable() for word in words):
         return None
+    words = [
+        word for before, word in pairwise(["", *words]) if "--lora" not in (before, word)
+    ]  # whose they are is asked
     if words[:3] != [format, "-q", level] or any(word.startswith("-") and word not in MAKING for word in words[3:]):
         return None
     return tuple(words)

@@ -79,7 +79,8 @@ def _cannot_be(source: Source) -> dict[str, str]:
         level: f"is for models trained with {kind}; any other loses nearly everything"
         for level, kind in TRAINED.items()
     }
-    return {**cannot, **trained}
+    released = {"NVFP4": "is for models that are released so: of any other IQ4_NL, of the same size, loses less"}
+    return {**cannot, **trained, **released}
 
 
 def _plans(source: Source, levels: Sequence[str]) -> list[tuple[ArtifactPlan, bool]]:

@@ -11,6 +11,8 @@ by loss: their figures are of different models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llm_quantize.advice.answer import Advice, Answer
 from llm_quantize.advice.choice import Found, Question
 from llm_quantize.advice.experience import Experience
@@ -29,14 +31,15 @@ def recommend(
     *,
     model: str,
     revision: str | None = None,
+    lora: Sequence[str] = (),
     context: int | None = None,
     priority: str = "quality",
     experience: Experience | None = None,
     runtime: str | None = None,
 ) -> Advice:
     """Which runtime, format and level of ``source`` to take for ``machine`` with a cache of ``context`` tokens (None:
-    8192, or what the model was made for, if that is less). ``model``: as the user named it, for the commands.
-    ``runtime``: a name of RUNTIMES; None: the first of WAYS for this machine that fits. Reads headers only.
+    8192, or what the model was made for, if that is less). ``model``, ``lora``: as the user named them, for the
+    commands. ``runtime``: a name of RUNTIMES; None: the first of WAYS for this machine that fits. Reads headers only.
 
     Raises UsageError for an unknown priority, no context or a runtime that this machine does not have, and where
     nothing can be made of the model what the first runtime's format says."""
@@ -66,6 +69,7 @@ def recommend(
         context=context,
         priority=priority,
         answer=first,
+        lora=tuple(lora),
         others=others,
         notes=(
             *(f"{way.runtime}: {error.what}" for way, error in refused),

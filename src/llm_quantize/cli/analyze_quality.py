@@ -13,6 +13,7 @@ import click
 from llm_quantize.cli.common import Mode, emit_json, json_option, line, lora_option, mode, verbose_option
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
+from llm_quantize.measures.amounts import decimals
 from llm_quantize.reports.labels import LANGUAGES, grade_name, labels
 from llm_quantize.reports.wording import said, spoken
 from llm_quantize.runtimes import RUNTIMES
@@ -219,7 +220,7 @@ def _table(found: Assessment) -> Table:
         table.add_row(
             Text(line(Path(one.path).name.removesuffix(".gguf"))),
             f"{one.bits_per_weight:.2f}",
-            f"{d.kld:.5f} ± {d.kld_sem:.5f}",
+            f"{decimals(d.kld, 5)} ± {decimals(d.kld_sem, 5)}",
             f"{100 * d.same_top:.1f} %",
             f"{d.perplexity:.3f}",
             grade_name(one.grade, spoken()),
@@ -240,12 +241,12 @@ def _details(found: Assessment) -> Table:
         d = one.divergence
         table.add_row(
             Text(line(Path(one.path).name.removesuffix(".gguf"))),
-            f"{d.kld_median:.5f}",
-            f"{d.kld_99:.4f}",
-            f"{d.kld_999:.4f}",
-            f"{d.kld_max:.3f}",
+            decimals(d.kld_median, 5),
+            decimals(d.kld_99, 4),
+            decimals(d.kld_999, 4),
+            decimals(d.kld_max, 3),
             f"{100 * d.rms_delta_p:.2f} %",
-            f"{d.ln_ratio:+.5f} ± {d.ln_ratio_sem:.5f}",
+            f"{'+' if d.ln_ratio > 0 else ''}{decimals(d.ln_ratio, 5)} ± {decimals(d.ln_ratio_sem, 5)}",
         )
     return table
 
@@ -269,7 +270,7 @@ def _worst(console: Console, found: Assessment, index: int, count: int | None) -
     name = line(Path(found.quality.artifacts[index].path).name)
     console.print(said(f"largest errors of tensors in {name} (relative RMS):"), markup=False)
     for loss in losses:
-        weighted = "" if loss.weighted is None else f", weighted by importance {loss.weighted:.4f}"
+        weighted = "" if loss.weighted is None else f", weighted by importance {decimals(loss.weighted, 4)}"
         broken = f", {loss.nonfinite} values not finite" if loss.nonfinite else ""
-        told = f"{loss.qtype} {loss.relative:.4f}{weighted}, largest {loss.largest:.2f} RMS{broken}"
+        told = f"{loss.qtype} {decimals(loss.relative, 4)}{weighted}, largest {loss.largest:.2f} RMS{broken}"
         console.print(line(f"  {loss.name} {said(told)}"), markup=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_quantize.cli.common import emit_json, json_option, line, mode
+from llm_quantize.cli.common import emit_json, json_option, line, lora_option, mode
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 from llm_quantize.errors import ResourceError
@@ -56,11 +56,13 @@ _MARKS = {"published": "*", "estimated": "~", "elsewhere": "^", "measured": "", 
     help="A comparison.json of this model. [default: report/comparison.json, if there is one]",
 )
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model.")
+@lora_option
 @json_option
 @click.pass_context
 def command(
     ctx: click.Context, as_json: bool, model: str, ram: int | None, vram: int | None, gpu: str | None, device: str,
     runtime: str, context: int | None, priority: str, measured: str | None, revision: str | None,
+    lora: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Say which format and level of MODEL to take for this machine, why, and the commands to make and run it.
 
@@ -78,10 +80,10 @@ def command(
     shown = mode(ctx, as_json)
     machine = detect(device, ram=ram, vram=vram, gpu=gpu)
     with told(shown, "recommend") as sink:
-        source = open_source(model, revision=revision, on_event=sink, headers_only=True)
+        source = open_source(model, revision=revision, lora=lora, on_event=sink, headers_only=True)
         with source.checkpoint:
             advice = recommend(
-                source, machine, model=model, revision=revision, context=context, priority=priority,
+                source, machine, model=model, revision=revision, lora=lora, context=context, priority=priority,
                 experience=experience_of(source, None if measured is None else Path(measured), sink),
                 runtime=None if runtime == "auto" else runtime,
             )  # fmt: skip

@@ -76,7 +76,8 @@ LONGEST_PROMPT = 16 << 20
 def command(ctx: click.Context, /, as_json: bool, artifact: str, prompt: str | None, **asked: Any) -> int:
     """Generate text: a .gguf file (or the directory of a split one) runs in llama.cpp, a Hugging Face directory
     in transformers or vLLM, a CTranslate2 model in CTranslate2. A hub id is fetched first; of several GGUF files one
-    is named, as in ORG/NAME:Q4_K_M. Quantized directories may need `make transformers-runtime` or `make vllm` first.
+    is named, as in ORG/NAME:Q4_K_M. A model of Ollama's store is ollama:NAME. Quantized directories may need `make
+    transformers-runtime` or `make vllm` first.
 
     The PROMPT - is read from standard input. How fast the text came is told at the end, on standard error.
 

@@ -32,6 +32,7 @@ from llm_quantize.evaluation.quality_plan import QualityPlan
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.durable import fail_os
 from llm_quantize.measures import grades
+from llm_quantize.measures.amounts import decimals
 from llm_quantize.measures.divergence import Comparison, Divergence, Paired, pair
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.models.opening import Source
@@ -141,7 +142,7 @@ class QualityResult(Tabled):
 
     def summary(self) -> dict[str, Any]:
         """The reference, the text, and the mean KL divergence of each artifact."""
-        losses = " ".join(f"{Path(one.path).name}:{one.divergence.kld:.5f}" for one in self.artifacts)
+        losses = " ".join(f"{Path(one.path).name}:{decimals(one.divergence.kld, 5)}" for one in self.artifacts)
         return {"reference": Path(self.reference).name, "tokens": self.tokens, "kld": losses}
 
     def rows(self) -> list[dict[str, Any]]:
@@ -162,7 +163,7 @@ class QualityResult(Tabled):
         beyond = [one for one in self.artifacts if not one.divergence.kld <= max_kld]
         if not beyond:
             return None
-        figures = ", ".join(f"{Path(one.path).name} {one.divergence.kld:.5f}" for one in beyond)
+        figures = ", ".join(f"{Path(one.path).name} {decimals(one.divergence.kld, 5)}" for one in beyond)
         return NumericPolicyError(
             "the divergence from the reference is above the limit",
             file=beyond[0].path,

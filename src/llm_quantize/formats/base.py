@@ -220,6 +220,10 @@ class Format(Protocol):
         """The level, or ``level`` itself, and what to ask with it, that hold the most of what ``source`` stores
         quantized; None where it has nothing of that kind to keep, or nothing is known of it. From headers alone."""
 
+    def labels(self, source: Source) -> Collection[str]:
+        """What would stand behind the name of an artifact of this format that stores what ``source`` does. From headers
+        alone."""
+
     def store(self, plan: ArtifactPlan) -> Store:
         """How one of its artifacts keeps a matrix. Needs torch."""
 
@@ -258,8 +262,8 @@ class Store(Protocol):
         format cannot hold them: with ``exact`` as they are, else with numbers of groups that are rounded."""
 
     def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], Array]) -> list[Array] | None:
-        """The fields of ``matrix``, whose blocks of ggml a source stores: ``read`` gives rows of them; None where this
-        format has no such blocks."""
+        """The fields of ``matrix``, which a source stores in the very blocks (``Model.block_type``): ``read`` gives
+        rows of them; None where this format has no such blocks."""
 
     def inputs(self, matrix: MatrixPlan) -> InputGrid | None:
         """What a runtime rounds the inputs of ``matrix`` to; None: nothing."""

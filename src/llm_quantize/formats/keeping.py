@@ -21,9 +21,9 @@ from llm_quantize.formats.modules import Module, select
 from llm_quantize.formats.packed_recipe import types_of
 from llm_quantize.formats.recipe import Recipe
 from llm_quantize.io.journal import canonical_json
-from llm_quantize.qtypes.codebook import CodebookType
+from llm_quantize.qtypes.codebook import OF_127, CodebookType
 from llm_quantize.qtypes.held import Held
-from llm_quantize.qtypes.holding import NEVER, PERHAPS, SURELY, holds
+from llm_quantize.qtypes.holding import CODES, NEVER, PERHAPS, SURELY, holds
 from llm_quantize.qtypes.integer import WHOLE_ROW, is_integer
 from llm_quantize.qtypes.packed import packed_type
 
@@ -48,15 +48,21 @@ class Kept:
     weights: int
 
 
-def holding_of(source: Source, output: OutputTensor, qtype: str, *, act_order: bool = False) -> int:
-    """NEVER, PERHAPS or SURELY: whether the grid ``qtype`` holds all rows of ``output`` as the source stores them.
-    ``act_order``: of a format whose groups need not stand side by side."""
+def holding_of(source: Source, output: OutputTensor, qtype: str, *, wide: bool = True, act_order: bool = False) -> int:
+    """NEVER, PERHAPS, CODES or SURELY: whether the grid ``qtype`` holds all rows of ``output`` as the source stores
+    them. ``wide``: scales that are floats are stored in float32. ``act_order``: of a format whose groups need not stand
+    side by side."""
     blocks = {source.checkpoint.block_type(piece.source, transpose=piece.transpose) for piece in output.pieces}
     if blocks == {qtype}:
         return SURELY
     found = [source.checkpoint.held(piece.source) for piece in output.pieces]
-    told = (NEVER if one is None or (one.act_order and not act_order) else holds(qtype, one.qtype) for one in found)
-    return min(told, default=NEVER)
+    held = min((NEVER if one is None else _holds(qtype, one, act_order) for one in found), default=NEVER)
+    narrow = not wide and qtype not in OF_127 and any(one is not None and one.qtype in OF_127 for one in found)
+    return CODES if held == SURELY and narrow else held
+
+
+def _holds(qtype: str, held: Held, act_order: bool) -> int:
+    return holds(qtype, held.qtype, powers=held.powers) if act_order or not held.act_order else NEVER
 
 
 def is_act_order(source: Source, output: OutputTensor) -> bool:
@@ -76,38 +82,38 @@ def out_of_order(source: Source, plan: ArtifactPlan, act_order: bool) -> tuple[s
     return tuple(name for name, output in found if is_act_order(source, output))
 
 
-def keeping(form: Packed, source: Source, levels: Sequence[str], options: Options, edges: Collection[str]) -> Kept:
-    """The one of ``levels`` of ``form`` that holds the most, and what must be asked with it: the source's groups and
-    zero points, where the user asks for none, and that modules that are no codes in the source stay as they are. Of
-    a level that was named (one of ``levels``), what an adapter changed is rounded to it.
+def keeping(form: Packed, source: Source, level: str | None, options: Options, edges: Collection[str]) -> Kept:
+    """The level of ``form`` (``level``, where that is named) that holds the most, and what must be asked with it: the
+    source's groups and zero points, where the user asks for none, and that modules that are no codes in the source stay
+    as they are. What an adapter changed is rounded to a level that is named.
 
     ``weights`` 0 where none holds anything. Raises what ``select`` raises."""
-    method = options.method
+    method, levels = options.method, form.LEVELS if level is None else [level]
     found = select(source, method.ignore, edges=edges)
     held = {module.name: _held(source, module) for module in found.modules}
     given = {name: one for name, one in held.items() if one is not None}
     if not given:
         return Kept(levels[0], options, 0)
-    merged = {name for one in source.checkpoint.adapters for name in one.changes} if len(levels) == 1 else set()
+    merged = {name for one in source.checkpoint.adapters for name in one.changes} if level is not None else set()
     plain = [module for module in found.modules if held[module.name] is None]
     plain = [module for module in plain if not any(piece.source in merged for piece in module.weight.pieces)]
     options = _without(options, [module.name for module in plain])
     modules = [module for module in found.modules if module.name in given]
-    mix = _mix(form, found.modules, given) if len(levels) > 1 else None
+    mix = _mix(form, found.modules, given) if level is None else None
     if mix is not None:
         weights = sum(weights_of(module.weight.shape) for module in modules)
         return Kept(mix.level, replace(options, overrides=replace(options.overrides, recipe=mix)), weights)
     best = max(_candidates(form, levels, options, modules, given), key=lambda one: one[0], default=None)
     if best is None or best[0][:2] == (0, 0):
         return Kept(levels[0], options, 0)
-    score, level, asked = best
-    grid = form.scheme(level, asked).qtype.name
-    edge = [one.name for one in modules if not one.seen and _holds(form, grid, given[one.name]) == NEVER]
+    score, chosen, asked = best
+    grid = form.scheme(chosen, asked).qtype.name
+    edge = [one.name for one in modules if not one.seen and _holds(grid, given[one.name], form.ACT_ORDER) == NEVER]
     options = _without(options, edge)  # floats lose less there than a second rounding
     method = replace(
         options.method, group_size=asked.group_size, symmetric=asked.symmetric, double_quant=asked.double_quant
     )
-    return Kept(level, replace(options, method=method), score[0])
+    return Kept(chosen, replace(options, method=method), score[0])
 
 
 def _without(options: Options, names: Sequence[str]) -> Options:
@@ -124,7 +130,7 @@ def _mix(form: Packed, modules: Sequence[Module], given: Mapping[str, Held]) -> 
     grids = {name: held.qtype for name, held in given.items()}
     if form.MIXES is None or len(set(grids.values())) < 2 or not all(map(is_integer, grids.values())):
         return None
-    if not all(_is_ordered(form, held) for held in given.values()):
+    if not form.ACT_ORDER and any(held.act_order for held in given.values()):
         return None
     text = canonical_json(grids)
     name = form.MIXES.mixed_level(set(grids.values()))
@@ -145,15 +151,6 @@ def _held(source: Source, module: Module) -> Held | None:
     return found[0] if len(set(found)) == 1 else None
 
 
-def _is_ordered(form: Packed, held: Held) -> bool:
-    """Whether ``form`` can say which columns are in which group."""
-    return form.ACT_ORDER or not held.act_order
-
-
-def _holds(form: Packed, qtype: str, held: Held) -> int:
-    return holds(qtype, held.qtype) if _is_ordered(form, held) else NEVER
-
-
 Score = tuple[int, ...]
 
 
@@ -163,13 +160,12 @@ def _candidates(
     """(how good, level, options) of every grid of ``levels`` that divides all rows. Best: what holds most weights, in
     the fewest bits, in the source's own groups, with inputs as they come, and the least to ask for."""
     method = options.method
-    weights: Counter[str] = Counter()
-    grids: Counter[Held] = Counter()
+    weights: Counter[Held] = Counter()
     for module in modules:
-        weights[given[module.name].qtype] += weights_of(module.weight.shape)
-        grids[given[module.name]] += weights_of(module.weight.shape)
-    own = packed_type(weights.most_common(1)[0][0]).group_size if _is_known(weights) else None
-    groups = {None, *(packed_type(name).group_size for name in weights if _is_known((name,)))}
+        weights[given[module.name]] += weights_of(module.weight.shape)
+    names = [held.qtype for held, _ in weights.most_common()]
+    own = packed_type(names[0]).group_size if _is_known(names) else None
+    groups = {None, *(packed_type(name).group_size for name in names if _is_known((name,)))}
     asked = (
         groups if method.group_size is None else {method.group_size},
         (None, True, False) if method.symmetric is None else (method.symmetric,),
@@ -185,8 +181,9 @@ def _candidates(
         size = scheme.qtype.group_size
         if size != WHOLE_ROW and any(module.weight.shape[-1] % size for module in modules):
             continue
-        told = {held: _holds(form, scheme.qtype.name, held) for held in grids}
-        total, perhaps = (sum(grids[held] for held in told if told[held] == word) for word in (SURELY, PERHAPS))
+        told = {held: _holds(scheme.qtype.name, held, form.ACT_ORDER) for held in weights}
+        words = ((SURELY, CODES), (PERHAPS,))
+        total, perhaps = (sum(weights[held] for held in told if told[held] in some) for some in words)
         plain, calibrated = form.inputs(scheme) is None, bool(form.input_fields(scheme))
         if calibrated and len(levels) > 1:
             continue
@@ -203,16 +200,27 @@ def _is_known(names: Collection[str]) -> bool:
     return True
 
 
-def scale_of(source: Source, modules: Sequence[Module]) -> str | None:
-    """How most of the source's scales are stored that are floats; None where it has none. ``modules``: those that are
-    packed."""
+def scale_of(source: Source, modules: Sequence[Module], *, exact: bool = False) -> str | None:
+    """How most of the source's scales are stored that are floats; None where it has none, and of grids whose scales are
+    float32 whatever the model is in, unless ``exact``. ``modules``: those that are packed."""
     counts: Counter[str] = Counter()
     for module in modules:
         held = _held(source, module)
         if held is not None and _is_known((held.qtype,)):
             kind = packed_type(held.qtype)
-            if not isinstance(kind, CodebookType) or kind.scale_follows:
+            always = isinstance(kind, CodebookType) and kind.codebook in OF_127
+            if not isinstance(kind, CodebookType) or kind.scale_follows or (exact and always):
                 counts[held.scale] += weights_of(module.weight.shape)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def most_held(source: Source) -> str | None:
+    """The grid of directories that most quantized weights of ``source`` are on; None where there is none."""
+    counts: Counter[str] = Counter()
+    for name, info in source.checkpoint.tensors.items():
+        held = source.checkpoint.held(name)
+        if held is not None and _is_known((held.qtype,)):
+            counts[held.qtype] += info.elements
     return counts.most_common(1)[0][0] if counts else None
 
 

@@ -7,7 +7,7 @@ it, is kept in the type it is stored in (FP8 as BF16 and without its scales, F64
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ from llm_quantize.formats.directory import (
     whole,
 )
 from llm_quantize.formats.idle_options import OF_DIRECTORIES, OF_GRIDS, refuse_idle
-from llm_quantize.formats.keeping import Kept, float_of, holding_of, is_act_order, keeping, scale_of
+from llm_quantize.formats.keeping import Kept, float_of, holding_of, is_act_order, keeping, most_held, scale_of
 from llm_quantize.formats.kv_cache import holders
 from llm_quantize.formats.modules import EDGES, HEAD, Module, Selection, coverage, head_of, select
 from llm_quantize.formats.packed_recipe import as_far_as_both, bits_per_weight, by_grid, named, types_of
@@ -46,7 +46,8 @@ from llm_quantize.plan import ArtifactPlan
 from llm_quantize.qtypes.codebook import IN_COMMON, CodebookType
 from llm_quantize.qtypes.holding import NEVER
 from llm_quantize.qtypes.inputs import InputGrid
-from llm_quantize.qtypes.integer import WHOLE_ROW, dividing
+from llm_quantize.qtypes.integer import WHOLE_ROW, IntegerType, dividing
+from llm_quantize.qtypes.packed import packed_type
 
 if TYPE_CHECKING:
     from llm_quantize.models.opening import Source
@@ -134,8 +135,11 @@ class PackedFormat:
 
     def keeping(self, source: Source, level: str | None, options: Options) -> Kept | None:
         """See ``Format``."""
-        levels = self.form.LEVELS if level is None else [level]
-        return keeping(self.form, source, levels, options, EDGES if self.form.EDGES else ())
+        return keeping(self.form, source, level, options, EDGES if self.form.EDGES else ())
+
+    def labels(self, source: Source) -> Collection[str]:
+        """See ``Format``: those of levels on the grid of most weights, which are of the kind that the source says."""
+        return [label for label in _labels(self.form, source) if label.startswith(source.checkpoint.kind)]
 
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
@@ -167,7 +171,7 @@ class PackedFormat:
         asked = SchemeOptions(
             method.group_size,
             method.symmetric,
-            _scale_type(source, found, keeps=method.method_of(self.name).keeps),
+            _scale_type(source, found, keeps=method.method_of(self.name).keeps, exact=options.exact),
             method.double_quant,
             method.compute_dtype,
         )
@@ -200,6 +204,8 @@ class PackedFormat:
             label, name = f"{scheme.level} ({bits_per_weight(sizes):.1f} bits)", f"{stem}-{recipe.name}{ending}"
         caution = transformers_caution(form) if source.architecture.hyper.n_expert else None
         warnings = [*found.warnings, *_warnings(form, scheme, found, types), *([caution] if caution else [])]
+        if method.method_of(self.name).keeps:
+            warnings += _not_held(source, f"{form.TITLE} {scheme.level}", found.modules, types)
         cautions = () if form.MIXES is None or not mixed else tuple(form.MIXES.cautions(mixed))
         own = form.config(scheme, replace(coverage(source, found), mixed=mixed, cache=cache.grid))
         config = form.configured(source, plain_config(source.checkpoint.config), own)
@@ -384,11 +390,11 @@ def _refuse_experts(form: Packed, modules: Sequence[Module]) -> None:
         )
 
 
-def _scale_type(source: Source, found: Selection, *, keeps: bool = False) -> str:
+def _scale_type(source: Source, found: Selection, *, keeps: bool = False, exact: bool = False) -> str:
     """How scales are stored where the format leaves that to the checkpoint: as its weights, in 16 bit; with ``keeps``
-    as its scales, so that they stay what they are."""
+    as its scales, so that they stay what they are (``scale_of``)."""
     if keeps:
-        kept = scale_of(source, found.modules) or float_of(source, [info.name for info in found.kept])
+        kept = scale_of(source, found.modules, exact=exact) or float_of(source, [info.name for info in found.kept])
         if kept is not None:
             return kept
     stored = [source.checkpoint.tensors[name].dtype for name in found.packed]
@@ -406,6 +412,36 @@ def _label(form: Packed, scheme: Scheme) -> str:
     if form.SYMMETRIC is not None and scheme.qtype.symmetric != form.SYMMETRIC:
         label += "-sym" if scheme.qtype.symmetric else "-asym"
     return label
+
+
+def _not_held(source: Source, label: str, modules: Sequence[Module], types: Mapping[str, str]) -> Iterator[str]:
+    """Of a source that mixes grids, which of its matrices ``label`` has no grid for."""
+    stored = {one.name: {source.checkpoint.held(piece.source) for piece in one.weight.pieces} for one in modules}
+    given = [one for one in modules if None not in stored[one.name]]
+    lost = [one for one in given if holding_of(source, one.weight, types[one.name]) == NEVER]
+    if 0 < len(lost) < len(given):
+        grids = sorted({grid.qtype for one in lost for grid in stored[one.name] if grid is not None})
+        yield (
+            f"{len(lost):,} of {len(given):,} matrices are stored on grids that {label} does not hold "
+            f"({', '.join(grids)}): they are rounded"
+        )
+
+
+def _labels(form: Packed, source: Source) -> Iterator[str]:
+    """The labels of all levels of ``form`` that are on the grid which most matrices of ``source`` are on."""
+    qtype = most_held(source)
+    if qtype is None:
+        return
+    grid = packed_type(qtype)
+    symmetric = grid.symmetric if isinstance(grid, IntegerType) else None
+    nested = True if isinstance(grid, CodebookType) and grid.nested == "dq" else None
+    for level in form.LEVELS:
+        try:
+            scheme = form.scheme(level, SchemeOptions(grid.group_size, symmetric, double_quant=nested))
+        except UsageError:  # no such grid of this level
+            continue
+        if scheme.qtype.name == qtype:
+            yield _label(form, scheme)
 
 
 def _groups(

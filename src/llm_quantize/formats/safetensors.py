@@ -9,7 +9,7 @@ What is no weight (buffers of integers) is left out and told. Rounding is to nea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,10 @@ class Safetensors:
         words = {info.dtype for name, info in tensors.items() if source.checkpoint.is_readable(name)}
         fitting = words.pop() if len(words) == 1 else "F32"
         return Kept(level or (fitting if fitting in self.levels else "F32"), options, 1)
+
+    def labels(self, source: Source) -> Collection[str]:
+        """See ``Format``: of floats nothing says that they were made here but the manifest."""
+        return ()
 
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``: no method ever asks, as nothing here is a matrix of codes."""

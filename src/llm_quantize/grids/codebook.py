@@ -111,6 +111,8 @@ class CodebookGridType:
         if codes.shape[1] % self.block:
             return None
         size, table = self.qtype.group(codes.shape[1]), self._levels(codes.device)
+        if self._is_own(grid, size):
+            return grid, codes
         found = as_levels(grid, codes, levels=table, size=size)
         if found is None:
             return None
@@ -126,10 +128,23 @@ class CodebookGridType:
         ladder = self._held_ladder(scale, groups.ladder)
         return None if ladder is None else (replace(held, ladder=ladder), moved)
 
+    def _is_own(self, grid: Grid, size: int) -> bool:
+        """Whether ``grid`` is one of whole numbers with its scales in units of 1/127 already."""
+        bare = grid.z is None and grid.m is None and grid.ladder is None and grid.group == grid.span == size
+        if self._top() == 1 or not bare or not torch.equal(grid.levels, self._levels(grid.levels.device)):
+            return False
+        return bool((grid.u == torch.tensor(1 / self._top(), dtype=torch.float32)).all()) and stored(
+            grid.d, self.storage
+        )
+
     def near(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
-        """See ``GridType``: scales that are codes are chosen anew, so nothing is near."""
-        del grid, codes
-        return None
+        """See ``GridType``: whole numbers, whose scales are rounded; scales that are codes are chosen anew, so nothing
+        is near."""
+        if self.qtype.codebook not in OF_127 or codes.shape[1] % self.block:
+            return None
+        size, table = self.qtype.group(codes.shape[1]), self._levels(codes.device)
+        found = as_levels(grid, codes, levels=table, size=size)
+        return None if found is None else (self._grid(found[0].scale * self._top(), size), found[1])
 
     def _held_ladder(self, scale: Tensor, given: Ladder | None) -> Ladder | None:
         """The ladder of scales (rows, blocks) that are there already, of which ``given`` may be theirs; None where they

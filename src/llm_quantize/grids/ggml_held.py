@@ -6,7 +6,7 @@ value = d (q - z) + m, d of a group of whole blocks,
 
     q4_0, q5_0, q8_0   whole q - z from -8, -16 or -128 on          m = 0, or such that m / d is whole
     q4_1, q5_1         whole q from 0 to 15 or 31                   m - d z in float16
-    q2_0               whole q - z from -2 to 1, with every sign turned round
+    q2_0               whole q - z from -1 to 2; from -2 to 1 with every sign turned round
     mxfp4              E2M1 with scales of E8M0 in groups of 32
     nvfp4              E2M1 with scales of E4M3 in groups of 16, times one number for the matrix
 
@@ -25,7 +25,8 @@ from torch import Tensor
 from llm_quantize.errors import UsageError
 from llm_quantize.grids import ggml_pack
 from llm_quantize.grids.grid import Grid, Ladder
-from llm_quantize.grids.holding import Floats, as_affine, as_integers, stored
+from llm_quantize.grids.holding import Floats, as_affine, as_integers, grouped, stored
+from llm_quantize.kernels import dequantize
 from llm_quantize.kernels.reference.floats import half_bits, half_values
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.qtypes.blocks import OFFSETS, SYMMETRIC
@@ -49,6 +50,7 @@ class _Fours:
 
 
 _MIRRORED = "q2_0"  # its levels are -1 to 2, where those of two bits are -2 to 1 elsewhere
+_TERNARY = ("tq1_0", "tq2_0")
 _FOURS = {"mxfp4": _Fours(32, "e8m0", 1, 16), "nvfp4": _Fours(16, "e4m3", 4, 32)}
 _E2M1 = np.array(CODEBOOKS["e2m1"], np.float32)
 _BYTES = "q8_0"
@@ -64,9 +66,12 @@ def held(qtype: str, packed: Bytes, columns: int, whole: Values | None = None) -
     """
     if qtype in _FOURS:
         return _fours(_FOURS[qtype], packed, columns, whole)
-    if qtype not in ggml_pack.LAYOUTS or whole is not None:
+    if qtype not in (*ggml_pack.LAYOUTS, *_TERNARY) or whole is not None:
         return None
-    found = _bytes(packed, columns) if qtype == _BYTES else ggml_pack.unpack(qtype, packed, columns)
+    if qtype in _TERNARY:
+        found = _ternary(qtype, packed, columns)
+    else:
+        found = _bytes(packed, columns) if qtype == _BYTES else ggml_pack.unpack(qtype, packed, columns)
     grid = found[0]
     numbers = (part for part in (grid.d, grid.m) if part is not None)
     return found if all(bool(part.isfinite().all()) for part in numbers) else None
@@ -79,6 +84,19 @@ def _bytes(packed: Bytes, columns: int) -> tuple[Grid, Tensor]:
     codes = np.ascontiguousarray(parts[:, :, 2:]).reshape(len(packed), columns) ^ np.uint8(128)
     levels = torch.arange(-128, 128, dtype=torch.float32)
     return Grid(levels, 32, 32, torch.from_numpy(d), torch.ones(d.shape)), torch.from_numpy(codes)
+
+
+def _ternary(qtype: str, packed: Bytes, columns: int) -> tuple[Grid, Tensor]:
+    """The levels -1 to 2 of tq2_0, of which ggml's own encoder writes the first three, as tq1_0 has them: what the
+    blocks decode to with a scale of one."""
+    parts = packed.reshape(len(packed), -1, QTYPES[qtype].block_bytes)
+    d = half_values(np.ascontiguousarray(parts[:, :, -2:]).view("<u2").astype(np.uint16)[:, :, 0])
+    plain = np.array(parts)
+    plain[:, :, -2:] = np.array([1.0], "<f2").view(np.uint8)
+    places = dequantize(qtype, plain.reshape(len(packed), -1), columns) + np.float32(1)
+    levels, size = torch.arange(-1, 3, dtype=torch.float32), QTYPES[qtype].block_size
+    grid = Grid(levels, size, size, torch.from_numpy(d), torch.ones(d.shape))
+    return grid, torch.from_numpy(places.astype(np.uint8))
 
 
 def _fours(form: _Fours, packed: Bytes, columns: int, whole: Values | None) -> tuple[Grid, Tensor] | None:
@@ -115,6 +133,8 @@ def hold(qtype: str, grid: Grid, codes: Tensor, *, exact: bool = True) -> tuple[
     if grid.ladder is not None or qtype not in (*SYMMETRIC, *OFFSETS) or grid.group % QTYPES[qtype].block_size:
         return None
     size, floats = QTYPES[qtype].block_size, Floats(torch.float16, exact)
+    if qtype == _MIRRORED and (own := _as_it_is(grid, size, floats)) is not None:
+        return own, codes
     if qtype in OFFSETS:
         found = as_affine(grid, codes, bits=OFFSETS[qtype], size=size, floats=floats)
     else:
@@ -125,6 +145,14 @@ def hold(qtype: str, grid: Grid, codes: Tensor, *, exact: bool = True) -> tuple[
     if qtype != _MIRRORED:
         return found
     return replace(found[0], levels=-found[0].levels.flip(0), d=-found[0].d), 3 - found[1]
+
+
+def _as_it_is(grid: Grid, size: int, floats: Floats) -> Grid | None:
+    """``grid`` in groups of ``size``, where its levels are those of _MIRRORED."""
+    levels = torch.from_numpy(ggml_pack.LAYOUTS[_MIRRORED].level_values())
+    found = grouped(grid, size) if torch.equal(grid.levels, levels) else None
+    scale = None if found is None or found.zero is not None or found.offset is not None else floats.kept(found.scale)
+    return None if scale is None else Grid(levels, size, size, scale, torch.ones(scale.shape), storage=floats.storage)
 
 
 def _is_half(values: Tensor | None) -> bool:

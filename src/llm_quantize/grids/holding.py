@@ -163,20 +163,27 @@ def _ones(scale: Tensor) -> Tensor:
 
 def as_affine(grid: Grid, codes: Tensor, *, bits: int, size: int, floats: Floats) -> Held | None:
     """``codes`` on ``grid`` as integers from 0 with a scale and an offset, both stored as ``floats`` say, in groups of
-    ``size``. None where the offset is no product that they hold."""
+    ``size``. None where the offset is no product that they hold. Of levels from -127 the offset is 128 scales: a power
+    of two times what is stored, so that it is as exact as the scale."""
     found = grouped(grid, size)
     if found is None or not grid.uniform or int(codes.max()) >> bits:
         return None
-    offset = found.offset
-    if offset is None or grid.levels[0] != 0:
+    scale, offset, half = floats.kept(found.scale), found.offset, 1 << (bits - 1)
+    if scale is None:
+        return None
+    if found.zero is None and offset is None and grid.levels[0] == 1 - half and int(codes.max()) + 1 < 2 * half:
+        codes, offset = codes + 1, scale * half
+        if not stored(offset, floats.storage):
+            return None
+    elif offset is None or grid.levels[0] != 0:
         zero = 0.0 if found.zero is None else found.zero.double()
         wide = found.scale.double() * (zero - float(grid.levels[0]))
         wide = wide if found.offset is None else wide + found.offset.double()
         offset = wide.float()
         if floats.exact and not torch.equal(offset.double(), wide):
             return None
-    scale, kept = floats.kept(found.scale), floats.kept(offset)
-    if scale is None or kept is None:
+    kept = floats.kept(offset)
+    if kept is None:
         return None
     levels = torch.arange(1 << bits, dtype=torch.float32)
     ones, empty = _ones(scale), scale == 0

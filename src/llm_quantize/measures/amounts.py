@@ -21,6 +21,15 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{rounded:.{max(0, digits - 1 - power)}f}"
 
 
+def decimals(value: float, places: int) -> str:
+    """``value`` with so many decimals, or three significant digits where those would show fewer: 0.12346, 0.0000123,
+    4.56e-08; what is 0 is "0", and nothing else is."""
+    if value == 0:
+        return "0"
+    small = math.isfinite(value) and abs(value) < 10.0 ** (2 - places)
+    return significant(value) if small else f"{value:.{places}f}"
+
+
 def bytes_text(count: float) -> str:
     """3.58 MB, in powers of ten, three significant digits."""
     for unit in ("B", "kB", "MB", "GB"):

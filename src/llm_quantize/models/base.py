@@ -173,14 +173,16 @@ class Model(Rows, Protocol):
 
     def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
         """Rows [start, stop) of a stored quantized matrix, in the orientation of ``matrix``: the grid, and codes uint8
-        (stop - start, columns), whose ``Grid.decode`` is ``read_rows`` bit for bit. None where the tensor is not
-        quantized or these rows are not of this form (groups of several sizes, numbers that are NaN).
+        (stop - start, columns), whose ``Grid.decode`` is ``read_rows`` bit for bit; but for the last bit where scales
+        divide (CTranslate2). None where the tensor is not quantized or these rows are not of this form (groups of
+        several sizes, numbers that are NaN).
 
         Needs torch. Raises what ``read_rows`` raises."""
 
     def block_type(self, name: str, *, transpose: bool = False) -> str | None:
         """The type of ggml whose blocks are all that is stored of the tensor ``name``, by its rows as ``matrix`` sees
-        them; None: there is none. From headers alone."""
+        them, or the grid of a CTranslate2 model, whose codes a scale follows; None: there is none. From headers
+        alone."""
 
     def block_rows(self, name: str, start: int, stop: int, *, transpose: bool = False) -> npt.NDArray[np.uint8]:
         """uint8 (stop - start, row_bytes): rows [start, stop) of such a tensor as they are stored. Raises ValueError
@@ -273,9 +275,13 @@ def fingerprint(directory: Path, headers: Sequence[Header]) -> list[FileFact]:
     return sorted(facts, key=lambda fact: fact.name)
 
 
+_DECODED = ("F8_E4M3",)
+"""Stored types of weights that are read as float32."""
+
+
 def itemsize(dtype: str) -> int:
-    """Bytes of a weight of a stored type; of a grid's, of the float32 that it is decoded to."""
-    return DTYPE_BITS.get(dtype, 32) // 8
+    """Bytes of a weight of a stored type as it is read; of a grid's and of FP8, of the float32 it is decoded to."""
+    return 4 if dtype in _DECODED else DTYPE_BITS.get(dtype, 32) // 8
 
 
 def writable(buffer: Any, nbytes: int) -> memoryview:

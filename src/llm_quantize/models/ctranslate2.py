@@ -4,8 +4,9 @@ names of the checkpoint that it was made from."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +21,17 @@ from llm_quantize.io.json_file import read_json_object
 from llm_quantize.io.paths import inside, read_range
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.files import CONFIG_LIMIT
+from llm_quantize.qtypes.codebook import CODEBOOKS
+from llm_quantize.qtypes.held import HeldRows
+
+if TYPE_CHECKING:
+    import torch
+
+    from llm_quantize.grids.grid import Grid
 
 Floats = npt.NDArray[np.float32]
 
+_LEVELS = np.array(CODEBOOKS["line8"], np.float32)
 _NUMPY = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "i1", "int16": "<i2", "int32": "<i4"}
 GRIDS: Mapping[str, str] = {
     **{word: grid for grid, word in CODES.items()},
@@ -105,6 +114,39 @@ class CTranslate2Directory:
         with np.errstate(divide="ignore", invalid="ignore"):
             return to_float32(values) if scales is None else values.astype(np.float32) / scales
 
+    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+        """As ``Model.held_grid``, of a variable of int8; None for a code that is no level, and scales that have no
+        inverse."""
+        from llm_quantize.grids.held import grid_of
+
+        entry = self.find(name)
+        codes, scales = (None, None) if entry is None else (self.values(entry, start, stop), self._scales(entry))
+        if codes is None or scales is None or codes.dtype != np.int8 or (codes == -128).any():
+            return None
+        with np.errstate(divide="ignore", over="ignore"):
+            factors = (1 / scales[start:stop].astype(np.float64)).astype(np.float32)
+        if not np.isfinite(factors).all():
+            return None
+        places = (codes.astype(np.int16) + 127).astype(np.uint8)
+        return grid_of(HeldRows(_LEVELS, places, codes.shape[1], factors, "float32"))
+
+    def block_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """uint8 (rows, bytes of the codes + 4): codes as they are stored, then the scale of the row in float32. Raises
+        ValueError for a variable without."""
+        entry = self.find(name)
+        scales = None if entry is None else self._scales(entry)
+        if entry is None or scales is None:
+            raise ValueError(f"{name} has no scales")
+        codes = self.values(entry, start, stop).view(np.uint8)
+        each = np.ascontiguousarray(scales[start:stop], "<f4").view(np.uint8)
+        return np.concatenate([codes, each], axis=1)
+
+    def _scales(self, entry: Entry) -> Floats | None:
+        """float32 (rows, 1): of every row, its own or the matrix's; None: it has none."""
+        rows = matrix_shape(entry.shape)[0]
+        found = self.scales(entry, 0, rows)
+        return None if found is None else np.broadcast_to(found, (rows, 1))
+
     # as rows of an artifact (architectures.rows.RowSource)
 
     def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
@@ -130,6 +172,26 @@ class CTranslate2Directory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """Variables as they are stored, row by row (``architectures.rows.RowSource``)."""
+
+    directory: CTranslate2Directory
+
+    def matrix(self, name: str, *, transpose: bool = False) -> tuple[int, int]:
+        """As ``CTranslate2Directory.matrix``."""
+        return self.directory.matrix(name, transpose=transpose)
+
+    def read_rows(
+        self, name: str, start: int, stop: int, *, transpose: bool = False, buffer: Any = None, digest: Any = None
+    ) -> npt.NDArray[np.uint8]:
+        """``CTranslate2Directory.block_rows``."""
+        if transpose:
+            raise ValueError(f"{name} is read by columns")
+        del buffer, digest
+        return self.directory.block_rows(name, start, stop)
 
 
 class SourceRows:

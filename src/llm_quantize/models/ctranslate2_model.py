@@ -18,9 +18,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from llm_quantize.architectures import ARCHITECTURES
 from llm_quantize.architectures.architecture import Architecture
@@ -28,8 +29,10 @@ from llm_quantize.architectures.base import Family as Rows
 from llm_quantize.architectures.base import TensorMap
 from llm_quantize.architectures.config_reader import ALIASES
 from llm_quantize.architectures.mapping import checkpoint_shapes, output_name
+from llm_quantize.architectures.rows import held_output_rows, read_output_rows
 from llm_quantize.errors import LlmQuantizeError, MalformedInputError, UnsupportedError, printable
 from llm_quantize.formats.ctranslate2.families import EMBEDDING, FAMILIES, HEAD, Family, Linear, Part, Table
+from llm_quantize.formats.ctranslate2.levels import CODES
 from llm_quantize.formats.ctranslate2.network import (
     ACTIVATIONS,
     FORMS,
@@ -46,9 +49,15 @@ from llm_quantize.io.json_file import read_json
 from llm_quantize.io.paths import inside, opened, read_range
 from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.models.base import Digest, Opened, Values, writable
-from llm_quantize.models.ctranslate2 import CTranslate2Directory, SourceRows, is_ctranslate2
+from llm_quantize.models.ctranslate2 import CTranslate2Directory, SourceRows, StoredBlocks, is_ctranslate2
 from llm_quantize.models.hub.locate import Place
 from llm_quantize.models.safetensors import without_weights
+from llm_quantize.qtypes.held import Held
+
+if TYPE_CHECKING:
+    import torch
+
+    from llm_quantize.grids.grid import Grid
 
 LENGTH = 8192
 """What is written for how many tokens a model was trained for where nothing says it."""
@@ -57,6 +66,7 @@ _VOCABULARY_LIMIT = 64 << 20
 _LONGEST = 1 << 24
 _MOST_LAYERS = 4096
 _EPSILON, _OF_GEMMA = 1e-5, 1e-6
+_HELD = "line8"
 _PLAIN = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _ORIGINAL = "give the model that it was made from; verify, analyze quality, compare and run take this one"
 
@@ -173,6 +183,41 @@ class CTranslate2Model(SourceRows, Opened):
         if digest is not None:
             digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
         return values
+
+    def held(self, name: str) -> Held | None:
+        """As ``Model.held``: what is int8, by its rows."""
+        made = self._made[name]
+        by_rows = not any(piece.transpose or piece.columns is not None or piece.add for piece in made.pieces)
+        return Held(_HELD, "float32") if by_rows and self.tensors[name].dtype == _HELD else None
+
+    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+        """As ``Model.held_grid``, with what scales are as factors: the values are those of ``read_rows`` but for the
+        last bit of some."""
+        if self.headers_only:
+            raise without_weights(self.tensors[name])
+        return None if self.held(name) is None else held_output_rows(self.stored, self._made[name], start, stop)
+
+    def block_type(self, name: str, *, transpose: bool = False) -> str | None:
+        """As ``Model.block_type``: the grid of what is stored as codes, by its rows."""
+        (*others, piece), dtype = self._made[name].pieces, self.tensors[name].dtype
+        by_rows = piece.columns is None and not piece.add and piece.transpose == transpose
+        if transpose:
+            by_rows = by_rows and not others and piece.order is None
+        else:
+            by_rows = by_rows and not any(one.transpose or one.columns is not None or one.add for one in others)
+        return dtype if by_rows and dtype in CODES else None
+
+    def block_rows(self, name: str, start: int, stop: int, *, transpose: bool = False) -> npt.NDArray[np.uint8]:
+        """As ``Model.block_rows``: the codes of a row, then its scale in float32."""
+        if self.headers_only:
+            raise without_weights(self.tensors[name])
+        if self.block_type(name, transpose=transpose) is None:
+            return super().block_rows(name, start, stop)
+        made = self._made[name]
+        if transpose:
+            return self.stored.block_rows(made.pieces[0].source, start, stop)
+        found: npt.NDArray[np.uint8] = read_output_rows(StoredBlocks(self.stored), made, start, stop)
+        return found
 
     def close(self) -> None:
         """Nothing is held open."""

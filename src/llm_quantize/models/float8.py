@@ -134,6 +134,17 @@ def scales(raw: memoryview, dtype: str) -> npt.NDArray[np.float32]:
     return load_floats(stored)
 
 
+def are_powers(dtype: str) -> bool:
+    """Whether scales of this type are powers of two."""
+    return dtype == _POWERS
+
+
+def says_powers(quantization: Mapping[str, Any]) -> bool:
+    """Whether a ``quantization_config`` says that scales are powers of two, whatever type they are stored in, as
+    DeepSeek-V3.1's does."""
+    return quantization.get("scale_fmt") == "ue8m0"
+
+
 def is_scaled_float8(quantization: Mapping[str, Any]) -> bool:
     """Whether a ``quantization_config`` is one of the FP8 forms that are decoded on reading."""
     method = quantization.get("quant_method")

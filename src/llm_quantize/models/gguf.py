@@ -60,11 +60,13 @@ _FLOATS: Mapping[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16,
 _SCALED, _SCALED_GRID = "nvfp4", "e2m1_b16_e4m3"
 """The type whose scales beside it have a place in grids, and the grid that it is on with them."""
 _GRIDS: Mapping[str, str] = {
+    **dict.fromkeys(("tq1_0", "tq2_0"), "int2_g128"),
     **{"q2_0": "int2_g64_asym", "q4_0": "int4_g32", "q5_0": "int5_g32", "q8_0": "int8_g32"},
     **{"q4_1": "affine4_g32", "q5_1": "affine5_g32", "mxfp4": "e2m1_b32_e8m0", "nvfp4": "e2m1_b16_e4m3alone"},
     **{name: name for name in ("q1_0", "iq4_nl", "iq4_xs", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")},
 }
-"""Types that are grids, by the name that formats of directories have for the grid; their own where none has it."""
+"""Types that are grids, by the name that formats of directories have for the grid; their own where none has it. Ternary
+blocks are two groups of the size that kernels know, and never as low as two bits go."""
 _OF_INPUTS = "a scale of the inputs of a matrix, for runtimes that round them to 4 bits: weights do not depend on it"
 
 

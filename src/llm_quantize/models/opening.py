@@ -39,8 +39,12 @@ class Source:
     def stem(self) -> str:
         """What files that are made of it are called by, where the user gives no name: the model's own, and those of
         the adapters that are merged into it."""
-        names = (self.checkpoint.name, *(merge.name for merge in self.checkpoint.adapters))
-        return "-".join(name.rsplit("/", 1)[-1] for name in names)
+        return "-".join(name.rsplit("/", 1)[-1] for name in self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The model's own, and those of its adapters."""
+        return (self.checkpoint.name, *(merge.name for merge in self.checkpoint.adapters))
 
     @property
     def files(self) -> dict[str, Path]:

@@ -72,6 +72,7 @@ class Checkpoint(Opened):
     left_out: dict[str, str] = field(default_factory=dict)
     _layouts: Mapping[str, float8.ScaleLayout] = field(default_factory=dict)
     _scale_tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    _powers: bool = False
     headers_only: bool = False
     kind: str = ""
     metadata: Mapping[str, MetaValue] | None = None
@@ -165,7 +166,8 @@ class Checkpoint(Opened):
         layout, info = self._layouts.get(name), self.tensors[name]
         if layout is None or not layout.qtype or len(info.shape) != 2:
             return None
-        return Held(layout.qtype, _SCALE_WORDS[self._scale_tensors[layout.name].dtype])
+        stored = self._scale_tensors[layout.name].dtype
+        return Held(layout.qtype, _SCALE_WORDS[stored], float8.are_powers(stored) or self._powers)
 
     def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
         """As ``Model.held_grid``."""
@@ -357,6 +359,7 @@ def described(
         left_out,
         layouts,
         scales,
+        float8.says_powers(quantization or {}),
         headers_only,
         temporary=place.temporary,
         notes=notes,

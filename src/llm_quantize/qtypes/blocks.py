@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from llm_quantize.errors import UsageError
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.qtypes.affine import AffineType
-from llm_quantize.qtypes.codebook import CodebookType
+from llm_quantize.qtypes.codebook import OF_127, CodebookType
 from llm_quantize.qtypes.integer import WHOLE_ROW
 from llm_quantize.qtypes.packed import PackedType, packed_type
 
@@ -22,8 +22,11 @@ WITH_A_SCALE = "e2m1_b16_e4m3"
 
 SYMMETRIC = {"q2_0": 2, "q4_0": 4, "q5_0": 5, "q8_0": 8}
 _AROUND_ZEROS = {"q4_0": 3, "q5_0": 4, "q8_0": 7}
+_MIRRORED = {"q2_0": 2}
 OFFSETS = {"q4_1": 4, "q5_1": 5}
-"""{type: the most bits}, types in rising order of their bytes."""
+"""{type: the most bits}, types in rising order of their bytes. q2_0 has the levels -1 to 2, all that zero points of 1
+or 2 leave."""
+_BYTES = "q8_0"
 _FLOATS = {"mxfp4": ("e8m0", "e8m0up"), "nvfp4": ("e4m3", "e4m3alone")}
 """{type: how the scales of groups of E2M1 are stored}."""
 
@@ -31,6 +34,8 @@ _FLOATS = {"mxfp4": ("e8m0", "e8m0up"), "nvfp4": ("e4m3", "e4m3alone")}
 def _holding(grid: PackedType) -> Iterator[str]:
     """The types that hold every code of ``grid``, the smallest first."""
     if isinstance(grid, CodebookType):
+        if grid.codebook in OF_127:
+            yield _BYTES
         for name, scales in _FLOATS.items():
             if grid.codebook == "e2m1" and grid.nested in scales:
                 yield name
@@ -73,4 +78,4 @@ def may_fit(target: str, source: str) -> bool:
         return False
     if isinstance(grid, AffineType):
         return grid.bits <= SYMMETRIC.get(target, 0)
-    return grid.bits <= OFFSETS.get(target, 0)
+    return grid.bits <= max(OFFSETS.get(target, 0), _MIRRORED.get(target, 0))

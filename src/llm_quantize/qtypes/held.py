@@ -24,10 +24,12 @@ UNEVEN = "uneven"
 @dataclass(frozen=True)
 class Held:
     """The grid of a stored matrix, as headers say. ``qtype``: its name. ``scale``: how scales are stored that are
-    floats, "float16", "bfloat16" or "float32". ``act_order``: the columns of a group do not stand side by side."""
+    floats, "float16", "bfloat16" or "float32". ``powers``: those are said to be powers of two. ``act_order``: the
+    columns of a group do not stand side by side."""
 
     qtype: str
     scale: str
+    powers: bool = False
     act_order: bool = False
 
 

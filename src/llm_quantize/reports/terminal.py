@@ -16,7 +16,7 @@ from llm_quantize.artifacts.result import ArtifactResult
 from llm_quantize.artifacts.verdict import EXACT
 from llm_quantize.artifacts.verify import Verification
 from llm_quantize.errors import NumericPolicyError, printable
-from llm_quantize.measures.amounts import bytes_text, counted, time_text
+from llm_quantize.measures.amounts import bytes_text, counted, decimals, time_text
 from llm_quantize.plan import ArtifactPlan, cpu_seconds, spoken
 from llm_quantize.reports.wording import said, said_of_many_words
 
@@ -157,8 +157,8 @@ def _print_verdict(console: Console, conversion: Mapping[str, Any]) -> None:
         console.print(shown(f"  {said(text)}"))
     if measured is not None:
         text = (
-            f"KL divergence {measured['kld']:.5f} ± {measured['kld_sem']:.5f} nats against the source, same likeliest "
-            f"token {100 * measured['same_top']:.1f} %, on {measured['tokens']:,} tokens"
+            f"KL divergence {decimals(measured['kld'], 5)} ± {decimals(measured['kld_sem'], 5)} nats against the "
+            f"source, same likeliest token {100 * measured['same_top']:.1f} %, on {measured['tokens']:,} tokens"
         )
         console.print(shown(f"  {said(text)}"))
 
@@ -181,7 +181,7 @@ def print_foreseen(plan: ArtifactPlan, verdicts: Mapping[str, str], *, verbose: 
 def _measured(facts: Mapping[str, Any]) -> str:
     """What a calibrated run lost, in a line."""
     return (
-        f"KL divergence {facts['kld']:.5f} ± {facts['kld_sem']:.5f} nats, same likeliest token "
+        f"KL divergence {decimals(facts['kld'], 5)} ± {decimals(facts['kld_sem'], 5)} nats, same likeliest token "
         f"{100 * facts['same_top']:.1f} %, on {facts['tokens']:,} tokens that were not calibrated on ({facts['dtype']})"
     )
 
@@ -265,7 +265,7 @@ def print_verification(outcome: Verification, *, verbose: int = 0) -> None:
         for label in ("tensor", "type", "error"):
             table.add_column(said(label))
         for check in ranked if verbose else ranked[:10]:
-            error = "-" if check.relative_error is None else f"{check.relative_error:.5f}"
+            error = "-" if check.relative_error is None else decimals(check.relative_error, 5)
             table.add_row(shown(check.name), shown(check.type), error)
         console.print(table)
     for note in outcome.notes:

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llm_quantize import events
 from llm_quantize.errors import UsageError
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.io.artifact_files import first_file
+from llm_quantize.models.hub import ollama
 from llm_quantize.models.hub.runnable import fetch_runnable, is_hub_id
 from llm_quantize.models.quantized import is_stored_directory
 from llm_quantize.runtimes import ctranslate2, llama_cpp, mlx, transformers, vllm
@@ -83,8 +85,8 @@ def generate(
     **more: Any,
 ) -> Iterator[str]:
     """Pieces of text that continue ``prompt``, from ``runtime`` (a name of RUNTIMES) or the usual one for ``artifact``.
-    ``artifact``: a path, or a hub id as ``fetch_runnable`` takes it, with ``revision``. ``more``: ``system``,
-    ``top_p``, ``context`` and ``gpu_layers`` of a ``Request``.
+    ``artifact``: a path, ollama:NAME of Ollama's store, or a hub id as ``fetch_runnable`` takes it, with
+    ``revision``. ``more``: ``system``, ``top_p``, ``context`` and ``gpu_layers`` of a ``Request``.
 
     ``on_event`` hears a warning where the text may pass the context that the model was trained for, and where a chat
     is not set in the model's own template; at the end, how many tokens were written in which time.
@@ -131,12 +133,19 @@ def converse(
 
 
 def _found(artifact: str | Path, revision: str | None, on_event: EventSink) -> Path:
-    """Where ``artifact``, a path or a hub id, is. Raises UsageError where there is none."""
+    """Where ``artifact``, a path, a name in Ollama's store or a hub id, is. Raises UsageError where there is none, and
+    what ``ollama.stored`` raises."""
     path, text = Path(artifact), str(artifact)
-    if is_hub_id(text):
+    named = ollama.is_named(text) and not path.exists()
+    if is_hub_id(text) and not named:
         path = fetch_runnable(text, revision, on_event)
     elif revision is not None:
         raise UsageError("a path has no revisions", file=path, found=f"--revision {revision}", remedy="leave it out")
+    elif named:
+        found = ollama.stored(text)
+        path = found.path
+        for note in found.notes:
+            on_event(events.Caution(note))
     if not path.exists():
         raise UsageError("no such artifact", file=path, remedy="check the path")
     return path

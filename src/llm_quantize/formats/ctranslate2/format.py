@@ -20,7 +20,7 @@ equal; here only of those that are the same weight of the source.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,13 @@ class CTranslate2:
         words = {info.dtype for name, info in tensors.items() if source.checkpoint.is_readable(name)}
         found = level or _LEVEL_OF.get(frozenset(words), "float32" if words <= _FLOATS else None)
         return None if found is None else Kept(found, options, 1)
+
+    def labels(self, source: Source) -> Collection[str]:
+        """See ``Format``."""
+        tensors = source.checkpoint.tensors
+        words = frozenset(info.dtype for name, info in tensors.items() if source.checkpoint.is_readable(name))
+        own = "line8" in words or "line16" in words
+        return (source.checkpoint.kind, f"CT2-{_LEVEL_OF[words]}") if own and words in _LEVEL_OF else ()
 
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""

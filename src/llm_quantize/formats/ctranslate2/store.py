@@ -74,9 +74,17 @@ class CTranslate2Store:
             return None
         return kind.hold(grid, codes) if exact else kind.near(grid, codes)
 
-    def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], npt.NDArray[Any]]) -> None:
-        """As ``Store.blocks``: there are none."""
-        del matrix, read
+    def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], npt.NDArray[Any]]) -> Fields | None:
+        """As ``Store.blocks``: codes, each row's with its scale behind it; None where rows that have one scale in
+        common come with several."""
+        rows, columns = matrix_shape(matrix.weight.shape)
+        stored = read(0, rows)
+        scales = np.ascontiguousarray(stored[:, -4:]).view("<f4").astype(np.float32).reshape(-1)
+        codes = np.ascontiguousarray(stored[:, :-4]).view(np.int8 if self.grid_type(matrix.qtype) else "<i2")
+        if self.grid_type(matrix.qtype) is not None:
+            return [codes.reshape(rows, columns), scales]
+        alike = bool((scales == scales[0]).all())
+        return [codes.reshape(rows, columns).astype(np.int16), scales[0]] if alike else None
 
     def inputs(self, matrix: MatrixPlan) -> None:
         """As ``Store.inputs``: CTranslate2 rounds them to 8 bits, which is not followed here."""

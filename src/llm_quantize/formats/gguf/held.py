@@ -137,7 +137,7 @@ def with_scales(
 
 
 def file_type(level: Level, outputs: Sequence[OutputTensor], qtypes: Sequence[str]) -> int:
-    """general.file_type of a file of ``level``. NVFP4 is no level that is rounded to, but files of it are known so."""
+    """general.file_type of a file of ``level``, most of whose weights may be kept as NVFP4."""
     weights: Counter[str] = Counter()
     for output, qtype in zip(outputs, qtypes, strict=True):
         weights[qtype] += weights_of(output.shape) if QTYPES[qtype].block_size > 1 else 0

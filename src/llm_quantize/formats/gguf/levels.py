@@ -83,6 +83,7 @@ _LEVELS = (
     ("TQ1_0", "tq1_0", LlamaFileType.MOSTLY_TQ1_0, "1.7 bit, for models trained with ternary weights"),
     ("Q1_0", "q1_0", LlamaFileType.MOSTLY_Q1_0, "1.125 bit, blocks of 128, for models trained with weights of one bit"),
     ("MXFP4_MOE", "mxfp4", LlamaFileType.MOSTLY_MXFP4_MOE, "experts in MXFP4, everything else at 8 bit"),
+    ("NVFP4", "nvfp4", LlamaFileType.MOSTLY_NVFP4, "4.5 bit floats as NVFP4 releases have them, edges at 8 bit"),
 )
 LEVELS: Mapping[str, Level] = {name: Level(name, base, int(number), about) for name, base, number, about in _LEVELS}
 

@@ -118,6 +118,8 @@ MIXES: Mapping[str, Mapping[str, Sequence[Rule]]] = {
     "Q5_0": {"down": (("q5_1", "first 1/8", "importance"),)},
     "TQ1_0": {"embedding": (("q4_k",),)},
     "TQ2_0": {"embedding": (("q4_k",),)},
+    # llama-quantize has no such level: what releases in NVFP4 leave as floats is at 8 bits.
+    "NVFP4": dict.fromkeys(("embedding", "output"), (("q8_0",),)),
 }
 
 # These levels know nothing of the rules across levels (70B models, eight experts), and count ``ffn_down`` even where

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,6 +124,10 @@ class Gguf:
             return None
         recipe, weights = found
         return Kept(recipe.level, replace(options, overrides=replace(options.overrides, recipe=recipe)), weights)
+
+    def labels(self, source: Source) -> Collection[str]:
+        """See ``Format``: a GGUF file has a name without its level already."""
+        return ()
 
     def store(self, plan: ArtifactPlan) -> Store:
         """See ``Format``."""
