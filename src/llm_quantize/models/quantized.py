@@ -255,7 +255,7 @@ class PackedDirectory(StoredDirectory):
         if matrix.groups > 1 and matrix.columns % matrix.group:
             return Held(UNEVEN, matrix.scale)
         if self.hollow or info is None or not info.elements:
-            return Held(matrix.qtype, matrix.scale, matrix.act_order)
+            return Held(matrix.qtype, matrix.scale, act_order=matrix.act_order)
         fields = {matrix.layout.index: self._stored(info)}
         check_index(matrix, fields)
         if in_order(matrix, fields):
