@@ -6,6 +6,7 @@ What the fields mean is each format's own matter (``formats/``): here is what th
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import threading
@@ -36,7 +37,7 @@ from llm_quantize.models.hub.locate import Place
 from llm_quantize.models.safetensors import NoWeights, without_weights
 from llm_quantize.models.stored import StoredDirectory
 from llm_quantize.models.weight_sets import left_lying
-from llm_quantize.qtypes.held import Held, HeldRows
+from llm_quantize.qtypes.held import Held, HeldRows, HeldWords
 from llm_quantize.qtypes.inputs import InputGrid
 
 if TYPE_CHECKING:
@@ -174,11 +175,7 @@ class PackedDirectory(StoredDirectory):
 
     def field(self, matrix: PackedMatrix, suffix: str) -> npt.NDArray[Any]:
         """One field whole, in its shape; bfloat16 and float16 as float32."""
-        info = matrix.fields[suffix]
-        stored = self._stored(info)
-        if info.dtype == "BF16":
-            return (stored.astype(np.uint32) << 16).view(np.float32)
-        return stored.astype(np.float32) if info.dtype == "F16" else stored
+        return _in_float32(self._stored(matrix.fields[suffix]), matrix.fields[suffix].dtype)
 
     def _stored(self, info: TensorInfo) -> npt.NDArray[Any]:
         stored = np.empty(info.shape, _STORED[info.dtype])
@@ -189,11 +186,22 @@ class PackedDirectory(StoredDirectory):
         """All fields of a matrix, as this thread keeps them until it asks for another's."""
         kept: tuple[PackedMatrix, dict[str, npt.NDArray[Any]]] | None = getattr(self._local, "fields", None)
         if kept is None or kept[0] is not matrix:
-            self._local.fields = None
-            kept = matrix, {suffix: self.field(matrix, suffix) for suffix in matrix.fields}
+            self._local.fields = self._local.stored = None
+            stored = {suffix: self._stored(info) for suffix, info in matrix.fields.items()}
+            kept = matrix, {suffix: _in_float32(stored[suffix], info.dtype) for suffix, info in matrix.fields.items()}
             check_index(matrix, kept[1])
-            self._local.fields = kept
+            self._local.fields, self._local.stored = kept, stored
         return kept[1]
+
+    def stamp(self, matrix: PackedMatrix) -> bytes:
+        """As ``Rows.stamp``: of the fields that this thread keeps of the matrix, those that it decodes."""
+        self.fields(matrix)
+        stored: dict[str, npt.NDArray[Any]] = self._local.stored
+        digest = hashlib.sha256()
+        for suffix, values in sorted(stored.items()):
+            digest.update(f"{suffix}\0{values.nbytes}\0".encode())
+            digest.update(values.reshape(-1).view(np.uint8).data)
+        return digest.digest()
 
     def inputs(self, name: str) -> InputGrid | None:
         """As ``StoredDirectory.inputs``."""
@@ -227,6 +235,17 @@ class PackedDirectory(StoredDirectory):
         first, last = start // ALIGNED * ALIGNED, min(-(-stop // ALIGNED) * ALIGNED, matrix.rows)
         found = self.format.held(matrix, self.fields(matrix), first, last)
         return None if found is None else found.cut(start - first, stop - first)
+
+    def words(self, matrix: PackedMatrix) -> HeldWords | None:
+        """As ``StoredDirectory.words``."""
+        return self.format.words(matrix, self.fields(matrix))
+
+
+def _in_float32(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Floats of 16 bits in float32; all else as it is stored."""
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32) if dtype == "F16" else stored
 
 
 def zero_biases(packed: StoredDirectory, known: Callable[[str], bool]) -> list[str]:
@@ -314,6 +333,16 @@ class PackedRows:
             digest.update(values.reshape(-1).view(np.uint8).data)
         return values
 
+    def is_stamped(self, name: str) -> bool:
+        """As ``Rows.is_stamped``."""
+        return name in self.packed.matrices
+
+    def stamp(self, name: str) -> bytes:
+        """As ``Rows.stamp``."""
+        if not self.is_stamped(name):
+            raise ValueError(f"{name} has no fields of a packed matrix")
+        return self.packed.stamp(self.packed.matrices[name])
+
     def held(self, name: str) -> Held | None:
         """As ``Model.held``: of what an unquantized model stores the other way round nothing."""
         matrix = self.packed.matrices.get(name)
@@ -327,6 +356,12 @@ class PackedRows:
 
         found = self.packed.held(self.packed.matrices[name], start, stop)
         return None if found is None else grid_of(found)
+
+    def held_words(self, name: str) -> HeldWords | None:
+        """As ``Model.held_words``."""
+        if self.held(name) is None:
+            return None
+        return self.packed.words(self.packed.matrices[name])
 
     def close(self) -> None:
         """Close every file."""
@@ -386,6 +421,16 @@ class QuantizedModel(PackedRows, Opened):
         """As ``Model.held_grid``."""
         self._check_here(name)
         return super().held_grid(name, start, stop)
+
+    def held_words(self, name: str) -> HeldWords | None:
+        """As ``Model.held_words``."""
+        self._check_here(name)
+        return super().held_words(name)
+
+    def stamp(self, name: str) -> bytes:
+        """As ``Rows.stamp``."""
+        self._check_here(name)
+        return super().stamp(name)
 
     def _check_here(self, name: str) -> None:
         if self.headers_only:

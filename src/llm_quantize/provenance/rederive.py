@@ -25,8 +25,8 @@ from llm_quantize import events, memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.compared_output import ComparedOutput, Held, Place, places_of
 from llm_quantize.artifacts.manifest import SEAL, adapters_told, read_manifest
+from llm_quantize.artifacts.origin import source_hash
 from llm_quantize.artifacts.output import DTYPES, refuse_changed, sealed_manifest, source_times
-from llm_quantize.artifacts.recheck import source_hash
 from llm_quantize.artifacts.rederivation import Dependency, Difference, Rederivation
 from llm_quantize.artifacts.rounding import Target
 from llm_quantize.artifacts.verdict import MEASURED
