@@ -18,6 +18,7 @@ import numpy.typing as npt
 from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import PackedMatrix, StoredFormat
+from llm_quantize.kernels import widened
 from llm_quantize.qtypes.held import HeldWords
 from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.integer import GROUPS, WHOLE_ROW, IntegerType
@@ -567,4 +568,4 @@ def load_floats(values: Array) -> npt.NDArray[np.float32]:
     """Float32 values of stored floats; uint16 means bfloat16 bits."""
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)
+    return widened(values) if values.dtype == np.float16 else values.astype(np.float32, copy=False)

@@ -30,6 +30,7 @@ from llm_quantize.formats.packed_formats import format_of, read_format, said_of,
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
+from llm_quantize.kernels import widened
 from llm_quantize.models.base import Digest, Opened, Values
 from llm_quantize.models.files import read_config, read_generation_config
 from llm_quantize.models.float8 import is_scaled_float8
@@ -245,7 +246,7 @@ def _in_float32(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     """Floats of 16 bits in float32; all else as it is stored."""
     if dtype == "BF16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32) if dtype == "F16" else stored
+    return widened(stored) if dtype == "F16" else stored
 
 
 def zero_biases(packed: StoredDirectory, known: Callable[[str], bool]) -> list[str]:

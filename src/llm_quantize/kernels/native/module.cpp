@@ -115,6 +115,19 @@ std::tuple<int64_t, int64_t> scan_nonfinite(const std::string& level_name, Value
     return {found.count, found.first};
 }
 
+using FloatsOut = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Halves = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void widen_f16(const std::string& level_name, Halves values, FloatsOut out) {
+    const lq::Level& level = find_level(level_name);
+    if (values.shape(0) != out.shape(0)) throw nb::value_error("out must have as many values");
+    const uint16_t* from = values.data();
+    float* to = out.data();
+    const auto count = static_cast<int64_t>(values.shape(0));
+    nb::gil_scoped_release unlocked;
+    level.widen_f16(from, count, to);
+}
+
 using Words = nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using WordsOut = nb::ndarray<uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -385,6 +398,8 @@ NB_MODULE(_native, module) {
     module.def("qtypes", &qtypes, "(name, weights per block, bytes per block) of every native type.");
     module.def("scan_nonfinite", &scan_nonfinite, nb::arg("level"), nb::arg("values"),
                "How many values are infinite or NaN, and the flat index of the first (-1: none).");
+    module.def("widen_f16", &widen_f16, nb::arg("level"), nb::arg("values"), nb::arg("out"),
+               "float16, as bits, to float32.");
     module.def("turn_words", &turn_words, nb::arg("level"), nb::arg("source"), nb::arg("target"),
                "Words (R, C) to words (C, R); kernels/repack.py is the face of this and the next four.");
     module.def("same_turned", &same_turned, nb::arg("level"), nb::arg("one"), nb::arg("other"),

@@ -154,7 +154,12 @@ void from_interleaved(const uint32_t* source, int64_t high, int64_t wide, bool i
                 }
             } else {
                 for (int row = 0; row < 8; ++row) {
-                    turn_tile(tile[0][row], 8 * lanes, along, across, target + (8 * w + row) * high + h, 8 * high);
+                    uint32_t* to = target + (8 * w + row) * high + h;
+                    if (along == word_tile && across == lanes) {
+                        turn_tile(tile[0][row], 8 * lanes, word_tile, lanes, to, 8 * high);
+                    } else {
+                        turn_tile(tile[0][row], 8 * lanes, along, across, to, 8 * high);
+                    }
                 }
             }
         }
@@ -174,7 +179,12 @@ void to_interleaved(const uint32_t* source, int64_t high, int64_t wide, bool inp
                 }
             } else {
                 for (int row = 0; row < 8; ++row) {
-                    turn_tile(source + (8 * w + row) * high + h, 8 * high, across, along, tile[0][row], 8 * lanes);
+                    const uint32_t* from = source + (8 * w + row) * high + h;
+                    if (along == word_tile && across == lanes) {
+                        turn_tile(from, 8 * high, lanes, word_tile, tile[0][row], 8 * lanes);
+                    } else {
+                        turn_tile(from, 8 * high, across, along, tile[0][row], 8 * lanes);
+                    }
                 }
             }
             for (int64_t k = 0; k < along; ++k) {
@@ -187,6 +197,21 @@ void to_interleaved(const uint32_t* source, int64_t high, int64_t wide, bool inp
     }
 }
 
+// Of `across` words side by side, over eight inputs: the bits of codes that are not those of `other`, whose words of
+// neighbouring rows lie `by_row` apart.
+LQ_INLINE vu unlike_codes(const uint32_t* one, int64_t wide, int64_t across, const uint32_t* other, int64_t by_row) {
+    vu found[8], off = {};
+    for (int i = 0; i < 8; ++i) found[i] = load_words(one + i * wide, across);
+    for (int place = 0; place < 8; ++place) {
+        alignas(64) uint32_t words[lanes] = {};
+        const uint32_t* at = other + awq_order[place] * by_row;
+        for (int64_t l = 0; l < across; ++l) words[l] = at[8 * l * by_row];
+        const vu wanted = load_words(words, lanes);
+        for (int i = 0; i < 8; ++i) off |= ((found[i] >> (4 * place)) ^ (wanted >> (4 * i))) & 15u;
+    }
+    return off;
+}
+
 // Whether the interleaved codes `one` are those of `other`, in rows or, where `inputs`, turned: code by code.
 bool same_interleaved(const uint32_t* one, int64_t high, int64_t wide, bool inputs, const uint32_t* other) {
     const int64_t by_row = inputs ? 1 : high, by_word = inputs ? 8 * wide : 1;
@@ -194,14 +219,9 @@ bool same_interleaved(const uint32_t* one, int64_t high, int64_t wide, bool inpu
         const int64_t across = wide - w < lanes ? wide - w : lanes;
         vu off = {};
         for (int64_t h = 0; h < high; ++h) {
-            vu found[8];
-            for (int i = 0; i < 8; ++i) found[i] = load_words(one + (8 * h + i) * wide + w, across);
-            for (int place = 0; place < 8; ++place) {
-                vu wanted = {};
-                const uint32_t* at = other + (8 * w + awq_order[place]) * by_row + h * by_word;
-                for (int64_t l = 0; l < across; ++l) wanted[l] = at[8 * l * by_row];
-                for (int i = 0; i < 8; ++i) off |= ((found[i] >> (4 * place)) ^ (wanted >> (4 * i))) & 15u;
-            }
+            const uint32_t *left = one + 8 * h * wide + w, *right = other + 8 * w * by_row + h * by_word;
+            off |= across == lanes ? unlike_codes(left, wide, lanes, right, by_row)
+                                   : unlike_codes(left, wide, across, right, by_row);
         }
         for (int l = 0; l < lanes; ++l) {
             if (off[l]) return false;

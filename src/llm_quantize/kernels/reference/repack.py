@@ -24,9 +24,8 @@ def codes(stored: Words, layout: str, bits: int) -> npt.NDArray[np.uint8]:
     stream = each.reshape(len(rows_of_words), -1)
     count = stream.shape[1] // bits
     weights = np.uint32(1) << np.arange(bits, dtype=np.uint32)
-    found: npt.NDArray[np.uint8] = (
-        (stream[:, : count * bits].reshape(-1, count, bits) * weights).sum(axis=2).astype("u1")
-    )
+    apart = stream[:, : count * bits].reshape(-1, count, bits)
+    found: npt.NDArray[np.uint8] = (apart * weights).sum(axis=2).astype(np.uint8)
     return found
 
 
