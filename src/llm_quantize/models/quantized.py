@@ -107,6 +107,8 @@ class PackedDirectory(StoredDirectory):
     def _read_matrices(self) -> Mapping[str, PackedMatrix]:
         self._reader = NoWeights(self.headers) if self.hollow else TensorReader(self.headers)
         self._local = threading.local()
+        self._stamps: dict[str, bytes] = {}
+        self._stamping: dict[str, threading.Lock] = {}
         self.notes = (*self.beside(), *self.format.notes(self.settings))
         try:
             found = self.format.read(self.tensors, self.settings, self._stored)
@@ -195,14 +197,17 @@ class PackedDirectory(StoredDirectory):
         return kept[1]
 
     def stamp(self, matrix: PackedMatrix) -> bytes:
-        """As ``Rows.stamp``: of the fields that this thread keeps of the matrix, those that it decodes."""
-        self.fields(matrix)
-        stored: dict[str, npt.NDArray[Any]] = self._local.stored
-        digest = hashlib.sha256()
-        for suffix, values in sorted(stored.items()):
-            digest.update(f"{suffix}\0{values.nbytes}\0".encode())
-            digest.update(values.reshape(-1).view(np.uint8).data)
-        return digest.digest()
+        """As ``Rows.stamp``; the first thread that asks makes it, all share it."""
+        with self._stamping.setdefault(matrix.weight, threading.Lock()):
+            if matrix.weight not in self._stamps:
+                self.fields(matrix)
+                stored: dict[str, npt.NDArray[Any]] = self._local.stored
+                digest = hashlib.sha256()
+                for suffix, values in sorted(stored.items()):
+                    digest.update(f"{suffix}\0{values.nbytes}\0".encode())
+                    digest.update(values.reshape(-1).view(np.uint8).data)
+                self._stamps[matrix.weight] = digest.digest()
+            return self._stamps[matrix.weight]
 
     def inputs(self, name: str) -> InputGrid | None:
         """As ``StoredDirectory.inputs``."""

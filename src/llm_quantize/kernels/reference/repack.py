@@ -24,8 +24,8 @@ def codes(stored: Words, layout: str, bits: int) -> npt.NDArray[np.uint8]:
     stream = each.reshape(len(rows_of_words), -1)
     count = stream.shape[1] // bits
     weights = np.uint32(1) << np.arange(bits, dtype=np.uint32)
-    apart = stream[:, : count * bits].reshape(-1, count, bits)
-    found: npt.NDArray[np.uint8] = (apart * weights).sum(axis=2).astype(np.uint8)
+    split = stream[:, : count * bits].reshape(-1, count, bits)
+    found: npt.NDArray[np.uint8] = (split * weights).sum(axis=2).astype(np.uint8)
     return found
 
 
