@@ -3,8 +3,8 @@
     HEX           SHA-256 of rows as they were read: the source's own bytes, or the float32 values of a packed matrix
     fields:HEX    of rows of packed matrices: SHA-256 of which rows, and of all that is stored of each matrix
 
-What is made now says ``fields`` wherever every piece is packed; versions before 0.1's last wrote values there. Whoever
-holds a source against a record makes the kind that is recorded.
+What is made now says ``fields`` wherever every piece is packed; older versions hashed values there, and their records
+stay good: whoever holds a source against a record makes the kind that is recorded.
 """
 
 from __future__ import annotations
