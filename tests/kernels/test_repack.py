@@ -80,6 +80,15 @@ def test_codes_in_other_places_are_not_the_same(layout: str) -> None:
             assert not repack.same(words, layout, reference.words(np.ascontiguousarray(moved), other, 4), other)
 
 
+def test_a_room_is_used_again_whatever_the_size() -> None:
+    room = repack.Room()
+    for seed, (rows, columns) in enumerate(((40, 64), (8, 8), (264, 72), (16, 24))):
+        words = reference.words(drawn(rows, columns, 4, seed), repack.INPUTS, 4)
+        found = repack.moved(words, repack.INPUTS, repack.ROWS, room)
+        assert np.array_equal(found, words.T)
+        assert np.shares_memory(found, room.words(rows * columns // 8))
+
+
 def test_shapes_that_are_of_no_matrix() -> None:
     words = np.zeros((16, 3), np.uint32)
     for call in (

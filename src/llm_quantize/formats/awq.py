@@ -69,7 +69,7 @@ from llm_quantize.formats.packed import (
     widths,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.kernels.repack import INTERLEAVED, moved
+from llm_quantize.kernels.repack import INTERLEAVED, Room, moved
 from llm_quantize.qtypes.held import HeldRows, HeldWords
 from llm_quantize.qtypes.integer import IntegerType
 
@@ -276,13 +276,13 @@ def words(packed: PackedMatrix, fields: Fields) -> HeldWords | None:
     return held_words(packed, fields, fields["qweight"], INTERLEAVED, scales(*rows), zeros=zeros(*rows))
 
 
-def repack(scheme: Scheme, held: HeldWords) -> list[Array] | None:
+def repack(scheme: Scheme, held: HeldWords, room: Room) -> list[Array] | None:
     """As ``Packed.repack``."""
     points = fits_words(scheme, held, 0, (1 << BITS) - 1)
     if points is None:
         return None
     return [
-        moved(held.words, held.layout, INTERLEAVED).view(np.int32),
+        moved(held.words, held.layout, INTERLEAVED, room).view(np.int32),
         _pack(points.astype(np.uint8)),
         store_floats(np.ascontiguousarray(held.scales.T), scheme.qtype.scale),
     ]

@@ -19,6 +19,7 @@ from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import PackedMatrix, StoredFormat
 from llm_quantize.kernels import widened
+from llm_quantize.kernels.repack import Room
 from llm_quantize.qtypes.held import HeldWords
 from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.integer import GROUPS, WHOLE_ROW, IntegerType
@@ -265,7 +266,8 @@ class Store(Protocol):
         format cannot hold them: with ``exact`` as they are, else with numbers of groups that are rounded."""
 
     def repack(self, matrix: MatrixPlan, held: HeldWords) -> Repacked | None:
-        """``matrix`` from the words of a source, where this format holds them as they stand; else None."""
+        """``matrix`` from the words of a source, where this format holds them as they stand; else None. Its fields may
+        lie in memory that the next call in this thread writes over."""
 
     def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], Array]) -> list[Array] | None:
         """The fields of ``matrix``, whose blocks of ggml a source stores: ``read`` gives rows of them; None where this
@@ -366,9 +368,10 @@ class Packed(StoredFormat, Protocol):
     def title(self, scheme: Scheme) -> str: ...
     def fields(self, scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]: ...
     def pack(self, scheme: Scheme, grid: Grid, codes: Any) -> list[Array]: ...
-    def repack(self, scheme: Scheme, held: HeldWords) -> list[Array] | None:
-        """What ``pack`` makes of the same codes and numbers, from the words of another file; None where they are not
-        the scheme's own as they stand, of the same width, groups and type of scales."""
+    def repack(self, scheme: Scheme, held: HeldWords, room: Room) -> list[Array] | None:
+        """What ``pack`` makes of the same codes and numbers, from the words of another file, the codes in ``room`` or
+        where they are; None where they are not the scheme's own as they stand, of the same width, groups and type of
+        scales."""
 
     def described(self, scheme: Scheme, rows: int, columns: int) -> PackedMatrix: ...
     def inputs(self, scheme: Scheme) -> InputGrid | None: ...
@@ -403,9 +406,9 @@ def takes_any(source: Source, names: Sequence[str]) -> None:
     del source, names
 
 
-def no_repacking(scheme: Scheme, held: HeldWords) -> None:
+def no_repacking(scheme: Scheme, held: HeldWords, room: Room) -> None:
     """``Packed.repack`` of a format that takes no words over."""
-    del scheme, held
+    del scheme, held, room
 
 
 def fits_words(scheme: Scheme, held: HeldWords, least: int, most: int) -> npt.NDArray[np.int16] | None:

@@ -92,7 +92,7 @@ from llm_quantize.formats.packed import (
     wrong_form,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.kernels.repack import ROWS, moved
+from llm_quantize.kernels.repack import ROWS, Room, moved
 from llm_quantize.qtypes.codebook import CodebookType
 from llm_quantize.qtypes.held import HeldRows, HeldWords
 from llm_quantize.qtypes.inputs import InputGrid
@@ -499,7 +499,7 @@ def words(packed: PackedMatrix, fields: Fields) -> HeldWords | None:
     return held_words(packed, fields, fields["weight_packed"], ROWS, each, zeros=points)
 
 
-def repack(scheme: Scheme, held: HeldWords) -> list[Array] | None:
+def repack(scheme: Scheme, held: HeldWords, room: Room) -> list[Array] | None:
     """As ``Packed.repack``, of codes in words."""
     bits = scheme.qtype.bits
     points = fits_words(scheme, held, 0, (1 << bits) - 1)
@@ -507,7 +507,7 @@ def repack(scheme: Scheme, held: HeldWords) -> list[Array] | None:
         return None
     shape = (len(held.scales), held.group * held.scales.shape[1])
     found: list[Array] = [
-        moved(held.words, held.layout, ROWS).view(np.int32),
+        moved(held.words, held.layout, ROWS, room).view(np.int32),
         store_floats(held.scales, scheme.qtype.scale),
         np.array(shape, np.int64),
     ]

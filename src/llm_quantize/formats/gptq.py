@@ -82,7 +82,7 @@ from llm_quantize.formats.packed import (
     widths,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.kernels.repack import INPUTS, moved
+from llm_quantize.kernels.repack import INPUTS, Room, moved
 from llm_quantize.qtypes.held import HeldRows, HeldWords
 from llm_quantize.qtypes.integer import IntegerType
 
@@ -283,7 +283,7 @@ def words(packed: PackedMatrix, fields: Fields) -> HeldWords | None:
     return held_words(packed, fields, fields["qweight"], INPUTS, scales(*rows), zeros=zeros(*rows))
 
 
-def repack(scheme: Scheme, held: HeldWords) -> list[Array] | None:
+def repack(scheme: Scheme, held: HeldWords, room: Room) -> list[Array] | None:
     """As ``Packed.repack``."""
     bits, first = scheme.qtype.bits, _first(scheme)
     points = fits_words(scheme, held, first, (1 << bits) - 1 + first)
@@ -292,7 +292,7 @@ def repack(scheme: Scheme, held: HeldWords) -> list[Array] | None:
     stored = (points - np.int16(first)).astype(np.uint8)
     columns = held.group * held.scales.shape[1]
     return [
-        moved(held.words, held.layout, INPUTS).view(np.int32),
+        moved(held.words, held.layout, INPUTS, room).view(np.int32),
         pack_bits(np.ascontiguousarray(stored.T), bits, 1),
         store_floats(np.ascontiguousarray(held.scales.T), scheme.qtype.scale),
         np.arange(columns, dtype=np.int32) // np.int32(held.group),

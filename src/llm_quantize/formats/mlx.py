@@ -60,7 +60,7 @@ from llm_quantize.formats.packed import (
     wrong_form,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.kernels.repack import ROWS, moved
+from llm_quantize.kernels.repack import ROWS, Room, moved
 from llm_quantize.qtypes.affine import GROUPS, WIDTHS, AffineType
 from llm_quantize.qtypes.codebook import CodebookType
 from llm_quantize.qtypes.held import HeldRows, HeldWords
@@ -346,7 +346,7 @@ def words(packed: PackedMatrix, fields: Fields) -> HeldWords | None:
     return held_words(packed, fields, fields["weight"], ROWS, load_floats(fields["scales"]), offsets=offsets)
 
 
-def repack(scheme: Scheme, held: HeldWords) -> list[Array] | None:
+def repack(scheme: Scheme, held: HeldWords, room: Room) -> list[Array] | None:
     """As ``Packed.repack``: zero points become offsets, where those are floats of the scheme's type."""
     grid, zeros = scheme.qtype, held.zeros
     if not isinstance(grid, AffineType) or zeros is None or (grid.bits, grid.scale) != (held.bits, held.storage):
@@ -359,7 +359,7 @@ def repack(scheme: Scheme, held: HeldWords) -> list[Array] | None:
     if not np.array_equal(offsets, wide) or not are_stored(offsets, grid.scale):
         return None
     floats_of = (held.scales + np.float32(0), np.float32(0) - offsets)
-    return [moved(held.words, held.layout, ROWS), *(store_floats(values, grid.scale) for values in floats_of)]
+    return [moved(held.words, held.layout, ROWS, room), *(store_floats(values, grid.scale) for values in floats_of)]
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,7 @@ from llm_quantize.formats.packed import ALIGNED, PackedMatrix
 from llm_quantize.grids import grid_type
 from llm_quantize.grids.codebook import CodebookGridType, block_maxima, ladder_of
 from llm_quantize.grids.grid import Grid, GridType, Ladder, to_storage
+from llm_quantize.kernels.repack import Room
 from llm_quantize.plan import CACHED, MatrixPlan, TensorPlan
 from llm_quantize.qtypes.held import HeldWords
 from llm_quantize.qtypes.inputs import InputGrid
@@ -35,6 +36,7 @@ class DirectoryStore:
     matrices: Sequence[MatrixPlan] = ()
     _ladders: dict[str, Ladder] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _local: threading.local = field(default_factory=threading.local)
 
     fits_unseen = True
 
@@ -73,7 +75,9 @@ class DirectoryStore:
         return kind.hold(grid, codes) if exact else kind.near(grid, codes)
 
     def repack(self, matrix: MatrixPlan, held: HeldWords) -> Repacked | None:
-        fields = self.form.repack(self.scheme.on(matrix.qtype), held)
+        if not hasattr(self._local, "room"):
+            self._local.room = Room()
+        fields = self.form.repack(self.scheme.on(matrix.qtype), held, self._local.room)
         if fields is None:
             return None
         packed, named = self._named(matrix, fields)

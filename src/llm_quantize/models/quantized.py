@@ -31,6 +31,7 @@ from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
 from llm_quantize.kernels import widened
+from llm_quantize.kernels.repack import Room
 from llm_quantize.models.base import Digest, Opened, Values
 from llm_quantize.models.files import read_config, read_generation_config
 from llm_quantize.models.float8 import is_scaled_float8
@@ -180,17 +181,29 @@ class PackedDirectory(StoredDirectory):
         """One field whole, in its shape; bfloat16 and float16 as float32."""
         return _in_float32(self._stored(matrix.fields[suffix]), matrix.fields[suffix].dtype)
 
-    def _stored(self, info: TensorInfo) -> npt.NDArray[Any]:
-        stored = np.empty(info.shape, _STORED[info.dtype])
+    def _room(self) -> Room:
+        if not hasattr(self._local, "room"):
+            self._local.room = Room()
+        room: Room = self._local.room
+        return room
+
+    def _stored(self, info: TensorInfo, room: Room | None = None) -> npt.NDArray[Any]:
+        kind = _STORED[info.dtype]
+        stored = np.empty(info.shape, kind) if room is None else room.words(*info.shape).view(kind)
         self._reader.read(info, 0, stored.reshape(-1).view(np.uint8).data)
         return stored
 
-    def fields(self, matrix: PackedMatrix) -> dict[str, npt.NDArray[Any]]:
-        """All fields of a matrix, as this thread keeps them until it asks for another's."""
+    def fields(self, matrix: PackedMatrix, *, again: bool = False) -> dict[str, npt.NDArray[Any]]:
+        """All fields of a matrix, as this thread keeps them until it asks for another's; ``again``: its codes may lie
+        in memory that those of the last one lay in that was asked for so."""
         kept: tuple[PackedMatrix, dict[str, npt.NDArray[Any]]] | None = getattr(self._local, "fields", None)
         if kept is None or kept[0] is not matrix:
             self._local.fields = self._local.stored = None
-            stored = {suffix: self._stored(info) for suffix, info in matrix.fields.items()}
+            room = self._room() if again and matrix.main.dtype in ("I32", "U32") else None
+            stored = {
+                suffix: self._stored(info, room if info is matrix.main else None)
+                for suffix, info in matrix.fields.items()
+            }
             kept = matrix, {suffix: _in_float32(stored[suffix], info.dtype) for suffix, info in matrix.fields.items()}
             check_index(matrix, kept[1])
             self._local.fields, self._local.stored = kept, stored
@@ -244,7 +257,7 @@ class PackedDirectory(StoredDirectory):
 
     def words(self, matrix: PackedMatrix) -> HeldWords | None:
         """As ``StoredDirectory.words``."""
-        return self.format.words(matrix, self.fields(matrix))
+        return self.format.words(matrix, self.fields(matrix, again=True))
 
 
 def _in_float32(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
