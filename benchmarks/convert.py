@@ -2,7 +2,10 @@
 
 The models are of Llama's shape (hidden 4096, 11008 inside, two blocks: 405 million weights in matrices, 200 MB of
 codes) with the tokenizer of the built-in model. Bytes per CPU second are those of the source's files; the seconds are
-of the whole process. What it takes to start (Python, torch) is ``start``: the same for a model of 2 million weights.
+of the whole process, with one thread, the least of several runs: noise only adds. What it takes to start (Python,
+torch) is ``start``: the least of the same conversion of a model of 2 million weights. ``user`` leaves out the seconds
+of the system, which are those of writing: where memory is scarce, as in a shared virtual machine, they vary by half a
+second for the same bytes.
 
     python benchmarks/convert.py --directory .peers/convert --json benchmarks/results/convert.json
 """
@@ -98,43 +101,51 @@ def make(form: str, place: Path, size: tuple[int, int, int] = LARGE) -> Path:
     return place
 
 
-def measured(source: Path, out: Path, format: str, level: str | None, start: float) -> Mapping[str, Any]:
-    """One conversion, with one thread."""
-    shutil.rmtree(out, ignore_errors=True)
+def measured(source: Path, out: Path, format: str, level: str | None, times: int) -> Mapping[str, Any]:
+    """The least CPU seconds and the largest memory of ``times`` conversions with one thread."""
     command = [sys.executable, "-m", "llm_quantize", "convert", str(source), format, "-o", str(out), "--threads", "1"]
-    found = taken([*command, "--json", *([] if level is None else ["-q", level])])
-    (artifact,) = json.loads(found.pop("said"))["artifacts"]
-    size = (source / "model.safetensors").stat().st_size
-    work = max(0.01, found["cpu_seconds"] - start)
+    runs = []
+    for _ in range(times):
+        shutil.rmtree(out, ignore_errors=True)
+        runs.append(taken([*command, "--json", *([] if level is None else ["-q", level])]))
+    (artifact,) = json.loads(runs[0]["said"])["artifacts"]
     shutil.rmtree(out, ignore_errors=True)
     return {
         "source": source.name,
         "format": format,
         "level": artifact["level"],
         "verdict": artifact["conversion"]["verdict"],
-        "source_bytes": size,
-        **found,
-        "bytes_per_cpu_second": round(size / found["cpu_seconds"]),
-        "bytes_per_cpu_second_without_start": round(size / work),
+        "source_bytes": (source / "model.safetensors").stat().st_size,
+        "cpu_seconds": min(run["cpu_seconds"] for run in runs),
+        "user_seconds": round(min(run["cpu_seconds"] - run["system_seconds"] for run in runs), 2),
+        "peak_rss": max(run["peak_rss"] for run in runs),
     }
+
+
+def rated(large: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """``large`` with what it took in a second: of the whole process, and beyond what ``small`` took."""
+    rates: dict[str, Any] = {"bytes_per_cpu_second": round(large["source_bytes"] / large["cpu_seconds"])}
+    size = large["source_bytes"] - small["source_bytes"]
+    for kind in ("cpu", "user"):
+        seconds = large[f"{kind}_seconds"] - small[f"{kind}_seconds"]
+        rates[f"start_{kind}_seconds"] = small[f"{kind}_seconds"]
+        rates[f"bytes_per_{kind}_second_without_start"] = round(size / max(0.01, seconds))
+    return {**large, **rates}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--times", type=int, default=5, help="runs of each conversion, of which the least counts")
     given = parser.parse_args(arguments)
-    small, rows = make("gptq", given.directory / "small", SMALL), []
-    start = measured(small, given.directory / "out", "compressed-tensors", None, 0.0)
+    rows, out = [], given.directory / "out"
     for form, format, level in CASES:
-        source = make(form, given.directory / form)
-        rows.append(measured(source, given.directory / "out", format, level, start["cpu_seconds"]))
+        small, large = make(form, given.directory / f"small-{form}", SMALL), make(form, given.directory / form)
+        start, found = (measured(source, out, format, level, given.times) for source in (small, large))
+        rows.append(rated(found, start))
         print(json.dumps(rows[-1]), flush=True)
-    facts = {
-        "start": {key: start[key] for key in ("source_bytes", "cpu_seconds", "peak_rss")},
-        "numpy": np.__version__,
-        "rows": rows,
-    }
+    facts = {"numpy": np.__version__, "times": given.times, "rows": rows}
     given.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 

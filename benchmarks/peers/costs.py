@@ -10,13 +10,14 @@ from typing import Any
 
 
 def taken(command: Sequence[str]) -> dict[str, Any]:
-    """CPU seconds and the largest memory of ``command``, in a process of its own."""
+    """CPU seconds, those of the system among them, and the largest memory of ``command``, in a process of its own."""
     script = (
         "import json, resource, subprocess, sys\n"
         "done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)\n"
         "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
-        "print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, done.stdout.decode()]))"
+        "print(json.dumps([used.ru_utime, used.ru_stime, used.ru_maxrss * 1024, done.stdout.decode()]))"
     )
     done = subprocess.run([sys.executable, "-c", script, *command], stdout=subprocess.PIPE, check=True)
-    seconds, memory, said = json.loads(done.stdout)
-    return {"cpu_seconds": round(seconds, 2), "peak_rss": memory, "said": said}
+    user, system, memory, said = json.loads(done.stdout)
+    seconds = {"cpu_seconds": round(user + system, 2), "system_seconds": round(system, 2)}
+    return {**seconds, "peak_rss": memory, "said": said}

@@ -19,6 +19,20 @@ def test_what_is_no_number_on_one_side_is_not_exact() -> None:
     assert found.verdict() == {"verdict": ROUNDED, "relative_error": 0.0}
 
 
+def test_sums_of_finite_rows_are_those_with_nothing_left_out() -> None:
+    """To the last bit: records of older versions have them."""
+    generator = np.random.default_rng(0)
+    for shape in ((128, 4096), (3, 7), (47, 1100), (1, 1)):
+        wanted = generator.standard_normal(shape, np.float32)
+        rows = wanted * (1 + generator.standard_normal(shape, np.float32) / 1000)
+        for values in (rows, rows[::-1], wanted):
+            off, found = np.where(np.isfinite(values), values - wanted, 0), Difference()
+            found.add(values, wanted)
+            assert found.unequal == np.count_nonzero(values != wanted)
+            assert found.error == float(np.sum(np.square(off, dtype=np.float64)))
+            assert found.norm == float(np.sum(np.square(wanted, dtype=np.float64)))
+
+
 def test_units_add_up() -> None:
     halves = [Difference(1, 9.0, 50.0), Difference(0, 0.0, 50.0)]
     assert of_units(half.facts() for half in halves) == {"verdict": ROUNDED, "relative_error": 0.3}

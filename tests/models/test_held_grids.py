@@ -17,6 +17,7 @@ from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import held_output_rows, read_output_rows, to_float32
 from llm_quantize.errors import UsageError
 from llm_quantize.grids.held import joined
+from llm_quantize.kernels.reference import repack as reference
 from llm_quantize.models.opening import open_model, open_source
 from llm_quantize.options import MethodOptions, Options
 from llm_quantize.pipeline import quantize
@@ -106,6 +107,28 @@ def test_scales_that_divide_are_factors_but_for_their_last_bits(llama: Path, tmp
             model.block_rows("model.norm.weight", 0, 1)
 
 
+@pytest.mark.parametrize(("format", "level", "method", "qtype", "scale"), OURS)
+def test_words_and_numbers_are_what_is_read(
+    llama: Path, tmp_path: Path, format: str, level: str, method: dict[str, Any], qtype: str, scale: str
+) -> None:
+    """Integers in words; nothing of what is stored otherwise, or is not packed."""
+    with open_model(str(made(llama, tmp_path, format, level, **method))) as model:
+        for name in (UP, DOWN):
+            held = model.held_words(name)
+            packs = format in ("gptq", "awq", "mlx") or (format == "compressed-tensors" and "A16" in level)
+            assert (held is not None) == (packs and qtype.startswith(("int", "affine")))
+            if held is None:
+                continue
+            assert held.storage == scale
+            codes = reference.codes(held.words, held.layout, held.bits)
+            values = np.stack([held.value(place) for place in range(1 << held.bits)])
+            rows, groups = held.scales.shape
+            places = codes.reshape(rows, groups, held.group)
+            found = values[places, np.arange(rows)[:, None, None], np.arange(groups)[None, :, None]]
+            assert same(found.reshape(rows, -1), model.read_rows(name, 0, rows))
+        assert model.held_words("model.norm.weight") is None
+
+
 def test_scales_of_scales_are_their_rungs(llama: Path, tmp_path: Path) -> None:
     with open_model(str(made(llama, tmp_path, "bitsandbytes", "NF4", double_quant=True))) as model:
         found = model.held_grid(UP, 0, model.matrix(UP)[0])
@@ -165,6 +188,7 @@ def test_directories_of_other_writers(llama: Path, tmp_path: Path, bits: int) ->
     save_file(tensors, tmp_path / "ordered" / "model.safetensors", metadata={"format": "pt"})
     with open_model(str(tmp_path / "ordered")) as model:
         assert model.held(UP).act_order
+        assert model.held_words(UP) is None
         for start, stop in ((0, 32), (3, 90)):
             found = model.held_grid(UP, start, stop)
             assert found is not None

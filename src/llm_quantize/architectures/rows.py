@@ -46,6 +46,14 @@ class RowSource(Shapes, Protocol):
     ) -> Rows: ...
 
 
+class StampedSource(RowSource, Protocol):
+    """A source that tells what is stored of packed matrices without decoding them (``models.base.Rows`` is one)."""
+
+    def is_stamped(self, name: str) -> bool: ...
+
+    def stamp(self, name: str) -> bytes: ...
+
+
 class Arrays:
     """A row source over arrays in memory. ``read``: a tensor's values, float32, in its shape."""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_quantize.artifacts.origin import alike
 from llm_quantize.io.durable import fail_os, read_at
 from llm_quantize.io.files_at import HASH_CHUNK, Buffer, OpenFiles, Span, gaps
 from llm_quantize.io.leftovers import discard_hidden
@@ -174,7 +175,8 @@ class ComparedOutput(ResumableOutput):
         """A unit is compared; what it was made of, too."""
         self.records[unit] = {"unit": unit, **facts}
         place = self._known[unit]
-        if place.source_sha256 and facts.get("source_sha256") != place.source_sha256:
+        made_of = str(facts.get("source_sha256", ""))
+        if place.source_sha256 and alike(made_of, place.source_sha256) and made_of != place.source_sha256:
             self.held.sources[place.tensor] = None
 
     def sync(self) -> None:

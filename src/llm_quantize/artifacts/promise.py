@@ -19,7 +19,7 @@ from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import matrix_shape, to_float32
 from llm_quantize.architectures.scaling import Slice, scale_groups
 from llm_quantize.artifacts.decoded import Decoded
-from llm_quantize.artifacts.recheck import source_hash
+from llm_quantize.artifacts.origin import alike, source_hash
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.formats.modules import select
 from llm_quantize.models.opening import Source
@@ -53,15 +53,15 @@ class Promises:
             start, stop = unit["rows"] if direct else (0, rows)
             if not 0 <= start < stop <= rows:
                 return False
-            if self._hash(weight, start, stop) != unit["source_sha256"]:
+            if self._hash(weight, start, stop, unit["source_sha256"]) != unit["source_sha256"]:
                 return False
         return True
 
-    def _hash(self, weight: OutputTensor, start: int, stop: int) -> str:
+    def _hash(self, weight: OutputTensor, start: int, stop: int, recorded: str) -> str:
         """``source_hash``; that of a whole matrix, which several units share, is kept."""
         key = (weight.name, start, stop)
-        if key != self._last[0] and self._source is not None:
-            self._last = key, source_hash(self._source.checkpoint, weight, start, stop)
+        if self._source is not None and (key != self._last[0] or not alike(self._last[1], recorded)):
+            self._last = key, source_hash(self._source.checkpoint, weight, start, stop, like=recorded)
         return self._last[1]
 
     @cached_property

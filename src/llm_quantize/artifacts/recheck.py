@@ -6,15 +6,15 @@ followed from it: all matrices, the hidden states, and what was measured.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llm_quantize import events
 from llm_quantize.architectures.base import OutputTensor
-from llm_quantize.architectures.rows import RowSource, chunk_ranges, matrix_shape, read_output_rows, unit_ranges
+from llm_quantize.architectures.rows import StampedSource, matrix_shape, unit_ranges
 from llm_quantize.artifacts.clock import Clock
+from llm_quantize.artifacts.origin import alike, source_hash
 from llm_quantize.artifacts.rounding import Target
 from llm_quantize.errors import IntegrityError
 from llm_quantize.events import EventSink
@@ -114,7 +114,7 @@ def _invalidate(target: Target, units: Sequence[str]) -> None:
     target.output.forget(*sorted(gone.intersection(target.output.records)))
 
 
-def note_sources(target: Target, source: RowSource) -> None:
+def note_sources(target: Target, source: StampedSource) -> None:
     """Remember which weights a run sees that runs text through the model: each matrix depends on others."""
     if target.output.notes.get(SOURCES) is None:
         hashes = {matrix.name: source_hash(source, *_whole(matrix)) for matrix in target.plan.matrices}
@@ -135,7 +135,7 @@ class Recheck:
     """Checks units that an earlier run recorded: their bytes, and that the source still hashes the same. As fit for
     threads and processes as ``Rounding``."""
 
-    source: RowSource
+    source: StampedSource
     files: tuple[OpenFiles, ...]
     known: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
@@ -146,21 +146,21 @@ class Recheck:
         if check.span is not None:
             flaw = self.files[check.artifact].flaw(check.span, check.sha256)
         if flaw is None and check.origin is not None:
-            found = self._hash(*check.origin)
+            found = self._hash(*check.origin, check.source_sha256)
         clock.charge(check.artifact)
         found = None if found == check.source_sha256 else found
         return Verdict(check.artifact, check.unit, check.nbytes, flaw, found, clock.seconds[check.artifact])
 
-    def _hash(self, output: OutputTensor, start: int, stop: int) -> str:
+    def _hash(self, output: OutputTensor, start: int, stop: int, recorded: str) -> str:
         """``source_hash`` of what a unit was made of; that of a matrix, which several units share, is kept."""
         key = (output.name, start, stop)
-        if key not in self.known:
-            self.known[key] = source_hash(self.source, output, start, stop)
+        if key not in self.known or not alike(self.known[key], recorded):
+            self.known[key] = source_hash(self.source, output, start, stop, like=recorded)
         return self.known[key]
 
 
 def refuse_other_source(
-    source: RowSource,
+    source: StampedSource,
     plan: ArtifactPlan,
     manifest: Mapping[str, Any],
     hashes: dict[tuple[str, int, int], str],
@@ -175,20 +175,15 @@ def refuse_other_source(
         tensor = tensors[entry["name"]]
         for unit in entry["units"]:
             output, start, stop = plan.origin(tensor, *unit["rows"])
-            found = hashes.get((output.name, start, stop)) or source_hash(source, output, start, stop)
+            recorded = unit["source_sha256"]
+            found = hashes.get((output.name, start, stop), "")
+            if not found or not alike(found, recorded):
+                found = source_hash(source, output, start, stop, like=recorded)
             hashes[output.name, start, stop] = found
-            if found != unit["source_sha256"]:
-                raise _source_changed("since the artifact was made", tensor, unit["source_sha256"], found)
+            if found != recorded:
+                raise _source_changed("since the artifact was made", tensor, recorded, found)
             done += (unit["rows"][1] - unit["rows"][0]) * matrix_shape(tensor.output.shape)[1]
             on_event(events.Check(what, done, plan.weights))
-
-
-def source_hash(source: RowSource, output: OutputTensor, start: int, stop: int) -> str:
-    """SHA-256 of the source's bytes of rows [start, stop), as ``read_output_rows`` reads them."""
-    digest = hashlib.sha256()
-    for _, first, last in chunk_ranges(output.shape, start, stop):
-        read_output_rows(source, output, first, last, digest=digest)
-    return digest.hexdigest()
 
 
 def _source_changed(when: str, tensor: TensorPlan, expected: str, found: str) -> IntegrityError:

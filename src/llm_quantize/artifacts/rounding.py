@@ -23,7 +23,7 @@ from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import (
     CHUNK_WEIGHTS,
     Rows,
-    RowSource,
+    StampedSource,
     chunk_ranges,
     matrix_shape,
     read_output_rows,
@@ -33,6 +33,7 @@ from llm_quantize.architectures.rows import (
 )
 from llm_quantize.artifacts.clock import Clock
 from llm_quantize.artifacts.manifest import NONFINITE_FACTS
+from llm_quantize.artifacts.origin import stamped_hash
 from llm_quantize.artifacts.verdict import REQUANTIZED, Difference, conversion, of_units
 from llm_quantize.errors import NumericPolicyError
 from llm_quantize.io.output import OpenFiles, ResumableOutput
@@ -66,7 +67,7 @@ class Target:
 class Policy:
     """What is done about NaN and infinity in the source. ``files``: where each source tensor lies, for messages."""
 
-    source: RowSource
+    source: StampedSource
     nonfinite: str = "refuse"
     files: Mapping[str, Path] = field(default_factory=dict)
 
@@ -191,7 +192,8 @@ class Rounding:
         clock = Clock(unit.artifacts)
         plans = {number: self.tensors[number][unit.tensor] for number in unit.artifacts}
         output = plans[unit.artifacts[0]].output
-        source_digest = hashlib.sha256()
+        origin = stamped_hash(self.policy.source, output, unit.start, unit.stop)
+        source_digest = None if origin else hashlib.sha256()
         digests = {number: hashlib.sha256() for number in plans}
         nonfinite = 0
         overflowed: dict[str, int] = {}
@@ -219,7 +221,7 @@ class Rounding:
         facts = {
             number: {
                 "sha256": digests[number].hexdigest(),
-                "source_sha256": source_digest.hexdigest(),
+                "source_sha256": origin if source_digest is None else source_digest.hexdigest(),
                 **self._counts(tensor.qtype, nonfinite, overflowed.get(tensor.qtype, 0)),
                 **(off[tensor.qtype].facts() if tensor.qtype in off and self.judged[number] else {}),
             }

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llm_quantize import kernels
+
 EXACT, ROUNDED, REQUANTIZED = "exact", "rounded", "re-quantized"
 _WORST_LAST = (EXACT, ROUNDED, REQUANTIZED)
 MEASURED = "measured"
@@ -37,6 +39,11 @@ class Difference:
     def add(self, values: Floats, wanted: Floats) -> None:
         """Rows of both, float32."""
         off = values != wanted
+        if _all_finite(values) and _all_finite(wanted):  # as below, where nothing is left out
+            self.unequal += int(np.count_nonzero(off))
+            self.error += float(np.sum(np.square(values - wanted, dtype=np.float64))) if off.any() else 0.0
+            self.norm += float(np.sum(np.square(wanted, dtype=np.float64)))
+            return
         if off.any():
             off &= ~(np.isnan(values) & np.isnan(wanted))
             self.unequal += int(np.count_nonzero(off))
@@ -58,6 +65,12 @@ class Difference:
     def relative(self) -> float:
         """||Q - W|| / ||W||; ||Q - W|| where W is zero."""
         return float(np.sqrt(self.error / self.norm)) if self.norm > 0 else float(np.sqrt(self.error))
+
+
+def _all_finite(values: Floats) -> bool:
+    if values.flags.c_contiguous:
+        return kernels.scan_nonfinite(values)[0] == 0
+    return bool(np.isfinite(values).all())
 
 
 def of_units(units: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -23,10 +23,13 @@ from llm_quantize.architectures.rows import (
     read_output_rows,
     to_float32,
 )
+from llm_quantize.artifacts.origin import stamped
 from llm_quantize.artifacts.verdict import EXACT, Difference
 from llm_quantize.grids.held import joined
+from llm_quantize.kernels import repack
 from llm_quantize.models.base import Model
 from llm_quantize.plan import MatrixPlan
+from llm_quantize.qtypes.held import HeldWords
 from llm_quantize.streams.pool import Pool
 
 if TYPE_CHECKING:
@@ -43,26 +46,60 @@ another is further off, and codes chosen anew lose more."""
 
 @dataclass(frozen=True)
 class Kept:
-    """Fields with the codes of the source, what to record of them, and the hash of the source's rows
-    (``source_hash``)."""
+    """Fields with the codes of the source, what to record of them, and the hash of the source's rows (``source_hash``)
+    where they were read for it."""
 
     fields: Fields
     facts: Mapping[str, Any]
-    origin: str
+    origin: str = ""
 
 
 def keep(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> Kept | None:
     """The fields of ``matrix`` with the source's own codes and scales, proved to decode to its values or NEAR them;
     None where the artifact's grid does not hold them, or the source has none."""
+    repacked = _repacked(matrices, matrix)
+    if repacked is not None:
+        return repacked
     fields = _copied(matrices, matrix) or _held(matrices, matrix, pool)
     if fields is None:
         return None
-    digest = hashlib.sha256()
+    digest = None if stamped(matrices.source.checkpoint, matrix.weight) else hashlib.sha256()
     if _same(matrices, matrix, fields, digest):
-        return Kept(fields, {"kept": True, "verdict": EXACT}, digest.hexdigest())
+        return Kept(fields, {"kept": True, "verdict": EXACT}, "" if digest is None else digest.hexdigest())
     if not _is_near(matrices, matrix, fields):
         return None
-    return Kept(fields, {"kept": True, **difference(matrices, matrix, fields).verdict()}, "")
+    return Kept(fields, {"kept": True, **difference(matrices, matrix, fields).verdict()})
+
+
+def _repacked(matrices: Matrices, matrix: MatrixPlan) -> Kept | None:
+    """The fields of a matrix whose codes go from words to words, proved in three steps: every code of what was made,
+    taken by its place, is the source's; so are all numbers of groups, or what each code of each group is decoded to;
+    and the first rows, decoded to float32 by the readers of both, are the same. None where that is not to be had."""
+    weight, checkpoint = matrix.weight, matrices.source.checkpoint
+    rows, _ = matrix_shape(weight.shape)
+    if len(weight.pieces) != 1 or weight.constant is not None or matrix.cache is not None:
+        return None
+    (piece,) = weight.pieces
+    if piece.transpose or piece.add or piece.start or not (piece.order is None and piece.columns is None):
+        return None
+    held = checkpoint.held_words(piece.source) if checkpoint.matrix(piece.source)[0] == rows else None
+    made = None if held is None else matrices.store.repack(matrix, held)
+    if held is None or made is None or not _decode_alike(held, made.back):
+        return None
+    first = to_float32(read_output_rows(checkpoint, weight, 0, len(made.first)))
+    return Kept(made.fields, {"kept": True, "verdict": EXACT}) if np.array_equal(first, made.first) else None
+
+
+def _decode_alike(one: HeldWords, other: HeldWords) -> bool:
+    """Whether both decode to the same values, by their codes and the numbers of their groups: one function of equal
+    arguments, or where a side has offsets, the same value of every code that there can be in every group."""
+    if (one.bits, one.group, one.scales.shape) != (other.bits, other.group, other.scales.shape):
+        return False
+    if not repack.same(one.words, one.layout, other.words, other.layout):
+        return False
+    if one.zeros is not None and other.zeros is not None:
+        return np.array_equal(one.scales, other.scales) and np.array_equal(one.zeros, other.zeros)
+    return all(np.array_equal(one.value(place), other.value(place)) for place in range(1 << one.bits))
 
 
 def _is_near(matrices: Matrices, matrix: MatrixPlan, fields: Fields) -> bool:
@@ -123,7 +160,7 @@ class _Blocks:
 
 
 def _same(matrices: Matrices, matrix: MatrixPlan, fields: Fields, digest: Any) -> bool:
-    """Whether ``fields`` decode to the source's values; ``digest`` is updated as ``source_hash`` does."""
+    """Whether ``fields`` decode to the source's values; ``digest``, if any, is updated as ``source_hash`` does."""
     decoded = matrices.store.decoded(matrix, fields)
     ready: list[npt.NDArray[np.float32]] = []
     for _, start, stop in chunk_ranges(matrix.weight.shape, 0, matrix_shape(matrix.weight.shape)[0]):

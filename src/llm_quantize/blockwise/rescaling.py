@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm_quantize.architectures.rows import unit_ranges
 from llm_quantize.architectures.scaling import ScaleGroup, scale_groups
-from llm_quantize.artifacts.recheck import source_hash
+from llm_quantize.artifacts.origin import source_hash
 from llm_quantize.blockwise.inputs import collect
 from llm_quantize.errors import NumericPolicyError
 from llm_quantize.plan import MatrixPlan, TensorPlan, unit_key

@@ -22,7 +22,7 @@ import torch
 from llm_quantize import events
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import Arrays, matrix_shape, read_output_rows, to_float32, unit_ranges
-from llm_quantize.artifacts.recheck import source_hash
+from llm_quantize.artifacts.origin import source_hash
 from llm_quantize.artifacts.rounding import Policy, Target
 from llm_quantize.blockwise import rescaling
 from llm_quantize.blockwise.embedding import written_embedding

@@ -24,7 +24,7 @@ from llm_quantize.formats import awq, compressed_tensors, gptq, scaled_floats
 from llm_quantize.formats.expressions import compiled, each_meant
 from llm_quantize.formats.packed import Fields, Layout, Numbers, PackedMatrix, Settings, StoredFormat, wrong_form
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.qtypes.held import HeldRows
+from llm_quantize.qtypes.held import HeldRows, HeldWords
 
 if TYPE_CHECKING:
     from llm_quantize.formats.base import Mixes
@@ -144,6 +144,11 @@ def unpack(packed: PackedMatrix, fields: Fields, first: int, last: int) -> npt.N
 def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
     """As ``StoredFormat.held``."""
     return _of(packed).held(packed, fields, first, last)
+
+
+def words(packed: PackedMatrix, fields: Fields) -> HeldWords | None:
+    """As ``StoredFormat.words``."""
+    return _of(packed).words(packed, fields)
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

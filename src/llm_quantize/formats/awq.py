@@ -32,6 +32,7 @@ from llm_quantize.formats.base import (
     as_they_are,
     check_group,
     check_words,
+    fits_words,
     grid_numbers,
     load_floats,
     mixture_of,
@@ -61,13 +62,15 @@ from llm_quantize.formats.packed import (
     group_index,
     groups_by_row,
     held_integers,
+    held_words,
     misfit,
     modules,
     values_of,
     widths,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.qtypes.held import HeldRows
+from llm_quantize.kernels.repack import INTERLEAVED, Room, moved
+from llm_quantize.qtypes.held import HeldRows, HeldWords
 from llm_quantize.qtypes.integer import IntegerType
 
 if TYPE_CHECKING:
@@ -264,6 +267,26 @@ def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRow
     places = _places(fields["qweight"][:, first // 8 : -(-last // 8)])
     rows = (packed, fields, first, last)
     return held_integers(packed, fields, places, 0, scales(*rows), zeros(*rows))
+
+
+def words(packed: PackedMatrix, fields: Fields) -> HeldWords | None:
+    """As ``StoredFormat.words``."""
+    rows = (packed, fields, 0, packed.rows)
+    if packed.layout is not LAYOUT:
+        return None
+    return held_words(packed, fields, fields["qweight"], INTERLEAVED, scales(*rows), zeros=zeros(*rows))
+
+
+def repack(scheme: Scheme, held: HeldWords, room: Room) -> list[Array] | None:
+    """As ``Packed.repack``."""
+    points = fits_words(scheme, held, 0, (1 << BITS) - 1)
+    if points is None:
+        return None
+    return [
+        moved(held.words, held.layout, INTERLEAVED, room).view(np.int32),
+        _pack(points.astype(np.uint8)),
+        store_floats(np.ascontiguousarray(held.scales.T), scheme.qtype.scale),
+    ]
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

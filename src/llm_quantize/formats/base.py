@@ -18,6 +18,9 @@ import numpy.typing as npt
 from llm_quantize.errors import NumericPolicyError, UsageError
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import PackedMatrix, StoredFormat
+from llm_quantize.kernels import widened
+from llm_quantize.kernels.repack import Room
+from llm_quantize.qtypes.held import HeldWords
 from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.integer import GROUPS, WHOLE_ROW, IntegerType
 from llm_quantize.qtypes.packed import PackedType, packed_type
@@ -232,6 +235,16 @@ class Format(Protocol):
         say."""
 
 
+@dataclass(frozen=True)
+class Repacked:
+    """The fields of a matrix, made of the words of another file, and what a reader of this format makes of them again:
+    all codes and numbers (``back``), and float32 values of some of the first rows (``first``)."""
+
+    fields: list[Array]
+    back: HeldWords
+    first: npt.NDArray[np.float32]
+
+
 class Store(Protocol):
     """A format, seen from a method: from codes on a grid to the bytes of its fields, and back to values. Threads may
     share it."""
@@ -260,6 +273,10 @@ class Store(Protocol):
     ) -> tuple[Grid, torch.Tensor] | None:
         """``codes`` of all rows of ``matrix`` on ``grid``, of whatever format, as ``piece`` takes them; None where this
         format cannot hold them: with ``exact`` as they are, else with numbers of groups that are rounded."""
+
+    def repack(self, matrix: MatrixPlan, held: HeldWords) -> Repacked | None:
+        """``matrix`` from the words of a source, where this format holds them as they stand; else None. Its fields may
+        lie in memory that the next call in this thread writes over."""
 
     def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], Array]) -> list[Array] | None:
         """The fields of ``matrix``, which a source stores in the very blocks (``Model.block_type``): ``read`` gives
@@ -361,6 +378,11 @@ class Packed(StoredFormat, Protocol):
     def title(self, scheme: Scheme) -> str: ...
     def fields(self, scheme: Scheme, rows: int, columns: int, *, name: str | None = None) -> tuple[Field, ...]: ...
     def pack(self, scheme: Scheme, grid: Grid, codes: Any) -> list[Array]: ...
+    def repack(self, scheme: Scheme, held: HeldWords, room: Room) -> list[Array] | None:
+        """What ``pack`` makes of the same codes and numbers, from the words of another file, the codes in ``room`` or
+        where they are; None where they are not the scheme's own as they stand, of the same width, groups and type of
+        scales."""
+
     def described(self, scheme: Scheme, rows: int, columns: int) -> PackedMatrix: ...
     def inputs(self, scheme: Scheme) -> InputGrid | None: ...
     def input_fields(self, scheme: Scheme) -> tuple[Field, ...]: ...
@@ -392,6 +414,24 @@ def no_fields(scheme: Scheme) -> tuple[Field, ...]:
 def takes_any(source: Source, names: Sequence[str]) -> None:
     """``Packed.refuse`` of a format that has nothing to refuse."""
     del source, names
+
+
+def no_repacking(scheme: Scheme, held: HeldWords, room: Room) -> None:
+    """``Packed.repack`` of a format that takes no words over."""
+    del scheme, held, room
+
+
+def fits_words(scheme: Scheme, held: HeldWords, least: int, most: int) -> npt.NDArray[np.int16] | None:
+    """The zero points of ``held``, on the count of places, where ``scheme`` has its integers, its groups and its type
+    of scales, all scales are finite, and zero points lie in ``least`` .. ``most``; else None."""
+    grid, zeros = scheme.qtype, held.zeros
+    if not isinstance(grid, IntegerType) or zeros is None or (grid.bits, grid.scale) != (held.bits, held.storage):
+        return None
+    if grid.group(held.group * held.scales.shape[1]) != held.group or not np.isfinite(held.scales).all():
+        return None
+    if grid.symmetric:
+        return zeros if (zeros == 1 << (grid.bits - 1)).all() else None
+    return zeros if ((zeros >= least) & (zeros <= most)).all() else None
 
 
 def no_caution(schemes: Sequence[Scheme], *, head: bool) -> str | None:
@@ -529,8 +569,16 @@ def store_floats(values: npt.NDArray[np.float32], dtype: str) -> Array:
     return stored
 
 
+def are_stored(values: npt.NDArray[np.float32], dtype: str) -> bool:
+    """Whether ``values`` are as they are after having been stored as ``dtype``."""
+    if dtype == "bfloat16":
+        return not (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0xFFFF)).any()
+    with np.errstate(over="ignore"):
+        return np.array_equal(values.astype(NUMPY_TYPES[dtype]), values)
+
+
 def load_floats(values: Array) -> npt.NDArray[np.float32]:
     """Float32 values of stored floats; uint16 means bfloat16 bits."""
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)
+    return widened(values) if values.dtype == np.float16 else values.astype(np.float32, copy=False)

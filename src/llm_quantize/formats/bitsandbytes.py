@@ -43,6 +43,7 @@ from llm_quantize.formats.base import (
     fixed_groups,
     no_caution,
     no_fields,
+    no_repacking,
     takes_any,
     to_numpy,
     with_quantization,
@@ -60,6 +61,7 @@ from llm_quantize.formats.packed import (
     check_present,
     misfit,
     modules,
+    no_words,
     wrong_form,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
@@ -92,6 +94,8 @@ MIXES = None
 CACHES = NO_CACHES
 ACT_ORDER = False
 vllm_caution = no_caution
+words = no_words
+repack = no_repacking
 inputs = as_they_are
 input_fields = no_fields
 refuse = takes_any

@@ -37,6 +37,7 @@ from llm_quantize.formats.base import (
     Mixes,
     Scheme,
     check_group,
+    fits_words,
     fixed_groups,
     grid_numbers,
     load_floats,
@@ -84,6 +85,7 @@ from llm_quantize.formats.packed import (
     group_index,
     group_size,
     held_integers,
+    held_words,
     misfit,
     modules,
     values_of,
@@ -91,8 +93,9 @@ from llm_quantize.formats.packed import (
     wrong_form,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.kernels.repack import ROWS, Room, moved
 from llm_quantize.qtypes.codebook import CodebookType
-from llm_quantize.qtypes.held import HeldRows
+from llm_quantize.qtypes.held import HeldRows, HeldWords
 from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.integer import WHOLE_ROW
 
@@ -491,6 +494,31 @@ def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRow
             return None
         places = wide.astype(np.uint8)
     return held_integers(packed, fields, places, lowest, scales(*rows), zeros(*rows))
+
+
+def words(packed: PackedMatrix, fields: Fields) -> HeldWords | None:
+    """As ``StoredFormat.words``, of codes in words."""
+    if packed.grid or packed.layout is not PACKED:
+        return None
+    rows = (packed, fields, 0, packed.rows)
+    signed, each = zeros(*rows), scales(*rows)
+    points = np.full(each.shape, _half(packed)) if signed is None else signed + _half(packed)
+    return held_words(packed, fields, fields["weight_packed"], ROWS, each, zeros=points)
+
+
+def repack(scheme: Scheme, held: HeldWords, room: Room) -> list[Array] | None:
+    """As ``Packed.repack``, of codes in words."""
+    bits = scheme.qtype.bits
+    points = fits_words(scheme, held, 0, (1 << bits) - 1)
+    if points is None or is_plain(scheme):
+        return None
+    shape = (len(held.scales), held.group * held.scales.shape[1])
+    found: list[Array] = [
+        moved(held.words, held.layout, ROWS, room).view(np.int32),
+        store_floats(held.scales, scheme.qtype.scale),
+        np.array(shape, np.int64),
+    ]
+    return found if scheme.qtype.symmetric else [*found, pack_bits(points.astype(np.uint8), bits, 0)]
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

@@ -44,6 +44,7 @@ from llm_quantize.formats.base import (
     as_they_are,
     check_group,
     check_words,
+    fits_words,
     grid_numbers,
     load_floats,
     mixture_of,
@@ -77,6 +78,7 @@ from llm_quantize.formats.packed import (
     group_size,
     groups_by_row,
     held_integers,
+    held_words,
     in_order,
     misfit,
     modules,
@@ -84,7 +86,8 @@ from llm_quantize.formats.packed import (
     widths,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.qtypes.held import HeldRows
+from llm_quantize.kernels.repack import INPUTS, Room, moved
+from llm_quantize.qtypes.held import HeldRows, HeldWords
 from llm_quantize.qtypes.integer import IntegerType
 
 if TYPE_CHECKING:
@@ -295,6 +298,28 @@ def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRow
     """As ``StoredFormat.held``."""
     rows = (packed, fields, first, last)
     return held_integers(packed, fields, _places(*rows), 0, scales(*rows), zeros(*rows))
+
+
+def words(packed: PackedMatrix, fields: Fields) -> HeldWords | None:
+    """As ``StoredFormat.words``."""
+    rows = (packed, fields, 0, packed.rows)
+    return held_words(packed, fields, fields["qweight"], INPUTS, scales(*rows), zeros=zeros(*rows))
+
+
+def repack(scheme: Scheme, held: HeldWords, room: Room) -> list[Array] | None:
+    """As ``Packed.repack``."""
+    bits, first = scheme.qtype.bits, _first(scheme)
+    points = fits_words(scheme, held, first, (1 << bits) - 1 + first)
+    if points is None:
+        return None
+    stored = (points - np.int16(first)).astype(np.uint8)
+    columns = held.group * held.scales.shape[1]
+    return [
+        moved(held.words, held.layout, INPUTS, room).view(np.int32),
+        pack_bits(np.ascontiguousarray(stored.T), bits, 1),
+        store_floats(np.ascontiguousarray(held.scales.T), scheme.qtype.scale),
+        np.arange(columns, dtype=np.int32) // np.int32(held.group),
+    ]
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

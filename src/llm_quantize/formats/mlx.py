@@ -30,6 +30,7 @@ from llm_quantize.formats.base import (
     Field,
     Scheme,
     SchemeOptions,
+    are_stored,
     as_they_are,
     check_group,
     load_floats,
@@ -52,15 +53,17 @@ from llm_quantize.formats.packed import (
     check_matrix,
     check_present,
     contradicts,
+    held_words,
     misfit,
     modules,
     widths,
     wrong_form,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
+from llm_quantize.kernels.repack import ROWS, Room, moved
 from llm_quantize.qtypes.affine import GROUPS, WIDTHS, AffineType
 from llm_quantize.qtypes.codebook import CodebookType
-from llm_quantize.qtypes.held import HeldRows
+from llm_quantize.qtypes.held import HeldRows, HeldWords
 
 if TYPE_CHECKING:
     from llm_quantize.grids.grid import Grid
@@ -334,6 +337,30 @@ def held(packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRow
     levels, places = np.arange(1 << packed.bits, dtype=np.float32), _stored(packed, fields, first, last)
     each, offsets = scales(packed, fields, first, last), -load_floats(fields["biases"][first:last])
     return HeldRows(levels, places, packed.group, each, packed.scale, offsets=offsets)
+
+
+def words(packed: PackedMatrix, fields: Fields) -> HeldWords | None:
+    """As ``StoredFormat.words``."""
+    if floats.is_floats(packed):
+        return None
+    offsets = load_floats(fields["biases"])
+    return held_words(packed, fields, fields["weight"], ROWS, load_floats(fields["scales"]), offsets=offsets)
+
+
+def repack(scheme: Scheme, held: HeldWords, room: Room) -> list[Array] | None:
+    """As ``Packed.repack``: zero points become offsets, where those are floats of the scheme's type."""
+    grid, zeros = scheme.qtype, held.zeros
+    if not isinstance(grid, AffineType) or zeros is None or (grid.bits, grid.scale) != (held.bits, held.storage):
+        return None
+    columns = held.group * held.scales.shape[1]
+    if grid.group(columns) != held.group or not np.isfinite(held.scales).all() or not held.scales.all():
+        return None
+    wide = held.scales.astype(np.float64) * zeros
+    offsets = wide.astype(np.float32) + np.float32(0)
+    if not np.array_equal(offsets, wide) or not are_stored(offsets, grid.scale):
+        return None
+    floats_of = (held.scales + np.float32(0), np.float32(0) - offsets)
+    return [moved(held.words, held.layout, ROWS, room), *(store_floats(values, grid.scale) for values in floats_of)]
 
 
 def check(packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int) -> Iterator[tuple[str, str]]:

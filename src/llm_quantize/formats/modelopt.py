@@ -41,6 +41,7 @@ from llm_quantize.formats.packed import (
     check_present,
     misfit,
     modules,
+    no_words,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import codebook_type
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 NAME = "modelopt"
 METHODS: Sequence[str] = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 LABEL = "{level}"
+words = no_words
 RESCALES = True
 MIXES: Mixes | None = None
 FORMS: Sequence[str] = (

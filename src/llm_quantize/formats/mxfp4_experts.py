@@ -30,6 +30,7 @@ from llm_quantize.formats.packed import (
     Settings,
     check_fields,
     misfit,
+    no_words,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import codebook_type
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 NAME = "mxfp4"
 METHODS: Sequence[str] = ("mxfp4",)
 LABEL = "MXFP4"
+words = no_words
 RESCALES = False
 MIXES: Mixes | None = None
 FORMS: Sequence[str] = ("blocks",)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from llm_quantize.errors import IntegrityError, MalformedInputError, printable
 from llm_quantize.io.safetensors_file import TensorInfo
-from llm_quantize.qtypes.held import HeldRows
+from llm_quantize.qtypes.held import HeldRows, HeldWords
 from llm_quantize.qtypes.inputs import InputGrid
 
 if TYPE_CHECKING:
@@ -161,6 +161,10 @@ class StoredFormat(Protocol):
     def held(self, packed: PackedMatrix, fields: Fields, first: int, last: int) -> HeldRows | None:
         """Rows [first, last) as they are stored, ``first`` and ``last`` as in ``unpack``; None where they are not of
         that form."""
+
+    def words(self, packed: PackedMatrix, fields: Fields) -> HeldWords | None:
+        """The whole matrix with its codes in the words of the file, where it is of integers in whole words, columns in
+        the order of their groups, and ``unpack`` decodes it as ``HeldWords`` says; else None."""
 
     def check(
         self, packed: PackedMatrix, settings: Settings, fields: Fields, first: int, last: int
@@ -333,6 +337,36 @@ def held_integers(
         index = group_index(packed, fields)
     levels = np.arange(lowest, lowest + (1 << packed.bits), dtype=np.float32)
     return HeldRows(levels, places, group, scales, packed.scale, zeros=zeros, index=index)
+
+
+def no_words(packed: PackedMatrix, fields: Fields) -> HeldWords | None:
+    """As ``StoredFormat.words`` of a format that has none."""
+    del packed, fields
+    return None
+
+
+def held_words(
+    packed: PackedMatrix,
+    fields: Fields,
+    words: npt.NDArray[Any],
+    layout: str,
+    scales: npt.NDArray[np.float32],
+    *,
+    zeros: npt.NDArray[np.int16] | None = None,
+    offsets: npt.NDArray[np.float32] | None = None,
+) -> HeldWords | None:
+    """As ``StoredFormat.words``. ``words``: int32 or uint32; ``zeros`` on the count of places."""
+    if packed.columns * packed.bits % WORD or packed.columns % packed.groups:
+        return None
+    if packed.groups > 1 and packed.columns % packed.group:
+        return None
+    group = packed.columns // packed.groups
+    stored = fields.get(packed.layout.index)
+    if stored is not None and stored.size and not np.array_equal(stored, np.arange(packed.columns) // group):
+        return None
+    storage = packed.scale if packed.layout.scales in packed.fields else ""
+    plain = np.ascontiguousarray(words).view(np.uint32)
+    return HeldWords(plain, layout, packed.bits, group, np.ascontiguousarray(scales), storage, zeros, offsets)
 
 
 def group_size(value: Any, file: Path) -> int:

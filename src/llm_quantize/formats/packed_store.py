@@ -12,13 +12,15 @@ import numpy.typing as npt
 import torch
 
 from llm_quantize.architectures.rows import chunk_rows, matrix_shape
-from llm_quantize.formats.base import NUMPY_TYPES, Packed, ReadRows, Scheme, store_floats
+from llm_quantize.formats.base import NUMPY_TYPES, Packed, ReadRows, Repacked, Scheme, store_floats
 from llm_quantize.formats.modules import joined_with
-from llm_quantize.formats.packed import ALIGNED
+from llm_quantize.formats.packed import ALIGNED, PackedMatrix
 from llm_quantize.grids import grid_type
 from llm_quantize.grids.codebook import CodebookGridType, block_maxima, ladder_of
 from llm_quantize.grids.grid import Grid, GridType, Ladder, to_storage
+from llm_quantize.kernels.repack import Room
 from llm_quantize.plan import CACHED, MatrixPlan, TensorPlan
+from llm_quantize.qtypes.held import HeldWords
 from llm_quantize.qtypes.inputs import InputGrid
 
 Floats = npt.NDArray[np.float32]
@@ -34,6 +36,7 @@ class DirectoryStore:
     matrices: Sequence[MatrixPlan] = ()
     _ladders: dict[str, Ladder] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _local: threading.local = field(default_factory=threading.local)
 
     fits_unseen = True
 
@@ -78,6 +81,18 @@ class DirectoryStore:
         found = take(plain, codes[:, order])
         return None if found is None else (found[0].spread(order), found[1][:, torch.argsort(order)])
 
+    def repack(self, matrix: MatrixPlan, held: HeldWords) -> Repacked | None:
+        if not hasattr(self._local, "room"):
+            self._local.room = Room()
+        fields = self.form.repack(self.scheme.on(matrix.qtype), held, self._local.room)
+        if fields is None:
+            return None
+        packed, named = self._named(matrix, fields)
+        back = self.form.words(packed, named)
+        if back is None:
+            return None
+        return Repacked(fields, back, self.form.unpack(packed, named, 0, min(ALIGNED, packed.rows)))
+
     def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], npt.NDArray[Any]]) -> None:
         """As ``Store.blocks``: there are none."""
         del matrix, read
@@ -117,14 +132,19 @@ class DirectoryStore:
 
     def decoded(self, matrix: MatrixPlan, fields: Fields) -> Iterator[tuple[int, Floats]]:
         rows, columns = matrix.weight.shape
+        packed, named = self._named(matrix, fields)
+        step = max(ALIGNED, chunk_rows(columns) // ALIGNED * ALIGNED)
+        for first in range(0, rows, step):
+            yield first, self.form.unpack(packed, named, first, min(rows, first + step))
+
+    def _named(self, matrix: MatrixPlan, fields: Fields) -> tuple[PackedMatrix, dict[str, npt.NDArray[Any]]]:
+        """The description of a matrix that ``join`` made, and its fields by their suffixes."""
+        rows, columns = matrix.weight.shape
         scheme = self.scheme.on(matrix.qtype)
         names = [field.suffix for field in self.form.fields(scheme, rows, columns)]
         beside = 0 if matrix.cache is None else CACHED
         named = dict(zip(names, fields[: len(fields) - beside], strict=True))
-        packed = self.form.described(scheme, rows, columns)
-        step = max(ALIGNED, chunk_rows(columns) // ALIGNED * ALIGNED)
-        for first in range(0, rows, step):
-            yield first, self.form.unpack(packed, named, first, min(rows, first + step))
+        return self.form.described(scheme, rows, columns), named
 
 
 def _maxima(kind: CodebookGridType, matrix: MatrixPlan, read: ReadRows) -> torch.Tensor:

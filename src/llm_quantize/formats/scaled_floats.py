@@ -33,6 +33,7 @@ from llm_quantize.formats.packed import (
     check_matrix,
     check_present,
     modules,
+    no_words,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import codebook_type
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 NAME = "fp8"
 METHODS: Sequence[str] = ("fp8", "fbgemm_fp8", "finegrained_fp8")
 LABEL = "FP8{level}"
+words = no_words
 RESCALES = True
 MIXES: Mixes | None = None
 FORMS: Sequence[str] = ("e4m3",)

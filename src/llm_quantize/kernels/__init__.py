@@ -16,7 +16,7 @@ from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.kernels import _native, iq_grids, reference
 from llm_quantize.qtypes import QTYPES, QType
 
-__all__ = ["dequantize", "quantize", "scan_nonfinite", "set_simd_level", "simd_level", "simd_levels"]
+__all__ = ["dequantize", "quantize", "scan_nonfinite", "set_simd_level", "simd_level", "simd_levels", "widened"]
 
 LEVEL_VARIABLE: Final = "LLM_QUANTIZE_SIMD"
 PASSED_THROUGH: Final = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}
@@ -120,6 +120,14 @@ def scan_nonfinite(
             found=f"{rows.dtype}, contiguous: {rows.flags.c_contiguous}",
         )
     return _native.scan_nonfinite(_level, rows)
+
+
+def widened(values: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
+    """float16 of any shape in float32, C-contiguous: what ``astype`` gives, several times as fast."""
+    out = np.empty(values.shape, np.float32)
+    flat = np.ascontiguousarray(values).reshape(-1).view(np.uint16)
+    _native.widen_f16(_level, flat, out.reshape(-1))
+    return out
 
 
 def dequantize(qtype: str, packed: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.float32]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.safetensors_file import DTYPE_BITS, Header, TensorInfo
 from llm_quantize.models.hub.locate import Place
-from llm_quantize.qtypes.held import Held
+from llm_quantize.qtypes.held import Held, HeldWords
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +114,13 @@ class Rows(Protocol):
         read. Raises UnsupportedError, IntegrityError (the file changed), ResourceError, NumericPolicyError.
         """
 
+    def is_stamped(self, name: str) -> bool:
+        """Whether the tensor is decoded from fields of a packed matrix, which ``stamp`` hashes; from headers alone."""
+
+    def stamp(self, name: str) -> bytes:
+        """SHA-256 of all fields of such a tensor as they are stored, in the order of their names, each after its name.
+        Raises ValueError for another tensor, and what ``read_rows`` raises."""
+
     def close(self) -> None:
         """Close all file handles."""
 
@@ -179,6 +186,10 @@ class Model(Rows, Protocol):
 
         Needs torch. Raises what ``read_rows`` raises."""
 
+    def held_words(self, name: str) -> HeldWords | None:
+        """All of a stored matrix of packed integers, in the orientation of ``matrix``, its codes in the words of the
+        file; None where it is not that. Needs no torch. Raises what ``read_rows`` raises."""
+
     def block_type(self, name: str, *, transpose: bool = False) -> str | None:
         """The type of ggml whose blocks are all that is stored of the tensor ``name``, by its rows as ``matrix`` sees
         them, or the grid of a CTranslate2 model, whose codes a scale follows; None: there is none. From headers
@@ -241,6 +252,20 @@ class Opened(ABC):
         """As ``Model.held_grid``."""
         del name, start, stop
         return None
+
+    def held_words(self, name: str) -> HeldWords | None:
+        """As ``Model.held_words``."""
+        del name
+        return None
+
+    def is_stamped(self, name: str) -> bool:
+        """As ``Rows.is_stamped``."""
+        del name
+        return False
+
+    def stamp(self, name: str) -> bytes:
+        """As ``Rows.stamp``."""
+        raise ValueError(f"{name} has no fields of a packed matrix")
 
     def block_type(self, name: str, *, transpose: bool = False) -> str | None:
         """As ``Model.block_type``."""

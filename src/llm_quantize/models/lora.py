@@ -30,7 +30,7 @@ from llm_quantize.models.adapter import Adapter, Change, Factor, changes, check_
 from llm_quantize.models.base import Digest, FileFact, Merge, Model, Opened, Values, writable
 from llm_quantize.models.low_rank import PARTS, Doubles, Right, cut, laid_out, product
 from llm_quantize.models.safetensors import without_weights
-from llm_quantize.qtypes.held import Held
+from llm_quantize.qtypes.held import Held, HeldWords
 
 if TYPE_CHECKING:
     import torch
@@ -194,6 +194,18 @@ class MergedModel(Opened):
     def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
         """As ``Model.held_grid``."""
         return None if name in self._found else self._model.held_grid(name, start, stop)
+
+    def held_words(self, name: str) -> HeldWords | None:
+        """As ``Model.held_words``."""
+        return None if name in self._found else self._model.held_words(name)
+
+    def is_stamped(self, name: str) -> bool:
+        """As ``Rows.is_stamped``: what is merged is no matrix of the file any more."""
+        return name not in self._found and self._model.is_stamped(name)
+
+    def stamp(self, name: str) -> bytes:
+        """As ``Rows.stamp``."""
+        return self._model.stamp(name)
 
     def block_type(self, name: str, *, transpose: bool = False) -> str | None:
         """As ``Model.block_type``."""

@@ -6,6 +6,7 @@ What the fields mean is each format's own matter (``formats/``): here is what th
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import threading
@@ -38,6 +39,8 @@ from llm_quantize.formats.packed_formats import format_of, read_format, said_of,
 from llm_quantize.io.gguf_file import MetaValue
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.io.tensor_reader import TensorReader
+from llm_quantize.kernels import widened
+from llm_quantize.kernels.repack import Room
 from llm_quantize.models.base import Digest, Opened, Values
 from llm_quantize.models.files import read_config, read_generation_config
 from llm_quantize.models.float8 import is_scaled_float8
@@ -45,7 +48,7 @@ from llm_quantize.models.hub.locate import Place
 from llm_quantize.models.safetensors import NoWeights, without_weights
 from llm_quantize.models.stored import StoredDirectory
 from llm_quantize.models.weight_sets import left_lying
-from llm_quantize.qtypes.held import UNEVEN, Held, HeldRows
+from llm_quantize.qtypes.held import UNEVEN, Held, HeldRows, HeldWords
 from llm_quantize.qtypes.inputs import InputGrid
 
 if TYPE_CHECKING:
@@ -115,6 +118,8 @@ class PackedDirectory(StoredDirectory):
         self._reader = NoWeights(self.headers) if self.hollow else TensorReader(self.headers)
         self._local = threading.local()
         self._grids: dict[str, Held] = {}
+        self._stamps: dict[str, bytes] = {}
+        self._stamping: dict[str, threading.Lock] = {}
         self.notes = (*self.beside(), *self.format.notes(self.settings))
         try:
             found = self.format.read(self.tensors, self.settings, self._stored)
@@ -189,26 +194,48 @@ class PackedDirectory(StoredDirectory):
 
     def field(self, matrix: PackedMatrix, suffix: str) -> npt.NDArray[Any]:
         """One field whole, in its shape; bfloat16 and float16 as float32."""
-        info = matrix.fields[suffix]
-        stored = self._stored(info)
-        if info.dtype == "BF16":
-            return (stored.astype(np.uint32) << 16).view(np.float32)
-        return stored.astype(np.float32) if info.dtype == "F16" else stored
+        return _in_float32(self._stored(matrix.fields[suffix]), matrix.fields[suffix].dtype)
 
-    def _stored(self, info: TensorInfo) -> npt.NDArray[Any]:
-        stored = np.empty(info.shape, _STORED[info.dtype])
+    def _room(self) -> Room:
+        if not hasattr(self._local, "room"):
+            self._local.room = Room()
+        room: Room = self._local.room
+        return room
+
+    def _stored(self, info: TensorInfo, room: Room | None = None) -> npt.NDArray[Any]:
+        kind = _STORED[info.dtype]
+        stored = np.empty(info.shape, kind) if room is None else room.words(*info.shape).view(kind)
         self._reader.read(info, 0, stored.reshape(-1).view(np.uint8).data)
         return stored
 
-    def fields(self, matrix: PackedMatrix) -> dict[str, npt.NDArray[Any]]:
-        """All fields of a matrix, as this thread keeps them until it asks for another's."""
+    def fields(self, matrix: PackedMatrix, *, again: bool = False) -> dict[str, npt.NDArray[Any]]:
+        """All fields of a matrix, as this thread keeps them until it asks for another's; ``again``: its codes may lie
+        in memory that those of the last one lay in that was asked for so."""
         kept: tuple[PackedMatrix, dict[str, npt.NDArray[Any]]] | None = getattr(self._local, "fields", None)
         if kept is None or kept[0] is not matrix:
-            self._local.fields = None
-            kept = matrix, {suffix: self.field(matrix, suffix) for suffix in matrix.fields}
+            self._local.fields = self._local.stored = None
+            room = self._room() if again and matrix.main.dtype in ("I32", "U32") else None
+            stored = {
+                suffix: self._stored(info, room if info is matrix.main else None)
+                for suffix, info in matrix.fields.items()
+            }
+            kept = matrix, {suffix: _in_float32(stored[suffix], info.dtype) for suffix, info in matrix.fields.items()}
             check_index(matrix, kept[1])
-            self._local.fields = kept
+            self._local.fields, self._local.stored = kept, stored
         return kept[1]
+
+    def stamp(self, matrix: PackedMatrix) -> bytes:
+        """As ``Rows.stamp``; the first thread that asks makes it, all share it."""
+        with self._stamping.setdefault(matrix.weight, threading.Lock()):
+            if matrix.weight not in self._stamps:
+                self.fields(matrix)
+                stored: dict[str, npt.NDArray[Any]] = self._local.stored
+                digest = hashlib.sha256()
+                for suffix, values in sorted(stored.items()):
+                    digest.update(f"{suffix}\0{values.nbytes}\0".encode())
+                    digest.update(values.reshape(-1).view(np.uint8).data)
+                self._stamps[matrix.weight] = digest.digest()
+            return self._stamps[matrix.weight]
 
     def inputs(self, name: str) -> InputGrid | None:
         """As ``StoredDirectory.inputs``."""
@@ -267,6 +294,17 @@ class PackedDirectory(StoredDirectory):
         first, last = start // ALIGNED * ALIGNED, min(-(-stop // ALIGNED) * ALIGNED, matrix.rows)
         found = self.format.held(matrix, self.fields(matrix), first, last)
         return None if found is None else found.cut(start - first, stop - first)
+
+    def words(self, matrix: PackedMatrix) -> HeldWords | None:
+        """As ``StoredDirectory.words``."""
+        return self.format.words(matrix, self.fields(matrix, again=True))
+
+
+def _in_float32(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Floats of 16 bits in float32; all else as it is stored."""
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return widened(stored) if dtype == "F16" else stored
 
 
 def _positive(value: float, info: TensorInfo, problem: str) -> float:
@@ -362,6 +400,16 @@ class PackedRows:
             digest.update(values.reshape(-1).view(np.uint8).data)
         return values
 
+    def is_stamped(self, name: str) -> bool:
+        """As ``Rows.is_stamped``."""
+        return name in self.packed.matrices
+
+    def stamp(self, name: str) -> bytes:
+        """As ``Rows.stamp``."""
+        if not self.is_stamped(name):
+            raise ValueError(f"{name} has no fields of a packed matrix")
+        return self.packed.stamp(self.packed.matrices[name])
+
     def held(self, name: str) -> Held | None:
         """As ``Model.held``: of what an unquantized model stores the other way round nothing."""
         matrix = self.packed.matrices.get(name)
@@ -375,6 +423,12 @@ class PackedRows:
 
         found = self.packed.held(self.packed.matrices[name], start, stop)
         return None if found is None else grid_of(found)
+
+    def held_words(self, name: str) -> HeldWords | None:
+        """As ``Model.held_words``."""
+        if self.held(name) is None:
+            return None
+        return self.packed.words(self.packed.matrices[name])
 
     def close(self) -> None:
         """Close every file."""
@@ -434,6 +488,16 @@ class QuantizedModel(PackedRows, Opened):
         """As ``Model.held_grid``."""
         self._check_here(name)
         return super().held_grid(name, start, stop)
+
+    def held_words(self, name: str) -> HeldWords | None:
+        """As ``Model.held_words``."""
+        self._check_here(name)
+        return super().held_words(name)
+
+    def stamp(self, name: str) -> bytes:
+        """As ``Rows.stamp``."""
+        self._check_here(name)
+        return super().stamp(name)
 
     def _check_here(self, name: str) -> None:
         if self.headers_only:

@@ -39,6 +39,14 @@ class SharedModel:
         """As ``Rows.read_rows``."""
         return self._model.read_rows(name, start, stop, transpose=transpose, buffer=buffer, digest=digest)
 
+    def is_stamped(self, name: str) -> bool:
+        """As ``Rows.is_stamped``."""
+        return self._model.is_stamped(name)
+
+    def stamp(self, name: str) -> bytes:
+        """As ``Rows.stamp``."""
+        return self._model.stamp(name)
+
 
 def _fact(header: Header) -> Fact:
     return header.path, header.sha256, header.file_size, header.mtime_ns, header.device, header.inode

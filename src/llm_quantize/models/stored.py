@@ -18,7 +18,7 @@ from llm_quantize.formats.packed import PackedMatrix
 from llm_quantize.io.safetensors_file import Header, TensorInfo
 from llm_quantize.models.files import read_config, read_headers
 from llm_quantize.models.safetensors import Checkpoint
-from llm_quantize.qtypes.held import Held, HeldRows
+from llm_quantize.qtypes.held import Held, HeldRows, HeldWords
 from llm_quantize.qtypes.inputs import InputGrid
 
 
@@ -150,6 +150,15 @@ class StoredDirectory:
         """Rows [start, stop) of a matrix as they are stored; see ``StoredFormat.held``. None: nothing is packed."""
         del matrix, start, stop
         return None
+
+    def words(self, matrix: PackedMatrix) -> HeldWords | None:
+        """All of a matrix as it is stored; see ``StoredFormat.words``. None: nothing is packed."""
+        del matrix
+        return None
+
+    def stamp(self, matrix: PackedMatrix) -> bytes:
+        """As ``Rows.stamp``. Raises ValueError: nothing is packed."""
+        raise ValueError(f"{matrix.name} has no fields of a packed matrix")
 
     def rows(self, name: str, start: int, stop: int, *, transpose: bool = False) -> npt.NDArray[np.float32]:
         """Rows [start, stop) of the weight ``name`` (of ``matrices`` or ``plain``): float32 (stop - start, columns);

@@ -25,8 +25,8 @@ from llm_quantize import events, memory
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.compared_output import ComparedOutput, Held, Place, places_of
 from llm_quantize.artifacts.manifest import SEAL, adapters_told, read_manifest
+from llm_quantize.artifacts.origin import FIELDS, alike, source_hash, stamped
 from llm_quantize.artifacts.output import DTYPES, refuse_changed, sealed_manifest, source_times
-from llm_quantize.artifacts.recheck import source_hash
 from llm_quantize.artifacts.rederivation import Dependency, Difference, Rederivation
 from llm_quantize.artifacts.rounding import Target
 from llm_quantize.artifacts.verdict import MEASURED
@@ -322,6 +322,8 @@ def _compared(
     inputs = inputs_of(options, importance)
     with output, stop_on_signals() as stop:
         one = Target(plan, output)
+        if not plan.chained:
+            _compare_sources(model, plan, _of_older_kind(model, plan, places), output.held, on_event)
         pool = partial(ENGINES["threads"], threads=threads, stop=stop, resumable=False, hold=[])
         left = 0
 
@@ -341,7 +343,8 @@ def _compared(
         if not left and output.held.same:
             made = made_of(one, options, found.name, inputs)
             again = read_sealed(sealed_manifest(model, one, made))
-            changed += [key for key in _unlike(_made(manifest), again) if key not in _COMPARED_APART]
+            before_it = _in_kinds_of(again, _made(manifest))
+            changed += [key for key in _unlike(before_it, again) if key not in _COMPARED_APART]
     return output.held, changed, left
 
 
@@ -356,6 +359,37 @@ def _made(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**manifest, "conversion": {key: value for key, value in told.items() if key != MEASURED}}
 
 
+def _in_kinds_of(now: Mapping[str, Any], was: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The manifest ``was``, with the hashes of ``now`` for what sources were where its own are of an older kind: those
+    were held against the source by themselves."""
+    known = {
+        (tensor["name"], *unit["rows"]): str(unit["source_sha256"])
+        for tensor in now.get("tensors", [])
+        for unit in tensor["units"]
+    }
+
+    def unit_of(name: str, unit: Mapping[str, Any]) -> Mapping[str, Any]:
+        found = known.get((name, *unit["rows"]), "")
+        return unit if not found or alike(found, unit["source_sha256"]) else {**unit, "source_sha256": found}
+
+    tensors = [
+        {**tensor, "units": [unit_of(tensor["name"], unit) for unit in tensor["units"]]} for tensor in was["tensors"]
+    ]
+    return {**was, "tensors": tensors}
+
+
+def _of_older_kind(model: Source, plan: ArtifactPlan, places: Mapping[str, Place]) -> dict[str, Place]:
+    """The units whose recorded hash of the source is of another kind than is made now."""
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    found = {}
+    for unit, place in places.items():
+        if place.source_sha256 and not place.source_sha256.startswith(FIELDS):
+            output, _, _ = plan.origin(tensors[place.tensor], place.start, place.stop)
+            if stamped(model.checkpoint, output):
+                found[unit] = place
+    return found
+
+
 def _compare_sources(
     model: Source, plan: ArtifactPlan, places: Mapping[str, Place], held: Held, on_event: EventSink
 ) -> None:
@@ -367,8 +401,8 @@ def _compare_sources(
         if place.source_sha256 and place.tensor not in held.sources:
             output, start, stop = plan.origin(tensors[place.tensor], place.start, place.stop)
             key = (output.name, start, stop)
-            if key not in known:
-                known[key] = source_hash(model.checkpoint, output, start, stop)
+            if key not in known or not alike(known[key], place.source_sha256):
+                known[key] = source_hash(model.checkpoint, output, start, stop, like=place.source_sha256)
             if known[key] != place.source_sha256:
                 held.sources[place.tensor] = None
         on_event(events.Check("the source against what the artifact was made of", number + 1, len(places)))

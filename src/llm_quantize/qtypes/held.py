@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["UNEVEN", "Held", "HeldRows"]
+__all__ = ["UNEVEN", "Held", "HeldRows", "HeldWords"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -72,3 +72,30 @@ class HeldRows:
             rungs=None if self.rungs is None else self.rungs[start:stop],
             steps=steps if steps is None or len(steps) == 1 else steps[start:stop],
         )
+
+
+@dataclass(frozen=True)
+class HeldWords:
+    """All n rows of K columns in groups of ``group``, as places from 0 of ``bits`` bits. ``words`` uint32: all places,
+    in the layout ``layout`` (kernels/repack.py); ``scales`` float32 (n, G), stored as ``storage`` ("" where that does
+    not matter); either ``zeros`` int16 (n, G), on the count of places, or ``offsets`` float32 (n, G), which are added.
+
+    A reader decodes scale * (place - zero), or scale * place + offset, in float32 in this order.
+    """
+
+    words: npt.NDArray[np.uint32]
+    layout: str
+    bits: int
+    group: int
+    scales: Floats
+    storage: str
+    zeros: npt.NDArray[np.int16] | None = None
+    offsets: Floats | None = None
+
+    def value(self, place: int) -> Floats:
+        """float32 (n, G): what a place of each group is decoded to."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            if self.zeros is not None:
+                return self.scales * (np.float32(place) - self.zeros.astype(np.float32))
+            values: Floats = self.scales * np.float32(place)
+            return values if self.offsets is None else values + self.offsets

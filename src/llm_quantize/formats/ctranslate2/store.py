@@ -18,6 +18,7 @@ from llm_quantize.grids import grid_type, has_grid
 from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.plan import MatrixPlan, TensorPlan
 from llm_quantize.qtypes.codebook import codebook_type
+from llm_quantize.qtypes.held import HeldWords
 from llm_quantize.qtypes.inputs import InputGrid
 
 Floats = npt.NDArray[np.float32]
@@ -85,6 +86,10 @@ class CTranslate2Store:
             return [codes.reshape(rows, columns), scales]
         alike = bool((scales == scales[0]).all())
         return [codes.reshape(rows, columns).astype(np.int16), scales[0]] if alike else None
+
+    def repack(self, matrix: MatrixPlan, held: HeldWords) -> None:
+        """As ``Store.repack``: words of directories are not taken over as they stand."""
+        del matrix, held
 
     def inputs(self, matrix: MatrixPlan) -> None:
         """As ``Store.inputs``: CTranslate2 rounds them to 8 bits, which is not followed here."""

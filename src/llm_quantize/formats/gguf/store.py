@@ -18,6 +18,7 @@ from llm_quantize.grids import ggml_held, grid_type, has_grid, pack_ggml
 from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.plan import MatrixPlan, TensorPlan
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.qtypes.held import HeldWords
 from llm_quantize.qtypes.inputs import InputGrid
 from llm_quantize.qtypes.range import refusal
 
@@ -48,6 +49,10 @@ class GgufStore:
 
     def blocks(self, matrix: MatrixPlan, read: Callable[[int, int], npt.NDArray[np.uint8]]) -> Fields:
         return [read(0, matrix_shape(matrix.weight.shape)[0])]
+
+    def repack(self, matrix: MatrixPlan, held: HeldWords) -> None:
+        """As ``Store.repack``: words of directories are not taken over as they stand."""
+        del matrix, held
 
     def inputs(self, matrix: MatrixPlan) -> None:
         """As ``Store.inputs``: llama.cpp rounds them to 8 bits, which is not followed here."""

@@ -1,6 +1,7 @@
 // One SIMD level: the list of its families, and the widening of 16-bit rows. Compiled once per level.
 #include "feedback.hpp"
 #include "floats_scan.hpp"
+#include "repack.hpp"
 #include "simd.hpp"
 
 namespace {
@@ -32,6 +33,7 @@ extern const Level level;
 const Level level = {
     LQ_LEVEL_NAME, LQ_LANES, families, static_cast<int32_t>(sizeof(families) / sizeof(families[0])) - 1,
     widen_f16, widen_bf16, scan_nonfinite, feedback, descend,
+    {turn_words, same_turned, from_interleaved, to_interleaved, same_interleaved},
 };
 
 }  // namespace LQ_LEVEL

@@ -115,6 +115,90 @@ std::tuple<int64_t, int64_t> scan_nonfinite(const std::string& level_name, Value
     return {found.count, found.first};
 }
 
+using FloatsOut = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Halves = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void widen_f16(const std::string& level_name, Halves values, FloatsOut out) {
+    const lq::Level& level = find_level(level_name);
+    if (values.shape(0) != out.shape(0)) throw nb::value_error("out must have as many values");
+    const uint16_t* from = values.data();
+    float* to = out.data();
+    const auto count = static_cast<int64_t>(values.shape(0));
+    nb::gil_scoped_release unlocked;
+    level.widen_f16(from, count, to);
+}
+
+using Words = nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using WordsOut = nb::ndarray<uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+template <class Array>
+void check_words(const Array& words, int64_t rows, int64_t columns) {
+    if (static_cast<int64_t>(words.shape(0)) != rows || static_cast<int64_t>(words.shape(1)) != columns) {
+        throw nb::value_error("the words of the two layouts are not of one matrix");
+    }
+}
+
+void turn_words(const std::string& level_name, Words source, WordsOut target) {
+    const lq::Level& level = find_level(level_name);
+    const auto rows = static_cast<int64_t>(source.shape(0)), columns = static_cast<int64_t>(source.shape(1));
+    check_words(target, columns, rows);
+    const uint32_t* from = source.data();
+    uint32_t* to = target.data();
+    nb::gil_scoped_release unlocked;
+    level.repacking.turn_words(from, rows, columns, to);
+}
+
+bool same_turned(const std::string& level_name, Words one, Words other) {
+    const lq::Level& level = find_level(level_name);
+    const auto rows = static_cast<int64_t>(one.shape(0)), columns = static_cast<int64_t>(one.shape(1));
+    check_words(other, columns, rows);
+    const uint32_t *left = one.data(), *right = other.data();
+    nb::gil_scoped_release unlocked;
+    return level.repacking.same_turned(left, rows, columns, right);
+}
+
+// Interleaved (8 high, wide) and the same codes as rows (8 wide, high), or turned (high, 8 wide).
+template <class Array>
+std::tuple<int64_t, int64_t> check_interleaved(int64_t inputs, int64_t wide, const Array& other, bool turned) {
+    if (inputs % 8) throw nb::value_error("inputs of interleaved codes are whole words of 8");
+    const int64_t high = inputs / 8;
+    if (turned) check_words(other, high, 8 * wide);
+    else check_words(other, 8 * wide, high);
+    return {high, wide};
+}
+
+void from_interleaved(const std::string& level_name, Words source, bool inputs, WordsOut target) {
+    const lq::Level& level = find_level(level_name);
+    const auto [high, wide] = check_interleaved(static_cast<int64_t>(source.shape(0)),
+                                                static_cast<int64_t>(source.shape(1)), target, inputs);
+    const int64_t along = high, across = wide;
+    const uint32_t* from = source.data();
+    uint32_t* to = target.data();
+    nb::gil_scoped_release unlocked;
+    level.repacking.from_interleaved(from, along, across, inputs, to);
+}
+
+void to_interleaved(const std::string& level_name, Words source, bool inputs, WordsOut target) {
+    const lq::Level& level = find_level(level_name);
+    const auto [high, wide] = check_interleaved(static_cast<int64_t>(target.shape(0)),
+                                                static_cast<int64_t>(target.shape(1)), source, inputs);
+    const int64_t along = high, across = wide;
+    const uint32_t* from = source.data();
+    uint32_t* to = target.data();
+    nb::gil_scoped_release unlocked;
+    level.repacking.to_interleaved(from, along, across, inputs, to);
+}
+
+bool same_interleaved(const std::string& level_name, Words one, bool inputs, Words other) {
+    const lq::Level& level = find_level(level_name);
+    const auto [high, wide] = check_interleaved(static_cast<int64_t>(one.shape(0)),
+                                                static_cast<int64_t>(one.shape(1)), other, inputs);
+    const int64_t along = high, across = wide;
+    const uint32_t *left = one.data(), *right = other.data();
+    nb::gil_scoped_release unlocked;
+    return level.repacking.same_interleaved(left, along, across, inputs, right);
+}
+
 using Codes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // A codebook and its arrays, immutable: any number of threads may quantize with it.
@@ -314,6 +398,18 @@ NB_MODULE(_native, module) {
     module.def("qtypes", &qtypes, "(name, weights per block, bytes per block) of every native type.");
     module.def("scan_nonfinite", &scan_nonfinite, nb::arg("level"), nb::arg("values"),
                "How many values are infinite or NaN, and the flat index of the first (-1: none).");
+    module.def("widen_f16", &widen_f16, nb::arg("level"), nb::arg("values"), nb::arg("out"),
+               "float16, as bits, to float32.");
+    module.def("turn_words", &turn_words, nb::arg("level"), nb::arg("source"), nb::arg("target"),
+               "Words (R, C) to words (C, R); kernels/repack.py is the face of this and the next four.");
+    module.def("same_turned", &same_turned, nb::arg("level"), nb::arg("one"), nb::arg("other"),
+               "Whether words (R, C) are words (C, R), turned.");
+    module.def("from_interleaved", &from_interleaved, nb::arg("level"), nb::arg("source"), nb::arg("inputs"),
+               nb::arg("target"), "AWQ's words (K, N / 8) to rows (N, K / 8), or turned (K / 8, N).");
+    module.def("to_interleaved", &to_interleaved, nb::arg("level"), nb::arg("source"), nb::arg("inputs"),
+               nb::arg("target"), "The way back.");
+    module.def("same_interleaved", &same_interleaved, nb::arg("level"), nb::arg("one"), nb::arg("inputs"),
+               nb::arg("other"), "Whether AWQ's words hold the codes of rows, or of turned words, one by one.");
     module.def("feedback", &feedback, nb::arg("level"), nb::arg("scale"), nb::arg("inverse"), nb::arg("offset").none(),
                nb::arg("group"), nb::arg("levels"), nb::arg("middles"), nb::arg("edges"), nb::arg("uniform"),
                nb::arg("coupling"), nb::arg("weight"), nb::arg("target"), nb::arg("residual"), nb::arg("codes"),

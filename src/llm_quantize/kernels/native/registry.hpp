@@ -78,6 +78,15 @@ struct Descent {
 using FeedbackLoop = void (*)(const FrozenGrid& grid, const ColumnBlock& block);
 using DescentLoop = void (*)(const FrozenGrid& grid, const Descent& work);
 
+// Codes between the layouts of packed matrices (repack.hpp).
+struct Repacking {
+    void (*turn_words)(const uint32_t* source, int64_t rows, int64_t columns, uint32_t* target);
+    bool (*same_turned)(const uint32_t* one, int64_t rows, int64_t columns, const uint32_t* other);
+    void (*from_interleaved)(const uint32_t* source, int64_t high, int64_t wide, bool inputs, uint32_t* target);
+    void (*to_interleaved)(const uint32_t* source, int64_t high, int64_t wide, bool inputs, uint32_t* target);
+    bool (*same_interleaved)(const uint32_t* one, int64_t high, int64_t wide, bool inputs, const uint32_t* other);
+};
+
 struct Kernel {
     const char* name;  // lower-case ggml name
     int32_t block;     // weights per block
@@ -101,6 +110,7 @@ struct Level {
     Scan scan_nonfinite;
     FeedbackLoop feedback;
     DescentLoop descend;
+    Repacking repacking;
 };
 
 }  // namespace lq
