@@ -66,6 +66,11 @@ class GgmlGridType:
         """Columns must be a multiple of it."""
         return LAYOUTS[self.name].span
 
+    @property
+    def joint(self) -> int:
+        """See ``GridType``."""
+        return 1
+
     def plain(self, weight: Tensor, importance: Tensor | None) -> tuple[Grid, Tensor]:
         """Grid and codes uint8 (rows, columns) of the bytes that ggml's quantizer writes.
 

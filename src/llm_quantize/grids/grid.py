@@ -8,7 +8,8 @@ r a row, j a column, g = j // group and s = j // span:
 d, m   float32 (rows, columns / span)   the free floats, already as the format stores them
 u, v   float32 (rows, columns / group)  integers of the format (sub-scales, sub-minima), or ones
 z      float32 (rows, columns / group)  integer zero points
-ggml's superblocks (span 256, group 16 or 32), its blocks of 32 and integer groups are all of this form.
+ggml's superblocks (span 256, group 16 or 32), its blocks of 32 and integer groups are all of this form. In ggml's
+codebook types only some codes may stand together in eight neighbouring columns: a grid with a ``book`` of words.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 from llm_quantize.errors import UsageError
+from llm_quantize.grids.words import nearest_words
+from llm_quantize.kernels.words import Book
 
 __all__ = ["GGML_GRIDS", "Grid", "GridType", "Ladder", "row_tiles", "to_storage"]
 
@@ -85,8 +88,8 @@ class Grid:
 
     ``levels`` float32 (n,), ascending, at most 256. ``group`` and ``span``: weights that share u, v, z and d, m; span
     is a multiple of group. ``z``, ``m``, ``v`` may be None (no zero points, no offsets; m and v together).
-    ``storage``: the dtype that d and m were rounded to; ``ladder``: of d where it is stored as codes. Raises UsageError
-    where shapes contradict each other.
+    ``storage``: the dtype that d and m were rounded to; ``ladder``: of d where it is stored as codes; ``book``: which
+    codes may stand together, None: all may. Raises UsageError where shapes contradict each other.
     """
 
     levels: Tensor
@@ -99,6 +102,7 @@ class Grid:
     v: Tensor | None = None
     storage: torch.dtype = torch.float16
     ladder: Ladder | None = None
+    book: Book | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
@@ -166,13 +170,16 @@ class Grid:
             return values
         return values - self._minimum(self.m, self.v)[:, :, None]
 
-    def nearest(self, weight: Tensor) -> Tensor:
+    def nearest(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
         """Codes uint8 (rows, columns) whose values lie nearest to ``weight`` float32 (rows, columns).
 
-        Of two equally near the lower code; where a scale is zero and all values are one, the code next to zero.
-        Raises UsageError for another shape.
+        Of two equally near the lower code; where a scale is zero and all values are one, the code next to zero. Where
+        there are words, ``importance`` float32 (columns,) weighs their columns; else it changes nothing. Raises
+        UsageError for another shape.
         """
         self._check(weight)
+        if self.book is not None:
+            return nearest_words(self, self.book, weight, importance)
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         for start, stop in row_tiles(*self.shape):
             part = self.rows(start, stop)
@@ -236,6 +243,8 @@ class Grid:
     def to(self, device: torch.device | str) -> Grid:
         """The same grid on ``device``."""
         moved = self._mapped(lambda part: part.to(device), levels=self.levels.to(device))
+        if moved.book is not None:
+            moved = replace(moved, book=moved.book.to(device))
         if moved.ladder is None:
             return moved
         return replace(moved, ladder=replace(moved.ladder, levels=moved.ladder.levels.to(device)))
@@ -276,6 +285,10 @@ class GridType(Protocol):
     @property
     def block(self) -> int:
         """Columns must be a multiple of it."""
+
+    @property
+    def joint(self) -> int:
+        """Neighbouring columns whose codes are chosen together, in whole groups of so many: 1 or the size of a word."""
 
     def plain(self, weight: Tensor, importance: Tensor | None) -> tuple[Grid, Tensor]:
         """Grid and codes uint8 (rows, columns) that the owner of the format would write.

@@ -51,6 +51,11 @@ class Nvfp4GridType:
         """Columns must be a multiple of it."""
         return QTYPES[NAME].block_size
 
+    @property
+    def joint(self) -> int:
+        """See ``GridType``."""
+        return 1
+
     def plain(self, weight: Tensor, importance: Tensor | None) -> tuple[Grid, Tensor]:
         """Grid and codes uint8 (rows, columns) of the bytes that ggml's quantizer writes; importance is not used."""
         rows = np.ascontiguousarray(weight.detach().to("cpu", torch.float32).numpy())
