@@ -249,6 +249,7 @@ def test_every_real_grid_gains_and_keeps_rows_apart(qtype):
     type_ = grid_type(qtype)
     x = inputs(512, 3000, 8)
     factor = factorize(x.T @ x, 3000, GptqOptions())
+    assert type_.joint == 1
     weight = weights(18, 512, 9)
     found = solve(weight, type_, factor, GptqOptions())
     assert (found.loss <= found.plain_loss).all()

@@ -18,6 +18,7 @@ constexpr float no_cost = __builtin_inff();
 // One row's word while it is searched.
 struct alignas(64) Word {
     float metric[word_size][word_size];
+    bool apart;  // nothing but zeros off the diagonal: what would be added for them is 0
     float aim[word_size];
     float sign[word_size];
     float level[word_size];
@@ -59,7 +60,7 @@ LQ_INLINE vi lane_places() {
 }
 
 // The entry that costs least in the `size` weights from `first` on.
-template <int size>
+template <int size, bool apart>
 LQ_INLINE int32_t best_entry(const lq::WordBook& book, const Word& word, int first) {
     vf linear[size], pair[size][size];
     for (int i = 0; i < size; ++i) {
@@ -81,7 +82,7 @@ LQ_INLINE int32_t best_entry(const lq::WordBook& book, const Word& word, int fir
         for (int i = 0; i < size; ++i) {
             level[i] = load(book.entries + i * book.entry_count + entry);
             vf term = linear[i];
-            for (int j = 0; j <= i; ++j) term += pair[i][j] * level[j];
+            for (int j = apart ? i : 0; j <= i; ++j) term += pair[i][j] * level[j];
             total += level[i] * term;
         }
         least.see(total, places + static_cast<int32_t>(entry));
@@ -90,6 +91,7 @@ LQ_INLINE int32_t best_entry(const lq::WordBook& book, const Word& word, int fir
 }
 
 // The pattern of signs that costs least over the magnitudes of the levels.
+template <bool apart>
 LQ_INLINE int32_t best_signs(const lq::WordBook& book, const Word& word) {
     vf linear[word_size], pair[word_size][word_size];
     for (int i = 0; i < word_size; ++i) {
@@ -106,7 +108,7 @@ LQ_INLINE int32_t best_signs(const lq::WordBook& book, const Word& word) {
         for (int i = 0; i < word_size; ++i) {
             sign[i] = load(book.signs + i * book.sign_count + pattern);
             vf term = linear[i];
-            for (int j = 0; j < i; ++j) term += pair[i][j] * sign[j];
+            for (int j = 0; j < i && !apart; ++j) term += pair[i][j] * sign[j];
             total += sign[i] * term;
         }
         least.see(total, places + static_cast<int32_t>(pattern));
@@ -114,9 +116,9 @@ LQ_INLINE int32_t best_signs(const lq::WordBook& book, const Word& word) {
     return least.first();
 }
 
-template <int size>
+template <int size, bool apart>
 LQ_INLINE void take_entry(const lq::WordBook& book, Word& word, int first) {
-    const int64_t entry = best_entry<size>(book, word, first);
+    const int64_t entry = best_entry<size, apart>(book, word, first);
     for (int i = 0; i < size; ++i) {
         word.level[first + i] = word.sign[first + i] * book.entries[i * book.entry_count + entry];
         word.code[first + i] = book.codes[i * book.entry_count + entry];
@@ -124,16 +126,17 @@ LQ_INLINE void take_entry(const lq::WordBook& book, Word& word, int first) {
 }
 
 // By turns the best entry for the signs and the best signs for the entry, from the signs and levels that stand in `word`.
-static inline void search_word(const lq::WordBook& book, Word& word) {
+template <bool apart>
+static inline void search_rounds_of(const lq::WordBook& book, Word& word) {
     for (int round = 0; round < search_rounds; ++round) {
         if (book.size == word_size) {
-            take_entry<word_size>(book, word, 0);
+            take_entry<word_size, apart>(book, word, 0);
         } else {
-            take_entry<word_size / 2>(book, word, 0);
-            take_entry<word_size / 2>(book, word, word_size / 2);
+            take_entry<word_size / 2, apart>(book, word, 0);
+            take_entry<word_size / 2, apart>(book, word, word_size / 2);
         }
         if (book.signs == nullptr) return;
-        const int64_t pattern = best_signs(book, word);
+        const int64_t pattern = best_signs<apart>(book, word);
         bool turned = false;
         for (int i = 0; i < word_size; ++i) {
             const float sign = book.signs[i * book.sign_count + pattern];
@@ -141,8 +144,20 @@ static inline void search_word(const lq::WordBook& book, Word& word) {
             word.sign[i] = sign;
             word.level[i] = sign * __builtin_fabsf(word.level[i]);
         }
-        if (!turned && book.size == word_size) return;  // another round would find the same
+        if (!turned && (apart || book.size == word_size)) return;  // another round would find the same
     }
+}
+
+LQ_INLINE void search_word(const lq::WordBook& book, Word& word) {
+    word.apart ? search_rounds_of<true>(book, word) : search_rounds_of<false>(book, word);
+}
+
+LQ_INLINE bool is_apart(const float (&metric)[word_size][word_size]) {
+    bool apart = true;
+    for (int i = 0; i < word_size; ++i) {
+        for (int j = 0; j < i; ++j) apart = apart && metric[i][j] == 0.0f && metric[j][i] == 0.0f;
+    }
+    return apart;
 }
 
 // The cost of levels, up to what no word changes.
@@ -184,6 +199,7 @@ LQ_INLINE void feed_word(const lq::FrozenGrid& grid, const lq::WordBook& book, c
     float moved[word_size], x[word_size];
     Word word;
     __builtin_memcpy(word.metric, metric, sizeof word.metric);
+    word.apart = is_apart(word.metric);
     int32_t clipped = 0;
     for (int i = 0; i < word_size; ++i) {
         const int64_t place = (start + i) * rows + row;
@@ -251,6 +267,7 @@ LQ_INLINE bool descend_word(const lq::FrozenGrid& grid, const lq::WordBook& book
         word.level[i] = now[i];
         word.sign[i] = book.signs != nullptr && now[i] < 0.0f ? -1.0f : 1.0f;
     }
+    word.apart = is_apart(word.metric);
     aim_at(word, now);
     for (int i = 0; i < word_size; ++i) word.aim[i] += row.gradient[start + i] * inverse;
     search_word(book, word);
