@@ -269,7 +269,8 @@ def test_a_mixed_recipe_and_types_without_a_grid(text: Path, tmp_path: Path) -> 
     assert "blk.0.attn_v.weight" not in told
     assert {entry["type"] for entry in told.values()} >= {"iq2_s", "tq2_0", "iq3_s", "q4_k"}
     assert "loss" in told["blk.0.attn_output.weight"]
-    assert "loss" not in told["blk.0.ffn_gate.weight"]
+    assert told["blk.0.ffn_gate.weight"]["loss"] < told["blk.0.ffn_gate.weight"]["plain_loss"]
+    assert "loss" not in told["blk.0.ffn_up.weight"]
     source, values = load_file(model / "model.safetensors"), decoded(model, result.path)
     for name, bound in (("q_proj", 1e-3), ("o_proj", 0.3), ("gate_proj", 0.5), ("k_proj", 0.35)):
         key = next(key for key in values if f"layers.0.self_attn.{name}" in key or f"layers.0.mlp.{name}" in key)

@@ -218,6 +218,6 @@ def test_wrong_bytes_are_refused():
     with pytest.raises(UsageError, match="wrong form"):
         unpack_ggml("q4_k", np.zeros((2, 143), np.uint8), 256)
     with pytest.raises(UsageError, match="no number grid"):
-        unpack_ggml("iq2_xs", np.zeros((2, 74), np.uint8), 256)
+        unpack_ggml("mxfp4", np.zeros((2, 136), np.uint8), 256)
     with pytest.raises(UsageError, match="-128"):
         unpack_ggml("q8_0", np.full((1, 34), 128, np.uint8), 32)

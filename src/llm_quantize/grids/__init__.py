@@ -17,7 +17,7 @@ __all__ = ["grid_type", "has_grid", "pack_ggml", "unpack_ggml"]
 
 
 def has_grid(qtype: str) -> bool:
-    """Whether ``qtype`` is a number grid of this form; the others (floats, mxfp4) are rounded plainly."""
+    """Whether ``qtype`` is a number grid of this form; the others are floats."""
     return qtype in GGML_GRIDS or qtype in ggml_words.WORDS or is_integer(qtype) or is_codebook(qtype) or is_affine(qtype)
 
 
@@ -35,7 +35,7 @@ def grid_type(
     if qtype in ggml_words.WORDS:
         return ggml_words.WordGridType(qtype)
     if qtype in GGML_GRIDS:
-        return nvfp4.Nvfp4GridType() if qtype == nvfp4.NAME else ggml.GgmlGridType(qtype)
+        return nvfp4.FoursGridType(qtype) if qtype in nvfp4.FOURS else ggml.GgmlGridType(qtype)
     if is_codebook(qtype):
         return codebook.CodebookGridType(codebook_type(qtype, scale))
     if is_affine(qtype):
@@ -54,11 +54,11 @@ def pack_ggml(qtype: str, grid: Grid, codes: Tensor) -> npt.NDArray[np.uint8]:
         return ggml_held.pack(qtype, grid, codes)
     if qtype in ggml_words.WORDS:
         return ggml_words.pack(qtype, grid, codes)
-    return nvfp4.pack(grid, codes) if qtype == nvfp4.NAME else ggml_pack.pack(qtype, grid, codes)
+    return nvfp4.pack(qtype, grid, codes) if qtype in nvfp4.FOURS else ggml_pack.pack(qtype, grid, codes)
 
 
 def unpack_ggml(qtype: str, packed: npt.NDArray[np.uint8], columns: int) -> tuple[Grid, Tensor]:
     """Grid and codes uint8 (rows, ``columns``) that ``packed`` uint8 (rows, row_bytes) holds; undoes pack_ggml."""
     if qtype in ggml_words.WORDS:
         return ggml_words.unpack(qtype, packed, columns)
-    return nvfp4.unpack(packed, columns) if qtype == nvfp4.NAME else ggml_pack.unpack(qtype, packed, columns)
+    return nvfp4.unpack(qtype, packed, columns) if qtype in nvfp4.FOURS else ggml_pack.unpack(qtype, packed, columns)

@@ -48,6 +48,7 @@ class _Fours:
     codes: int
 
 
+_TERNARY = ("tq1_0", "tq2_0")  # other formats have four levels of two bits; those of three are not looked for among them
 _MIRRORED = "q2_0"  # its levels are -1 to 2, where those of two bits are -2 to 1 elsewhere
 _FOURS = {"mxfp4": _Fours(32, "e8m0", 1, 16), "nvfp4": _Fours(16, "e4m3", 4, 32)}
 _E2M1 = np.array(CODEBOOKS["e2m1"], np.float32)
@@ -64,7 +65,7 @@ def held(qtype: str, packed: Bytes, columns: int, whole: Values | None = None) -
     """
     if qtype in _FOURS:
         return _fours(_FOURS[qtype], packed, columns, whole)
-    if qtype not in ggml_pack.LAYOUTS or whole is not None:
+    if qtype not in ggml_pack.LAYOUTS or qtype in _TERNARY or whole is not None:
         return None
     found = _bytes(packed, columns) if qtype == _BYTES else ggml_pack.unpack(qtype, packed, columns)
     grid = found[0]

@@ -310,7 +310,7 @@ class GridType(Protocol):
 
 GGML_GRIDS = frozenset(
     (
-        *("q1_0", "q2_0", "nvfp4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"),
+        *("q1_0", "q2_0", "tq1_0", "tq2_0", "nvfp4", "mxfp4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"),
         *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"),
     )
 )
