@@ -1,4 +1,4 @@
-"""ggml's codebook types as grids of words: their bytes in and out, the owner's decoder, and refinement that never loses."""
+"""ggml's codebook types as grids of words: bytes in and out, the owner's decoder, fits that never lose."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def test_parts_that_do_not_fit_are_refused():
 
 
 def test_which_types_have_a_grid():
-    rounded_plainly = {"tq1_0", "tq2_0", "mxfp4", "f32", "f16", "bf16"}
+    rounded_plainly = {"f32", "f16", "bf16"}
     assert {name for name in QTYPES if not has_grid(name)} == rounded_plainly
     assert has_grid("int4_g128")
     assert has_grid("int8_asym")
@@ -142,4 +142,4 @@ def test_which_types_have_a_grid():
         assert grid_type(name).joint == (8 if name in WORDS else 1)
     assert [grid_type(name).block for name in ("q4_k", "q4_0", "int4_g64")] == [256, 32, 64]
     with pytest.raises(UsageError, match="no number grid"):
-        grid_type("mxfp4")
+        grid_type("f16")

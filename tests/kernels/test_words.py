@@ -69,7 +69,17 @@ def descent(qtype, columns, rows, seed, *, diagonal=False):
         part = metrics[start // 8 : (start + 128) // 8]
         none = torch.zeros_like(coupling[here, here])
         loop = words.feedback
-        loop(grid.columns(here), book, none, part, weight[here], weight[here].clone(), residual[here], codes[here], counts)
+        loop(
+            grid.columns(here),
+            book,
+            none,
+            part,
+            weight[here],
+            weight[here].clone(),
+            residual[here],
+            codes[here],
+            counts,
+        )
     return grid, book, hessian, weight, hessian @ residual, residual, codes
 
 
@@ -110,7 +120,9 @@ def test_infinite_and_missing_numbers_stay_inside_the_arrays(level):
         target[::3] = specials[torch.arange(16) % 6]
         residual, codes = torch.empty_like(weight), torch.full(weight.shape, 255, dtype=torch.uint8)
         metrics[1] = float("nan")
-        words.feedback(grid, book, coupling, metrics, weight, target, residual, codes, torch.zeros(16, dtype=torch.int32))
+        words.feedback(
+            grid, book, coupling, metrics, weight, target, residual, codes, torch.zeros(16, dtype=torch.int32)
+        )
         assert int(codes.max()) < len(grid.levels)
         state = [torch.full((64, 16), float("nan")), weight.clone(), codes]
         words.descend(grid, book, hessian, weight, *state, 2)
@@ -119,7 +131,7 @@ def test_infinite_and_missing_numbers_stay_inside_the_arrays(level):
 
 def arguments(loop):
     """What the native ``loop`` takes."""
-    grid, book, hessian, metrics, coupling, weight = problem("iq2_xs", 64, 16, 1)
+    grid, book, hessian, metrics, coupling, _ = problem("iq2_xs", 64, 16, 1)
     down = loop == "descend_words"
     common = {
         "level": kernels.simd_level(),
@@ -171,5 +183,5 @@ BOTH = ("feed_words", "descend_words")
 def test_arguments_that_do_not_fit_are_refused(loop, name, wrong):
     found = arguments(loop)
     getattr(_native, loop)(**found)
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         getattr(_native, loop)(**found | {name: wrong})

@@ -230,6 +230,10 @@ def test_dead_channels_keep_their_weights():
 REAL = (
     "q1_0",
     "q2_0",
+    "tq1_0",
+    "tq2_0",
+    "mxfp4",
+    "nvfp4",
     "q2_k",
     "q3_k",
     "q4_k",

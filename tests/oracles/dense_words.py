@@ -1,6 +1,6 @@
 """Error feedback where eight codes are chosen together, written out: float64, one row and one word after the other.
 
-The twin of ``llm_quantize.kernels.words`` and of what ``llm_quantize.methods`` does with it: it shares no line with them.
+The twin of ``llm_quantize.kernels.words`` and of what ``llm_quantize.methods`` does with it, with no line in common.
 A book is ``entries`` (E, 8 or 4) levels and ``signs`` (P, 8) of +1 and -1, or None. Beside codes there are margins: how
 close, as a share of what the word costs in all, the closest choice was.
 """

@@ -18,7 +18,9 @@ __all__ = ["grid_type", "has_grid", "pack_ggml", "unpack_ggml"]
 
 def has_grid(qtype: str) -> bool:
     """Whether ``qtype`` is a number grid of this form; the others are floats."""
-    return qtype in GGML_GRIDS or qtype in ggml_words.WORDS or is_integer(qtype) or is_codebook(qtype) or is_affine(qtype)
+    return (
+        qtype in GGML_GRIDS or qtype in ggml_words.WORDS or is_integer(qtype) or is_codebook(qtype) or is_affine(qtype)
+    )
 
 
 def grid_type(

@@ -48,7 +48,10 @@ class _Fours:
     codes: int
 
 
-_TERNARY = ("tq1_0", "tq2_0")  # other formats have four levels of two bits; those of three are not looked for among them
+_TERNARY = (
+    "tq1_0",
+    "tq2_0",
+)  # other formats have four levels of two bits; those of three are not looked for among them
 _MIRRORED = "q2_0"  # its levels are -1 to 2, where those of two bits are -2 to 1 elsewhere
 _FOURS = {"mxfp4": _Fours(32, "e8m0", 1, 16), "nvfp4": _Fours(16, "e4m3", 4, 32)}
 _E2M1 = np.array(CODEBOOKS["e2m1"], np.float32)

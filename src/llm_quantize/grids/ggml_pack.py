@@ -243,7 +243,7 @@ def _unpack_scales(qtype: str, part: Bytes) -> tuple[Integers, Integers | None]:
 def unpack(qtype: str, packed: Bytes, columns: int) -> tuple[Grid, Tensor]:
     """Grid and codes uint8 (rows, ``columns``) of ``packed`` uint8 (rows, row_bytes), on the CPU.
 
-    UsageError for another type, a wrong shape, or a level that ggml's quantizer never writes (-128 in q8_0, 2 in tq2_0).
+    UsageError for another type, a wrong shape, or a level that ggml's quantizer never writes: -128 in q8_0, 2 in tq2_0.
     """
     layout = _layout(qtype)
     row_bytes = QTYPES[qtype].row_bytes(columns)

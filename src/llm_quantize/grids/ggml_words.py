@@ -2,17 +2,22 @@
 
 value = d * u * (level - z), d float16 for 256 weights, u = first + slope * step for ``group`` weights:
 
-    type      levels, with either sign   step  u                group  weights of an entry   signs of eight   z
-    iq2_xxs   8, 25, 43                  4 bit 1/8 + step / 4   32     8 (256 entries)       even             -
-    iq2_xs    8, 25, 43                  4 bit 1/8 + step / 4   16     8 (512)               even             -
-    iq2_s     8, 25, 43                  4 bit 1/8 + step / 4   16     8 (1024)              free             -
-    iq3_xxs   4, 12, .. 52, 62           4 bit 1/4 + step / 2   32     4 (256)               even             -
-    iq3_s     1, 3, .. 15                4 bit 1 + 2 step       32     4 (512)               free             -
-    iq1_s     -1, 0, 1 (no signs)        3 bit 1 + 2 step       32     8 (2048)              -                +-1/8 for 32
-    iq1_m     -1, 0, 1 (no signs)        3 bit 1 + 2 step       16     8 (2048)              -                +-1/8 for 8
+    type      levels, with either sign  step   u               group  weights of an entry  signs  z
+    iq2_xxs   8, 25, 43                 4 bit  1/8 + step / 4  32     8 (256 entries)      even   -
+    iq2_xs    8, 25, 43                 4 bit  1/8 + step / 4  16     8 (512)              even   -
+    iq2_s     8, 25, 43                 4 bit  1/8 + step / 4  16     8 (1024)             free   -
+    iq3_xxs   4, 12, .. 52, 62          4 bit  1/4 + step / 2  32     4 (256)              even   -
+    iq3_s     1, 3, .. 15               4 bit  1 + 2 step      32     4 (512)              free   -
+    iq1_s     -1, 0, 1 (no signs)       3 bit  1 + 2 step      32     8 (2048)             -      +-1/8 for 32
+    iq1_m     -1, 0, 1 (no signs)       3 bit  1 + 2 step      16     8 (2048)             -      +-1/8 for 8
+
+"even": an even number of eight weights is negative.
 
 Layouts and tables are ggml's (ggml/src/ggml-common.h); what the bytes mean is told by kernels/reference/iq1.py, iq2.py
-and iq3.py. ``plain`` is ggml's quantizer, unpacked; ``fit`` starts from its grid and lowers E = sum_i h_i (x_i - value_i)^2
+and iq3.py. ``plain`` is ggml's quantizer, unpacked; ``fit`` starts from its grid and lowers
+
+    E = sum_i h_i (x_i - value_i)^2
+
 of the best words, h the importance of the channels: turn by turn scales and shifts near those at hand, group by group,
 then d by least squares. No superblock ends above the grid that it came with.
 """
@@ -135,7 +140,9 @@ def _spread(values: Integers, per: int, bits: int) -> Integers:
 def _read_iq2_xxs(packed: Bytes) -> Parts:
     d, rest = split_bytes(packed, 2, 64)
     words = rest.view("<u4").astype(np.int64).reshape(-1, 8, 2)
-    return Parts(_half(d), words[:, :, 1] >> 28, _spread(words[:, :, 0], 4, 8), with_parity(_spread(words[:, :, 1], 4, 7)))
+    return Parts(
+        _half(d), words[:, :, 1] >> 28, _spread(words[:, :, 0], 4, 8), with_parity(_spread(words[:, :, 1], 4, 7))
+    )
 
 
 def _write_iq2_xxs(parts: Parts, signs: Integers) -> list[Bytes]:
@@ -237,8 +244,10 @@ def book_of(qtype: str) -> Book:
 
 
 def unpack(qtype: str, packed: Bytes, columns: int) -> tuple[Grid, Tensor]:
-    """Grid and codes uint8 (rows, ``columns``) of ``packed`` uint8 (rows, row_bytes), on the CPU. UsageError for a wrong
-    shape."""
+    """Grid and codes uint8 (rows, ``columns``) of ``packed`` uint8 (rows, row_bytes), on the CPU.
+
+    UsageError for a wrong shape.
+    """
     rows, size, kind = len(packed), QTYPES[qtype].row_bytes(columns), WORDS[qtype]
     if packed.ndim != 2 or packed.dtype != np.uint8 or packed.shape[1] != size:
         expected = f"(rows, {size}), uint8"
@@ -432,7 +441,5 @@ class _Search:
         """d (rows, spans) by weighted least squares for the words at hand."""
         rows, span = len(self.weight), tried.grid.span
         weighted = tried.units * self.importance
-        cross, square = (
-            (weighted * part).reshape(rows, -1, span).sum(2) for part in (self.weight, tried.units)
-        )
+        cross, square = ((weighted * part).reshape(rows, -1, span).sum(2) for part in (self.weight, tried.units))
         return torch.where(square > 0, cross / torch.where(square > 0, square, 1.0), tried.grid.d)

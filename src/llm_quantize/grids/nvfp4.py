@@ -4,8 +4,8 @@ itself (E4M3, or E8M0: powers of two).
     value = d * level,  d half of what the code stands for, as the levels are doubled
 
 NVFP4 has 127 numbers from 0 to 224 for d, and no scale for the whole tensor in these bytes: what is below 2^-11 of a
-level of 1 is lost, and 2688 is the largest magnitude. ``plain`` is ggml's quantizer, unpacked; ``fit`` looks for the rung of small importance-weighted
-error near it.
+level of 1 is lost, and 2688 is the largest magnitude. ``plain`` is ggml's quantizer, unpacked; ``fit`` looks for the
+rung of small importance-weighted error near it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Fours:
 
 FOURS: Mapping[str, Fours] = {
     "nvfp4": Fours(16, 4, half_of_e4m3(np.arange(127, dtype=np.uint8))),
-    "mxfp4": Fours(32, 1, half_scale(np.arange(255, dtype=np.uint8))),
+    "mxfp4": Fours(32, 1, half_scale(np.arange(256, dtype=np.uint8))),
 }
 
 

@@ -43,10 +43,10 @@ class Factor:
 
     ``hessian`` float32 (n, n): mean of x x^T, conditioned and damped, in natural order: the loss of everything that
     follows. ``order`` int64 (n,): which column is processed when. ``lower`` float32 (n, n): strictly lower triangle
-    in processing order, see the top of the file; ``pivots`` float32 (n,): R_kk^2. ``importance`` float32 (n,): mean square of each channel, never
-    below a floor. ``correction`` float32 (n, n) or None: W <- W + W @ correction. ``mode``: "full", "block-diagonal"
-    or "diagonal"; ``notes``: what was out of the ordinary, one sentence each. ``damp``: what was added to the
-    diagonal, ``dead``: channels that were always 0.
+    in processing order, see the top of the file; ``pivots`` float32 (n,): R_kk^2 there. ``importance`` float32 (n,):
+    mean square of each channel, never below a floor. ``correction`` float32 (n, n) or None: W <- W + W @ correction.
+    ``mode``: "full", "block-diagonal" or "diagonal"; ``notes``: what was out of the ordinary, one sentence each.
+    ``damp``: what was added to the diagonal, ``dead``: channels that were always 0.
     """
 
     hessian: Tensor
