@@ -1,4 +1,4 @@
-"""Tiles of rows with the columns first, as the loops of error feedback take them, and the nearest words of a grid."""
+"""Tiles of rows with the columns first, as the loops of feedback take them; nearest words of a grid."""
 
 from __future__ import annotations
 
