@@ -15,6 +15,7 @@ from llm_quantize.grids import grid_type, pack_ggml, unpack_ggml
 from llm_quantize.grids.ggml_words import WORDS
 from llm_quantize.grids.integer import channel_importance
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.qtypes.rates import WORD_SECONDS
 from tests.grids.small_grids import weights
 from tests.grids.test_ggml import importance_of, random_bytes, same_bits
 from tests.kernels.weight_cases import ROW_KINDS, make_importance, make_rows
@@ -27,6 +28,10 @@ def any_bytes(qtype: str, rows: int, columns: int) -> np.ndarray:
     if qtype == "iq1_m":  # the highest bit of the exponent of d, which is spread over four words
         packed.reshape(-1, QTYPES[qtype].block_bytes)[:, -1] &= 0xBF
     return packed
+
+
+def test_every_type_of_words_has_an_estimate():
+    assert set(WORD_SECONDS) == set(WORDS)
 
 
 @pytest.mark.parametrize("qtype", WORDS)
