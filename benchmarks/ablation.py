@@ -114,7 +114,7 @@ def make(model: Path, target: str, setting: Setting, folder: Path) -> tuple[Path
     rounding = method.method == "rtn" and format == "gguf"
     options = Options(
         method=method,
-        calibrate=rounding,
+        calibrate=True if rounding else None,
         calibration=CalibrationOptions(samples=setting.samples, length=LENGTH, threads=1),
         overwrite=True,
         threads=1,

@@ -22,10 +22,14 @@ MIXED = Recipe(
     {"model.layers.0.mlp.down_proj": "int2_g32", "model.layers.1.self_attn.o_proj": "int6", "lm_head": "int8_g32"},
     form="compressed-tensors",
 )
+WORDS = ("IQ3_XXS", "IQ1_M")
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}  # what their types hold
 # Windows enough that what a block is given comes in several chunks.
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama to gguf": ("llama", "gguf", "Q4_0", {}),
     "experts to gguf": ("mixtral", "gguf", "IQ4_NL", {"inputs": "block"}),
+    "words to gguf": ("llama", "gguf", "IQ3_XXS", {}),
+    "words of experts to gguf": ("mixtral", "gguf", "IQ1_M", {}),
     "tied head to mlx": ("qwen3", "mlx", "3bit", {"group_size": 32}),
     "tied head to floats of mlx": ("qwen3", "mlx", "mxfp4", {}),
     "llama to awq": ("llama", "awq", "4bit", {"group_size": 32}),
@@ -45,7 +49,8 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_threads_memory_and_disk_change_no_byte(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variant, format, level, method = CASES[case]
-    model = make_tiny(variant, tmp_path / "model")
+    shape = WIDE if level in WORDS else {}
+    model = make_tiny(variant, tmp_path / "model", **shape)
     common: dict[str, Any] = {"samples": 5, "length": 40, **method}
     text = write_text(tmp_path)
     monkeypatch.setattr("llm_quantize.blockwise.inputs.CHUNK_TOKENS", 80)

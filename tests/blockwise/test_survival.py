@@ -58,7 +58,10 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
         ("-q", "FP8", "--kv-cache", "fp8", "--threads", "1"),
         ON_DISK,
     ),
+    "words in memory": ("gguf", ("-q", "IQ2_M", "--method", "gptq", "--threads", "1"), {}),
 }
+WIDE = ("words in memory",)
+"""Variants whose types hold rows of 256."""
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,12 @@ def command_line() -> Iterator[CommandLine]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny("llama", tmp_path_factory.mktemp("survival") / "tiny", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
+    return make_tiny("llama", tmp_path_factory.mktemp("survival") / "wide", dtype="float32", **shape)
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +98,15 @@ def scenario_of(variant: str, command_line: CommandLine, model: Path, text: tupl
 
 @pytest.fixture
 def scenario(
-    request: pytest.FixtureRequest, command_line: CommandLine, model: Path, text: tuple[str, ...], tmp_path: Path
+    request: pytest.FixtureRequest,
+    command_line: CommandLine,
+    model: Path,
+    wide: Path,
+    text: tuple[str, ...],
+    tmp_path: Path,
 ) -> Scenario:
-    return scenario_of(request.param, command_line, model, text, tmp_path)
+    chosen = wide if request.param in WIDE else model
+    return scenario_of(request.param, command_line, chosen, text, tmp_path)
 
 
 def on(*variants: str) -> Any:

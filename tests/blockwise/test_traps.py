@@ -259,7 +259,7 @@ def test_embedding_and_output_of_gguf_follow_the_recipe(text: Path, tmp_path: Pa
 # mixed recipes
 
 
-def test_a_mixed_recipe_and_types_without_a_grid(text: Path, tmp_path: Path) -> None:
+def test_a_mixed_recipe_of_scalars_words_and_floats(text: Path, tmp_path: Path) -> None:
     model = make_tiny("llama", tmp_path / "model", hidden_size=256, intermediate_size=256, num_attention_heads=4)
     types = (("ffn_gate", "iq2_s"), ("ffn_up", "tq2_0"), ("attn_q", "f16"), ("attn_k", "iq3_s"), ("attn_v", "bf16"))
     chosen = options(text, overrides=Overrides(tensor_types=types))
@@ -269,7 +269,8 @@ def test_a_mixed_recipe_and_types_without_a_grid(text: Path, tmp_path: Path) -> 
     assert "blk.0.attn_v.weight" not in told
     assert {entry["type"] for entry in told.values()} >= {"iq2_s", "tq2_0", "iq3_s", "q4_k"}
     assert "loss" in told["blk.0.attn_output.weight"]
-    assert "loss" not in told["blk.0.ffn_gate.weight"]
+    assert told["blk.0.ffn_gate.weight"]["loss"] < told["blk.0.ffn_gate.weight"]["plain_loss"]
+    assert told["blk.0.ffn_up.weight"]["loss"] < 0.5 * told["blk.0.ffn_up.weight"]["plain_loss"]
     source, values = load_file(model / "model.safetensors"), decoded(model, result.path)
     for name, bound in (("q_proj", 1e-3), ("o_proj", 0.3), ("gate_proj", 0.5), ("k_proj", 0.35)):
         key = next(key for key in values if f"layers.0.self_attn.{name}" in key or f"layers.0.mlp.{name}" in key)

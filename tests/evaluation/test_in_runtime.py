@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from llm_quantize import data
+from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.errors import UsageError
 from llm_quantize.evaluation.in_runtime import measure_in_runtime
 from llm_quantize.evaluation.texts import evaluation_text
 from llm_quantize.formats.gguf.levels import Overrides
+from llm_quantize.grids.ggml_words import WORDS
+from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.models.opening import open_source
-from llm_quantize.options import Options
+from llm_quantize.options import CalibrationOptions, MethodOptions, Options
 from llm_quantize.pipeline import quantize
 
 pytest.importorskip("xllamacpp")
@@ -64,5 +67,28 @@ def test_new_types_are_what_our_reader_makes_of_them(qtype: str, windows: Tokens
     (found,) = measure_in_runtime(floats.path, [made.path], windows, threads=1)
     assert found.kld < 5e-3
     (source,) = quantize(str(data.demo_model()), "gguf", levels=["F32"], output_dir=tmp_path / "source")
+    (lost,) = measure_in_runtime(source.path, [made.path], windows, threads=1)
+    assert lost.kld > 20 * found.kld
+
+
+def test_words_chosen_by_feedback_are_what_llama_cpp_reads(windows: Tokens, tmp_path: Path) -> None:
+    """All codebook types in one file: stock bytes, whose floats our reader finds too."""
+    places = (*(rf"^blk\.{block}\." for block in range(5)), r"^blk\.5\.ffn", r"^blk\.5\.attn")
+    types = tuple(zip(places, WORDS, strict=True))
+    options = Options(
+        overrides=Overrides(tensor_types=types),
+        method=MethodOptions(method="gptq"),
+        calibration=CalibrationOptions(samples=4, length=64),
+    )
+    (made,) = quantize(str(data.demo_model()), "gguf", levels=["Q8_0"], output_dir=tmp_path, options=options)
+    manifest = read_manifest(manifest_path(made.path))
+    assert manifest is not None
+    told = {entry["name"]: entry for entry in manifest["matrices"]}
+    assert {told[name]["type"] for name in told} == set(WORDS)
+    ratios = {name: entry["loss"] / entry["plain_loss"] for name, entry in told.items()}
+    assert max(ratios.values()) < 0.97, ratios  # there is little text
+    (floats,) = quantize(str(made.path), "gguf", levels=["F32"], output_dir=tmp_path / "floats")
+    (source,) = quantize(str(data.demo_model()), "gguf", levels=["F32"], output_dir=tmp_path / "source")
+    (found,) = measure_in_runtime(floats.path, [made.path], windows, threads=1)
     (lost,) = measure_in_runtime(source.path, [made.path], windows, threads=1)
     assert lost.kld > 20 * found.kld

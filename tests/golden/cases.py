@@ -151,6 +151,7 @@ CALIBRATED = tuple(
             gguf_importance=_levels("IQ3_XXS Q4_K_M"),
             gguf_gptq=f"{_levels('Q4_K_M')} --method gptq",
             gguf_gptq_q4_0=f"{_levels('Q4_0')} --method gptq --inputs block",
+            gguf_gptq_words=f"{_levels('IQ2_XS IQ3_XXS IQ1_M')} --method gptq",
             gptq_4bit="gptq -q 4bit",
             gptq_3bit_source="gptq -q 3bit --inputs source --asym",
             awq_4bit="awq -q 4bit",

@@ -22,6 +22,7 @@ class SmallType:
     zero: bool = False
     storage: torch.dtype = torch.float16
     name: str = "small"
+    joint: int = 1
 
     @property
     def block(self):

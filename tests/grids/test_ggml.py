@@ -14,6 +14,7 @@ from llm_quantize.errors import UsageError
 from llm_quantize.grids import ggml, grid_type, pack_ggml, unpack_ggml
 from llm_quantize.grids.grid import GGML_GRIDS
 from llm_quantize.grids.integer import channel_importance
+from llm_quantize.kernels.reference.ternary import digits_of, packed_digits
 from llm_quantize.qtypes import QTYPES
 from tests.kernels.weight_cases import IMPORTANCE_KINDS, ROW_KINDS, make_importance, make_rows
 from tests.oracles import ggml as oracle
@@ -38,8 +39,17 @@ def random_bytes(qtype: str, rows: int, columns: int) -> np.ndarray:
         blocks[:, :4] %= 127
         for nibble in (15, 240):
             blocks[:, 4:][blocks[:, 4:] & nibble == 136 & nibble] ^= 136 & nibble
+    if qtype == "mxfp4":
+        blocks[:, 0] %= 250
+        for nibble in (15, 240):
+            blocks[:, 1:][blocks[:, 1:] & nibble == 136 & nibble] ^= 136 & nibble
     if qtype == "q8_0":
         blocks[:, 2:][blocks[:, 2:] == 128] = 129
+    if qtype == "tq1_0":
+        blocks[:, :52] = packed_digits(digits_of(blocks[:, :52]))
+    if qtype == "tq2_0":
+        low, two = blocks[:, :64], np.uint8(0b01010101)
+        low ^= (low & low >> np.uint8(1) & two) * np.uint8(2)  # threes become ones
     return packed
 
 
@@ -218,6 +228,8 @@ def test_wrong_bytes_are_refused():
     with pytest.raises(UsageError, match="wrong form"):
         unpack_ggml("q4_k", np.zeros((2, 143), np.uint8), 256)
     with pytest.raises(UsageError, match="no number grid"):
-        unpack_ggml("iq2_xs", np.zeros((2, 74), np.uint8), 256)
+        unpack_ggml("f16", np.zeros((2, 512), np.uint8), 256)
     with pytest.raises(UsageError, match="-128"):
         unpack_ggml("q8_0", np.full((1, 34), 128, np.uint8), 32)
+    with pytest.raises(UsageError, match="level 2"):
+        unpack_ggml("tq2_0", np.full((1, 66), 255, np.uint8), 256)

@@ -10,6 +10,7 @@ import torch
 
 from llm_quantize.errors import UsageError
 from llm_quantize.grids import grid_type, has_grid
+from llm_quantize.grids.ggml_words import WORDS
 from llm_quantize.grids.grid import GGML_GRIDS, Grid, row_tiles, to_storage
 from llm_quantize.kernels.reference.iq4 import LEVELS
 from llm_quantize.qtypes import QTYPES
@@ -170,18 +171,14 @@ def test_an_index_that_does_not_fill_the_groups_is_refused(change):
 
 
 def test_which_types_have_a_grid():
-    rounded_plainly = {name for name in QTYPES if name.startswith(("iq1", "iq2", "iq3", "tq"))} | {
-        "mxfp4",
-        "f32",
-        "f16",
-        "bf16",
-    }
+    rounded_plainly = {"f32", "f16", "bf16"}
     assert {name for name in QTYPES if not has_grid(name)} == rounded_plainly
     assert has_grid("int4_g128")
     assert has_grid("int8_asym")
     assert not has_grid("int9")
-    for name in (*GGML_GRIDS, "int4_g128", "int8"):
+    for name in (*GGML_GRIDS, *WORDS, "int4_g128", "int8"):
         assert grid_type(name).name == name
+        assert grid_type(name).joint == (8 if name in WORDS else 1)
     assert [grid_type(name).block for name in ("q4_k", "q4_0", "int4_g64")] == [256, 32, 64]
     with pytest.raises(UsageError, match="no number grid"):
-        grid_type("iq2_xs")
+        grid_type("f16")

@@ -230,6 +230,10 @@ def test_dead_channels_keep_their_weights():
 REAL = (
     "q1_0",
     "q2_0",
+    "tq1_0",
+    "tq2_0",
+    "mxfp4",
+    "nvfp4",
     "q2_k",
     "q3_k",
     "q4_k",
@@ -249,6 +253,7 @@ def test_every_real_grid_gains_and_keeps_rows_apart(qtype):
     type_ = grid_type(qtype)
     x = inputs(512, 3000, 8)
     factor = factorize(x.T @ x, 3000, GptqOptions())
+    assert type_.joint == 1
     weight = weights(18, 512, 9)
     found = solve(weight, type_, factor, GptqOptions())
     assert (found.loss <= found.plain_loss).all()

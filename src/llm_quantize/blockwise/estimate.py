@@ -23,7 +23,7 @@ from llm_quantize.methods.sizes import WORKING_BYTES, factor_bytes, solve_bytes
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
 from llm_quantize.plan import ArtifactPlan, Cost
-from llm_quantize.qtypes.rates import rounding_seconds
+from llm_quantize.qtypes.rates import WORD_SECONDS, rounding_seconds
 from llm_quantize.streams.sizes import NetworkSizes, block_matrices, from_headers
 
 if TYPE_CHECKING:
@@ -109,12 +109,13 @@ def _fed_back(
     tokens = 0 if known else _tokens(importance, length)
     operations = _operations(source, tokens, method, paired=paired)
     operations *= RESCALING if method.transform_of(artifact.format).passes else 1.0
+    words = sum(weights_of(one.weight.shape) * WORD_SECONDS.get(one.qtype, 0.0) for one in artifact.matrices) / 1e6
     cost = Cost(
         rounding,
         windows=0 if known else importance.chunks,
         length=length,
         tokens=tokens,
-        feedback=_seconds(operations, FEEDBACK_RATE, device),
+        feedback=_seconds(operations + words * FEEDBACK_RATE, FEEDBACK_RATE, device),
         memory=foreseen(sizes, threads=options.threads, max_ram=options.max_ram),
     )
     return (sizes,), cost

@@ -35,15 +35,16 @@ def solve_known(
     format = matrices.target.plan.format
     method, stages = options.method_of(format), options.stages(format)
     solver = Solver(method, matrices.store, matrices.rows, stages, pool, device, chosen)
-    todo = [matrix for matrix in matrices.target.plan.matrices if matrix.seen and not matrices.done(matrix)]
-    total = sum(matrix_rows(matrix) * matrix.weight.shape[-1] for matrix in todo)
+    planned = [matrix for matrix in matrices.target.plan.matrices if matrix.seen]
+    todo = {matrix.name: matrix for matrix in planned if not matrices.done(matrix)}
+    total = sum(matrix_rows(matrix) * matrix.weight.shape[-1] for matrix in todo.values())
     done = 0
     with read_statistics(path) as statistics:
         blocks = [[tap_of(tap) for tap in taps] for taps in statistics.blocks()]
         homes = {name: index for index, taps in enumerate(blocks) for tap in taps for name in tap.tensors}
         for index, taps in enumerate(blocks):
-            jobs = []
-            for matrix in [m for m in todo if homes.get(m.weight.pieces[0].source, 0) == index]:
+            members = []
+            for matrix in [m for m in planned if homes.get(m.weight.pieces[0].source, 0) == index]:
                 seen = segments(matrices.source.checkpoint, matrix.weight, taps)
                 if seen is None:
                     raise UnsupportedError(
@@ -52,14 +53,15 @@ def solve_known(
                         tensor=matrix.name,
                         remedy="collect them again with this version, or leave --statistics out",
                     )
-                jobs.append(Job(matrix, seen))
+                members.append((matrix, seen))
+            jobs = [Job(matrix, seen) for matrix, seen in members if matrix.name in todo]
             grams = {
                 (tap.name, matrix): gram_of(statistics, tap, matrix, device)
                 for tap in (taps if jobs else [])
                 for matrix in range(tap.matrices)
                 if statistics.counts(tap.name)[matrix]
             }
-            solver.stage(jobs, grams, taps)
+            solver.stage(jobs, grams, taps, members)
             for job in jobs:
                 matrices.write(job.matrix, solver.join(job), job.summary())
                 done += matrix_rows(job.matrix) * job.matrix.weight.shape[-1]

@@ -132,11 +132,11 @@ class Solver:
     routers: frozenset[str] = frozenset()
 
     def stage(
-        self, jobs: Sequence[Job], grams: Mapping[tuple[str, int], Gram], taps: Sequence[Tap], members: Members = ()
+        self, jobs: Sequence[Job], grams: Mapping[tuple[str, int], Gram], taps: Sequence[Tap], members: Members
     ) -> None:
         """Quantize all rows of ``jobs``; ``grams`` are what their taps saw, and are used up. None seen: rounding.
-        ``members``: where ``grams`` hold something back, all matrices of the stage, those that are done too: what is
-        decided for them all must not depend on which are left."""
+        ``members``: all matrices of the stage, those that are done too: what is decided for them all must not depend
+        on which are left."""
         for job in jobs:
             job.on_grid = self._trained_on_grid(job.matrix)
         stacks = {tap.name for tap in taps if tap.matrices > 1}
@@ -148,7 +148,8 @@ class Solver:
             if tap.matrices == 1 and needed:
                 behind = {tap.name, *(name for name, parent in parents.items() if parent == tap.name)}
                 corrections[tap.name] = how = self._correction(members, behind, grams[tap.name, 0])
-                (factors[tap.name],) = self.pool.each(partial(self._factor, how=how), [grams[tap.name, 0]])
+                factor = partial(self._factor, how=how, joint=self._joint(members, tap.name))
+                (factors[tap.name],) = self.pool.each(factor, [grams[tap.name, 0]])
         work = [
             _Rows(job, start, min(start + ROWS, segment.stop), factors.get(segment.tap))
             for job in jobs
@@ -171,7 +172,8 @@ class Solver:
         def expert(key: tuple[str, int]) -> None:
             parent = parents[key[0]] or ""
             corrects = parent in factors and self._corrects(corrections[parent])
-            self._expert(jobs, key, grams.get(key), layer[key[0]], factors.get(parent), corrects=corrects)
+            joint = self._joint(members, key[0])
+            self._expert(jobs, key, grams.get(key), layer[key[0]], factors.get(parent), corrects=corrects, joint=joint)
 
         for _ in self.pool.each(expert, experts):
             pass
@@ -197,8 +199,15 @@ class Solver:
         calibrated = job.inputs is not None and job.inputs.static
         return [*fields, *(self.store.numbers(job.matrix, job.inputs) if calibrated and job.inputs else [])]
 
-    def _factor(self, gram: Gram, how: Correction | None) -> Factor:
-        return factorize(gram.hessian, gram.tokens, self.options, cross=gram.cross, correction=how)
+    def _factor(self, gram: Gram, how: Correction | None, joint: int) -> Factor:
+        return factorize(gram.hessian, gram.tokens, self.options, cross=gram.cross, correction=how, joint=joint)
+
+    def _joint(self, members: Members, tap: str) -> int:
+        """So many neighbouring columns stay together in the order for the matrices behind ``tap``: the most that any
+        of them needs."""
+        qtypes = {matrix.qtype for matrix, segments in members if any(segment.tap == tap for segment in segments)}
+        kinds = [self.store.grid_type(qtype) for qtype in sorted(qtypes)]
+        return max((kind.joint for kind in kinds if kind is not None), default=1)
 
     def _corrects(self, how: Correction | None) -> bool:
         return self.options.corrects if how is None else how.share > 0
@@ -261,6 +270,7 @@ class Solver:
         parent: Factor | None,
         *,
         corrects: bool,
+        joint: int,
     ) -> None:
         """One expert: its own inputs, drawn towards its layer's where they are few. ``corrects``: its ``parent`` makes
         up for the errors of earlier layers."""
@@ -269,7 +279,7 @@ class Solver:
         factor = None
         if layer is not None:
             own = torch.zeros_like(layer[0]) if gram is None else gram.hessian
-            factor = factorize(own, tokens, self.options, prior=layer[0], prior_tokens=layer[1])
+            factor = factorize(own, tokens, self.options, prior=layer[0], prior_tokens=layer[1], joint=joint)
             if parent is not None:
                 factor = replace(factor, correction=parent.correction)
         for job, segment in concerned:

@@ -86,7 +86,7 @@ class Holder:
             if statistics.counts(tap.name)[matrix]
         }
         solver = self._solver(METHODS["gptq"])
-        solver.stage(jobs, grams, looked_at)
+        solver.stage(jobs, grams, looked_at, [(job.matrix, job.segments) for job in jobs])
         return solver, jobs
 
     def _present(self, name: str) -> Floats:

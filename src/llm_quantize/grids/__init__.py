@@ -7,7 +7,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from llm_quantize.errors import UsageError
-from llm_quantize.grids import affine, codebook, ggml, ggml_held, ggml_pack, integer, nvfp4
+from llm_quantize.grids import affine, codebook, ggml, ggml_held, ggml_pack, ggml_words, integer, nvfp4
 from llm_quantize.grids.grid import GGML_GRIDS, Grid, GridType
 from llm_quantize.qtypes.affine import affine_type, is_affine
 from llm_quantize.qtypes.codebook import codebook_type, is_codebook
@@ -17,9 +17,10 @@ __all__ = ["grid_type", "has_grid", "pack_ggml", "unpack_ggml"]
 
 
 def has_grid(qtype: str) -> bool:
-    """Whether ``qtype`` is a number grid of this form; the others (codes for several weights, ternary, floats) are
-    rounded plainly."""
-    return qtype in GGML_GRIDS or is_integer(qtype) or is_codebook(qtype) or is_affine(qtype)
+    """Whether ``qtype`` is a number grid of this form; the others are floats."""
+    return (
+        qtype in GGML_GRIDS or qtype in ggml_words.WORDS or is_integer(qtype) or is_codebook(qtype) or is_affine(qtype)
+    )
 
 
 def grid_type(
@@ -33,8 +34,10 @@ def grid_type(
     point (1 for GPTQ files of format 1, where zero 0 spills into its neighbour); ``spread`` k weighs errors with
     importance * sqrt(k * mean x^2 + x^2) instead of the importance alone (0: not). UsageError for another name.
     """
+    if qtype in ggml_words.WORDS:
+        return ggml_words.WordGridType(qtype)
     if qtype in GGML_GRIDS:
-        return nvfp4.Nvfp4GridType() if qtype == nvfp4.NAME else ggml.GgmlGridType(qtype)
+        return nvfp4.FoursGridType(qtype) if qtype in nvfp4.FOURS else ggml.GgmlGridType(qtype)
     if is_codebook(qtype):
         return codebook.CodebookGridType(codebook_type(qtype, scale))
     if is_affine(qtype):
@@ -51,9 +54,13 @@ def pack_ggml(qtype: str, grid: Grid, codes: Tensor) -> npt.NDArray[np.uint8]:
     """The bytes of ``codes`` uint8 (rows, columns) on ``grid``: uint8 (rows, row_bytes) as ggml lays them out."""
     if ggml_held.is_other(qtype, grid):
         return ggml_held.pack(qtype, grid, codes)
-    return nvfp4.pack(grid, codes) if qtype == nvfp4.NAME else ggml_pack.pack(qtype, grid, codes)
+    if qtype in ggml_words.WORDS:
+        return ggml_words.pack(qtype, grid, codes)
+    return nvfp4.pack(qtype, grid, codes) if qtype in nvfp4.FOURS else ggml_pack.pack(qtype, grid, codes)
 
 
 def unpack_ggml(qtype: str, packed: npt.NDArray[np.uint8], columns: int) -> tuple[Grid, Tensor]:
     """Grid and codes uint8 (rows, ``columns``) that ``packed`` uint8 (rows, row_bytes) holds; undoes pack_ggml."""
-    return nvfp4.unpack(packed, columns) if qtype == nvfp4.NAME else ggml_pack.unpack(qtype, packed, columns)
+    if qtype in ggml_words.WORDS:
+        return ggml_words.unpack(qtype, packed, columns)
+    return nvfp4.unpack(qtype, packed, columns) if qtype in nvfp4.FOURS else ggml_pack.unpack(qtype, packed, columns)

@@ -43,6 +43,11 @@ class AffineGridType:
         return self.qtype.group_size
 
     @property
+    def joint(self) -> int:
+        """See ``GridType``."""
+        return 1
+
+    @property
     def storage(self) -> torch.dtype:
         """The dtype of stored scales and offsets."""
         found: torch.dtype = getattr(torch, self.qtype.scale)

@@ -52,6 +52,11 @@ class CodebookGridType:
         return max(1, self.qtype.group_size)
 
     @property
+    def joint(self) -> int:
+        """See ``GridType``."""
+        return 1
+
+    @property
     def storage(self) -> torch.dtype:
         """The dtype of scales that are floats."""
         found: torch.dtype = getattr(torch, self.qtype.scale)

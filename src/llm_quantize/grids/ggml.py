@@ -50,6 +50,7 @@ FACTORS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "q5_0": ((0.6, 0.7, 0.8, 0.88, 0.94, 1.0, 1.06), fine_factors(5, 4)),
     "q8_0": (tuple(0.957 + 0.003 * step for step in range(17)), ()),
     "q2_0": ((0.22, 0.28, 0.34, 0.4, 0.47, 0.55, 0.65, 0.8, 1.0), fine_factors(2, 4)),
+    **dict.fromkeys(("tq1_0", "tq2_0"), ((0.15, 0.25, 0.35, 0.5, 0.7, 1.0), fine_factors(2, 4))),
     "q1_0": ((0.15, 0.25, 0.35, 0.5, 0.7), ()),
     "iq4_nl": ((0.6, 0.7, 0.79, 0.87, 0.94, 1.0, 1.06, 1.13), fine_factors(4, 4)),
 }
@@ -65,6 +66,11 @@ class GgmlGridType:
     def block(self) -> int:
         """Columns must be a multiple of it."""
         return LAYOUTS[self.name].span
+
+    @property
+    def joint(self) -> int:
+        """See ``GridType``."""
+        return 1
 
     def plain(self, weight: Tensor, importance: Tensor | None) -> tuple[Grid, Tensor]:
         """Grid and codes uint8 (rows, columns) of the bytes that ggml's quantizer writes.

@@ -17,6 +17,7 @@ from llm_quantize.errors import UsageError
 from llm_quantize.grids.grid import Grid
 from llm_quantize.kernels.reference.floats import half_bits, half_values
 from llm_quantize.kernels.reference.iq4 import LEVELS as IQ4_LEVELS
+from llm_quantize.kernels.reference.ternary import digits_of, packed_digits
 from llm_quantize.qtypes import QTYPES
 
 __all__ = ["LAYOUTS", "Layout", "pack", "unpack"]
@@ -60,6 +61,8 @@ _IQ4 = tuple(map(float, IQ4_LEVELS))
 LAYOUTS = {
     "q1_0": Layout(0, 2, 128, 128, table=(-1.0, 1.0)),
     "q2_0": Layout(-1, 4, 64, 64),
+    "tq1_0": Layout(-1, 3, SUPERBLOCK, SUPERBLOCK),
+    "tq2_0": Layout(-1, 3, SUPERBLOCK, SUPERBLOCK),
     "q4_0": Layout(-8, 16, 32, 32),
     "q4_1": Layout(0, 16, 32, 32, sub_minima=1),
     "q5_0": Layout(-16, 32, 32, 32),
@@ -78,6 +81,8 @@ LAYOUTS = {
 _PARTS: dict[str, tuple[tuple[str, int], ...]] = {
     "q1_0": (("d", 2), ("low", 16)),
     "q2_0": (("d", 2), ("low", 16)),
+    "tq1_0": (("low", 52), ("d", 2)),
+    "tq2_0": (("low", 64), ("d", 2)),
     "q4_0": (("d", 2), ("low", 16)),
     "q4_1": (("d", 2), ("m", 2), ("low", 16)),
     "q5_0": (("d", 2), ("high", 4), ("low", 16)),
@@ -136,13 +141,15 @@ def _pack_codes(qtype: str, codes: Bytes) -> dict[str, Bytes]:
         return {"low": np.packbits(codes, axis=1, bitorder="little")}
     if qtype == "q2_0":
         return {"low": np.bitwise_or.reduce(codes.reshape(len(codes), -1, 4) << PAIRS[:, 0], axis=2)}
+    if qtype == "tq1_0":
+        return {"low": packed_digits(codes)}
     if qtype in ("q4_0", "q4_1", "iq4_nl"):
         return {"low": _nibbles(codes, 16)}
     if qtype in ("q5_0", "q5_1"):
         return {"low": _nibbles(codes & NIBBLE, 16), "high": np.packbits(codes >> FOUR, axis=1, bitorder="little")}
     if qtype == "q8_0":
         return {"low": (codes.astype(np.int16) - 127).astype(np.int8).view(np.uint8)}
-    if qtype == "q2_k":
+    if qtype in ("q2_k", "tq2_0"):
         return {"low": _two_bits(codes)}
     if qtype == "q3_k":
         return {"low": _two_bits(codes & THREE), "high": _planes(codes >> TWO)}
@@ -161,6 +168,13 @@ def _unpack_codes(qtype: str, parts: dict[str, Bytes]) -> Bytes:
         return np.unpackbits(low, axis=1, bitorder="little")
     if qtype == "q2_0":
         return (low[:, :, None] >> PAIRS[:, 0] & THREE).reshape(len(low), -1)
+    if qtype == "tq1_0":
+        return digits_of(low)
+    if qtype == "tq2_0":
+        codes = _from_two_bits(low)
+        if (codes == 3).any():
+            raise UsageError("A tq2_0 block holds the level 2", expected="-1 to 1, as ggml writes", found=2)
+        return codes
     if qtype in ("q4_0", "q4_1", "iq4_nl", "iq4_xs"):
         return _from_nibbles(low, 16)
     if qtype in ("q5_0", "q5_1"):
@@ -229,7 +243,7 @@ def _unpack_scales(qtype: str, part: Bytes) -> tuple[Integers, Integers | None]:
 def unpack(qtype: str, packed: Bytes, columns: int) -> tuple[Grid, Tensor]:
     """Grid and codes uint8 (rows, ``columns``) of ``packed`` uint8 (rows, row_bytes), on the CPU.
 
-    UsageError for another type, a wrong shape, or a q8_0 level of -128 (which ggml's quantizer never writes).
+    UsageError for another type, a wrong shape, or a level that ggml's quantizer never writes: -128 in q8_0, 2 in tq2_0.
     """
     layout = _layout(qtype)
     row_bytes = QTYPES[qtype].row_bytes(columns)

@@ -10,7 +10,8 @@ or, where the columns of a group do not stand side by side (act-order), g = inde
 d, m   float32 (rows, columns / span)   the free floats, already as the format stores them
 u, v   float32 (rows, columns / group)  integers of the format (sub-scales, sub-minima), or ones
 z      float32 (rows, columns / group)  integer zero points
-ggml's superblocks (span 256, group 16 or 32), its blocks of 32 and integer groups are all of this form.
+ggml's superblocks (span 256, group 16 or 32), its blocks of 32 and integer groups are all of this form. In ggml's
+codebook types only some codes may stand together in eight neighbouring columns: a grid with a ``book`` of words.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor
 
 from llm_quantize.errors import UsageError
+from llm_quantize.grids.words import nearest_words
+from llm_quantize.kernels.words import Book
 
 __all__ = ["GGML_GRIDS", "Grid", "GridType", "Ladder", "row_tiles", "to_storage"]
 
@@ -88,8 +91,9 @@ class Grid:
     ``levels`` float32 (n,), ascending, at most 256. ``group`` and ``span``: weights that share u, v, z and d, m; span
     is a multiple of group. ``z``, ``m``, ``v`` may be None (no zero points, no offsets; m and v together).
     ``storage``: the dtype that d and m were rounded to; ``ladder``: of d where it is stored as codes. ``index`` int64
-    (columns,): the group of each column, where that is not column // group. Raises UsageError where shapes contradict
-    each other, or a group of ``index`` has not ``group`` columns.
+    (columns,): the group of each column, where that is not column // group. ``book``: which codes may stand together,
+    None: all may. Raises UsageError where shapes contradict each other, or a group of ``index`` has not ``group``
+    columns.
     """
 
     levels: Tensor
@@ -103,6 +107,7 @@ class Grid:
     storage: torch.dtype = torch.float16
     ladder: Ladder | None = None
     index: Tensor | None = None
+    book: Book | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
@@ -188,13 +193,16 @@ class Grid:
             return values
         return values - self._minimum(self.m, self.v)[:, :, None]
 
-    def nearest(self, weight: Tensor) -> Tensor:
+    def nearest(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
         """Codes uint8 (rows, columns) whose values lie nearest to ``weight`` float32 (rows, columns).
 
-        Of two equally near the lower code; where a scale is zero and all values are one, the code next to zero.
-        Raises UsageError for another shape.
+        Of two equally near the lower code; where a scale is zero and all values are one, the code next to zero. Where
+        there are words, ``importance`` float32 (columns,) weighs their columns; else it changes nothing. Raises
+        UsageError for another shape.
         """
         self._check(weight)
+        if self.book is not None:
+            return nearest_words(self, self.book, weight, importance)
         if self.index is not None:
             plain, order = self.in_order()
             return plain.nearest(weight[:, order])[:, torch.argsort(order)]
@@ -272,6 +280,8 @@ class Grid:
         """The same grid on ``device``."""
         moved = self._mapped(lambda part: part.to(device), levels=self.levels.to(device))
         moved = moved if moved.index is None else replace(moved, index=moved.index.to(device))
+        if moved.book is not None:
+            moved = replace(moved, book=moved.book.to(device))
         if moved.ladder is None:
             return moved
         return replace(moved, ladder=replace(moved.ladder, levels=moved.ladder.levels.to(device)))
@@ -313,6 +323,10 @@ class GridType(Protocol):
     def block(self) -> int:
         """Columns must be a multiple of it."""
 
+    @property
+    def joint(self) -> int:
+        """Neighbouring columns whose codes are chosen together, in whole groups of so many: 1 or the size of a word."""
+
     def plain(self, weight: Tensor, importance: Tensor | None) -> tuple[Grid, Tensor]:
         """Grid and codes uint8 (rows, columns) that the owner of the format would write.
 
@@ -333,7 +347,7 @@ class GridType(Protocol):
 
 GGML_GRIDS = frozenset(
     (
-        *("q1_0", "q2_0", "nvfp4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"),
+        *("q1_0", "q2_0", "tq1_0", "tq2_0", "nvfp4", "mxfp4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"),
         *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"),
     )
 )

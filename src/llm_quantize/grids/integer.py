@@ -86,6 +86,11 @@ class IntegerGridType:
         return 1 if self.qtype.group_size == WHOLE_ROW else self.qtype.group_size
 
     @property
+    def joint(self) -> int:
+        """See ``GridType``."""
+        return 1
+
+    @property
     def storage(self) -> torch.dtype:
         """The dtype of stored scales."""
         return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[self.qtype.scale]

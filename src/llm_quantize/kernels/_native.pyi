@@ -60,6 +60,44 @@ def descend(
     sweeps: int,
     counts: npt.NDArray[np.int32],
 ) -> None: ...
+def feed_words(
+    level: str,
+    scale: npt.NDArray[np.float32],
+    inverse: npt.NDArray[np.float32],
+    offset: npt.NDArray[np.float32] | None,
+    group: npt.NDArray[np.int32],
+    levels: npt.NDArray[np.float32],
+    edges: tuple[float, float],
+    entries: npt.NDArray[np.float32],
+    entry_codes: npt.NDArray[np.uint8],
+    signs: npt.NDArray[np.float32] | None,
+    coupling: npt.NDArray[np.float32],
+    metrics: npt.NDArray[np.float32],
+    weight: npt.NDArray[np.float32],
+    target: npt.NDArray[np.float32],
+    residual: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.uint8],
+    counts: npt.NDArray[np.int32],
+) -> None: ...
+def descend_words(
+    level: str,
+    scale: npt.NDArray[np.float32],
+    inverse: npt.NDArray[np.float32],
+    offset: npt.NDArray[np.float32] | None,
+    group: npt.NDArray[np.int32],
+    levels: npt.NDArray[np.float32],
+    edges: tuple[float, float],
+    entries: npt.NDArray[np.float32],
+    entry_codes: npt.NDArray[np.uint8],
+    signs: npt.NDArray[np.float32] | None,
+    hessian: npt.NDArray[np.float32],
+    weight: npt.NDArray[np.float32],
+    gradient: npt.NDArray[np.float32],
+    residual: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.uint8],
+    sweeps: int,
+    counts: npt.NDArray[np.int32],
+) -> None: ...
 
 class Codebook:
     def __init__(self, codes: npt.NDArray[np.uint8], levels: int, wanted: int) -> None: ...

@@ -99,7 +99,7 @@ def _solve_tile(
     if options.feedback:
         tile.feed_back(factor)
     else:
-        tile.round_plainly()
+        tile.round_plainly(factor)
     tile.descend(factor, reciprocal, options.sweeps)
     for _ in range(options.alternations if options.refit else 0):
         if not refit(tile, factor):

@@ -43,15 +43,16 @@ class Factor:
 
     ``hessian`` float32 (n, n): mean of x x^T, conditioned and damped, in natural order: the loss of everything that
     follows. ``order`` int64 (n,): which column is processed when. ``lower`` float32 (n, n): strictly lower triangle
-    in processing order, see the top of the file. ``importance`` float32 (n,): mean square of each channel, never
-    below a floor. ``correction`` float32 (n, n) or None: W <- W + W @ correction. ``mode``: "full", "block-diagonal"
-    or "diagonal"; ``notes``: what was out of the ordinary, one sentence each. ``damp``: what was added to the
-    diagonal, ``dead``: channels that were always 0.
+    in processing order, see the top of the file; ``pivots`` float32 (n,): R_kk^2 there. ``importance`` float32 (n,):
+    mean square of each channel, never below a floor. ``correction`` float32 (n, n) or None: W <- W + W @ correction.
+    ``mode``: "full", "block-diagonal" or "diagonal"; ``notes``: what was out of the ordinary, one sentence each.
+    ``damp``: what was added to the diagonal, ``dead``: channels that were always 0.
     """
 
     hessian: Tensor
     order: Tensor
     lower: Tensor
+    pivots: Tensor
     importance: Tensor
     correction: Tensor | None
     mode: str
@@ -91,12 +92,14 @@ def factorize(
     correction: Correction | None = None,
     prior: Tensor | None = None,
     prior_tokens: int = 0,
+    joint: int = 1,
 ) -> Factor:
     """Conditions and factors ``hessian`` float32 (n, n), the sum of x x^T over ``tokens`` inputs.
 
     ``cross`` float32 (n, n): sum of (x_full - x) x^T; the correction is written over it. ``correction``: how much of it
     and on which ridge; None: the share of the options on a ridge of the damping, ``UNTRIED`` where they say none.
-    ``prior``: see :func:`mix`.
+    ``prior``: see :func:`mix`. ``joint``: so many neighbouring columns stay together in the order, which then goes by
+    the sum of their mean squares.
     A channel that was always 0 keeps its weights and takes no part in feedback. Raises UsageError for wrong shapes,
     NumericPolicyError for NaN, infinity, or a negative mean square. What cannot be factored is damped more, then cut
     to blocks, then to its diagonal; ``notes`` tells it.
@@ -118,14 +121,15 @@ def factorize(
     how = correction or conditioning.asked(options)
     if cross is not None and how.share > 0:
         moved = _correct(hessian, cross, conditioning, how, notes)
-    order = conditioning.order(options)
-    mode, damp, lower = _factor(hessian, conditioning, order, notes)
+    order = conditioning.order(options, joint)
+    mode, damp, lower, pivots = _factor(hessian, conditioning, order, notes)
     if conditioning.dead:
         notes.append(f"{conditioning.dead} of {n} channels were always 0: they keep their weights")
     return Factor(
         hessian=_conditioned(hessian, conditioning, order, mode, damp),
         order=order,
         lower=lower,
+        pivots=pivots,
         importance=conditioning.importance(),
         correction=moved,
         mode=mode,
@@ -176,11 +180,15 @@ class _Conditioning:
         floor = FLOOR * float(self.diagonal[self.alive].median())
         return self.diagonal.clamp(min=floor).to(torch.float32)
 
-    def order(self, options: GptqOptions) -> Tensor:
-        """int64 (n,): the columns as they are processed."""
+    def order(self, options: GptqOptions, joint: int) -> Tensor:
+        """int64 (n,): the columns as they are processed, ``joint`` neighbours together."""
+        columns = torch.arange(len(self.diagonal), device=self.diagonal.device)
         if options.order == "natural":
-            return torch.arange(len(self.diagonal), device=self.diagonal.device)
-        return torch.argsort(self.diagonal, descending=True, stable=True)
+            return columns
+        if joint == 1:
+            return torch.argsort(self.diagonal, descending=True, stable=True)
+        mass = self.diagonal.reshape(-1, joint).sum(1)
+        return columns.reshape(-1, joint)[torch.argsort(mass, descending=True, stable=True)].flatten()
 
 
 def _chunks(count: int) -> Iterator[tuple[int, int]]:
@@ -205,6 +213,7 @@ def _unseen(hessian: Tensor, conditioning: _Conditioning) -> Factor:
         hessian=torch.eye(n, device=hessian.device),
         order=torch.arange(n, device=hessian.device),
         lower=torch.zeros(n, n, device=hessian.device),
+        pivots=torch.ones(n, device=hessian.device),
         importance=torch.ones(n, device=hessian.device),
         correction=None,
         mode="diagonal",
@@ -225,8 +234,10 @@ def _damped(try_once: Callable[[float], bool], damp: float, what: str, notes: li
     return None
 
 
-def _factor(hessian: Tensor, conditioning: _Conditioning, order: Tensor, notes: list[str]) -> tuple[str, float, Tensor]:
-    """(mode, damping, lower): the most of the Hessian that can be factored."""
+def _factor(
+    hessian: Tensor, conditioning: _Conditioning, order: Tensor, notes: list[str]
+) -> tuple[str, float, Tensor, Tensor]:
+    """(mode, damping, lower, pivots): the most of the Hessian that can be factored."""
     n = len(hessian)
     work = torch.empty(n, n, dtype=torch.float64, device=hessian.device)
     for mode, part in (("full", n), ("block-diagonal", PART)):
@@ -240,10 +251,13 @@ def _factor(hessian: Tensor, conditioning: _Conditioning, order: Tensor, notes: 
             lower = torch.zeros(n, n, device=hessian.device)
             for a, b in bounds:
                 _take_quotients(work[a:b, a:b], lower[a:b, a:b])
-            return mode, damp, lower
+            # Every block was factored backwards.
+            roots = torch.cat([work.diagonal()[a:b].flip(0) for a, b in bounds])
+            return mode, damp, lower, roots.square().to(torch.float32)
         notes.append(f"the {mode} Hessian could not be factored even with {10 ** (DAMP_STEPS - 1)} times the damping")
     notes.append("only the diagonal of the Hessian is used: nearest codes, no feedback")
-    return "diagonal", conditioning.damp, torch.zeros(n, n, device=hessian.device)
+    alone = (conditioning.diagonal + conditioning.damp)[order].to(torch.float32)
+    return "diagonal", conditioning.damp, torch.zeros(n, n, device=hessian.device), alone
 
 
 def _factor_part(hessian: Tensor, conditioning: _Conditioning, order: Tensor, damp: float, work: Tensor) -> bool:

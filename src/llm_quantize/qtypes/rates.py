@@ -35,6 +35,14 @@ RATES: Mapping[str, tuple[float, float]] = {
     "iq1_s": (62, 62),
 }
 
+WORD_SECONDS: Mapping[str, float] = {
+    **dict.fromkeys(("iq2_xxs", "iq2_xs", "iq3_xxs", "iq3_s"), 2.0),
+    "iq2_s": 2.5,
+    **dict.fromkeys(("iq1_s", "iq1_m"), 3.5),
+}
+"""CPU-seconds in which error feedback chooses the codes of a million weights eight at a time, beside what the products
+with a Hessian take; a type that is not here chooses them one by one."""
+
 READING = 400.0
 """Million weights per CPU-second that are read, hashed and written, whatever their type."""
 

@@ -93,7 +93,7 @@ TRAINED: Mapping[str, str] = {
 }
 """What a model must have been trained with for a level of so few values; any other loses nearly everything."""
 
-FED = frozenset(("Q1_0", "Q2_0"))
+FED = frozenset(("Q1_0", "Q2_0", "TQ1_0", "TQ2_0"))
 """Of those the levels whose codes error feedback chooses: any model then loses much, but not that."""
 
 ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}

@@ -3,6 +3,7 @@
 #include "floats_scan.hpp"
 #include "repack.hpp"
 #include "simd.hpp"
+#include "words.hpp"
 
 namespace {
 
@@ -32,7 +33,7 @@ const Family* const families[] = {LQ_FAMILIES nullptr};
 extern const Level level;
 const Level level = {
     LQ_LEVEL_NAME, LQ_LANES, families, static_cast<int32_t>(sizeof(families) / sizeof(families[0])) - 1,
-    widen_f16, widen_bf16, scan_nonfinite, feedback, descend,
+    widen_f16, widen_bf16, scan_nonfinite, feedback, descend, feed_words, descend_words,
     {turn_words, same_turned, from_interleaved, to_interleaved, same_interleaved},
 };
 

@@ -348,8 +348,30 @@ void feedback(const std::string& level_name, FloatMatrix scale, FloatMatrix inve
     level.feedback(grid, block);
 }
 
-// Up to `sweeps` sweeps of coordinate descent over a tile of rows; matrices are (rows, columns). A row that did not
-// move in one sweep is left alone in the next.
+// Up to `sweeps` times `once` over a tile of rows. A row that did not move in one sweep is left alone in the next.
+template <class Once>
+void sweep(int64_t columns, int64_t rows, int64_t groups, const float* hessian, const float* reciprocal,
+           const float* weight, float* gradient, float* residual, uint8_t* codes, int sweeps, int32_t* total, Once once) {
+    const std::unique_ptr<bool[]> active(new bool[static_cast<size_t>(rows) + 1]);
+    const std::unique_ptr<int32_t[]> moved(new int32_t[static_cast<size_t>(rows) + 1]);
+    for (int64_t r = 0; r < rows; ++r) active[static_cast<size_t>(r)] = true;
+    const lq::Descent work{columns, rows, groups, hessian, reciprocal, weight, gradient, residual, codes, active.get(),
+                           moved.get()};
+    for (int done = 0; done < sweeps; ++done) {
+        for (int64_t r = 0; r < rows; ++r) moved[static_cast<size_t>(r)] = 0;
+        once(work);
+        bool any = false;
+        for (int64_t r = 0; r < rows; ++r) {
+            const auto at = static_cast<size_t>(r);
+            active[at] = moved[at] != 0;
+            total[r] += moved[at];
+            any = any || active[at];
+        }
+        if (!any) return;
+    }
+}
+
+// Up to `sweeps` sweeps of coordinate descent over a tile of rows; matrices are (rows, columns).
 void descend(const std::string& level_name, FloatMatrix scale, FloatMatrix inverse, std::optional<FloatMatrix> offset,
              GroupIndex group, FloatVector levels, FloatVector middles, std::tuple<float, float> edges, bool uniform,
              FloatMatrix hessian, FloatVector reciprocal, FloatMatrix weight, FloatOut gradient, FloatOut residual,
@@ -369,25 +391,95 @@ void descend(const std::string& level_name, FloatMatrix scale, FloatMatrix inver
     for (int64_t j = 1; j < columns; ++j) {
         if (grid.group[j] < grid.group[j - 1]) throw nb::value_error("groups must not descend");
     }
-    const std::unique_ptr<bool[]> active(new bool[static_cast<size_t>(rows) + 1]);
-    const std::unique_ptr<int32_t[]> moved(new int32_t[static_cast<size_t>(rows) + 1]);
-    for (int64_t r = 0; r < rows; ++r) active[static_cast<size_t>(r)] = true;
-    const lq::Descent work{columns,         rows,            groups,       hessian.data(), reciprocal.data(), weight.data(),
-                           gradient.data(), residual.data(), codes.data(), active.get(),   moved.get()};
     int32_t* total = counts.data();
     nb::gil_scoped_release unlocked;
-    for (int sweep = 0; sweep < sweeps; ++sweep) {
-        for (int64_t r = 0; r < rows; ++r) moved[static_cast<size_t>(r)] = 0;
-        level.descend(grid, work);
-        bool any = false;
-        for (int64_t r = 0; r < rows; ++r) {
-            const auto at = static_cast<size_t>(r);
-            active[at] = moved[at] != 0;
-            total[r] += moved[at];
-            any = any || active[at];
-        }
-        if (!any) return;
+    sweep(columns, rows, groups, hessian.data(), reciprocal.data(), weight.data(), gradient.data(), residual.data(),
+          codes.data(), sweeps, total, [&](const lq::Descent& work) { level.descend(grid, work); });
+}
+
+using Cube = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+constexpr int64_t word_columns = 8;
+
+// The book of a type whose grid has so many levels, and groups of whole words.
+lq::WordBook word_book(const lq::FrozenGrid& grid, const FloatMatrix& entries, const Codes& codes,
+                       const std::optional<FloatMatrix>& signs, int64_t columns) {
+    const auto size = static_cast<int64_t>(entries.shape(0)), count = static_cast<int64_t>(entries.shape(1));
+    if ((size != 8 && size != 4) || count < 16 || count % 16 != 0) {
+        throw nb::value_error("entries are of 8 or 4 weights, 16, 32, ... of them");
     }
+    check_shape(codes, size, count, "the codes of the entries");
+    for (int64_t i = 0; i < size * count; ++i) {
+        if (codes.data()[i] >= grid.level_count) throw nb::value_error("a code is not below the number of levels");
+    }
+    const int64_t patterns = signs ? static_cast<int64_t>(signs->shape(1)) : 0;
+    if (signs && (signs->shape(0) != 8 || patterns < 16 || patterns % 16 != 0)) {
+        throw nb::value_error("patterns of signs are of 8 weights, 16, 32, ... of them");
+    }
+    if (columns % word_columns != 0) throw nb::value_error("columns are not whole words of eight");
+    for (int64_t j = 0; j < columns; j += word_columns) {
+        for (int64_t i = 1; i < word_columns; ++i) {
+            if (grid.group[j + i] != grid.group[j]) throw nb::value_error("a word lies in two groups");
+        }
+    }
+    return {static_cast<int32_t>(size), count, patterns, entries.data(), codes.data(), signs ? signs->data() : nullptr};
+}
+
+// Error feedback, word by word, in one block of columns of a tile of rows (words.hpp); matrices are (columns, rows).
+void feed_words(const std::string& level_name, FloatMatrix scale, FloatMatrix inverse, std::optional<FloatMatrix> offset,
+                GroupIndex group, FloatVector levels, std::tuple<float, float> edges, FloatMatrix entries,
+                Codes entry_codes, std::optional<FloatMatrix> signs, FloatRows coupling, Cube metrics, FloatMatrix weight,
+                FloatOut target, FloatOut residual, Out codes, Counts counts) {
+    const lq::Level& level = find_level(level_name);
+    const auto columns = static_cast<int64_t>(weight.shape(0)), rows = static_cast<int64_t>(weight.shape(1));
+    const auto groups = static_cast<int64_t>(scale.shape(0));
+    if (columns > 128 || rows % 16 != 0) throw nb::value_error("a block is at most 128 columns of 16, 32, ... rows");
+    check_shape(scale, groups, rows, "scale");
+    check_shape(coupling, columns, columns, "coupling");
+    if (columns > 1 && coupling.stride(1) != 1) throw nb::value_error("rows of coupling must be packed");
+    check_shape(target, columns, rows, "target");
+    check_shape(residual, columns, rows, "residual");
+    check_shape(codes, columns, rows, "codes");
+    check_length(counts, rows, "counts");
+    const lq::FrozenGrid grid =
+        frozen_grid(scale, inverse, offset, group, levels, levels, edges, true, columns, groups);
+    const lq::WordBook book = word_book(grid, entries, entry_codes, signs, columns);
+    check_length(metrics, columns / word_columns, "metrics");
+    if (metrics.shape(1) != word_columns || metrics.shape(2) != word_columns) {
+        throw nb::value_error("metrics has the wrong shape");
+    }
+    const lq::ColumnBlock block{columns,       rows,          coupling.data(),  columns > 1 ? coupling.stride(0) : 1,
+                                weight.data(), target.data(), residual.data(), codes.data(), counts.data()};
+    float* moved = target.data();
+    const float* metric = metrics.data();
+    nb::gil_scoped_release unlocked;
+    level.feed_words(grid, book, metric, moved, block);
+}
+
+// Up to `sweeps` sweeps of descent, word by word, over a tile of rows; matrices are (rows, columns).
+void descend_words(const std::string& level_name, FloatMatrix scale, FloatMatrix inverse,
+                   std::optional<FloatMatrix> offset, GroupIndex group, FloatVector levels,
+                   std::tuple<float, float> edges, FloatMatrix entries, Codes entry_codes,
+                   std::optional<FloatMatrix> signs, FloatMatrix hessian, FloatMatrix weight, FloatOut gradient,
+                   FloatOut residual, Out codes, int sweeps, Counts counts) {
+    const lq::Level& level = find_level(level_name);
+    const auto rows = static_cast<int64_t>(weight.shape(0)), columns = static_cast<int64_t>(weight.shape(1));
+    const auto groups = static_cast<int64_t>(scale.shape(1));
+    check_shape(scale, rows, groups, "scale");
+    check_shape(hessian, columns, columns, "hessian");
+    check_shape(gradient, rows, columns, "gradient");
+    check_shape(residual, rows, columns, "residual");
+    check_shape(codes, rows, columns, "codes");
+    check_length(counts, rows, "counts");
+    const lq::FrozenGrid grid =
+        frozen_grid(scale, inverse, offset, group, levels, levels, edges, true, columns, groups);
+    const lq::WordBook book = word_book(grid, entries, entry_codes, signs, columns);
+    for (int64_t i = 0; i < rows * columns; ++i) {
+        if (codes.data()[i] >= grid.level_count) throw nb::value_error("a code is not below the number of levels");
+    }
+    int32_t* total = counts.data();
+    nb::gil_scoped_release unlocked;
+    sweep(columns, rows, groups, hessian.data(), nullptr, weight.data(), gradient.data(), residual.data(), codes.data(),
+          sweeps, total, [&](const lq::Descent& work) { level.descend_words(grid, book, work); });
 }
 
 }  // namespace
@@ -419,6 +511,16 @@ NB_MODULE(_native, module) {
                nb::arg("hessian"), nb::arg("reciprocal"), nb::arg("weight"), nb::arg("gradient"), nb::arg("residual"),
                nb::arg("codes"), nb::arg("sweeps"), nb::arg("counts"),
                "Sweeps of coordinate descent over a tile of rows; kernels/feedback.py is its face.");
+    module.def("feed_words", &feed_words, nb::arg("level"), nb::arg("scale"), nb::arg("inverse"),
+               nb::arg("offset").none(), nb::arg("group"), nb::arg("levels"), nb::arg("edges"), nb::arg("entries"),
+               nb::arg("entry_codes"), nb::arg("signs").none(), nb::arg("coupling"), nb::arg("metrics"),
+               nb::arg("weight"), nb::arg("target"), nb::arg("residual"), nb::arg("codes"), nb::arg("counts"),
+               "Error feedback word by word inside one block of columns; kernels/words.py is its face.");
+    module.def("descend_words", &descend_words, nb::arg("level"), nb::arg("scale"), nb::arg("inverse"),
+               nb::arg("offset").none(), nb::arg("group"), nb::arg("levels"), nb::arg("edges"), nb::arg("entries"),
+               nb::arg("entry_codes"), nb::arg("signs").none(), nb::arg("hessian"), nb::arg("weight"),
+               nb::arg("gradient"), nb::arg("residual"), nb::arg("codes"), nb::arg("sweeps"), nb::arg("counts"),
+               "Sweeps of descent word by word over a tile of rows; kernels/words.py is its face.");
     nb::class_<OwnedCodebook>(module, "Codebook", "The grid of an I-quant and the neighbours of every point off it.")
         .def("__init__", &make_codebook, nb::arg("codes"), nb::arg("levels"), nb::arg("wanted"))
         .def("arrays", &codebook_arrays, "(index, start, neighbour words), as kernels/native/codebook.hpp has them.");

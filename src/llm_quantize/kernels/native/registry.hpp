@@ -75,8 +75,20 @@ struct Descent {
     int32_t* counts;     // (rows) grows by the codes moved
 };
 
+// Which codes may stand together in words of eight weights (words.hpp); counts are multiples of 16.
+struct WordBook {
+    int32_t size;                        // weights of an entry: 8 or 4
+    int64_t entry_count, sign_count;
+    const float* entries;                // (size, entry_count): levels, positive where there are signs
+    const uint8_t* codes;                // (size, entry_count)
+    const float* signs;                  // (8, sign_count) of +1 and -1, or null
+};
+
 using FeedbackLoop = void (*)(const FrozenGrid& grid, const ColumnBlock& block);
 using DescentLoop = void (*)(const FrozenGrid& grid, const Descent& work);
+using WordFeedbackLoop = void (*)(const FrozenGrid& grid, const WordBook& book, const float* metrics, float* target,
+                                  const ColumnBlock& block);
+using WordDescentLoop = void (*)(const FrozenGrid& grid, const WordBook& book, const Descent& work);
 
 // Codes between the layouts of packed matrices (repack.hpp).
 struct Repacking {
@@ -110,6 +122,8 @@ struct Level {
     Scan scan_nonfinite;
     FeedbackLoop feedback;
     DescentLoop descend;
+    WordFeedbackLoop feed_words;
+    WordDescentLoop descend_words;
     Repacking repacking;
 };
 

@@ -41,14 +41,29 @@ def _five_digits(digits: Bytes) -> Bytes:
     return ((value * 256 + 242) // 243).astype(np.uint8)
 
 
-def quantize_tq1_0(rows: Float32, importance: Float32 | None = None) -> Bytes:
-    """54 bytes per block: 48 bytes of five digits, 4 bytes of four digits, half scale."""
-    scale, digits = _digits(rows)
+def packed_digits(digits: Bytes) -> Bytes:
+    """The 52 bytes (N, 52) of a tq1_0 block before its scale, of digits uint8 (N, 256)."""
     wide = _five_digits(digits[:, :160].reshape(-1, 5, 32))
     middle = _five_digits(digits[:, 160:240].reshape(-1, 5, 16))
     last = digits[:, 240:].reshape(-1, 4, 4)
     tail = _five_digits(np.concatenate([last, np.zeros_like(last[:, :1])], axis=1))
-    return join_blocks(rows, wide, middle, tail, scale)
+    return np.concatenate([wide, middle, tail], axis=1)
+
+
+def digits_of(packed: Bytes) -> Bytes:
+    """Digits uint8 (N, 256) of ``packed_digits``."""
+    powers = np.array([1, 3, 9, 27, 81], dtype=np.uint8)[:, None]
+    parts = []
+    for part, places in ((packed[:, :32], 5), (packed[:, 32:48], 5), (packed[:, 48:], 4)):
+        shifted = part[:, None, :] * powers[:places]
+        parts.append((shifted.astype(np.uint16) * 3 >> 8).reshape(len(part), -1))
+    return np.concatenate(parts, axis=1).astype(np.uint8)
+
+
+def quantize_tq1_0(rows: Float32, importance: Float32 | None = None) -> Bytes:
+    """54 bytes per block: 48 bytes of five digits, 4 bytes of four digits, half scale."""
+    scale, digits = _digits(rows)
+    return join_blocks(rows, packed_digits(digits), scale)
 
 
 def quantize_tq2_0(rows: Float32, importance: Float32 | None = None) -> Bytes:
@@ -66,13 +81,8 @@ def _scaled(digits: npt.NDArray[np.integer], scale: Bytes, rows: int, columns: i
 
 def dequantize_tq1_0(packed: Bytes, columns: int) -> Float32:
     """float32 (R, C) of packed tq1_0 rows."""
-    wide, middle, tail, scale = split_bytes(packed, 32, 16, 4, 2)
-    powers = np.array([1, 3, 9, 27, 81], dtype=np.uint8)[:, None]
-    parts = []
-    for part, places in ((wide, 5), (middle, 5), (tail, 4)):
-        shifted = part[:, None, :] * powers[:places]
-        parts.append((shifted.astype(np.uint16) * 3 >> 8).reshape(len(part), -1))
-    return _scaled(np.concatenate(parts, axis=1), scale, len(packed), columns)
+    digits, scale = split_bytes(packed, 52, 2)
+    return _scaled(digits_of(digits), scale, len(packed), columns)
 
 
 def dequantize_tq2_0(packed: Bytes, columns: int) -> Float32:
