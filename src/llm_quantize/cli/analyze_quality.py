@@ -13,6 +13,7 @@ import click
 from llm_quantize.cli.common import Mode, emit_json, json_option, line, lora_option, mode, verbose_option
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
+from llm_quantize.measures.uncertainty import figure
 from llm_quantize.reports.labels import LANGUAGES, grade_name, labels
 from llm_quantize.reports.wording import said, spoken
 from llm_quantize.runtimes import RUNTIMES
@@ -165,9 +166,10 @@ def _show(found: Assessment, shown: Mode, report: str | None) -> None:
     texts = ", ".join(quality.texts)
     scored = said(
         f"{quality.tokens:,} scored tokens in {quality.windows} windows of {quality.context} ({texts}); reference "
-        f"perplexity {quality.artifacts[0].divergence.reference_perplexity:.4f}. ± are standard errors."
+        f"perplexity {quality.artifacts[0].divergence.reference_perplexity:.4f}."
     )
     console.print(line(scored), markup=False, style="dim")
+    console.print(said(_errors_text(quality.windows)), markup=False, style="dim")
     grades = labels(spoken())["method_grades"].format(grades=grades_text(found.comparison, spoken()))
     console.print(grades, markup=False, style="dim")
     floor = said(
@@ -197,6 +199,13 @@ def _show(found: Assessment, shown: Mode, report: str | None) -> None:
         console.print(line(said(f"report: {report}")), markup=False)
 
 
+def _errors_text(windows: int) -> str:
+    """What ± is, in a sentence."""
+    if windows < 2:
+        return "One window tells no standard errors: give more text, or a smaller --context."
+    return f"± are standard errors, clustered by window ({windows} windows)."
+
+
 def _verdict(check: GenerationCheck) -> str:
     """One finding proves little, so the sentence counts the prompts on both sides."""
     if not check.reference:
@@ -219,7 +228,7 @@ def _table(found: Assessment) -> Table:
         table.add_row(
             Text(line(Path(one.path).name.removesuffix(".gguf"))),
             f"{one.bits_per_weight:.2f}",
-            f"{d.kld:.5f} ± {d.kld_sem:.5f}",
+            figure(d.kld, d.kld_sem),
             f"{100 * d.same_top:.1f} %",
             f"{d.perplexity:.3f}",
             grade_name(one.grade, spoken()),
@@ -234,7 +243,7 @@ def _details(found: Assessment) -> Table:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("KLD", overflow="fold")
-    for name in ("median", "99 %", "99.9 %", "max", "Δp RMS", "ln perplexity ratio"):
+    for name in ("median", "99 %", "99.9 %", "max", "Δp RMS", "ln perplexity ratio", "drafts accepted"):
         table.add_column(said(name), justify="right", no_wrap=True)
     for one in found.quality.artifacts:
         d = one.divergence
@@ -245,7 +254,8 @@ def _details(found: Assessment) -> Table:
             f"{d.kld_999:.4f}",
             f"{d.kld_max:.3f}",
             f"{100 * d.rms_delta_p:.2f} %",
-            f"{d.ln_ratio:+.5f} ± {d.ln_ratio_sem:.5f}",
+            figure(d.ln_ratio, d.ln_ratio_sem, "+.5f"),
+            f"{100 * d.acceptance:.2f} %",
         )
     return table
 
@@ -254,8 +264,9 @@ def _pairs(console: Console, found: Assessment) -> None:
     names = [Path(one.path).name for one in found.quality.artifacts]
     for pair in found.quality.pairs:
         told = said(
-            f"{line(names[pair.first])} - {line(names[pair.second])}: KLD {pair.kld_difference:+.6f} ± "
-            f"{pair.kld_difference_sem:.6f} (paired), ratio {pair.kld_ratio:.3f} ± {pair.kld_ratio_sem:.3f}"
+            f"{line(names[pair.first])} - {line(names[pair.second])}: KLD "
+            f"{figure(pair.kld_difference, pair.kld_difference_sem, '+.6f')} (paired), ratio "
+            f"{figure(pair.kld_ratio, pair.kld_ratio_sem, '.3f')}"
         )
         console.print(told, markup=False)
 

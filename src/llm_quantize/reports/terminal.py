@@ -17,6 +17,7 @@ from llm_quantize.artifacts.verdict import EXACT
 from llm_quantize.artifacts.verify import Verification
 from llm_quantize.errors import NumericPolicyError, printable
 from llm_quantize.measures.amounts import bytes_text, counted, time_text
+from llm_quantize.measures.uncertainty import figure
 from llm_quantize.plan import ArtifactPlan, cpu_seconds, spoken
 from llm_quantize.reports.wording import said, said_of_many_words
 
@@ -157,7 +158,7 @@ def _print_verdict(console: Console, conversion: Mapping[str, Any]) -> None:
         console.print(shown(f"  {said(text)}"))
     if measured is not None:
         text = (
-            f"KL divergence {measured['kld']:.5f} ± {measured['kld_sem']:.5f} nats against the source, same likeliest "
+            f"KL divergence {figure(measured['kld'], measured['kld_sem'])} nats against the source, same likeliest "
             f"token {100 * measured['same_top']:.1f} %, on {measured['tokens']:,} tokens"
         )
         console.print(shown(f"  {said(text)}"))
@@ -181,7 +182,7 @@ def print_foreseen(plan: ArtifactPlan, verdicts: Mapping[str, str], *, verbose: 
 def _measured(facts: Mapping[str, Any]) -> str:
     """What a calibrated run lost, in a line."""
     return (
-        f"KL divergence {facts['kld']:.5f} ± {facts['kld_sem']:.5f} nats, same likeliest token "
+        f"KL divergence {figure(facts['kld'], facts['kld_sem'])} nats, same likeliest token "
         f"{100 * facts['same_top']:.1f} %, on {facts['tokens']:,} tokens that were not calibrated on ({facts['dtype']})"
     )
 
