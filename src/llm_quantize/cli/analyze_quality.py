@@ -195,6 +195,9 @@ def _show(found: Assessment, shown: Mode, report: str | None) -> None:
         f"{memory.planned / 1e6:,.0f} MB, hidden states {place}."
     )
     console.print(spent, markup=False, style="dim")
+    if quality.reused:
+        text = "The reference's hidden states were kept by an earlier run: its time is not counted."
+        console.print(said(text), markup=False, style="dim")
     if report is not None:
         console.print(line(said(f"report: {report}")), markup=False)
 
