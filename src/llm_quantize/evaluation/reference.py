@@ -38,6 +38,7 @@ from llm_quantize.io.whole_file import write_file
 from llm_quantize.measures.perplexity import Tokens, scored
 from llm_quantize.models.opening import Source
 from llm_quantize.streams.hidden import Activations
+from llm_quantize.streams.products import available
 from llm_quantize.streams.weights import Weights
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def identity_of(source: Source, windows: Tokens, again: int, device: str, on_eve
         "shape": [*windows.shape, again],
         "device": device,
         "code": _code(),
-        "torch": [torch.__version__, torch.backends.cpu.get_cpu_capability()],
+        "torch": [torch.__version__, torch.backends.cpu.get_cpu_capability(), "oneDNN" if available() else "torch"],
         "transformers": version("transformers"),
         "processor": [platform.machine(), _processor()],
     }

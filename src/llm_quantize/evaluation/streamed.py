@@ -5,7 +5,8 @@ for later runs (reference.py). Then, for each block, the first artifact's weight
 through, then the second's, and so on. At the end the final norm and the head of the source and of one artifact or
 several stand together, and every scored position's logits are compared and forgotten; what the source predicts is
 computed once for all of them. Windows run side by side on one torch thread each, positions in parts of fixed size, so
-the figures do not depend on the number of threads. All arithmetic is float32, sums are float64.
+the figures do not depend on the number of threads. All arithmetic is float32 (products by oneDNN, where torch has it),
+sums are float64.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Head, Network
 from llm_quantize.streams.passes import Finite, Move, Pass, give_back_memory
 from llm_quantize.streams.pool import Pool
+from llm_quantize.streams.products import FastProducts
 from llm_quantize.streams.reordered import Reordered
 from llm_quantize.streams.weights import Weights
 
@@ -87,7 +89,7 @@ class Evaluation:
             again.write(index, states.read(index))
 
         def on_block(block: Block, _: int) -> None:
-            self._pass.through(block, [Move(states, states, check), Move(again, again, check, _reordered)])
+            self._pass.through(block, [Move(states, states, check, _fast), Move(again, again, check, _reordered)])
 
         self._pass.run(range(self.network.n_blocks), [weights], on_block)
         for final, whole in ((reference.states, states), (reference.again, again)):
@@ -101,7 +103,7 @@ class Evaluation:
 
         def on_block(block: Block, number: int) -> None:
             stream = artifacts[number]
-            self._pass.through(block, [Move(stream.states, stream.states, Finite(stream.path))])
+            self._pass.through(block, [Move(stream.states, stream.states, Finite(stream.path), _fast)])
 
         self._pass.run(range(self.network.n_blocks), [stream.weights for stream in artifacts], on_block)
 
@@ -161,6 +163,11 @@ def _collect(
             runtimes[which].rounding.add_scores(rounded, window)
 
 
+def _fast(block: Block, hidden: torch.Tensor, _window: int) -> torch.Tensor:
+    with FastProducts():
+        return block(hidden)
+
+
 def _reordered(block: Block, hidden: torch.Tensor, _window: int) -> torch.Tensor:
     with Reordered():
         return block(hidden)
@@ -177,7 +184,8 @@ def _compare_part(
 ) -> _Part:
     """Score positions [start, start + POSITIONS) of one window."""
     stop = min(start + POSITIONS, len(targets))
-    logits = [head(state[start:stop]).numpy() for head, state in zip(heads, states, strict=True)]
+    with FastProducts():
+        logits = [head(state[start:stop]).numpy() for head, state in zip(heads, states, strict=True)]
     if noise is not None:
         with Reordered():
             other = heads[0](noise[start:stop]).numpy()
