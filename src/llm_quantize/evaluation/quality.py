@@ -298,10 +298,13 @@ def _reference(
 
 def _refer(work: Evaluation, reference: Reference, directory: Path | None) -> None:
     """Run the source; its hidden states on the way are gone afterwards."""
+    from llm_quantize.streams.passes import give_back_memory
+
     (count, length), width = work.windows.shape, work.network.width
     again = reference.again.shape[0]
     with _states(count, length, width, directory) as states, _states(again, length, width, directory) as other:
         work.refer(reference.head_weights, states, other, reference)
+    give_back_memory()
 
 
 def _streams(
