@@ -249,7 +249,7 @@ class Paired:
     kld_ratio_sem: float
     ln_perplexity_difference: float
     ln_perplexity_difference_sem: float
-    clusters: int
+    clusters: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The same numbers, JSON-ready."""
