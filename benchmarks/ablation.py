@@ -147,8 +147,10 @@ def measure(model: Path, artifacts: Mapping[str, Path]) -> dict[str, dict[str, A
         results[name] = {
             "kld": d.kld,
             "kld_sem": d.kld_sem,
+            "clusters": d.clusters,
             "kld_99.9": d.kld_999,
             "same_top": d.same_top,
+            "acceptance": d.acceptance,
         }
         if number:
             (paired,) = (pair for pair in found.pairs if (pair.first, pair.second) == (0, number))

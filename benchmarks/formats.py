@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "bits_per_weight": round(variant.bits_per_weight, 4),
             "kld": variant.divergence.kld,
             "kld_sem": variant.divergence.kld_sem,
+            "clusters": variant.divergence.clusters,
             "same_top": variant.divergence.same_top,
+            "acceptance": variant.divergence.acceptance,
             **in_runtime(Path(variant.path), ROUNDING.get((form, level)), given.threads),
         }
         for (form, level), variant in zip(wanted, result.variants, strict=True)

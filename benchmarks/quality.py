@@ -33,7 +33,7 @@ from llm_quantize.calibration.tokens import TextTokenizer
 from llm_quantize.calibration.windows import sample_windows
 from llm_quantize.data import demo_model
 from llm_quantize.evaluation.texts import evaluation_text
-from llm_quantize.measures.divergence import Comparison, pair
+from llm_quantize.measures.divergence import ROWS, Comparison, pair
 from llm_quantize.models.opening import open_source
 
 AWQ_WINDOWS = 64
@@ -152,9 +152,12 @@ def measure_model(name: str, model: Path, tools: dict[str, Path], folder: Path, 
         output = Path(cost.pop("output"))
         kept = folder / f"{candidate.name}.scores.npy"
         comparison = Comparison()
-        if kept.is_file() and kept.stat().st_mtime >= (folder / f"{candidate.name}.json").stat().st_mtime:
-            comparison.add_scores(np.load(kept))
-        else:
+        scores_kept = kept.is_file() and kept.stat().st_mtime >= (folder / f"{candidate.name}.json").stat().st_mtime
+        known = np.load(kept) if scores_kept else np.empty((0, 0))
+        if len(known) == ROWS:  # every window has as many scored tokens
+            for window in np.split(known, len(held_out), axis=1):
+                comparison.add_scores(window)
+        else:  # never measured, or by a version that kept other figures
             judge = judge or Judge(model, source, held_out)
             weights = read_checkpoint(output) if output.is_dir() else read_gguf(output, config)
             comparison = judge.measure(weights)

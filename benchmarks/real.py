@@ -179,7 +179,10 @@ def judge(name: str, paths: list[str], kinds: tuple[str, ...], options: argparse
 
 def summary(kinds: tuple[str, ...], found: dict[str, Any]) -> dict[str, Any]:
     """Of what ``analyze quality`` found: each file's losses, and the default's against those of the others, paired."""
-    figures = ("kld", "kld_sem", "kld_median", "kld_99", "kld_999", "same_top", "perplexity", "reference_perplexity")
+    figures = (
+        *("kld", "kld_sem", "clusters", "kld_median", "kld_99", "kld_999", "same_top", "acceptance", "perplexity"),
+        "reference_perplexity",
+    )
     pairs = {}
     for pair in found["pairs"]:
         one, other = kinds[pair["first"]], kinds[pair["second"]]

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_quantize.measures.divergence import Comparison, log_softmax_like, score
-from llm_quantize.measures.perplexity import log_softmax, scored
+from llm_quantize.measures.divergence import Comparison, Predicted, candidate_like
+from llm_quantize.measures.perplexity import scored
 
 Weights = Mapping[str, npt.NDArray[np.float32]]
 EMBEDDING, TIED = "model.embed_tokens.weight", "lm_head.weight"
@@ -33,7 +33,7 @@ class Judge:
         self._windows = [np.asarray(window, np.int64) for window in windows]
         self._names = set(weights)
         self._load(weights)
-        self._reference = [log_softmax(logits) for logits in self._logits()]
+        self._reference = [Predicted.of(logits) for logits in self._logits()]
 
     def measure(self, weights: Weights) -> Comparison:
         """Scores of a candidate. Raises ValueError where it lacks a weight of the source, or has another."""
@@ -45,7 +45,7 @@ class Judge:
         comparison = Comparison()
         for window, reference, logits in zip(self._windows, self._reference, self._logits(), strict=True):
             targets = scored(window)[1]
-            comparison.add_scores(score(reference, log_softmax_like(reference, logits, targets), targets))
+            comparison.add_scores(reference.score(candidate_like(reference, logits, targets), targets))
         return comparison
 
     def _load(self, weights: Weights) -> None:

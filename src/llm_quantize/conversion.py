@@ -227,7 +227,7 @@ def _measured(
     on_event(events.Stage("measure"))
     quality = assess(model, [path], options, revision=revision, lora=lora, on_event=on_event).quality
     found = quality.artifacts[0].divergence.to_dict()
-    figures = {key: found[key] for key in ("kld", "kld_sem", "same_top", "tokens")}
+    figures = {key: found[key] for key in ("kld", "kld_sem", "clusters", "same_top", "acceptance", "tokens")}
     return json_ready({**figures, "texts": list(quality.texts)})  # type: ignore[no-any-return]
 
 

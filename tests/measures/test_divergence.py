@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from llm_quantize.errors import NumericPolicyError, UsageError
+from llm_quantize.measures.amounts import decimals
 from llm_quantize.measures.divergence import Comparison, compare, pair
 from llm_quantize.measures.perplexity import cut_windows, log_softmax, perplexity, scored
+from llm_quantize.measures.uncertainty import figure, mean_and_sem
 from tests.oracles import divergence as oracle
 
 
@@ -48,6 +50,8 @@ def test_known_answer_two_tokens() -> None:
     assert found.rms_delta_p == pytest.approx(0.5, rel=1e-6)
     assert found.same_top == 0.0
     assert found.kld_sem == pytest.approx(0, abs=1e-12)
+    assert found.acceptance == pytest.approx(1 / 4 + 1 / 4, rel=1e-6)
+    assert found.clusters == 2
 
 
 def test_a_model_against_itself() -> None:
@@ -56,6 +60,8 @@ def test_a_model_against_itself() -> None:
     assert found.kld == pytest.approx(0, abs=1e-7)
     assert found.ln_ratio == pytest.approx(0, abs=1e-6)
     assert found.same_top == 1.0
+    assert found.acceptance == pytest.approx(1, abs=1e-6)
+    assert found.acceptance <= 1
     assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-6)
 
 
@@ -70,7 +76,9 @@ def test_a_token_that_the_source_rules_out_adds_nothing() -> None:
     windows = np.zeros((1, 6), np.int32)
     base = np.tile(np.float32([0, 0, -np.inf]), (1, 6, 1))
     other = np.zeros((1, 6, 3), np.float32)
-    assert compare(base, other, windows).kld == pytest.approx(math.log(3 / 2), rel=1e-6)
+    found = compare(base, other, windows)
+    assert found.kld == pytest.approx(math.log(3 / 2), rel=1e-6)
+    assert found.acceptance == pytest.approx(2 / 3, rel=1e-6)  # a third of the drafts is what the source rules out
 
 
 def test_a_token_that_both_rule_out() -> None:
@@ -89,6 +97,7 @@ def test_a_token_that_only_the_candidate_rules_out_is_refused() -> None:
 def test_only_the_second_half_is_scored() -> None:
     windows, base, other = make_windows(7), make_logits(8), make_logits(9)
     expected = compare(base, other, windows)
+    assert expected.clusters == 3
     changed = other.copy()
     changed[:, :4] += make_logits(10)[:, :4]  # the first half
     changed[:, 7] = 0  # the last position predicts a token that is not in the window
@@ -194,3 +203,68 @@ def test_a_perplexity_beyond_float64_is_infinite() -> None:
     assert math.isinf(found.perplexity)
     assert found.kld > 1e5
     assert math.isinf(perplexity(broken, np.zeros((1, 8), np.int32)).value)
+
+
+def test_tokens_of_one_window_are_not_independent() -> None:
+    """Each value said four times over: the error is that of the values, not half of it."""
+    values = np.random.default_rng(11).normal(size=30)
+    mean, error = mean_and_sem(values, np.arange(30))
+    assert error == pytest.approx(values.std() / math.sqrt(29), rel=1e-12)
+    assert mean_and_sem(np.repeat(values, 4), np.repeat(np.arange(30), 4)) == pytest.approx((mean, error), rel=1e-12)
+    assert mean_and_sem(np.repeat(values, 4), np.arange(120))[1] < 0.51 * error
+
+
+def test_the_error_covers_the_truth_where_windows_differ() -> None:
+    """Of windows with a level of their own, 19 in 20 intervals of two errors hold the mean; half of those do that take
+    tokens for independent."""
+    random = np.random.default_rng(12)
+    ids = np.repeat(np.arange(40), 50)
+    held = {"clustered": 0, "tokens": 0}
+    for _ in range(400):
+        values = np.repeat(random.normal(size=40), 50) + random.normal(size=2000)
+        for name, groups in (("clustered", ids), ("tokens", np.arange(2000))):
+            mean, error = mean_and_sem(values, groups)
+            held[name] += abs(mean) < 2 * error
+    assert 0.92 < held["clustered"] / 400 < 0.98
+    assert held["tokens"] / 400 < 0.6
+
+
+def test_one_window_tells_no_error() -> None:
+    base, windows = make_logits(1, windows=1), make_windows(3, windows=1)
+    first, second = base + 0.3 * make_logits(2, windows=1), base + 0.2 * make_logits(4, windows=1)
+    found = compare(base, first, windows)
+    assert found.clusters == 1
+    assert found.kld > 0
+    errors = [value for name, value in found.to_dict().items() if name.endswith("_sem")]
+    assert len(errors) == 7
+    assert all(map(math.isnan, errors))
+    both = pair(scored_pair(first, second, base, windows), 0, 1)
+    assert both.clusters == 1
+    assert all(math.isnan(value) for name, value in both.to_dict().items() if name.endswith("_sem"))
+    assert figure(found.kld, found.kld_sem) == decimals(found.kld, 5)
+    assert figure(0.25, None) == "0.25000"
+    assert figure(-0.25, 0.125, 3, signed=True) == "-0.250 ± 0.125"
+
+
+def test_parts_of_a_window_are_one_cluster() -> None:
+    base, windows = make_logits(1, context=16), make_windows(3, context=16)
+    other = base + 0.3 * make_logits(2, context=16)
+    expected, parts, apart = compare(base, other, windows), Comparison(), Comparison()
+    for index, window in enumerate(windows):
+        where, targets = scored(window)
+        for start in range(0, len(targets), 3):
+            rows = slice(start, start + 3)
+            parts.add(base[index][where][rows], other[index][where][rows], targets[rows], window=index)
+            apart.add(base[index][where][rows], other[index][where][rows], targets[rows])
+    assert parts.result() == expected
+    assert apart.result().clusters == 9
+    assert apart.result().kld_sem != expected.kld_sem
+
+
+def test_pairs_need_the_same_windows() -> None:
+    base, windows = make_logits(1), make_windows(3)
+    one, _ = scored_pair(base, base, base, windows)
+    other = Comparison()
+    other.add_scores(one.scores())
+    with pytest.raises(UsageError, match="same tokens"):
+        pair([one, other], 0, 1)

@@ -45,6 +45,9 @@ def divergence(kld: float, sem: float | None = None) -> Divergence:
         same_top_sem=0.004,
         rms_delta_p=math.sqrt(kld) / 6,
         rms_delta_p_sem=0.0004,
+        acceptance=max(0.0, 1 - math.sqrt(kld) / 3),
+        acceptance_sem=0.003,
+        clusters=24,
     )
 
 

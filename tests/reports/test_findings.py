@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from llm_quantize.errors import MalformedInputError
+from llm_quantize.formats.card import fill_card, room
 from llm_quantize.reports.findings import ComparisonResult, from_dict, read_comparison
 from llm_quantize.reports.numbers import bytes_text, count_text, percent, rate_text, significant, tick_text, with_error
+from llm_quantize.reports.page import method, page
 from tests.reports.examples import comparison, usual, variant
 
 
@@ -30,6 +32,38 @@ def test_round_trip_of_what_was_not_measured() -> None:
     assert found.speed is None
     assert found.quantize_cpu_seconds is None
     assert math.isnan(found.divergence.kld_sem)
+
+
+def test_a_comparison_of_an_earlier_version() -> None:
+    """It knew no clusters and no acceptance: its errors take tokens for independent, and the page says so."""
+    facts = usual().to_dict()
+    for entry in facts["variants"]:
+        del entry["clusters"], entry["acceptance"], entry["acceptance_sem"]
+    old = from_dict(facts)
+    assert {one.divergence.clusters for one in old.variants} == {0}
+    assert all(math.isnan(one.divergence.acceptance) for one in old.variants)
+    assert "treat the places as independent" in " ".join(method(old, "en"))
+    assert "drafts accepted" in page(old, "en").lower()
+
+
+def test_the_page_says_what_errors_are_of() -> None:
+    found = usual()
+    told = " ".join(method(found, "en"))
+    assert f"the {found.text.windows} windows count as independent" in told
+    assert f"{100 * found.variants[0].divergence.acceptance:.2f} %" in page(found, "en")
+    assert f"{found.text.windows} 個の窓" in " ".join(method(found, "ja"))
+    alone = [
+        dataclasses.replace(one, divergence=dataclasses.replace(one.divergence, clusters=1)) for one in found.variants
+    ]
+    assert "One window tells no standard errors" in " ".join(method(comparison(*alone), "en"))
+
+
+def test_a_card_of_one_window() -> None:
+    measured = {"kld": 0.25, "kld_sem": None, "same_top": 0.5, "tokens": 255, "dtype": "float32"}
+    text = fill_card("\n".join(room().values()).encode(), measured).decode()
+    assert "0.250000" in text
+    assert "not known" in text
+    assert "<" not in text
 
 
 def test_json_says_what_recommend_needs() -> None:

@@ -24,6 +24,7 @@ from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.gguf_file import MetaValue, read_gguf
 from llm_quantize.io.json_file import read_json_object
+from llm_quantize.measures.uncertainty import figure
 from llm_quantize.models.hub.push import account, push_files, require_name, require_token
 from llm_quantize.models.quantized import is_stored_directory
 from llm_quantize.options import PROMPTS
@@ -212,7 +213,7 @@ def _gguf_card(path: Path, manifest: Mapping[str, Any], names: Sequence[str]) ->
     loss = None
     if isinstance(measured, Mapping):
         loss = {
-            "KL divergence": f"{measured['kld']:.6f} ± {measured['kld_sem']:.6f} nats per token",
+            "KL divergence": f"{figure(measured['kld'], measured['kld_sem'], 6)} nats per token",
             "Same likeliest token": f"{100 * measured['same_top']:.2f} %",
             "Tokens": measured["tokens"],
         }

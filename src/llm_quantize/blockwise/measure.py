@@ -10,13 +10,14 @@ what matrices are calibrated on, and they came out worse where it was rounded (d
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize.blockwise.embedding import written_head
 from llm_quantize.blockwise.inputs import Streams
-from llm_quantize.measures.divergence import Comparison, Scores, log_softmax_like, score
-from llm_quantize.measures.perplexity import log_softmax, scored
+from llm_quantize.measures.divergence import Comparison, Predicted, Scores, candidate_like
+from llm_quantize.measures.perplexity import scored
 from llm_quantize.streams.passes import Pass
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ POSITIONS = 64
 
 
 def measure(matrices: Matrices, way: Pass, streams: Streams, first: int) -> dict[str, Any]:
-    """KL divergence (nats per token, mean and its standard error) and agreement of windows ``first`` and later, JSON-
-    ready; the second half of each window counts. Raises NumericPolicyError for predictions that are not finite."""
+    """KL divergence (nats per token, mean and its standard error clustered by window, null for one window), agreement
+    and expected acceptance of windows ``first`` and later, JSON-ready; the second half of each window counts. Raises
+    NumericPolicyError for predictions that are not finite."""
     weights, network, ids = matrices.weights, way.network, way.ids
     own = written_head(matrices)
     comparison = Comparison()
@@ -39,22 +41,24 @@ def measure(matrices: Matrices, way: Pass, streams: Streams, first: int) -> dict
             window, start = job
             where, targets = scored(ids[window].numpy())
             rows = slice(start, min(start + POSITIONS, len(targets)))
-            base = log_softmax(reference(streams.full.read(window)[where][rows]).numpy())
+            base = Predicted.of(reference(streams.full.read(window)[where][rows]).numpy())
             other = candidate(streams.quantized.read(window)[where][rows]).numpy()
             follow = targets[rows]
-            return job, score(base, log_softmax_like(base, other, follow), follow)
+            return job, base.score(candidate_like(base, other, follow), follow)
 
         length = len(scored(ids[first].numpy())[1])
         jobs = [(window, start) for window in range(first, len(ids)) for start in range(0, length, POSITIONS)]
         found = dict(way.pool.each(part, jobs))
     for job in jobs:
-        comparison.add_scores(found[job])
+        comparison.add_scores(found[job], job[0])
     result = comparison.result()
     return {
         "windows": len(ids) - first,
         "tokens": result.tokens,
         "kld": result.kld,
-        "kld_sem": result.kld_sem,
+        "kld_sem": result.kld_sem if math.isfinite(result.kld_sem) else None,
+        "clusters": result.clusters,
         "same_top": result.same_top,
+        "acceptance": result.acceptance,
         "dtype": str(network.dtype).removeprefix("torch."),
     }

@@ -13,7 +13,9 @@ from llm_quantize import events
 from llm_quantize.cli.common import emit_json, json_option, line, lora_option, mode, verbose_option
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
+from llm_quantize.measures.uncertainty import figure
 from llm_quantize.reports.wording import said
+from llm_quantize.results import json_ready
 
 if TYPE_CHECKING:
     from llm_quantize.evaluation.allocation import Choice, Target
@@ -296,7 +298,7 @@ def _facts(profile: Profile, choice: Choice, kept: Path, output: Path) -> dict[s
         "level": choice.recipe.level,
         "size": choice.size,
         "summed_kld": choice.allocation.kld,
-        "summed_kld_sem": choice.allocation.kld_sem,
+        "summed_kld_sem": json_ready(choice.allocation.kld_sem),
         "levels": {name: {"size": size, "summed_kld": kld} for name, (size, kld) in choice.levels.items()},
         "tensors": dict(choice.recipe.tensors),
         "sensitivities": profile.to_dict()["sensitivities"],
@@ -335,9 +337,7 @@ def _show(profile: Profile, choice: Choice, kept: Path, use: str, output: Path, 
         for name, (size, kld) in choice.levels.items()
         if size >= 0.8 * choice.size and size <= 1.25 * choice.size
     ]
-    summed = said(
-        f"{human_bytes(choice.size)}, summed KLD {choice.allocation.kld:.5f} ± {choice.allocation.kld_sem:.5f}"
-    )
+    summed = said(f"{human_bytes(choice.size)}, summed KLD {figure(choice.allocation.kld, choice.allocation.kld_sem)}")
     levels = ", ".join(plain) or said("none was measured whole")
     console.print(shown(f"recipe: {line(output)} ({summed}; plain levels: {levels})"))
     console.print(shown(f"use it: {line(use)}"), style="dim")

@@ -14,6 +14,7 @@ from llm_quantize.cli.common import Mode, emit_json, json_option, line, lora_opt
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
 from llm_quantize.measures.amounts import decimals
+from llm_quantize.measures.uncertainty import figure
 from llm_quantize.reports.labels import LANGUAGES, grade_name, labels
 from llm_quantize.reports.wording import said, spoken
 from llm_quantize.runtimes import RUNTIMES
@@ -166,9 +167,10 @@ def _show(found: Assessment, shown: Mode, report: str | None) -> None:
     texts = ", ".join(quality.texts)
     scored = said(
         f"{quality.tokens:,} scored tokens in {quality.windows} windows of {quality.context} ({texts}); reference "
-        f"perplexity {quality.artifacts[0].divergence.reference_perplexity:.4f}. ± are standard errors."
+        f"perplexity {quality.artifacts[0].divergence.reference_perplexity:.4f}."
     )
     console.print(line(scored), markup=False, style="dim")
+    console.print(said(_errors_text(quality.windows)), markup=False, style="dim")
     grades = labels(spoken())["method_grades"].format(grades=grades_text(found.comparison, spoken()))
     console.print(grades, markup=False, style="dim")
     floor = said(
@@ -177,6 +179,11 @@ def _show(found: Assessment, shown: Mode, report: str | None) -> None:
     )
     console.print(floor, markup=False, style="dim")
     for one in quality.artifacts:
+        share = figure(100 * one.divergence.acceptance, 100 * one.divergence.acceptance_sem, 2)
+        drafts = (
+            f"{Path(one.path).name}: of tokens that it drafts the reference accepts {share} % (speculative decoding)"
+        )
+        console.print(line(said(drafts)), markup=False)
         for sentence in filter(None, (*one.rounded_sentences, runtime_sentence(one))):
             console.print(line(said(sentence)), markup=False)
     _pairs(console, found)
@@ -194,8 +201,18 @@ def _show(found: Assessment, shown: Mode, report: str | None) -> None:
         f"{memory.planned / 1e6:,.0f} MB, hidden states {place}."
     )
     console.print(spent, markup=False, style="dim")
+    if quality.reused:
+        text = "The reference's hidden states were kept by an earlier run: its time is not counted."
+        console.print(said(text), markup=False, style="dim")
     if report is not None:
         console.print(line(said(f"report: {report}")), markup=False)
+
+
+def _errors_text(windows: int) -> str:
+    """What ± is, in a sentence."""
+    if windows < 2:
+        return "One window tells no standard errors: give more text, or a smaller --context."
+    return f"± are standard errors, clustered by window ({windows} windows)."
 
 
 def _verdict(check: GenerationCheck) -> str:
@@ -220,7 +237,7 @@ def _table(found: Assessment) -> Table:
         table.add_row(
             Text(line(Path(one.path).name.removesuffix(".gguf"))),
             f"{one.bits_per_weight:.2f}",
-            f"{decimals(d.kld, 5)} ± {decimals(d.kld_sem, 5)}",
+            figure(d.kld, d.kld_sem),
             f"{100 * d.same_top:.1f} %",
             f"{d.perplexity:.3f}",
             grade_name(one.grade, spoken()),
@@ -246,7 +263,7 @@ def _details(found: Assessment) -> Table:
             decimals(d.kld_999, 4),
             decimals(d.kld_max, 3),
             f"{100 * d.rms_delta_p:.2f} %",
-            f"{'+' if d.ln_ratio > 0 else ''}{decimals(d.ln_ratio, 5)} ± {decimals(d.ln_ratio_sem, 5)}",
+            figure(d.ln_ratio, d.ln_ratio_sem, 5, signed=True),
         )
     return table
 
@@ -255,8 +272,9 @@ def _pairs(console: Console, found: Assessment) -> None:
     names = [Path(one.path).name for one in found.quality.artifacts]
     for pair in found.quality.pairs:
         told = said(
-            f"{line(names[pair.first])} - {line(names[pair.second])}: KLD {pair.kld_difference:+.6f} ± "
-            f"{pair.kld_difference_sem:.6f} (paired), ratio {pair.kld_ratio:.3f} ± {pair.kld_ratio_sem:.3f}"
+            f"{line(names[pair.first])} - {line(names[pair.second])}: KLD "
+            f"{figure(pair.kld_difference, pair.kld_difference_sem, 6, signed=True)} (paired), ratio "
+            f"{figure(pair.kld_ratio, pair.kld_ratio_sem, 3)}"
         )
         console.print(told, markup=False)
 

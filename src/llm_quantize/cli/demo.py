@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import click
 
 from llm_quantize.cli.common import emit_json, json_option, line, mode
 from llm_quantize.cli.progress import told
+from llm_quantize.measures.uncertainty import figure
 from llm_quantize.reports.wording import said, wraps_at_spaces
 
 if TYPE_CHECKING:
@@ -134,7 +136,7 @@ def _methods_table(found: Methods) -> Table:
                 said(row.method),
                 f"{row.size / 1e6:.2f} MB",
                 f"{lost.kld:.5f} {_plus_minus(lost.kld_sem)}",
-                "" if ratio is None else f"{ratio.kld_ratio:.2f} ±{ratio.kld_ratio_sem:.2f}",
+                "" if ratio is None else figure(ratio.kld_ratio, ratio.kld_ratio_sem, 2).replace("± ", "±"),
                 f"{100 * lost.same_top:.1f} %",
                 f"{row.seconds:.1f} s" if row.seconds else "–",
             )
@@ -171,6 +173,8 @@ def _table(result: DemoResult) -> Table:
 
 
 def _plus_minus(error: float) -> str:
+    if not math.isfinite(error):  # one window
+        return ""
     return f"±{error:.5f}" if error >= 5e-6 or error == 0 else f"±{error:.0e}".rjust(8)
 
 

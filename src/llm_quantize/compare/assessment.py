@@ -28,6 +28,7 @@ from llm_quantize.evaluation.tensor_errors import TensorLoss, tensor_errors
 from llm_quantize.evaluation.texts import EvaluationText, evaluation_text
 from llm_quantize.events import EventSink, ignore
 from llm_quantize.measures import grades
+from llm_quantize.measures.uncertainty import figure
 from llm_quantize.models.opening import Source, open_source
 from llm_quantize.options import PROMPTS, Options
 from llm_quantize.reports.provenance import machine_facts, model_facts, program_versions
@@ -256,7 +257,7 @@ def runtime_sentence(one: ArtifactQuality) -> str:
         return ""
     agree = "as its rounding of activations explains" if real.explained else "MORE than rounding explains"
     return (
-        f"{Path(one.path).name} in {real.runtime}: KLD {real.divergence.kld:.6f}, {real.difference:+.6f} ± "
-        f"{real.difference_sem:.6f} from the streamed {one.divergence.kld:.6f}; the two are KLD "
-        f"{real.rounding.kld:.6f} apart, {agree}"
+        f"{Path(one.path).name} in {real.runtime}: KLD {real.divergence.kld:.6f}, "
+        f"{figure(real.difference, real.difference_sem, 6, signed=True)} from the streamed "
+        f"{one.divergence.kld:.6f}; the two are KLD {real.rounding.kld:.6f} apart, {agree}"
     )

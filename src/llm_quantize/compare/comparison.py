@@ -364,6 +364,8 @@ class _Quality:
 
 _INPUTS = "rounded where the runtime rounds them"
 """What a figure is of, in its key: those of weights alone were kept before."""
+_ERRORS = "clustered by window"
+"""What its standard errors are of: those of tokens were kept before, without acceptance."""
 
 
 def _quality(
@@ -379,7 +381,7 @@ def _quality(
     """Divergences of all artifacts, those that are not known yet in one streamed pass."""
     from llm_quantize.evaluation.quality import measure_quality
 
-    about = {"model": fingerprint, "text": _sha256(text.windows), "inputs": _INPUTS}
+    about = {"model": fingerprint, "text": _sha256(text.windows), "inputs": _INPUTS, "errors": _ERRORS}
     keys = [key_of("quality", artifact=artifact.identity, **about) for artifact in found]
     floor = key_of("noise", **about)
     missing = [index for index, key in enumerate(keys) if kept.get(key) is None or kept.get(floor) is None]

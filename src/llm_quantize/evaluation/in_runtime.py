@@ -12,8 +12,8 @@ from pathlib import Path
 
 from llm_quantize.engine import in_order, stop_on_signals
 from llm_quantize.errors import UsageError
-from llm_quantize.measures.divergence import Comparison, Divergence
-from llm_quantize.measures.perplexity import Logits, Tokens, log_softmax, scored
+from llm_quantize.measures.divergence import Comparison, Divergence, Predicted
+from llm_quantize.measures.perplexity import Logits, Tokens, scored
 from llm_quantize.memory import available_cpus
 from llm_quantize.runtimes import open_model
 from llm_quantize.runtimes.base import OpenModel
@@ -48,9 +48,9 @@ def measure_in_runtime(
             ids = window.tolist()
             where, targets = scored(window)
             first, *others = in_order(partial(_logits, ids), models, threads=total, stop=stop, resumable=None)
-            base = log_softmax(first[where])
+            base = Predicted.of(first[where])
             for comparison, logits in zip(comparisons, others, strict=True):
-                comparison.add_log_probabilities(base, logits[where], targets)
+                comparison.add_predictions(base, logits[where], targets)
             if on_window is not None:
                 on_window(done, len(windows))
         return [comparison.result() for comparison in comparisons]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -251,7 +251,7 @@ def _known(path: Path, identity: Mapping[str, Any]) -> dict[tuple[str, str], Sen
     records, _ = parse_journal(path.read_bytes())
     if not records or records[0].get("identity") != dict(identity):
         return {}
-    rows = [Sensitivity(**row) for record in records[1:] for row in record.get("rows", [])]
+    rows = [Sensitivity.from_dict(row) for record in records[1:] for row in record.get("rows", [])]
     return {(row.tensor, row.qtype): row for row in rows}
 
 
@@ -281,7 +281,7 @@ def _journal(
 
 
 def _keep(descriptor: int, path: Path, rows: Sequence[Sensitivity]) -> None:
-    _append(descriptor, path, {"rows": [asdict(row) for row in rows]})
+    _append(descriptor, path, {"rows": [row.to_dict() for row in rows]})
 
 
 def _append(descriptor: int, path: Path, record: Mapping[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
     source, artifacts, windows of text → streams of hidden states, block by block → logits of both → divergence
 
-Definitions: evaluation/divergence.py. The way: evaluation/streamed.py. Beside the figures stand the noise floor (the
-source against itself in another order of arithmetic, evaluation/reordered.py), pairs of artifacts on the same tokens,
-and, where a runtime is asked for, the same artifact there with the difference between the two figures.
+Definitions: measures/divergence.py. The way: evaluation/streamed.py; what is kept of the source's: reference.py. Beside
+the figures stand the noise floor (the source against itself in another order of arithmetic, streams/reordered.py),
+pairs of artifacts on the same tokens, and, where a runtime is asked for, the same artifact there with the difference
+between the two figures.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from llm_quantize.architectures.rows import weights_of
 from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.decoded import Decoded
 from llm_quantize.artifacts.opening import open_decoded
+from llm_quantize.artifacts.output import refuse_changed, source_times
 from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError, NumericPolicyError, UsageError
 from llm_quantize.evaluation.quality_plan import QualityPlan
 from llm_quantize.events import EventSink, ignore
+from llm_quantize.io.cache import cache_directory
 from llm_quantize.io.durable import fail_os
 from llm_quantize.measures import grades
 from llm_quantize.measures.amounts import decimals
@@ -40,6 +43,7 @@ from llm_quantize.results import Tabled, json_ready
 from llm_quantize.runtimes import RUNTIMES, artifact_at, what_opens_what
 
 if TYPE_CHECKING:
+    from llm_quantize.evaluation.reference import Reference
     from llm_quantize.evaluation.streamed import Evaluation, RuntimeStream, Stream
     from llm_quantize.streams.hidden import Activations
 
@@ -118,7 +122,7 @@ class MemoryFacts:
 @dataclass(frozen=True, repr=False)
 class QualityResult(Tabled):
     """Artifacts in the order given, pairs of them in the order (0, 1), (0, 2), ..., (1, 2), ... ``tokens``: scored
-    positions; ``seconds``: CPU time."""
+    positions; ``seconds``: CPU time; ``reused``: the reference's hidden states were kept by an earlier run."""
 
     columns = ("artifact", "size", "bits_per_weight", "kld", "kld_sem", "same_top", "perplexity", "grade")
 
@@ -133,6 +137,7 @@ class QualityResult(Tabled):
     noise: NoiseFloor
     memory: MemoryFacts
     seconds: float
+    reused: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The same facts, JSON-ready, and the thresholds of the grades."""
@@ -184,13 +189,15 @@ def measure_quality(
     runtime: str | None = None,
     texts: Sequence[str] = (),
     scratch: Path | None = None,
+    kept: Path | None = None,
     on_event: EventSink = ignore,
 ) -> QualityResult:
     """Divergence of every artifact (GGUF files, directories of split ones, model directories) from ``source``
     over ``windows``, (n, length) token ids of the source's tokenizer.
 
     ``threads``: None means all CPUs, fewer where memory asks for it. ``max_ram``: bytes of resident memory; hidden
-    states go to a file in ``scratch`` (None: the system's temporary directory) where they are many. ``runtime``:
+    states go to a file in ``scratch`` (None: the system's temporary directory) where they are many. ``kept``: where
+    those of the source that every artifact needs are kept for other runs (None: in ``cache_directory``). ``runtime``:
     a name of RUNTIMES ("llama.cpp" maps files whole) also runs each artifact there.
     ``texts``: names for the report.
 
@@ -199,6 +206,7 @@ def measure_quality(
     NumericPolicyError (NaN or infinite values on the way), StoppedError after a signal, and what reading raises.
     """
     _check(source, artifacts, windows, runtime)
+    from llm_quantize.evaluation.reference import KeptStates, identity_of
     from llm_quantize.evaluation.streamed import Evaluation
     from llm_quantize.streams.network import open_network
     from llm_quantize.streams.pool import Pool
@@ -215,21 +223,28 @@ def measure_quality(
     fitted, together = plan.fit(again, threads=threads, max_ram=max_ram, device=device)
     groups = [range(i, min(i + together, len(decoded))) for i in range(0, len(decoded), together)]
     head = _head_steps(source, network.n_blocks, network.vocab_size)
-    blocks = ((1 + len(decoded)) * len(windows) + again) * network.n_blocks
-    steps = blocks + head * len(windows) * (len(groups) + len(decoded))
+    times = source_times(source.checkpoint)
+    identity = identity_of(source, windows, again, device, on_event)
+    store = None if identity is None else KeptStates(kept or cache_directory() / "references", identity)
     with ExitStack() as stack:
         for one in decoded:
             stack.callback(one.close)
         pool = Pool(fitted.threads, stack.enter_context(stop_on_signals()), resumable=None)
         directory = None if fitted.in_memory else _scratch(stack, scratch, fitted.hidden_bytes)
-        origin, streams, noise = _streams(stack, source, decoded, windows, network.width, again, directory)
+        reference = _reference(stack, source, windows, network.width, again, directory)
+        reused = store is not None and store.load(reference, on_event)
+        blocks = (len(decoded) * len(windows) + (0 if reused else len(windows) + again)) * network.n_blocks
+        steps = blocks + head * len(windows) * (len(groups) + len(decoded))
         work = Evaluation(network, windows, pool, steps, on_event, head=head)
-        for stream in (origin, *streams):
-            work.embed(stream)
-        for index in range(again):
-            noise[0].write(index, origin.states.read(index))
-        work.through_blocks(origin, streams, noise[0])
-        real = _through_heads(work, origin, streams, noise, groups, decoded, runtime)
+        if not reused:
+            _refer(work, reference, directory)
+            if store is not None:
+                refuse_changed(source.checkpoint, times)
+                store.keep(reference, on_event)
+        streams = _streams(stack, decoded, windows, network.width, directory)
+        work.through_blocks(streams)
+        noise = Comparison()
+        real = _through_heads(work, reference, streams, noise, groups, decoded, runtime)
     found = tuple(
         _artifact(one, stream, real.get(i), runtime)
         for i, (one, stream) in enumerate(zip(decoded, streams, strict=True))
@@ -245,9 +260,10 @@ def measure_quality(
         tokens=streams[0].comparison.scores().shape[1],
         artifacts=found,
         pairs=tuple(pair([one.comparison for one in streams], a, b) for a, b in combinations(range(len(streams)), 2)),
-        noise=_noise_floor(noise[1]),
+        noise=_noise_floor(noise),
         memory=MemoryFacts(limit, fitted.peak, peak, fitted.threads, not fitted.in_memory, together),
         seconds=time.process_time() - began,
+        reused=reused,
     )
 
 
@@ -268,37 +284,58 @@ def _scratch(stack: ExitStack, parent: Path | None, needed: int) -> Path:
     return folder
 
 
-def _streams(
-    stack: ExitStack,
-    source: Source,
-    decoded: Sequence[Decoded],
-    windows: Tokens,
-    width: int,
-    again: int,
-    directory: Path | None,
-) -> tuple[Stream, list[Stream], tuple[Activations, Comparison]]:
-    """The source's stream, the artifacts', and the source's own again for the first ``again`` windows."""
-    import torch
-
-    from llm_quantize.evaluation.streamed import Stream
-    from llm_quantize.streams.hidden import Activations as States
+def _reference(
+    stack: ExitStack, source: Source, windows: Tokens, width: int, again: int, directory: Path | None
+) -> Reference:
+    """Room for what artifacts meet of the source."""
+    from llm_quantize.evaluation.reference import Reference, scored_positions
     from llm_quantize.streams.weights import CheckpointWeights
 
-    def states(count: int) -> States:
-        shape = (count, windows.shape[1], width)
-        return stack.enter_context(States(*shape, torch.float32, directory=directory))
+    length = scored_positions(windows)
+    return Reference(
+        source.checkpoint.directory,
+        CheckpointWeights(source.checkpoint),
+        stack.enter_context(_states(len(windows), length, width, directory)),
+        stack.enter_context(_states(again, length, width, directory)),
+    )
 
-    weights = CheckpointWeights(source.checkpoint)
-    origin = Stream(source.checkpoint.directory, weights, weights, states(len(windows)))
-    streams = [Stream(one.path, one, one.for_head(), states(len(windows))) for one in decoded]
-    return origin, streams, (states(again), Comparison())
+
+def _refer(work: Evaluation, reference: Reference, directory: Path | None) -> None:
+    """Run the source; its hidden states on the way are gone afterwards."""
+    from llm_quantize.streams.passes import give_back_memory
+
+    (count, length), width = work.windows.shape, work.network.width
+    again = reference.again.shape[0]
+    with _states(count, length, width, directory) as states, _states(again, length, width, directory) as other:
+        work.refer(reference.head_weights, states, other, reference)
+    give_back_memory()
+
+
+def _streams(
+    stack: ExitStack, decoded: Sequence[Decoded], windows: Tokens, width: int, directory: Path | None
+) -> list[Stream]:
+    from llm_quantize.evaluation.streamed import Stream
+
+    count, length = windows.shape
+    return [
+        Stream(one.path, one, one.for_head(), stack.enter_context(_states(count, length, width, directory)))
+        for one in decoded
+    ]
+
+
+def _states(windows: int, length: int, width: int, directory: Path | None) -> Activations:
+    import torch
+
+    from llm_quantize.streams.hidden import Activations as States
+
+    return States(windows, length, width, torch.float32, directory=directory)
 
 
 def _through_heads(
     work: Evaluation,
-    origin: Stream,
+    reference: Reference,
     streams: Sequence[Stream],
-    noise: tuple[Activations, Comparison],
+    noise: Comparison,
     groups: Sequence[range],
     decoded: Sequence[Decoded],
     runtime: str | None,
@@ -313,7 +350,7 @@ def _through_heads(
             opened = {} if runtime is None else _open_runtimes(stack, decoded, group, work, runtime)
             real |= {group[place]: one for place, one in opened.items()}
             work.through_head(
-                origin,
+                reference,
                 [streams[index] for index in group],
                 noise=noise if group.start == 0 else None,
                 runtimes=opened,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,7 +115,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One figure: ``tensor`` alone at ``qtype``. ``kld`` and its standard error in nats; ``bits`` per weight."""
+    """One figure: ``tensor`` alone at ``qtype``. ``kld`` and its standard error in nats, clustered by window (NaN for
+    one window); ``bits`` per weight."""
 
     tensor: str
     qtype: str
@@ -122,6 +124,15 @@ class Sensitivity:
     nbytes: int
     kld: float
     kld_sem: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: an error that is not known is null."""
+        return {**asdict(self), "kld_sem": self.kld_sem if math.isfinite(self.kld_sem) else None}
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Sensitivity:
+        """The inverse. Raises TypeError for other keys."""
+        return cls(**{**facts, "kld_sem": math.nan if facts["kld_sem"] is None else facts["kld_sem"]})
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,7 @@ class Profile:
             "model": {"name": self.name, "sha256": self.model},
             "text": dict(self.text),
             "importance": self.importance,
-            "sensitivities": [asdict(row) for row in self.rows],
+            "sensitivities": [row.to_dict() for row in self.rows],
         }
 
 
@@ -169,7 +180,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "bits": (float, int),
     "nbytes": (int,),
     "kld": (float, int),
-    "kld_sem": (float, int),
+    "kld_sem": (float, int, type(None)),
 }
 
 
@@ -213,7 +224,7 @@ def _row(path: Path, row: Any) -> Sensitivity:
     known = row["qtype"] in QTYPES or is_integer(row["qtype"])
     if not known or row["nbytes"] < 1 or row["kld"] < -1e-6:
         raise _refuse(path, "a figure of the profile cannot be", row)
-    return Sensitivity(**row)
+    return Sensitivity.from_dict(row)
 
 
 def _refuse(path: Path, what: str, found: object) -> MalformedInputError:

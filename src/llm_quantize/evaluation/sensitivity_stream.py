@@ -21,7 +21,8 @@ from llm_quantize import events
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.evaluation.sensitivity import Candidate, Cost, Sensitivity
 from llm_quantize.events import EventSink
-from llm_quantize.measures.perplexity import Tokens, mean_and_sem, scored
+from llm_quantize.measures.perplexity import Tokens, scored
+from llm_quantize.measures.uncertainty import mean_and_sem
 from llm_quantize.models.opening import Source
 from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Head, Network
@@ -268,5 +269,6 @@ def _divergence(
 
 def _figure(stream: _Stream, windows: int) -> Sensitivity:
     candidate = stream.placed.candidate
-    mean, sem = mean_and_sem(np.concatenate([stream.klds[index] for index in range(windows)]))
+    klds = [stream.klds[index] for index in range(windows)]
+    mean, sem = mean_and_sem(np.concatenate(klds), np.repeat(np.arange(windows), [len(one) for one in klds]))
     return Sensitivity(candidate.name, candidate.qtype, candidate.bits, candidate.nbytes, max(mean, 0.0), sem)

@@ -1,10 +1,12 @@
 """A source and its artifacts side by side, block by block, and their predictions compared.
 
-Every model is a stream of hidden states, one window after another. For each block the source's weights are loaded
-and all its windows run through, then the first artifact's weights and its windows, and so on. At the end the final
-norm and the head of the source and of one artifact or several stand together, and every scored position's logits are
-compared and forgotten. Windows run side by side on one torch thread each, positions in parts of fixed size, so
-the figures do not depend on the number of threads. All arithmetic is float32, sums are float64.
+Every model is a stream of hidden states, one window after another. The source's goes first, once for all artifacts and
+for later runs (reference.py). Then, for each block, the first artifact's weights are loaded and all its windows run
+through, then the second's, and so on. At the end the final norm and the head of the source and of one artifact or
+several stand together, and every scored position's logits are compared and forgotten; what the source predicts is
+computed once for all of them. Windows run side by side on one torch thread each, positions in parts of fixed size, so
+the figures do not depend on the number of threads. All arithmetic is float32 (products by oneDNN, where torch has it),
+sums are float64.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ import torch
 
 from llm_quantize import events
 from llm_quantize.errors import NumericPolicyError
+from llm_quantize.evaluation.reference import Reference
 from llm_quantize.events import EventSink
-from llm_quantize.measures.divergence import Comparison, Scores, log_softmax_like, score
-from llm_quantize.measures.perplexity import Logits, Tokens, log_softmax, scored
+from llm_quantize.measures.divergence import Comparison, Predicted, Scores, candidate_like
+from llm_quantize.measures.perplexity import Logits, Tokens, scored
 from llm_quantize.runtimes.base import Predictions
 from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import Block, Head, Network
 from llm_quantize.streams.passes import Finite, Move, Pass, give_back_memory
 from llm_quantize.streams.pool import Pool
+from llm_quantize.streams.products import FastProducts
 from llm_quantize.streams.reordered import Reordered
 from llm_quantize.streams.weights import Weights
 
@@ -40,7 +44,7 @@ SLICE_VALUES = 1 << 18
 
 @dataclass
 class Stream:
-    """One model's way through the windows. ``path``: for messages. ``head_weights``: what its head is loaded from."""
+    """An artifact's way through the windows. ``path``: for messages. ``head_weights``: what its head is loaded from."""
 
     path: Path
     weights: Weights
@@ -73,44 +77,60 @@ class Evaluation:
         self._done += steps
         self._on_event(events.Measure(done=self._done, total=self._total))
 
-    def embed(self, stream: Stream) -> None:
-        """Put the hidden states that enter block 0 into the stream."""
-        self._pass.embed(stream.weights, stream.states)
+    def refer(self, weights: Weights, states: Activations, again: Activations, reference: Reference) -> None:
+        """The source, with ``weights``, through every block, and its first windows in another order of arithmetic:
+        what leaves the last block at scored positions is put into ``reference``. ``states``, ``again``: room for the
+        hidden states of whole windows on the way.
 
-    def through_blocks(self, source: Stream, artifacts: Sequence[Stream], noise: Activations) -> None:
-        """Every stream through every block. ``noise``: hidden states of the source's first windows, in another order
-        of arithmetic. Raises NumericPolicyError for hidden states that are not finite, StoppedError after a signal."""
-        streams = (source, *artifacts)
+        Raises NumericPolicyError for hidden states that are not finite, StoppedError after a signal."""
+        check = Finite(reference.path)
+        self._pass.embed(weights, states)
+        for index in range(again.shape[0]):
+            again.write(index, states.read(index))
+
+        def on_block(block: Block, _: int) -> None:
+            self._pass.through(block, [Move(states, states, check, _fast), Move(again, again, check, _reordered)])
+
+        self._pass.run(range(self.network.n_blocks), [weights], on_block)
+        for final, whole in ((reference.states, states), (reference.again, again)):
+            for index in range(final.shape[0]):
+                final.write(index, whole.read(index)[scored(self.windows[index])[0]])
+
+    def through_blocks(self, artifacts: Sequence[Stream]) -> None:
+        """Every artifact from its embedding through every block. Raises as ``refer``."""
+        for stream in artifacts:
+            self._pass.embed(stream.weights, stream.states)
 
         def on_block(block: Block, number: int) -> None:
-            stream = streams[number]
-            moves = [Move(stream.states, stream.states, Finite(stream.path))]
-            if number == 0:
-                moves.append(Move(noise, noise, Finite(stream.path), _reordered))
-            self._pass.through(block, moves)
+            stream = artifacts[number]
+            self._pass.through(block, [Move(stream.states, stream.states, Finite(stream.path), _fast)])
 
-        self._pass.run(range(self.network.n_blocks), [stream.weights for stream in streams], on_block)
+        self._pass.run(range(self.network.n_blocks), [stream.weights for stream in artifacts], on_block)
 
     def through_head(
         self,
-        source: Stream,
+        reference: Reference,
         artifacts: Sequence[Stream],
         *,
-        noise: tuple[Activations, Comparison] | None = None,
+        noise: Comparison | None = None,
         runtimes: Mapping[int, RuntimeStream] | None = None,
     ) -> None:
-        """Compare the predictions of every scored position. ``runtimes``: {index of the artifact: its runtime}."""
+        """Compare the predictions of every scored position. ``noise``: where the reference's own in another order of
+        arithmetic are scored; ``runtimes``: {index of the artifact: its runtime}."""
         models = runtimes or {}
+        known = 0 if noise is None else reference.again.shape[0]
+        paths = (reference.path, *(stream.path for stream in artifacts))
         with ExitStack() as stack:
-            heads = [stack.enter_context(self.network.head(stream.head_weights)) for stream in (source, *artifacts)]
+            weights = [reference.head_weights, *(stream.head_weights for stream in artifacts)]
+            heads = [stack.enter_context(self.network.head(one)) for one in weights]
             for index, window in enumerate(self.windows):
                 where, targets = scored(window)
-                states = [stream.states.read(index)[where] for stream in (source, *artifacts)]
-                other = noise[0].read(index)[where] if noise is not None and index < noise[0].shape[0] else None
+                states = [reference.states.read(index), *(stream.states.read(index)[where] for stream in artifacts)]
+                other = reference.again.read(index) if index < known else None
                 told = {which: one.model.logits(window.tolist())[where] for which, one in models.items()}
-                part = partial(_compare_part, heads, (source, *artifacts), states, other, told, targets)
+                part = partial(_compare_part, heads, paths, states, other, told, targets)
                 for found in self.pool.in_order(part, range(0, len(targets), POSITIONS)):
-                    _collect(found, artifacts, noise, models)
+                    _collect(found, index, artifacts, noise, models)
                 self._advance(self._head * (1 + len(artifacts)))
         give_back_memory()
 
@@ -126,20 +146,26 @@ class _Part:
 
 def _collect(
     part: _Part,
+    window: int,
     artifacts: Sequence[Stream],
-    noise: tuple[Activations, Comparison] | None,
+    noise: Comparison | None,
     runtimes: Mapping[int, RuntimeStream],
 ) -> None:
     for stream, scores in zip(artifacts, part.artifacts, strict=True):
         for one in scores:
-            stream.comparison.add_scores(one)
+            stream.comparison.add_scores(one, window)
     if noise is not None:
         for one in part.noise:
-            noise[1].add_scores(one)
+            noise.add_scores(one, window)
     for which, (losses, rounding) in part.runtimes.items():
         for loss, rounded in zip(losses, rounding, strict=True):
-            runtimes[which].comparison.add_scores(loss)
-            runtimes[which].rounding.add_scores(rounded)
+            runtimes[which].comparison.add_scores(loss, window)
+            runtimes[which].rounding.add_scores(rounded, window)
+
+
+def _fast(block: Block, hidden: torch.Tensor, _window: int) -> torch.Tensor:
+    with FastProducts():
+        return block(hidden)
 
 
 def _reordered(block: Block, hidden: torch.Tensor, _window: int) -> torch.Tensor:
@@ -149,7 +175,7 @@ def _reordered(block: Block, hidden: torch.Tensor, _window: int) -> torch.Tensor
 
 def _compare_part(
     heads: Sequence[Head],
-    streams: Sequence[Stream],
+    paths: Sequence[Path],
     states: Sequence[torch.Tensor],
     noise: torch.Tensor | None,
     runtimes: Mapping[int, Logits],
@@ -158,7 +184,8 @@ def _compare_part(
 ) -> _Part:
     """Score positions [start, start + POSITIONS) of one window."""
     stop = min(start + POSITIONS, len(targets))
-    logits = [head(state[start:stop]).numpy() for head, state in zip(heads, states, strict=True)]
+    with FastProducts():
+        logits = [head(state[start:stop]).numpy() for head, state in zip(heads, states, strict=True)]
     if noise is not None:
         with Reordered():
             other = heads[0](noise[start:stop]).numpy()
@@ -167,18 +194,18 @@ def _compare_part(
     for first in range(0, stop - start, step):
         rows = slice(first, min(first + step, stop - start))
         follow = targets[start:stop][rows]
-        with blamed(streams[0].path):
-            base = log_softmax(logits[0][rows])
+        with blamed(paths[0]):
+            base = Predicted.of(logits[0][rows])
         for which, given in enumerate(logits[1:]):
-            with blamed(streams[which + 1].path):
-                mine = log_softmax_like(base, given[rows], follow)
-                found.artifacts[which].append(score(base, mine, follow))
+            with blamed(paths[which + 1]):
+                mine = candidate_like(base, given[rows], follow)
+                found.artifacts[which].append(base.score(mine, follow))
                 if which in runtimes:
-                    real = log_softmax_like(base, runtimes[which][start:stop][rows], follow)
-                    found.runtimes[which][0].append(score(base, real, follow))
-                    found.runtimes[which][1].append(score(mine, real, follow))
+                    real = candidate_like(base, runtimes[which][start:stop][rows], follow)
+                    found.runtimes[which][0].append(base.score(real, follow))
+                    found.runtimes[which][1].append(mine.score(real, follow))
         if noise is not None:
-            found.noise.append(score(base, log_softmax_like(base, other[rows], follow), follow))
+            found.noise.append(base.score(candidate_like(base, other[rows], follow), follow))
     return found
 
 

@@ -104,7 +104,7 @@ def fill_card(text: bytes, measured: Mapping[str, Any] | None) -> bytes:
     if measured is not None:
         told = {
             "kld": f"{measured['kld']:.6f}",
-            "kld_sem": f"{measured['kld_sem']:.6f}",
+            "kld_sem": "not known" if measured["kld_sem"] is None else f"{measured['kld_sem']:.6f}",
             "same_top": f"{100 * measured['same_top']:.2f} %",
             "tokens": str(measured["tokens"]),
             "dtype": str(measured["dtype"]),

@@ -3,7 +3,8 @@
 The text is cut into windows of n tokens without overlap; a rest shorter than n is dropped. Where the vocabulary
 begins texts with a token (BOS), that token takes the first place of every window. Only the second half of a window
 is scored, so that each prediction has at least n / 2 tokens before it: position i, n/2 <= i < n - 1, predicts
-token i + 1. Sums in float64. Standard errors treat scored tokens as independent: sqrt((E[x²] - E[x]²) / (N - 1)).
+token i + 1. Sums in float64. Standard errors are clustered by window (measures/uncertainty.py); llama.cpp takes tokens
+for independent, sqrt((E[x²] - E[x]²) / (N - 1)), and its are smaller.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UsageError
+from llm_quantize.measures.uncertainty import mean_and_sem
 
 Logits = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int32]
@@ -75,21 +77,13 @@ def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     return wide
 
 
-def mean_and_sem(values: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Mean and standard error of N values; with fewer than two values the error is NaN."""
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, float(values.std() / math.sqrt(len(values) - 1))
-
-
 def perplexity(logits: Iterable[Logits], windows: Tokens) -> Perplexity:
     """Perplexity of one model; ``logits`` yields (context, vocabulary) for each row of ``windows``."""
     losses = []
     for window, rows in zip(windows, logits, strict=True):
         where, targets = scored(window)
         losses.append(-log_softmax(rows[where])[np.arange(len(targets)), targets])
-    mean, sem = mean_and_sem(np.concatenate(losses))
+    mean, sem = mean_and_sem(np.concatenate(losses), np.repeat(np.arange(len(losses)), [len(one) for one in losses]))
     return Perplexity(exponential(mean), exponential(mean) * sem, sum(map(len, losses)))
 
 

@@ -290,6 +290,8 @@ def read_comparison(path: str | Path) -> ComparisonResult:
 
 
 _DIVERGENCE = tuple(field.name for field in dataclasses.fields(Divergence))
+_LATER = ("acceptance", "acceptance_sem", "clusters")
+"""Figures that a comparison made before they were measured lacks."""
 _SPEED = tuple(field.name for field in dataclasses.fields(Speed))
 _OWN = ("format", "level", "file", "size", "bits_per_weight", "quantize_cpu_seconds", "grade", "runs_in", "path")
 
@@ -326,8 +328,9 @@ def divergence_to_dict(divergence: Divergence) -> dict[str, Any]:
 
 
 def divergence_from_dict(data: Mapping[str, Any]) -> Divergence:
-    """The inverse; other keys are left alone. Raises KeyError where a figure is absent."""
-    figures: dict[str, Any] = {name: math.nan if data[name] is None else data[name] for name in _DIVERGENCE}
+    """The inverse; other keys are left alone. Raises KeyError where a figure is absent that every version wrote."""
+    names = [name for name in _DIVERGENCE if name in data or name not in _LATER]
+    figures: dict[str, Any] = {name: math.nan if data[name] is None else data[name] for name in names}
     return Divergence(**figures)
 
 

@@ -224,7 +224,7 @@ def _row(variant: Variant, result: ComparisonResult, lang: str, *, chosen: bool,
     kld, kld_error = with_error(measured.kld, measured.kld_sem)
     perplexity, perplexity_error = with_error(measured.perplexity, measured.perplexity_sem)
     ratio, ratio_error = with_error(measured.ln_ratio, measured.ln_ratio_sem)
-    seconds = variant.quantize_cpu_seconds
+    seconds, accepted = variant.quantize_cpu_seconds, measured.acceptance
     share = variant.size / result.model.size if result.model.size else math.nan
     return {
         "label": variant.label,
@@ -249,6 +249,7 @@ def _row(variant: Variant, result: ComparisonResult, lang: str, *, chosen: bool,
         "max": significant(measured.kld_max),
         "delta": f"{percent(measured.rms_delta_p, 2)} %",
         "ln_ratio": (ratio, ratio_error),
+        "accepted": f"{percent(accepted, 2)} %" if math.isfinite(accepted) else ABSENT,
     }
 
 
@@ -304,13 +305,14 @@ def method(result: ComparisonResult, lang: str) -> list[str]:
     words, text, machine = labels(lang), result.text, result.machine
     ppl, _ = with_error(result.reference.perplexity, result.reference.perplexity_sem)
     floor = result.reference.noise_floor
+    errors = _errors_text(result, words)
     about = {"names": text_names(result, lang), "sha": text.sha256[:16], "ppl": ppl, "context": f"{text.context:,}"}
     paragraphs = [
         words["method_kld"],
         words["method_text"].format(**about, windows=f"{text.windows:,}", tokens=f"{text.tokens:,}"),
-        words["method_no_floor"]
+        errors
         if floor is None
-        else words["method_floor"].format(floor=significant(floor, 2)) + words["space"] + words["method_no_floor"],
+        else words["method_floor"].format(floor=significant(floor, 2)) + words["space"] + errors,
     ]
     if result.grades:
         paragraphs.append(words["method_grades"].format(grades=grades_text(result, lang)))
@@ -323,6 +325,14 @@ def method(result: ComparisonResult, lang: str) -> list[str]:
         counts = {"prompt": speed.prompt_tokens, "new": speed.new_tokens}
         paragraphs.append(words["method_speed"].format(**facts, **counts))
     return paragraphs
+
+
+def _errors_text(result: ComparisonResult, words: Mapping[str, str]) -> str:
+    """What standard errors are of. Comparisons of earlier versions know no clusters."""
+    clusters = {variant.divergence.clusters for variant in result.variants}
+    if 0 in clusters:
+        return words["method_errors_tokens"]
+    return words["method_errors_none" if 1 in clusters else "method_errors"].format(windows=f"{result.text.windows:,}")
 
 
 def text_names(result: ComparisonResult, lang: str) -> str:

@@ -17,6 +17,7 @@ from llm_quantize.artifacts.verdict import EXACT
 from llm_quantize.artifacts.verify import Verification
 from llm_quantize.errors import NumericPolicyError, printable
 from llm_quantize.measures.amounts import bytes_text, counted, decimals, time_text
+from llm_quantize.measures.uncertainty import figure
 from llm_quantize.plan import ArtifactPlan, cpu_seconds, spoken
 from llm_quantize.reports.wording import said, said_of_many_words
 
@@ -157,8 +158,8 @@ def _print_verdict(console: Console, conversion: Mapping[str, Any]) -> None:
         console.print(shown(f"  {said(text)}"))
     if measured is not None:
         text = (
-            f"KL divergence {decimals(measured['kld'], 5)} ± {decimals(measured['kld_sem'], 5)} nats against the "
-            f"source, same likeliest token {100 * measured['same_top']:.1f} %, on {measured['tokens']:,} tokens"
+            f"KL divergence {figure(measured['kld'], measured['kld_sem'])} nats against the source, same likeliest "
+            f"token {100 * measured['same_top']:.1f} %, on {measured['tokens']:,} tokens"
         )
         console.print(shown(f"  {said(text)}"))
 
@@ -181,7 +182,7 @@ def print_foreseen(plan: ArtifactPlan, verdicts: Mapping[str, str], *, verbose: 
 def _measured(facts: Mapping[str, Any]) -> str:
     """What a calibrated run lost, in a line."""
     return (
-        f"KL divergence {decimals(facts['kld'], 5)} ± {decimals(facts['kld_sem'], 5)} nats, same likeliest token "
+        f"KL divergence {figure(facts['kld'], facts['kld_sem'])} nats, same likeliest token "
         f"{100 * facts['same_top']:.1f} %, on {facts['tokens']:,} tokens that were not calibrated on ({facts['dtype']})"
     )
 
