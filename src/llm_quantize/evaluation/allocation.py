@@ -6,6 +6,8 @@ Divergences of small changes add up (each is a quadratic form of its own perturb
 are nearly independent), so the sum stands for the whole. Each tensor's choices are cut down to the lower convex hull of
 (bytes, KLD); then the step that gains most per byte is taken, again and again, over all tensors: the Lagrangian
 solution, optimal at every budget at which it stops exactly. What is left of the budget goes to single steps that fit.
+From there the optimum is searched: with l the gain per byte at which the steps stopped, no better choice holds a type
+whose KLD + l bytes exceeds its tensor's least by more than the gap to the bound, and few do not (evaluation/knapsack.py).
 
 Presets are sizes that people know and types to choose from:
 
@@ -25,7 +27,8 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from llm_quantize.architectures.rows import matrix_shape, weights_of
 from llm_quantize.errors import ResourceError, UsageError
-from llm_quantize.evaluation.sensitivity import Profile, Sensitivity
+from llm_quantize.evaluation.knapsack import knapsack
+from llm_quantize.evaluation.sensitivity import Candidate, Profile, Sensitivity
 from llm_quantize.formats.gguf.levels import (
     LEVELS,
     TensorShape,
@@ -134,16 +137,23 @@ def allocate(profile: Profile, budget: int, types: Sequence[str] = (), *, align:
         )
     heap = [(-_gain(steps[0], steps[1], align), name, 1) for name, (steps, _) in choices.items() if len(steps) > 1]
     heapq.heapify(heap)
+    stopped = 0.0
     while heap:
-        _, name, index = heapq.heappop(heap)
+        gain, name, index = heapq.heappop(heap)
         steps = choices[name][0]
         more = padded(steps[index].nbytes, align) - padded(chosen[name].nbytes, align)
         if spent + more > budget:
+            stopped = stopped or -gain
             continue
         chosen[name], spent = steps[index], spent + more
         if index + 1 < len(steps):
             heapq.heappush(heap, (-_gain(steps[index], steps[index + 1], align), name, index + 1))
-    spent = _fill(chosen, {name: allowed for name, (_, allowed) in choices.items()}, spent, budget, align)
+    every = {name: allowed for name, (_, allowed) in choices.items()}
+    spent = _fill(chosen, every, spent, budget, align)
+    better = _search(chosen, every, budget, stopped, align)
+    if better is not None:
+        chosen = better
+        spent = sum(padded(row.nbytes, align) for row in chosen.values())
     return Allocation(
         types={name: row.qtype for name, row in chosen.items()},
         nbytes=spent,
@@ -151,6 +161,27 @@ def allocate(profile: Profile, budget: int, types: Sequence[str] = (), *, align:
         kld=sum(row.kld for row in chosen.values()),
         kld_sem=math.hypot(*(row.kld_sem for row in chosen.values())),
     )
+
+
+def _search(
+    chosen: Mapping[str, Sensitivity],
+    choices: Mapping[str, Sequence[Sensitivity]],
+    budget: int,
+    price: float,
+    align: int,
+) -> dict[str, Sensitivity] | None:
+    """Choices of a smaller sum than ``chosen``, the smallest there is; None where there is none. ``price``: the gain
+    per byte at which the steps stopped, 0 where all were taken."""
+    if price <= 0:
+        return None
+    names = list(chosen)
+    found = knapsack(
+        [[(padded(row.nbytes, align), row.kld) for row in choices[name]] for name in names],
+        budget,
+        price,
+        sum(row.kld for row in chosen.values()),
+    )
+    return None if found is None else {name: choices[name][at] for name, at in zip(names, found, strict=True)}
 
 
 def _fill(
@@ -256,7 +287,7 @@ _COMPARED = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M",
 def choose(source: Source, profile: Profile, target: Target, *, name: str | None = None) -> Choice:
     """The recipe for ``target``. ``name``: of the recipe, else made of the size. Raises as ``allocate``, UsageError for
     no such level."""
-    rest = _rest_of_file(source)
+    rest = rest_of_file(source)
     if target.like is not None:
         like = parse_level(target.like).name
         budget = bytes_of(source, level_types(source, like))

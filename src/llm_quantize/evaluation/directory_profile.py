@@ -58,6 +58,32 @@ class DirectoryLadder:
     widths: Sequence[int] = (2, 3, 4, 5, 6, 8)
     head_bits: Sequence[int] = HEAD_BITS
     feeds_back: bool = True
+    weighed_types: Sequence[str] = ()
+
+    def least(self, source: Source, wanted: Sequence[Candidate]) -> int:
+        """Bytes of all files with every unit of ``wanted`` on the smallest of its grids, or as it is where that may
+        be and is smaller."""
+        head = {one.name for one in wanted} & {head_of(source)}
+        base = self._base(source, head=bool(head))
+        size = base.size - sum(matrices_bytes(self, base).values())
+        least: dict[str, int] = {}
+        for one in wanted:
+            least[one.name] = min(one.nbytes, least.get(one.name, one.nbytes))
+        return size + sum(least.values())
+
+    def lossless(self, source: Source, wanted: Sequence[Candidate]) -> list[Sensitivity]:
+        """None: ``choose`` knows what may be left as it is."""
+        return []
+
+    def plain(self, source: Source, wanted: Sequence[Candidate], limit: int, model: str) -> Recipe | None:
+        """The widest level of at most ``limit`` bytes, as a recipe of the units in blocks; None where none fits."""
+        base = self._base(source, head=False)
+        for bits in sorted(self.widths, reverse=True):
+            plan = self._plan(source, self.level.format(bits=bits), None, _group(base))
+            if plan.size <= limit:
+                tensors = {mixture_of(matrix.name): matrix.qtype for matrix in plan.matrices}
+                return Recipe(plan.level, plan.level, tensors, model=model, form=self.form)
+        return None
 
     def candidates(self, source: Source, types: Sequence[str], covered: Mapping[str, Any]) -> list[Candidate]:
         """Everything that gets one grid, at every type, in the order of the artifact. Where groups do not divide the
@@ -175,6 +201,12 @@ def _kept(source: Source, known: Mapping[str, Sequence[MatrixPlan]]) -> list[Sen
             nbytes = sum(info.elements * (4 if info.dtype in _WIDE else 2) for info in stored)
             found.append(Sensitivity(unit, _KEPT, 8 * nbytes / sum(info.elements for info in stored), nbytes, 0.0, 0.0))
     return found
+
+
+def matrices_bytes(ladder: DirectoryLadder, plan: ArtifactPlan) -> dict[str, int]:
+    """{unit: bytes of its fields as ``plan`` has them}."""
+    scheme = scheme_of(plan)
+    return {name: ladder._bytes(scheme, found, found[0].qtype) for name, found in units(plan).items()}
 
 
 def units(plan: ArtifactPlan) -> dict[str, list[MatrixPlan]]:

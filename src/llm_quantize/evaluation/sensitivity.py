@@ -95,7 +95,8 @@ def _fitting(qtype: str, columns: int) -> str | None:
 class Cost:
     """What measuring will take: ``streams`` of ``tokens`` tokens each, ``passes`` of a stream through a block, heads
     of every stream; ``forwards``: the same work in whole forwards of the text, ``groups``: how many times the model is
-    read (each on the average by half)."""
+    read (each on the average by half). ``estimated``: there is one stream, forward and back, and its gradients tell of
+    so many variants."""
 
     tensors: int
     streams: int
@@ -103,18 +104,21 @@ class Cost:
     passes: int
     forwards: float
     groups: int
+    estimated: bool = False
 
     def sentence(self) -> str:
         """The plan in one line."""
+        over = "by the gradients of" if self.estimated else "over"
         return (
-            f"{self.tensors} tensors, {self.streams} variants over {self.tokens:,} tokens: the work of "
+            f"{self.tensors} tensors, {self.streams} variants {over} {self.tokens:,} tokens: the work of "
             f"{self.forwards:,.0f} forwards of the text, in {self.groups} readings of the model"
         )
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One figure: ``tensor`` alone at ``qtype``. ``kld`` and its standard error in nats; ``bits`` per weight."""
+    """One figure: ``tensor`` alone at ``qtype``. ``kld`` and its standard error in nats, 0 of an estimate; ``bits`` per
+    weight."""
 
     tensor: str
     qtype: str
@@ -128,7 +132,8 @@ class Sensitivity:
 class Profile:
     """All figures of a model, in the order of its tensors. ``model``: its digest; ``text``: "sha256" of the windows,
     "datasets", "context", "windows", "tokens" (scored); ``importance``: hash of the importance used, or None.
-    ``form``: the format whose types these are."""
+    ``form``: the format whose types these are; ``estimated``: figures by gradients (evaluation/fisher.py), else each
+    was measured."""
 
     name: str
     model: str
@@ -136,6 +141,7 @@ class Profile:
     importance: str | None
     rows: tuple[Sensitivity, ...]
     form: str = "gguf"
+    estimated: bool = False
 
     def by_tensor(self) -> dict[str, tuple[Sensitivity, ...]]:
         """Tensor -> its figures."""
@@ -150,6 +156,7 @@ class Profile:
             "format": FORMAT,
             "format_version": VERSION,
             **({} if self.form == Profile.form else {"for": self.form}),
+            **({"estimated": True} if self.estimated else {}),
             "model": {"name": self.name, "sha256": self.model},
             "text": dict(self.text),
             "importance": self.importance,
@@ -198,10 +205,13 @@ def read_profile(path: str | Path) -> Profile:
     form = fields.get("for", Profile.form)
     if not isinstance(form, str):
         raise _refuse(path, "the profile's format is not a word", form)
+    estimated = fields.get("estimated", False)
+    if not isinstance(estimated, bool):
+        raise _refuse(path, "the profile does not say whether its figures are estimates", estimated)
     found = tuple(_row(path, row) for row in rows)
     if len({(row.tensor, row.qtype) for row in found}) != len(found):
         raise _refuse(path, "a figure of the profile stands twice", len(found))
-    return Profile(model["name"], model["sha256"], text, importance, found, form)
+    return Profile(model["name"], model["sha256"], text, importance, found, form, estimated)
 
 
 def _row(path: Path, row: Any) -> Sensitivity:
