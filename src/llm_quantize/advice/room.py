@@ -31,10 +31,10 @@ class Room:
     beside: int = 0
 
     def facts(self) -> dict[str, int | str]:
-        """JSON-ready; without a context the size alone."""
-        told: dict[str, int | str] = {"size": self.size}
+        """JSON-ready; without a context the size and the file's alone."""
+        told: dict[str, int | str] = {"size": self.size, "file": self.file}
         if self.context:
-            told |= {"file": self.file, "context": self.context, "kv": self.kv, "beside": self.beside}
+            told |= {"context": self.context, "kv": self.kv, "beside": self.beside}
         return told
 
 
@@ -108,4 +108,3 @@ def room_for(source: Source, form: str, size: int, *, context: int | None = None
             remedy="allow a larger --fit, a smaller --context, or a smaller type of cache with --kv",
         )
     return Room(size, size - need.total, context, kv, need.total)
-

@@ -14,6 +14,20 @@ LEAST_BYTES = 1_000_000
 """A bare number from here on is of bytes: nobody has a million gigabytes, and nothing here fits in a megabyte."""
 
 
+class Tokens(click.ParamType[int]):
+    """A number of tokens: 4096, or 8k, 128k, as people say it: 1,024 each."""
+
+    name = "TOKENS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+)\s*(K?)", str(value).strip().upper())
+        if match is None or int(match[1]) < 1:
+            self.fail(f"{value!r} is not a number of tokens; write for example 8192 or 8k", param, ctx)
+        return int(match[1]) * (1024 if match[2] else 1)
+
+
 class Size(click.ParamType[int]):
     """Bytes with a unit: 512M, 4G (powers of ten), 4GiB (powers of two). A number without one is of gigabytes, as
     people speak of memory, and of bytes where it is too large for that."""

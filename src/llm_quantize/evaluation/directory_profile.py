@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_quantize.architectures.rows import matrix_shape, weights_of
 from llm_quantize.errors import ResourceError, UsageError
-from llm_quantize.evaluation.allocation import Choice, Preset, Target, allocate
+from llm_quantize.evaluation.allocation import Allocation, Choice, Preset, Target, allocate
 from llm_quantize.evaluation.sensitivity import Candidate, Profile, Sensitivity
 from llm_quantize.formats.base import Scheme, mixture_of, scheme_of
 from llm_quantize.formats.compressed_mixed import HEAD_BITS
@@ -75,14 +75,20 @@ class DirectoryLadder:
         """None: ``choose`` knows what may be left as it is."""
         return []
 
-    def plain(self, source: Source, wanted: Sequence[Candidate], limit: int, model: str) -> Recipe | None:
-        """The widest level of at most ``limit`` bytes, as a recipe of the units in blocks; None where none fits."""
+    def plain(self, source: Source, wanted: Sequence[Candidate], limit: int, model: str) -> Choice | None:
+        """The widest level of at most ``limit`` bytes, its losses not said; None where none fits."""
         base = self._base(source, head=False)
         for bits in sorted(self.widths, reverse=True):
             plan = self._plan(source, self.level.format(bits=bits), None, _group(base))
-            if plan.size <= limit:
-                tensors = {mixture_of(matrix.name): matrix.qtype for matrix in plan.matrices}
-                return Recipe(plan.level, plan.level, tensors, model=model, form=self.form)
+            if plan.size > limit:
+                continue
+            own = units(plan)
+            types = {unit: found[0].qtype for unit, found in own.items()}
+            types |= {one.name: _KEPT for one in wanted if one.name not in own}
+            tensors = {mixture_of(matrix.name): matrix.qtype for matrix in plan.matrices}
+            recipe = Recipe(plan.level, plan.level, tensors, model=model, form=self.form)
+            nbytes = sum(matrices_bytes(self, plan).values())
+            return Choice(recipe, Allocation(types, nbytes, limit, 0.0, 0.0), plan.size, {})
         return None
 
     def candidates(self, source: Source, types: Sequence[str], covered: Mapping[str, Any]) -> list[Candidate]:

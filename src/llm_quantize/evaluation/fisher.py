@@ -67,9 +67,7 @@ class Estimation:
         self.weights = CheckpointWeights(self.source.checkpoint)
         self.way = Pass(self.network, torch.from_numpy(self.windows.astype(np.int64)), self.pool, self._tell)
 
-    def measure(
-        self, placed: Sequence[Placed], record: Callable[[Sequence[Sensitivity]], None]
-    ) -> list[Sensitivity]:
+    def measure(self, placed: Sequence[Placed], record: Callable[[Sequence[Sensitivity]], None]) -> list[Sensitivity]:
         """Figures of ``placed``, in their order; ``record`` hears those of each part as soon as it has them.
 
         Raises NumericPolicyError where hidden states or gradients are not finite, StoppedError after a signal.
@@ -211,8 +209,8 @@ def quadratic(held: torch.Tensor, source: torch.Tensor, fisher: torch.Tensor) ->
 
 
 def _drawn(logits: torch.Tensor, window: int, start: int) -> torch.Tensor:
-    """p - y for logits float32 (k, vocabulary): the gradient of -log p(y) for tokens y drawn from p, by the window's own
-    random numbers."""
+    """p - y for logits float32 (k, vocabulary): the gradient of -log p(y) for tokens y drawn from p, by random
+    numbers of the window's own."""
     share = torch.softmax(logits, -1)
     numbers = np.random.Generator(np.random.PCG64([_SEED, window, start])).random(len(share))
     bars = torch.from_numpy(numbers).unsqueeze(-1)
@@ -233,4 +231,3 @@ def _figure(candidate: Candidate, cost: float) -> Sensitivity:
     if not np.isfinite(cost):
         raise NumericPolicyError("the estimated loss is not finite", tensor=candidate.name, found=candidate.qtype)
     return Sensitivity(candidate.name, candidate.qtype, candidate.bits, candidate.nbytes, cost, 0.0)
-

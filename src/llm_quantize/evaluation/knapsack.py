@@ -24,9 +24,7 @@ by thousands of choices."""
 _EQUAL = 1e-12  # of the known cost: what is nearer is no gain
 
 
-def knapsack(
-    items: Sequence[Sequence[tuple[int, float]]], budget: int, price: float, known: float
-) -> list[int] | None:
+def knapsack(items: Sequence[Sequence[tuple[int, float]]], budget: int, price: float, known: float) -> list[int] | None:
     """The option of each of ``items``, (bytes, cost), of the least cost in ``budget`` bytes; None where nothing costs
     less than ``known``, or too much would have to be looked at. ``price``: of a byte, in cost; any will do, but the
     search is short with that of the Lagrangian solution alone."""
@@ -59,7 +57,7 @@ def knapsack(
     if not len(fitting) or costs[fitting[-1]] >= known * (1 - _EQUAL):
         return None
     found, at = [], int(fitting[-1])
-    for options, parents in reversed(trail):
-        found.append(int(options[at]))
+    for taken, parents in reversed(trail):
+        found.append(int(taken[at]))
         at = int(parents[at])
     return found[::-1]

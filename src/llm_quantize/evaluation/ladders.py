@@ -12,7 +12,6 @@ from llm_quantize.evaluation import allocation, sensitivity
 from llm_quantize.evaluation.allocation import Choice, Preset, Target
 from llm_quantize.evaluation.directory_profile import DirectoryLadder
 from llm_quantize.evaluation.sensitivity import Candidate, Profile, Sensitivity
-from llm_quantize.formats.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +46,9 @@ class Ladder(Protocol):
     def lossless(self, source: Source, wanted: Sequence[Candidate]) -> list[Sensitivity]:
         """Each part of ``wanted`` as the source has it, where a recipe may leave it so: no loss."""
 
-    def plain(self, source: Source, wanted: Sequence[Candidate], limit: int, model: str) -> Recipe | None:
-        """The largest plain level of at most ``limit`` bytes, as a recipe of ``wanted``; None where there is none.
-        ``model``: digest of the source."""
+    def plain(self, source: Source, wanted: Sequence[Candidate], limit: int, model: str) -> Choice | None:
+        """The largest plain level of at most ``limit`` bytes, its losses not said; None where there is none. ``model``:
+        digest of the source."""
 
     def candidates(self, source: Source, types: Sequence[str], covered: Mapping[str, Any]) -> list[Candidate]:
         """Every part at every type that it can hold, in the order of the artifact. ``covered``: names with importance.
@@ -80,13 +79,13 @@ class GgufLadder:
 
     def least(self, source: Source, wanted: Sequence[Candidate]) -> int:
         """See ``Ladder``."""
-        return allocation.rest_of_file(source) + sum(allocation.smallest(wanted).values())
+        return allocation.rest_of_file(source) + allocation.HEADER_SLACK + sum(allocation.smallest(wanted).values())
 
     def lossless(self, source: Source, wanted: Sequence[Candidate]) -> list[Sensitivity]:
         """See ``Ladder``: tensors that the source stores in 16 bits."""
         return allocation.lossless(source, wanted)
 
-    def plain(self, source: Source, wanted: Sequence[Candidate], limit: int, model: str) -> Recipe | None:
+    def plain(self, source: Source, wanted: Sequence[Candidate], limit: int, model: str) -> Choice | None:
         """See ``Ladder``."""
         return allocation.plain_level(source, wanted, limit, model)
 

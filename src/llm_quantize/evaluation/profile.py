@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -47,7 +47,9 @@ STREAM_BYTES = 2 << 30
 ESTIMATE = 1
 """Which estimate by gradients this version makes: one more whenever its figures become others."""
 
-_PASSES = 4.0  # forwards of the text: there, each block once more on the way back, and twice that for its gradients
+PASSES = 4.0
+"""Forwards of the text that an estimate takes: there, each block once more on the way back, and twice that for its
+gradients."""
 _KEPT_FOR_BACK = 4  # times what a forward holds for a moment is kept of a block until its gradients are there
 
 
@@ -116,16 +118,18 @@ def plan_profile(
     wanted = ladder.candidates(source, types, {} if imatrix is None else imatrix.values)
     known, times = dict[tuple[str, str], Sensitivity](), source_times(source.checkpoint)
     if journal is not None and journal.is_file():
-        known = _known(journal, _identity(source, windows, imatrix, statistics, form, device, estimated, on_event))
+        known = known_figures(
+            journal, identity_of(source, windows, imatrix, statistics, form, device, estimated, on_event)
+        )
     network = open_network(source, dtype="float32", device=device)
     placed = place(source, network, [one for one in wanted if one.key not in known])
     solving = ladder.held_bytes(wanted, statistics)
     limits = {"threads": threads, "max_ram": max_ram}
     if estimated:
         fitted = memory.fit(_estimate_sizes(source, network, windows, placed, solving, device), **limits)
-        groups = (tuple(placed),) if placed else ()
+        groups: tuple[tuple[Placed, ...], ...] = (tuple(placed),) if placed else ()
         names, streams = {one.candidate.name for one in placed}, len(placed)
-        cost = Cost(len(names), streams, windows.size, 0, _PASSES if placed else 0.0, 2 * len(groups), estimated=True)
+        cost = Cost(len(names), streams, windows.size, 0, PASSES if placed else 0.0, 2 * len(groups), estimated=True)
     else:
         streams, fitted = _fit(source, network, windows, placed, solving=solving, device=device, **limits)
         groups = tuple(tuple(group) for group in plan_groups(placed, network.n_blocks, streams))
@@ -237,8 +241,8 @@ def _estimate_sizes(
 
 
 def measure_profile(plan: ProfilePlan, *, journal: Path | None = None, on_event: EventSink = ignore) -> Profile:
-    """Measure, or estimate, what the plan lacks. ``journal``: where figures are kept as they come; left there for the caller to
-    remove when the profile is written.
+    """Measure, or estimate, what the plan lacks. ``journal``: where figures are kept as they come; left there for
+    the caller to remove when the profile is written.
 
     Raises NumericPolicyError, BusyError (another process measures the same), StoppedError after a signal,
     IntegrityError (the source was written meanwhile), and what reading weights raises.
@@ -246,7 +250,7 @@ def measure_profile(plan: ProfilePlan, *, journal: Path | None = None, on_event:
     from llm_quantize.streams.pool import Pool
 
     found = dict(plan.known)
-    identity = _identity(
+    identity = identity_of(
         plan.source, plan.windows, plan.imatrix, plan.statistics, plan.form, plan.device, plan.estimated, on_event
     )
     with stop_on_signals() as stop, _journal(plan, identity, journal) as record:
@@ -272,29 +276,21 @@ def measure_profile(plan: ProfilePlan, *, journal: Path | None = None, on_event:
 Record = Callable[[Sequence[Sensitivity]], None]
 
 
-def _measure(
-    plan: ProfilePlan, hold: Hold, pool: Pool, record: Record, on_event: EventSink
-) -> list[Sensitivity]:
+def _measure(plan: ProfilePlan, hold: Hold, pool: Pool, record: Record, on_event: EventSink) -> list[Sensitivity]:
     from llm_quantize.evaluation.sensitivity_stream import Measurement
 
     return Measurement(plan.source, plan.network, plan.windows, hold, pool, on_event).measure(plan.groups, record)
 
 
-def _estimate(
-    plan: ProfilePlan, hold: Hold, pool: Pool, record: Record, on_event: EventSink
-) -> list[Sensitivity]:
+def _estimate(plan: ProfilePlan, hold: Hold, pool: Pool, record: Record, on_event: EventSink) -> list[Sensitivity]:
     from llm_quantize.evaluation.fisher import Estimation
 
-    with ExitStack() as stack:
-        scratch = None
-        if plan.disk:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-quantize-")))
-            preflight.check_disk(scratch, plan.disk, remedy="set TMPDIR to another directory, or take fewer --windows")
+    with scratch_of(plan) as scratch:
         run = Estimation(plan.source, plan.network, plan.windows, hold, pool, scratch, on_event)
         return run.measure([one for group in plan.groups for one in group], record)
 
 
-def _identity(
+def identity_of(
     source: Source,
     windows: Tokens,
     imatrix: Imatrix | None,
@@ -315,15 +311,27 @@ def _identity(
     }
 
 
+@contextmanager
+def scratch_of(plan: ProfilePlan) -> Iterator[Path | None]:
+    """A directory for the hidden states of ``plan``; None where they stay in memory. Raises ResourceError where the
+    disk is too small."""
+    if not plan.disk:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="llm-quantize-") as found:
+        preflight.check_disk(Path(found), plan.disk, remedy="set TMPDIR to another directory, or take less text")
+        yield Path(found)
+
+
 def _settled(plan: ProfilePlan, record: Callable[[Sequence[Sensitivity]], None], rows: Sequence[Sensitivity]) -> None:
     """Keep ``rows``, which were measured on the source that was planned for."""
     refuse_changed(plan.source.checkpoint, plan.times)
     record(rows)
 
 
-def _known(path: Path, identity: Mapping[str, Any]) -> dict[tuple[str, str], Sensitivity]:
-    """What an earlier run of the same identity measured."""
-    if path.is_symlink():
+def known_figures(path: Path, identity: Mapping[str, Any]) -> dict[tuple[str, str], Sensitivity]:
+    """What an earlier run of the same identity measured, by (tensor, type); nothing where there is none."""
+    if path.is_symlink() or not path.is_file():
         return {}
     records, _ = parse_journal(path.read_bytes())
     if not records or records[0].get("identity") != dict(identity):

@@ -33,7 +33,8 @@ MAX_BYTES = 256 << 20
 DEFAULT_TYPES = ("q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q3_k", "q2_k")
 """What is measured unless the user names types: the ladder of K-quants and the smallest good 4-bit grid."""
 
-_FLOATS = ("f32", "f16", "bf16")
+FLOATS = frozenset(("f32", "f16", "bf16"))
+"""Types of which nothing is measured."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def candidates(source: Source, types: Sequence[str], covered: Mapping[str, Any])
     A type whose blocks do not divide the rows is replaced by llama.cpp's fallback for it. ``covered``: names with
     importance; types that need it are left out elsewhere. Raises UsageError for no type or one that is not there.
     """
-    unknown = [qtype for qtype in types if qtype not in QTYPES or qtype in _FLOATS]
+    unknown = [qtype for qtype in types if qtype not in QTYPES or qtype in FLOATS]
     if unknown or not types:
         raise UsageError("no such type to measure", expected=", ".join(DEFAULT_TYPES), found=", ".join(unknown))
     found = []

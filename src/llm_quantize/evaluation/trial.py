@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,6 @@ import torch
 from llm_quantize.evaluation.sensitivity import Candidate
 from llm_quantize.evaluation.streamed import Evaluation, Stream
 from llm_quantize.events import EventSink
-from llm_quantize.measures.divergence import pair
 from llm_quantize.measures.perplexity import Tokens
 from llm_quantize.models.opening import Source
 from llm_quantize.streams.hidden import Activations
@@ -29,16 +27,6 @@ from llm_quantize.streams.weights import CheckpointWeights
 Hold = Callable[[Candidate], Mapping[str, torch.Tensor]]
 
 
-@dataclass(frozen=True)
-class Tried:
-    """One recipe: its mean KLD and standard error, nats; ``difference`` from the first one, paired, and its error."""
-
-    kld: float
-    kld_sem: float
-    difference: float = 0.0
-    difference_sem: float = 0.0
-
-
 def try_recipes(
     source: Source,
     network: Network,
@@ -48,9 +36,9 @@ def try_recipes(
     pool: Pool,
     scratch: Path | None,
     on_event: EventSink,
-) -> list[Tried]:
-    """What each of ``recipes`` loses over ``windows`` (n, length). ``hold``: {tensor of the source: float32} with a
-    candidate at its type; ``scratch``: where hidden states lie in files, None: in memory.
+) -> list[float]:
+    """The mean KLD, nats, of each of ``recipes`` over ``windows`` (n, length). ``hold``: {tensor of the
+    source: float32} with a candidate at its type; ``scratch``: where hidden states lie in files, None: in memory.
 
     Raises NumericPolicyError for states or logits that are not finite, StoppedError after a signal.
     """
@@ -74,21 +62,10 @@ def try_recipes(
         work.through_blocks(origin, streams, states(0))
         for stream in streams:
             work.through_head(origin, [stream])
-    comparisons = [stream.comparison for stream in streams]
-    found = []
-    for index, comparison in enumerate(comparisons):
-        result = comparison.result()
-        if index == 0:
-            found.append(Tried(result.kld, result.kld_sem))
-            continue
-        paired = pair(comparisons, index, 0)
-        found.append(Tried(result.kld, result.kld_sem, paired.kld_difference, paired.kld_difference_sem))
-    return found
+    return [stream.comparison.result().kld for stream in streams]
 
 
-def _held(
-    recipe: Sequence[Candidate], hold: Hold
-) -> dict[str, list[Callable[[], Mapping[str, torch.Tensor]]]]:
+def _held(recipe: Sequence[Candidate], hold: Hold) -> dict[str, list[Callable[[], Mapping[str, torch.Tensor]]]]:
     """{tensor of the source: what puts values into it}."""
     found: dict[str, list[Callable[[], Mapping[str, torch.Tensor]]]] = {}
     for candidate in recipe:

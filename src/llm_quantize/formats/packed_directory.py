@@ -213,7 +213,7 @@ class PackedFormat:
             qtype=scheme.qtype.name,
             measured=options.statistics is None and method.stages(self.name).corrects,
             warnings=[*warnings, *cautions, *unlike],
-            notes=(*(() if recipe is None or recipe.origin is None else recipe.origin.notes()), *why),
+            notes=(*(() if recipe is None else recipe.notes()), *why),
             too_large=_TOO_LARGE,
             dropped=found.dropped,
         )

@@ -351,9 +351,9 @@ class Head:
     def pull_back(
         self, hidden: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of a scalar of the logits: ``choose`` is given float32 logits (k, vocab_size) on the CPU and returns
-        the gradient for them. Returns that for ``hidden`` (k, width), which left the last block, and that for the
-        output matrix, on the CPU."""
+        """Gradients of a scalar of the logits: ``choose`` is given float32 logits (k, vocab_size) on the CPU and
+        returns the gradient for them. Returns that for ``hidden`` (k, width), which left the last block, and that for
+        the output matrix, on the CPU."""
         matrix = self._model.get_submodule(self._skeleton.output).weight.requires_grad_(True)
         with torch.enable_grad():
             start = hidden.to(self._skeleton.device).clone().requires_grad_(True)

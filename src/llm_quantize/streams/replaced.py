@@ -79,7 +79,9 @@ class MixedWeights:
     a tensor whose rows go into several tensors of the artifact has several.
     """
 
-    def __init__(self, weights: Weights, held: Mapping[str, Sequence[Callable[[], Mapping[str, torch.Tensor]]]]) -> None:
+    def __init__(
+        self, weights: Weights, held: Mapping[str, Sequence[Callable[[], Mapping[str, torch.Tensor]]]]
+    ) -> None:
         self._weights, self._held = weights, held
 
     @property
