@@ -83,9 +83,9 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     from llm_quantize.reports import terminal
 
     shown = mode(ctx, as_json, verbose)
+    asked, chosen = fit_asked(arguments), None
     options = build_options(arguments)
     common = {"name": arguments["name"], "revision": arguments["revision"], "lora": arguments["lora"]}
-    asked, chosen = fit_asked(arguments), None
     if asked is not None:
         way = fit.foresee if arguments["dry_run"] else fit.fit
         of = {key: arguments[key] for key in ("revision", "lora")}

@@ -142,6 +142,7 @@ class Estimation:
                 fisher = gradient.square_() if fisher is None else fisher.add_(gradient.square_())
                 whole[start : start + POSITIONS] = back
                 if start == starts[-1]:
+                    _check(whole, self.network.n_blocks, window)
                     gradients.write(window, whole)
         assert fisher is not None
         self._settle(placed, {name: fisher}, settle)

@@ -67,6 +67,7 @@ FLATTER = 0.8
 """The power of the figures that a neighbour is chosen by: it trusts differences between tensors less."""
 
 AS_FOUND, FLAT = "sensitivities", "flatter sensitivities"
+_UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 _VERSION = {"version": llm_quantize.__version__}
 
 
@@ -83,7 +84,9 @@ class Asked:
     @property
     def called(self) -> str:
         """The recipe's name."""
-        return self.name or f"fit-{self.facts['size'] / 1e9:.4g}GB"
+        size = int(self.facts["size"])
+        unit, word = next((unit for unit in _UNITS if size >= unit[0]), _UNITS[-1])
+        return self.name or f"fit-{size / unit:.4g}{word}"
 
 
 @dataclass(frozen=True)

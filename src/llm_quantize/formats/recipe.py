@@ -71,6 +71,10 @@ class Fit:
     kv: str = ""
     beside: int = 0
 
+    def words(self) -> dict[str, str]:
+        """What a model card says of it."""
+        return {"Types": "; ".join(self.notes())}
+
     def notes(self) -> Iterator[str]:
         """What the reader of a plan should know, a sentence each."""
         if self.context:

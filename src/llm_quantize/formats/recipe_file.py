@@ -88,7 +88,7 @@ def parse_recipe(data: bytes, path: Path) -> Recipe:
         sha256=hashlib.sha256(data).hexdigest(),
         form=form,
         origin=_origin(path, fields.get("from")),
-        fit=_fit(path, fields.get("fit")),
+        fit=parse_fit(path, fields.get("fit")),
     )
 
 
@@ -117,8 +117,9 @@ _ALWAYS = {"size", "file", "reached", "bits", "way", "kld"}
 _MOST_TRIED = 16
 
 
-def _fit(path: Path, found: Any) -> Fit | None:
-    """What a recipe says of the size that it was chosen for. Raises MalformedInputError."""
+def parse_fit(path: Path, found: Any) -> Fit | None:
+    """What a recipe of ``path`` says of the size that it was chosen for; None where it says nothing. Raises
+    MalformedInputError."""
     if found is None:
         return None
     given = dict(found) if isinstance(found, dict) else {}
