@@ -16,7 +16,9 @@ from llm_quantize.models.opening import open_source
 from tests.oracles.llama_quantize import types_of
 from tests.tiny_models import make_tiny
 
-TEXT = "What a size is worth is told by the gradients of the model, and tried on other text before it is believed. " * 90
+TEXT = (
+    "What a size is worth is told by the gradients of the model, and tried on other text before it is believed. " * 90
+)
 
 
 @pytest.fixture
@@ -65,7 +67,9 @@ def test_the_file_fits_and_says_why(model: str, capsys: pytest.CaptureFixture[st
 
     # What was tried is what the file loses on the very windows.
     with (source := open_source(model)).checkpoint:
-        job = fitting._open(source, "gguf", fitting.Asked(size, {"size": size, "file": size}), options(), lambda _: None)
+        job = fitting._open(
+            source, "gguf", fitting.Asked(size, {"size": size, "file": size}), options(), lambda _: None
+        )
         measured = measure_quality(source, [path], job.other, threads=1).artifacts[0].divergence.kld
     assert fit["tried"][fit["chosen"]] == pytest.approx(measured, rel=1e-3)
 
@@ -144,6 +148,18 @@ def test_a_directory_fits(model: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert kinds["model.layers.*.self_attn.q_proj"] == kinds["model.layers.*.self_attn.k_proj"]
     assert run(["quantize", model, "compressed-tensors", "--fit", "100kB", "--method", "rtn"]) == 5
     assert "fits this size" in capsys.readouterr().err
+
+
+def test_figures_of_a_directory_are_of_error_feedback(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ["--calibration-data", "text.txt", "--calibration-samples", "2", "--sequence-length", "64"]
+    words = ["quantize", model, "compressed-tensors", "--fit", "1.2MB", *text, "--json"]
+    assert run([*words, "--dry-run"]) == 0
+    assert told(capsys)["fit"]["limit"] == 1_200_000
+    assert run(words) == 0
+    facts = told(capsys)
+    assert facts["artifacts"][0]["size"] <= 1_200_000
+    assert list(Path("cache/statistics").glob("*.safetensors")), "Hessians were collected for it"
+    assert facts["fit"]["kld"] > 0
 
 
 def test_the_recipe_can_be_kept_and_used(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,8 +69,8 @@ def test_a_figure_is_that_of_the_dense_twin(variant: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("variant", ["llama", "llama3", "gpt2", "granitemoe", "qwen3_moe", "gemma3"])
 def test_estimates_are_near_what_is_measured(variant: str, tmp_path: Path) -> None:
-    """Gradients see all positions, a measurement the second half: with random weights these are alike. What comes before
-    a router is left out: gradients do not see a token go to another expert, which with random routers is most of it."""
+    """Gradients see all positions, a measurement the second half: with random weights these are alike. What comes
+    before a router is left out: gradients do not see a token go to another expert, most of it with random routers."""
     model = make_tiny(variant, tmp_path / "model")
     windows = windows_of(24, 32)
     source = open_source(str(model))

@@ -9,7 +9,12 @@ it, E = Q - W, N positions of text; s = -d/dW log p(y | text), the score of a wi
 A divergence has no first-order term, and its second derivative is the Fisher information (Kullback 1959); tokens that
 the model itself draws make the expectation the true one, not the empirical one (Kunstner, Balles, Hennig 2019). The
 diagonal leaves out how errors of different weights fall together. Rounding errors hardly do; those of error feedback
-are made to. docs/reference/profile.md has the measured ratio of estimate and divergence.
+are made to, which shows in what they do to the inputs x of their matrix: with A = Σ x xᵀ and r_i = Σ_j F_ij / Σ_j A_jj
+
+    rho = Σ_i r_i E_i A E_iᵀ / Σ_ij r_i E_ij² A_jj
+
+is by how much less a matrix's output moves than if they were independent, and its cost is multiplied by that.
+docs/reference/profile.md has the measured ratio of estimate and divergence.
 
 The way: the windows go forward and leave what enters each block (in memory, or in a file); the head draws tokens and
 gives the first gradients; the blocks come in reverse, one in memory at a time, each run again window by window. Sums
@@ -21,7 +26,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -38,6 +45,7 @@ from llm_quantize.streams.network import Network
 from llm_quantize.streams.passes import Finite, Move, Pass
 from llm_quantize.streams.pool import Pool
 from llm_quantize.streams.replaced import ReplacedWeights
+from llm_quantize.streams.taps import Tap
 from llm_quantize.streams.weights import CheckpointWeights
 
 POSITIONS = 128
@@ -51,7 +59,8 @@ Hold = Callable[[Candidate], Mapping[str, torch.Tensor]]
 @dataclass
 class Estimation:
     """One run. ``windows``: (n, length) token ids. ``hold``: {tensor of the source: float32, its shape} with a
-    candidate at its type. ``scratch``: where the hidden states between blocks lie in a file; None: in memory."""
+    candidate at its type. ``scratch``: where the hidden states between blocks lie in a file; None: in memory.
+    ``fed_back``: errors are those of feedback, and A is summed up too."""
 
     source: Source
     network: Network
@@ -60,6 +69,7 @@ class Estimation:
     pool: Pool
     scratch: Path | None
     on_event: EventSink
+    fed_back: bool = False
     total: int = 0
     done: int = 0
 
@@ -155,33 +165,49 @@ class Estimation:
         placed: Sequence[Placed],
         settle: Callable[[Placed, float], None],
     ) -> None:
-        def back(window: int) -> tuple[int, torch.Tensor, dict[str, torch.Tensor]]:
-            return window, *block.pull_back(entering.read(window), gradients.read(window))
+        def back(window: int) -> tuple[int, torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+            own: dict[str, torch.Tensor] = {}
+            if not self.fed_back:
+                return window, *block.pull_back(entering.read(window), gradients.read(window)), own
+            with block.observe(partial(_multiplied, own)):
+                return window, *block.pull_back(entering.read(window), gradients.read(window)), own
 
         fisher: dict[str, torch.Tensor] = {}
+        grams: dict[str, torch.Tensor] = {}
         with self.way.block(index, self.weights) as block:
-            for window, before, found in self.pool.in_order(back, range(len(self.windows))):
+            for window, before, found, products in self.pool.in_order(back, range(len(self.windows))):
+                for name, product in products.items():
+                    grams[name] = grams[name].add_(product) if name in grams else product
                 _check(before, index, window)
                 gradients.write(window, before)
                 for name, gradient in found.items():
                     square = gradient.square()
                     fisher[name] = fisher[name].add_(square) if name in fisher else square
                 self._tell(3)
-        self._settle(placed, fisher, settle)
+        taps = self.network.taps(index) if self.fed_back else []
+        inputs = {name: tap.name for tap in taps if tap.matrices == 1 for name in tap.tensors}
+        known = {name: grams[tap] for name, tap in inputs.items() if tap in grams}
+        self._settle(placed, fisher, settle, known)
 
     def _settle(
         self,
         placed: Sequence[Placed],
         fisher: Mapping[str, torch.Tensor],
         settle: Callable[[Placed, float], None],
+        grams: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
-        """Figures of ``placed`` by the Fisher information of the tensors that they hold."""
+        """Figures of ``placed`` by the Fisher information of the tensors that they hold. ``grams``: A of the inputs of
+        some of them, where errors are fed back."""
         for one in placed:
-            cost = sum(
-                quadratic(value, self.weights.read(name).float(), fisher[name])
-                for name, value in self.hold(one.candidate).items()
-                if name in fisher
-            )
+            cost = 0.0
+            for name, value in self.hold(one.candidate).items():
+                if name not in fisher:
+                    continue
+                source = self.weights.read(name).float()
+                part = quadratic(value, source, fisher[name])
+                if name in grams:
+                    part *= together(*_upright(one.candidate, name, value - source, fisher[name]), grams[name])
+                cost += part
             settle(one, cost / (2 * self.windows.size))
             self._tell()
 
@@ -207,6 +233,30 @@ def quadratic(held: torch.Tensor, source: torch.Tensor, fisher: torch.Tensor) ->
     """Σ (held - source)² fisher, all float32 of one shape, summed in float64."""
     error = (held - source).square_().mul_(fisher)
     return float(error.sum(dtype=torch.float64))
+
+
+def together(error: torch.Tensor, fisher: torch.Tensor, gram: torch.Tensor) -> float:
+    """rho of ``error`` and ``fisher`` (out, in) with inputs of ``gram`` (in, in), float32; 1 without an error."""
+    diagonal = gram.diagonal()
+    rows = fisher.sum(1) / diagonal.sum().clamp_min(torch.finfo(gram.dtype).tiny)
+    moved = (((error @ gram) * error).sum(1) * rows).sum(dtype=torch.float64)
+    apart = (error.square() @ diagonal * rows).sum(dtype=torch.float64)
+    return float(moved / apart) if float(apart) > 0 else 1.0
+
+
+def _upright(
+    candidate: Candidate, name: str, error: torch.Tensor, fisher: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as (out, in), where the checkpoint may store them the other way."""
+    turned = any(piece.transpose for output in candidate.outputs for piece in output.pieces if piece.source == name)
+    return (error.T, fisher.T) if turned else (error, fisher)
+
+
+def _multiplied(found: dict[str, torch.Tensor], tap: Tap, _matrix: int, inputs: torch.Tensor) -> None:
+    """A sink that puts XᵀX of the inputs (tokens, columns) of a window into ``found``; of single matrices alone."""
+    if tap.matrices == 1:
+        wide = inputs.detach().float().cpu()
+        found[tap.name] = wide.T @ wide
 
 
 def _drawn(logits: torch.Tensor, window: int, start: int) -> torch.Tensor:

@@ -185,9 +185,10 @@ def foresee_fit(
     """The recipe where it or its sensitivities are known, else what can be said without them. Nothing is measured, and
     nothing written. Raises as ``fit_recipe``."""
     ladder = ladder_of(form)
-    if options.calibrate is True or source.checkpoint.temporary is not None:
-        types = _types(source, ladder, asked, options.calibrate is True or _weighed(options))
-        wanted = ladder.candidates(source, types, _all_names(source) if options.calibrate is True else {})
+    collects = options.calibrate is True or (_feeds_back(ladder, options) and options.statistics is None)
+    if collects or source.checkpoint.temporary is not None:
+        types = _types(source, ladder, asked, collects or _weighed(options))
+        wanted = ladder.candidates(source, types, _all_names(source) if collects else {})
         least = _refuse_impossible(source, ladder, asked, wanted, options)
         return Range(least, asked.limit, types, "they are found when it is made")
     job = _open(source, form, asked, options, on_event)
@@ -238,7 +239,13 @@ def _importance(
     """What codes will be chosen with: an importance matrix, which is collected here where the options ask for one, or
     the Hessians of a file."""
     if ladder.feeds_back:
-        return None, options.statistics
+        if options.statistics is not None or not _feeds_back(ladder, options):
+            return None, options.statistics
+        from llm_quantize.calibration.collect import calibrate
+
+        choose.need_torch("calibration", "torch", "transformers")
+        wanted = replace(choose.calibration_of(source, ladder.form, options), collect=("imatrix", "hessian"))
+        return None, calibrate(source, wanted, on_event=on_event).path
     if options.calibrate is True and not options.method.calibrates(ladder.form):
         found = choose.collected(source, ladder.form, _settled(options), on_event)
         return (found if isinstance(found, Imatrix) else None), None
@@ -247,6 +254,11 @@ def _importance(
     if options.statistics is not None and not options.method.calibrates(ladder.form):
         return choose.from_statistics(options.statistics, source, on_event=on_event), None
     return None, None
+
+
+def _feeds_back(ladder: Ladder, options: Options) -> bool:
+    """Whether the artifact's codes are chosen by error feedback, and the ladder can hold a matrix so."""
+    return ladder.feeds_back and options.method.method_of(ladder.form).reads_text
 
 
 def _settled(options: Options) -> Options:
@@ -270,25 +282,28 @@ def _refuse_impossible(
     least = ladder.least(source, wanted)
     if least <= asked.limit:
         return least
-    few = ladder.weighed_types
-    remedy = "allow a larger --fit, or take a smaller model"
-    if few and not any(one.qtype in few for one in wanted):
-        smaller = ladder.least(source, ladder.candidates(source, (*ladder.default_types, *few), _all_names(source)))
-        if smaller < least:
-            remedy += f"; with importance (--calibrate) types of fewer bits make {smaller:,} bytes possible"
     smallest: dict[str, Candidate] = {}
     for one in wanted:
         if one.name not in smallest or one.nbytes < smallest[one.name].nbytes:
             smallest[one.name] = one
     types = sorted({one.qtype for one in smallest.values()})
-    given = asked.facts
-    beside = f", what is left of {given['size']:,} beside the cache and the runtime" if given.get("context") else ""
     raise ResourceError(
         "nothing that can be made of this model fits this size",
         expected=f"at least {least:,} bytes: every matrix in the smallest type that it can have ({', '.join(types)})",
-        found=f"{asked.limit:,} bytes{beside}",
-        remedy=remedy,
+        found=f"{asked.limit:,} bytes for the weight files",
+        remedy=_remedy(source, ladder, wanted, least),
     )
+
+
+def _remedy(source: Source, ladder: Ladder, wanted: Sequence[Candidate], least: int) -> str:
+    """What can be done about an artifact that has ``least`` bytes at the least."""
+    few = ladder.weighed_types
+    if few and not any(one.qtype in few for one in wanted):
+        types = (*ladder.default_types, *few)
+        smaller = ladder.least(source, ladder.candidates(source, types, _all_names(source)))
+        if smaller < least:
+            return f"allow a larger --fit, or give importance (--calibrate): types of few bits make {smaller:,} bytes"
+    return "allow a larger --fit, or take a smaller model"
 
 
 def _plan(job: _Job, on_event: EventSink) -> ProfilePlan:

@@ -126,7 +126,9 @@ def plan_profile(
     solving = ladder.held_bytes(wanted, statistics)
     limits = {"threads": threads, "max_ram": max_ram}
     if estimated:
-        fitted = memory.fit(_estimate_sizes(source, network, windows, placed, solving, device), **limits)
+        fitted = memory.fit(
+            _estimate_sizes(source, network, windows, placed, solving, device, statistics is not None), **limits
+        )
         groups: tuple[tuple[Placed, ...], ...] = (tuple(placed),) if placed else ()
         names, streams = {one.candidate.name for one in placed}, len(placed)
         cost = Cost(len(names), streams, windows.size, 0, PASSES if placed else 0.0, 2 * len(groups), estimated=True)
@@ -215,7 +217,13 @@ def _fit(
 
 
 def _estimate_sizes(
-    source: Source, network: Network, windows: Tokens, placed: Sequence[Placed], solving: int, device: str
+    source: Source,
+    network: Network,
+    windows: Tokens,
+    placed: Sequence[Placed],
+    solving: int,
+    device: str,
+    fed_back: bool,
 ) -> Sizes:
     """What the way back holds. A thread has the gradients of a whole part beside what its window leaves for them."""
     from llm_quantize.evaluation.fisher import POSITIONS
@@ -224,18 +232,21 @@ def _estimate_sizes(
     length = windows.shape[1]
     largest = max((4 * one.candidate.weights for one in placed), default=0)
     logits = POSITIONS * network.vocab_size * (6 * 4 + 2 * 8)
-    beside = 3 * largest + solving
+    taps = network.taps(0) if fed_back else []
+    grams = sum(4 * tap.columns**2 for tap in taps if tap.matrices == 1)
+    beside = 3 * largest + solving + grams
     return Sizes(
         libraries=TORCH_BYTES,
         ends=max(sizes.embedding, 3 * sizes.head) + beside,
         block=2 * sizes.block + beside,
-        each=max(_KEPT_FOR_BACK * sizes.workspace(length) + 2 * sizes.block, logits + 2 * sizes.head) + sizes.scratch,
+        each=max(_KEPT_FOR_BACK * sizes.workspace(length) + 2 * sizes.block + 2 * grams, logits + 2 * sizes.head)
+        + sizes.scratch,
         hidden=sizes.hidden(*windows.shape),
         copies=network.n_blocks + 3,
         device=device,
         refusal=(
             "one block of this model and its gradients do not fit the memory limit",
-            "raise --max-ram or the limit, take a smaller --context or fewer --threads",
+            "raise --max-ram or the limit, or take fewer --threads",
         ),
     )
 
@@ -286,7 +297,8 @@ def _estimate(plan: ProfilePlan, hold: Hold, pool: Pool, record: Record, on_even
     from llm_quantize.evaluation.fisher import Estimation
 
     with scratch_of(plan) as scratch:
-        run = Estimation(plan.source, plan.network, plan.windows, hold, pool, scratch, on_event)
+        fed_back = plan.statistics is not None
+        run = Estimation(plan.source, plan.network, plan.windows, hold, pool, scratch, on_event, fed_back)
         return run.measure([one for group in plan.groups for one in group], record)
 
 
@@ -319,7 +331,7 @@ def scratch_of(plan: ProfilePlan) -> Iterator[Path | None]:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="llm-quantize-") as found:
-        preflight.check_disk(Path(found), plan.disk, remedy="set TMPDIR to another directory, or take less text")
+        preflight.check_disk(Path(found), plan.disk, remedy="set TMPDIR to another directory")
         yield Path(found)
 
 

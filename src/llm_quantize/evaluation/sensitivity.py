@@ -109,9 +109,13 @@ class Cost:
 
     def sentence(self) -> str:
         """The plan in one line."""
-        over = "by the gradients of" if self.estimated else "over"
+        if self.estimated:
+            return (
+                f"{self.tensors} tensors, {self.streams} variants by the gradients of {self.tokens:,} tokens: the work "
+                f"of {self.forwards:,.0f} forwards of the text, in {self.groups} readings of the model"
+            )
         return (
-            f"{self.tensors} tensors, {self.streams} variants {over} {self.tokens:,} tokens: the work of "
+            f"{self.tensors} tensors, {self.streams} variants over {self.tokens:,} tokens: the work of "
             f"{self.forwards:,.0f} forwards of the text, in {self.groups} readings of the model"
         )
 
