@@ -11,7 +11,7 @@ import torch
 
 from llm_quantize import memory
 from llm_quantize.errors import NumericPolicyError, ResourceError
-from llm_quantize.evaluation import fisher
+from llm_quantize.evaluation import fisher as fisher_module
 from llm_quantize.evaluation.ladders import ladder_of
 from llm_quantize.evaluation.profile import measure_profile, plan_profile
 from llm_quantize.evaluation.sensitivity import Profile, read_profile, write_profile
@@ -131,8 +131,8 @@ def test_what_is_not_finite_and_what_does_not_fit(tmp_path: Path, monkeypatch: p
     model = make_tiny("llama", tmp_path / "model")
     with pytest.raises(ResourceError, match="gradients do not fit"):
         estimated(model, max_ram=1 << 20)
-    drawn = fisher._drawn
-    monkeypatch.setattr(fisher, "_drawn", lambda *given: drawn(*given) * float("nan"))
+    drawn = fisher_module._drawn
+    monkeypatch.setattr(fisher_module, "_drawn", lambda *given: drawn(*given) * float("nan"))
     with pytest.raises(NumericPolicyError, match="gradients of window"):
         estimated(model)
 
@@ -144,11 +144,29 @@ def test_an_estimate_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert profile_of(tmp_path / "model").estimated is False
 
 
+def test_errors_that_fall_together() -> None:
+    """rho by single products; of independent errors about 1, of errors that the inputs do not see 0."""
+    random = torch.Generator().manual_seed(3)
+    error, weight, inputs = (torch.randn(shape, generator=random) for shape in ((5, 7), (5, 7), (40, 7)))
+    fisher, gram = weight.square(), inputs.T @ inputs
+    moved = apart = 0.0
+    for row, information in zip(error.tolist(), fisher.tolist(), strict=True):
+        share = sum(information)
+        moved += share * sum(row[i] * row[j] * float(gram[i, j]) for i in range(len(row)) for j in range(len(row)))
+        apart += share * sum(value**2 * float(gram[i, i]) for i, value in enumerate(row))
+    assert fisher_module.together(error, fisher, gram) == pytest.approx(moved / apart, rel=1e-4)
+    inputs[:, 1] = inputs[:, 0]
+    hidden = torch.zeros(5, 7)
+    hidden[:, 0], hidden[:, 1] = 1.0, -1.0
+    assert fisher_module.together(hidden, fisher, inputs.T @ inputs) == pytest.approx(0, abs=1e-5)
+    assert fisher_module.together(torch.zeros(5, 7), fisher, gram) == 1
+
+
 def test_drawn_tokens_follow_the_distribution() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).repeat(20_000, 1)
     share = torch.softmax(logits[0], 0)
-    found = fisher._drawn(logits, 3, 0)
+    found = fisher_module._drawn(logits, 3, 0)
     counts = (share - found).sum(0)
     assert torch.allclose(counts / 20_000, share, atol=0.01)
-    assert torch.equal(found, fisher._drawn(logits, 3, 0))
-    assert not torch.equal(found, fisher._drawn(logits, 4, 0))
+    assert torch.equal(found, fisher_module._drawn(logits, 3, 0))
+    assert not torch.equal(found, fisher_module._drawn(logits, 4, 0))
