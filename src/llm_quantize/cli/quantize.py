@@ -77,7 +77,6 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     from dataclasses import replace
 
     from llm_quantize import pipeline
-    from llm_quantize.advice import fit
     from llm_quantize.artifacts import preflight
     from llm_quantize.formats.recipe import Recipe
     from llm_quantize.reports import terminal
@@ -87,6 +86,8 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     options = build_options(arguments)
     common = {"name": arguments["name"], "revision": arguments["revision"], "lora": arguments["lora"]}
     if asked is not None:
+        from llm_quantize.advice import fit
+
         way = fit.foresee if arguments["dry_run"] else fit.fit
         of = {key: arguments[key] for key in ("revision", "lora")}
         with told(shown, "fit") as sink:
