@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import llm_quantize
 from llm_quantize.cli import run
 from llm_quantize.evaluation import fitting
 from llm_quantize.evaluation.quality import measure_quality
@@ -168,6 +169,7 @@ def test_the_recipe_can_be_kept_and_used(model: str, capsys: pytest.CaptureFixtu
     (kept,) = Path("cache/sensitivities").glob("*.recipe.json")
     recipe = read_recipe(kept)
     assert recipe.fit is not None
+    assert llm_quantize.fit(model, size=700_000) == recipe
     assert recipe.notes()[0].startswith("types chosen to fit 700 kB")
     assert run(["quantize", model, "--recipe", str(kept), "-o", "other", "--json"]) == 0
     assert told(capsys)["artifacts"][0]["size"] == Path("tiny-fit-700kB.gguf").stat().st_size
