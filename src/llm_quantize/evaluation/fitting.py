@@ -54,8 +54,7 @@ if TYPE_CHECKING:
 
 CONTEXT = 512
 WINDOWS = 8
-"""Of CONTEXT tokens, that sensitivities are found on. On the models of docs/reference/profile.md twice as many changed
-no sum by more than a hundredth."""
+"""Of CONTEXT tokens, that sensitivities are found on."""
 
 TRIED_WINDOWS = 4
 """After those, on which recipes are tried."""
