@@ -31,6 +31,7 @@ SECTIONS = {
         "Recipe",
         "read_recipe",
         "recipe_from",
+        "fit",
     ),
     "Results": (
         "Results",
@@ -52,7 +53,7 @@ PROMISED = {
         "level", "format", "name", "size", "weights", "bits_per_weight", "files", "tensors", "warnings", "type_counts",
         "rows", "to_dict",
     ),
-    "Recipe": ("name", "level", "tensors"),
+    "Recipe": ("name", "level", "tensors", "fit"),
 }  # fmt: skip
 """Of classes that the library itself works with: what callers may rely on. Of the others: everything."""
 

@@ -123,6 +123,46 @@ def quantize(
     return Results(found)
 
 
+def fit(
+    model: str | Path,
+    format: str = "gguf",
+    *,
+    size: int,
+    context: int | None = None,
+    kv: str | None = None,
+    exact: bool = False,
+    revision: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
+    options: Options | None = None,
+    on_event: EventSink | None = None,
+) -> Recipe:
+    """The types with which an artifact of ``model`` loses least in ``size`` bytes; the command is `quantize --fit`.
+
+    ``format``: gguf or compressed-tensors. ``context``: tokens of a cache that must fit too, in the type ``kv`` (None:
+    16 bits), with what the runtime takes. ``exact``: what each tensor loses is measured, not told by gradients.
+    ``options``: the text, the importance and the memory; those that the artifact will be made with. To be used as
+    `quantize(model, levels=recipe.level, options=Options(overrides=Overrides(recipe=recipe)))`.
+
+    Raises ResourceError where nothing fits, naming the smallest artifact; UsageError for what contradicts a size;
+    MissingExtraError without torch; StoppedError after a signal: the same call goes on.
+    """
+    from llm_quantize.advice import fit as fitting
+
+    with heard(on_event, "fit") as sink:
+        return fitting.fit(
+            str(model),
+            format,
+            size,
+            context=context,
+            kv=kv,
+            exact=exact,
+            revision=revision,
+            lora=_adapters(lora),
+            options=options,
+            on_event=sink,
+        )
+
+
 def recipe_from(file: str | Path, *, revision: str | None = None, on_event: EventSink | None = None) -> Recipe:
     """The types of the tensors of ``file``, for another model of the same architecture and as many blocks; the command
     is `info FILE --recipe`.

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_quantize.errors import ResourceError, UsageError
+from llm_quantize.evaluation import knapsack
 from llm_quantize.evaluation.allocation import (
     Target,
     allocate,
@@ -64,9 +65,18 @@ def test_against_every_assignment(tensors: list[list[tuple[int, float]]], share:
     assert sum(padded(row.nbytes) for row in rows) == found.nbytes
     assert found.kld == pytest.approx(sum(row.kld for row in rows))
     best = min(kld for size, kld in known if size <= budget)
-    # The Lagrangian solution misses the best by at most what the step that no longer fitted would have gained.
-    steps = [low.kld - high.kld for row in profile.by_tensor().values() for low, high in itertools.pairwise(hull(row))]
-    assert best - 1e-12 <= found.kld <= best + max(steps, default=0) + 1e-12
+    assert found.kld == pytest.approx(best, rel=1e-9, abs=1e-12)
+
+
+def test_a_search_without_end_keeps_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = profile_of([[(7, 0.5), (9, 0.3), (12, 0.05)], [(5, 0.4), (8, 0.22), (11, 0.2)], [(6, 0.6), (13, 0.1)]])
+    known = every(profile)
+    best = [min(kld for size, kld in known if size <= 32 * budget) for budget in range(18, 37)]
+    assert [allocate(profile, 32 * budget).kld for budget in range(18, 37)] == pytest.approx(best)
+    monkeypatch.setattr(knapsack, "STATES", 0)
+    found = [allocate(profile, 32 * budget).kld for budget in range(18, 37)]
+    assert all(have >= least - 1e-12 for have, least in zip(found, best, strict=True))
+    assert found != pytest.approx(best), "steps and filling alone miss some"
 
 
 @settings(max_examples=100, deadline=None)

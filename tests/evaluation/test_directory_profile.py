@@ -54,6 +54,21 @@ def profile_of(model: Path, statistics: Path | None = None, types: tuple[str, ..
         return measure_profile(found)
 
 
+def test_estimates_follow_error_feedback(llama: Path, statistics: Path) -> None:
+    """Errors of feedback are larger than those of rounding and lose less: an estimate must know that."""
+    windows = windows_of(24, 32)
+    found = {}
+    with (source := open_source(str(llama))).checkpoint:
+        for estimated in (False, True):
+            plan = plan_profile(
+                source, windows, ("int8_g16",), None, threads=2, form=FORM, statistics=statistics, estimated=estimated
+            )
+            found[estimated] = {row.tensor: row.kld for row in measure_profile(plan).rows}
+    assert found[True].keys() == found[False].keys()
+    ratios = [found[True][name] / kld for name, kld in found[False].items()]
+    assert all(0.4 < ratio < 2.5 for ratio in ratios), ratios
+
+
 @pytest.fixture(scope="module")
 def profile(llama: Path) -> Profile:
     return profile_of(llama)

@@ -71,16 +71,19 @@ def test_quality(number: int, model: Path, artifact: Path, tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_a_profile_goes_on_from_what_is_kept(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("estimated", [False, True])
+def test_a_profile_goes_on_from_what_is_kept(model: Path, tmp_path: Path, estimated: bool) -> None:
     source = open_source(str(model))
     with source.checkpoint:
-        plan = plan_profile(source, WINDOWS, ("q4_0",), None, threads=2)
+        plan = plan_profile(source, WINDOWS, ("q4_0",), None, threads=2, estimated=estimated)
         whole = measure_profile(plan)
         told = Signalling("measure", signal.SIGTERM)
         with pytest.raises(StoppedError, match="are kept"):
             measure_profile(plan, journal=tmp_path / "journal", on_event=told)
         assert told.after < 20
-        again = plan_profile(source, WINDOWS, ("q4_0",), None, threads=2, journal=tmp_path / "journal")
+        again = plan_profile(
+            source, WINDOWS, ("q4_0",), None, threads=2, journal=tmp_path / "journal", estimated=estimated
+        )
         assert measure_profile(again, journal=tmp_path / "journal") == whole
 
 

@@ -20,6 +20,7 @@ from llm_quantize.errors import MalformedInputError, UsageError
 from llm_quantize.events import EventSink, Stage, ignore
 from llm_quantize.formats.card import About, bytes_words, card, with_added, without_added
 from llm_quantize.formats.directory_check import CARD
+from llm_quantize.formats.recipe_file import parse_fit
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.artifact_paths import manifest_path
 from llm_quantize.io.gguf_file import MetaValue, read_gguf
@@ -191,6 +192,13 @@ def _result(kind: str, name: str, found: Mapping[str, float]) -> dict[str, Any]:
     return {"task": {"type": "text-generation"}, "dataset": {"type": kind, "name": name}, "metrics": metrics}
 
 
+def _fit_told(manifest: Mapping[str, Any]) -> Any:
+    """What a manifest says of the size that its recipe was chosen for."""
+    made = manifest.get("made")
+    recipe = made.get("recipe") if isinstance(made, dict) else None
+    return recipe.get("fit") if isinstance(recipe, dict) else None
+
+
 def _gguf_card(path: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> str:
     """The card of a GGUF artifact."""
     first = path if path.is_file() else path / names[0]
@@ -200,6 +208,8 @@ def _gguf_card(path: Path, manifest: Mapping[str, Any], names: Sequence[str]) ->
     recipe = {"Format": "GGUF", "Level": level, "Architecture": _text(metadata, Keys.General.ARCHITECTURE)}
     if identity.get("method"):
         recipe["Method"] = str(identity["method"])
+    fit = parse_fit(manifest_path(path), _fit_told(manifest))
+    recipe |= {} if fit is None else fit.words()
     weights = max(1, int(manifest["weights"]))
     said = "--chat" if Keys.Tokenizer.CHAT_TEMPLATE in metadata else f'"{PROMPTS[0]}"'
     about = About(

@@ -13,15 +13,18 @@ from llm_quantize.cli.common import (
     chosen_levels,
     emit_json,
     json_option,
+    line,
     mode,
     recipe_options,
     verbose_option,
     warn,
 )
+from llm_quantize.cli.fit_options import fit_asked, fit_facts, fit_options, show_fit
 from llm_quantize.cli.method_options import method_options
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.words import LevelsCommand
 from llm_quantize.errors import NumericPolicyError
+from llm_quantize.reports.wording import said
 
 if TYPE_CHECKING:
     from llm_quantize.artifacts.result import ArtifactResult
@@ -33,6 +36,7 @@ DEGRADED = 20
 @click.argument("model")
 @click.argument("format", metavar="FORMAT", default="gguf")
 @recipe_options
+@fit_options
 @method_options
 @click.option("-o", "--output-dir", default=".", show_default=True, type=click.Path(file_okay=False), metavar="DIR")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -63,20 +67,40 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     \b
     Examples:
       llm-quantize quantize ./Llama-3.2-1B gguf -q Q4_K_M -q Q8_0 -o out
+      llm-quantize quantize ./Llama-3.2-1B gguf --fit 700M
       llm-quantize quantize ./Llama-3.2-1B gguf -q Q4_K_M --method gptq
       llm-quantize quantize ./Llama-3.2-1B gptq -q 4bit
       llm-quantize quantize ./Llama-3.2-1B awq -q 4bit
       llm-quantize quantize ./Llama-3.2-1B compressed-tensors -q W4A16
       llm-quantize quantize ./Llama-3.2-1B safetensors -q F16 --output-shard-size 4G
     """
+    from dataclasses import replace
+
     from llm_quantize import pipeline
     from llm_quantize.artifacts import preflight
+    from llm_quantize.formats.recipe import Recipe
     from llm_quantize.reports import terminal
 
     shown = mode(ctx, as_json, verbose)
+    asked, chosen = fit_asked(arguments), None
     options = build_options(arguments)
-    common = {"levels": chosen_levels(arguments, options), "name": arguments["name"], "revision": arguments["revision"]}
-    common["lora"] = arguments["lora"]
+    common = {"name": arguments["name"], "revision": arguments["revision"], "lora": arguments["lora"]}
+    if asked is not None:
+        from llm_quantize.advice import fit
+
+        way = fit.foresee if arguments["dry_run"] else fit.fit
+        of = {key: arguments[key] for key in ("revision", "lora")}
+        with told(shown, "fit") as sink:
+            found = way(model, format, **asked, **of, options=options, on_event=sink)
+        if not isinstance(found, Recipe):
+            if shown.json:
+                emit_json({"fit": found.to_dict()})
+            else:
+                click.echo(line(said(found.text)))
+            return 0
+        chosen = found
+        options = replace(options, overrides=replace(options.overrides, recipe=chosen))
+    common["levels"] = chosen_levels(arguments, options) if chosen is None else (chosen.level,)
     if arguments["dry_run"]:
         with told(shown, "plan") as sink:
             plans = pipeline.plan(model, format, options=options, on_event=sink, **common)
@@ -94,9 +118,12 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
     error = terminal.strict_error(results) if arguments["strict"] else None
     if shown.json:
         facts = error.to_dict() if error is not None else {}
+        facts |= {} if chosen is None else {"fit": fit_facts(chosen)}
         emit_json({"artifacts": [result.to_dict() for result in results], **facts})
         return _exit_code(results, strict=arguments["strict"])
     terminal.print_results(results)
+    if chosen is not None:
+        show_fit(chosen)
     if error is not None:
         raise error
     return _exit_code(results, strict=False)

@@ -6,6 +6,7 @@ Divergences of small changes add up (each is a quadratic form of its own perturb
 are nearly independent), so the sum stands for the whole. Each tensor's choices are cut down to the lower convex hull of
 (bytes, KLD); then the step that gains most per byte is taken, again and again, over all tensors: the Lagrangian
 solution, optimal at every budget at which it stops exactly. What is left of the budget goes to single steps that fit.
+From there the optimum is searched, with the gain per byte at which the steps stopped (evaluation/knapsack.py).
 
 Presets are sizes that people know and types to choose from:
 
@@ -25,7 +26,8 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from llm_quantize.architectures.rows import matrix_shape, weights_of
 from llm_quantize.errors import ResourceError, UsageError
-from llm_quantize.evaluation.sensitivity import Profile, Sensitivity
+from llm_quantize.evaluation.knapsack import knapsack
+from llm_quantize.evaluation.sensitivity import Candidate, Profile, Sensitivity
 from llm_quantize.formats.gguf.levels import (
     LEVELS,
     TensorShape,
@@ -134,16 +136,23 @@ def allocate(profile: Profile, budget: int, types: Sequence[str] = (), *, align:
         )
     heap = [(-_gain(steps[0], steps[1], align), name, 1) for name, (steps, _) in choices.items() if len(steps) > 1]
     heapq.heapify(heap)
+    stopped = 0.0
     while heap:
-        _, name, index = heapq.heappop(heap)
+        gain, name, index = heapq.heappop(heap)
         steps = choices[name][0]
         more = padded(steps[index].nbytes, align) - padded(chosen[name].nbytes, align)
         if spent + more > budget:
+            stopped = stopped or -gain
             continue
         chosen[name], spent = steps[index], spent + more
         if index + 1 < len(steps):
             heapq.heappush(heap, (-_gain(steps[index], steps[index + 1], align), name, index + 1))
-    spent = _fill(chosen, {name: allowed for name, (_, allowed) in choices.items()}, spent, budget, align)
+    every = {name: allowed for name, (_, allowed) in choices.items()}
+    spent = _fill(chosen, every, spent, budget, align)
+    better = _search(chosen, every, budget, stopped, align)
+    if better is not None:
+        chosen = better
+        spent = sum(padded(row.nbytes, align) for row in chosen.values())
     return Allocation(
         types={name: row.qtype for name, row in chosen.items()},
         nbytes=spent,
@@ -151,6 +160,27 @@ def allocate(profile: Profile, budget: int, types: Sequence[str] = (), *, align:
         kld=sum(row.kld for row in chosen.values()),
         kld_sem=math.hypot(*(row.kld_sem for row in chosen.values())),
     )
+
+
+def _search(
+    chosen: Mapping[str, Sensitivity],
+    choices: Mapping[str, Sequence[Sensitivity]],
+    budget: int,
+    price: float,
+    align: int,
+) -> dict[str, Sensitivity] | None:
+    """Choices of a smaller sum than ``chosen``, the smallest there is; None where there is none. ``price``: the gain
+    per byte at which the steps stopped, 0 where all were taken."""
+    if price <= 0:
+        return None
+    names = list(chosen)
+    found = knapsack(
+        [[(padded(row.nbytes, align), row.kld) for row in choices[name]] for name in names],
+        budget,
+        price,
+        sum(row.kld for row in chosen.values()),
+    )
+    return None if found is None else {name: choices[name][at] for name, at in zip(names, found, strict=True)}
 
 
 def _fill(
@@ -249,22 +279,24 @@ class Choice:
     levels: Mapping[str, tuple[int, float]]
 
 
-_HEADER_SLACK = 2048  # names of recipe and importance matrix in the metadata
+HEADER_SLACK = 2048
+"""Bytes for the names of recipe and importance matrix in the metadata."""
+
 _COMPARED = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0")
 
 
 def choose(source: Source, profile: Profile, target: Target, *, name: str | None = None) -> Choice:
     """The recipe for ``target``. ``name``: of the recipe, else made of the size. Raises as ``allocate``, UsageError for
     no such level."""
-    rest = _rest_of_file(source)
+    rest = rest_of_file(source)
     if target.like is not None:
         like = parse_level(target.like).name
         budget = bytes_of(source, level_types(source, like))
     elif target.size is not None:
-        budget = target.size - rest - _HEADER_SLACK
+        budget = target.size - rest - HEADER_SLACK
     else:
         weights = sum(weights_of(output.shape) for output in source.tensors.outputs if output.constant is None)
-        budget = int((target.bpw or 0.0) * weights / 8) - rest - _HEADER_SLACK
+        budget = int((target.bpw or 0.0) * weights / 8) - rest - HEADER_SLACK
     names = set(profile.by_tensor())
     if target.like is not None:
         unmeasured = {key: qtype for key, qtype in level_types(source, like).items() if key not in names}
@@ -276,7 +308,46 @@ def choose(source: Source, profile: Profile, target: Target, *, name: str | None
     return Choice(recipe, allocation, rest + allocation.nbytes, _plain_levels(source, profile, rest))
 
 
-def _rest_of_file(source: Source) -> int:
+def smallest(wanted: Sequence[Candidate]) -> dict[str, int]:
+    """{tensor: bytes of the smallest of its types, padding included}."""
+    found: dict[str, int] = {}
+    for one in wanted:
+        size = padded(one.nbytes)
+        found[one.name] = min(size, found.get(one.name, size))
+    return found
+
+
+_HALF = {"F16": "f16", "BF16": "bf16"}
+
+
+def lossless(source: Source, wanted: Sequence[Candidate]) -> list[Sensitivity]:
+    """Tensors of ``wanted`` in the 16 bits in which ``source`` stores them."""
+    found = []
+    for name, outputs in {one.name: one.outputs for one in wanted}.items():
+        stored = {source.checkpoint.tensors[piece.source].dtype for output in outputs for piece in output.pieces}
+        qtype = _HALF.get(stored.pop()) if len(stored) == 1 else None
+        if qtype is not None:
+            weights = sum(weights_of(output.shape) for output in outputs)
+            found.append(Sensitivity(name, qtype, 16.0, 2 * weights, 0.0, 0.0))
+    return found
+
+
+def plain_level(source: Source, wanted: Sequence[Candidate], limit: int, model: str) -> Choice | None:
+    """The largest of the plain levels that fits ``limit`` bytes of the whole file, as a choice for the tensors of
+    ``wanted``; None where none fits. ``model``: digest of the source."""
+    names, rest = {one.name for one in wanted}, rest_of_file(source)
+    types = {level: level_types(source, level) for level in _COMPARED}
+    sizes = {level: rest + bytes_of(source, found) for level, found in types.items()}
+    fitting = [level for level in _COMPARED if sizes[level] + HEADER_SLACK <= limit]
+    if not fitting:
+        return None
+    level = max(fitting, key=lambda one: (sizes[one], one))
+    own = {name: qtype for name, qtype in types[level].items() if name in names}
+    recipe = Recipe(name=level, level=level, tensors=own, model=model)
+    return Choice(recipe, Allocation(own, bytes_of(source, own), limit, 0.0, 0.0), sizes[level], {})
+
+
+def rest_of_file(source: Source) -> int:
     """Bytes of the file that no recipe changes: header, norms, routers."""
     (plan,) = plan_source(source, "gguf", levels=["Q8_0"], name=None, options=Options(), importance=None)
     return plan.size - bytes_of(source, level_types(source, "Q8_0"))

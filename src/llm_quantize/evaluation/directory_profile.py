@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_quantize.architectures.rows import matrix_shape, weights_of
 from llm_quantize.errors import ResourceError, UsageError
-from llm_quantize.evaluation.allocation import Choice, Preset, Target, allocate
+from llm_quantize.evaluation.allocation import Allocation, Choice, Preset, Target, allocate
 from llm_quantize.evaluation.sensitivity import Candidate, Profile, Sensitivity
 from llm_quantize.formats.base import Scheme, mixture_of, scheme_of
 from llm_quantize.formats.compressed_mixed import HEAD_BITS
@@ -58,6 +58,38 @@ class DirectoryLadder:
     widths: Sequence[int] = (2, 3, 4, 5, 6, 8)
     head_bits: Sequence[int] = HEAD_BITS
     feeds_back: bool = True
+    weighed_types: Sequence[str] = ()
+
+    def least(self, source: Source, wanted: Sequence[Candidate]) -> int:
+        """Bytes of all files with every unit of ``wanted`` on the smallest of its grids, or as it is where that may
+        be and is smaller."""
+        head = {one.name for one in wanted} & {head_of(source)}
+        base = self._base(source, head=bool(head))
+        size = base.size - sum(matrices_bytes(self, base).values())
+        least: dict[str, int] = {}
+        for one in wanted:
+            least[one.name] = min(one.nbytes, least.get(one.name, one.nbytes))
+        return size + sum(least.values())
+
+    def lossless(self, source: Source, wanted: Sequence[Candidate]) -> list[Sensitivity]:
+        """None: ``choose`` knows what may be left as it is."""
+        return []
+
+    def plain(self, source: Source, wanted: Sequence[Candidate], limit: int, model: str) -> Choice | None:
+        """The widest level of at most ``limit`` bytes, its losses not said; None where none fits."""
+        base = self._base(source, head=False)
+        for bits in sorted(self.widths, reverse=True):
+            plan = self._plan(source, self.level.format(bits=bits), None, _group(base))
+            if plan.size > limit:
+                continue
+            own = units(plan)
+            types = {unit: found[0].qtype for unit, found in own.items()}
+            types |= {one.name: _KEPT for one in wanted if one.name not in own}
+            tensors = {mixture_of(matrix.name): matrix.qtype for matrix in plan.matrices}
+            recipe = Recipe(plan.level, plan.level, tensors, model=model, form=self.form)
+            nbytes = sum(matrices_bytes(self, plan).values())
+            return Choice(recipe, Allocation(types, nbytes, limit, 0.0, 0.0), plan.size, {})
+        return None
 
     def candidates(self, source: Source, types: Sequence[str], covered: Mapping[str, Any]) -> list[Candidate]:
         """Everything that gets one grid, at every type, in the order of the artifact. Where groups do not divide the
@@ -175,6 +207,12 @@ def _kept(source: Source, known: Mapping[str, Sequence[MatrixPlan]]) -> list[Sen
             nbytes = sum(info.elements * (4 if info.dtype in _WIDE else 2) for info in stored)
             found.append(Sensitivity(unit, _KEPT, 8 * nbytes / sum(info.elements for info in stored), nbytes, 0.0, 0.0))
     return found
+
+
+def matrices_bytes(ladder: DirectoryLadder, plan: ArtifactPlan) -> dict[str, int]:
+    """{unit: bytes of its fields as ``plan`` has them}."""
+    scheme = scheme_of(plan)
+    return {name: ladder._bytes(scheme, found, found[0].qtype) for name, found in units(plan).items()}
 
 
 def units(plan: ArtifactPlan) -> dict[str, list[MatrixPlan]]:

@@ -11,7 +11,7 @@ from llm_quantize.errors import UsageError
 from llm_quantize.evaluation import allocation, sensitivity
 from llm_quantize.evaluation.allocation import Choice, Preset, Target
 from llm_quantize.evaluation.directory_profile import DirectoryLadder
-from llm_quantize.evaluation.sensitivity import Candidate, Profile
+from llm_quantize.evaluation.sensitivity import Candidate, Profile, Sensitivity
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,8 @@ Hold = Callable[[Candidate], "dict[str, torch.Tensor]"]
 class Ladder(Protocol):
     """A format whose parts are profiled. ``default_types``: what is measured unless the user names types; ``presets``:
     sizes that people know, by the words for them. ``feeds_back``: with Hessians, codes are chosen by error feedback;
-    without that, only an importance matrix matters."""
+    without that, only an importance matrix matters. ``weighed_types``: further ones, of few bits, that are of use with
+    importance alone."""
 
     @property
     def form(self) -> str: ...
@@ -36,6 +37,18 @@ class Ladder(Protocol):
     def presets(self) -> Mapping[str, Preset]: ...
     @property
     def feeds_back(self) -> bool: ...
+    @property
+    def weighed_types(self) -> Sequence[str]: ...
+
+    def least(self, source: Source, wanted: Sequence[Candidate]) -> int:
+        """Bytes of the whole artifact with every part of ``wanted`` at the smallest of its types."""
+
+    def lossless(self, source: Source, wanted: Sequence[Candidate]) -> list[Sensitivity]:
+        """Each part of ``wanted`` as the source has it, where a recipe may leave it so: no loss."""
+
+    def plain(self, source: Source, wanted: Sequence[Candidate], limit: int, model: str) -> Choice | None:
+        """The largest plain level of at most ``limit`` bytes, its losses not said; None where there is none. ``model``:
+        digest of the source."""
 
     def candidates(self, source: Source, types: Sequence[str], covered: Mapping[str, Any]) -> list[Candidate]:
         """Every part at every type that it can hold, in the order of the artifact. ``covered``: names with importance.
@@ -62,6 +75,19 @@ class GgufLadder:
     default_types = sensitivity.DEFAULT_TYPES
     presets = allocation.PRESETS
     feeds_back = False
+    weighed_types = ("iq3_xxs", "iq2_s", "iq2_xxs")
+
+    def least(self, source: Source, wanted: Sequence[Candidate]) -> int:
+        """See ``Ladder``."""
+        return allocation.rest_of_file(source) + allocation.HEADER_SLACK + sum(allocation.smallest(wanted).values())
+
+    def lossless(self, source: Source, wanted: Sequence[Candidate]) -> list[Sensitivity]:
+        """See ``Ladder``: tensors that the source stores in 16 bits."""
+        return allocation.lossless(source, wanted)
+
+    def plain(self, source: Source, wanted: Sequence[Candidate], limit: int, model: str) -> Choice | None:
+        """See ``Ladder``."""
+        return allocation.plain_level(source, wanted, limit, model)
 
     def candidates(self, source: Source, types: Sequence[str], covered: Mapping[str, Any]) -> list[Candidate]:
         """See ``Ladder``."""

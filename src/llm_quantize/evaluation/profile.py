@@ -8,6 +8,7 @@ where torch multiplies in another order (by 1e-9).
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize import memory
+from llm_quantize.artifacts import preflight
 from llm_quantize.artifacts.output import refuse_changed, source_times
 from llm_quantize.engine import stop_on_signals
 from llm_quantize.errors import MissingExtraError, UsageError
@@ -34,17 +36,28 @@ from llm_quantize.models.opening import Source
 from llm_quantize.streams.sizes import from_network
 
 if TYPE_CHECKING:
+    from llm_quantize.evaluation.ladders import Hold
     from llm_quantize.evaluation.sensitivity_stream import Placed
     from llm_quantize.streams.network import Network
+    from llm_quantize.streams.pool import Pool
 
 STREAM_BYTES = 2 << 30
 """Hidden states of variants held at once where there is no memory limit."""
+
+ESTIMATE = 1
+"""Which estimate by gradients this version makes: one more whenever its figures become others."""
+
+PASSES = 4.0
+"""Forwards of the text that an estimate takes: there, each block once more on the way back, and twice that for its
+gradients."""
+_KEPT_FOR_BACK = 4  # times what a forward holds for a moment is kept of a block until its gradients are there
 
 
 @dataclass(frozen=True)
 class ProfilePlan:
     """What will be measured, and what that takes. ``groups`` are carried one after the other by ``threads``; ``times``:
-    of the source's files when the plan was made."""
+    of the source's files when the plan was made. ``estimated``: by gradients, in one group, whose hidden states take
+    ``disk`` bytes of files (0: they stay in memory)."""
 
     source: Source
     network: Network
@@ -61,6 +74,8 @@ class ProfilePlan:
     times: list[list[Any]]
     form: str = "gguf"
     statistics: Path | None = None
+    estimated: bool = False
+    disk: int = 0
 
 
 def plan_profile(
@@ -76,12 +91,14 @@ def plan_profile(
     device: str = "cpu",
     form: str = "gguf",
     statistics: Path | None = None,
+    estimated: bool = False,
     on_event: EventSink = ignore,
 ) -> ProfilePlan:
     """Everything that measuring takes, without loading a weight. ``windows``: (n, length) token ids; ``journal``: what
     an earlier run measured, left out of the plan; only where there is one the source's files are read for their hash.
     ``form``: the format whose types these are; ``statistics``: with Hessians, for codes that are chosen by error
-    feedback where the format has such.
+    feedback where the format has such. ``estimated``: figures by gradients (evaluation/fisher.py), not measured one by
+    one.
 
     Raises MissingExtraError without torch, UsageError (types, windows), ResourceError where not even one variant fits.
     """
@@ -101,14 +118,24 @@ def plan_profile(
     wanted = ladder.candidates(source, types, {} if imatrix is None else imatrix.values)
     known, times = dict[tuple[str, str], Sensitivity](), source_times(source.checkpoint)
     if journal is not None and journal.is_file():
-        known = _known(journal, _identity(source, windows, imatrix, statistics, form, device, on_event))
+        known = known_figures(
+            journal, identity_of(source, windows, imatrix, statistics, form, device, estimated, on_event)
+        )
     network = open_network(source, dtype="float32", device=device)
     placed = place(source, network, [one for one in wanted if one.key not in known])
     solving = ladder.held_bytes(wanted, statistics)
-    streams, fitted = _fit(
-        source, network, windows, placed, solving=solving, threads=threads, max_ram=max_ram, device=device
-    )
-    groups = tuple(tuple(group) for group in plan_groups(placed, network.n_blocks, streams))
+    limits = {"threads": threads, "max_ram": max_ram}
+    if estimated:
+        fitted = memory.fit(
+            _estimate_sizes(source, network, windows, placed, solving, device, statistics is not None), **limits
+        )
+        groups: tuple[tuple[Placed, ...], ...] = (tuple(placed),) if placed else ()
+        names, streams = {one.candidate.name for one in placed}, len(placed)
+        cost = Cost(len(names), streams, windows.size, 0, PASSES if placed else 0.0, 2 * len(groups), estimated=True)
+    else:
+        streams, fitted = _fit(source, network, windows, placed, solving=solving, device=device, **limits)
+        groups = tuple(tuple(group) for group in plan_groups(placed, network.n_blocks, streams))
+        cost = cost_of(groups, network.n_blocks, windows.size)
     return ProfilePlan(
         source=source,
         network=network,
@@ -118,13 +145,15 @@ def plan_profile(
         wanted=tuple(wanted),
         known=known,
         groups=groups,
-        cost=cost_of(groups, network.n_blocks, windows.size),
+        cost=cost,
         threads=fitted.threads,
         memory=fitted.peak,
         texts=tuple(texts),
         times=times,
         form=form,
         statistics=statistics,
+        estimated=estimated,
+        disk=0 if fitted.in_memory else fitted.hidden_bytes,
     )
 
 
@@ -187,23 +216,59 @@ def _fit(
     return streams, fitted
 
 
+def _estimate_sizes(
+    source: Source,
+    network: Network,
+    windows: Tokens,
+    placed: Sequence[Placed],
+    solving: int,
+    device: str,
+    fed_back: bool,
+) -> Sizes:
+    """What the way back holds. A thread has the gradients of a whole part beside what its window leaves for them."""
+    from llm_quantize.evaluation.fisher import POSITIONS
+
+    sizes = from_network(source, network)
+    length = windows.shape[1]
+    largest = max((4 * one.candidate.weights for one in placed), default=0)
+    logits = POSITIONS * network.vocab_size * (6 * 4 + 2 * 8)
+    taps = network.taps(0) if fed_back else []
+    grams = sum(4 * tap.columns**2 for tap in taps if tap.matrices == 1)
+    beside = 3 * largest + solving + grams
+    return Sizes(
+        libraries=TORCH_BYTES,
+        ends=max(sizes.embedding, 3 * sizes.head) + beside,
+        block=2 * sizes.block + beside,
+        each=max(_KEPT_FOR_BACK * sizes.workspace(length) + 2 * sizes.block + 2 * grams, logits + 2 * sizes.head)
+        + sizes.scratch,
+        hidden=sizes.hidden(*windows.shape),
+        copies=network.n_blocks + 3,
+        device=device,
+        refusal=(
+            "one block of this model and its gradients do not fit the memory limit",
+            "raise --max-ram or the limit, or take fewer --threads",
+        ),
+    )
+
+
 def measure_profile(plan: ProfilePlan, *, journal: Path | None = None, on_event: EventSink = ignore) -> Profile:
-    """Measure what the plan lacks. ``journal``: where figures are kept as they come; left there for the caller to
-    remove when the profile is written.
+    """Measure, or estimate, what the plan lacks. ``journal``: where figures are kept as they come; left there for
+    the caller to remove when the profile is written.
 
     Raises NumericPolicyError, BusyError (another process measures the same), StoppedError after a signal,
     IntegrityError (the source was written meanwhile), and what reading weights raises.
     """
-    from llm_quantize.evaluation.sensitivity_stream import Measurement
     from llm_quantize.streams.pool import Pool
 
     found = dict(plan.known)
-    identity = _identity(plan.source, plan.windows, plan.imatrix, plan.statistics, plan.form, plan.device, on_event)
+    identity = identity_of(
+        plan.source, plan.windows, plan.imatrix, plan.statistics, plan.form, plan.device, plan.estimated, on_event
+    )
     with stop_on_signals() as stop, _journal(plan, identity, journal) as record:
         pool = Pool(plan.threads, stop, resumable=None if journal is None else True)
         with ladder_of(plan.form).holding(plan.source, pool, plan.imatrix, plan.statistics) as hold:
-            run = Measurement(plan.source, plan.network, plan.windows, hold, pool, on_event)
-            rows = run.measure(plan.groups, partial(_settled, plan, record))
+            way = _estimate if plan.estimated else _measure
+            rows = way(plan, hold, pool, partial(_settled, plan, record), on_event) if plan.groups else []
     refuse_changed(plan.source.checkpoint, plan.times)
     found |= {(row.tensor, row.qtype): row for row in rows}
     length = plan.windows.shape[1]
@@ -212,20 +277,39 @@ def measure_profile(plan: ProfilePlan, *, journal: Path | None = None, on_event:
         "datasets": list(plan.texts),
         "context": length,
         "windows": len(plan.windows),
-        "tokens": len(plan.windows) * (length - 1 - length // 2),
+        "tokens": len(plan.windows) * (length if plan.estimated else length - 1 - length // 2),
     }
     name = plan.source.checkpoint.name
     ordered = tuple(found[one.key] for one in plan.wanted)
-    return Profile(name, identity["model"], text, identity["importance"], ordered, plan.form)
+    return Profile(name, identity["model"], text, identity["importance"], ordered, plan.form, plan.estimated)
 
 
-def _identity(
+Record = Callable[[Sequence[Sensitivity]], None]
+
+
+def _measure(plan: ProfilePlan, hold: Hold, pool: Pool, record: Record, on_event: EventSink) -> list[Sensitivity]:
+    from llm_quantize.evaluation.sensitivity_stream import Measurement
+
+    return Measurement(plan.source, plan.network, plan.windows, hold, pool, on_event).measure(plan.groups, record)
+
+
+def _estimate(plan: ProfilePlan, hold: Hold, pool: Pool, record: Record, on_event: EventSink) -> list[Sensitivity]:
+    from llm_quantize.evaluation.fisher import Estimation
+
+    with scratch_of(plan) as scratch:
+        fed_back = plan.statistics is not None
+        run = Estimation(plan.source, plan.network, plan.windows, hold, pool, scratch, on_event, fed_back)
+        return run.measure([one for group in plan.groups for one in group], record)
+
+
+def identity_of(
     source: Source,
     windows: Tokens,
     imatrix: Imatrix | None,
     statistics: Path | None,
     form: str,
     device: str,
+    estimated: bool,
     on_event: EventSink,
 ) -> dict[str, Any]:
     """What figures depend on (JSON-ready)."""
@@ -235,7 +319,20 @@ def _identity(
         "importance": importance_of(source, imatrix, statistics, on_event),
         "device": device,
         **({} if form == ProfilePlan.form else {"form": form}),
+        **({"estimated": ESTIMATE} if estimated else {}),
     }
+
+
+@contextmanager
+def scratch_of(plan: ProfilePlan) -> Iterator[Path | None]:
+    """A directory for the hidden states of ``plan``; None where they stay in memory. Raises ResourceError where the
+    disk is too small."""
+    if not plan.disk:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="llm-quantize-") as found:
+        preflight.check_disk(Path(found), plan.disk, remedy="set TMPDIR to another directory")
+        yield Path(found)
 
 
 def _settled(plan: ProfilePlan, record: Callable[[Sequence[Sensitivity]], None], rows: Sequence[Sensitivity]) -> None:
@@ -244,9 +341,9 @@ def _settled(plan: ProfilePlan, record: Callable[[Sequence[Sensitivity]], None],
     record(rows)
 
 
-def _known(path: Path, identity: Mapping[str, Any]) -> dict[tuple[str, str], Sensitivity]:
-    """What an earlier run of the same identity measured."""
-    if path.is_symlink():
+def known_figures(path: Path, identity: Mapping[str, Any]) -> dict[tuple[str, str], Sensitivity]:
+    """What an earlier run of the same identity measured, by (tensor, type); nothing where there is none."""
+    if path.is_symlink() or not path.is_file():
         return {}
     records, _ = parse_journal(path.read_bytes())
     if not records or records[0].get("identity") != dict(identity):

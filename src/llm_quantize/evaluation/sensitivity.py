@@ -34,7 +34,8 @@ MAX_BYTES = 256 << 20
 DEFAULT_TYPES = ("q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q3_k", "q2_k")
 """What is measured unless the user names types: the ladder of K-quants and the smallest good 4-bit grid."""
 
-_FLOATS = ("f32", "f16", "bf16")
+FLOATS = frozenset(("f32", "f16", "bf16"))
+"""Types of which nothing is measured."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def candidates(source: Source, types: Sequence[str], covered: Mapping[str, Any])
     A type whose blocks do not divide the rows is replaced by llama.cpp's fallback for it. ``covered``: names with
     importance; types that need it are left out elsewhere. Raises UsageError for no type or one that is not there.
     """
-    unknown = [qtype for qtype in types if qtype not in QTYPES or qtype in _FLOATS]
+    unknown = [qtype for qtype in types if qtype not in QTYPES or qtype in FLOATS]
     if unknown or not types:
         raise UsageError("no such type to measure", expected=", ".join(DEFAULT_TYPES), found=", ".join(unknown))
     found = []
@@ -96,7 +97,8 @@ def _fitting(qtype: str, columns: int) -> str | None:
 class Cost:
     """What measuring will take: ``streams`` of ``tokens`` tokens each, ``passes`` of a stream through a block, heads
     of every stream; ``forwards``: the same work in whole forwards of the text, ``groups``: how many times the model is
-    read (each on the average by half)."""
+    read (each on the average by half). ``estimated``: there is one stream, forward and back, and its gradients tell of
+    so many variants."""
 
     tensors: int
     streams: int
@@ -104,9 +106,15 @@ class Cost:
     passes: int
     forwards: float
     groups: int
+    estimated: bool = False
 
     def sentence(self) -> str:
         """The plan in one line."""
+        if self.estimated:
+            return (
+                f"{self.tensors} tensors, {self.streams} variants by the gradients of {self.tokens:,} tokens: the work "
+                f"of {self.forwards:,.0f} forwards of the text, in {self.groups} readings of the model"
+            )
         return (
             f"{self.tensors} tensors, {self.streams} variants over {self.tokens:,} tokens: the work of "
             f"{self.forwards:,.0f} forwards of the text, in {self.groups} readings of the model"
@@ -116,7 +124,7 @@ class Cost:
 @dataclass(frozen=True)
 class Sensitivity:
     """One figure: ``tensor`` alone at ``qtype``. ``kld`` and its standard error in nats, clustered by window (NaN for
-    one window); ``bits`` per weight."""
+    one window), 0 of an estimate; ``bits`` per weight."""
 
     tensor: str
     qtype: str
@@ -139,7 +147,8 @@ class Sensitivity:
 class Profile:
     """All figures of a model, in the order of its tensors. ``model``: its digest; ``text``: "sha256" of the windows,
     "datasets", "context", "windows", "tokens" (scored); ``importance``: hash of the importance used, or None.
-    ``form``: the format whose types these are."""
+    ``form``: the format whose types these are; ``estimated``: figures by gradients (evaluation/fisher.py), else each
+    was measured."""
 
     name: str
     model: str
@@ -147,6 +156,7 @@ class Profile:
     importance: str | None
     rows: tuple[Sensitivity, ...]
     form: str = "gguf"
+    estimated: bool = False
 
     def by_tensor(self) -> dict[str, tuple[Sensitivity, ...]]:
         """Tensor -> its figures."""
@@ -161,6 +171,7 @@ class Profile:
             "format": FORMAT,
             "format_version": VERSION,
             **({} if self.form == Profile.form else {"for": self.form}),
+            **({"estimated": True} if self.estimated else {}),
             "model": {"name": self.name, "sha256": self.model},
             "text": dict(self.text),
             "importance": self.importance,
@@ -209,10 +220,13 @@ def read_profile(path: str | Path) -> Profile:
     form = fields.get("for", Profile.form)
     if not isinstance(form, str):
         raise _refuse(path, "the profile's format is not a word", form)
+    estimated = fields.get("estimated", False)
+    if not isinstance(estimated, bool):
+        raise _refuse(path, "the profile does not say whether its figures are estimates", estimated)
     found = tuple(_row(path, row) for row in rows)
     if len({(row.tensor, row.qtype) for row in found}) != len(found):
         raise _refuse(path, "a figure of the profile stands twice", len(found))
-    return Profile(model["name"], model["sha256"], text, importance, found, form)
+    return Profile(model["name"], model["sha256"], text, importance, found, form, estimated)
 
 
 def _row(path: Path, row: Any) -> Sensitivity:

@@ -225,7 +225,7 @@ class PackedFormat:
             qtype=scheme.qtype.name,
             measured=options.statistics is None and method.stages(self.name).corrects,
             warnings=[*warnings, *cautions, *unlike],
-            notes=(*(() if recipe is None or recipe.origin is None else recipe.origin.notes()), *why),
+            notes=(*(() if recipe is None else recipe.notes()), *why),
             too_large=_TOO_LARGE,
             dropped=found.dropped,
         )
@@ -292,6 +292,8 @@ class PackedFormat:
         cautions: tuple[str, ...],
     ) -> PackedFacts:
         """What the model card tells."""
+        recipe = options.overrides.recipe
+        chosen = None if recipe is None else recipe.fit
         packed = (source.checkpoint.tensors[tensor] for tensor in found.packed)
         return PackedFacts(
             form=self.form,
@@ -301,7 +303,10 @@ class PackedFormat:
             packed=sum(group.nbytes for group in groups if group.module is not None),
             kept=sum(group.nbytes for group in groups if group.module is None),
             weights=sum(info.elements for info in (*packed, *found.kept)),
-            method=options.method.words(self.name, () if importance is None else importance.datasets),
+            method={
+                **options.method.words(self.name, () if importance is None else importance.datasets),
+                **({} if chosen is None else chosen.words()),
+            },
             ignored=tuple(found.ignored),
             tensor_parallel=_tensor_parallel(scheme, found.modules, types),
             experts=source.architecture.hyper.n_expert > 0,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llm_quantize.errors import IntegrityError, UsageError
+from llm_quantize.measures.amounts import bytes_text
 from llm_quantize.results import Shown
 
 if TYPE_CHECKING:
@@ -48,13 +50,55 @@ class Origin:
             )
 
 
+@dataclass(frozen=True)
+class Fit:
+    """Why a recipe that was chosen for a size is as it is. Bytes: ``size`` that was asked for, ``file`` that the weight
+    files may have of it, ``reached``. ``context``: tokens of the cache that fits beside them, in the type ``kv``, which
+    takes ``beside`` with all else that a runtime needs (0, "", 0: the file alone was to fit). ``bits`` per weight.
+    ``way``: how sensitivities were found, "estimated" or "measured"; ``kld``: their sum, nats. ``tried``: {recipe: mean
+    KLD on ``tokens`` positions of other text}, ``chosen`` being the one that was taken; empty where none was tried."""
+
+    size: int
+    file: int
+    reached: int
+    bits: float
+    way: str
+    kld: float
+    chosen: str = ""
+    tried: Mapping[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    context: int = 0
+    kv: str = ""
+    beside: int = 0
+
+    def words(self) -> dict[str, str]:
+        """What a model card says of it."""
+        return {"Types": "; ".join(self.notes())}
+
+    def notes(self) -> Iterator[str]:
+        """What the reader of a plan should know, a sentence each."""
+        if self.context:
+            yield (
+                f"of {bytes_text(self.size)}, {bytes_text(self.beside)} are for a cache of {self.context:,} tokens in "
+                f"{self.kv} and what the runtime needs: the file may have {bytes_text(self.file)}"
+            )
+        yield (
+            f"types chosen to fit {bytes_text(self.file)}: {bytes_text(self.reached)}, {self.bits:.2f} bits per "
+            f"weight, by {self.way} sensitivities that sum to a KLD of {self.kld:.5f}"
+        )
+        if self.tried:
+            others = ", ".join(f"{name} {kld:.5f}" for name, kld in self.tried.items())
+            yield f"mean KLD on {self.tokens:,} tokens of other text: {others}; taken: {self.chosen}"
+
+
 @dataclass(frozen=True, repr=False)
 class Recipe(Shown):
     """A user's own mix (``read_recipe``): the qtypes of single ``tensors`` by name, before everything else; the rest
     as ``level`` says. ``model``: digest of the model that it was made for, if it says so; ``sha256``: of the file.
     ``form``: the format that it is for, in whose words names, level and qtypes are. ``kept``: tensors whose codes are
     those of the source, if they can be, so that no importance is asked for. ``origin``: the file of another model whose
-    types it repeats; tensors that only one of the two has are told then, not refused."""
+    types it repeats; tensors that only one of the two has are told then, not refused. ``fit``: the size that it was
+    chosen for."""
 
     name: str
     level: str
@@ -64,6 +108,20 @@ class Recipe(Shown):
     form: str = "gguf"
     kept: frozenset[str] = frozenset()
     origin: Origin | None = None
+    fit: Fit | None = None
+
+    def notes(self) -> tuple[str, ...]:
+        """What the reader of a plan should know of how it came about, a sentence each."""
+        return tuple(note for one in (self.origin, self.fit) if one is not None for note in one.notes())
+
+    def groups(self) -> dict[str, dict[str, int]]:
+        """{tensors of one kind, their block's number left out: {type: how many of them have it}}."""
+        found: dict[str, dict[str, int]] = {}
+        for name, qtype in self.tensors.items():
+            kind = re.sub(r"\.\d+\.", ".*.", name).removesuffix(".weight")
+            counts = found.setdefault(kind, {})
+            counts[qtype] = counts.get(qtype, 0) + 1
+        return found
 
     def summary(self) -> dict[str, object]:
         """Its name, its level, and how many tensors it names."""

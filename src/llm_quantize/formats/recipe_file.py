@@ -7,6 +7,7 @@
  "model": {"sha256": "...", "name": "..."},          optional: it is refused for any other model
  "tensors": {"blk.0.attn_v.weight": "q6_k", ...},    GGUF names; of a directory, the names of modules
  "from": {"file": "...", "sha256": "...", ...},      optional: the file whose types these are (recipe.Origin)
+ "fit": {"size": 8000000000, ...},                   optional: the size that it was chosen for (recipe.Fit)
  "made": {...}}                                      optional: how it came about; not read
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 
 from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageError, printable
 from llm_quantize.formats.base import Format
-from llm_quantize.formats.recipe import Origin, Recipe
+from llm_quantize.formats.recipe import Fit, Origin, Recipe
 from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.json_file import parse_json
 from llm_quantize.io.paths import open_argument, pread_into
@@ -35,7 +36,7 @@ VERSION = 1
 MAX_BYTES = 64 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,63}", re.ASCII)
 _REQUIRED = {"format", "format_version", "name", "level", "tensors"}
-_OPTIONAL = {"for", "model", "made", "from"}
+_OPTIONAL = {"for", "model", "made", "from", "fit"}
 _ORIGIN = {"file": str, "sha256": str, "architecture": str, "blocks": int}
 _IMPORTANCE = {"file", "dataset", "entries", "chunks"}
 
@@ -87,6 +88,7 @@ def parse_recipe(data: bytes, path: Path) -> Recipe:
         sha256=hashlib.sha256(data).hexdigest(),
         form=form,
         origin=_origin(path, fields.get("from")),
+        fit=parse_fit(path, fields.get("fit")),
     )
 
 
@@ -103,6 +105,31 @@ def _origin(path: Path, found: Any) -> Origin | None:
     return Origin(
         printable(found["file"], 120), printable(found["sha256"], 64), found["architecture"], found["blocks"], told
     )
+
+
+_COUNT, _FIGURE, _WORD = (int,), (int, float), (str,)
+_FIT: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("size", "file", "reached", "tokens", "context", "beside"), _COUNT),
+    **dict.fromkeys(("bits", "kld"), _FIGURE),
+    **dict.fromkeys(("way", "chosen", "kv"), _WORD),
+}
+_ALWAYS = {"size", "file", "reached", "bits", "way", "kld"}
+_MOST_TRIED = 16
+
+
+def parse_fit(path: Path, found: Any) -> Fit | None:
+    """What a recipe of ``path`` says of the size that it was chosen for; None where it says nothing. Raises
+    MalformedInputError."""
+    if found is None:
+        return None
+    given = dict(found) if isinstance(found, dict) else {}
+    tried = given.pop("tried", {})
+    right = _ALWAYS <= given.keys() <= _FIT.keys() and isinstance(tried, dict) and len(tried) <= _MOST_TRIED
+    right = right and all(type(value) in _FIT[key] for key, value in given.items())
+    if not right or not all(type(kld) in _FIGURE for kld in tried.values()):
+        raise _refuse(path, "the recipe's size is not what this version writes", ", ".join([*_FIT, "tried"]), found)
+    told: dict[str, Any] = {key: printable(value, 40) if type(value) is str else value for key, value in given.items()}
+    return Fit(**told, tried={printable(str(name), 40): float(kld) for name, kld in tried.items()})
 
 
 def _bytes(path: Path) -> bytes:
@@ -162,6 +189,8 @@ def recipe_bytes(recipe: Recipe, *, model_name: str = "", made: Mapping[str, Any
     fields["tensors"] = dict(recipe.tensors)
     if recipe.origin is not None:
         fields["from"] = {key: value for key, value in asdict(recipe.origin).items() if value or key in _ORIGIN}
+    if recipe.fit is not None:
+        fields["fit"] = {key: value for key, value in asdict(recipe.fit).items() if value or key in _ALWAYS}
     if made:
         fields["made"] = dict(made)
     return json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -79,6 +79,7 @@ def one_by_one(
     order = torch.argsort(chosen, stable=True)
     counts = torch.bincount(chosen, minlength=module.num_experts).tolist()
     total = torch.zeros_like(hidden)
+    gate_up, down = module.gate_up_proj.unbind(), module.down_proj.unbind()  # at once: so is the way back through them
     start = 0
     for expert, count in enumerate(counts):
         if count == 0:
@@ -90,11 +91,11 @@ def one_by_one(
         if listener is not None:
             listener("gate_up_proj", expert, inputs)
         inputs = rounder("gate_up_proj", expert, inputs)
-        inner = module._apply_gate(_linear(inputs, module.gate_up_proj[expert]))
+        inner = module._apply_gate(_linear(inputs, gate_up[expert]))
         if listener is not None:
             listener("down_proj", expert, inner)
         inner = rounder("down_proj", expert, inner)
-        outputs = _linear(inner, module.down_proj[expert]) * share[rows, None]
+        outputs = _linear(inner, down[expert]) * share[rows, None]
         total.index_add_(0, token, outputs.to(total.dtype))
     return total
 

@@ -261,3 +261,14 @@ def _moved(value: Any, device: str | torch.device) -> Any:
     if isinstance(value, dict):
         return {name: _moved(one, device) for name, one in value.items()}
     return value
+
+
+def copied(value: Any) -> Any:
+    """``value`` with a copy of every tensor in it."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, (tuple, list)):
+        return type(value)(copied(one) for one in value)
+    if isinstance(value, dict):
+        return {name: copied(one) for name, one in value.items()}
+    return value

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageErro
 from llm_quantize.models.opening import Source
 from llm_quantize.options import DEVICES
 from llm_quantize.streams.kv_cache import CacheSink, watch
-from llm_quantize.streams.model import Arguments, Reached, Skeleton, put
+from llm_quantize.streams.model import Arguments, Reached, Skeleton, copied, put
 from llm_quantize.streams.names import Slot, find_places, load, require
 from llm_quantize.streams.rounding import round_inputs
 from llm_quantize.streams.taps import Observer, Sink, Tap, TapPoint, attach, columns_of, find_points
@@ -269,6 +269,33 @@ class Block:
             found: torch.Tensor = result[0].to(hidden.device)
         return found
 
+    def pull_back(self, hidden: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Gradients of a scalar through this block: ``hidden`` (length, width) entered it, ``after`` (length, width) is
+        the gradient for what left it. Returns that for ``hidden``, and {checkpoint tensor: that for its matrix, its
+        shape} for every matrix, all in the network's dtype on the CPU."""
+        arguments = self._network.arguments(self.index, hidden.shape[0])
+        device = self._network.device
+        matrices = {name: value for name, value in self._module.named_parameters() if value.ndim > 1}
+        with torch.enable_grad():
+            given = hidden[None].to(device).clone().requires_grad_(True)
+            watched = [value.requires_grad_(True) for value in matrices.values()]
+            # Tensors of inference mode cannot be kept for the way back: these are copies.
+            result = self._module(given, *copied(arguments.positional), **copied(dict(arguments.named)))
+            if isinstance(result, tuple):
+                result = result[0]
+            found = torch.autograd.grad(
+                result, [given, *watched], after[None].to(device), allow_unused=True, materialize_grads=True
+            )
+        return found[0][0].cpu(), self._by_tensor(dict(zip(matrices, found[1:], strict=True)))
+
+    def _by_tensor(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: place.of(gradients[parameter]).cpu()
+            for name, places in self.tensors.items()
+            for parameter, place in places
+            if parameter in gradients
+        }
+
     def observe(self, sink: Sink, cache: CacheSink | None = None) -> AbstractContextManager[None]:
         """While open, calls of this thread give ``sink`` the inputs of every tap, and ``cache`` keys and values. See
         ``Sink`` and ``CacheSink``."""
@@ -320,6 +347,24 @@ class Head:
         finally:
             del self._given.hidden
         return logits[0].float().cpu()
+
+    def pull_back(
+        self, hidden: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of a scalar of the logits: ``choose`` is given float32 logits (k, vocab_size) on the CPU and
+        returns the gradient for them. Returns that for ``hidden`` (k, width), which left the last block, and that for
+        the output matrix, on the CPU."""
+        matrix = self._model.get_submodule(self._skeleton.output).weight.requires_grad_(True)
+        with torch.enable_grad():
+            start = hidden.to(self._skeleton.device).clone().requires_grad_(True)
+            given = self._given.hidden = start[None]
+            try:
+                logits = self._model(inputs_embeds=given.detach(), use_cache=False).logits[0]
+            finally:
+                del self._given.hidden
+            gradient = choose(logits.detach().float().cpu()).to(logits)
+            found = torch.autograd.grad(logits, [start, matrix], gradient)
+        return found[0].cpu(), found[1].cpu()
 
     def observe(self, sink: Sink) -> AbstractContextManager[None]:
         """While open, calls of this thread give ``sink`` the input of the output matrix."""

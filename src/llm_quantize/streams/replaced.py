@@ -3,7 +3,7 @@ the tensors of the checkpoint that its rows come from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,3 +70,30 @@ class ReplacedWeights:
         if name not in self._values and isinstance(self._weights, ReadsRows):
             return self._weights.read_rows(name, rows)
         return self.read(name)[rows]
+
+
+class MixedWeights:
+    """``weights`` with everything that an artifact would hold otherwise as it would hold it, made when it is read.
+
+    ``held``: {tensor of the checkpoint: functions that put values into it}, each given the weights as they are so far;
+    a tensor whose rows go into several tensors of the artifact has several.
+    """
+
+    def __init__(
+        self, weights: Weights, held: Mapping[str, Sequence[Callable[[], Mapping[str, torch.Tensor]]]]
+    ) -> None:
+        self._weights, self._held = weights, held
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._weights.names
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as the artifact has it."""
+        found = self._weights.read(name)
+        source = found
+        for make in self._held.get(name, ()):
+            values = make()[name]
+            # Rows of other tensors of the artifact have the source's values there.
+            found = values if found is source else torch.where(values == source, found.to(values), values)
+        return found

@@ -198,8 +198,7 @@ def _plan_level(source: Source, name: str, stem: str, importance: Importance | N
         )
     too_large = TOO_LARGE_FLOAT if name in FLOAT_LEVELS else TOO_LARGE
     scratch = source.checkpoint.scratch
-    origin = None if recipe is None else recipe.origin
-    notes = (*([] if origin is None else origin.notes()), *at_most)
+    notes = (*(() if recipe is None else recipe.notes()), *at_most)
     plan = replace(plan, matrices=matrices, silent=quiet, too_large=too_large, source_scratch=scratch, notes=notes)
     if recipe is not None:
         told = unlike(recipe, tensor_shapes(source, name))

@@ -1,0 +1,74 @@
+"""Recipes tried before one is written: what each would lose on text that chose none of them, without a file.
+
+Every candidate is a stream beside the source's; its matrices are held at their types as they are read, block by block
+(evaluation/streamed.py carries the streams). Texts are the same for all, so differences are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from llm_quantize.evaluation.sensitivity import Candidate
+from llm_quantize.evaluation.streamed import Evaluation, Stream
+from llm_quantize.events import EventSink
+from llm_quantize.measures.perplexity import Tokens
+from llm_quantize.models.opening import Source
+from llm_quantize.streams.hidden import Activations
+from llm_quantize.streams.network import Network
+from llm_quantize.streams.pool import Pool
+from llm_quantize.streams.replaced import MixedWeights
+from llm_quantize.streams.weights import CheckpointWeights
+
+Hold = Callable[[Candidate], Mapping[str, torch.Tensor]]
+
+
+def try_recipes(
+    source: Source,
+    network: Network,
+    windows: Tokens,
+    recipes: Sequence[Sequence[Candidate]],
+    hold: Hold,
+    pool: Pool,
+    scratch: Path | None,
+    on_event: EventSink,
+) -> list[float]:
+    """The mean KLD, nats, of each of ``recipes`` over ``windows`` (n, length). ``hold``: {tensor of the
+    source: float32} with a candidate at its type; ``scratch``: where hidden states lie in files, None: in memory.
+
+    Raises NumericPolicyError for states or logits that are not finite, StoppedError after a signal.
+    """
+    plain = CheckpointWeights(source.checkpoint)
+    with ExitStack() as stack:
+
+        def states(count: int) -> Activations:
+            shape = (count, windows.shape[1], network.width)
+            return stack.enter_context(Activations(*shape, torch.float32, directory=scratch))
+
+        path = source.checkpoint.directory
+        origin = Stream(path, plain, plain, states(len(windows)))
+        streams = []
+        for recipe in recipes:
+            mixed = MixedWeights(plain, _held(recipe, hold))
+            streams.append(Stream(path, mixed, mixed, states(len(windows))))
+        steps = len(windows) * (1 + len(streams)) * (network.n_blocks + 1)
+        work = Evaluation(network, windows, pool, steps, on_event, head=1)
+        for stream in (origin, *streams):
+            work.embed(stream)
+        work.through_blocks(origin, streams, states(0))
+        for stream in streams:
+            work.through_head(origin, [stream])
+    return [stream.comparison.result().kld for stream in streams]
+
+
+def _held(recipe: Sequence[Candidate], hold: Hold) -> dict[str, list[Callable[[], Mapping[str, torch.Tensor]]]]:
+    """{tensor of the source: what puts values into it}."""
+    found: dict[str, list[Callable[[], Mapping[str, torch.Tensor]]]] = {}
+    for candidate in recipe:
+        for name in dict.fromkeys(piece.source for output in candidate.outputs for piece in output.pieces):
+            found.setdefault(name, []).append(partial(hold, candidate))
+    return found
