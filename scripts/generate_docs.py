@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from gguf import MODEL_ARCH_NAMES
 from python_reference import python_page
 
 from llm_quantize import __version__
@@ -80,7 +79,7 @@ def architecture_page() -> str:
         "| model_type | GGUF architecture |",
         "|---|---|",
     ]
-    parts += [f"| {name} | {MODEL_ARCH_NAMES[family.arch]} |" for name, family in sorted(ARCHITECTURES.items())]
+    parts += [f"| {name} | {family.arch} |" for name, family in sorted(ARCHITECTURES.items())]
     return "\n".join(parts) + "\n"
 
 

@@ -78,7 +78,7 @@ def test_every_tensor_is_used_or_explained(variant: str, models: dict[str, Path]
 def test_names_are_those_of_the_gguf_package(variant: str, models: dict[str, Path]) -> None:
     checkpoint, architecture, mapped = opened(models[variant])
     checkpoint.close()
-    arch = architecture.family.arch
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.family.arch)
     table = gguf.get_tensor_name_map(arch, architecture.hyper.n_layer)
     checked = 0
     for output in mapped.outputs:

@@ -38,7 +38,7 @@ class Architecture:
             new = values.get("new_decoder_architecture") is True
             values["two_norms"] = new and values.get("num_ln_in_parallel_attn") in (2, None)
         self.config = ConfigReader(values, file, family.defaults)
-        self.gguf_name: str = gguf.MODEL_ARCH_NAMES[family.arch]
+        self.gguf_name: str = family.arch
         self.limits: list[UnsupportedError] = []
         self._check_limits()
         self.rope: Rope | None = read_rope(self.config, family, self.limits)

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UnsupportedError
+from .kinds import Kind
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Weight:
     ``add``: see Piece.
     """
 
-    tensor: gguf.MODEL_TENSOR
+    tensor: Kind
     shape: tuple[str, ...]
     forms: tuple[Form, ...]
     when: str = ""
@@ -179,15 +179,15 @@ class Feed:
     ``when``: as in Weight. Without such a row a norm is taken to feed nothing, and no scale is folded into it.
     """
 
-    norm: gguf.MODEL_TENSOR
+    norm: Kind
     readers: tuple[Literal["attention", "feed_forward"], ...]
     when: str = ""
 
 
 # Most blocks: one norm before attention, one before the feed-forward block.
 TWO_FEEDS = (
-    Feed(gguf.MODEL_TENSOR.ATTN_NORM, ("attention",)),
-    Feed(gguf.MODEL_TENSOR.FFN_NORM, ("feed_forward",)),
+    Feed(Kind.ATTN_NORM, ("attention",)),
+    Feed(Kind.FFN_NORM, ("feed_forward",)),
 )
 
 
@@ -217,7 +217,7 @@ class Family:
     """
 
     model_type: str
-    arch: gguf.MODEL_ARCH
+    arch: str
     generator: str
     weights: tuple[Weight, ...]
     activations: tuple[str, ...]

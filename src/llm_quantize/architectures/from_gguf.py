@@ -16,7 +16,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import numpy.typing as npt
-from gguf import MODEL_TENSOR as T
 
 from ..errors import LlmQuantizeError, MalformedInputError, UnsupportedError, printable
 from ..io.gguf_file import MetaValue
@@ -25,6 +24,7 @@ from . import ARCHITECTURES
 from .architecture import Architecture
 from .base import Family, OutputTensor
 from .config_reader import ALIASES, LARGEST
+from .kinds import Kind as T
 from .mapping import artifact_shapes, checkpoint_shapes, output_name
 from .rope import DIVISORS
 
@@ -68,9 +68,9 @@ def derive(contents: Contents) -> Derived:
     MalformedInputError (a value that the architecture needs is absent or impossible).
     """
     arch = _check_model(contents)
-    families = [f for f in ARCHITECTURES.values() if gguf.MODEL_ARCH_NAMES[f.arch] == arch and not f.nested]
+    families = [f for f in ARCHITECTURES.values() if f.arch == arch and not f.nested]
     if not families:
-        known = sorted({gguf.MODEL_ARCH_NAMES[family.arch] for family in ARCHITECTURES.values()})
+        known = sorted({family.arch for family in ARCHITECTURES.values()})
         near = difflib.get_close_matches(arch.lower()[:80], known, n=1, cutoff=0.3)
         raise UnsupportedError(
             f"the GGUF architecture {arch[:80]!r} is not supported",
@@ -177,7 +177,7 @@ def _fit(family: Family, contents: Contents) -> Derived | tuple[int, Unsupported
     # First by what the artifact has: a hostile number of experts must not make as many names.
     wanted = {
         **artifact_shapes(family, architecture.config, architecture.hyper),
-        **{f"{gguf.TENSOR_NAMES[tensor]}.weight": values.shape for tensor, values in architecture.constants.items()},
+        **{tensor.of(None): values.shape for tensor, values in architecture.constants.items()},
     }
     wanted = {name: _squeezed(shape) for name, shape in wanted.items()}
     found = {name: _squeezed(shape) for name, shape in contents.shapes.items()}
@@ -231,7 +231,7 @@ class _Inverse:
 
     def __init__(self, family: Family, contents: Contents) -> None:
         self.family, self.contents = family, contents
-        self.values = _Values(contents, gguf.MODEL_ARCH_NAMES[family.arch])
+        self.values = _Values(contents, family.arch)
 
     def _named(self, name: str, value: object) -> dict[str, object]:
         """A value under the name that the family's configuration has for it, if it has one."""
@@ -378,7 +378,7 @@ class _Inverse:
         values, keys, shapes = self.values, gguf.Keys.Rope, self.contents.shapes
         context = values.integer(gguf.Keys.LLM.CONTEXT_LENGTH)
         original = values.integer(keys.SCALING_ORIG_CTX_LEN, context)
-        names = [gguf.TENSOR_NAMES[t] + ".weight" for t in (T.ROPE_FACTORS_LONG, T.ROPE_FACTORS_SHORT, T.ROPE_FREQS)]
+        names = [t.of(None) for t in (T.ROPE_FACTORS_LONG, T.ROPE_FACTORS_SHORT, T.ROPE_FREQS)]
         if names[0] in shapes and names[1] in shapes:
             long, short = (self._divisors(name, rotary).tolist() for name in names[:2])
             return {
@@ -445,7 +445,7 @@ def llama3_parameters(divisors: npt.NDArray[np.float32], theta: float, rotary: i
         raise UnsupportedError(
             "the rotary divisors are not those of Llama 3's scaling",
             file=file,
-            tensor=gguf.TENSOR_NAMES[T.ROPE_FREQS] + ".weight",
+            tensor=T.ROPE_FREQS.of(None),
             found=printable(str(divisors.tolist()), 120),
             remedy="start from the original model",
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
@@ -13,12 +12,13 @@ from ..errors import AccessError, MalformedInputError, UnsupportedError
 from ..io.safetensors_file import TensorInfo
 from .base import Family, Form, Hyper, Order, OutputTensor, Piece, TensorMap, Weight
 from .config_reader import ConfigReader
+from .kinds import Kind
 
 _CHUNK = 1 << 22
 _FLOAT32 = {
-    gguf.MODEL_TENSOR.FFN_GATE_INP,
-    gguf.MODEL_TENSOR.FFN_GATE_INP_SHEXP,
-    gguf.MODEL_TENSOR.POS_EMBD,
+    Kind.FFN_GATE_INP,
+    Kind.FFN_GATE_INP_SHEXP,
+    Kind.POS_EMBD,
 }
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -53,15 +53,14 @@ def source_name(form: Form, layer: int | None, index: int) -> str:
 def checkpoint_name(family: Family, weight: Weight, short: str) -> str:
     """The name that transformers gives to a tensor of ``weight``; its head stands beside the model proper."""
     old, new = family.prefixes[0] if family.prefixes else ("", "")
-    bare = weight.tensor == gguf.MODEL_TENSOR.OUTPUT or not short.startswith(new)
+    bare = weight.tensor == Kind.OUTPUT or not short.startswith(new)
     return short if bare else old + short[len(new) :]
 
 
 def output_name(weight: Weight, layer: int | None) -> str:
     """The name of ``weight`` in GGUF."""
     suffix = ".bias" if weight.forms[0].name.endswith(".bias") else ".weight"
-    name: str = gguf.TENSOR_NAMES[weight.tensor].replace("{bid}", str(layer)) + suffix
-    return name
+    return weight.tensor.of(layer, suffix)
 
 
 def checkpoint_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dict[str, tuple[int, ...]]:
@@ -70,7 +69,7 @@ def checkpoint_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dic
     sizes = hyper.sizes
     for weight in family.weights:
         form = weight.forms[0]
-        head = weight.tensor == gguf.MODEL_TENSOR.OUTPUT and form.name.endswith(".weight")
+        head = weight.tensor == Kind.OUTPUT and form.name.endswith(".weight")
         if not config.holds(weight.when) or (head and hyper.tied):
             continue
         for layer in range(hyper.n_layer) if "{}" in form.name else (None,):
@@ -84,7 +83,7 @@ def artifact_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dict[
     """{name in GGUF: shape} of the weights that this configuration calls for; no output matrix where it is tied."""
     found: dict[str, tuple[int, ...]] = {}
     for weight in family.weights:
-        head = weight.tensor == gguf.MODEL_TENSOR.OUTPUT and weight.forms[0].name.endswith(".weight")
+        head = weight.tensor == Kind.OUTPUT and weight.forms[0].name.endswith(".weight")
         if config.holds(weight.when) and not (head and hyper.tied):
             shape = tuple(hyper.sizes[word] for word in weight.shape)
             layers = range(hyper.n_layer) if "{}" in weight.forms[0].name else (None,)
@@ -117,7 +116,7 @@ def head_of(family: Family, names: Iterable[str]) -> str | None:
     heads = {
         form.name
         for weight in family.weights
-        if weight.tensor == gguf.MODEL_TENSOR.OUTPUT
+        if weight.tensor == Kind.OUTPUT
         for form in weight.forms
         if form.name.endswith(".weight")
     }
@@ -249,7 +248,7 @@ def map_tensors(
     config: ConfigReader,
     hyper: Hyper,
     tensors: Mapping[str, TensorInfo],
-    constants: Mapping[gguf.MODEL_TENSOR, npt.NDArray[np.float32]],
+    constants: Mapping[Kind, npt.NDArray[np.float32]],
     same: Callable[[TensorInfo, TensorInfo], bool] | None = None,
 ) -> TensorMap:
     """Every tensor of the checkpoint accounted for. Order: as the network runs, whatever the order of the source. An
@@ -261,14 +260,14 @@ def map_tensors(
     mapper = Mapper(family, config, hyper, tensors)
     whole = [w for w in family.weights if "{}" not in w.forms[0].name and mapper.wanted(w)]
     layered = [w for w in family.weights if "{}" in w.forms[0].name and mapper.wanted(w)]
-    first = [w for w in whole if w.tensor in (gguf.MODEL_TENSOR.TOKEN_EMBD, gguf.MODEL_TENSOR.POS_EMBD)]
+    first = [w for w in whole if w.tensor in (Kind.TOKEN_EMBD, Kind.POS_EMBD)]
     outputs = [mapper.output(weight, None) for weight in first]
     for tensor, values in constants.items():
-        name = gguf.TENSOR_NAMES[tensor] + ".weight"
+        name = tensor.of(None)
         outputs.append(OutputTensor(name, values.shape, constant=values, float32=True))
     for layer in range(hyper.n_layer):
         outputs += [mapper.output(weight, layer) for weight in layered]
-    head = [w for w in whole if w.tensor == gguf.MODEL_TENSOR.OUTPUT]
+    head = [w for w in whole if w.tensor == Kind.OUTPUT]
     outputs += [mapper.output(weight, None) for weight in whole if weight not in first and weight not in head]
     limits: list[UnsupportedError] = []
     for weight in head:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from gguf import MODEL_TENSOR as T
-
 from .base import Form, Order, Weight
+from .kinds import Kind as T
 
 ROTARY = (r"\.rotary_emb\.inv_freq$", "rotary frequencies, which the runtime computes from the metadata")
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from gguf import MODEL_ARCH as A
-from gguf import MODEL_TENSOR as T
-
 from .base import Family, Limit
+from .kinds import Kind as T
 from .parts import EDGES, LAYER_NORMS, ROTARY, attention, experts, gated, norm, one
 
 _FULL = Limit("use_sliding_window", (False,), False)
@@ -24,7 +22,7 @@ _SHARED = "layers.{}.mlp.shared_expert"
 FAMILIES = (
     Family(
         "qwen2",
-        A.QWEN2,
+        "qwen2",
         generator="Qwen2ForCausalLM",
         weights=(*EDGES, *LAYER_NORMS, *attention(qkv_bias=""), *gated()),
         activations=("silu",),
@@ -34,7 +32,7 @@ FAMILIES = (
     ),
     Family(
         "qwen2_moe",
-        A.QWEN2MOE,
+        "qwen2moe",
         generator="Qwen2MoeForCausalLM",
         weights=(
             *EDGES,
@@ -55,7 +53,7 @@ FAMILIES = (
     ),
     Family(
         "qwen3",
-        A.QWEN3,
+        "qwen3",
         generator="Qwen3ForCausalLM",
         weights=(
             *EDGES,
@@ -72,7 +70,7 @@ FAMILIES = (
     ),
     Family(
         "qwen3_moe",
-        A.QWEN3MOE,
+        "qwen3moe",
         generator="Qwen3MoeForCausalLM",
         weights=(
             *EDGES,

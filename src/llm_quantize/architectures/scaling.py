@@ -18,13 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import gguf
 import numpy as np
 import numpy.typing as npt
-from gguf import MODEL_TENSOR as T
 
 from .architecture import Architecture
 from .base import OutputTensor, Piece, TensorMap
+from .kinds import Kind as T
 
 Role = Literal["attention_in", "attention_out", "feed_forward_in", "feed_forward_out", "block_in"]
 
@@ -130,7 +129,7 @@ class _Layer:
         self.outputs = {output.name: output for output in source.tensors.outputs if output.name.startswith(prefix)}
 
     def output(self, tensor: T, suffix: str = ".weight") -> OutputTensor | None:
-        return self.outputs.get(gguf.TENSOR_NAMES[tensor].replace("{bid}", str(self.layer)) + suffix)
+        return self.outputs.get(tensor.of(self.layer, suffix))
 
     def groups(self) -> list[ScaleGroup]:
         found = [*self._from_norms("attention"), *self._from_values(), *self._from_norms("feed_forward")]

@@ -13,9 +13,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import gguf
-
 from llm_quantize.architectures.base import OutputTensor, Piece, Weight
+from llm_quantize.architectures.kinds import Kind
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.base import Coverage
 from llm_quantize.formats.gguf.levels import TensorShape, is_quantizable
@@ -194,7 +193,7 @@ def _weight(source: Source, name: str) -> Weight:
     generic = _BLOCK.sub("blk.{bid}.", name).removesuffix(".weight")
     config = source.architecture.config
     for weight in source.architecture.family.weights:
-        if gguf.TENSOR_NAMES[weight.tensor] == generic and weight.forms[0].name.endswith("weight"):
+        if weight.tensor == generic and weight.forms[0].name.endswith("weight"):
             asked = weight.when.lstrip("!")
             if not asked or config.boolean(asked) != weight.when.startswith("!"):
                 return weight
@@ -209,7 +208,7 @@ def _checked(source: Source, module: Module) -> Module:
 
 def coverage(source: Source, found: Selection) -> Coverage:
     """The linear modules of the model by what became of them, for a format's configuration."""
-    short = next(weight for weight in source.architecture.family.weights if weight.tensor == gguf.MODEL_TENSOR.OUTPUT)
+    short = next(weight for weight in source.architecture.family.weights if weight.tensor == Kind.OUTPUT)
     head = short.forms[0].name.removesuffix(".weight")
     head = next(
         (info.name.removesuffix(".weight") for info in found.kept if info.name.endswith(f"{head}.weight")), head
