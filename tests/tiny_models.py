@@ -57,6 +57,17 @@ _GEMMA3: dict[str, Any] = {
     "query_pre_attn_scalar": 16,
 }
 
+_HYBRID: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "head_dim": 32,
+    "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_HYBRID_EXPERTS = {**_HYBRID, **_EXPERTS, "shared_expert_intermediate_size": 80, "intermediate_size": None}
+
 # variant -> (model_type, what differs from _COMMON; None removes a key)
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": _ROPE}),
@@ -238,7 +249,17 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm4": ("glm4", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}, "head_dim": 32}),
     "ernie4_5": ("ernie4_5", {"rope_parameters": _ROPE, "head_dim": 32}),
+    "qwen3_5_text": ("qwen3_5_text", _HYBRID),
+    "qwen3_5_text-equal": (
+        "qwen3_5_text",
+        {**_HYBRID, "linear_num_value_heads": 2, "tie_word_embeddings": True, "num_hidden_layers": 4},
+    ),
+    "qwen3_5": ("qwen3_5", _HYBRID),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", _HYBRID_EXPERTS),
+    "qwen3_5_moe": ("qwen3_5_moe", _HYBRID_EXPERTS),
 }
+WITH_TOWERS = ("gemma3", "qwen3_5", "qwen3_5_moe")
+"""Variants of which the checkpoint holds more than a language model."""
 
 
 def row_lengths_of_256(variant: str) -> dict[str, Any]:
@@ -282,18 +303,37 @@ def _config(variant: str, overrides: Mapping[str, Any]) -> transformers.PreTrain
         return transformers.Gemma3Config(
             text_config=text, vision_config=vision, mm_tokens_per_image=4, tie_word_embeddings=tied
         )
+    if model_type in ("qwen3_5", "qwen3_5_moe"):
+        vision = {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": values["hidden_size"],
+            "num_position_embeddings": 16,
+        }
+        return transformers.AutoConfig.for_model(
+            model_type,
+            text_config={**values, "model_type": f"{model_type}_text"},
+            vision_config=vision,
+            tie_word_embeddings=values.get("tie_word_embeddings", False),
+        )
     return transformers.AutoConfig.for_model(model_type, **values)
 
 
 def _randomize(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     # These store norm weights minus one.
-    centred = any(word in type(model).__name__.lower() for word in ("gemma", "nemotron"))
+    kind = type(model).__name__.lower()
+    centred = any(word in kind for word in ("gemma", "nemotron"))
 
     for name, value in sorted(model.named_parameters()):
         noise = torch.randn(value.shape, generator=generator)
         if value.ndim == 1 and "norm" in name + type(model).__name__ and name.endswith("weight"):
-            new = 0.2 * noise if centred and "vision" not in name else 1 + 0.2 * noise
+            hybrid = "qwen3_5" in kind and ".linear_attn." not in name and ".visual." not in name
+            new = 0.2 * noise if hybrid or (centred and "vision" not in name) else 1 + 0.2 * noise
+        elif name.endswith("A_log"):
+            new = noise - 2.0  # states that remember some tens of tokens
         elif value.ndim == 1 and ("ln_" in name or "layernorm" in name) and name.endswith("weight"):
             new = 1 + 0.2 * noise
         elif value.ndim == 1:
@@ -337,11 +377,7 @@ def make_tiny(
     words = len(pre_tokenizers.ByteLevel.alphabet()) + 6
     ids = {"bos_token_id": words, "eos_token_id": words + 1, "pad_token_id": words + 2}
     config = _config(variant, {**ids, **config_overrides})
-    kind = (
-        transformers.Gemma3ForConditionalGeneration
-        if TINY[variant][0] == "gemma3"
-        else transformers.AutoModelForCausalLM
-    )
+    kind = _class_of(TINY[variant][0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = (kind(config) if kind is not transformers.AutoModelForCausalLM else kind.from_config(config)).eval()
@@ -365,10 +401,19 @@ def quiet() -> Any:
         transformers.utils.logging.set_verbosity(before)
 
 
+def _class_of(model_type: str) -> Any:
+    """transformers' class of the whole model, towers included."""
+    whole = {
+        "gemma3": "Gemma3ForConditionalGeneration",
+        "qwen3_5": "Qwen3_5ForConditionalGeneration",
+        "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    }
+    return getattr(transformers, whole.get(model_type, "AutoModelForCausalLM"))
+
+
 def reference_model(directory: Path) -> Any:
     """The checkpoint in transformers, float32, exact attention."""
-    wrapper = json.loads((directory / "config.json").read_text())["model_type"] == "gemma3"
-    kind = transformers.Gemma3ForConditionalGeneration if wrapper else transformers.AutoModelForCausalLM
+    kind = _class_of(json.loads((directory / "config.json").read_text())["model_type"])
     with quiet():
         return kind.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"

@@ -286,7 +286,7 @@ class _Inverse:
             **self._named("num_hidden_layers", values.integer(keys.BLOCK_COUNT)),
             **self._named("max_position_embeddings", values.integer(keys.CONTEXT_LENGTH)),
             **self._named("hidden_size", embedding),
-            **self._named("intermediate_size", values.integer(keys.FEED_FORWARD_LENGTH)),
+            **self._width(),
             **self._named("num_attention_heads", count),
             **self._named("num_key_value_heads", values.integer(heads.HEAD_COUNT_KV, count)),
             "vocab_size": table[0],
@@ -296,10 +296,32 @@ class _Inverse:
         head = values.integer(heads.KEY_LENGTH, usual)
         if self.family.own_head_dim or head != usual:
             found["head_dim"] = head
+        if self.family.recurrent_period:
+            found |= self._recurrence()
         if self.family.score_layers:  # the runtime derives the divisor of the scores
             whole = values.integer(keys.BLOCK_COUNT) == self.family.score_layers
             found["query_pre_attn_scalar"] = usual if whole else head
         return found
+
+    def _width(self) -> dict[str, object]:
+        """The width of the dense feed-forward network; a family without one says nothing."""
+        dense = self.family.words.get("intermediate_size") != ""
+        return {"intermediate_size": self.values.integer(gguf.Keys.LLM.FEED_FORWARD_LENGTH)} if dense else {}
+
+    def _recurrence(self) -> dict[str, object]:
+        """The layers without attention and the sizes of their states."""
+        values, keys = self.values, gguf.Keys.SSM
+        heads = values.integer(keys.TIME_STEP_RANK)
+        every = max(1, values.integer(gguf.Keys.LLM.FULL_ATTENTION_INTERVAL, self.family.recurrent_period))
+        layers = range(min(values.integer(gguf.Keys.LLM.BLOCK_COUNT), len(self.contents.shapes)))
+        return {
+            "layer_types": ["linear_attention" if (i + 1) % every else "full_attention" for i in layers],
+            "linear_conv_kernel_dim": values.integer(keys.CONV_KERNEL),
+            "linear_key_head_dim": values.integer(keys.STATE_SIZE),
+            "linear_num_key_heads": values.integer(keys.GROUP_COUNT),
+            "linear_num_value_heads": heads,
+            "linear_value_head_dim": values.integer(keys.INNER_SIZE) // max(1, heads),
+        }
 
     @property
     def _head_dim(self) -> int:
@@ -313,7 +335,7 @@ class _Inverse:
         if not count:
             usual = any(name in self.family.defaults for name in ALIASES["num_experts"])
             return self._named("num_experts", 0) if usual else {}
-        feed = values.integer(keys.FEED_FORWARD_LENGTH)
+        feed = values.integer(keys.FEED_FORWARD_LENGTH, 0)
         width = values.integer(keys.EXPERT_SHARED_FEED_FORWARD_LENGTH, 0)
         shared = {"shared_expert_intermediate_size": width} if width else {}
         return {
@@ -363,6 +385,9 @@ class _Inverse:
         scaling = {"rope_theta": theta, **self._scaling(theta, rotary)}
         if share != 1:
             scaling["partial_rotary_factor"] = share
+        if isinstance(sections := values.get(keys.DIMENSION_SECTIONS) if family.sections else None, list):
+            scaling["mrope_section"] = [one for one in sections if one]
+            scaling["mrope_interleaved"] = True
         plain: dict[str, object] = {"rope_type": "default", "rope_theta": theta}
         found: dict[str, object] = {"rope_parameters": scaling}
         if family.rope_local_default is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ _FLOAT32 = {
     Kind.FFN_GATE_INP,
     Kind.FFN_GATE_INP_SHEXP,
     Kind.POS_EMBD,
+    Kind.SSM_CONV1D,
 }
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -32,7 +33,10 @@ def row_order(order: Order, hyper: Hyper) -> npt.NDArray[np.int64] | None:
 
     ``rope_q``/``rope_k``: transformers rotates dimension i with i + head/2; llama.cpp, for the families that say so,
     rotates neighbours, so the halves of each head are interleaved. ``grouped_qkv``: a fused projection stored as
-    groups of (queries of the group, key, value) becomes all queries, all keys, all values.
+    groups of (queries of the group, key, value) becomes all queries, all keys, all values. The value heads of a delta
+    rule stand by key head in the source, those of one key head together; llama.cpp repeats the key heads whole, so one
+    of every key head comes first: of one row each (``value_heads``), of whole heads (``values``), or behind queries and
+    keys (``channels``).
     """
     if order == "":
         return None
@@ -40,9 +44,24 @@ def row_order(order: Order, hyper: Hyper) -> npt.NDArray[np.int64] | None:
         shared = hyper.n_head // hyper.n_head_kv
         rows = np.arange(hyper.n_head_kv * (shared + 2) * hyper.head_dim).reshape(hyper.n_head_kv, shared + 2, -1)
         return np.concatenate([rows[:, :-2].ravel(), rows[:, -2].ravel(), rows[:, -1].ravel()])
+    if order in ("value_heads", "values", "channels"):
+        return _tiled(order, hyper)
     heads = hyper.n_head if order == "rope_q" else hyper.n_head_kv
     rows = np.arange(heads * hyper.head_dim).reshape(heads, 2, hyper.head_dim // 2)
     return rows.swapaxes(1, 2).ravel()
+
+
+def _tiled(order: Order, hyper: Hyper) -> npt.NDArray[np.int64] | None:
+    """The order of value heads, one of every key head first; None where each has one."""
+    found = hyper.recurrence
+    if found is None or found.value_heads == found.key_heads:
+        return None
+    heads = np.arange(found.value_heads).reshape(found.key_heads, -1).T.ravel()
+    if order == "value_heads":
+        return heads
+    rows = (heads[:, None] * found.value_dim + np.arange(found.value_dim)).ravel()
+    before = found.channels - found.values if order == "channels" else 0
+    return np.concatenate([np.arange(before), rows + before])
 
 
 def source_name(form: Form, layer: int | None, index: int) -> str:
@@ -59,8 +78,15 @@ def checkpoint_name(family: Family, weight: Weight, short: str) -> str:
 
 def output_name(weight: Weight, layer: int | None) -> str:
     """The name of ``weight`` in GGUF."""
-    suffix = ".bias" if weight.forms[0].name.endswith(".bias") else ".weight"
-    return weight.tensor.of(layer, suffix)
+    usual = ".bias" if weight.forms[0].name.endswith(".bias") else ".weight"
+    return weight.tensor.of(layer, usual if weight.ending is None else weight.ending)
+
+
+def layers_of(weight: Weight, hyper: Hyper) -> Sequence[int | None]:
+    """The layers that have ``weight``; None stands for one outside them."""
+    if "{}" not in weight.forms[0].name:
+        return (None,)
+    return [layer for layer in range(hyper.n_layer) if hyper.holds(weight.layers, layer)]
 
 
 def checkpoint_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dict[str, tuple[int, ...]]:
@@ -72,7 +98,7 @@ def checkpoint_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dic
         head = weight.tensor == Kind.OUTPUT and form.name.endswith(".weight")
         if not config.holds(weight.when) or (head and hyper.tied):
             continue
-        for layer in range(hyper.n_layer) if "{}" in form.name else (None,):
+        for layer in layers_of(weight, hyper):
             for index in range(sizes[form.each] if form.each else 1):
                 name = checkpoint_name(family, weight, source_name(form, layer, index))
                 found[name] = tuple(sizes[word] for word in form.shape)
@@ -86,8 +112,7 @@ def artifact_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dict[
         head = weight.tensor == Kind.OUTPUT and weight.forms[0].name.endswith(".weight")
         if config.holds(weight.when) and not (head and hyper.tied):
             shape = tuple(hyper.sizes[word] for word in weight.shape)
-            layers = range(hyper.n_layer) if "{}" in weight.forms[0].name else (None,)
-            found |= {output_name(weight, layer): shape for layer in layers}
+            found |= {output_name(weight, layer): shape for layer in layers_of(weight, hyper)}
     return found
 
 
@@ -164,7 +189,7 @@ class Mapper:
         pieces: list[Piece] = []
         for index in range(count):
             short = source_name(form, layer, index)
-            pieces += self._pieces(form, self._check(short, weight, form, layer), weight.add)
+            pieces += self._pieces(form, self._check(short, weight, form, layer), weight)
             self.used.add(short)
         shape = tuple(self.sizes[word] for word in weight.shape)
         return output_tensor(weight, layer, shape, tuple(pieces))
@@ -199,15 +224,19 @@ class Mapper:
             )
         return info
 
-    def _pieces(self, form: Form, info: TensorInfo, add: float) -> list[Piece]:
-        if form.order not in self.orders:  # one array serves all layers
-            self.orders[form.order] = row_order(form.order, self.hyper)
-        order = self.orders[form.order]
+    def _order(self, order: Order) -> npt.NDArray[np.int64] | None:
+        if order not in self.orders:  # one array serves all layers
+            self.orders[order] = row_order(order, self.hyper)
+        return self.orders[order]
+
+    def _pieces(self, form: Form, info: TensorInfo, weight: Weight) -> list[Piece]:
+        order, add = self._order(form.order), weight.add
         if len(info.shape) == 1:
-            return [Piece(info.name, columns=order, add=add)]
+            return [Piece(info.name, columns=order, add=add, curve=weight.curve)]
         index, parts = form.part
         if parts == 1:
-            return [Piece(info.name, order=order, transpose=form.transpose, add=add)]
+            columns = self._order(form.columns)
+            return [Piece(info.name, order=order, transpose=form.transpose, columns=columns, add=add)]
         rows = info.shape[-2] // parts
         matrices = info.shape[0] if len(info.shape) == 3 else 1
         return [Piece(info.name, start=m * info.shape[-2] + index * rows, count=rows, add=add) for m in range(matrices)]
@@ -266,7 +295,7 @@ def map_tensors(
         name = tensor.of(None)
         outputs.append(OutputTensor(name, values.shape, constant=values, float32=True))
     for layer in range(hyper.n_layer):
-        outputs += [mapper.output(weight, layer) for weight in layered]
+        outputs += [mapper.output(weight, layer) for weight in layered if hyper.holds(weight.layers, layer)]
     head = [w for w in whole if w.tensor == Kind.OUTPUT]
     outputs += [mapper.output(weight, None) for weight in whole if weight not in first and weight not in head]
     limits: list[UnsupportedError] = []
