@@ -63,10 +63,16 @@ _HYBRID: dict[str, Any] = {
     "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True},
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 6,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
 }
-_HYBRID_EXPERTS = {**_HYBRID, **_EXPERTS, "shared_expert_intermediate_size": 80, "intermediate_size": None}
+_HYBRID_EXPERTS = {
+    **{**_HYBRID, **_EXPERTS},
+    "num_hidden_layers": 4,
+    "num_experts_per_tok": 3,  # of four: another choice changes less
+    "shared_expert_intermediate_size": 80,
+    "intermediate_size": None,
+}
 
 # variant -> (model_type, what differs from _COMMON; None removes a key)
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -268,6 +274,9 @@ def row_lengths_of_256(variant: str) -> dict[str, Any]:
     if TINY[variant][0] == "gpt2":
         return {"n_embd": 256}
     wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512}
+    if "linear_key_head_dim" in changes:
+        heads = 2 * changes["linear_num_key_heads"]
+        wide |= {"linear_num_value_heads": heads, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
     if "moe_intermediate_size" in changes:
         wide |= {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
     if changes.get("head_dim"):
@@ -343,7 +352,9 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
         else:
             conv = type(model).__name__.startswith("GPT2") and "lm_head" not in name
             fan_in = value.shape[0] if conv else value.shape[-1]
-            new = noise * (2.0 / fan_in**0.5 if "gate.weight" in name else 1.2 / fan_in**0.5)
+            # What leaves a delta rule is normed, so small values are made large: with less of it, less of their noise.
+            usual = 0.5 if name.endswith("linear_attn.out_proj.weight") else 1.2
+            new = noise * (2.0 if "gate.weight" in name else usual) / fan_in**0.5
         with torch.no_grad():
             value.copy_(new)
     model.tie_weights()
@@ -441,7 +452,7 @@ def to_version_4(directory: Path) -> None:
         config["rotary_pct" if config["model_type"] == "gpt_neox" else "partial_rotary_factor"] = partial
     if config["model_type"] == "gpt_neox":
         config["rotary_emb_base"] = config.pop("rope_theta")
-    if rope.get("rope_type", "default") != "default":
+    if rope.keys() - {"rope_type"} or rope.get("rope_type", "default") != "default":
         if rope["rope_type"] == "longrope":
             config["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
         rope["type"] = rope.pop("rope_type")

@@ -12,7 +12,7 @@ from ..errors import UnsupportedError
 from ..io.gguf_file import MetaValue
 from ..io.safetensors_file import TensorInfo
 from .base import Family, Form, Hyper, Recurrence, TensorMap
-from .config_reader import ConfigReader
+from .config_reader import LARGEST, ConfigReader
 from .mapping import form_of, head_of, map_tensors
 from .rope import Rope, read_rope, rope_constants, rope_metadata
 
@@ -187,8 +187,8 @@ class Architecture:
         if not usual or self.rope is None:
             return {}
         found = ConfigReader(self.rope.scaling, self.config.file).sequence("mrope_section") or usual
-        if len(found) > 4 or not all(type(one) is int and 0 <= one <= self.hyper.rotary for one in found):
-            raise self.config.wrong("mrope_section", f"up to four numbers from 0 to {self.hyper.rotary}", list(found))
+        if len(found) > 4 or not all(type(one) is int and 0 <= one <= LARGEST for one in found) or not any(found):
+            raise self.config.wrong("mrope_section", "up to four whole numbers from 0 on, not all of them 0", list(found))
         name = gguf.Keys.Rope.DIMENSION_SECTIONS.format(arch=self.gguf_name)
         return {name: MetaValue(GGUFValueType.ARRAY, [*found, 0, 0, 0, 0][:4], GGUFValueType.INT32)}
 
