@@ -188,7 +188,7 @@ class Architecture:
             return {}
         found = ConfigReader(self.rope.scaling, self.config.file).sequence("mrope_section") or usual
         if len(found) > 4 or not all(type(one) is int and 0 <= one <= LARGEST for one in found) or not any(found):
-            raise self.config.wrong("mrope_section", "up to four whole numbers from 0 on, not all of them 0", list(found))
+            raise self.config.wrong("mrope_section", "up to four whole numbers, not all 0", list(found))
         name = gguf.Keys.Rope.DIMENSION_SECTIONS.format(arch=self.gguf_name)
         return {name: MetaValue(GGUFValueType.ARRAY, [*found, 0, 0, 0, 0][:4], GGUFValueType.INT32)}
 

@@ -57,7 +57,8 @@ class OutputTensor:
     ``pieces`` are concatenated along the flattened row axis. ``constant`` (float32) is used instead where the
     values follow from the configuration (rotary frequency factors). ``float32`` marks what a runtime wants in F32
     whatever the recipe says (norms, biases, routers: the recipe still sees them, and its never-quantized list rules
-    in general; this flag only records what the format's owner stores as F32 even at F16/BF16/Q8_0).
+    in general; this flag only records what the format's owner stores as F32 even at F16/BF16/Q8_0). ``steers``: see
+    ``Kind.steers``.
     """
 
     name: str
@@ -65,6 +66,7 @@ class OutputTensor:
     pieces: tuple[Piece, ...] = ()
     constant: npt.NDArray[np.float32] | None = None
     float32: bool = False
+    steers: bool = False
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,12 @@ class Kind(StrEnum):
     FFN_UP_SHEXP = "blk.{bid}.ffn_up_shexp"
     FFN_DOWN_SHEXP = "blk.{bid}.ffn_down_shexp"
 
+    @property
+    def steers(self) -> bool:
+        """Whether it gives a few numbers for each head, by which a recurrent state decays and learns. Model directories
+        keep these as floats, as vLLM wants them; llama.cpp's levels quantize them."""
+        return self in (Kind.SSM_ALPHA, Kind.SSM_BETA)
+
     def of(self, layer: int | None, ending: str = ".weight") -> str:
         """The name of this kind's tensor in ``layer``, None for one outside the layers."""
         return self.value.replace("{bid}", str(layer)) + ending

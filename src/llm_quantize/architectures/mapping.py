@@ -269,7 +269,7 @@ def output_tensor(weight: Weight, layer: int | None, shape: tuple[int, ...], pie
     """An output under its GGUF name, marked where GGUF keeps F32 (as convert_hf_to_gguf: vectors, norms, routers)."""
     name = output_name(weight, layer)
     float32 = len(shape) < 2 or name.endswith(("_norm.weight", ".bias")) or weight.tensor in _FLOAT32
-    return OutputTensor(name, shape, pieces, float32=float32)
+    return OutputTensor(name, shape, pieces, float32=float32, steers=weight.tensor.steers)
 
 
 def map_tensors(

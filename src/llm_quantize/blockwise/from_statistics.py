@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from llm_quantize import events
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.blockwise.run import Matrices, matrix_rows
-from llm_quantize.blockwise.segments import segments
+from llm_quantize.blockwise.segments import column_orders, segments
 from llm_quantize.blockwise.solver import Job, Solver
 from llm_quantize.blockwise.stages import routers
 from llm_quantize.errors import UnsupportedError
@@ -53,8 +55,9 @@ def solve_known(
                         remedy="collect them again with this version, or leave --statistics out",
                     )
                 jobs.append(Job(matrix, seen))
+            orders = column_orders((job.matrix.weight, job.segments) for job in jobs)
             grams = {
-                (tap.name, matrix): gram_of(statistics, tap, matrix, device)
+                (tap.name, matrix): gram_of(statistics, tap, matrix, device, orders.get(tap.name))
                 for tap in (taps if jobs else [])
                 for matrix in range(tap.matrices)
                 if statistics.counts(tap.name)[matrix]
@@ -71,9 +74,14 @@ def tap_of(stored: StoredTap) -> Tap:
     return Tap(stored.name, stored.columns, stored.matrices, stored.tensors)
 
 
-def gram_of(statistics: StatisticsFile, tap: Tap, matrix: int, device: str) -> Gram:
-    """What a matrix of a tap saw. Raises UsageError where no Hessians were collected."""
+def gram_of(
+    statistics: StatisticsFile, tap: Tap, matrix: int, device: str, order: npt.NDArray[np.int64] | None = None
+) -> Gram:
+    """What a matrix of a tap saw, its columns in ``order``. Raises UsageError where no Hessians were collected."""
     gram = Gram(tap.columns, cross=False, device=device)
-    gram.hessian = torch.from_numpy(statistics.hessian(tap.name, matrix)).to(device)
+    hessian = statistics.hessian(tap.name, matrix)
+    if order is not None:
+        hessian = np.ascontiguousarray(hessian[np.ix_(order, order)])
+    gram.hessian = torch.from_numpy(hessian).to(device)
     gram.tokens = int(statistics.counts(tap.name)[matrix])
     return gram

@@ -3,7 +3,8 @@
 A module is one ``nn.Linear`` of the model as its owner names it: the rows of one tensor of the checkpoint, in the
 order in which they are stored (fused query-key-value and gate-up matrices stay one module), or one expert's rows of a
 three-dimensional tensor, under the name that the family gives single experts. What the architecture maps to weights of
-decoder blocks is packed, less what recipes never quantize (routers, norms); everything else is kept.
+decoder blocks is packed, less what recipes never quantize (routers, norms) and the few rows that steer a recurrent
+state; everything else is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ HEAD = "output.weight"
 EDGES = ("token_embd.weight", HEAD)
 """Embedding and output matrix, as the map of tensors calls them."""
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("in_proj_qkv", "in_proj_z"),  # of a delta rule
+)
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,9 @@ def _packable(source: Source, ignore: Sequence[re.Pattern[str]], edges: Collecti
     for output in source.tensors.outputs:
         block = _BLOCK.match(output.name)
         edge = output.name in edges
-        if (block is None and not edge) or not is_quantizable(TensorShape(output.name, output.shape)):
+        if (block is None and not edge) or output.steers:
+            continue
+        if not is_quantizable(TensorShape(output.name, output.shape)):
             continue
         for piece in output.pieces:
             info = tensors[piece.source]
