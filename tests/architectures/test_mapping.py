@@ -150,7 +150,7 @@ def test_row_orders_against_plain_loops(heads: tuple[int, int]) -> None:
     assert np.array_equal(row_order("grouped_qkv", hyper), expected)
 
 
-@pytest.mark.parametrize("variant", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("variant", ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text"])
 def test_fused_experts_are_the_same_as_single_ones(variant: str, copy: Any, models: dict[str, Path]) -> None:
     directory = copy(variant)
     gate, up, down = ("w1", "w3", "w2") if variant == "mixtral" else ("gate_proj", "up_proj", "down_proj")

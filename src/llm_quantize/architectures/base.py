@@ -271,6 +271,7 @@ class Family:
     ``score_layers``: the runtime scales scores by the head size, but by embedding / heads in models of so many layers.
     ``rope_period``: the runtime leaves every so-manieth layer without rotation.
     ``falcon_heads``: key heads follow from multi_query and new_decoder_architecture, as in Falcon.
+    ``text_prefix``: what stands before the names of the language model where transformers loads it without its towers.
     ``equal_heads``: the runtime wants as many key heads as query heads.
     ``recurrent_period``: layers have a recurrent state but for every so-manieth, as the runtime has it where nothing
     says otherwise (0: all have attention). ``sections``: usual numbers of rotated pairs for time, height and width.
@@ -308,5 +309,6 @@ class Family:
     rope_period: int = 0
     recurrent_period: int = 0
     sections: tuple[int, ...] = ()
+    text_prefix: str = ""
     feeds: tuple[Feed, ...] = TWO_FEEDS
     words: Mapping[str, str] = field(default_factory=dict)

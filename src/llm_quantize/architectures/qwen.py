@@ -93,6 +93,7 @@ def _hybrid(model_type: str, arch: str, generator: str, feed_forward: tuple[Weig
         ),
         limits=(Limit("attention_bias", (False,), False), Limit("attn_output_gate", (True,), True)),
         feeds=(Feed(T.ATTN_NORM, ("attention",)), Feed(T.ATTN_POST_NORM, ("feed_forward",))),
+        text_prefix="model." if more.get("nested") else "",
         recurrent_period=4,
         sections=(11, 11, 10),
         partial_default=0.25,

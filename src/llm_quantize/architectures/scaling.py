@@ -10,7 +10,8 @@ all that reads x changes nothing, provided that everything between is linear in 
     up -> down; one group for each expert                                role "feed_forward_out"
 
 An output gate multiplies each channel, so attention with one has its groups. There is none where that is not so:
-norms without weights (OLMo), norms after a projection (OLMo 2) or after a delta rule, values that are clamped (``clip_qkv``), GELU without a gate. relu(u)^2 is homogeneous of degree two: u is divided by the root of s.
+norms without weights (OLMo), norms after a projection (OLMo 2) or after a delta rule, values that are clamped
+(``clip_qkv``), GELU without a gate. relu(u)^2 is homogeneous of degree two: u is divided by the root of s.
 """
 
 from __future__ import annotations

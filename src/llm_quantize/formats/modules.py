@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from llm_quantize.architectures.base import OutputTensor, Piece, Weight
 from llm_quantize.architectures.kinds import Kind
+from llm_quantize.architectures.mapping import short_name
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.base import Coverage
 from llm_quantize.formats.gguf.levels import TensorShape, is_quantizable
@@ -227,7 +228,17 @@ def coverage(source: Source, found: Selection) -> Coverage:
     names = {info.name: info.name.removesuffix(".weight") for info in linear if info.name not in edges}
     routers = [name for tensor, name in names.items() if tensor in inside and name not in found.ignored]
     outside = [name for tensor, name in names.items() if tensor not in inside and name != head]
-    return Coverage([module.name for module in found.modules], [*routers, *found.ignored], outside, head)
+    kept = spellings(source, [*routers, *found.ignored])
+    return Coverage([module.name for module in found.modules], kept, outside, head)
+
+
+def spellings(source: Source, names: Sequence[str]) -> list[str]:
+    """``names`` of modules, and behind them what transformers calls them where it loads the language model alone."""
+    family = source.architecture.family
+    if not family.text_prefix:
+        return list(names)
+    others = [family.text_prefix + short_name(family, name) for name in names]
+    return list(dict.fromkeys([*names, *others]))
 
 
 def _split_fusions(found: Selection) -> list[str]:
