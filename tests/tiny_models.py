@@ -342,7 +342,7 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
             hybrid = "qwen3_5" in kind and ".linear_attn." not in name and ".visual." not in name
             new = 0.2 * noise if hybrid or (centred and "vision" not in name) else 1 + 0.2 * noise
         elif name.endswith("A_log"):
-            new = noise - 2.0  # states that remember some tens of tokens
+            new = 0.3 * noise - 2.0  # states that remember some tens of tokens
         elif value.ndim == 1 and ("ln_" in name or "layernorm" in name) and name.endswith("weight"):
             new = 1 + 0.2 * noise
         elif value.ndim == 1:

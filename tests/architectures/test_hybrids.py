@@ -19,6 +19,7 @@ from llm_quantize.architectures import open_architecture
 from llm_quantize.architectures.mapping import artifact_shapes, row_order
 from llm_quantize.architectures.rows import read_output_rows, to_float32
 from llm_quantize.errors import MalformedInputError
+from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize
 from tests.blockwise.tiny import options, write_noise
@@ -199,4 +200,6 @@ def test_gguf_keeps_what_steers_a_state_as_llama_cpp_does(tmp_path: Path) -> Non
     assert steering[:2] == ["blk.0.ssm_alpha.weight", "blk.0.ssm_beta.weight"]
     assert len(steering) == 8
     (result,) = quantize(str(model), "gguf", levels=["Q8_0"], output_dir=tmp_path, options=Options(threads=1))
-    assert result.types["blk.0.ssm_alpha.weight"] == "q8_0"
+    types = {tensor.name: tensor.type.name for tensor in read_gguf(result.path).tensors}
+    assert types["blk.0.ssm_alpha.weight"] == "Q8_0"
+    assert types["blk.0.ssm_conv1d.weight"] == types["blk.0.ssm_a"] == "F32"

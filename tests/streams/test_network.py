@@ -181,7 +181,7 @@ def test_every_matrix_is_seen_with_its_input(variant: str, models: Any, monkeypa
                 assert torch.equal(told[one], inputs)
             named |= names
         assert set(told) == named
-        matrices = {name for name in network.tensors(index) if weights.read(name).ndim >= 2}
+        matrices = {name for name in network.tensors(index) if weights.read(name).ndim >= 2 and ".conv1d." not in name}
         listed = {name for tap in taps for name in tap.tensors}
         assert matrices == listed
         state = after

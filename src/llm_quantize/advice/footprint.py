@@ -36,7 +36,8 @@ FLOAT, HALF = 4, 2
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a model that memory depends on. ``windows``: for each layer the tokens its attention sees, 0: all,
-    None: it has a recurrent state of ``state`` bytes instead. ``feed_forward``: width of what one token passes through: the experts used, and shared ones, together."""
+    None: it has a recurrent state of ``state`` bytes instead. ``feed_forward``: width of what one token passes through:
+    the experts used, and shared ones, together."""
 
     n_layer: int
     n_head_kv: int

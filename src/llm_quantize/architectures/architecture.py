@@ -258,8 +258,7 @@ def read_hyper(config: ConfigReader, family: Family, rope: Rope | None, limits: 
     if rotary % 2:
         raise config.wrong("number of rotated dimensions", "an even number", rotary)
     usual = family.feed_multiple * embedding or None
-    dense = family.words.get("intermediate_size") != ""
-    feed = config.integer("intermediate_size", default=usual) if dense else 0
+    feed = config.integer("intermediate_size", default=usual) if family.dense else 0
     experts = config.integer("num_experts", low=0, high=_MOST_EXPERTS, default=0)
     used = config.integer("num_experts_per_tok", low=1, high=max(1, experts)) if experts else 0
     return Hyper(

@@ -272,6 +272,7 @@ class Family:
     ``rope_period``: the runtime leaves every so-manieth layer without rotation.
     ``falcon_heads``: key heads follow from multi_query and new_decoder_architecture, as in Falcon.
     ``text_prefix``: what stands before the names of the language model where transformers loads it without its towers.
+    ``dense``: its configuration has the width of a feed-forward network that is no expert.
     ``equal_heads``: the runtime wants as many key heads as query heads.
     ``recurrent_period``: layers have a recurrent state but for every so-manieth, as the runtime has it where nothing
     says otherwise (0: all have attention). ``sections``: usual numbers of rotated pairs for time, height and width.
@@ -310,5 +311,6 @@ class Family:
     recurrent_period: int = 0
     sections: tuple[int, ...] = ()
     text_prefix: str = ""
+    dense: bool = True
     feeds: tuple[Feed, ...] = TWO_FEEDS
     words: Mapping[str, str] = field(default_factory=dict)

@@ -286,7 +286,7 @@ class _Inverse:
             **self._named("num_hidden_layers", values.integer(keys.BLOCK_COUNT)),
             **self._named("max_position_embeddings", values.integer(keys.CONTEXT_LENGTH)),
             **self._named("hidden_size", embedding),
-            **self._width(),
+            **(self._named("intermediate_size", self._width()) if self.family.dense else {}),
             **self._named("num_attention_heads", count),
             **self._named("num_key_value_heads", values.integer(heads.HEAD_COUNT_KV, count)),
             "vocab_size": table[0],
@@ -303,10 +303,8 @@ class _Inverse:
             found["query_pre_attn_scalar"] = usual if whole else head
         return found
 
-    def _width(self) -> dict[str, object]:
-        """The width of the dense feed-forward network; a family without one says nothing."""
-        dense = self.family.words.get("intermediate_size") != ""
-        return {"intermediate_size": self.values.integer(gguf.Keys.LLM.FEED_FORWARD_LENGTH)} if dense else {}
+    def _width(self) -> int:
+        return self.values.integer(gguf.Keys.LLM.FEED_FORWARD_LENGTH)
 
     def _recurrence(self) -> dict[str, object]:
         """The layers without attention and the sizes of their states."""
@@ -335,7 +333,7 @@ class _Inverse:
         if not count:
             usual = any(name in self.family.defaults for name in ALIASES["num_experts"])
             return self._named("num_experts", 0) if usual else {}
-        feed = values.integer(keys.FEED_FORWARD_LENGTH, 0)
+        feed = self._width() if self.family.dense else None
         width = values.integer(keys.EXPERT_SHARED_FEED_FORWARD_LENGTH, 0)
         shared = {"shared_expert_intermediate_size": width} if width else {}
         return {

@@ -105,7 +105,7 @@ def _hybrid(model_type: str, arch: str, generator: str, feed_forward: tuple[Weig
 
 
 _MIXTURE: dict[str, Any] = {
-    "words": {"intermediate_size": ""},
+    "dense": False,
     "defaults": {
         "num_experts": 256,
         "num_experts_per_tok": 8,

@@ -270,12 +270,13 @@ def _back(output: str, base: int, count: int, piece: Piece) -> Piece:
 
 
 def curved(curve: Curve, values: Rows) -> Floats:
-    """``curve`` of values, float32."""
+    """``curve`` of values, float32. Computed in float64, which leaves no room for machines to differ."""
     found = to_float32(values)
+    if not curve:
+        return found
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # what is not finite is another's to refuse
-        if curve == "-exp":
-            return -np.exp(found)
-        return np.log(-found) if curve == "log-" else found
+        wide = found.astype(np.float64)
+        return (-np.exp(wide) if curve == "-exp" else np.log(-wide)).astype(np.float32)
 
 
 def _put(whole: Floats, piece: Piece, first: int, values: Floats) -> None:
