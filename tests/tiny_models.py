@@ -260,6 +260,21 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_5_text",
         {**_HYBRID, "linear_num_value_heads": 2, "tie_word_embeddings": True, "num_hidden_layers": 4},
     ),
+    "qwen3_5_text-yarn": (
+        "qwen3_5_text",
+        {
+            **_HYBRID,
+            "rope_parameters": {
+                **YARN,
+                "rope_theta": THETA,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [3, 3, 2],
+                "mrope_interleaved": True,
+            },
+            "linear_conv_kernel_dim": 3,
+            "num_hidden_layers": 4,
+        },
+    ),
     "qwen3_5": ("qwen3_5", _HYBRID),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", _HYBRID_EXPERTS),
     "qwen3_5_moe": ("qwen3_5_moe", _HYBRID_EXPERTS),

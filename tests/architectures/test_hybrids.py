@@ -119,6 +119,7 @@ def test_attention_in_a_layer_that_has_a_state_is_refused(tmp_path: Path) -> Non
         ({"linear_key_head_dim": 16}, "linear_value_head_dim"),
         ({"attn_output_gate": False}, "attn_output_gate"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25, "mrope_section": [16, 8, 8]}}, "mrope_section"),
     ],
 )
 def test_what_llama_cpp_cannot_compute_is_refused_for_gguf_alone(changes: dict[str, Any], words: str) -> None:
@@ -138,7 +139,7 @@ def test_what_llama_cpp_cannot_compute_is_refused_for_gguf_alone(changes: dict[s
 )
 def test_impossible_sizes_are_refused_by_name(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(MalformedInputError, match=words):
-        open_architecture(json.loads(PUBLISHED_TEXT) | changes).metadata()
+        open_architecture(json.loads(PUBLISHED_TEXT) | changes)
 
 
 PUBLISHED_TEXT = json.dumps(

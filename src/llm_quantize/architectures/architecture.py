@@ -45,6 +45,7 @@ class Architecture:
         self.hyper = read_hyper(self.config, family, self.rope, self.limits)
         self.sliding = self._layer_types()
         self._check_recurrence()
+        self._check_sections()
         self._check_scores()
         self._check_rotated_layers()
         self.constants = {} if self.limits else rope_constants(self.rope, self.config, self.hyper)
@@ -183,14 +184,32 @@ class Architecture:
 
     def _sections(self) -> dict[str, MetaValue]:
         """The rotated pairs for time, height and width, which are one position in text, and a fourth that is none."""
+        found = self._rope_sections()
+        if not found:
+            return {}
+        name = gguf.Keys.Rope.DIMENSION_SECTIONS.format(arch=self.gguf_name)
+        return {name: MetaValue(GGUFValueType.ARRAY, found, GGUFValueType.INT32)}
+
+    def _rope_sections(self) -> list[int]:
+        """Four numbers of pairs; none where the family has one position. Raises MalformedInputError."""
         usual = self.family.sections
         if not usual or self.rope is None:
-            return {}
+            return []
         found = ConfigReader(self.rope.scaling, self.config.file).sequence("mrope_section") or usual
-        if len(found) > 4 or not all(type(one) is int and 0 <= one <= LARGEST for one in found) or not any(found):
+        counts = [one for one in found if type(one) is int and 0 <= one <= LARGEST]
+        if len(counts) != len(found) or len(found) > 4 or not any(counts):
             raise self.config.wrong("mrope_section", "up to four whole numbers, not all 0", list(found))
-        name = gguf.Keys.Rope.DIMENSION_SECTIONS.format(arch=self.gguf_name)
-        return {name: MetaValue(GGUFValueType.ARRAY, [*found, 0, 0, 0, 0][:4], GGUFValueType.INT32)}
+        return [*counts, 0, 0, 0, 0][:4]
+
+    def _check_sections(self) -> None:
+        """llama.cpp deals out pairs in turn to time, height and width, each as far as its section goes, and the rest to
+        a fourth position, which is 0 in text: there must be no rest."""
+        sections = self._rope_sections()
+        if not sections:
+            return
+        pairs = [pair % sum(sections) for pair in range(self.hyper.rotary // 2)]
+        if any(pair >= 3 * sections[pair % 3] for pair in pairs):
+            self._limit("mrope_section", "time, height and width in turn, to the last rotated pair", sections)
 
     def _sizes(self) -> dict[str, int | float | bool | str]:
         hyper, keys, heads = self.hyper, gguf.Keys.LLM, gguf.Keys.Attention
