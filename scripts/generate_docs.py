@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from gguf import MODEL_ARCH_NAMES
 from python_reference import python_page
 
 from llm_quantize import __version__
@@ -69,6 +68,40 @@ def level_page() -> str:
     return "\n".join(parts) + "\n"
 
 
+FAMILY_TESTS = (
+    (
+        "F32 in llama.cpp: transformers' logits at three lengths, to 1e-3; BF16 and Q8_0 to their rounding",
+        "architectures/test_logits.py",
+    ),
+    ("the kinds of tensors and their names, against the gguf package", "architectures/test_kinds.py"),
+    ("the same token ids as Hugging Face's tokenizer", "formats/test_gguf_vocabulary.py"),
+    ("the bytes of llama.cpp's own quantizer, metadata included", "test_byte_oracle.py, test_byte_oracle_heavy.py"),
+    ("blocks run one by one are the whole model; every matrix is seen with its input", "streams/test_network.py"),
+    ("feedback into GGUF, compressed-tensors and AWQ loses less than rounding", "blockwise/test_families.py"),
+    ("a GGUF file as the source, there and back", "models/test_gguf_directories.py"),
+    ("directories in Transformers and vLLM (a few families)", "evaluation/test_own_directories.py"),
+)
+HYBRIDS = """
+## Hybrids: Qwen 3.5, 3.6, 3.8
+
+Three layers of four hold a recurrent state (gated delta rule), the fourth attention with an output gate.
+
+- The value heads of a delta rule stand by key head in the checkpoint; llama.cpp wants one of every key head first. Rows
+  of `in_proj_qkv`, `in_proj_z`, `in_proj_a`, `in_proj_b`, the convolution, `A_log` and `dt_bias` are put in that order,
+  and the columns of `out_proj`; importance and Hessians follow. `ssm_a` is -exp(`A_log`), norms are stored plus one.
+- The convolution, `ssm_a`, `ssm_dt`, norms and routers stay F32 in GGUF, as llama.cpp's quantizer has it; it does
+  quantize `ssm_alpha` and `ssm_beta` (`in_proj_a`, `in_proj_b`), and so do our levels; `--tensor-type
+  'ssm_(alpha|beta)=q8_0'` changes that. Directories keep these two as floats, as vLLM joins them into one matrix.
+- Every window starts with an empty state, in calibration as in evaluation.
+- The vision tower and the head that predicts several tokens (`mtp.*`) are not in the GGUF file, which says so; model
+  directories keep both in source precision. GGUF files that hold such a head (`nextn`) are refused as a source.
+- llama.cpp's graph wants attention in every so-manieth layer, keys as wide as values, and rotary sections that leave no
+  pair over (the rest would not be rotated in text); anything else is refused for GGUF alone.
+- Directories of a model with a tower name the modules left out twice: as the whole model has them, and as Transformers
+  calls them where it loads the language model by itself.
+"""
+
+
 def architecture_page() -> str:
     """One line per model family."""
     parts = [
@@ -80,7 +113,15 @@ def architecture_page() -> str:
         "| model_type | GGUF architecture |",
         "|---|---|",
     ]
-    parts += [f"| {name} | {MODEL_ARCH_NAMES[family.arch]} |" for name, family in sorted(ARCHITECTURES.items())]
+    parts += [f"| {name} | {family.arch} |" for name, family in sorted(ARCHITECTURES.items())]
+    parts += [
+        "",
+        "| shown of every family, by | test |",
+        "|---|---|",
+        *(f"| {what} | `tests/{file}` |" for what, file in FAMILY_TESTS),
+        "",
+        *HYBRIDS.strip().splitlines(),
+    ]
     return "\n".join(parts) + "\n"
 
 

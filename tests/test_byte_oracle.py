@@ -29,6 +29,7 @@ from .tiny_models import make_tiny, row_lengths_of_256
 VARIANTS = (
     *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"),
     *("gemma3", "phi3", "gpt2", "gpt_neox", "stablelm", "olmo2", "granite", "smollm3", "falcon", "falcon-new"),
+    *("qwen3_5_text", "qwen3_5_moe_text"),
 )
 # Levels that between them use every type and every rule that importance switches; the rest is in the heavy file.
 GATE_LEVELS = (
@@ -229,6 +230,16 @@ def test_tiny_checkpoints(variant: str, tmp_path: Path) -> None:
     compared = compare_pipeline(model, with_importance, tmp_path / "with", importance=True)
     compared += compare_pipeline(model, without, tmp_path / "without", importance=False)
     assert compared == [*with_importance, *without]
+
+
+@pytest.mark.parametrize("variant", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_layers_of_two_kinds(variant: str, tmp_path: Path) -> None:
+    """Rules that count the tensors of a role count those of both kinds of layers."""
+    levels = ("Q4_K_M", "Q2_K", "Q3_K_M", "Q5_K_M")
+    model = wide_model(variant, tmp_path / "model")
+    for importance in (True, False):
+        folder = tmp_path / str(importance)
+        assert compare_pipeline(model, levels, folder, importance=importance) == list(levels)
 
 
 def test_odd_row_lengths(tmp_path: Path) -> None:

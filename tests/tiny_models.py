@@ -57,6 +57,23 @@ _GEMMA3: dict[str, Any] = {
     "query_pre_attn_scalar": 16,
 }
 
+_HYBRID: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "head_dim": 32,
+    "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+_HYBRID_EXPERTS = {
+    **{**_HYBRID, **_EXPERTS},
+    "num_hidden_layers": 4,
+    "num_experts_per_tok": 3,  # of four: another choice changes less
+    "shared_expert_intermediate_size": 80,
+    "intermediate_size": None,
+}
+
 # variant -> (model_type, what differs from _COMMON; None removes a key)
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": _ROPE}),
@@ -238,7 +255,32 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm4": ("glm4", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}, "head_dim": 32}),
     "ernie4_5": ("ernie4_5", {"rope_parameters": _ROPE, "head_dim": 32}),
+    "qwen3_5_text": ("qwen3_5_text", _HYBRID),
+    "qwen3_5_text-equal": (
+        "qwen3_5_text",
+        {**_HYBRID, "linear_num_value_heads": 2, "tie_word_embeddings": True, "num_hidden_layers": 4},
+    ),
+    "qwen3_5_text-yarn": (
+        "qwen3_5_text",
+        {
+            **_HYBRID,
+            "rope_parameters": {
+                **YARN,
+                "rope_theta": THETA,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [3, 3, 2],
+                "mrope_interleaved": True,
+            },
+            "linear_conv_kernel_dim": 3,
+            "num_hidden_layers": 4,
+        },
+    ),
+    "qwen3_5": ("qwen3_5", _HYBRID),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", _HYBRID_EXPERTS),
+    "qwen3_5_moe": ("qwen3_5_moe", _HYBRID_EXPERTS),
 }
+WITH_TOWERS = ("gemma3", "qwen3_5", "qwen3_5_moe")
+"""Variants of which the checkpoint holds more than a language model."""
 
 
 def row_lengths_of_256(variant: str) -> dict[str, Any]:
@@ -247,6 +289,9 @@ def row_lengths_of_256(variant: str) -> dict[str, Any]:
     if TINY[variant][0] == "gpt2":
         return {"n_embd": 256}
     wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512}
+    if "linear_key_head_dim" in changes:
+        heads = 2 * changes["linear_num_key_heads"]
+        wide |= {"linear_num_value_heads": heads, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
     if "moe_intermediate_size" in changes:
         wide |= {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
     if changes.get("head_dim"):
@@ -282,18 +327,37 @@ def _config(variant: str, overrides: Mapping[str, Any]) -> transformers.PreTrain
         return transformers.Gemma3Config(
             text_config=text, vision_config=vision, mm_tokens_per_image=4, tie_word_embeddings=tied
         )
+    if model_type in ("qwen3_5", "qwen3_5_moe"):
+        vision = {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": values["hidden_size"],
+            "num_position_embeddings": 16,
+        }
+        return transformers.AutoConfig.for_model(
+            model_type,
+            text_config={**values, "model_type": f"{model_type}_text"},
+            vision_config=vision,
+            tie_word_embeddings=values.get("tie_word_embeddings", False),
+        )
     return transformers.AutoConfig.for_model(model_type, **values)
 
 
 def _randomize(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     # These store norm weights minus one.
-    centred = any(word in type(model).__name__.lower() for word in ("gemma", "nemotron"))
+    kind = type(model).__name__.lower()
+    centred = any(word in kind for word in ("gemma", "nemotron"))
 
     for name, value in sorted(model.named_parameters()):
         noise = torch.randn(value.shape, generator=generator)
         if value.ndim == 1 and "norm" in name + type(model).__name__ and name.endswith("weight"):
-            new = 0.2 * noise if centred and "vision" not in name else 1 + 0.2 * noise
+            hybrid = "qwen3_5" in kind and ".linear_attn." not in name and ".visual." not in name
+            new = 0.2 * noise if hybrid or (centred and "vision" not in name) else 1 + 0.2 * noise
+        elif name.endswith("A_log"):
+            new = 0.3 * noise - 2.0  # states that remember some tens of tokens
         elif value.ndim == 1 and ("ln_" in name or "layernorm" in name) and name.endswith("weight"):
             new = 1 + 0.2 * noise
         elif value.ndim == 1:
@@ -303,7 +367,9 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
         else:
             conv = type(model).__name__.startswith("GPT2") and "lm_head" not in name
             fan_in = value.shape[0] if conv else value.shape[-1]
-            new = noise * (2.0 / fan_in**0.5 if "gate.weight" in name else 1.2 / fan_in**0.5)
+            # What leaves a delta rule is normed, so small values are made large: with less of it, less of their noise.
+            usual = 0.42 if name.endswith("linear_attn.out_proj.weight") else 1.2
+            new = noise * (2.0 if "gate.weight" in name else usual) / fan_in**0.5
         with torch.no_grad():
             value.copy_(new)
     model.tie_weights()
@@ -337,11 +403,7 @@ def make_tiny(
     words = len(pre_tokenizers.ByteLevel.alphabet()) + 6
     ids = {"bos_token_id": words, "eos_token_id": words + 1, "pad_token_id": words + 2}
     config = _config(variant, {**ids, **config_overrides})
-    kind = (
-        transformers.Gemma3ForConditionalGeneration
-        if TINY[variant][0] == "gemma3"
-        else transformers.AutoModelForCausalLM
-    )
+    kind = _class_of(TINY[variant][0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = (kind(config) if kind is not transformers.AutoModelForCausalLM else kind.from_config(config)).eval()
@@ -365,10 +427,19 @@ def quiet() -> Any:
         transformers.utils.logging.set_verbosity(before)
 
 
+def _class_of(model_type: str) -> Any:
+    """transformers' class of the whole model, towers included."""
+    whole = {
+        "gemma3": "Gemma3ForConditionalGeneration",
+        "qwen3_5": "Qwen3_5ForConditionalGeneration",
+        "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    }
+    return getattr(transformers, whole.get(model_type, "AutoModelForCausalLM"))
+
+
 def reference_model(directory: Path) -> Any:
     """The checkpoint in transformers, float32, exact attention."""
-    wrapper = json.loads((directory / "config.json").read_text())["model_type"] == "gemma3"
-    kind = transformers.Gemma3ForConditionalGeneration if wrapper else transformers.AutoModelForCausalLM
+    kind = _class_of(json.loads((directory / "config.json").read_text())["model_type"])
     with quiet():
         return kind.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
@@ -396,7 +467,7 @@ def to_version_4(directory: Path) -> None:
         config["rotary_pct" if config["model_type"] == "gpt_neox" else "partial_rotary_factor"] = partial
     if config["model_type"] == "gpt_neox":
         config["rotary_emb_base"] = config.pop("rope_theta")
-    if rope.get("rope_type", "default") != "default":
+    if rope.keys() - {"rope_type"} or rope.get("rope_type", "default") != "default":
         if rope["rope_type"] == "longrope":
             config["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
         rope["type"] = rope.pop("rope_type")

@@ -167,14 +167,18 @@ def test_scatter_undoes_the_map_of_every_family(variant: str, tmp_path: Path) ->
         for start, stop in itertools.pairwise(ends):
             scatter(source, output, start, whole[start:stop], found)
     offset = {piece.source for output in mapped for piece in output.pieces if piece.add}
+    bent = {piece.source for output in mapped for piece in output.pieces if piece.curve}
     for name, back in found.items():
-        if name not in offset:
+        if name in bent:
+            np.testing.assert_allclose(back, values[name], atol=3e-7, err_msg=name)
+        elif name not in offset:
             np.testing.assert_array_equal(back, values[name], err_msg=name)
     again = Arrays(found.__getitem__)
     for output in mapped:
         rows = matrix_shape(output.shape)[0]
-        expected = read_output_rows(source, output, 0, rows)
-        np.testing.assert_array_equal(read_output_rows(again, output, 0, rows), expected, err_msg=output.name)
+        expected, near = read_output_rows(source, output, 0, rows), any(piece.curve for piece in output.pieces)
+        found_again = read_output_rows(again, output, 0, rows)
+        np.testing.assert_allclose(found_again, expected, rtol=3e-7 if near else 0, err_msg=output.name)
 
 
 @pytest.mark.parametrize("variant", TINY)
@@ -191,6 +195,7 @@ def test_the_inverse_reads_any_rows_of_the_source_out_of_the_outputs(variant: st
         for name, output in outputs.items()
     }
     shifted = {piece.source for output in found.outputs for piece in output.pieces if piece.add}
+    bent = {piece.source for output in found.outputs for piece in output.pieces if piece.curve}
     back = inverse(shapes, [output for output in found.outputs if output.pieces])
     assert back.keys() == shapes.keys()
     for name, tensor in back.items():
@@ -198,6 +203,9 @@ def test_the_inverse_reads_any_rows_of_the_source_out_of_the_outputs(variant: st
         start, stop = rows // 3, rows - rows // 4
         read = read_output_rows(Arrays(whole.__getitem__), tensor, start, stop)
         expected = values[name].reshape(rows, -1)[start:stop]
+        if name in bent:
+            np.testing.assert_allclose(read, expected, atol=3e-7)
+            continue
         if name in shifted:
             np.testing.assert_allclose(read, expected, atol=3e-7)
             read, expected = to_float32(read) + np.float32(1), expected + np.float32(1)

@@ -18,9 +18,9 @@ from tests.streams.networks import opened, streamed_logits
 from ..tiny_models import TINY, make_tiny
 from .tiny import ids_of, matrices, options, run, write_noise
 
-QUICK = ("gpt2", "phi3", "mixtral", "qwen2_moe", "gemma3_text", "falcon-new")
-AWQ = ("llama-bias", "qwen2_moe")
-DIRECTORIES = ("phi3", "qwen3_moe", "mixtral", "granitemoe")
+QUICK = ("gpt2", "phi3", "mixtral", "qwen2_moe", "gemma3_text", "falcon-new", "qwen3_5_text")
+AWQ = ("llama-bias", "qwen2_moe", "qwen3_5")
+DIRECTORIES = ("phi3", "qwen3_moe", "mixtral", "granitemoe", "qwen3_5_moe")
 REFUSED = {"gpt2": "Linear only", "granitemoe": "stored in one tensor"}
 
 

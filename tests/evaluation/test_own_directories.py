@@ -71,6 +71,10 @@ PACKED_ELSEWHERE = (
     Made("W8A16", "llama", ("compressed-tensors", "-q", "W8A16", *PLAIN)),
     Made("W3A16", "qwen2", ("compressed-tensors", "-q", "W3A16", *PLAIN)),
 )
+HYBRIDS = tuple(
+    Made(f"{level}-hybrid", "qwen3_5", ("compressed-tensors", "-q", level, *options, *PLAIN))
+    for level, options in (("W4A16", ("--group-size", "64")), ("W8A16", ()))
+)
 EXPERTS = Made("W4A16-experts", "qwen3_moe", ("compressed-tensors", "-q", "W4A16", "--group-size", "64", *PLAIN))
 EXPERTS_GPTQ = Made("gptq-experts", "qwen3_moe", ("gptq", "-q", "4bit", "--group-size", "64", *PLAIN))
 
@@ -80,6 +84,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> dict[s
     folder = tmp_path_factory.mktemp("models")
     tiny = {variant: make_tiny(variant, folder / variant, **TINY) for variant in ("llama", "qwen2", "qwen3")}
     tiny["qwen3_moe"] = make_tiny("qwen3_moe", folder / "qwen3_moe", **TINY, moe_intermediate_size=128)
+    tiny["qwen3_5"] = make_tiny("qwen3_5", folder / "qwen3_5", **TINY, linear_num_value_heads=8)
     return {"demo": demo_model, **tiny}
 
 
@@ -113,6 +118,12 @@ def in_transformers(made: Made, folder: Path, models: dict[str, Path], limit: fl
 @pytest.mark.parametrize("made", [*PACKED, *PACKED_ELSEWHERE], ids=by_name)
 def test_compressed_tensors_in_transformers(made: Made, tmp_path: Path, models: dict[str, Path]) -> None:
     in_transformers(made, tmp_path, models, 5e-5 if "ASYM" in made.name else 1e-9)
+
+
+@pytest.mark.parametrize("made", HYBRIDS, ids=by_name)
+def test_hybrids_of_compressed_tensors_in_transformers(made: Made, tmp_path: Path, models: dict[str, Path]) -> None:
+    """A model with a tower, of which transformers loads the language model under names of another kind."""
+    in_transformers(made, tmp_path, models, 1e-9)
 
 
 @pytest.mark.heavy

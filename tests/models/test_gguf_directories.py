@@ -38,6 +38,7 @@ from tests.tiny_tokenizers import nasty_texts
 TOKENS = np.random.Generator(np.random.PCG64(7)).integers(0, VOCABULARY, 300).tolist()
 SMALL = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 KEYS = Keys.Tokenizer
+QWENS = ("qwen2", "qwen3_5_text", "qwen3_5_moe_text")
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,15 @@ def directory(model: Path, place: Path, format: str = "safetensors", level: str 
 def stored(path: Path) -> dict[str, tuple[str, bytes]]:
     """{tensor: its type and bytes}, by the owner of the format."""
     return {t.name: (t.tensor_type.name, t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
+
+
+def assert_stored_alike(ours: dict[str, tuple[str, bytes]], theirs: dict[str, tuple[str, bytes]]) -> None:
+    """The same bytes, but for decays: checkpoints have their logarithms, which round."""
+    bent = {name for name in theirs if name.endswith(".ssm_a")}
+    assert {k: v for k, v in ours.items() if k not in bent} == {k: v for k, v in theirs.items() if k not in bent}
+    for name in bent:
+        got, expected = (np.frombuffer(one[name][1], np.float32) for one in (ours, theirs))
+        np.testing.assert_allclose(got, expected, rtol=3e-7, err_msg=name)
 
 
 def loaded(path: Path) -> Any:
@@ -98,15 +108,16 @@ def test_every_family_goes_there_and_back(variant: str, tmp_path: Path) -> None:
     assert {file.name for file in path.iterdir()} == {*SMALL, "README.md", "manifest.json", "model.safetensors"}
     config = json.loads((path / "config.json").read_text())
     known = transformers.AutoConfig.for_model(config["model_type"])
-    assert {key for key in config if not hasattr(known, key)} <= {"head_dim"}  # which some classes read undeclared
+    undeclared = {"head_dim", "attn_output_gate"}  # the first is read by some, the second fixed in those that have it
+    assert {key for key in config if not hasattr(known, key)} <= undeclared
     model = loaded(path)
     assert (type(model).__name__, model.dtype) == (config["architectures"][0], torch.float32)
     assert model.generation_config.eos_token_id == model.config.eos_token_id == 263
     got = reference_logits(model, TOKENS)
     with LlamaCpp(origin, context=512, threads=1) as runtime:
         assert np.abs(got - runtime.logits(TOKENS)).max() < 1e-3 * np.ptp(expected)
-        # transformers 5.23 gives models of type qwen2 a class that puts Qwen's own rule in the place of the file's.
-        kind = transformers.PreTrainedTokenizerFast if config["model_type"] == "qwen2" else transformers.AutoTokenizer
+        # transformers 5.23 gives models of these types a class that puts Qwen's own rule in the place of the file's.
+        kind = transformers.PreTrainedTokenizerFast if config["model_type"] in QWENS else transformers.AutoTokenizer
         tokenizer = kind.from_pretrained(path)
         for words in nasty_texts():
             for special in (True, False):
@@ -115,7 +126,7 @@ def test_every_family_goes_there_and_back(variant: str, tmp_path: Path) -> None:
     assert np.ptp(expected) > 4, "flat logits prove nothing"
     assert np.abs(got - expected).max() < 1e-4 * np.ptp(expected)
     (again,) = made(path, tmp_path / "again", "F32")
-    assert stored(again) == stored(origin)
+    assert_stored_alike(stored(again), stored(origin))
     before, after = carried(read_gguf(origin)), carried(read_gguf(again))
     named = {Keys.General.NAME, Keys.General.TAGS}  # of the directory and its card
     assert {k: v for k, v in after.items() if k not in named} == {k: v for k, v in before.items() if k not in named}

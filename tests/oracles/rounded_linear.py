@@ -36,7 +36,7 @@ def rounding(model: Any, qtype: str) -> Iterator[None]:
     convolutions = {id(m.weight) for m in model.modules() if type(m).__name__ == "Conv1D"}
     for name, value in model.named_parameters():
         router = name.endswith(_ROUTERS)
-        if value.ndim < 2 or router or name.endswith("wpe.weight"):
+        if value.ndim < 2 or router or name.endswith(("wpe.weight", "conv1d.weight")):
             continue
         swapped = id(value) in convolutions
         rows = value.detach().t() if swapped else value.detach()

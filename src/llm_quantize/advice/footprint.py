@@ -5,7 +5,8 @@ All figures in bytes, from the plan and the model's sizes alone. What they rest 
 - *weights*: the bytes of the tensors, as planned. A file is mapped: the system counts its pages as cache, and a copy
   that llama.cpp repacks for the CPU (q4_0, q4_k, ...) takes the place of pages that are not read again.
 - *cache*: keys and values in float16 for every layer; a layer with a sliding window holds the window and one batch.
-  Cells are counted in blocks of 256, as llama.cpp allocates them.
+  Cells are counted in blocks of 256, as llama.cpp allocates them. A layer with a recurrent state has that instead, in
+  float32, whatever the context: of each value head key by value numbers, and what the convolution looks back at.
 - *compute*: 512 tokens are computed at once in float32. The graph is largest either at the logits (a vocabulary wide)
   or in the feed-forward network (three of its widths, for every expert used), beside five hidden states; and there is
   a mask in float16 for each kind of attention. With flash attention, which llama.cpp takes by itself. Measured on
@@ -21,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llm_quantize.advice.machine import Machine
+from llm_quantize.architectures.base import Hyper
 from llm_quantize.models.opening import Source
 
 CONTEXT = 8192  # tokens of the cache that is counted, where nobody says how many
@@ -33,8 +35,9 @@ FLOAT, HALF = 4, 2
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model that memory depends on. ``windows``: for each layer the tokens its attention sees, 0: all.
-    ``feed_forward``: width of what one token passes through: the experts used, and shared ones, together."""
+    """The sizes of a model that memory depends on. ``windows``: for each layer the tokens its attention sees, 0: all,
+    None: it has a recurrent state of ``state`` bytes instead. ``feed_forward``: width of what one token passes through:
+    the experts used, and shared ones, together."""
 
     n_layer: int
     n_head_kv: int
@@ -43,16 +46,21 @@ class Shape:
     feed_forward: int
     experts_used: int
     vocab: int
-    windows: tuple[int, ...]
+    windows: tuple[int | None, ...]
     n_head: int = 0
+    state: int = 0
 
     def cells(self, layer: int, context: int) -> int:
         """Places for keys and values in one layer."""
         window = self.windows[layer]
+        if window is None:
+            return 0
         return _blocks(context) if not window else min(_blocks(context), _blocks(window + BATCH))
 
     def layer_cache(self, layer: int, context: int) -> int:
-        """Bytes of one layer's keys and values."""
+        """Bytes of one layer's keys and values, or of its state."""
+        if self.windows[layer] is None:
+            return self.state
         return 2 * HALF * self.n_head_kv * self.head_dim * self.cells(layer, context)
 
     def cache(self, context: int) -> int:
@@ -80,9 +88,21 @@ def shape_of(source: Source) -> Shape:
         feed_forward=max(dense, experts if hyper.n_expert else 0),
         experts_used=hyper.n_expert_used if hyper.n_expert else 0,
         vocab=hyper.vocab_size,
-        windows=tuple(architecture.window if slides else 0 for slides in architecture.sliding),
+        windows=tuple(
+            None if hyper.holds("recurrent", layer) else architecture.window if slides else 0
+            for layer, slides in enumerate(architecture.sliding)
+        ),
         n_head=hyper.n_head,
+        state=_state(hyper),
     )
+
+
+def _state(hyper: Hyper) -> int:
+    """Bytes of the state of a layer that has one."""
+    found = hyper.recurrence
+    if found is None:
+        return 0
+    return FLOAT * (found.value_heads * found.key_dim * found.value_dim + (found.kernel - 1) * found.channels)
 
 
 def context_of(source: Source) -> int:

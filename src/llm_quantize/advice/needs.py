@@ -55,12 +55,14 @@ Need = Callable[[Load, Shape, Machine, int], Footprint]
 
 def cells(shape: Shape, context: int, *, block: int, ahead: int = 0) -> int:
     """Tokens that the caches of all layers have room for: ``context``, or in a window that, and ``ahead``."""
-    lengths = (context if not window else min(context, window + ahead) for window in shape.windows)
+    windows = (window for window in shape.windows if window is not None)
+    lengths = (context if not window else min(context, window + ahead) for window in windows)
     return sum(-(-length // block) * block for length in lengths)
 
 
 def _cache(shape: Shape, context: int, width: int, *, block: int = 1, ahead: int = 0) -> int:
-    return 2 * width * shape.n_head_kv * shape.head_dim * cells(shape, context, block=block, ahead=ahead)
+    states = shape.state * shape.windows.count(None)
+    return states + 2 * width * shape.n_head_kv * shape.head_dim * cells(shape, context, block=block, ahead=ahead)
 
 
 def _states(shape: Shape, tokens: int, width: int, *, times: int = 1) -> int:

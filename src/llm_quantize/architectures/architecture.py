@@ -11,8 +11,8 @@ from gguf import GGUFValueType
 from ..errors import UnsupportedError
 from ..io.gguf_file import MetaValue
 from ..io.safetensors_file import TensorInfo
-from .base import Family, Form, Hyper, TensorMap
-from .config_reader import ConfigReader
+from .base import Family, Form, Hyper, Recurrence, TensorMap
+from .config_reader import LARGEST, ConfigReader
 from .mapping import form_of, head_of, map_tensors
 from .rope import Rope, read_rope, rope_constants, rope_metadata
 
@@ -38,12 +38,14 @@ class Architecture:
             new = values.get("new_decoder_architecture") is True
             values["two_norms"] = new and values.get("num_ln_in_parallel_attn") in (2, None)
         self.config = ConfigReader(values, file, family.defaults)
-        self.gguf_name: str = gguf.MODEL_ARCH_NAMES[family.arch]
+        self.gguf_name: str = family.arch
         self.limits: list[UnsupportedError] = []
         self._check_limits()
         self.rope: Rope | None = read_rope(self.config, family, self.limits)
         self.hyper = read_hyper(self.config, family, self.rope, self.limits)
         self.sliding = self._layer_types()
+        self._check_recurrence()
+        self._check_sections()
         self._check_scores()
         self._check_rotated_layers()
         self.constants = {} if self.limits else rope_constants(self.rope, self.config, self.hyper)
@@ -83,6 +85,8 @@ class Architecture:
     def _layer_types(self) -> list[bool]:
         """Which layers have a sliding window: as configured, and, unless the runtime reads it, as it has built in."""
         period, n_layer = self.family.layer_types, self.hyper.n_layer
+        if self.family.recurrent_period:  # none slides
+            return [False] * n_layer
         usual = [bool(period) and (i + 1) % max(1, period) != 0 for i in range(n_layer)]
         types = self.config.sequence("layer_types")
         if types is None:
@@ -97,6 +101,24 @@ class Architecture:
         if not known or (found != usual and not self.family.sliding_pattern):
             self._limit("order of layer_types", f"full_attention every {period or 1} layers", types)
         return found
+
+    def _check_recurrence(self) -> None:
+        """Which layers have a state, and its sizes, must be such as the runtime computes."""
+        found = self.hyper.recurrence
+        if found is None:
+            return
+        every = self._interval()
+        if found.layers != {i for i in range(self.hyper.n_layer) if (i + 1) % every}:
+            self._limit("order of layer_types", f"full_attention every {every} layers", sorted(found.layers))
+        if found.key_dim != found.value_dim:
+            self._limit("linear_value_head_dim", f"linear_key_head_dim ({found.key_dim})", found.value_dim)
+
+    def _interval(self) -> int:
+        """Every so-manieth layer has attention: as configured, or as the layers themselves tell."""
+        types = self.config.sequence("layer_types")
+        if types is None or "full_attention" not in types:
+            return self.config.integer("full_attention_interval", default=self.family.recurrent_period)
+        return types.index("full_attention") + 1
 
     def _check_rotated_layers(self) -> None:
         """Layers without rotary positions must be those that the runtime leaves without."""
@@ -154,10 +176,40 @@ class Architecture:
             else:
                 found[value.key] = self.config.boolean(value.name)
         named = {key.format(arch=self.gguf_name): _meta(value) for key, value in found.items()}
+        named |= self._sections()
         if self.family.sliding_pattern:
             name = keys.SLIDING_WINDOW_PATTERN.format(arch=self.gguf_name)
             named[name] = MetaValue(GGUFValueType.ARRAY, list(self.sliding), GGUFValueType.BOOL)
         return named
+
+    def _sections(self) -> dict[str, MetaValue]:
+        """The rotated pairs for time, height and width, which are one position in text, and a fourth that is none."""
+        found = self._rope_sections()
+        if not found:
+            return {}
+        name = gguf.Keys.Rope.DIMENSION_SECTIONS.format(arch=self.gguf_name)
+        return {name: MetaValue(GGUFValueType.ARRAY, found, GGUFValueType.INT32)}
+
+    def _rope_sections(self) -> list[int]:
+        """Four numbers of pairs; none where the family has one position. Raises MalformedInputError."""
+        usual = self.family.sections
+        if not usual or self.rope is None:
+            return []
+        found = ConfigReader(self.rope.scaling, self.config.file).sequence("mrope_section") or usual
+        counts = [one for one in found if type(one) is int and 0 <= one <= LARGEST]
+        if len(counts) != len(found) or len(found) > 4 or not any(counts):
+            raise self.config.wrong("mrope_section", "up to four whole numbers, not all 0", list(found))
+        return [*counts, 0, 0, 0, 0][:4]
+
+    def _check_sections(self) -> None:
+        """llama.cpp deals out pairs in turn to time, height and width, each as far as its section goes, and the rest to
+        a fourth position, which is 0 in text: there must be no rest."""
+        sections = self._rope_sections()
+        if not sections:
+            return
+        pairs = [pair % sum(sections) for pair in range(self.hyper.rotary // 2)]
+        if any(pair >= 3 * sections[pair % 3] for pair in pairs):
+            self._limit("mrope_section", "time, height and width in turn, to the last rotated pair", sections)
 
     def _sizes(self) -> dict[str, int | float | bool | str]:
         hyper, keys, heads = self.hyper, gguf.Keys.LLM, gguf.Keys.Attention
@@ -165,7 +217,7 @@ class Architecture:
             keys.BLOCK_COUNT: hyper.n_layer,
             keys.CONTEXT_LENGTH: hyper.context_length,
             keys.EMBEDDING_LENGTH: hyper.embedding_length,
-            keys.FEED_FORWARD_LENGTH: hyper.feed_forward_length,
+            **({keys.FEED_FORWARD_LENGTH: hyper.feed_forward_length} if hyper.feed_forward_length else {}),
             heads.HEAD_COUNT: hyper.n_head,
             heads.HEAD_COUNT_KV: hyper.n_head_kv,
             keys.VOCAB_SIZE: hyper.vocab_size,
@@ -178,7 +230,20 @@ class Architecture:
                 found[keys.EXPERT_FEED_FORWARD_LENGTH] = hyper.expert_feed_forward_length
             if hyper.shared_feed_forward_length:
                 found[keys.EXPERT_SHARED_FEED_FORWARD_LENGTH] = hyper.shared_feed_forward_length
-        return found
+        return found | self._state_sizes()
+
+    def _state_sizes(self) -> dict[str, int | float | bool | str]:
+        found, keys = self.hyper.recurrence, gguf.Keys.SSM
+        if found is None:
+            return {}
+        return {
+            keys.CONV_KERNEL: found.kernel,
+            keys.STATE_SIZE: found.key_dim,
+            keys.GROUP_COUNT: found.key_heads,
+            keys.TIME_STEP_RANK: found.value_heads,
+            keys.INNER_SIZE: found.values,
+            gguf.Keys.LLM.FULL_ATTENTION_INTERVAL: self._interval(),
+        }
 
 
 def _meta(value: int | float | bool | str) -> MetaValue:
@@ -211,7 +276,8 @@ def read_hyper(config: ConfigReader, family: Family, rope: Rope | None, limits: 
     rotary = 0 if rope is None else int(head_dim * rope.share)
     if rotary % 2:
         raise config.wrong("number of rotated dimensions", "an even number", rotary)
-    feed = config.integer("intermediate_size", default=family.feed_multiple * embedding or None)
+    usual = family.feed_multiple * embedding or None
+    feed = config.integer("intermediate_size", default=usual) if family.dense else 0
     experts = config.integer("num_experts", low=0, high=_MOST_EXPERTS, default=0)
     used = config.integer("num_experts_per_tok", low=1, high=max(1, experts)) if experts else 0
     return Hyper(
@@ -224,13 +290,36 @@ def read_hyper(config: ConfigReader, family: Family, rope: Rope | None, limits: 
         context_length=config.integer("max_position_embeddings"),
         embedding_length=embedding,
         feed_forward_length=feed,
-        expert_feed_forward_length=config.integer("moe_intermediate_size", default=feed) if experts else 0,
+        expert_feed_forward_length=config.integer("moe_intermediate_size", default=feed or None) if experts else 0,
         shared_feed_forward_length=config.integer("shared_expert_intermediate_size", low=0, default=0)
         if experts
         else 0,
         head_dim=head_dim,
         rotary=rotary,
         tied=config.boolean("tie_word_embeddings"),
+        recurrence=_recurrence(config, family) if family.recurrent_period else None,
+    )
+
+
+def _recurrence(config: ConfigReader, family: Family) -> Recurrence:
+    """The layers without attention and the sizes of their states. Raises MalformedInputError."""
+    n_layer = config.integer("num_hidden_layers", high=_MOST_LAYERS)
+    types = config.sequence("layer_types")
+    if types is None:
+        every = config.integer("full_attention_interval", default=family.recurrent_period)
+        types = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(n_layer)]
+    if len(types) != n_layer or any(kind not in ("linear_attention", "full_attention") for kind in types):
+        raise config.wrong("layer_types", f"linear_attention or full_attention for each of {n_layer} layers", types)
+    keys, values = (config.integer(f"linear_num_{one}_heads", high=_LARGEST_HEAD) for one in ("key", "value"))
+    if values % keys:
+        raise config.wrong("linear_num_value_heads", f"a multiple of linear_num_key_heads ({keys})", values)
+    return Recurrence(
+        layers=frozenset(layer for layer, kind in enumerate(types) if kind == "linear_attention"),
+        key_heads=keys,
+        value_heads=values,
+        key_dim=config.integer("linear_key_head_dim", high=_LARGEST_HEAD),
+        value_dim=config.integer("linear_value_head_dim", high=_LARGEST_HEAD),
+        kernel=config.integer("linear_conv_kernel_dim", high=_LARGEST_HEAD),
     )
 
 

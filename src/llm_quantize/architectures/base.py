@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UnsupportedError
+from .kinds import Kind
+
+Curve = Literal["", "-exp", "log-"]
+"""What is done to each value beside adding to it: nothing, -exp(x), or its inverse, log(-x)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Piece:
     source the last two dimensions of each matrix are exchanged.
     ``columns``: int64 (columns,), which source column each output column is (None = as they stand): a bias, which
     is one row, is reordered with it as its matrix is with ``order``.
-    ``add``: added to every value in float32 (Gemma stores norm weights minus one).
+    ``add``: added to every value in float32 (Gemma stores norm weights minus one). ``curve``: applied in float32
+    (decays of a recurrent state are stored as logarithms).
     """
 
     source: str
@@ -38,6 +42,12 @@ class Piece:
     transpose: bool = False
     columns: npt.NDArray[np.int64] | None = None
     add: float = 0.0
+    curve: Curve = ""
+
+    @property
+    def altered(self) -> bool:
+        """Whether the values themselves are changed, not only where they stand."""
+        return bool(self.add or self.curve)
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,8 @@ class OutputTensor:
     ``pieces`` are concatenated along the flattened row axis. ``constant`` (float32) is used instead where the
     values follow from the configuration (rotary frequency factors). ``float32`` marks what a runtime wants in F32
     whatever the recipe says (norms, biases, routers: the recipe still sees them, and its never-quantized list rules
-    in general; this flag only records what the format's owner stores as F32 even at F16/BF16/Q8_0).
+    in general; this flag only records what the format's owner stores as F32 even at F16/BF16/Q8_0). ``steers``: see
+    ``Kind.steers``.
     """
 
     name: str
@@ -55,6 +66,7 @@ class OutputTensor:
     pieces: tuple[Piece, ...] = ()
     constant: npt.NDArray[np.float32] | None = None
     float32: bool = False
+    steers: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,9 +80,34 @@ class TensorMap:
 
 
 @dataclass(frozen=True)
+class Recurrence:
+    """Layers that have no attention but gated delta rules (Gated DeltaNet): a short convolution over queries, keys and
+    values, and one state (``key_dim``, ``value_dim``) for each value head, shared by neighbouring value heads' key
+    head. ``layers``: which. ``kernel``: tokens under the convolution."""
+
+    layers: frozenset[int]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+    @property
+    def values(self) -> int:
+        """Width of all value heads."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Width of the convolution: queries, keys, values."""
+        return 2 * self.key_heads * self.key_dim + self.values
+
+
+@dataclass(frozen=True)
 class Hyper:
     """The sizes of a model, read from its configuration and checked. All are counts; ``rotary`` is the number of
-    dimensions of a head that are rotated (0: none). ``vocab_size`` is the number of embedding rows."""
+    dimensions of a head that are rotated (0: none). ``vocab_size`` is the number of embedding rows. ``recurrence``:
+    of the layers that have a state in the place of keys and values, if there are any."""
 
     n_layer: int
     n_head: int
@@ -86,12 +123,24 @@ class Hyper:
     head_dim: int
     rotary: int
     tied: bool
+    recurrence: Recurrence | None = None
+
+    def holds(self, layers: Layers, layer: int) -> bool:
+        """Whether ``layer`` is one of ``layers``."""
+        recurrent = self.recurrence is not None and layer in self.recurrence.layers
+        return not layers or recurrent == (layers == "recurrent")
 
     @property
     def sizes(self) -> dict[str, int]:
         """The words that ``Weight.shape`` may use, with their values."""
         q, kv = self.n_head * self.head_dim, self.n_head_kv * self.head_dim
+        recurrence = self.recurrence or Recurrence(frozenset(), 0, 0, 0, 0, 0)
         return {
+            "channels": recurrence.channels,
+            "values": recurrence.values,
+            "value_heads": recurrence.value_heads,
+            "value_dim": recurrence.value_dim,
+            "kernel": recurrence.kernel,
             "one": 1,
             "embd": self.embedding_length,
             "ff": self.feed_forward_length,
@@ -102,6 +151,7 @@ class Hyper:
             "heads": self.n_head,
             "kv_heads": self.n_head_kv,
             "q": q,
+            "2q": 2 * q,
             "kv": kv,
             "qkv": q + 2 * kv,
             "experts": self.n_expert,
@@ -113,7 +163,10 @@ class Hyper:
 
 
 # How the rows of a projection are reordered; ``mapping.row_order`` gives the meaning of each word.
-Order = Literal["", "rope_q", "rope_k", "grouped_qkv"]
+Order = Literal["", "rope_q", "rope_k", "grouped_qkv", "value_heads", "values", "channels"]
+
+Layers = Literal["", "attention", "recurrent"]
+"""Which layers: all, those with attention, those with a recurrent state."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +176,7 @@ class Form:
     ``name``: its name there, without the family's prefix; ``{}`` is the layer, ``{each}`` the index along ``each``.
     ``shape``: of the source tensor, in words of ``Hyper.sizes``. ``each``: the word for how many source tensors are
     stacked (experts, heads). ``part``: (i, n), the i-th of n equal row blocks of each matrix of the source.
+    ``order``: of its rows; ``columns``: of its columns.
     """
 
     name: str
@@ -131,6 +185,7 @@ class Form:
     part: tuple[int, int] = (0, 1)
     order: Order = ""
     transpose: bool = False
+    columns: Order = ""
 
 
 @dataclass(frozen=True)
@@ -138,14 +193,18 @@ class Weight:
     """One weight of the artifact: which it is, its shape there, and the forms in which checkpoints store it.
 
     ``when``: the boolean of the configuration it depends on ("!" before it negates); "" = always there.
-    ``add``: see Piece.
+    ``add``, ``curve``: see Piece. ``layers``: those that have it. ``ending``: of its name in GGUF; None: .bias for
+    what is called so in the checkpoint, else .weight.
     """
 
-    tensor: gguf.MODEL_TENSOR
+    tensor: Kind
     shape: tuple[str, ...]
     forms: tuple[Form, ...]
     when: str = ""
     add: float = 0.0
+    curve: Curve = ""
+    layers: Layers = ""
+    ending: str | None = None
 
 
 @dataclass(frozen=True)
@@ -179,15 +238,15 @@ class Feed:
     ``when``: as in Weight. Without such a row a norm is taken to feed nothing, and no scale is folded into it.
     """
 
-    norm: gguf.MODEL_TENSOR
+    norm: Kind
     readers: tuple[Literal["attention", "feed_forward"], ...]
     when: str = ""
 
 
 # Most blocks: one norm before attention, one before the feed-forward block.
 TWO_FEEDS = (
-    Feed(gguf.MODEL_TENSOR.ATTN_NORM, ("attention",)),
-    Feed(gguf.MODEL_TENSOR.FFN_NORM, ("feed_forward",)),
+    Feed(Kind.ATTN_NORM, ("attention",)),
+    Feed(Kind.FFN_NORM, ("feed_forward",)),
 )
 
 
@@ -212,12 +271,16 @@ class Family:
     ``score_layers``: the runtime scales scores by the head size, but by embedding / heads in models of so many layers.
     ``rope_period``: the runtime leaves every so-manieth layer without rotation.
     ``falcon_heads``: key heads follow from multi_query and new_decoder_architecture, as in Falcon.
+    ``text_prefix``: what stands before the names of the language model where transformers loads it without its towers.
+    ``dense``: its configuration has the width of a feed-forward network that is no expert.
     ``equal_heads``: the runtime wants as many key heads as query heads.
+    ``recurrent_period``: layers have a recurrent state but for every so-manieth, as the runtime has it where nothing
+    says otherwise (0: all have attention). ``sections``: usual numbers of rotated pairs for time, height and width.
     ``feeds``: which norm's output goes where, for scales that are folded into norms (see architectures/scaling.py).
     """
 
     model_type: str
-    arch: gguf.MODEL_ARCH
+    arch: str
     generator: str
     weights: tuple[Weight, ...]
     activations: tuple[str, ...]
@@ -245,5 +308,9 @@ class Family:
     sliding_pattern: bool = False
     score_layers: int = 0
     rope_period: int = 0
+    recurrent_period: int = 0
+    sections: tuple[int, ...] = ()
+    text_prefix: str = ""
+    dense: bool = True
     feeds: tuple[Feed, ...] = TWO_FEEDS
     words: Mapping[str, str] = field(default_factory=dict)

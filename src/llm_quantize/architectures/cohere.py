@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from gguf import MODEL_ARCH as A
-from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
 from .base import Family, Feed, Limit, Value
+from .kinds import Kind as T
 from .parts import EDGES, LAYER_NORMS, ROTARY, attention, gated, norm, one
 
 _LOGITS = Value(Keys.LLM.LOGIT_SCALE, "logit_scale", "float", required=True)
@@ -17,7 +16,7 @@ _COHERE = (*EDGES, norm(T.ATTN_NORM, "layers.{}.input_layernorm"), *attention(),
 FAMILIES = (
     Family(
         "cohere",
-        A.COMMAND_R,
+        "command-r",
         generator="CohereForCausalLM",
         words={"model_max_length": ""},
         weights=_COHERE,
@@ -35,7 +34,7 @@ FAMILIES = (
     ),
     Family(
         "cohere2",
-        A.COHERE2,
+        "cohere2",
         generator="Cohere2ForCausalLM",
         weights=_COHERE,
         activations=("silu",),
@@ -58,7 +57,7 @@ FAMILIES = (
     ),
     Family(
         "glm4",
-        A.GLM4,
+        "glm4",
         generator="Glm4ForCausalLM",
         weights=(
             *EDGES,
@@ -80,7 +79,7 @@ FAMILIES = (
     ),
     Family(
         "ernie4_5",
-        A.ERNIE4_5,
+        "ernie4_5",
         generator="Ernie4_5ForCausalLM",
         weights=(*EDGES, *LAYER_NORMS, *attention(), *gated()),
         activations=("silu",),

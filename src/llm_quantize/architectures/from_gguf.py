@@ -16,7 +16,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import numpy.typing as npt
-from gguf import MODEL_TENSOR as T
 
 from ..errors import LlmQuantizeError, MalformedInputError, UnsupportedError, printable
 from ..io.gguf_file import MetaValue
@@ -25,6 +24,7 @@ from . import ARCHITECTURES
 from .architecture import Architecture
 from .base import Family, OutputTensor
 from .config_reader import ALIASES, LARGEST
+from .kinds import Kind as T
 from .mapping import artifact_shapes, checkpoint_shapes, output_name
 from .rope import DIVISORS
 
@@ -68,9 +68,9 @@ def derive(contents: Contents) -> Derived:
     MalformedInputError (a value that the architecture needs is absent or impossible).
     """
     arch = _check_model(contents)
-    families = [f for f in ARCHITECTURES.values() if gguf.MODEL_ARCH_NAMES[f.arch] == arch and not f.nested]
+    families = [f for f in ARCHITECTURES.values() if f.arch == arch and not f.nested]
     if not families:
-        known = sorted({gguf.MODEL_ARCH_NAMES[family.arch] for family in ARCHITECTURES.values()})
+        known = sorted({family.arch for family in ARCHITECTURES.values()})
         near = difflib.get_close_matches(arch.lower()[:80], known, n=1, cutoff=0.3)
         raise UnsupportedError(
             f"the GGUF architecture {arch[:80]!r} is not supported",
@@ -177,7 +177,7 @@ def _fit(family: Family, contents: Contents) -> Derived | tuple[int, Unsupported
     # First by what the artifact has: a hostile number of experts must not make as many names.
     wanted = {
         **artifact_shapes(family, architecture.config, architecture.hyper),
-        **{f"{gguf.TENSOR_NAMES[tensor]}.weight": values.shape for tensor, values in architecture.constants.items()},
+        **{tensor.of(None): values.shape for tensor, values in architecture.constants.items()},
     }
     wanted = {name: _squeezed(shape) for name, shape in wanted.items()}
     found = {name: _squeezed(shape) for name, shape in contents.shapes.items()}
@@ -231,7 +231,7 @@ class _Inverse:
 
     def __init__(self, family: Family, contents: Contents) -> None:
         self.family, self.contents = family, contents
-        self.values = _Values(contents, gguf.MODEL_ARCH_NAMES[family.arch])
+        self.values = _Values(contents, family.arch)
 
     def _named(self, name: str, value: object) -> dict[str, object]:
         """A value under the name that the family's configuration has for it, if it has one."""
@@ -286,7 +286,7 @@ class _Inverse:
             **self._named("num_hidden_layers", values.integer(keys.BLOCK_COUNT)),
             **self._named("max_position_embeddings", values.integer(keys.CONTEXT_LENGTH)),
             **self._named("hidden_size", embedding),
-            **self._named("intermediate_size", values.integer(keys.FEED_FORWARD_LENGTH)),
+            **(self._named("intermediate_size", self._width()) if self.family.dense else {}),
             **self._named("num_attention_heads", count),
             **self._named("num_key_value_heads", values.integer(heads.HEAD_COUNT_KV, count)),
             "vocab_size": table[0],
@@ -296,10 +296,30 @@ class _Inverse:
         head = values.integer(heads.KEY_LENGTH, usual)
         if self.family.own_head_dim or head != usual:
             found["head_dim"] = head
+        if self.family.recurrent_period:
+            found |= self._recurrence()
         if self.family.score_layers:  # the runtime derives the divisor of the scores
             whole = values.integer(keys.BLOCK_COUNT) == self.family.score_layers
             found["query_pre_attn_scalar"] = usual if whole else head
         return found
+
+    def _width(self) -> int:
+        return self.values.integer(gguf.Keys.LLM.FEED_FORWARD_LENGTH)
+
+    def _recurrence(self) -> dict[str, object]:
+        """The layers without attention and the sizes of their states."""
+        values, keys = self.values, gguf.Keys.SSM
+        heads = values.integer(keys.TIME_STEP_RANK)
+        every = max(1, values.integer(gguf.Keys.LLM.FULL_ATTENTION_INTERVAL, self.family.recurrent_period))
+        layers = range(min(values.integer(gguf.Keys.LLM.BLOCK_COUNT), len(self.contents.shapes)))
+        return {
+            "layer_types": ["linear_attention" if (i + 1) % every else "full_attention" for i in layers],
+            "linear_conv_kernel_dim": values.integer(keys.CONV_KERNEL),
+            "linear_key_head_dim": values.integer(keys.STATE_SIZE),
+            "linear_num_key_heads": values.integer(keys.GROUP_COUNT),
+            "linear_num_value_heads": heads,
+            "linear_value_head_dim": values.integer(keys.INNER_SIZE) // max(1, heads),
+        }
 
     @property
     def _head_dim(self) -> int:
@@ -313,7 +333,7 @@ class _Inverse:
         if not count:
             usual = any(name in self.family.defaults for name in ALIASES["num_experts"])
             return self._named("num_experts", 0) if usual else {}
-        feed = values.integer(keys.FEED_FORWARD_LENGTH)
+        feed = self._width() if self.family.dense else None
         width = values.integer(keys.EXPERT_SHARED_FEED_FORWARD_LENGTH, 0)
         shared = {"shared_expert_intermediate_size": width} if width else {}
         return {
@@ -363,6 +383,9 @@ class _Inverse:
         scaling = {"rope_theta": theta, **self._scaling(theta, rotary)}
         if share != 1:
             scaling["partial_rotary_factor"] = share
+        if isinstance(sections := values.get(keys.DIMENSION_SECTIONS) if family.sections else None, list):
+            scaling["mrope_section"] = [one for one in sections if one]
+            scaling["mrope_interleaved"] = True
         plain: dict[str, object] = {"rope_type": "default", "rope_theta": theta}
         found: dict[str, object] = {"rope_parameters": scaling}
         if family.rope_local_default is not None:
@@ -378,7 +401,7 @@ class _Inverse:
         values, keys, shapes = self.values, gguf.Keys.Rope, self.contents.shapes
         context = values.integer(gguf.Keys.LLM.CONTEXT_LENGTH)
         original = values.integer(keys.SCALING_ORIG_CTX_LEN, context)
-        names = [gguf.TENSOR_NAMES[t] + ".weight" for t in (T.ROPE_FACTORS_LONG, T.ROPE_FACTORS_SHORT, T.ROPE_FREQS)]
+        names = [t.of(None) for t in (T.ROPE_FACTORS_LONG, T.ROPE_FACTORS_SHORT, T.ROPE_FREQS)]
         if names[0] in shapes and names[1] in shapes:
             long, short = (self._divisors(name, rotary).tolist() for name in names[:2])
             return {
@@ -445,7 +468,7 @@ def llama3_parameters(divisors: npt.NDArray[np.float32], theta: float, rotary: i
         raise UnsupportedError(
             "the rotary divisors are not those of Llama 3's scaling",
             file=file,
-            tensor=gguf.TENSOR_NAMES[T.ROPE_FREQS] + ".weight",
+            tensor=T.ROPE_FREQS.of(None),
             found=printable(str(divisors.tolist()), 120),
             remedy="start from the original model",
         )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from gguf import MODEL_ARCH as A
-from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
 from .base import Family, Feed, Limit, Value
+from .kinds import Kind as T
 from .parts import EMBEDDING, HEAD, ROTARY, attention, gated, norm
 
 _GELU = ("gelu_pytorch_tanh", "gelu")
@@ -48,7 +47,7 @@ _GEMMA3_LIMITS = (_CAUSAL, Limit("attn_logit_softcapping", (None,)), Limit("atte
 FAMILIES = (
     Family(
         "gemma",
-        A.GEMMA,
+        "gemma",
         generator="GemmaForCausalLM",
         weights=(
             *_EDGES,
@@ -66,7 +65,7 @@ FAMILIES = (
     ),
     Family(
         "gemma2",
-        A.GEMMA2,
+        "gemma2",
         generator="Gemma2ForCausalLM",
         words={"hidden_act": "hidden_activation"},
         weights=(*_EDGES, *_FOUR_NORMS, *attention(), *gated()),
@@ -95,7 +94,7 @@ FAMILIES = (
     ),
     Family(
         "gemma3_text",
-        A.GEMMA3,
+        "gemma3",
         generator="Gemma3ForCausalLM",
         words={"hidden_act": "hidden_activation"},
         weights=_GEMMA3_WEIGHTS,
@@ -114,7 +113,7 @@ FAMILIES = (
     ),
     Family(
         "gemma3",
-        A.GEMMA3,
+        "gemma3",
         generator="Gemma3ForConditionalGeneration",
         words={"hidden_act": "hidden_activation"},
         weights=_GEMMA3_WEIGHTS,

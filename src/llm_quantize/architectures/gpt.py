@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from gguf import MODEL_ARCH as A
-from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
 from .base import Family, Feed, Limit, Value
+from .kinds import Kind as T
 from .parts import EMBEDDING, HEAD, ROTARY, SLIDING, attention, one, pair
 
 _MASK = "a causal mask kept as a buffer, not a weight"
@@ -14,7 +13,7 @@ _MASK = "a causal mask kept as a buffer, not a weight"
 FAMILIES = (
     Family(
         "gpt2",
-        A.GPT2,
+        "gpt2",
         generator="GPT2LMHeadModel",
         words={
             "num_hidden_layers": "n_layer",
@@ -53,7 +52,7 @@ FAMILIES = (
     ),
     Family(
         "gpt_neox",
-        A.GPTNEOX,
+        "gptneox",
         generator="GPTNeoXForCausalLM",
         words={"num_key_value_heads": ""},
         weights=(
@@ -84,7 +83,7 @@ FAMILIES = (
     ),
     Family(
         "falcon",
-        A.FALCON,
+        "falcon",
         generator="FalconForCausalLM",
         words={
             "intermediate_size": "ffn_hidden_size",
@@ -130,7 +129,7 @@ FAMILIES = (
     ),
     Family(
         "starcoder2",
-        A.STARCODER2,
+        "starcoder2",
         generator="Starcoder2ForCausalLM",
         words={"layer_norm_eps": "norm_epsilon"},
         weights=(

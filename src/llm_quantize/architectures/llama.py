@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from gguf import MODEL_ARCH as A
-from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
 from .base import Family, Feed, Form, Limit, Value, Weight
+from .kinds import Kind as T
 from .parts import EDGES, LAYER_NORMS, ROTARY, SLIDING, attention, either, experts, gated, norm, one
 
 _SCALINGS = frozenset({"linear", "dynamic", "yarn"})
@@ -44,7 +43,7 @@ _GRANITE_EXPERTS = (
 FAMILIES = (
     Family(
         "llama",
-        A.LLAMA,
+        "llama",
         generator="LlamaForCausalLM",
         weights=(
             *EDGES,
@@ -61,7 +60,7 @@ FAMILIES = (
     ),
     Family(
         "mistral",
-        A.LLAMA,
+        "llama",
         generator="MistralForCausalLM",
         weights=(*EDGES, *LAYER_NORMS, *attention(rotated=True), *gated()),
         activations=("silu",),
@@ -74,7 +73,7 @@ FAMILIES = (
     ),
     Family(
         "mixtral",
-        A.LLAMA,
+        "llama",
         generator="MixtralForCausalLM",
         words={"num_experts": "num_local_experts", "moe_intermediate_size": ""},
         weights=(
@@ -97,7 +96,7 @@ FAMILIES = (
     ),
     Family(
         "smollm3",
-        A.SMOLLM3,
+        "smollm3",
         generator="SmolLM3ForCausalLM",
         weights=(
             *EDGES,
@@ -116,7 +115,7 @@ FAMILIES = (
     ),
     Family(
         "granite",
-        A.GRANITE,
+        "granite",
         generator="GraniteForCausalLM",
         weights=(
             *EDGES,
@@ -132,7 +131,7 @@ FAMILIES = (
     ),
     Family(
         "granitemoe",
-        A.GRANITE_MOE,
+        "granitemoe",
         generator="GraniteMoeForCausalLM",
         words={"num_experts": "num_local_experts", "moe_intermediate_size": ""},
         weights=(*EDGES, *LAYER_NORMS, *attention(rotated=True), *_GRANITE_EXPERTS),
@@ -145,7 +144,7 @@ FAMILIES = (
     ),
     Family(
         "seed_oss",
-        A.SEED_OSS,
+        "seed_oss",
         generator="SeedOssForCausalLM",
         weights=(
             *EDGES,
@@ -163,7 +162,7 @@ FAMILIES = (
     ),
     Family(
         "arcee",
-        A.ARCEE,
+        "arcee",
         generator="ArceeForCausalLM",
         weights=(
             *EDGES,

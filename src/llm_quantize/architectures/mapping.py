@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
@@ -13,12 +12,14 @@ from ..errors import AccessError, MalformedInputError, UnsupportedError
 from ..io.safetensors_file import TensorInfo
 from .base import Family, Form, Hyper, Order, OutputTensor, Piece, TensorMap, Weight
 from .config_reader import ConfigReader
+from .kinds import Kind
 
 _CHUNK = 1 << 22
 _FLOAT32 = {
-    gguf.MODEL_TENSOR.FFN_GATE_INP,
-    gguf.MODEL_TENSOR.FFN_GATE_INP_SHEXP,
-    gguf.MODEL_TENSOR.POS_EMBD,
+    Kind.FFN_GATE_INP,
+    Kind.FFN_GATE_INP_SHEXP,
+    Kind.POS_EMBD,
+    Kind.SSM_CONV1D,
 }
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -32,7 +33,10 @@ def row_order(order: Order, hyper: Hyper) -> npt.NDArray[np.int64] | None:
 
     ``rope_q``/``rope_k``: transformers rotates dimension i with i + head/2; llama.cpp, for the families that say so,
     rotates neighbours, so the halves of each head are interleaved. ``grouped_qkv``: a fused projection stored as
-    groups of (queries of the group, key, value) becomes all queries, all keys, all values.
+    groups of (queries of the group, key, value) becomes all queries, all keys, all values. The value heads of a delta
+    rule stand by key head in the source, those of one key head together; llama.cpp repeats the key heads whole, so one
+    of every key head comes first: of one row each (``value_heads``), of whole heads (``values``), or behind queries and
+    keys (``channels``).
     """
     if order == "":
         return None
@@ -40,9 +44,24 @@ def row_order(order: Order, hyper: Hyper) -> npt.NDArray[np.int64] | None:
         shared = hyper.n_head // hyper.n_head_kv
         rows = np.arange(hyper.n_head_kv * (shared + 2) * hyper.head_dim).reshape(hyper.n_head_kv, shared + 2, -1)
         return np.concatenate([rows[:, :-2].ravel(), rows[:, -2].ravel(), rows[:, -1].ravel()])
+    if order in ("value_heads", "values", "channels"):
+        return _tiled(order, hyper)
     heads = hyper.n_head if order == "rope_q" else hyper.n_head_kv
     rows = np.arange(heads * hyper.head_dim).reshape(heads, 2, hyper.head_dim // 2)
     return rows.swapaxes(1, 2).ravel()
+
+
+def _tiled(order: Order, hyper: Hyper) -> npt.NDArray[np.int64] | None:
+    """The order of value heads, one of every key head first; None where each has one."""
+    found = hyper.recurrence
+    if found is None or found.value_heads == found.key_heads:
+        return None
+    heads = np.arange(found.value_heads).reshape(found.key_heads, -1).T.ravel()
+    if order == "value_heads":
+        return heads
+    rows = (heads[:, None] * found.value_dim + np.arange(found.value_dim)).ravel()
+    before = found.channels - found.values if order == "channels" else 0
+    return np.concatenate([np.arange(before), rows + before])
 
 
 def source_name(form: Form, layer: int | None, index: int) -> str:
@@ -53,15 +72,21 @@ def source_name(form: Form, layer: int | None, index: int) -> str:
 def checkpoint_name(family: Family, weight: Weight, short: str) -> str:
     """The name that transformers gives to a tensor of ``weight``; its head stands beside the model proper."""
     old, new = family.prefixes[0] if family.prefixes else ("", "")
-    bare = weight.tensor == gguf.MODEL_TENSOR.OUTPUT or not short.startswith(new)
+    bare = weight.tensor == Kind.OUTPUT or not short.startswith(new)
     return short if bare else old + short[len(new) :]
 
 
 def output_name(weight: Weight, layer: int | None) -> str:
     """The name of ``weight`` in GGUF."""
-    suffix = ".bias" if weight.forms[0].name.endswith(".bias") else ".weight"
-    name: str = gguf.TENSOR_NAMES[weight.tensor].replace("{bid}", str(layer)) + suffix
-    return name
+    usual = ".bias" if weight.forms[0].name.endswith(".bias") else ".weight"
+    return weight.tensor.of(layer, usual if weight.ending is None else weight.ending)
+
+
+def layers_of(weight: Weight, hyper: Hyper) -> Sequence[int | None]:
+    """The layers that have ``weight``; None stands for one outside them."""
+    if "{}" not in weight.forms[0].name:
+        return (None,)
+    return [layer for layer in range(hyper.n_layer) if hyper.holds(weight.layers, layer)]
 
 
 def checkpoint_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dict[str, tuple[int, ...]]:
@@ -70,10 +95,10 @@ def checkpoint_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dic
     sizes = hyper.sizes
     for weight in family.weights:
         form = weight.forms[0]
-        head = weight.tensor == gguf.MODEL_TENSOR.OUTPUT and form.name.endswith(".weight")
+        head = weight.tensor == Kind.OUTPUT and form.name.endswith(".weight")
         if not config.holds(weight.when) or (head and hyper.tied):
             continue
-        for layer in range(hyper.n_layer) if "{}" in form.name else (None,):
+        for layer in layers_of(weight, hyper):
             for index in range(sizes[form.each] if form.each else 1):
                 name = checkpoint_name(family, weight, source_name(form, layer, index))
                 found[name] = tuple(sizes[word] for word in form.shape)
@@ -84,11 +109,10 @@ def artifact_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dict[
     """{name in GGUF: shape} of the weights that this configuration calls for; no output matrix where it is tied."""
     found: dict[str, tuple[int, ...]] = {}
     for weight in family.weights:
-        head = weight.tensor == gguf.MODEL_TENSOR.OUTPUT and weight.forms[0].name.endswith(".weight")
+        head = weight.tensor == Kind.OUTPUT and weight.forms[0].name.endswith(".weight")
         if config.holds(weight.when) and not (head and hyper.tied):
             shape = tuple(hyper.sizes[word] for word in weight.shape)
-            layers = range(hyper.n_layer) if "{}" in weight.forms[0].name else (None,)
-            found |= {output_name(weight, layer): shape for layer in layers}
+            found |= {output_name(weight, layer): shape for layer in layers_of(weight, hyper)}
     return found
 
 
@@ -117,7 +141,7 @@ def head_of(family: Family, names: Iterable[str]) -> str | None:
     heads = {
         form.name
         for weight in family.weights
-        if weight.tensor == gguf.MODEL_TENSOR.OUTPUT
+        if weight.tensor == Kind.OUTPUT
         for form in weight.forms
         if form.name.endswith(".weight")
     }
@@ -165,7 +189,7 @@ class Mapper:
         pieces: list[Piece] = []
         for index in range(count):
             short = source_name(form, layer, index)
-            pieces += self._pieces(form, self._check(short, weight, form, layer), weight.add)
+            pieces += self._pieces(form, self._check(short, weight, form, layer), weight)
             self.used.add(short)
         shape = tuple(self.sizes[word] for word in weight.shape)
         return output_tensor(weight, layer, shape, tuple(pieces))
@@ -200,15 +224,19 @@ class Mapper:
             )
         return info
 
-    def _pieces(self, form: Form, info: TensorInfo, add: float) -> list[Piece]:
-        if form.order not in self.orders:  # one array serves all layers
-            self.orders[form.order] = row_order(form.order, self.hyper)
-        order = self.orders[form.order]
+    def _order(self, order: Order) -> npt.NDArray[np.int64] | None:
+        if order not in self.orders:  # one array serves all layers
+            self.orders[order] = row_order(order, self.hyper)
+        return self.orders[order]
+
+    def _pieces(self, form: Form, info: TensorInfo, weight: Weight) -> list[Piece]:
+        order, add = self._order(form.order), weight.add
         if len(info.shape) == 1:
-            return [Piece(info.name, columns=order, add=add)]
+            return [Piece(info.name, columns=order, add=add, curve=weight.curve)]
         index, parts = form.part
         if parts == 1:
-            return [Piece(info.name, order=order, transpose=form.transpose, add=add)]
+            columns = self._order(form.columns)
+            return [Piece(info.name, order=order, transpose=form.transpose, columns=columns, add=add)]
         rows = info.shape[-2] // parts
         matrices = info.shape[0] if len(info.shape) == 3 else 1
         return [Piece(info.name, start=m * info.shape[-2] + index * rows, count=rows, add=add) for m in range(matrices)]
@@ -241,7 +269,7 @@ def output_tensor(weight: Weight, layer: int | None, shape: tuple[int, ...], pie
     """An output under its GGUF name, marked where GGUF keeps F32 (as convert_hf_to_gguf: vectors, norms, routers)."""
     name = output_name(weight, layer)
     float32 = len(shape) < 2 or name.endswith(("_norm.weight", ".bias")) or weight.tensor in _FLOAT32
-    return OutputTensor(name, shape, pieces, float32=float32)
+    return OutputTensor(name, shape, pieces, float32=float32, steers=weight.tensor.steers)
 
 
 def map_tensors(
@@ -249,7 +277,7 @@ def map_tensors(
     config: ConfigReader,
     hyper: Hyper,
     tensors: Mapping[str, TensorInfo],
-    constants: Mapping[gguf.MODEL_TENSOR, npt.NDArray[np.float32]],
+    constants: Mapping[Kind, npt.NDArray[np.float32]],
     same: Callable[[TensorInfo, TensorInfo], bool] | None = None,
 ) -> TensorMap:
     """Every tensor of the checkpoint accounted for. Order: as the network runs, whatever the order of the source. An
@@ -261,14 +289,14 @@ def map_tensors(
     mapper = Mapper(family, config, hyper, tensors)
     whole = [w for w in family.weights if "{}" not in w.forms[0].name and mapper.wanted(w)]
     layered = [w for w in family.weights if "{}" in w.forms[0].name and mapper.wanted(w)]
-    first = [w for w in whole if w.tensor in (gguf.MODEL_TENSOR.TOKEN_EMBD, gguf.MODEL_TENSOR.POS_EMBD)]
+    first = [w for w in whole if w.tensor in (Kind.TOKEN_EMBD, Kind.POS_EMBD)]
     outputs = [mapper.output(weight, None) for weight in first]
     for tensor, values in constants.items():
-        name = gguf.TENSOR_NAMES[tensor] + ".weight"
+        name = tensor.of(None)
         outputs.append(OutputTensor(name, values.shape, constant=values, float32=True))
     for layer in range(hyper.n_layer):
-        outputs += [mapper.output(weight, layer) for weight in layered]
-    head = [w for w in whole if w.tensor == gguf.MODEL_TENSOR.OUTPUT]
+        outputs += [mapper.output(weight, layer) for weight in layered if hyper.holds(weight.layers, layer)]
+    head = [w for w in whole if w.tensor == Kind.OUTPUT]
     outputs += [mapper.output(weight, None) for weight in whole if weight not in first and weight not in head]
     limits: list[UnsupportedError] = []
     for weight in head:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from gguf import MODEL_ARCH as A
-from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
 from .base import Family, Feed, Form, Limit, Value, Weight
+from .kinds import Kind as T
 from .parts import EDGES, EMBEDDING, HEAD, LAYER_NORMS, ROTARY, attention, experts, gated, norm, one, pair
 
 
@@ -38,7 +37,7 @@ _NO_BIAS = Limit("attention_bias", (False,), False)
 FAMILIES = (
     Family(
         "olmo",
-        A.OLMO,
+        "olmo",
         generator="OlmoForCausalLM",
         words={"layer_norm_eps": ""},  # the class has 1e-5 built in
         # Its norms have no weights.
@@ -53,7 +52,7 @@ FAMILIES = (
     ),
     Family(
         "olmo3",
-        A.OLMO2,
+        "olmo2",
         generator="Olmo3ForCausalLM",
         weights=_OLMO2_WEIGHTS,
         activations=("silu",),
@@ -69,7 +68,7 @@ FAMILIES = (
     ),
     Family(
         "olmoe",
-        A.OLMOE,
+        "olmoe",
         generator="OlmoeForCausalLM",
         words={"moe_intermediate_size": ""},
         weights=(
@@ -89,7 +88,7 @@ FAMILIES = (
     ),
     Family(
         "nemotron",
-        A.NEMOTRON,
+        "nemotron",
         generator="NemotronForCausalLM",
         words={"layer_norm_eps": "norm_eps"},
         weights=(
@@ -114,7 +113,7 @@ FAMILIES = (
     ),
     Family(
         "olmo2",
-        A.OLMO2,
+        "olmo2",
         generator="Olmo2ForCausalLM",
         weights=_OLMO2_WEIGHTS,
         activations=("silu",),
@@ -126,7 +125,7 @@ FAMILIES = (
     ),
     Family(
         "stablelm",
-        A.STABLELM,
+        "stablelm",
         generator="StableLmForCausalLM",
         weights=(
             EMBEDDING,

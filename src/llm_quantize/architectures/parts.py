@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from gguf import MODEL_TENSOR as T
-
 from .base import Form, Order, Weight
+from .kinds import Kind as T
 
 ROTARY = (r"\.rotary_emb\.inv_freq$", "rotary frequencies, which the runtime computes from the metadata")
 
@@ -25,10 +24,13 @@ def one(
     order: Order = "",
     transpose: bool = False,
     add: float = 0.0,
+    columns: Order = "",
+    **more: Any,
 ) -> Weight:
-    """A weight stored as one tensor of its own. ``shape`` is the source's; transposed, the artifact's is swapped."""
-    form = Form(name, shape, order=order, transpose=transpose)
-    return Weight(tensor, shape[::-1] if transpose else shape, (form,), when, add)
+    """A weight stored as one tensor of its own. ``shape`` is the source's; transposed, the artifact's is swapped.
+    ``more``: of Weight."""
+    form = Form(name, shape, order=order, transpose=transpose, columns=columns)
+    return Weight(tensor, shape[::-1] if transpose else shape, (form,), when, add, **more)
 
 
 def pair(tensor: T, name: str, *shape: str, when: str = "", **options: Any) -> tuple[Weight, Weight]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from gguf import MODEL_ARCH as A
-from gguf import MODEL_TENSOR as T
 from gguf import Keys
 
 from .base import Family, Feed, Limit, Value
+from .kinds import Kind as T
 from .parts import EDGES, EMBEDDING, LAYER_NORMS, ROTARY, SLIDING, attention, one, pair
 
 FAMILIES = (
     Family(
         "phi",
-        A.PHI2,
+        "phi2",
         generator="PhiForCausalLM",
         weights=(
             EMBEDDING,
@@ -36,7 +35,7 @@ FAMILIES = (
     ),
     Family(
         "phi3",
-        A.PHI3,
+        "phi3",
         generator="Phi3ForCausalLM",
         weights=(
             *EDGES,

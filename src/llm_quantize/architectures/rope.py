@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ..errors import UnsupportedError
 from .base import Family, Hyper
 from .config_reader import ConfigReader
+from .kinds import Kind
 
 DIVISORS = "divisors"
 """What a configuration derived of a GGUF file calls the rotary divisors that the file holds."""
@@ -164,20 +165,18 @@ def rope_metadata(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper
     return found
 
 
-def rope_constants(
-    rope: Rope | None, config: ConfigReader, hyper: Hyper
-) -> dict[gguf.MODEL_TENSOR, npt.NDArray[np.float32]]:
+def rope_constants(rope: Rope | None, config: ConfigReader, hyper: Hyper) -> dict[Kind, npt.NDArray[np.float32]]:
     """Divisors of the rotary frequencies, float32 (rotary / 2,), where the scaling is more than one number."""
     if rope is None or rope.kind not in ("llama3", "longrope"):
         return {}
     if rope.kind == "llama3":
         said = DIVISORS in rope.scaling  # by a GGUF file, which has them instead of what they come from
         divisors = _divisors(DIVISORS, rope, config, hyper) if said else _llama3_divisors(rope, config, hyper)
-        return {gguf.MODEL_TENSOR.ROPE_FREQS: divisors}
+        return {Kind.ROPE_FREQS: divisors}
     found = {}
     for name, tensor in (
-        ("long_factor", gguf.MODEL_TENSOR.ROPE_FACTORS_LONG),
-        ("short_factor", gguf.MODEL_TENSOR.ROPE_FACTORS_SHORT),
+        ("long_factor", Kind.ROPE_FACTORS_LONG),
+        ("short_factor", Kind.ROPE_FACTORS_SHORT),
     ):
         found[tensor] = _divisors(name, rope, config, hyper)
     return found

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.architectures.base import OutputTensor, Piece
+from llm_quantize.architectures.base import Curve, OutputTensor, Piece
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # A chunk of 16-bit weights stays in the cache of one core while it is read, hashed and quantized.
 CHUNK_WEIGHTS = 1 << 19
 UNIT_WEIGHTS = 1 << 24
+
+_UNDO: Mapping[Curve, Curve] = {"": "", "-exp": "log-", "log-": "-exp"}
 
 Rows = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -192,7 +194,7 @@ def held_output_rows(
         first, last = max(start, base) - base, min(stop, base + count) - base
         if first >= last:
             continue
-        if piece.transpose or piece.columns is not None or piece.add:
+        if piece.transpose or piece.columns is not None or piece.altered:
             return None
         wanted = np.arange(first, last) if piece.order is None else piece.order[first:last].astype(np.int64)
         low = int(wanted.min()) + piece.start
@@ -219,8 +221,8 @@ def scatter(source: Shapes, tensor: OutputTensor, start: int, rows: Floats, into
     """Put rows [start, start + len(rows)) of ``tensor``, float32, where its pieces say that they come from.
 
     ``into``: {source tensor: float32, its shape, contiguous}, of all that these rows come from; written in place. What
-    a piece adds is taken off again in float32: adding it once more gives the same value exactly. Calls for different
-    rows may run at the same time.
+    a piece adds is taken off again in float32: adding it once more gives the same value exactly (a curve undone is as
+    near as float32 comes). Calls for different rows may run at the same time.
     """
     for base, count, piece in placed(source, tensor):
         first, last = max(start, base), min(start + len(rows), base + count)
@@ -259,7 +261,7 @@ def _columns_of(source: Shapes, output: OutputTensor) -> Iterator[tuple[str, Pie
     for piece in output.pieces:
         count = source.matrix(piece.source)[1]
         order = np.arange(count) if piece.columns is None else np.argsort(piece.columns)
-        yield piece.source, Piece(output.name, columns=order + first, add=-piece.add)
+        yield piece.source, Piece(output.name, columns=order + first, add=-piece.add, curve=_UNDO[piece.curve])
         first += count
 
 
@@ -267,11 +269,22 @@ def _back(output: str, base: int, count: int, piece: Piece) -> Piece:
     """The piece of a source tensor that comes from rows [base, base + count) of ``output``."""
     order = None if piece.order is None else np.argsort(piece.order)
     columns = None if piece.columns is None else np.argsort(piece.columns)
+    curve = _UNDO[piece.curve]
     if piece.transpose:
         if base or piece.start or piece.count is not None:
             raise ValueError(f"{piece.source} is one part of {output}, and transposed")
-        return Piece(output, order=columns, transpose=True, columns=order, add=-piece.add)
-    return Piece(output, start=base, count=count, order=order, columns=columns, add=-piece.add)
+        return Piece(output, order=columns, transpose=True, columns=order, add=-piece.add, curve=curve)
+    return Piece(output, start=base, count=count, order=order, columns=columns, add=-piece.add, curve=curve)
+
+
+def curved(curve: Curve, values: Rows) -> Floats:
+    """``curve`` of values, float32. Computed in float64, which leaves no room for machines to differ."""
+    found = to_float32(values)
+    if not curve:
+        return found
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # what is not finite is another's to refuse
+        wide = found.astype(np.float64)
+        return (-np.exp(wide) if curve == "-exp" else np.log(-wide)).astype(np.float32)
 
 
 def _put(whole: Floats, piece: Piece, first: int, values: Floats) -> None:
@@ -280,6 +293,7 @@ def _put(whole: Floats, piece: Piece, first: int, values: Floats) -> None:
         raise ValueError(f"the values of {piece.source} do not lie in one block")
     if piece.add:
         values = values - np.float32(piece.add)
+    values = curved(_UNDO[piece.curve], values)
     if piece.transpose:
         seen = whole.reshape(-1, *whole.shape[-2:]).swapaxes(1, 2)
     else:
@@ -317,6 +331,8 @@ def _read_piece(source: RowSource, piece: Piece, first: int, last: int, buffer: 
         rows = _gather(read, piece.order[first:last].astype(np.int64) + piece.start)
     if piece.columns is not None:
         rows = np.ascontiguousarray(rows[:, piece.columns])
+    if piece.curve:
+        rows = curved(piece.curve, rows)
     return to_float32(rows) + np.float32(piece.add) if piece.add else rows
 
 

@@ -4,12 +4,14 @@ Between two operations lies a vector x of n channels. Dividing what makes x by s
 all that reads x changes nothing, provided that everything between is linear in each channel:
 
     norm -> q, k, v (and, in parallel blocks, the feed-forward block)   role "attention_in" (or "block_in")
+    norm -> everything that a delta rule reads                            role "attention_in"
     v -> output projection; s is shared by the query heads of a key head  role "attention_out"
     norm -> gate, up, router, all experts, shared experts                role "feed_forward_in"
     up -> down; one group for each expert                                role "feed_forward_out"
 
-There is no group where that is not so: norms without weights (OLMo), norms after a projection (OLMo 2), values that are
-clamped (``clip_qkv``), GELU without a gate. relu(u)^2 is homogeneous of degree two: u is divided by the root of s.
+An output gate multiplies each channel, so attention with one has its groups. There is none where that is not so:
+norms without weights (OLMo), norms after a projection (OLMo 2) or after a delta rule, values that are clamped
+(``clip_qkv``), GELU without a gate. relu(u)^2 is homogeneous of degree two: u is divided by the root of s.
 """
 
 from __future__ import annotations
@@ -18,18 +20,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import gguf
 import numpy as np
 import numpy.typing as npt
-from gguf import MODEL_TENSOR as T
 
 from .architecture import Architecture
 from .base import OutputTensor, Piece, TensorMap
+from .kinds import Kind as T
 
 Role = Literal["attention_in", "attention_out", "feed_forward_in", "feed_forward_out", "block_in"]
 
 _READERS: dict[str, tuple[T, ...]] = {
-    "attention": (T.ATTN_QKV, T.ATTN_Q, T.ATTN_K, T.ATTN_V),
+    "attention": (T.ATTN_QKV, T.ATTN_Q, T.ATTN_K, T.ATTN_V, T.ATTN_GATE, T.SSM_ALPHA, T.SSM_BETA),
     "feed_forward": (
         T.FFN_GATE,
         T.FFN_UP,
@@ -130,7 +131,7 @@ class _Layer:
         self.outputs = {output.name: output for output in source.tensors.outputs if output.name.startswith(prefix)}
 
     def output(self, tensor: T, suffix: str = ".weight") -> OutputTensor | None:
-        return self.outputs.get(gguf.TENSOR_NAMES[tensor].replace("{bid}", str(self.layer)) + suffix)
+        return self.outputs.get(tensor.of(self.layer, suffix))
 
     def groups(self) -> list[ScaleGroup]:
         found = [*self._from_norms("attention"), *self._from_values(), *self._from_norms("feed_forward")]
@@ -206,7 +207,7 @@ class _Layer:
         for piece in _matrices(output):
             along: Literal["columns", "rows"] = "rows" if piece.transpose else "columns"
             across = None if piece.count is None else (piece.start, piece.start + piece.count)
-            found.append(Slice(piece.source, along, across=across, float_stored=output.float32))
+            found.append(Slice(piece.source, along, across=across, float_stored=output.float32 or output.steers))
         return found
 
 

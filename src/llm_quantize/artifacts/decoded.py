@@ -124,7 +124,8 @@ class Decoded(ABC):
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows ``rows`` (int64) of a matrix, float32 (len(rows), columns); an embedding is not decoded whole."""
         (use, *others) = self._uses[name]
-        if others or use.piece.transpose or use.piece.order is not None or use.piece.columns is not None:
+        piece = use.piece
+        if others or piece.transpose or piece.curve or piece.order is not None or piece.columns is not None:
             return self.read(name)[rows]
         wanted = [row + use.first - use.piece.start for row in rows.tolist()]
         parts = [values for row in wanted for _, values in self.rows_of(use.held, row, row + 1)]

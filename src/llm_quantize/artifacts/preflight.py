@@ -57,7 +57,7 @@ def _chunk_bytes(artifacts: Sequence[ArtifactPlan]) -> int:
         rows, columns = matrix_shape(together[0].output.shape)
         count = min(rows, chunk_rows(columns))
         stored = artifacts[0].source_itemsize
-        converted = 4 if stored not in (2, 4) or any(piece.add for piece in together[0].output.pieces) else 0
+        converted = 4 if stored not in (2, 4) or any(piece.altered for piece in together[0].output.pieces) else 0
         packed = {tensor.qtype: tensor.row_bytes for tensor in together}
         most = max(most, count * (columns * (3 * stored + 2 * converted) + sum(packed.values())))
     return most

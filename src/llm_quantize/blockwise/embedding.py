@@ -72,7 +72,7 @@ def _of_tensor(matrices: Matrices, name: str) -> WrittenTable | None:
 def _is_plain(source: Source, tensor: OutputTensor) -> bool:
     """Whether its rows are those of one tensor of the source, all of them as they stand."""
     (piece, *others) = tensor.pieces
-    plain = piece.order is None and piece.columns is None and not piece.transpose and not piece.add
+    plain = piece.order is None and piece.columns is None and not piece.transpose and not piece.altered
     return plain and not others and source.checkpoint.matrix(piece.source)[0] == tensor.shape[0]
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from llm_quantize import events
 from llm_quantize.blockwise.gram import Gram
 from llm_quantize.blockwise.run import Matrices, matrix_rows
-from llm_quantize.blockwise.segments import segments
+from llm_quantize.blockwise.segments import column_orders, segments
 from llm_quantize.blockwise.solver import Job, Solver
 from llm_quantize.blockwise.stages import routers
 from llm_quantize.errors import UnsupportedError
@@ -55,8 +57,9 @@ def solve_known(
                     )
                 members.append((matrix, seen))
             jobs = [Job(matrix, seen) for matrix, seen in members if matrix.name in todo]
+            orders = column_orders((matrix.weight, seen) for matrix, seen in members)
             grams = {
-                (tap.name, matrix): gram_of(statistics, tap, matrix, device)
+                (tap.name, matrix): gram_of(statistics, tap, matrix, device, orders.get(tap.name))
                 for tap in (taps if jobs else [])
                 for matrix in range(tap.matrices)
                 if statistics.counts(tap.name)[matrix]
@@ -73,9 +76,14 @@ def tap_of(stored: StoredTap) -> Tap:
     return Tap(stored.name, stored.columns, stored.matrices, stored.tensors)
 
 
-def gram_of(statistics: StatisticsFile, tap: Tap, matrix: int, device: str) -> Gram:
-    """What a matrix of a tap saw. Raises UsageError where no Hessians were collected."""
+def gram_of(
+    statistics: StatisticsFile, tap: Tap, matrix: int, device: str, order: npt.NDArray[np.int64] | None = None
+) -> Gram:
+    """What a matrix of a tap saw, its columns in ``order``. Raises UsageError where no Hessians were collected."""
     gram = Gram(tap.columns, cross=False, device=device)
-    gram.hessian = torch.from_numpy(statistics.hessian(tap.name, matrix)).to(device)
+    hessian = statistics.hessian(tap.name, matrix)
+    if order is not None:
+        hessian = np.ascontiguousarray(hessian[np.ix_(order, order)])
+    gram.hessian = torch.from_numpy(hessian).to(device)
     gram.tokens = int(statistics.counts(tap.name)[matrix])
     return gram

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -115,6 +117,7 @@ def collect(
     samples: int = 0,
     looks: bool = False,
     cache: CacheSink | None = None,
+    orders: Mapping[str, npt.NDArray[np.int64]] | None = None,
 ) -> dict[tuple[str, int], Gram]:
     """The sums of every matrix of ``taps`` over the first ``windows`` of ``hidden`` through ``block``; with ``full``,
     cross products of single matrices as well.
@@ -122,7 +125,8 @@ def collect(
     ``held_back``: so many of the windows, the last ones, are held back from sums with a cross product (``Gram.hold``).
     ``scales``: {tap: s (columns,)}: the block's inputs are those of the source divided by s. ``samples``: about so many
     inputs of each are kept; then, and where it ``looks``, the largest of each channel is noted. ``cache``: is told of
-    keys and values by several threads. An expert that no token reached is absent.
+    keys and values by several threads. ``orders``: {tap: the order in which its inputs are summed up}. An expert that
+    no token reached is absent.
 
     Raises NumericPolicyError for inputs that are not finite.
     """
@@ -143,6 +147,9 @@ def collect(
         for key in dict.fromkeys(key for index in chunk for key in results[index]):
             inputs = torch.cat([results[index].pop(key) for index in chunk if key in results[index]])
             theirs = _theirs(full, key[0], chunk, inputs, scales or {}) if known[key[0]].matrices == 1 else None
+            if (order := (orders or {}).get(key[0])) is not None:
+                columns = torch.from_numpy(order).to(inputs.device)
+                inputs, theirs = inputs[:, columns], None if theirs is None else theirs[:, columns]
             if key not in grams:
                 grams[key] = Gram(known[key[0]].columns, cross=theirs is not None, device=inputs.device)
             if first >= summed and theirs is not None:

@@ -31,7 +31,7 @@ from llm_quantize.blockwise.inputs import FullInputs, Streams, collect, propagat
 from llm_quantize.blockwise.keeping import difference
 from llm_quantize.blockwise.kv_cache import Largest
 from llm_quantize.blockwise.measure import measure
-from llm_quantize.blockwise.segments import Segment, Sources, segments
+from llm_quantize.blockwise.segments import Segment, Sources, column_orders, segments
 from llm_quantize.blockwise.solver import Fields, Job, Solver
 from llm_quantize.blockwise.stages import routers, stages
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
@@ -370,6 +370,7 @@ class Blocks:
                 held_back=self.held_back,
                 looks=looks,
                 cache=None if cache is None else cache.see,
+                orders=column_orders((matrix.weight, seen) for matrix, seen in members),
             )
             for one in jobs:
                 grid = asked[one.matrix.name]

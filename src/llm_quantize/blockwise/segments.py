@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,15 +30,15 @@ class Segment:
 def segments(checkpoint: Model, weight: OutputTensor, taps: Sequence[Tap]) -> list[Segment] | None:
     """The rows of ``weight`` by the inputs they see, in order; None where no tap knows its sources.
 
-    Raises UnsupportedError where a source's columns are stored in another order than the inputs have.
+    Raises UnsupportedError where the values of a source are not those of ``weight``.
     """
     found: list[Segment] = []
     for first, count, piece in placed(checkpoint, weight):
         tap = next((tap for tap in taps if piece.source in tap.tensors), None)
         if tap is None:
             return None
-        if piece.columns is not None or piece.add:
-            raise UnsupportedError("the columns of this matrix are stored in another order", tensor=weight.name)
+        if piece.altered:
+            raise UnsupportedError("the values of this matrix are stored otherwise", tensor=weight.name)
         matrix = tap.tensors[piece.source]
         if matrix is not None or tap.matrices == 1:
             parts = [Segment(first, first + count, tap.name, matrix or 0)]
@@ -49,6 +49,26 @@ def segments(checkpoint: Model, weight: OutputTensor, taps: Sequence[Tap]) -> li
                 part = Segment(found.pop().start, part.stop, part.tap, part.matrix)
             found.append(part)
     return found
+
+
+def column_orders(members: Iterable[tuple[OutputTensor, Sequence[Segment]]]) -> dict[str, npt.NDArray[np.int64]]:
+    """{tap: int64 (columns,), which of its inputs each column of its matrices multiplies}, where they stand in another
+    order than the source's.
+
+    Raises UnsupportedError where matrices that share a tap have not the same order.
+    """
+    found: dict[str, npt.NDArray[np.int64] | None] = {}
+    for weight, seen in members:
+        orders = [piece.columns for piece in weight.pieces]
+        for segment in seen:
+            order = found.setdefault(segment.tap, orders[0])
+            if any(other is not order for other in orders):
+                raise UnsupportedError(
+                    "the columns of matrices that share an input are stored in different orders",
+                    tensor=weight.name,
+                    remedy="use --method rtn",
+                )
+    return {tap: order for tap, order in found.items() if order is not None}
 
 
 def _stacked(checkpoint: Model, first: int, count: int, piece: Piece, tap: Tap) -> Iterator[Segment]:

@@ -65,6 +65,8 @@ def tensor_statistics(statistics: StatisticsFile, outputs: Sequence[OutputTensor
             if tap not in read:
                 read[tap] = _float32(statistics, tap)
         sums = np.concatenate([read[tap][0][matrix : matrix + 1] for tap, matrix in rows])
+        if (order := output.pieces[0].columns) is not None:  # of one matrix, so of one piece
+            sums = np.ascontiguousarray(sums[:, order])
         counts = np.asarray([read[tap][1][matrix] for tap, matrix in rows], np.float32)
         found[output.name] = TensorStatistics(sums, counts)
     return found

@@ -11,7 +11,7 @@ import torch
 
 from llm_quantize.architectures.rows import matrix_shape, read_output_rows, to_float32
 from llm_quantize.blockwise.from_statistics import gram_of, tap_of
-from llm_quantize.blockwise.segments import Segment, Sources, segments
+from llm_quantize.blockwise.segments import Segment, Sources, column_orders, segments
 from llm_quantize.blockwise.solver import Job, Solver
 from llm_quantize.blockwise.stages import routers
 from llm_quantize.errors import UnsupportedError
@@ -79,8 +79,9 @@ class Holder:
             jobs.append(Job(matrix, seen))
         wanted = {segment.tap for job in jobs for segment in job.segments}
         looked_at = [tap for tap in taps if tap.name in wanted or any(one.matrices > 1 for one in taps)]
+        orders = column_orders((job.matrix.weight, job.segments) for job in jobs)
         grams = {
-            (tap.name, matrix): gram_of(statistics, tap, matrix, "cpu")
+            (tap.name, matrix): gram_of(statistics, tap, matrix, "cpu", orders.get(tap.name))
             for tap in looked_at
             for matrix in range(tap.matrices)
             if statistics.counts(tap.name)[matrix]

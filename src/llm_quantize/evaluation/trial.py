@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from llm_quantize.evaluation.reference import Reference, scored_positions
 from llm_quantize.evaluation.sensitivity import Candidate
 from llm_quantize.evaluation.streamed import Evaluation, Stream
 from llm_quantize.events import EventSink
@@ -45,23 +46,22 @@ def try_recipes(
     plain = CheckpointWeights(source.checkpoint)
     with ExitStack() as stack:
 
-        def states(count: int) -> Activations:
-            shape = (count, windows.shape[1], network.width)
-            return stack.enter_context(Activations(*shape, torch.float32, directory=scratch))
+        def states(count: int, length: int) -> Activations:
+            return stack.enter_context(Activations(count, length, network.width, torch.float32, directory=scratch))
 
-        path = source.checkpoint.directory
-        origin = Stream(path, plain, plain, states(len(windows)))
+        path, (count, length) = source.checkpoint.directory, windows.shape
+        reference = Reference(path, plain, states(count, scored_positions(windows)), states(0, length))
+        steps = count * ((1 + len(recipes)) * network.n_blocks + 2 * len(recipes))
+        work = Evaluation(network, windows, pool, steps, on_event, head=1)
+        with Activations(count, length, network.width, torch.float32, directory=scratch) as whole:
+            work.refer(plain, whole, states(0, length), reference)
         streams = []
         for recipe in recipes:
             mixed = MixedWeights(plain, _held(recipe, hold))
-            streams.append(Stream(path, mixed, mixed, states(len(windows))))
-        steps = len(windows) * (1 + len(streams)) * (network.n_blocks + 1)
-        work = Evaluation(network, windows, pool, steps, on_event, head=1)
-        for stream in (origin, *streams):
-            work.embed(stream)
-        work.through_blocks(origin, streams, states(0))
+            streams.append(Stream(path, mixed, mixed, states(count, length)))
+        work.through_blocks(streams)
         for stream in streams:
-            work.through_head(origin, [stream])
+            work.through_head(reference, [stream])
     return [stream.comparison.result().kld for stream in streams]
 
 

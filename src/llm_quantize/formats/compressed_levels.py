@@ -137,7 +137,7 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
         "transform_config": {},
         "ignore": [
             *coverage.kept,
-            *(rf"{EXPRESSION}.*\b{re.escape(name)}$" for name in coverage.outside),
+            *(rf"{EXPRESSION}.*\b{re.escape(name.removeprefix('model.'))}$" for name in coverage.outside),
             *(() if coverage.head in coverage.quantized else (coverage.head,)),
         ],
         "config_groups": {f"group_{number}": _group(kind, found) for number, (kind, found) in enumerate(kinds)},

@@ -368,8 +368,8 @@ def level_of(matrices: Collection[PackedMatrix]) -> str:
 def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
     """quantization_config, with the names that GPTQModel writes.
 
-    Linear modules of blocks that stay as they are get negative ``dynamic`` rules (GPTQModel, vLLM), and, where all
-    blocks are alike, ``modules_in_block_to_quantize`` names the others (Transformers).
+    Linear modules of blocks that stay as they are get negative ``dynamic`` rules (GPTQModel, vLLM), and, where their
+    names tell them apart in every block, ``modules_in_block_to_quantize`` names the others (Transformers).
     """
     found: dict[str, Any] = {
         "quant_method": "gptq",
@@ -387,9 +387,9 @@ def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
     left = [*coverage.kept, *coverage.outside]
     if left:
         found["dynamic"] = {rule: {} for rule in dict.fromkeys(map(_negative_rule, left))}
-    alike = _suffixes(coverage)
-    if coverage.kept and alike:
-        found["modules_in_block_to_quantize"] = [alike]
+    apart = _suffixes(coverage)
+    if coverage.kept and apart:
+        found["modules_in_block_to_quantize"] = [apart]
     return found
 
 
@@ -415,12 +415,12 @@ def _negative_rule(name: str) -> str:
 
 
 def _suffixes(coverage: Coverage) -> list[str]:
-    """The modules that every block has packed, in its own terms; none where blocks differ or there are experts."""
-    blocks: dict[str, list[str]] = {}
+    """The modules that are packed wherever a block has them, in its own terms; none where a module of such a name stays
+    as it is, or where there are experts."""
+    suffixes: dict[str, None] = {}
     for name in coverage.quantized:
         found = _LAYER.search(name)
         if found is None or mixture_of(name) != name:
             return []
-        blocks.setdefault(name[: found.end()], []).append(name[found.end() :])
-    first = next(iter(blocks.values()), [])
-    return first if all(sorted(suffixes) == sorted(first) for suffixes in blocks.values()) else []
+        suffixes[name[found.end() :]] = None
+    return [] if any(name.endswith(tuple(suffixes)) for name in coverage.kept) else list(suffixes)

@@ -3,7 +3,8 @@
 A module is one ``nn.Linear`` of the model as its owner names it: the rows of one tensor of the checkpoint, in the
 order in which they are stored (fused query-key-value and gate-up matrices stay one module), or one expert's rows of a
 three-dimensional tensor, under the name that the family gives single experts. What the architecture maps to weights of
-decoder blocks is packed, less what recipes never quantize (routers, norms); everything else is kept.
+decoder blocks is packed, less what recipes never quantize (routers, norms) and the few rows that steer a recurrent
+state; everything else is kept.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import gguf
-
 from llm_quantize.architectures.base import OutputTensor, Piece, Weight
+from llm_quantize.architectures.kinds import Kind
+from llm_quantize.architectures.mapping import short_name
 from llm_quantize.errors import UnsupportedError, UsageError
 from llm_quantize.formats.base import Coverage
 from llm_quantize.formats.gguf.levels import TensorShape, is_quantizable
@@ -29,7 +30,12 @@ HEAD = "output.weight"
 EDGES = ("token_embd.weight", HEAD)
 """Embedding and output matrix, as the map of tensors calls them."""
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("in_proj_qkv", "in_proj_z"),  # of a delta rule
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,9 @@ def _packable(source: Source, ignore: Sequence[re.Pattern[str]], edges: Collecti
     for output in source.tensors.outputs:
         block = _BLOCK.match(output.name)
         edge = output.name in edges
-        if (block is None and not edge) or not is_quantizable(TensorShape(output.name, output.shape)):
+        if (block is None and not edge) or output.steers:
+            continue
+        if not is_quantizable(TensorShape(output.name, output.shape)):
             continue
         for piece in output.pieces:
             info = tensors[piece.source]
@@ -194,7 +202,7 @@ def _weight(source: Source, name: str) -> Weight:
     generic = _BLOCK.sub("blk.{bid}.", name).removesuffix(".weight")
     config = source.architecture.config
     for weight in source.architecture.family.weights:
-        if gguf.TENSOR_NAMES[weight.tensor] == generic and weight.forms[0].name.endswith("weight"):
+        if weight.tensor == generic and weight.forms[0].name.endswith("weight"):
             asked = weight.when.lstrip("!")
             if not asked or config.boolean(asked) != weight.when.startswith("!"):
                 return weight
@@ -209,7 +217,7 @@ def _checked(source: Source, module: Module) -> Module:
 
 def coverage(source: Source, found: Selection) -> Coverage:
     """The linear modules of the model by what became of them, for a format's configuration."""
-    short = next(weight for weight in source.architecture.family.weights if weight.tensor == gguf.MODEL_TENSOR.OUTPUT)
+    short = next(weight for weight in source.architecture.family.weights if weight.tensor == Kind.OUTPUT)
     head = short.forms[0].name.removesuffix(".weight")
     head = next(
         (info.name.removesuffix(".weight") for info in found.kept if info.name.endswith(f"{head}.weight")), head
@@ -220,7 +228,17 @@ def coverage(source: Source, found: Selection) -> Coverage:
     names = {info.name: info.name.removesuffix(".weight") for info in linear if info.name not in edges}
     routers = [name for tensor, name in names.items() if tensor in inside and name not in found.ignored]
     outside = [name for tensor, name in names.items() if tensor not in inside and name != head]
-    return Coverage([module.name for module in found.modules], [*routers, *found.ignored], outside, head)
+    kept = spellings(source, [*routers, *found.ignored])
+    return Coverage([module.name for module in found.modules], kept, outside, head)
+
+
+def spellings(source: Source, names: Sequence[str]) -> list[str]:
+    """``names`` of modules, and behind them what transformers calls them where it loads the language model alone."""
+    family = source.architecture.family
+    if not family.text_prefix:
+        return list(names)
+    others = [family.text_prefix + short_name(family, name) for name in names]
+    return list(dict.fromkeys([*names, *others]))
 
 
 def _split_fusions(found: Selection) -> list[str]:

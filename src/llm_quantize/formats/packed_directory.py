@@ -39,7 +39,7 @@ from llm_quantize.formats.directory import (
 from llm_quantize.formats.idle_options import OF_DIRECTORIES, OF_GRIDS, refuse_idle
 from llm_quantize.formats.keeping import Kept, float_of, holding_of, is_act_order, keeping, most_held, scale_of
 from llm_quantize.formats.kv_cache import holders
-from llm_quantize.formats.modules import EDGES, HEAD, Module, Selection, coverage, head_of, select
+from llm_quantize.formats.modules import EDGES, HEAD, Module, Selection, coverage, head_of, select, spellings
 from llm_quantize.formats.packed_recipe import as_far_as_both, bits_per_weight, by_grid, named, types_of
 from llm_quantize.formats.recipe import Recipe, no_recipes
 from llm_quantize.plan import ArtifactPlan
@@ -207,7 +207,8 @@ class PackedFormat:
         if method.method_of(self.name).keeps:
             warnings += _not_held(source, f"{form.TITLE} {scheme.level}", found.modules, types)
         cautions = () if form.MIXES is None or not mixed else tuple(form.MIXES.cautions(mixed))
-        own = form.config(scheme, replace(coverage(source, found), mixed=mixed, cache=cache.grid))
+        spelled = {qtype: spellings(source, names) for qtype, names in mixed.items()}
+        own = form.config(scheme, replace(coverage(source, found), mixed=spelled, cache=cache.grid))
         config = form.configured(source, plain_config(source.checkpoint.config), own)
         facts = self._facts(source, found, scheme, groups, name, importance, options, types, cautions)
         contents = Contents(

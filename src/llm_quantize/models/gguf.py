@@ -246,7 +246,7 @@ class GgufModel(Opened):
         """As ``Rows.stored_dtype``: float32 for what is quantized, offset, scaled, or of several types."""
         self.check_readable(name)
         pieces = self._rows[name].pieces
-        offset = any(piece.add or self.stored.scales.info(piece.source) is not None for piece in pieces)
+        offset = any(piece.altered or self.stored.scales.info(piece.source) is not None for piece in pieces)
         return np.dtype(np.float32 if offset else _FLOATS.get(self.tensors[name].dtype, np.float32))
 
     def raw_rows(self, name: str, start: int, stop: int, *, buffer: Any = None) -> memoryview:
@@ -303,7 +303,7 @@ class GgufModel(Opened):
             if others or not piece.transpose:
                 return None
             tensor = OutputTensor(name, tensor.shape, (_upright(piece),))
-        turned = any(piece.transpose or piece.columns is not None or piece.add for piece in tensor.pieces)
+        turned = any(piece.transpose or piece.columns is not None or piece.altered for piece in tensor.pieces)
         return None if turned else tensor
 
     def block_type(self, name: str, *, transpose: bool = False) -> str | None:

@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, GGUFValueType, Keys
+from gguf.constants import GGUFValueType, Keys
 
+from llm_quantize.architectures.kinds import Kind
 from llm_quantize.errors import MalformedInputError, UnsupportedError
 from llm_quantize.io.gguf_file import MetaValue, layout_gguf
 from llm_quantize.qtypes.ggml_types import GgmlType
@@ -44,13 +45,13 @@ def open_vocabulary(metadata: Mapping[str, MetaValue], file: Path) -> LlamaCpp:
         Keys.Attention.LAYERNORM_RMS_EPS.format(arch=arch): MetaValue(GGUFValueType.FLOAT32, 1e-5),
         **{key: value for key, value in metadata.items() if key.startswith(_KEPT)},
     }
-    shapes: dict[MODEL_TENSOR, tuple[int, ...]] = {
-        MODEL_TENSOR.TOKEN_EMBD: (rows, _WIDTH),
-        MODEL_TENSOR.OUTPUT_NORM: (_WIDTH,),
-        **{MODEL_TENSOR[name]: (_WIDTH,) for name in ("ATTN_NORM", "FFN_NORM")},
-        **{MODEL_TENSOR[name]: (_WIDTH, _WIDTH) for name in _SQUARE},
+    shapes: dict[Kind, tuple[int, ...]] = {
+        Kind.TOKEN_EMBD: (rows, _WIDTH),
+        Kind.OUTPUT_NORM: (_WIDTH,),
+        **{Kind[name]: (_WIDTH,) for name in ("ATTN_NORM", "FFN_NORM")},
+        **{Kind[name]: (_WIDTH, _WIDTH) for name in _SQUARE},
     }
-    names = {tensor: TENSOR_NAMES[tensor].replace("{bid}", "0") + ".weight" for tensor in shapes}
+    names = {tensor: tensor.of(0) for tensor in shapes}
     layout = layout_gguf(own, [(names[tensor], shape, GgmlType.F32) for tensor, shape in shapes.items()])
     with tempfile.TemporaryDirectory(prefix="llm-quantize-") as folder:
         small = Path(folder) / "vocabulary.gguf"

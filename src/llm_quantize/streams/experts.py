@@ -43,9 +43,14 @@ def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, one_by_one)
 
 
+def is_convolution(module: torch.nn.Module) -> bool:
+    """Whether ``module`` is a short convolution along the tokens: small, never quantized, seen by no tap."""
+    return isinstance(module, torch.nn.Conv1d)
+
+
 def is_experts(module: torch.nn.Module) -> bool:
     """Whether ``module`` holds fused experts. Raises UnsupportedError where they are not of the usual kind."""
-    if not any(value.ndim == 3 for value in module.parameters(recurse=False)):
+    if is_convolution(module) or not any(value.ndim == 3 for value in module.parameters(recurse=False)):
         return False
     names = {name for name, _ in module.named_parameters(recurse=False)}
     found = {name: getattr(module, name, None) for name in _USUAL}

@@ -8,6 +8,8 @@ before the first block and after the last one is that forward itself. Nothing he
 from __future__ import annotations
 
 import copy
+import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +21,10 @@ from llm_quantize.errors import UnsupportedError
 from llm_quantize.streams import experts
 
 _DRY = 2  # tokens of a run that only shows who calls whom
+
+_TALKS = "transformers.integrations.hub_kernels"
+"""The logger that says of delta rules and short convolutions that torch computes them, which is slow."""
+_SLOW = re.compile(r"reference\s+PyTorch\s+implementation")
 
 Visit = Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor]
 
@@ -207,6 +213,7 @@ def _build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
     values = {name: value for name, value in config.items() if name != "quantization_config"}
     experts.register()
+    logging.getLogger(_TALKS).addFilter(_is_news)
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -224,6 +231,11 @@ def _build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     finally:
         transformers.utils.logging.set_verbosity(before)
     return model.eval()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message tells more than that transformers' own torch code computes, which is what is wanted here."""
+    return _SLOW.search(record.getMessage()) is None
 
 
 def _find_blocks(model: Any, n_blocks: int) -> tuple[str, torch.nn.ModuleList]:

@@ -20,11 +20,14 @@ from llm_quantize.models.opening import Source
 if TYPE_CHECKING:
     from llm_quantize.streams.network import Network
 
+CHUNK = 64
+"""Tokens that transformers' delta rule multiplies with one another."""
+
 _QUICK_BFLOAT16 = {"avx512_bf16", "amx_tile"}
 
 # Matrices that multiply one input, under the names that stand between "blk.N." and ".weight"; any other has its own.
 _TOGETHER = {
-    **dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_qkv"), "attn"),
+    **dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta"), "attn"),
     **dict.fromkeys(("ffn_gate", "ffn_up", "ffn_gate_inp"), "ffn"),
     **dict.fromkeys(("ffn_gate_shexp", "ffn_up_shexp", "ffn_gate_inp_shexp"), "ffn"),
     **dict.fromkeys(("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps"), "experts"),
@@ -70,13 +73,18 @@ def workspace_bytes(hyper: Hyper, length: int, itemsize: int, *, eager: bool) ->
 
     Counted: hidden states and norms (6 widths), queries, keys, values and their rotated copies, the three wide values
     of the feed-forward (of all experts a token uses), and the scores: of every head, raw, weighted and in float32,
-    where attention computes them all at once (``eager``), of one head's tiles elsewhere.
+    where attention computes them all at once (``eager``), of one head's tiles elsewhere. A delta rule holds more than
+    attention, all in float32: a dozen values of every head, and four squares of CHUNK tokens for each.
     """
     heads = (4 * hyper.n_head + 3 * hyper.n_head_kv) * hyper.head_dim
     wide = hyper.feed_forward_length
     if hyper.n_expert:
         wide = max(wide, hyper.n_expert_used * hyper.expert_feed_forward_length + hyper.shared_feed_forward_length)
     scores = length * length * (hyper.n_head * (2 * itemsize + 4) if eager else 16)
+    if hyper.recurrence is not None:
+        states = hyper.recurrence
+        values = states.value_heads * (2 * states.key_dim + states.value_dim)
+        scores = max(scores, length * 4 * (states.channels + 6 * values + 4 * states.value_heads * CHUNK))
     return length * itemsize * (6 * hyper.embedding_length + heads + 3 * wide) + scores
 
 
@@ -128,7 +136,8 @@ def block_matrices(outputs: Iterable[OutputTensor]) -> Iterable[OutputTensor]:
 
 
 def _is_matrix(output: OutputTensor) -> bool:
-    return len(output.shape) > 1 and output.constant is None and not output.name.endswith("_norm.weight")
+    other = output.name.endswith(("_norm.weight", "ssm_conv1d.weight"))
+    return len(output.shape) > 1 and output.constant is None and not other
 
 
 def _taps(outputs: Iterable[OutputTensor], n_layer: int) -> tuple[tuple[TapLike, ...], ...]:

@@ -169,6 +169,8 @@ def _point(block: torch.nn.Module, prefix: str, places: Places, members: list[tu
 def _check_complete(block: torch.nn.Module, tapped: set[tuple[str, str]], prefix: str) -> None:
     for name, value in block.named_parameters():
         module, _, parameter = name.rpartition(".")
+        if experts.is_convolution(block.get_submodule(module)):
+            continue
         if value.ndim >= 2 and (module, parameter) not in tapped:
             raise UnsupportedError(
                 "the input of a matrix of this model cannot be observed",

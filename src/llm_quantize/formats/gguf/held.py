@@ -55,7 +55,7 @@ def taken(source: Source, output: OutputTensor) -> Taken | None:
     blocks = {model.block_type(piece.source, transpose=piece.transpose) for piece in output.pieces}
     if len(blocks) == 1 and None not in blocks:  # of a GGUF file: they stay as they are
         return Taken(blocks_of(str(blocks.pop()), columns))
-    if any(piece.transpose or piece.columns is not None or piece.add for piece in output.pieces):
+    if any(piece.transpose or piece.columns is not None or piece.altered for piece in output.pieces):
         return Taken(None)
     grids = {model.held(name) for name in sources}
     grid = grids.pop() if len(grids) == 1 else None
