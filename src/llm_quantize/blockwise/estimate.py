@@ -102,7 +102,7 @@ def _fed_back(
     if known:
         sizes = known_sizes(network, artifact)
     else:
-        together = (importance.chunks + HELD_OUT_WINDOWS, length)
+        together = (importance.chunks + (HELD_OUT_WINDOWS if paired else 0), length)
         chosen = routers(source.tensors.outputs)
         sizes = feedback_sizes(network, artifact, method, together, chosen, paired=paired, device=device)
     tokens = 0 if known else _tokens(importance, length)
