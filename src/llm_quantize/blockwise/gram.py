@@ -118,5 +118,5 @@ def _add_product(hessian: Tensor, inputs: Tensor, rows: slice, columns: slice) -
 
 def _add_cross(target: Tensor, inputs: Tensor, full: Tensor, rows: slice) -> None:
     with torch.inference_mode():
-        away = (full.float() - inputs[:, rows].float()).to(inputs.dtype)
+        away = full - inputs[:, rows]  # rounded once, to the dtype of both
         target += (away.T @ inputs).float()

@@ -72,26 +72,40 @@ class Part:
 
 
 def decide(known: Part, held: Part) -> Correction:
-    """The correction that serves text held back, of which ``held`` are the sums; ``known`` are those of the rest."""
-    squares = known.hessian.diagonal().to(torch.float64) / max(known.tokens, 1)
-    mean = mean_square(squares)
-    best, most = Correction(0.0, RIDGES[0]), 0.0
+    """The correction that serves text held back, of which ``held`` are the sums; ``known`` are those of the rest.
+
+    The gain has one peak along the ridges: from the middle one it is climbed, so that most are never tried.
+    """
+    mean = mean_square(known.hessian.diagonal().to(torch.float64) / max(known.tokens, 1))
     if mean <= 0:
-        return best
-    moment = known.moment.to(torch.float64) / known.tokens
+        return Correction(0.0, RIDGES[0])
     work = torch.empty(known.hessian.shape, dtype=torch.float64, device=known.hessian.device)
-    for ridge in RIDGES:
-        work.copy_(known.hessian)
-        work.div_(known.tokens)
-        work.diagonal().add_(ridge * mean)
-        if not factor_in_place(work):
-            continue
-        half = torch.linalg.solve_triangular(work, moment.T, upper=False)
-        said = torch.linalg.solve_triangular(work.T, half, upper=True).to(torch.float32)
-        agreement = float((said * held.moment.T).sum(dtype=torch.float64))
-        size = float((said * (held.hessian @ said)).sum(dtype=torch.float64))
-        if agreement > 0 and size > 0 and agreement * agreement / size > most:
-            most = agreement * agreement / size
-            error = max(0.0, size / agreement - 1.0) * known.tokens / (known.tokens + held.tokens)
-            best = Correction(1.0 / (1.0 + error), ridge)
-    return best
+    at = len(RIDGES) // 2
+    most, share = _tried(known, held, RIDGES[at], mean, work)
+    for step in (-1, 1):
+        moved = False
+        while 0 <= at + step < len(RIDGES):
+            gain, its = _tried(known, held, RIDGES[at + step], mean, work)
+            if gain < most or (step < 0 and gain == most):
+                break
+            at, most, share, moved = at + step, gain, its, True
+        if moved:
+            break
+    return Correction(share, RIDGES[at]) if most > 0 else Correction(0.0, RIDGES[0])
+
+
+def _tried(known: Part, held: Part, ridge: float, mean: float, work: Tensor) -> tuple[float, float]:
+    """(gain, share) of one ridge, a share of ``mean``; (0, 0) where it brings nothing. ``work`` float64 (n, n)."""
+    work.copy_(known.hessian)
+    work.div_(known.tokens)
+    work.diagonal().add_(ridge * mean)
+    if not factor_in_place(work):
+        return 0.0, 0.0
+    half = torch.linalg.solve_triangular(work, known.moment.T.to(torch.float64) / known.tokens, upper=False)
+    said = torch.linalg.solve_triangular(work.T, half, upper=True).to(torch.float32)
+    agreement = float((said * held.moment.T).sum(dtype=torch.float64))
+    size = float((said * (held.hessian @ said)).sum(dtype=torch.float64))
+    if agreement <= 0 or size <= 0:
+        return 0.0, 0.0
+    error = max(0.0, size / agreement - 1.0) * known.tokens / (known.tokens + held.tokens)
+    return agreement * agreement / size, 1.0 / (1.0 + error)
