@@ -79,7 +79,7 @@ def decide(known: Part, held: Part) -> Correction:
     mean = mean_square(known.hessian.diagonal().to(torch.float64) / max(known.tokens, 1))
     if mean <= 0:
         return Correction(0.0, RIDGES[0])
-    work = torch.empty(known.hessian.shape, dtype=torch.float64, device=known.hessian.device)
+    work = torch.empty_like(known.hessian)
     at = len(RIDGES) // 2
     most, share = _tried(known, held, RIDGES[at], mean, work)
     for step in (-1, 1):
@@ -95,14 +95,14 @@ def decide(known: Part, held: Part) -> Correction:
 
 
 def _tried(known: Part, held: Part, ridge: float, mean: float, work: Tensor) -> tuple[float, float]:
-    """(gain, share) of one ridge, a share of ``mean``; (0, 0) where it brings nothing. ``work`` float64 (n, n)."""
-    work.copy_(known.hessian)
-    work.div_(known.tokens)
+    """(gain, share) of one ridge, a share of ``mean``; (0, 0) where it brings nothing. ``work`` float32 (n, n);
+    that suffices to choose: a Cholesky factor errs in proportion to each channel's own size."""
+    torch.div(known.hessian, known.tokens, out=work)
     work.diagonal().add_(ridge * mean)
     if not factor_in_place(work):
         return 0.0, 0.0
-    half = torch.linalg.solve_triangular(work, known.moment.T.to(torch.float64) / known.tokens, upper=False)
-    said = torch.linalg.solve_triangular(work.T, half, upper=True).to(torch.float32)
+    half = torch.linalg.solve_triangular(work, known.moment.T / known.tokens, upper=False)
+    said = torch.linalg.solve_triangular(work.T, half, upper=True)
     agreement = float((said * held.moment.T).sum(dtype=torch.float64))
     size = float((said * (held.hessian @ said)).sum(dtype=torch.float64))
     if agreement <= 0 or size <= 0:
