@@ -268,7 +268,8 @@ def _used(network: NetworkSizes, tap: TapLike) -> int:
 def _operations(source: Source, tokens: int, options: MethodOptions, *, paired: bool) -> float:
     """Forward passes, sums of products, and about eight products of each matrix with its Hessian."""
     outputs = list(block_matrices(source.tensors.outputs))
-    passes = (2.2 if options.inputs == "sequential" else 1.75) + paired
+    own = {"sequential": 1.2 if paired else 2.2, "block": 1.75, "source": 1.0}
+    passes = own[options.inputs] + paired
     forward = _forward(source, tokens) * passes
     inputs = {(output.name.split(".")[1], output.shape[-1]): math.prod(output.shape[:-2]) for output in outputs}
     used = max(1, source.architecture.hyper.n_expert_used)
