@@ -37,8 +37,9 @@ HELD_OUT_WINDOWS = 4
 TORCH_ALONE_BYTES = 240 << 20
 
 
-FEEDBACK_RATE = 60e9
-"""Floating-point operations in a CPU second of error feedback: 64e9 in the run of benchmarks/results/gptq.json."""
+FEEDBACK_RATE = 120e9
+"""Floating-point operations in a CPU second of error feedback: 131e9 in the run of docs/concepts/cost.md, where the
+processor multiplies bfloat16 quickly."""
 
 COLLECTING_RATE = 100e9
 """The same where importance is collected: 173e9 in benchmarks/results/calibration.json, where the processor multiplies
