@@ -5,9 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_quantize.methods import correction
-from llm_quantize.methods.correction import RIDGES, ROWS, UNTRIED, Correction, Part, decide, mean_square, sampled
+from llm_quantize.methods.correction import (
+    RIDGES,
+    ROWS,
+    UNTRIED,
+    Correction,
+    Part,
+    decide,
+    mean_square,
+    moment,
+    sampled,
+)
 from llm_quantize.methods.gptq_options import GptqOptions, held_back
 from llm_quantize.methods.hessian import factorize
 
@@ -28,7 +39,7 @@ def asked(own, full, weights, held: int) -> Correction:
     fit = len(own) - held
     parts = []
     for inputs, theirs in ((own[:fit], full[:fit]), (own[fit:], full[fit:])):
-        parts.append(Part(inputs.T @ inputs, weights @ ((theirs - inputs).T @ inputs), len(inputs)))
+        parts.append(Part(inputs.T @ inputs, moment([(inputs, theirs)], weights), len(inputs)))
     return decide(*parts)
 
 
@@ -73,6 +84,28 @@ def test_climbing_finds_the_best_of_all_ridges(seed: int) -> None:
     found = asked(own, full, weights, 75)
     share, ridge = dense_correction.decided(weights, own, full, 75)
     assert (found.ridge, found.share) == (ridge, pytest.approx(share, rel=1e-3, abs=1e-6))
+
+
+def test_what_is_held_back_is_summed_up_in_float32_a_few_tokens_at_a_time() -> None:
+    """bfloat16 in many chunks, one channel far larger than the others: sums are exact, and copies do not grow."""
+    own, full = (torch.from_numpy(one).bfloat16() for one in drawn(5000, 64, 9, learnable=0.2, noise=0.3))
+    own[:, 3], full[:, 3] = own[:, 3] * 300, full[:, 3] * 300
+    weights, largest = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)), 0
+    exact = weights.double() @ ((full.double() - own.double()).T @ own.double())
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.dtype == torch.float32:
+                largest = max(largest, *found.shape)
+            return found
+
+    with Seen():
+        found = moment(list(zip(own.split(2000), full.split(2000), strict=True)), weights)
+    assert largest == 1024
+    error = (found.double() - exact).abs().amax(0) / exact.abs().amax(0)
+    assert error.max() < 1e-3
 
 
 def test_most_ridges_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from llm_quantize.blockwise.segments import Segment
 from llm_quantize.blockwise.stages import parent_tap
 from llm_quantize.formats.base import ReadRows, Store
 from llm_quantize.grids.grid import Grid, GridType
-from llm_quantize.methods.correction import UNTRIED, Correction, Part, decide, sampled
+from llm_quantize.methods.correction import UNTRIED, Correction, Part, decide, moment, sampled
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.hessian import Factor, factorize
 from llm_quantize.methods.table import Method
@@ -213,12 +213,12 @@ class Solver:
             return UNTRIED
         weights = self._sampled(members, taps, gram.columns)
         (known,) = self.pool.each(partial(_moment, gram.cross), [weights])
+        (lacking,) = self.pool.each(partial(moment, gram.held), [weights])
         held, tokens = torch.zeros_like(gram.hessian), sum(len(inputs) for inputs, _ in gram.held)
         for work in gram.release(held):
             self.pool.do(work)
         complete(held)
-        (both,) = self.pool.each(partial(_moment, gram.cross), [weights])
-        parts = Part(gram.hessian, known, gram.tokens), Part(held, both - known, tokens)
+        parts = Part(gram.hessian, known, gram.tokens), Part(held, lacking, tokens)
         how = next(self.pool.each(_decided, [parts])) if len(weights) else UNTRIED
         gram.join(held, tokens)
         return how

@@ -25,13 +25,16 @@ from torch import Tensor
 
 from llm_quantize.methods.cholesky import factor_in_place
 
-__all__ = ["RIDGES", "ROWS", "UNTRIED", "Correction", "Part", "decide", "mean_square", "sampled"]
+__all__ = ["RIDGES", "ROWS", "UNTRIED", "Correction", "Part", "decide", "mean_square", "moment", "sampled"]
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """What is tried, as shares of the mean square of the inputs."""
 
 ROWS = 256
 """Rows of the matrices behind an input that tell what is lacking."""
+
+AT_ONCE = 1024
+"""Tokens held back of which there are copies in float32."""
 
 OUTLIER = 100.0  # mean squares count at most this many medians in the mean that ridge and damping are shares of
 
@@ -69,6 +72,19 @@ class Part:
     hessian: Tensor
     moment: Tensor
     tokens: int
+
+
+def moment(held: Sequence[tuple[Tensor, Tensor]], weights: Tensor) -> Tensor:
+    """``Part.moment`` of tokens held back: (x, x_full) of chunks of them, each (m, n) of any floats, of which a few at
+    a time are copied in float32. A cross product in bfloat16 would not do: where the gain is flat, its rounding
+    decides.
+    """
+    total = torch.zeros_like(weights)
+    for inputs, full in held:
+        for own, theirs in zip(torch.split(inputs, AT_ONCE), torch.split(full, AT_ONCE), strict=True):
+            own = own.float()
+            total.addmm_(weights @ (theirs.float() - own).T, own)
+    return total
 
 
 def decide(known: Part, held: Part) -> Correction:
