@@ -47,6 +47,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "gguf in memory": ("gguf", GGUF, {}),
     "gguf on disk": ("gguf", GGUF, ON_DISK),
     "gptq on disk": ("gptq", DIRECTORY, ON_DISK),
+    "gptq of the source's inputs on disk": ("gptq", (*DIRECTORY, "--inputs", "source"), ON_DISK),
     "awq in memory": ("awq", DIRECTORY, {}),
     "awq on disk": ("awq", DIRECTORY, ON_DISK),
     "ctranslate2 on disk": ("ctranslate2", ("-q", "int8", "--threads", "1"), ON_DISK),

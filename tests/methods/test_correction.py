@@ -7,7 +7,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_quantize.methods.correction import RIDGES, ROWS, UNTRIED, Correction, decide, mean_square, sampled
+from llm_quantize.methods import correction
+from llm_quantize.methods.correction import (
+    RIDGES,
+    ROWS,
+    UNTRIED,
+    Correction,
+    Part,
+    decide,
+    mean_square,
+    moment,
+    sampled,
+)
 from llm_quantize.methods.gptq_options import GptqOptions, held_back
 from llm_quantize.methods.hessian import factorize
 
@@ -26,8 +37,10 @@ def drawn(tokens: int, columns: int, seed: int, *, learnable: float, noise: floa
 def asked(own, full, weights, held: int) -> Correction:
     own, full, weights = (torch.from_numpy(values).float() for values in (own, full, weights))
     fit = len(own) - held
-    hessian, cross = own[:fit].T @ own[:fit], (full[:fit] - own[:fit]).T @ own[:fit]
-    return decide(hessian, cross, fit, [(own[fit:], full[fit:])], weights)
+    parts = []
+    for inputs, theirs in ((own[:fit], full[:fit]), (own[fit:], full[fit:])):
+        parts.append(Part(inputs.T @ inputs, moment([(inputs, theirs)], weights), len(inputs)))
+    return decide(*parts)
 
 
 @pytest.mark.parametrize(("learnable", "noise"), [(0.2, 0.0), (0.2, 0.5), (0.05, 0.5), (0.02, 1.0)])
@@ -63,26 +76,51 @@ def test_inputs_that_do_not_differ_need_nothing() -> None:
     assert asked(0 * own, 0 * own, np.eye(16), 50) == Correction(0.0, RIDGES[0])
 
 
-def test_text_held_back_is_not_copied_whole() -> None:
-    """bfloat16 in many chunks: what a decision takes beside them does not grow with the text."""
-    columns, weights = 64, torch.eye(64)[:8]
-    own, full = (torch.from_numpy(one).bfloat16() for one in drawn(40_000, columns, 9, learnable=0.2, noise=0.3))
-    fit, largest = 8192, 0
-    hessian = own[:fit].float().T @ own[:fit].float()
-    cross = (full[:fit].float() - own[:fit].float()).T @ own[:fit].float()
-    chunks = list(zip(own[fit:].split(4096), full[fit:].split(4096), strict=True))
+@pytest.mark.parametrize("seed", range(6))
+def test_climbing_finds_the_best_of_all_ridges(seed: int) -> None:
+    """Noise of many sizes: peaks at both ends of the ridges and between them."""
+    own, full = drawn(300, 40, seed, learnable=0.05 * (1 + seed % 3), noise=(0.05, 0.3, 2.0)[seed % 3])
+    weights = np.random.default_rng(seed).normal(size=(24, 40))
+    found = asked(own, full, weights, 75)
+    share, ridge = dense_correction.decided(weights, own, full, 75)
+    assert (found.ridge, found.share) == (ridge, pytest.approx(share, rel=1e-3, abs=1e-6))
+
+
+def test_what_is_held_back_is_summed_up_in_float32_a_few_tokens_at_a_time() -> None:
+    """bfloat16 in many chunks, one channel far larger than the others: sums are exact, and copies do not grow."""
+    own, full = (torch.from_numpy(one).bfloat16() for one in drawn(5000, 64, 9, learnable=0.2, noise=0.3))
+    own[:, 3], full[:, 3] = own[:, 3] * 300, full[:, 3] * 300
+    weights, largest = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)), 0
+    exact = weights.double() @ ((full.double() - own.double()).T @ own.double())
 
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             found = func(*args, **(kwargs or {}))
-            if isinstance(found, torch.Tensor) and found.dtype == torch.float32 and found.shape[-1] == columns:
-                largest = max(largest, len(found))
+            if isinstance(found, torch.Tensor) and found.dtype == torch.float32:
+                largest = max(largest, *found.shape)
             return found
 
     with Seen():
-        decide(hessian, cross, fit, chunks, weights)
+        found = moment(list(zip(own.split(2000), full.split(2000), strict=True)), weights)
     assert largest == 1024
+    error = (found.double() - exact).abs().amax(0) / exact.abs().amax(0)
+    assert error.max() < 1e-3
+
+
+def test_most_ridges_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+
+    def counted(known, held, ridge, mean, work):
+        tried.append(ridge)
+        return real(known, held, ridge, mean, work)
+
+    real = correction._tried
+    monkeypatch.setattr(correction, "_tried", counted)
+    own, full = drawn(400, 48, 1, learnable=0.05, noise=0.5)
+    found = asked(own, full, np.random.default_rng(2).normal(size=(30, 48)), 100)
+    assert len(tried) == len(set(tried)) < len(RIDGES)
+    assert found.ridge in tried
 
 
 def test_the_share_and_the_ridge_are_what_is_applied() -> None:

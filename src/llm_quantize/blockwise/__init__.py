@@ -76,7 +76,7 @@ def solve_matrices(
     on_event(events.Stage("build the network"))
     network = open_network(source, dtype=plan.identity[ARITHMETIC], device=device)
     _note_processor(target, on_event)
-    further = windows.draw(windows.samples, HELD_OUT_WINDOWS)
+    further = windows.draw(windows.samples, HELD_OUT_WINDOWS if chosen.corrects else 0)
     ids = torch.from_numpy(np.concatenate([windows.ids, further]) if len(further) else windows.ids)
     need = feedback_sizes(
         from_network(source, network, [network.taps(index) for index in range(network.n_blocks)]),

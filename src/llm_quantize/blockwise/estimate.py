@@ -38,8 +38,9 @@ HELD_OUT_WINDOWS = 4
 TORCH_ALONE_BYTES = 240 << 20
 
 
-FEEDBACK_RATE = 60e9
-"""Floating-point operations in a CPU second of error feedback: 64e9 in the run of benchmarks/results/gptq.json."""
+FEEDBACK_RATE = 120e9
+"""Floating-point operations in a CPU second of error feedback: 131e9 in the run of docs/concepts/cost.md, where the
+processor multiplies bfloat16 quickly."""
 
 COLLECTING_RATE = 100e9
 """The same where importance is collected: 173e9 in benchmarks/results/calibration.json, where the processor multiplies
@@ -103,7 +104,7 @@ def _fed_back(
     if known:
         sizes = known_sizes(network, artifact)
     else:
-        together = (importance.chunks + HELD_OUT_WINDOWS, length)
+        together = (importance.chunks + (HELD_OUT_WINDOWS if paired else 0), length)
         chosen = routers(source.tensors.outputs)
         sizes = feedback_sizes(network, artifact, method, together, chosen, paired=paired, device=device)
     tokens = 0 if known else _tokens(importance, length)
@@ -271,7 +272,8 @@ def _used(network: NetworkSizes, tap: TapLike) -> int:
 def _operations(source: Source, tokens: int, options: MethodOptions, *, paired: bool) -> float:
     """Forward passes, sums of products, and about eight products of each matrix with its Hessian."""
     outputs = list(block_matrices(source.tensors.outputs))
-    passes = (2.2 if options.inputs == "sequential" else 1.75) + paired
+    own = {"sequential": 1.2 if paired else 2.2, "block": 1.75, "source": 1.0}
+    passes = own[options.inputs] + paired
     forward = _forward(source, tokens) * passes
     inputs = {(output.name.split(".")[1], output.shape[-1]): math.prod(output.shape[:-2]) for output in outputs}
     used = max(1, source.architecture.hyper.n_expert_used)

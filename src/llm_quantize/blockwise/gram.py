@@ -6,8 +6,9 @@ X (tokens, n) inputs as the quantized model gives them, Y (tokens, n) as the sou
 
 Both are cut into tiles that are added up independently, window after window, so that they do not depend on the number
 of threads; of the symmetric one only the upper tiles are computed. The hessian is a float32 product even of bfloat16
-inputs, as a Cholesky factor needs its small eigenvalues. The cross product is taken in the network's own dtype: it is a
-regression target, and its rounding (2^-9 of one chunk of windows, at random) is below the noise of sampling.
+inputs (kernels/gram.py), as a Cholesky factor needs its small eigenvalues. The cross product is taken in the network's
+own dtype: it is a regression target, and its rounding (2^-9 of one chunk of windows, at random) is below the noise of
+sampling.
 
 Some inputs may be held back at first (``hold``): kept as they are, to judge by them what the sums of the others say;
 then they are added as well (``release``).
@@ -21,7 +22,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from llm_quantize.kernels.gram import add_gram, serves
+
 TILE = 512
+SIDE = 384
+"""Of a tile of the hessian where the inputs are bfloat16."""
 
 
 class Gram:
@@ -43,24 +48,37 @@ class Gram:
         """The work of adding ``inputs`` (tokens, columns) and, for the cross product, the source model's (the same
         tokens): pieces that may run at the same time, all of them before those of the next call."""
         self.tokens += inputs.shape[0]
-        found: list[Callable[[], None]] = []
+        return [*self._products(self.hessian, inputs), *self._crosses(inputs, full)]
+
+    def _products(self, hessian: Tensor, inputs: Tensor) -> Iterator[Callable[[], None]]:
+        side, add = (SIDE, add_gram) if serves(inputs) else (TILE, _add_product)
+        for top in range(0, self.columns, side):
+            rows = slice(top, min(top + side, self.columns))
+            for left in range(top, self.columns, side):
+                yield partial(add, hessian, inputs, rows, slice(left, min(left + side, self.columns)))
+
+    def _crosses(self, inputs: Tensor, full: Tensor | None) -> Iterator[Callable[[], None]]:
+        if self.cross is None or full is None:
+            return
         for top in range(0, self.columns, TILE):
             rows = slice(top, min(top + TILE, self.columns))
-            for left in range(top, self.columns, TILE):
-                columns = slice(left, min(left + TILE, self.columns))
-                found.append(partial(_add_product, self.hessian[rows, columns], inputs[:, rows], inputs[:, columns]))
-            if self.cross is not None and full is not None:
-                found.append(partial(_add_cross, self.cross[rows], inputs, full[:, rows], rows))
-        return found
+            yield partial(_add_cross, self.cross[rows], inputs, full[:, rows], rows)
 
     def hold(self, inputs: Tensor, full: Tensor) -> None:
         """Hold back what ``jobs`` would add."""
         self.held.append((inputs, full))
 
-    def release(self) -> Iterator[list[Callable[[], None]]]:
-        """The jobs of adding what is held back, chunk after chunk; afterwards ``finish`` completes the sums anew."""
+    def release(self, hessian: Tensor) -> Iterator[list[Callable[[], None]]]:
+        """The jobs of adding what is held back, chunk after chunk: to the cross product, and to another ``hessian``
+        (n, n), of the upper triangle; ``join`` adds that as well."""
         while self.held:
-            yield self.jobs(*self.held.pop(0))
+            inputs, full = self.held.pop(0)
+            yield [*self._products(hessian, inputs), *self._crosses(inputs, full)]
+
+    def join(self, hessian: Tensor, tokens: int) -> None:
+        """Add the sums of ``tokens`` more inputs."""
+        self.hessian += hessian
+        self.tokens += tokens
 
     def look(self, inputs: Tensor, keep: int) -> None:
         """Note how large ``inputs`` (tokens, columns) are, and keep ``keep`` of them, at even distances."""
@@ -81,16 +99,24 @@ class Gram:
 
     def finish(self) -> None:
         """Complete the lower triangle."""
-        upper = torch.triu(self.hessian)
-        self.hessian = upper + torch.triu(self.hessian, 1).T
+        complete(self.hessian)
 
 
-def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+def complete(matrix: Tensor) -> None:
+    """Make ``matrix`` (n, n) symmetric: its lower triangle that of the upper one, in place."""
+    for top in range(0, len(matrix), TILE):
+        rows = slice(top, top + TILE)
+        corner = matrix[rows, rows]
+        corner.copy_(torch.triu(corner) + torch.triu(corner, 1).T)
+        matrix[top + TILE :, rows] = matrix[rows, top + TILE :].T
+
+
+def _add_product(hessian: Tensor, inputs: Tensor, rows: slice, columns: slice) -> None:
     with torch.inference_mode():
-        target.addmm_(left.float().T, right.float())
+        hessian[rows, columns].addmm_(inputs[:, rows].float().T, inputs[:, columns].float())
 
 
 def _add_cross(target: Tensor, inputs: Tensor, full: Tensor, rows: slice) -> None:
     with torch.inference_mode():
-        away = (full.float() - inputs[:, rows].float()).to(inputs.dtype)
+        away = full - inputs[:, rows]  # rounded once, to the dtype of both
         target += (away.T @ inputs).float()

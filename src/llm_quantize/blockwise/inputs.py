@@ -7,6 +7,7 @@ quantized so far. A matrix is calibrated on the second; how it differs from the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,12 @@ class Streams:
 
 
 class FullInputs:
-    """What the source's own model gives the matrices of one block, all windows of it: seen once, and read by each
-    stage. In memory, or in files without a name in ``directory``. Taps of experts are not held: their tokens differ
-    from stream to stream."""
+    """What the source's own model gives the matrices of one block, all windows of it: seen once, and read by one stage
+    each. In memory, or in files without a name in ``directory``. Taps of experts are not held: their tokens differ
+    from stream to stream.
+
+    A stage whose matrices end modules of the block may leave there what the quantized stream gives them instead
+    (``leave``): the passes after it skip those modules (``knowing``)."""
 
     def __init__(
         self, taps: Sequence[Tap], windows: int, length: int, dtype: torch.dtype, directory: Path | None
@@ -54,11 +58,25 @@ class FullInputs:
         self._held = {
             tap.name: Activations(windows, length, tap.columns, dtype, directory=directory) for tap in self.taps
         }
+        self._left: set[str] = set()
 
     def read(self, tap: str, window: int) -> Tensor | None:
         """(tokens, columns) of a window; None for a tap that is not held."""
         held = self._held.get(tap)
         return None if held is None else held.read(window)
+
+    def leave(self, tap: str, windows: Sequence[int], inputs: Tensor) -> None:
+        """Put what the quantized stream gives ``tap`` for ``windows``, (their tokens, columns), in place of what the
+        source's gives it."""
+        for window, values in zip(windows, inputs.tensor_split(len(windows)), strict=True):
+            self._held[tap].write(window, values)
+        if windows[-1] + 1 == self.windows:
+            self._left.add(tap)
+
+    def knowing(self, block: Block, window: int) -> AbstractContextManager[None]:
+        """While open, this thread skips in ``block`` what leads to inputs of ``window`` that were left here."""
+        known = self._left if window < self.windows else ()
+        return block.knowing({tap: self._held[tap].read(window) for tap in known})
 
     def see(self, way: Pass, block: Block, before: Activations, after: Activations | None) -> None:
         """Run all windows through ``block`` of the source; ``after`` takes what leaves it, None where nobody needs it.
@@ -118,6 +136,8 @@ def collect(
     looks: bool = False,
     cache: CacheSink | None = None,
     orders: Mapping[str, npt.NDArray[np.int64]] | None = None,
+    leaves: bool = False,
+    after: Activations | None = None,
 ) -> dict[tuple[str, int], Gram]:
     """The sums of every matrix of ``taps`` over the first ``windows`` of ``hidden`` through ``block``; with ``full``,
     cross products of single matrices as well.
@@ -126,7 +146,9 @@ def collect(
     ``scales``: {tap: s (columns,)}: the block's inputs are those of the source divided by s. ``samples``: about so many
     inputs of each are kept; then, and where it ``looks``, the largest of each channel is noted. ``cache``: is told of
     keys and values by several threads. ``orders``: {tap: the order in which its inputs are summed up}. An expert that
-    no token reached is absent.
+    no token reached is absent. ``leaves``: nothing before ``taps`` will be replaced in ``block``, and what they are
+    given is left in ``full`` for passes to come. ``after``: takes what leaves the block, which may be where ``hidden``
+    stood.
 
     Raises NumericPolicyError for inputs that are not finite.
     """
@@ -136,16 +158,27 @@ def collect(
 
     results: dict[int, Inputs] = {}
 
-    def look(block: Block, hidden: Tensor, window: int) -> None:
-        results[window] = capture(block, hidden, taps, cache=cache)[0]
+    def look(block: Block, hidden: Tensor, window: int) -> Tensor | None:
+        with nullcontext() if full is None else full.knowing(block, window):
+            results[window], values = capture(block, hidden, taps, whole=after is not None, cache=cache)
+        return values
+
+    def check(values: Tensor, index: int, window: int) -> None:
+        if not bool(torch.isfinite(values).all()):
+            _blame(window, results[window], full)
+            _refuse_output(values, index, window)
 
     summed = windows - held_back
     for first in [*range(0, summed, step), *range(summed, windows, step)]:
         chunk = range(first, min(first + step, summed if first < summed else windows))
-        way.through(block, [Move(hidden, None, None, look, chunk)])
+        way.through(block, [Move(hidden, after, check, look, chunk)])
         jobs: list[Callable[[], None]] = []
+        seen: dict[tuple[str, int], tuple[Tensor, list[tuple[int, int]]]] = {}
         for key in dict.fromkeys(key for index in chunk for key in results[index]):
-            inputs = torch.cat([results[index].pop(key) for index in chunk if key in results[index]])
+            parts = [(index, results[index].pop(key)) for index in chunk if key in results[index]]
+            inputs = torch.cat([part for _, part in parts])
+            seen[key] = inputs, [(index, len(part)) for index, part in parts]
+            del parts
             theirs = _theirs(full, key[0], chunk, inputs, scales or {}) if known[key[0]].matrices == 1 else None
             if (order := (orders or {}).get(key[0])) is not None:
                 columns = torch.from_numpy(order).to(inputs.device)
@@ -162,7 +195,7 @@ def collect(
         way.pool.do(jobs)
         if not all(grams[key].finite() for key in grams):
             for index in chunk:
-                _blame(index, capture(block, hidden.read(index), taps)[0], full)
+                _blame(index, _of_window(seen, index), full)
             tap, matrix = next(key for key, gram in grams.items() if not gram.finite())
             expert = f", expert {matrix}" if known[tap].matrices > 1 else ""
             raise NumericPolicyError(
@@ -172,9 +205,24 @@ def collect(
                 found=f"samples {chunk[0]} to {chunk[-1]}",
                 remedy="check the checkpoint with `llm-quantize info`; finished blocks are kept",
             )
+        if leaves and full is not None:
+            for (tap, _), (inputs, _) in seen.items():
+                if tap in block.endings and full.read(tap, chunk[0]) is not None:
+                    full.leave(tap, chunk, inputs)
     for gram in grams.values():
         gram.finish()
     return grams
+
+
+def _of_window(seen: Mapping[tuple[str, int], tuple[Tensor, list[tuple[int, int]]]], index: int) -> Inputs:
+    """What window ``index`` gave, of what all windows of a chunk did: (inputs, [(window, its tokens)])."""
+    found: Inputs = {}
+    for key, (inputs, counts) in seen.items():
+        parts = torch.split(inputs, [count for _, count in counts])
+        for (window, _), part in zip(counts, parts, strict=True):
+            if window == index:
+                found[key] = part
+    return found
 
 
 def _blame(index: int, inputs: Inputs, full: FullInputs | None) -> None:
@@ -199,9 +247,17 @@ def _theirs(
     return theirs
 
 
-def propagate(way: Pass, block: Block, before: Activations, after: Activations, windows: Sequence[int]) -> None:
-    """``windows`` through the block. Raises NumericPolicyError where what leaves it is not finite."""
-    way.through(block, [Move(before, after, _refuse_output, windows=windows)])
+def propagate(
+    way: Pass, block: Block, before: Activations, after: Activations, windows: Sequence[int], full: FullInputs | None
+) -> None:
+    """``windows`` through the block, but for what was left in ``full``. Raises NumericPolicyError where what leaves it
+    is not finite."""
+
+    def go(block: Block, hidden: Tensor, window: int) -> Tensor:
+        with nullcontext() if full is None else full.knowing(block, window):
+            return block(hidden)
+
+    way.through(block, [Move(before, after, _refuse_output, go, windows)])
 
 
 def _refuse_output(values: Tensor, index: int, window: int) -> None:

@@ -259,7 +259,8 @@ class Blocks:
         return list(stages(self.taps[index], wanted, self.routers, sequential=self.sequential))
 
     def _passes(self, index: int) -> int:
-        return len(self._stages(index)) + (self.transform.passes) + 1 + self.paired
+        stages = len(self._stages(index))
+        return (stages + 1 if self.quantized else max(1, stages)) + self.transform.passes + self.paired
 
     def _advance(self) -> None:
         self._steps += 1
@@ -315,18 +316,22 @@ class Blocks:
                     feedback=self.options.feedback,
                     windows=self.calibrated,
                 )
+            goes_on = not last or self.measures
+            after = self.kept.leaving(index, streams.quantized, QUANTIZED) if goes_on else streams.quantized
             handled: set[str] = set()
+            through = self.calibrated if last else 0  # so many windows need not go through the block, or have gone
             for stage in self._stages(index):
                 names = {tap.name for tap in stage} - handled
                 members = [(matrix, seen) for matrix, seen in self.members[index] if seen[0].tap in names]
-                self._stage(members, stage, block, streams, full, scales)
+                # What is collected on the source's own inputs is collected once, on the way to the next block.
+                going = after if goes_on and not self.quantized else None
+                if self._stage(members, stage, block, streams, full, scales, going) and going is not None:
+                    through = self.calibrated
                 handled |= names
             self.matrices.changed.clear()
-            if last and not self.measures:
+            if not goes_on:
                 return streams
-            after = self.kept.leaving(index, streams.quantized, QUANTIZED)
-            windows = range(self.calibrated if last else 0, len(self.ids))
-            propagate(self.way, block, streams.quantized, after, windows)
+            propagate(self.way, block, streams.quantized, after, range(through, len(self.ids)), full)
         return _moved(streams, Streams(after, own if self.paired else after))
 
     def _see_source(
@@ -351,8 +356,10 @@ class Blocks:
         streams: Streams,
         full: FullInputs | None,
         scales: Mapping[str, torch.Tensor],
-    ) -> None:
-        """Quantize the matrices of one stage that are not done, and put all of them into the block."""
+        after: Activations | None,
+    ) -> bool:
+        """Quantize the matrices of one stage that are not done, and put all of them into the block. ``after``: takes
+        what leaves the block for the windows calibrated on. Whether there was anything to collect."""
         jobs = [Job(matrix, seen) for matrix, seen in members if not self._done(matrix)]
         if jobs:
             stage = _looked_at(stage, jobs)
@@ -371,6 +378,8 @@ class Blocks:
                 looks=looks,
                 cache=None if cache is None else cache.see,
                 orders=column_orders((matrix.weight, seen) for matrix, seen in members),
+                leaves=self.sequential,
+                after=after,
             )
             for one in jobs:
                 grid = asked[one.matrix.name]
@@ -391,6 +400,7 @@ class Blocks:
                 sources.put(matrix.weight, self.matrices.store.decode(matrix, fields))
         for name, decoded in sources.finished():
             block.replace(name, torch.from_numpy(decoded))
+        return bool(jobs)
 
     def _cached(self, job: Job) -> Fields:
         """The scales of the keys and values before a matrix, where it has them."""

@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from llm_quantize.blockwise.gram import Gram
+from llm_quantize.blockwise.gram import Gram, complete
 from llm_quantize.blockwise.kv_cache import Largest
 from llm_quantize.blockwise.proof import prove
 from llm_quantize.blockwise.segments import Segment
 from llm_quantize.blockwise.stages import parent_tap
 from llm_quantize.formats.base import ReadRows, Store
 from llm_quantize.grids.grid import Grid, GridType
-from llm_quantize.methods.correction import UNTRIED, Correction, decide, sampled
+from llm_quantize.methods.correction import UNTRIED, Correction, Part, decide, moment, sampled
 from llm_quantize.methods.gptq_options import GptqOptions
 from llm_quantize.methods.hessian import Factor, factorize
 from llm_quantize.methods.table import Method
@@ -220,14 +220,19 @@ class Solver:
             return None
         if not gram.held:
             return UNTRIED
-        weights = self._sampled(members, taps)
-        how = next(self.pool.each(partial(_decided, gram), [weights])) if len(weights) else UNTRIED
-        for work in gram.release():
+        weights = self._sampled(members, taps, gram.columns)
+        (known,) = self.pool.each(partial(_moment, gram.cross), [weights])
+        (lacking,) = self.pool.each(partial(moment, gram.held), [weights])
+        held, tokens = torch.zeros_like(gram.hessian), sum(len(inputs) for inputs, _ in gram.held)
+        for work in gram.release(held):
             self.pool.do(work)
-        gram.finish()
+        complete(held)
+        parts = Part(gram.hessian, known, gram.tokens), Part(held, lacking, tokens)
+        how = next(self.pool.each(_decided, [parts])) if len(weights) else UNTRIED
+        gram.join(held, tokens)
         return how
 
-    def _sampled(self, members: Members, taps: Collection[str]) -> torch.Tensor:
+    def _sampled(self, members: Members, taps: Collection[str], columns: int) -> torch.Tensor:
         """float32 (rows, columns): rows of the matrices behind ``taps``, at even distances, done or not."""
         seen = [(matrix, segment) for matrix, segments in members for segment in segments if segment.tap in taps]
         parts = sampled([segment.stop - segment.start for _, segment in seen])
@@ -236,7 +241,7 @@ class Solver:
             for (matrix, segment), indices in zip(seen, parts, strict=True)
             for row in indices
         ]
-        return torch.from_numpy(np.concatenate(rows) if rows else np.empty((0, 0), np.float32)).to(self.device)
+        return torch.from_numpy(np.concatenate(rows) if rows else np.empty((0, columns), np.float32)).to(self.device)
 
     def _rows(self, work: _Rows) -> None:
         matrix = work.job.matrix
@@ -307,10 +312,12 @@ class Solver:
         return ""
 
 
-def _decided(gram: Gram, weights: torch.Tensor) -> Correction:
-    if gram.cross is None:
-        raise ValueError("nothing was summed up of how inputs differ")
-    return decide(gram.hessian, gram.cross, gram.tokens, gram.held, weights)
+def _moment(cross: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return weights @ cross
+
+
+def _decided(parts: tuple[Part, Part]) -> Correction:
+    return decide(*parts)
 
 
 def _rounded(kind: GridType, weight: torch.Tensor, way: str) -> tuple[Grid, torch.Tensor]:

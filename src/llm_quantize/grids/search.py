@@ -13,13 +13,14 @@ a group gives the same bits whatever groups come along, on every device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llm_quantize.grids.grid import to_storage
+from llm_quantize.kernels import scales as native
 
 __all__ = [
     "Levels",
@@ -132,6 +133,20 @@ def fine_factors(bits: int, steps: int = 5) -> tuple[float, ...]:
     return tuple(1 + sign * count * step for count in range(1, steps + 1) for sign in (1, -1))
 
 
+def _tried(x: Tensor, w: Tensor, scales: Tensor, levels: Levels, shifts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``_refitted`` of each of ``scales`` (tries, N), and of ``shifts`` as many: (tries, N) each."""
+    if levels.values is None and x.device.type == "cpu":
+        return native.refitted(x, w, scales, shifts, levels.lowest, levels.highest)
+    shift = [None] * len(scales) if shifts is None else list(shifts)
+    pairs = [_refitted(x, w, scale, levels, one) for scale, one in zip(scales, shift, strict=True)]
+    return torch.stack([scale for scale, _ in pairs]), torch.stack([error for _, error in pairs])
+
+
+def _products(scale: Tensor, factors: Sequence[float]) -> Tensor:
+    """``scale`` (N,) times each of ``factors``: (factors, N)."""
+    return torch.stack([scale * factor for factor in factors])
+
+
 def symmetric_scales(
     x: Tensor,
     w: Tensor,
@@ -154,12 +169,14 @@ def symmetric_scales(
     best, least = base, torch.full_like(base, torch.inf)
     signs = (1.0, -1.0) if signed else (1.0,)
     for trials, stage in zip(factors, (signs, (1.0,)), strict=True):
-        for factor in (sign * factor for factor in trials for sign in stage):
-            scale, error = _refitted(x, w, base * factor, levels)
+        factors_here = [sign * factor for factor in trials for sign in stage]
+        if not factors_here:
+            continue
+        for scale, error in zip(*_tried(x, w, _products(base, factors_here), levels), strict=True):
             better = error < least
             best, least = torch.where(better, scale, best), torch.where(better, error, least)
         base = best
-    again, _ = _refitted(x, w, best, levels)
+    again = _tried(x, w, best[None], levels)[0][0]
     found = [*_stored_near(best, storage), *_stored_near(again, storage)]
     if start is None:
         return torch.where(extreme > 0, _best_stored(x, w, levels, found), torch.full_like(best, LEAST_SCALE))
@@ -181,11 +198,18 @@ def _stored_near(scale: Tensor, storage: torch.dtype) -> list[Tensor]:
 def _best_stored(x: Tensor, w: Tensor, levels: Levels, trials: list[Tensor], shift: Tensor | None = None) -> Tensor:
     """Of several scales the first with the least error, group by group; one that is not finite loses."""
     best, least = trials[0], torch.full_like(trials[0], torch.inf)
-    for trial in trials:
-        error = weighted_error(x, w, trial, levels, shift)
+    for trial, error in zip(trials, _errors(x, w, trials, levels, shift), strict=True):
         better = error < least
         best, least = torch.where(better, trial, best), torch.where(better, error, least)
     return best
+
+
+def _errors(x: Tensor, w: Tensor, trials: list[Tensor], levels: Levels, shift: Tensor | None) -> Iterable[Tensor]:
+    """``weighted_error`` of each."""
+    if levels.values is None and x.device.type == "cpu":
+        shifts = None if shift is None else shift.expand(len(trials), -1).contiguous()
+        return native.errors(x, w, torch.stack(trials), shifts, levels.lowest, levels.highest)
+    return (weighted_error(x, w, trial, levels, shift) for trial in trials)
 
 
 def zero_point_scales(
@@ -206,27 +230,25 @@ def zero_point_scales(
     base = divided(high - low, levels.highest)
     best, zero, least = base, torch.zeros_like(base), torch.full_like(base, torch.inf)
 
-    def attempt(scale: Tensor, shift: Tensor) -> None:
+    def attempt(scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> None:
         nonlocal best, zero, least
-        shift = shift.clamp(least_zero, levels.highest)
-        fitted, error = _refitted(x, w, scale, levels, shift)
-        usable = (error < least) & (fitted > 0)
-        best, least = torch.where(usable, fitted, best), torch.where(usable, error, least)
-        zero = torch.where(usable, shift, zero)
+        clamped = torch.stack(list(shifts)).clamp_(least_zero, levels.highest)
+        for shift, fitted, error in zip(
+            clamped, *_tried(x, w, torch.stack(list(scales)), levels, clamped), strict=True
+        ):
+            usable = (error < least) & (fitted > 0)
+            best, least = torch.where(usable, fitted, best), torch.where(usable, error, least)
+            zero = torch.where(usable, shift, zero)
 
     position = -low * reciprocal(base)
-    attempt(base, position.round())
-    for factor in factors[0]:
-        # A shorter range loses as much at one end as at the other: its middle stays where it is.
-        exact = divided(position, factor) + (levels.highest / 2) * (1 - 1 / factor)
-        attempt(base * factor, exact.floor())
-        attempt(base * factor, exact.ceil())
+    # A shorter range loses as much at one end as at the other: its middle stays where it is.
+    exact = [divided(position, factor) + (levels.highest / 2) * (1 - 1 / factor) for factor in factors[0]]
+    around = [side for middle in exact for side in (middle.floor(), middle.ceil())]
+    attempt([base, *(base * factor for factor in factors[0] for _ in range(2))], [position.round(), *around])
     for trials in (factors[1], (1.0,)):
-        attempt(best, zero + 1)
-        attempt(best, zero - 1)
-        centre = best
-        for factor in trials:
-            attempt(centre * factor, zero)
+        attempt([best], [zero + 1])
+        attempt([best], [zero - 1])
+        attempt([best * factor for factor in trials], [zero] * len(trials))
     zero = zero.clamp(least_zero, levels.highest)
     found = _best_stored(x, w, levels, _stored_near(best, storage), zero)
     return torch.where(high > low, found, torch.full_like(found, LEAST_SCALE)), zero

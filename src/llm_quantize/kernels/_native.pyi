@@ -98,6 +98,24 @@ def descend_words(
     sweeps: int,
     counts: npt.NDArray[np.int32],
 ) -> None: ...
+def add_gram(
+    level: str,
+    inputs: npt.NDArray[np.uint16],
+    sums: npt.NDArray[np.float32],
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+) -> None: ...
+def refit_scales(
+    level: str,
+    weights: npt.NDArray[np.float32],
+    importance: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    zero: npt.NDArray[np.float32] | None,
+    lowest: float,
+    highest: float,
+    error: npt.NDArray[np.float32],
+    fitted: npt.NDArray[np.float32] | None,
+) -> None: ...
 
 class Codebook:
     def __init__(self, codes: npt.NDArray[np.uint8], levels: int, wanted: int) -> None: ...

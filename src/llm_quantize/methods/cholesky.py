@@ -12,7 +12,7 @@ _PANEL = 1024  # columns of the trailing matrix brought up to date by one produc
 
 
 def factor_in_place(matrix: Tensor) -> bool:
-    """Overwrites the lower triangle of ``matrix`` float64 (n, n) with L, matrix = L L^T; False if it has none.
+    """Overwrites the lower triangle of ``matrix`` (n, n), of any floats, with L, matrix = L L^T; False if it has none.
 
     Only the lower triangle is read; after False the content is lost. Above the diagonal nothing has a meaning.
     """

@@ -8,14 +8,16 @@ the less there is of it beside the columns, the more. So D and Y are summed up w
 
     share = sum <p, t> / sum <p, p>        gain = (sum <p, t>)^2 / sum <p, p>
 
-are the share of p that brings most, by least squares, and the square error that it takes away. The ridge of the largest
-gain is taken. What is written then comes from all windows, whose regression errs less: the square of the error of
-sampling, sum <p, p> - sum <p, t>, falls as 1 / tokens. Dense twin: tests/oracles/dense_correction.py.
+are the share of p that brings most, by least squares, and the square error that it takes away. Both follow from Y_h and
+D_h, the sums over what is held back: with A = W D (Y + ridge)^-1, sum <p, t> = <A, W D_h> and sum <p, p> = <A, A Y_h>.
+The ridge of the largest gain is taken. What is written then comes from all windows, whose regression errs less: the
+square of the error of sampling, sum <p, p> - sum <p, t>, falls as 1 / tokens. Dense twin:
+tests/oracles/dense_correction.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from llm_quantize.methods.cholesky import factor_in_place
 
-__all__ = ["RIDGES", "ROWS", "UNTRIED", "Correction", "decide", "mean_square", "sampled"]
+__all__ = ["RIDGES", "ROWS", "UNTRIED", "Correction", "Part", "decide", "mean_square", "moment", "sampled"]
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """What is tried, as shares of the mean square of the inputs."""
@@ -33,8 +35,6 @@ ROWS = 256
 
 AT_ONCE = 1024
 """Tokens held back of which there are copies in float32."""
-
-Pair = tuple[Tensor, Tensor]
 
 OUTLIER = 100.0  # mean squares count at most this many medians in the mean that ridge and damping are shares of
 
@@ -64,38 +64,64 @@ def sampled(rows: Sequence[int]) -> list[list[int]]:
     return [[index * count // taken for index in range(taken)] for count, taken in zip(rows, counts, strict=True)]
 
 
-def decide(hessian: Tensor, cross: Tensor, tokens: int, held: Sequence[Pair], weights: Tensor) -> Correction:
-    """The correction that serves text held back.
+@dataclass(frozen=True)
+class Part:
+    """Sums over ``tokens`` inputs: ``hessian`` float32 (n, n) of x x^T; ``moment`` float32 (rows, n): weights (rows, n)
+    times the sum of (x_full - x) x^T."""
 
-    ``hessian``, ``cross`` float32 (n, n): sums of x x^T and of (x_full - x) x^T over ``tokens`` inputs; ``held``:
-    (x, x_full) of chunks of tokens that are in neither, each (m, n) of any floats; of a few at a time there is a copy
-    in float32. ``weights`` float32 (rows, n).
+    hessian: Tensor
+    moment: Tensor
+    tokens: int
+
+
+def moment(held: Sequence[tuple[Tensor, Tensor]], weights: Tensor) -> Tensor:
+    """``Part.moment`` of tokens held back: (x, x_full) of chunks of them, each (m, n) of any floats, of which a few at
+    a time are copied in float32. A cross product in bfloat16 would not do: where the gain is flat, its rounding
+    decides.
     """
-    squares = hessian.diagonal().to(torch.float64) / max(tokens, 1)
-    mean = mean_square(squares)
-    best, most = Correction(0.0, RIDGES[0]), 0.0
-    if mean <= 0:
-        return best
-    lacking = torch.cat([(full.float() - inputs.float()) @ weights.T for inputs, full in _cut(held)])
-    moment = (weights @ cross).to(torch.float64) / tokens
-    work = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
-    for ridge in RIDGES:
-        work.copy_(hessian)
-        work.div_(tokens)
-        work.diagonal().add_(ridge * mean)
-        if not factor_in_place(work):
-            continue
-        half = torch.linalg.solve_triangular(work, moment.T, upper=False)
-        answer = torch.linalg.solve_triangular(work.T, half, upper=True).to(torch.float32)
-        said = torch.cat([inputs.float() @ answer for inputs, _ in _cut(held)])
-        agreement, size = (float((said * other).sum(dtype=torch.float64)) for other in (lacking, said))
-        if agreement > 0 and agreement * agreement / size > most:
-            most = agreement * agreement / size
-            error = max(0.0, size / agreement - 1.0) * tokens / (tokens + len(said))
-            best = Correction(1.0 / (1.0 + error), ridge)
-    return best
-
-
-def _cut(held: Sequence[Pair]) -> Iterator[Pair]:
+    total = torch.zeros_like(weights)
     for inputs, full in held:
-        yield from zip(torch.split(inputs, AT_ONCE), torch.split(full, AT_ONCE), strict=True)
+        for own, theirs in zip(torch.split(inputs, AT_ONCE), torch.split(full, AT_ONCE), strict=True):
+            own = own.float()
+            total.addmm_(weights @ (theirs.float() - own).T, own)
+    return total
+
+
+def decide(known: Part, held: Part) -> Correction:
+    """The correction that serves text held back, of which ``held`` are the sums; ``known`` are those of the rest.
+
+    The gain has one peak along the ridges: from the middle one it is climbed, so that most are never tried.
+    """
+    mean = mean_square(known.hessian.diagonal().to(torch.float64) / max(known.tokens, 1))
+    if mean <= 0:
+        return Correction(0.0, RIDGES[0])
+    work = torch.empty_like(known.hessian)
+    at = len(RIDGES) // 2
+    most, share = _tried(known, held, RIDGES[at], mean, work)
+    for step in (-1, 1):
+        moved = False
+        while 0 <= at + step < len(RIDGES):
+            gain, its = _tried(known, held, RIDGES[at + step], mean, work)
+            if gain < most or (step < 0 and gain == most):
+                break
+            at, most, share, moved = at + step, gain, its, True
+        if moved:
+            break
+    return Correction(share, RIDGES[at]) if most > 0 else Correction(0.0, RIDGES[0])
+
+
+def _tried(known: Part, held: Part, ridge: float, mean: float, work: Tensor) -> tuple[float, float]:
+    """(gain, share) of one ridge, a share of ``mean``; (0, 0) where it brings nothing. ``work`` float32 (n, n);
+    that suffices to choose: a Cholesky factor errs in proportion to each channel's own size."""
+    torch.div(known.hessian, known.tokens, out=work)
+    work.diagonal().add_(ridge * mean)
+    if not factor_in_place(work):
+        return 0.0, 0.0
+    half = torch.linalg.solve_triangular(work, known.moment.T / known.tokens, upper=False)
+    said = torch.linalg.solve_triangular(work.T, half, upper=True)
+    agreement = float((said * held.moment.T).sum(dtype=torch.float64))
+    size = float((said * (held.hessian @ said)).sum(dtype=torch.float64))
+    if agreement <= 0 or size <= 0:
+        return 0.0, 0.0
+    error = max(0.0, size / agreement - 1.0) * known.tokens / (known.tokens + held.tokens)
+    return agreement * agreement / size, 1.0 / (1.0 + error)

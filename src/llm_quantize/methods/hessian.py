@@ -320,8 +320,8 @@ def _correct(
         notes.append("no correction: its least squares problem could not be solved")
         return None
     scale = how.share / max(conditioning.tokens, 1)
+    root = work.to(torch.float32)  # what it is solved with errs by 2^-24 times the root of the condition of the whole
     for start, stop in _chunks(n):
-        rows = cross[start:stop].to(torch.float64)
-        half = torch.linalg.solve_triangular(work, rows.T, upper=False)
-        cross[start:stop] = torch.linalg.solve_triangular(work.T, half, upper=True).T * scale
+        half = torch.linalg.solve_triangular(root, cross[start:stop].T, upper=False)
+        cross[start:stop] = torch.linalg.solve_triangular(root.T, half, upper=True).T * scale
     return cross

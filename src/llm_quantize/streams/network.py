@@ -27,6 +27,7 @@ from llm_quantize.options import DEVICES
 from llm_quantize.streams.kv_cache import CacheSink, watch
 from llm_quantize.streams.model import Arguments, Reached, Skeleton, copied, put
 from llm_quantize.streams.names import Slot, find_places, load, require
+from llm_quantize.streams.replay import Ending, Replay, attach_endings, find_endings
 from llm_quantize.streams.rounding import round_inputs
 from llm_quantize.streams.taps import Observer, Sink, Tap, TapPoint, attach, columns_of, find_points
 from llm_quantize.streams.weights import ReadsRows, Weights
@@ -74,6 +75,7 @@ class Network:
         self._places = find_places(skeleton.model, skeleton.state, skeleton.tied, shapes, source.left_out)
         self._lock = threading.Lock()
         self._points: dict[int, tuple[TapPoint, ...]] = {}
+        self._endings: dict[int, tuple[Ending, ...]] = {}
         self.n_blocks = len(skeleton.blocks)
         self.width = source.architecture.hyper.embedding_length
         self.vocab_size = int(skeleton.model.get_submodule(skeleton.output).weight.shape[0])
@@ -174,6 +176,8 @@ class Network:
         skeleton.restore_buffers(module)
         observer = Observer()
         attach(module, points, observer)
+        endings, replay = self._find_endings(index), Replay()
+        attach_endings(module, endings, replay)
         prefix = self._prefix(index) + "."
         watch(module, prefix, self._places, self._parameters(index), weights, lambda: observer.cache)
         for parameter in self._parameters(index):
@@ -183,7 +187,10 @@ class Network:
         for parameter in self._parameters(index):
             for place in self._places[parameter]:
                 tensors.setdefault(place.name, []).append((parameter.removeprefix(prefix), place))
-        block = Block(self, index, module, observer, {name: tuple(found) for name, found in tensors.items()})
+        ends = {ending.matrix for ending in endings}
+        known = {point.tap.name: point.module for point in points if point.module in ends}
+        filled = {name: tuple(found) for name, found in tensors.items()}
+        block = Block(self, index, module, observer, filled, replay, known)
         try:
             yield block
         finally:
@@ -226,6 +233,18 @@ class Network:
                 self._points[index] = found
             return found
 
+    def _find_endings(self, index: int) -> tuple[Ending, ...]:
+        points = self._tap_points(index)
+        with self._lock:
+            found = self._endings.get(index)
+            if found is None:
+                arguments = self._skeleton.dry_arguments()[index]
+                matrices = [point.module for point in points if point.tap.matrices == 1]
+                block = copy.deepcopy(self._skeleton.blocks[index])
+                found = find_endings(block, matrices, lambda block: self._skeleton.dry_run(block, arguments))
+                self._endings[index] = found
+            return found
+
     def arguments(self, index: int, length: int) -> Arguments:
         """What block ``index`` is called with for windows of ``length`` tokens."""
         with self._lock:
@@ -244,8 +263,9 @@ class _Stop:
 
 
 class Block:
-    """One decoder block. ``tensors``: {checkpoint tensor: what it fills}. Threads may call it at the same time, one
-    window each, but not while ``replace`` runs."""
+    """One decoder block. ``tensors``: {checkpoint tensor: what it fills}. ``endings``: {tap: its module} of matrices
+    that modules of the block end in (streams/replay.py). Threads may call it at the same time, one window each, but not
+    while ``replace`` runs."""
 
     def __init__(
         self,
@@ -254,9 +274,12 @@ class Block:
         module: torch.nn.Module,
         observer: Observer,
         tensors: Mapping[str, tuple[tuple[str, Slot], ...]],
+        replay: Replay,
+        endings: Mapping[str, str],
     ) -> None:
         self._network, self._module, self._observer = network, module, observer
-        self.index, self.tensors = index, tensors
+        self.index, self.tensors, self.endings = index, tensors, endings
+        self._replay = replay
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The hidden states (length, width) after this block of those before it; on the device of ``hidden``."""
@@ -300,6 +323,11 @@ class Block:
         """While open, calls of this thread give ``sink`` the inputs of every tap, and ``cache`` keys and values. See
         ``Sink`` and ``CacheSink``."""
         return self._observer.listening(sink, cache)
+
+    def knowing(self, given: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
+        """While open, calls of this thread skip what leads to taps of ``endings`` whose inputs are ``given``: {tap:
+        (tokens, columns) of the window at hand}. Nothing before those may have been replaced since they were seen."""
+        return self._replay.knowing({self.endings[tap]: values for tap, values in given.items()})
 
     def replace(self, name: str, value: torch.Tensor) -> None:
         """Let one checkpoint tensor have ``value`` (its shape, any float type) from now on."""

@@ -1,7 +1,9 @@
 // One SIMD level: the list of its families, and the widening of 16-bit rows. Compiled once per level.
 #include "feedback.hpp"
 #include "floats_scan.hpp"
+#include "gram.hpp"
 #include "repack.hpp"
+#include "scales.hpp"
 #include "simd.hpp"
 #include "words.hpp"
 
@@ -33,7 +35,7 @@ const Family* const families[] = {LQ_FAMILIES nullptr};
 extern const Level level;
 const Level level = {
     LQ_LEVEL_NAME, LQ_LANES, families, static_cast<int32_t>(sizeof(families) / sizeof(families[0])) - 1,
-    widen_f16, widen_bf16, scan_nonfinite, feedback, descend, feed_words, descend_words,
+    widen_f16, widen_bf16, scan_nonfinite, feedback, descend, feed_words, descend_words, add_gram, refit_scales,
     {turn_words, same_turned, from_interleaved, to_interleaved, same_interleaved},
 };
 

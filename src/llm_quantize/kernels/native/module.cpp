@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -482,6 +483,57 @@ void descend_words(const std::string& level_name, FloatMatrix scale, FloatMatrix
           sweeps, total, [&](const lq::Descent& work) { level.descend_words(grid, book, work); });
 }
 
+struct AlignedFloats {  // of vectors, for scratch space
+    explicit AlignedFloats(int64_t count)
+        : data(static_cast<float*>(::operator new(static_cast<size_t>(count) * sizeof(float), std::align_val_t{64}))) {}
+    ~AlignedFloats() { ::operator delete(data, std::align_val_t{64}); }
+    AlignedFloats(const AlignedFloats&) = delete;
+    AlignedFloats& operator=(const AlignedFloats&) = delete;
+    float* data;
+};
+
+using Bfloat16Rows = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// A tile of sums of products of bfloat16 inputs (gram.hpp).
+void add_gram(const std::string& level_name, Bfloat16Rows inputs, FloatOut sums, std::tuple<int64_t, int64_t> rows,
+              std::tuple<int64_t, int64_t> columns) {
+    const lq::Level& level = find_level(level_name);
+    const auto tokens = static_cast<int64_t>(inputs.shape(0)), width = static_cast<int64_t>(inputs.shape(1));
+    check_shape(sums, width, width, "sums");
+    for (const auto& range : {rows, columns}) {
+        if (std::get<0>(range) < 0 || std::get<0>(range) >= std::get<1>(range) || std::get<1>(range) > width) {
+            throw nb::value_error("a tile has rows and columns of the sums");
+        }
+    }
+    const lq::GramTile tile{tokens, width, inputs.data(), sums.data(),
+                            std::get<0>(rows), std::get<1>(rows) - std::get<0>(rows),
+                            std::get<0>(columns), std::get<1>(columns) - std::get<0>(columns)};
+    nb::gil_scoped_release unlocked;
+    const AlignedFloats scratch(128 * (tile.rows + tile.columns + 64));
+    level.add_gram(tile, scratch.data);
+}
+
+// Tries of a scale for each group (scales.hpp): errors, and unless `fitted` is None the refitted scales.
+void refit_scales(const std::string& level_name, FloatMatrix weights, FloatMatrix importance, FloatMatrix scale,
+                  std::optional<FloatMatrix> zero, float lowest, float highest, FloatOut error,
+                  std::optional<FloatOut> fitted) {
+    const lq::Level& level = find_level(level_name);
+    const auto count = static_cast<int64_t>(weights.shape(0)), groups = static_cast<int64_t>(weights.shape(1));
+    const auto tries = static_cast<int64_t>(scale.shape(0));
+    if (count < 1) throw nb::value_error("a group has weights");
+    check_shape(importance, count, groups, "importance");
+    check_shape(scale, tries, groups, "scale");
+    if (zero) check_shape(*zero, tries, groups, "zero");
+    check_shape(error, tries, groups, "error");
+    if (fitted) check_shape(*fitted, tries, groups, "fitted");
+    const lq::ScaleSearch work{count, groups, tries, weights.data(), importance.data(), scale.data(),
+                               zero ? zero->data() : nullptr, lowest, highest, error.data(),
+                               fitted ? fitted->data() : nullptr};
+    nb::gil_scoped_release unlocked;
+    const AlignedFloats scratch(5 * count * level.lanes);
+    level.refit_scales(work, scratch.data);
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -521,6 +573,11 @@ NB_MODULE(_native, module) {
                nb::arg("entry_codes"), nb::arg("signs").none(), nb::arg("hessian"), nb::arg("weight"),
                nb::arg("gradient"), nb::arg("residual"), nb::arg("codes"), nb::arg("sweeps"), nb::arg("counts"),
                "Sweeps of descent word by word over a tile of rows; kernels/words.py is its face.");
+    module.def("add_gram", &add_gram, nb::arg("level"), nb::arg("inputs"), nb::arg("sums"), nb::arg("rows"),
+               nb::arg("columns"), "Adds a tile of sums of products; kernels/gram.py is its face.");
+    module.def("refit_scales", &refit_scales, nb::arg("level"), nb::arg("weights"), nb::arg("importance"),
+               nb::arg("scale"), nb::arg("zero").none(), nb::arg("lowest"), nb::arg("highest"), nb::arg("error"),
+               nb::arg("fitted").none(), "Tries of scales for groups of weights; kernels/scales.py is its face.");
     nb::class_<OwnedCodebook>(module, "Codebook", "The grid of an I-quant and the neighbours of every point off it.")
         .def("__init__", &make_codebook, nb::arg("codes"), nb::arg("levels"), nb::arg("wanted"))
         .def("arrays", &codebook_arrays, "(index, start, neighbour words), as kernels/native/codebook.hpp has them.");

@@ -84,6 +84,27 @@ struct WordBook {
     const float* signs;                  // (8, sign_count) of +1 and -1, or null
 };
 
+// A tile of the sums of x x^T over tokens of bfloat16 (gram.hpp), on or above the diagonal; what lies below is left as it
+// is, but for a few numbers beside the diagonal.
+struct GramTile {
+    int64_t tokens, columns_in_all;
+    const uint16_t* inputs;  // (tokens, columns_in_all), packed
+    float* sums;             // (columns_in_all, columns_in_all), packed
+    int64_t first_row, rows, first_column, columns;
+};
+
+// Groups of weights side by side (scales.hpp): value = scale * (level - zero), levels all integers of a range.
+struct ScaleSearch {
+    int64_t count, groups, tries;
+    const float* weights;     // (count, groups): a group in each lane
+    const float* importance;  // (count, groups)
+    const float* scale;       // (tries, groups)
+    const float* zero;        // (tries, groups), or null
+    float lowest, highest;
+    float* error;   // (tries, groups)
+    float* fitted;  // (tries, groups), or null: then only the error is wanted
+};
+
 using FeedbackLoop = void (*)(const FrozenGrid& grid, const ColumnBlock& block);
 using DescentLoop = void (*)(const FrozenGrid& grid, const Descent& work);
 using WordFeedbackLoop = void (*)(const FrozenGrid& grid, const WordBook& book, const float* metrics, float* target,
@@ -98,6 +119,8 @@ struct Repacking {
     void (*to_interleaved)(const uint32_t* source, int64_t high, int64_t wide, bool inputs, uint32_t* target);
     bool (*same_interleaved)(const uint32_t* one, int64_t high, int64_t wide, bool inputs, const uint32_t* other);
 };
+using AddGram = void (*)(const GramTile& tile, float* scratch);
+using RefitScales = void (*)(const ScaleSearch& work, float* scratch);
 
 struct Kernel {
     const char* name;  // lower-case ggml name
@@ -124,6 +147,8 @@ struct Level {
     DescentLoop descend;
     WordFeedbackLoop feed_words;
     WordDescentLoop descend_words;
+    AddGram add_gram;
+    RefitScales refit_scales;
     Repacking repacking;
 };
 

@@ -1,0 +1,74 @@
+"""Sums of products of bfloat16: every SIMD level gives the bits that the definition says; tiles make up the whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from llm_quantize import kernels
+from llm_quantize.kernels import _native
+from llm_quantize.kernels.gram import DEPTH, add_gram, serves
+
+
+@pytest.fixture(params=_native.levels())
+def level(request):
+    before = kernels.simd_level()
+    kernels.set_simd_level(request.param)
+    yield request.param
+    kernels.set_simd_level(before)
+
+
+def drawn(tokens: int, columns: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(tokens * columns)
+    return (torch.randn(tokens, columns, generator=g) * torch.randn(columns, generator=g).exp()).bfloat16()
+
+
+def dense(start: np.ndarray, inputs: torch.Tensor) -> np.ndarray:
+    """The twin: token after token, DEPTH of them summed up from zero and then added."""
+    values, total = inputs.float().numpy(), start.copy()
+    for first in range(0, len(values), DEPTH):
+        sums = np.zeros_like(total)
+        for row in values[first : first + DEPTH]:
+            sums += np.outer(row, row)
+        total += sums
+    return total
+
+
+@pytest.mark.parametrize(("tokens", "columns", "side"), [(300, 96, 40), (1, 1, 8), (128, 33, 33), (129, 70, 64)])
+def test_the_upper_triangle_is_the_twin_s_bit_for_bit(level, tokens, columns, side):
+    inputs = drawn(tokens, columns)
+    sums = torch.ones(columns, columns)
+    expected = dense(sums.numpy(), inputs)
+    for top in range(0, columns, side):
+        for left in range(top, columns, side):
+            add_gram(sums, inputs, slice(top, min(columns, top + side)), slice(left, min(columns, left + side)))
+    np.testing.assert_array_equal(np.triu(sums.numpy()), np.triu(expected))
+    exact = inputs.double().T @ inputs.double() + 1
+    np.testing.assert_allclose(np.triu(sums.numpy()), np.triu(exact.numpy()), rtol=1e-5, atol=1e-4)
+
+
+def test_a_tile_leaves_the_others_alone(level):
+    inputs, sums = drawn(40, 64), torch.full((64, 64), 7.0)
+    add_gram(sums, inputs, slice(0, 20), slice(30, 47))
+    expected = torch.full((64, 64), 7.0)
+    expected[:20, 30:47] = torch.from_numpy(dense(expected.numpy(), inputs))[:20, 30:47]
+    assert torch.equal(sums, expected)
+
+
+def test_what_is_not_finite_shows(level):
+    inputs, sums = drawn(10, 16), torch.zeros(16, 16)
+    inputs[3, 5] = float("nan")
+    add_gram(sums, inputs, slice(0, 16), slice(0, 16))
+    assert not torch.isfinite(sums[5, 5])
+    assert torch.isfinite(sums[4, 4])
+
+
+def test_what_it_serves_and_what_it_refuses():
+    assert serves(drawn(2, 2))
+    assert not serves(drawn(2, 2).float())
+    for rows, columns in ((slice(0, 5), slice(0, 4)), (slice(2, 2), slice(0, 4)), (slice(-1, 2), slice(0, 4))):
+        with pytest.raises(ValueError, match="a tile has rows and columns of the sums"):
+            add_gram(torch.zeros(4, 4), drawn(2, 4), rows, columns)
+    with pytest.raises(ValueError, match="sums has the wrong shape"):
+        add_gram(torch.zeros(4, 5), drawn(2, 4), slice(0, 4), slice(0, 4))
