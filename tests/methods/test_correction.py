@@ -39,7 +39,7 @@ def asked(own, full, weights, held: int) -> Correction:
     fit = len(own) - held
     parts = []
     for inputs, theirs in ((own[:fit], full[:fit]), (own[fit:], full[fit:])):
-        parts.append(Part(inputs.T @ inputs, moment([(inputs, theirs)], weights), len(inputs)))
+        parts.append(Part(inputs.T @ inputs, moment([(inputs, theirs, None)], weights), len(inputs)))
     return decide(*parts)
 
 
@@ -102,10 +102,22 @@ def test_what_is_held_back_is_summed_up_in_float32_a_few_tokens_at_a_time() -> N
             return found
 
     with Seen():
-        found = moment(list(zip(own.split(2000), full.split(2000), strict=True)), weights)
+        chunks = zip(own.split(2000), full.split(2000), strict=True)
+        found = moment([(*chunk, None) for chunk in chunks], weights)
     assert largest == 1024
     error = (found.double() - exact).abs().amax(0) / exact.abs().amax(0)
     assert error.max() < 1e-3
+
+
+def test_tokens_count_as_much_as_is_said() -> None:
+    """A token that counts twice is there twice, in any chunk."""
+    own, full = (torch.from_numpy(one).float() for one in drawn(2500, 16, 9, learnable=0.2, noise=0.3))
+    weights, twice = torch.eye(16)[:4], torch.arange(0, 2500, 7)
+    counts = torch.ones(2500)
+    counts[twice] = 2
+    found = moment([(own, full, counts)], weights)
+    rows = torch.cat([torch.arange(2500), twice])
+    torch.testing.assert_close(found, moment([(own[rows], full[rows], None)], weights), rtol=1e-4, atol=1e-3)
 
 
 def test_most_ridges_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,20 @@ def inputs_of(model, ids, name):
     return torch.cat(seen).numpy()
 
 
+def counted(own, full, held):
+    """Inputs (tokens, n) times the root of how much their tokens count: one of a mean square above 4 medians counts as
+    if it had that many. Tokens that are held back, the last ones, have a median of their own."""
+    fit = len(own) - held
+    roots = np.ones((len(own), 1))
+    for part in (slice(0, fit), slice(fit, len(own))):
+        squares = (own[part] ** 2).mean(axis=1)
+        if len(squares):
+            most = 4 * np.sort(squares)[(len(squares) - 1) // 2]
+            weights = torch.from_numpy(np.minimum(1, most / squares)).bfloat16().double()
+            roots[part, 0] = np.sqrt(weights.numpy())
+    return own * roots, full * roots
+
+
 def put(model, name, values):
     with torch.no_grad():
         model.get_submodule(name).weight.copy_(torch.as_tensor(values))
@@ -109,7 +123,9 @@ def dense_run(directory: Path, ids, decoded, kind, options, inputs: str) -> Iter
             weights = {name: source.get_submodule(front + name).weight.detach().numpy() for name in stage}
             together = np.concatenate(list(weights.values())).astype(np.float64)
             assert len(together) <= 256, "the product samples rows of more"
-            how = dense_correction.decided(together, own, full, len(ids) // 4 * len(ids[0]))
+            held = len(ids) // 4 * len(ids[0])
+            own, full = counted(own, full, held if options.correction is None and inputs != "source" else 0)
+            how = dense_correction.decided(together, own, full, held)
             for name, weight in weights.items():
                 yield f"{front}{name}.weight", quantize(weight, own, full, kind, options, how)
                 pending.append(front + name)

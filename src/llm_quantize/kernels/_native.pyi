@@ -101,6 +101,7 @@ def descend_words(
 def add_gram(
     level: str,
     inputs: npt.NDArray[np.uint16],
+    weights: npt.NDArray[np.float32] | None,
     sums: npt.NDArray[np.float32],
     rows: tuple[int, int],
     columns: tuple[int, int],

@@ -23,12 +23,14 @@ def serves(inputs: Tensor) -> bool:
     return inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu"
 
 
-def add_gram(sums: Tensor, inputs: Tensor, rows: slice, columns: slice) -> None:
+def add_gram(sums: Tensor, inputs: Tensor, weights: Tensor | None, rows: slice, columns: slice) -> None:
     """Add to a tile of ``sums`` float32 (n, n) the x^T x of ``inputs`` bfloat16 (tokens, n), both contiguous.
+    ``weights`` float32 (tokens,): how much each token counts, as bfloat16 holds it; None: once each.
 
     The tile lies on or above the diagonal. What it has below the diagonal has no meaning afterwards. Sums run over
     DEPTH tokens in their order, and are then added to what stands there. Releases the GIL. Dense twin:
     tests/kernels/test_gram.py.
     """
     values = inputs.contiguous().view(torch.uint16).numpy()
-    _native.add_gram(kernels.simd_level(), values, sums.numpy(), (rows.start, rows.stop), (columns.start, columns.stop))
+    counts, span = None if weights is None else weights.numpy(), (columns.start, columns.stop)
+    _native.add_gram(kernels.simd_level(), values, counts, sums.numpy(), (rows.start, rows.stop), span)

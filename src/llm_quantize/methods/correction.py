@@ -74,16 +74,18 @@ class Part:
     tokens: int
 
 
-def moment(held: Sequence[tuple[Tensor, Tensor]], weights: Tensor) -> Tensor:
-    """``Part.moment`` of tokens held back: (x, x_full) of chunks of them, each (m, n) of any floats, of which a few at
-    a time are copied in float32. A cross product in bfloat16 would not do: where the gain is flat, its rounding
-    decides.
+def moment(held: Sequence[tuple[Tensor, Tensor, Tensor | None]], weights: Tensor) -> Tensor:
+    """``Part.moment`` of tokens held back: (x, x_full, how much each token counts) of chunks of them, (m, n) of any
+    floats, of which a few at a time are copied in float32, and (m,), None: once each. A cross product in bfloat16
+    would not do: where the gain is flat, its rounding decides.
     """
     total = torch.zeros_like(weights)
-    for inputs, full in held:
-        for own, theirs in zip(torch.split(inputs, AT_ONCE), torch.split(full, AT_ONCE), strict=True):
-            own = own.float()
-            total.addmm_(weights @ (theirs.float() - own).T, own)
+    for inputs, full, counts in held:
+        for start in range(0, len(inputs), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            own = inputs[part].float()
+            away = full[part].float() - own
+            total.addmm_(weights @ (away if counts is None else away * counts[part, None]).T, own)
     return total
 
 

@@ -1,7 +1,7 @@
 // Sums of products of bfloat16 inputs, x^T x, in float32.
 //
-// The product of two bfloat16 numbers is exact in float32, so that one fused operation and a product followed by a sum
-// round alike: every level gives the same bits. Sums run over `depth` tokens in their order, from zero, and are then
+// The product of two bfloat16 numbers is exact in float32, and so is that of three, so that one fused operation and a
+// product followed by a sum round alike: every level gives the same bits. Sums run over `depth` tokens in their order, from zero, and are then
 // added to what stands in the result.
 #pragma once
 
@@ -32,15 +32,17 @@ LQ_INLINE vf add_product(vf sum, vf a, vf b) {
 }
 
 // Columns first .. first + count of `tokens` rows of x as panels of `width` columns, [panel][token][column], float32,
-// zeros behind the last column.
+// zeros behind the last column; times `weights` of the tokens, unless null.
 LQ_INLINE void pack_panels(const uint16_t* x, int64_t stride, int64_t tokens, int64_t first, int64_t count, int width,
-                           float* out) {
+                           const float* weights, float* out) {
     for (int64_t at = 0; at < count; at += width) {
         const int64_t taken = at + width <= count ? width : count - at;
         for (int64_t t = 0; t < tokens; ++t, out += width) {
             const uint16_t* row = x + t * stride + first + at;
             for (int64_t i = 0; i < taken; ++i) out[i] = float_of_bits(static_cast<uint32_t>(row[i]) << 16);
             for (int64_t i = taken; i < width; ++i) out[i] = 0.0f;
+            if (weights == nullptr) continue;
+            for (int64_t i = 0; i < taken; ++i) out[i] *= weights[t];
         }
     }
 }
@@ -80,8 +82,9 @@ void add_gram(const lq::GramTile& tile, float* scratch) {
     for (int64_t from = 0; from < tile.tokens; from += gram_depth) {
         const int64_t tokens = from + gram_depth < tile.tokens ? gram_depth : tile.tokens - from;
         const uint16_t* x = tile.inputs + from * tile.columns_in_all;
-        pack_panels(x, tile.columns_in_all, tokens, tile.first_row, tile.rows, gram_rows, left);
-        pack_panels(x, tile.columns_in_all, tokens, tile.first_column, tile.columns, gram_columns, right);
+        const float* weights = tile.weights == nullptr ? nullptr : tile.weights + from;
+        pack_panels(x, tile.columns_in_all, tokens, tile.first_row, tile.rows, gram_rows, weights, left);
+        pack_panels(x, tile.columns_in_all, tokens, tile.first_column, tile.columns, gram_columns, nullptr, right);
         for (int64_t c = 0; c < tile.columns; c += gram_columns) {
             const int64_t columns = c + gram_columns < tile.columns ? gram_columns : tile.columns - c;
             for (int64_t r = 0; r < tile.rows; r += gram_rows) {

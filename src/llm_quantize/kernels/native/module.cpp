@@ -495,17 +495,18 @@ struct AlignedFloats {  // of vectors, for scratch space
 using Bfloat16Rows = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // A tile of sums of products of bfloat16 inputs (gram.hpp).
-void add_gram(const std::string& level_name, Bfloat16Rows inputs, FloatOut sums, std::tuple<int64_t, int64_t> rows,
-              std::tuple<int64_t, int64_t> columns) {
+void add_gram(const std::string& level_name, Bfloat16Rows inputs, std::optional<FloatVector> weights, FloatOut sums,
+              std::tuple<int64_t, int64_t> rows, std::tuple<int64_t, int64_t> columns) {
     const lq::Level& level = find_level(level_name);
     const auto tokens = static_cast<int64_t>(inputs.shape(0)), width = static_cast<int64_t>(inputs.shape(1));
     check_shape(sums, width, width, "sums");
+    if (weights) check_length(*weights, tokens, "weights");
     for (const auto& range : {rows, columns}) {
         if (std::get<0>(range) < 0 || std::get<0>(range) >= std::get<1>(range) || std::get<1>(range) > width) {
             throw nb::value_error("a tile has rows and columns of the sums");
         }
     }
-    const lq::GramTile tile{tokens, width, inputs.data(), sums.data(),
+    const lq::GramTile tile{tokens, width, inputs.data(), weights ? weights->data() : nullptr, sums.data(),
                             std::get<0>(rows), std::get<1>(rows) - std::get<0>(rows),
                             std::get<0>(columns), std::get<1>(columns) - std::get<0>(columns)};
     nb::gil_scoped_release unlocked;
@@ -573,8 +574,8 @@ NB_MODULE(_native, module) {
                nb::arg("entry_codes"), nb::arg("signs").none(), nb::arg("hessian"), nb::arg("weight"),
                nb::arg("gradient"), nb::arg("residual"), nb::arg("codes"), nb::arg("sweeps"), nb::arg("counts"),
                "Sweeps of descent word by word over a tile of rows; kernels/words.py is its face.");
-    module.def("add_gram", &add_gram, nb::arg("level"), nb::arg("inputs"), nb::arg("sums"), nb::arg("rows"),
-               nb::arg("columns"), "Adds a tile of sums of products; kernels/gram.py is its face.");
+    module.def("add_gram", &add_gram, nb::arg("level"), nb::arg("inputs"), nb::arg("weights").none(),
+               nb::arg("sums"), nb::arg("rows"), nb::arg("columns"), "Adds a tile of sums of products; kernels/gram.py is its face.");
     module.def("refit_scales", &refit_scales, nb::arg("level"), nb::arg("weights"), nb::arg("importance"),
                nb::arg("scale"), nb::arg("zero").none(), nb::arg("lowest"), nb::arg("highest"), nb::arg("error"),
                nb::arg("fitted").none(), "Tries of scales for groups of weights; kernels/scales.py is its face.");

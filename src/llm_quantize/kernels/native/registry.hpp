@@ -89,6 +89,7 @@ struct WordBook {
 struct GramTile {
     int64_t tokens, columns_in_all;
     const uint16_t* inputs;  // (tokens, columns_in_all), packed
+    const float* weights;    // (tokens) of bfloat16: how much each token counts; or null, once each
     float* sums;             // (columns_in_all, columns_in_all), packed
     int64_t first_row, rows, first_column, columns;
 };
