@@ -158,9 +158,8 @@ def test_an_output_matrix_that_a_level_leaves_as_it_is(
     untied = str(
         make_tiny("llama", tmp_path / "untied", hidden_size=256, intermediate_size=256, tie_word_embeddings=False)
     )
-    assert run(["quantize", untied, "compressed-tensors", "--fit", "1.6MB", "--method", "rtn", "--json"]) == 0
+    assert run(["quantize", untied, "compressed-tensors", "--fit", "1.3MB", "--method", "rtn", "--json"]) == 0
     fit = told(capsys)["fit"]
-    assert "lm_head" in fit["types"]
     assert any(name.endswith("A16") for name in fit["tried"])
 
 
@@ -169,7 +168,8 @@ def test_what_was_tried_is_told_in_japanese(model: str, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "推定した感度による KLD の和" in shown
     assert "トークンでの平均 KLD：感度 0." in shown
-    assert "sensitivit" not in shown and "estimated" not in shown
+    assert "sensitivit" not in shown
+    assert "estimated" not in shown
 
 
 def test_figures_of_a_directory_are_of_error_feedback(model: str, capsys: pytest.CaptureFixture[str]) -> None:
