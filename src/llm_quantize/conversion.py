@@ -131,23 +131,23 @@ def settled(source: Source, format: str, level: str | None, options: Options) ->
     if kept is not None and kept.weights:
         return kept.level, kept.options
     if level is None:
-        kind = f"{source.checkpoint.kind or 'not quantized'}{_order_of(source, format)}"
+        name, kind, order = source.checkpoint.name, source.checkpoint.kind or "not quantized", _order_of(source, format)
         raise UsageError(
             f"no level of {format} holds this model as it is, so one must be named",
             expected=", ".join(form.levels),
-            found=f"{source.checkpoint.name}, {kind}",
+            found=f"{name}, {kind}, act-order: {order}" if order else f"{name}, {kind}",
             remedy=f"name the level to round it to, for example -q {form.example}",
         )
     return level, options if kept is None else kept.options
 
 
 def _order_of(source: Source, format: str) -> str:
-    """ ", act-order ..." where that is why ``format`` does not hold what ``source`` has; else ""."""
+    """What stands in the way, where act-order is why ``format`` does not hold what ``source`` has; else ""."""
     if FORMATS[format].act_order or not any(is_act_order(source, one) for one in source.tensors.outputs):
         return ""
     keeps = " and ".join(ACT_ORDER)
     told = f"g_idx spreads the columns of each group over the row, {format} has them side by side"
-    return f", act-order: {told}; {keeps} keeps them"
+    return f"{told}; {keeps} keeps them"
 
 
 def convert(

@@ -244,6 +244,11 @@ def test_one_window_tells_no_error() -> None:
     assert figure(found.kld, found.kld_sem) == decimals(found.kld, 5)
     assert figure(0.25, None) == "0.25000"
     assert figure(-0.25, 0.125, 3, signed=True) == "-0.250 ± 0.125"
+    assert figure(0.02621, 0.000758) == "0.02621 ± 0.00076"
+    assert figure(92.02, 0.0884, 2) == "92.02 ± 0.09"
+    assert figure(0.02621, 9.64e-06) == "0.02621 ± 0.00000964"
+    assert figure(9.25e-06, 9.64e-08) == "0.00000925 ± 0.00000010"
+    assert figure(4.56e-08, 1.2e-08) == "4.56e-08 ± 1.20e-08"
 
 
 def test_parts_of_a_window_are_one_cluster() -> None:

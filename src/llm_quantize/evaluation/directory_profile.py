@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llm_quantize.architectures.rows import matrix_shape, weights_of
 from llm_quantize.errors import ResourceError, UsageError
 from llm_quantize.evaluation.allocation import Allocation, Choice, Preset, Target, allocate
-from llm_quantize.evaluation.sensitivity import Candidate, Profile, Sensitivity
+from llm_quantize.evaluation.sensitivity import KEPT, Candidate, Profile, Sensitivity
 from llm_quantize.formats.base import Scheme, mixture_of, scheme_of
 from llm_quantize.formats.compressed_mixed import HEAD_BITS
 from llm_quantize.formats.gguf.levels import Overrides
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 Hold = Callable[[Candidate], "dict[str, torch.Tensor]"]
 
-_WHOLE, _KEPT = "int8", "kept"
+_WHOLE = "int8"
 _WIDE = ("F32", "F64")  # kept in 32 bits, all else in 16
 _SPARE = 64  # bytes
 _FITS = 8  # times that a recipe is planned until all of its files together are small enough
@@ -84,7 +84,7 @@ class DirectoryLadder:
                 continue
             own = units(plan)
             types = {unit: found[0].qtype for unit, found in own.items()}
-            types |= {one.name: _KEPT for one in wanted if one.name not in own}
+            types |= {one.name: KEPT for one in wanted if one.name not in own}
             tensors = {mixture_of(matrix.name): matrix.qtype for matrix in plan.matrices}
             recipe = Recipe(plan.level, plan.level, tensors, model=model, form=self.form)
             nbytes = sum(matrices_bytes(self, plan).values())
@@ -177,7 +177,7 @@ class DirectoryLadder:
     def _recipe(
         self, profile: Profile, types: Mapping[str, str], known: Mapping[str, Sequence[MatrixPlan]], name: str
     ) -> Recipe:
-        chosen = {unit: found for unit, found in known.items() if types[unit] != _KEPT}
+        chosen = {unit: found for unit, found in known.items() if types[unit] != KEPT}
         tensors = {mixture_of(matrix.name): types[unit] for unit, found in chosen.items() for matrix in found}
         weights = {unit: sum(weights_of(matrix.weight.shape) for matrix in found) for unit, found in chosen.items()}
         mean = sum(integer_type(types[unit]).bits * weights[unit] for unit in chosen) / sum(weights.values())
@@ -205,7 +205,7 @@ def _kept(source: Source, known: Mapping[str, Sequence[MatrixPlan]]) -> list[Sen
         if not matrices[0].seen:
             stored = [source.checkpoint.tensors[one.weight.pieces[0].source] for one in matrices]
             nbytes = sum(info.elements * (4 if info.dtype in _WIDE else 2) for info in stored)
-            found.append(Sensitivity(unit, _KEPT, 8 * nbytes / sum(info.elements for info in stored), nbytes, 0.0, 0.0))
+            found.append(Sensitivity(unit, KEPT, 8 * nbytes / sum(info.elements for info in stored), nbytes, 0.0, 0.0))
     return found
 
 

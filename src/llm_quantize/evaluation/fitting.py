@@ -37,9 +37,9 @@ from llm_quantize.evaluation.profile import (
     plan_profile,
     scratch_of,
 )
-from llm_quantize.evaluation.sensitivity import FLOATS, Candidate, Profile, Sensitivity
+from llm_quantize.evaluation.sensitivity import FLOATS, KEPT, Candidate, Profile, Sensitivity
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.formats.recipe import Fit, Recipe
+from llm_quantize.formats.recipe import AS_FOUND, ESTIMATED, FLAT, Fit, Recipe
 from llm_quantize.formats.recipe_file import read_recipe, recipe_bytes, write_recipe
 from llm_quantize.io.cache import cache_directory
 from llm_quantize.io.imatrix_file import Imatrix, read_imatrix
@@ -65,7 +65,6 @@ FEW_BITS = 3.7
 FLATTER = 0.8
 """The power of the figures that a neighbour is chosen by: it trusts differences between tensors less."""
 
-AS_FOUND, FLAT = "sensitivities", "flatter sensitivities"
 _UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 _VERSION = {"version": llm_quantize.__version__}
 
@@ -392,7 +391,7 @@ def _tried(job: _Job, plan: ProfilePlan, choices: Sequence[Choice], on_event: Ev
 
     types = {qtype for choice in choices for qtype in choice.allocation.types.values()}
     covered = {} if job.imatrix is None else job.imatrix.values
-    known = {one.key: one for one in job.ladder.candidates(job.source, sorted(types - FLOATS), covered)}
+    known = {one.key: one for one in job.ladder.candidates(job.source, sorted(types - FLOATS - {KEPT}), covered)}
     recipes = [
         [known[pair] for pair in choice.allocation.types.items() if pair in known]  # the others stay as they are
         for choice in choices
@@ -413,7 +412,7 @@ def _with_fit(
         **job.asked.facts,
         reached=choice.size,
         bits=round(8 * choice.size / _weights(job.source), 4),
-        way="estimated" if profile.estimated else "measured",
+        way=ESTIMATED if profile.estimated else "measured",
         kld=float(f"{kld:.6g}"),
         chosen=chosen,
         tried={name: float(f"{value:.6g}") for name, value in tried.items()},

@@ -37,6 +37,9 @@ DEFAULT_TYPES = ("q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q3_k", "q2_k")
 FLOATS = frozenset(("f32", "f16", "bf16"))
 """Types of which nothing is measured."""
 
+KEPT = "kept"
+"""In the place of a type: as the source has it, in directories."""
+
 
 @dataclass(frozen=True)
 class Candidate:

@@ -50,6 +50,13 @@ class Origin:
             )
 
 
+AS_FOUND, FLAT = "sensitivities", "flatter sensitivities"
+"""What ``Fit.chosen`` and ``Fit.tried`` call the recipes of its figures; others are plain levels, by their names."""
+
+ESTIMATED = "estimated"
+"""``Fit.way``: by gradients, not measured one by one."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """Why a recipe that was chosen for a size is as it is. Bytes: ``size`` that was asked for, ``file`` that the weight
@@ -82,13 +89,24 @@ class Fit:
                 f"of {bytes_text(self.size)}, {bytes_text(self.beside)} are for a cache of {self.context:,} tokens in "
                 f"{self.kv} and what the runtime needs: the file may have {bytes_text(self.file)}"
             )
-        yield (
-            f"types chosen to fit {bytes_text(self.file)}: {bytes_text(self.reached)}, {self.bits:.2f} bits per "
-            f"weight, by {self.way} sensitivities that sum to a KLD of {self.kld:.5f}"
+        types = (
+            f"types chosen to fit {bytes_text(self.file)}: {bytes_text(self.reached)}, {self.bits:.2f} bits per weight"
         )
+        if self.way == ESTIMATED:
+            yield f"{types}, by estimated sensitivities that sum to a KLD of {self.kld:.5f}"
+        else:
+            yield f"{types}, by measured sensitivities that sum to a KLD of {self.kld:.5f}"
         if self.tried:
-            others = ", ".join(f"{name} {kld:.5f}" for name, kld in self.tried.items())
-            yield f"mean KLD on {self.tokens:,} tokens of other text: {others}; taken: {self.chosen}"
+            others = ", ".join(_tried_text(name, kld) for name, kld in self.tried.items())
+            taken = _tried_text(self.chosen, self.tried[self.chosen])
+            yield f"mean KLD on {self.tokens:,} tokens of other text: {others}; taken: {taken}"
+
+
+def _tried_text(name: str, kld: float) -> str:
+    """A recipe that was tried, and what it lost."""
+    if name == FLAT:
+        return f"flatter sensitivities {kld:.5f}"
+    return f"sensitivities {kld:.5f}" if name == AS_FOUND else f"plain {name} {kld:.5f}"
 
 
 @dataclass(frozen=True, repr=False)

@@ -34,7 +34,12 @@ def mean_and_sem(values: npt.NDArray[np.float64], windows: npt.NDArray[np.intege
 
 
 def figure(value: float, error: float | None, places: int = 5, *, signed: bool = False) -> str:
-    """``value ± error`` with so many decimals, as ``decimals`` has them; the value alone where there is no error to be
-    told (one window: NaN, or None as JSON has it). ``signed``: with its sign, also where that is plus."""
-    told = f"{'+' if signed and value > 0 else ''}{decimals(value, places)}"
-    return told if error is None or not math.isfinite(error) else f"{told} ± {decimals(error, places)}"
+    """``value ± error``: the value as ``decimals`` has it, the error with as many decimals, or as ``decimals`` has it
+    where those would not show its first digit; the value alone where there is no error to be told (one window: NaN, or
+    None as JSON has it). ``signed``: with its sign, also where that is plus."""
+    plain = decimals(value, places)
+    told = f"{'+' if signed and value > 0 else ''}{plain}"
+    if error is None or not math.isfinite(error):
+        return told
+    shown = 0 if "e" in plain else len(plain.partition(".")[2])
+    return f"{told} ± {decimals(error, places) if abs(error) < 10.0**-shown else f'{error:.{shown}f}'}"
