@@ -158,9 +158,9 @@ def test_an_output_matrix_that_a_level_leaves_as_it_is(
     untied = str(
         make_tiny("llama", tmp_path / "untied", hidden_size=256, intermediate_size=256, tie_word_embeddings=False)
     )
-    assert run(["quantize", untied, "compressed-tensors", "--fit", "1.3MB", "--method", "rtn", "--json"]) == 0
+    assert run(["quantize", untied, "compressed-tensors", "--fit", "1.6MB", "--method", "rtn", "--json"]) == 0
     fit = told(capsys)["fit"]
-    assert any(name.endswith("A16") for name in fit["tried"])
+    assert any(name.endswith("A16") for name in fit["tried"]), fit
 
 
 def test_what_was_tried_is_told_in_japanese(model: str, capsys: pytest.CaptureFixture[str]) -> None:
