@@ -151,18 +151,6 @@ def test_a_directory_fits(model: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert "fits this size" in capsys.readouterr().err
 
 
-def test_an_output_matrix_that_a_level_leaves_as_it_is(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The plain level that is tried has it in 16 bits, which is no grid to be measured."""
-    untied = str(
-        make_tiny("llama", tmp_path / "untied", hidden_size=256, intermediate_size=256, tie_word_embeddings=False)
-    )
-    assert run(["quantize", untied, "compressed-tensors", "--fit", "1.3MB", "--method", "rtn", "--json"]) == 0
-    fit = told(capsys)["fit"]
-    assert any(name.endswith("A16") for name in fit["tried"])
-
-
 def test_what_was_tried_is_told_in_japanese(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--lang", "ja", *arguments(model, "700kB")]) == 0
     shown = capsys.readouterr().out
