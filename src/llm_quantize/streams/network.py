@@ -327,7 +327,8 @@ class Block:
     def knowing(self, given: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
         """While open, calls of this thread skip what leads to taps of ``endings`` whose inputs are ``given``: {tap:
         (tokens, columns) of the window at hand}. Nothing before those may have been replaced since they were seen."""
-        return self._replay.knowing({self.endings[tap]: values for tap, values in given.items()})
+        device = self._network.device
+        return self._replay.knowing({self.endings[tap]: values.to(device) for tap, values in given.items()})
 
     def replace(self, name: str, value: torch.Tensor) -> None:
         """Let one checkpoint tensor have ``value`` (its shape, any float type) from now on."""
