@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,16 @@ def test_a_block_with_endings_tells_of_keys_and_values(models: Any) -> None:
         with block.knowing({taps[0].name: seen[taps[0].name, 0]}):
             capture(block, entering, taps, cache=lambda keys, values: told.append(keys.shape[2]))
         assert told == [12]
+
+
+def test_the_weights_of_a_block_are_gone_when_it_is_left(models: Any) -> None:
+    """At once: modules that held themselves would keep them until garbage is collected."""
+    network, weights = opened(models("llama"))
+    gc.disable()
+    try:
+        with network.block(0, weights) as block:
+            assert block.endings
+            held = weakref.ref(block._module)
+        assert held() is None
+    finally:
+        gc.enable()

@@ -27,7 +27,7 @@ from llm_quantize.options import DEVICES
 from llm_quantize.streams.kv_cache import CacheSink, watch
 from llm_quantize.streams.model import Arguments, Reached, Skeleton, copied, put
 from llm_quantize.streams.names import Slot, find_places, load, require
-from llm_quantize.streams.replay import Ending, Replay, attach_endings, find_endings
+from llm_quantize.streams.replay import Ending, Replay, attach_endings, detach_endings, find_endings
 from llm_quantize.streams.rounding import round_inputs
 from llm_quantize.streams.taps import Observer, Sink, Tap, TapPoint, attach, columns_of, find_points
 from llm_quantize.streams.weights import ReadsRows, Weights
@@ -195,6 +195,7 @@ class Network:
             yield block
         finally:
             block.close()
+            detach_endings(module, endings)
 
     @contextmanager
     def head(self, weights: Weights) -> Iterator[Head]:
