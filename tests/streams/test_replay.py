@@ -111,8 +111,8 @@ def test_the_weights_of_a_block_are_gone_when_it_is_left(models: Any) -> None:
     gc.disable()
     try:
         with network.block(0, weights) as block:
-            assert block.endings
-            held = weakref.ref(block._module)
-        assert held() is None
+            held = [weakref.ref(block._module.get_submodule(name)) for name in block.endings.values()]
+            assert len(held) == 2
+        assert [one() for one in held] == [None, None]
     finally:
         gc.enable()
