@@ -15,6 +15,15 @@ from tests.tiny_models import make_tiny
 SIZE = 500_000_000
 
 
+def test_the_state_of_recurrent_layers_is_as_large_in_any_type_of_cache(tmp_path: Path) -> None:
+    with (source := open_source(str(make_tiny("qwen3_5_text", tmp_path / "model")))).checkpoint:
+        shape = shape_of(source)
+        kept = sum(shape.layer_cache(layer, 256) for layer, window in enumerate(shape.windows) if window is not None)
+        assert 0 < kept < shape.cache(256)
+        plain, small = (room_for(source, "gguf", SIZE, context=256, kv=kv) for kv in ("f16", "q8_0"))
+        assert small.file - plain.file == kept - int(kept * 8.5 / 16)
+
+
 def test_the_file_alone_or_with_all_that_it_needs(tmp_path: Path) -> None:
     with (source := open_source(str(make_tiny("llama", tmp_path / "model")))).checkpoint:
         assert room_for(source, "gguf", SIZE).facts() == {"size": SIZE, "file": SIZE}

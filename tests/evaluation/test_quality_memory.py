@@ -67,7 +67,7 @@ def test_seventy_billion_weights_fit_sixteen_gigabytes(monkeypatch: pytest.Monke
     head = 4 * vocabulary * width
     hyper = SimpleNamespace(
         n_head=64, n_head_kv=8, head_dim=128, embedding_length=width, feed_forward_length=feed, n_expert=0,
-        n_layer=layers,
+        n_layer=layers, recurrence=None,
     )  # fmt: skip
     source: Any = SimpleNamespace(architecture=SimpleNamespace(hyper=hyper), checkpoint=SimpleNamespace(scratch=0))
     network: Any = SimpleNamespace(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +89,30 @@ def test_a_replaced_last_matrix_is_used(models: Any) -> None:
         assert torch.equal(found, block(entering))
         assert before is not None
         assert not torch.equal(found, before)
+
+
+def test_a_block_with_endings_tells_of_keys_and_values(models: Any) -> None:
+    """Until its attention is skipped: what was put before a module's forward hides nothing of it."""
+    network, weights = opened(models("llama"))
+    entering = next(iter(network.embed(weights, windows(1, 12))))
+    told: list[int] = []
+    with network.block(0, weights) as block:
+        taps = [tap for tap in network.taps(0) if block.endings.get(tap.name) == "self_attn.o_proj"]
+        seen, _ = capture(block, entering, taps, cache=lambda keys, values: told.append(keys.shape[2]))
+        assert told == [12]
+        with block.knowing({taps[0].name: seen[taps[0].name, 0]}):
+            capture(block, entering, taps, cache=lambda keys, values: told.append(keys.shape[2]))
+        assert told == [12]
+
+
+def test_the_weights_of_a_block_are_gone_when_it_is_left(models: Any) -> None:
+    """At once: modules that held themselves would keep them until garbage is collected."""
+    network, weights = opened(models("llama"))
+    gc.disable()
+    try:
+        with network.block(0, weights) as block:
+            held = [weakref.ref(block._module.get_submodule(name)) for name in block.endings.values()]
+            assert len(held) == 2
+        assert [one() for one in held] == [None, None]
+    finally:
+        gc.enable()

@@ -97,7 +97,8 @@ def room_for(source: Source, form: str, size: int, *, context: int | None = None
             f"{runtime.name} has no cache of this type", expected=", ".join(runtime.caches), found=f"--kv {kv}"
         )
     need = runtime.need(shape, context, size)
-    need = replace(need, cache=int(need.cache * runtime.caches[kv]))
+    state = shape.state * shape.windows.count(None)  # of layers that have one: as large whatever keys and values are
+    need = replace(need, cache=state + int((need.cache - state) * runtime.caches[kv]))
     if need.total >= size:
         raise ResourceError(
             "nothing is left of this size for the weights",

@@ -73,9 +73,11 @@ class FullInputs:
         if windows[-1] + 1 == self.windows:
             self._left.add(tap)
 
-    def knowing(self, block: Block, window: int) -> AbstractContextManager[None]:
-        """While open, this thread skips in ``block`` what leads to inputs of ``window`` that were left here."""
-        known = self._left if window < self.windows else ()
+    def knowing(self, block: Block, window: int, taps: Sequence[Tap] = ()) -> AbstractContextManager[None]:
+        """While open, this thread skips in ``block`` what leads to inputs of ``window`` that were left here, but for
+        what leads past one of ``taps``: a router may share its input with an expert that is done."""
+        wanted = {tap.name for tap in taps}
+        known = [tap for tap in self._left if block.skips(tap, wanted)] if window < self.windows else []
         return block.knowing({tap: self._held[tap].read(window) for tap in known})
 
     def see(self, way: Pass, block: Block, before: Activations, after: Activations | None) -> None:
@@ -159,7 +161,7 @@ def collect(
     results: dict[int, Inputs] = {}
 
     def look(block: Block, hidden: Tensor, window: int) -> Tensor | None:
-        with nullcontext() if full is None else full.knowing(block, window):
+        with nullcontext() if full is None else full.knowing(block, window, taps):
             results[window], values = capture(block, hidden, taps, whole=after is not None, cache=cache)
         return values
 

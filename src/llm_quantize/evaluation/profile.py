@@ -127,13 +127,16 @@ def plan_profile(
     limits = {"threads": threads, "max_ram": max_ram}
     if estimated:
         fitted = memory.fit(
-            _estimate_sizes(source, network, windows, placed, solving, device, statistics is not None), **limits
+            _estimate_sizes(source, network, windows, wanted, solving, device, statistics is not None), **limits
         )
         groups: tuple[tuple[Placed, ...], ...] = (tuple(placed),) if placed else ()
         names, streams = {one.candidate.name for one in placed}, len(placed)
         cost = Cost(len(names), streams, windows.size, 0, PASSES if placed else 0.0, 2 * len(groups), estimated=True)
     else:
-        streams, fitted = _fit(source, network, windows, placed, solving=solving, device=device, **limits)
+        largest = _largest(wanted)
+        streams, fitted = _fit(
+            source, network, windows, placed, largest=largest, solving=solving, device=device, **limits
+        )
         groups = tuple(tuple(group) for group in plan_groups(placed, network.n_blocks, streams))
         cost = cost_of(groups, network.n_blocks, windows.size)
     return ProfilePlan(
@@ -183,6 +186,7 @@ def _fit(
     windows: Tokens,
     placed: Sequence[Placed],
     *,
+    largest: int,
     solving: int,
     threads: int | None,
     max_ram: int | None,
@@ -194,7 +198,6 @@ def _fit(
     sizes = from_network(source, network)
     length = windows.shape[1]
     stream = sizes.hidden(*windows.shape)
-    largest = max((4 * one.candidate.weights for one in placed), default=0)
     logits = POSITIONS * network.vocab_size * (4 + 6 * 8)
 
     def holding(streams: int) -> Sizes:
@@ -216,11 +219,16 @@ def _fit(
     return streams, fitted
 
 
+def _largest(wanted: Sequence[Candidate]) -> int:
+    """Bytes of the largest tensor that is held at a type: of one whose figures are known too, which a trial holds."""
+    return max((4 * one.weights for one in wanted), default=0)
+
+
 def _estimate_sizes(
     source: Source,
     network: Network,
     windows: Tokens,
-    placed: Sequence[Placed],
+    wanted: Sequence[Candidate],
     solving: int,
     device: str,
     fed_back: bool,
@@ -230,11 +238,10 @@ def _estimate_sizes(
 
     sizes = from_network(source, network)
     length = windows.shape[1]
-    largest = max((4 * one.candidate.weights for one in placed), default=0)
     logits = POSITIONS * network.vocab_size * (6 * 4 + 2 * 8)
-    taps = network.taps(0) if fed_back else []
-    grams = sum(4 * tap.columns**2 for tap in taps if tap.matrices == 1)
-    beside = 3 * largest + solving + grams
+    blocks = [network.taps(index) for index in range(network.n_blocks if fed_back else 0)]
+    grams = max((sum(4 * tap.columns**2 for tap in taps if tap.matrices == 1) for taps in blocks), default=0)
+    beside = 3 * _largest(wanted) + solving + grams
     return Sizes(
         libraries=TORCH_BYTES,
         ends=max(sizes.embedding, 3 * sizes.head) + beside,

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -82,7 +83,7 @@ def identity_of(source: Source, windows: Tokens, again: int, device: str, on_eve
         "model": source.content(on_event),
         "windows": hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest(),
         "shape": [*windows.shape, again],
-        "device": device,
+        "device": _device(device),
         "code": _code(),
         "torch": [torch.__version__, torch.backends.cpu.get_cpu_capability(), "oneDNN" if available() else "torch"],
         "transformers": version("transformers"),
@@ -193,7 +194,7 @@ def _prune(directory: Path, needed: int) -> None:
 
 @cache
 def _code() -> str:
-    """SHA-256 over this package's version and its code: whatever reads, decodes or runs a source is in it."""
+    """SHA-256 over this package's version and its code, native too: whatever reads, decodes or runs a source."""
     digest = hashlib.sha256(llm_quantize.__version__.encode())
     for name, text in sorted(_modules(files("llm_quantize"), "")):
         digest.update(canonical_json([name, hashlib.sha256(text).hexdigest()]))
@@ -205,8 +206,13 @@ def _modules(folder: Traversable, inside: str) -> Iterator[tuple[str, bytes]]:
         name = f"{inside}/{entry.name}"
         if entry.is_dir():
             yield from _modules(entry, name)
-        elif name.endswith(".py"):
+        elif name.endswith((".py", *EXTENSION_SUFFIXES)):
             yield name, entry.read_bytes()
+
+
+def _device(device: str) -> str:
+    """A device and, of a GPU, its name."""
+    return f"{device} {torch.cuda.get_device_name(device)}" if torch.device(device).type == "cuda" else device
 
 
 def _processor(path: Path = Path("/proc/cpuinfo")) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from llm_quantize.options import DEVICES
 from llm_quantize.streams.kv_cache import CacheSink, watch
 from llm_quantize.streams.model import Arguments, Reached, Skeleton, copied, put
 from llm_quantize.streams.names import Slot, find_places, load, require
-from llm_quantize.streams.replay import Ending, Replay, attach_endings, find_endings
+from llm_quantize.streams.replay import Ending, Replay, attach_endings, detach_endings, find_endings
 from llm_quantize.streams.rounding import round_inputs
 from llm_quantize.streams.taps import Observer, Sink, Tap, TapPoint, attach, columns_of, find_points
 from llm_quantize.streams.weights import ReadsRows, Weights
@@ -189,12 +189,21 @@ class Network:
                 tensors.setdefault(place.name, []).append((parameter.removeprefix(prefix), place))
         ends = {ending.matrix for ending in endings}
         known = {point.tap.name: point.module for point in points if point.module in ends}
+        skipped = {
+            ending.matrix: frozenset(
+                point.tap.name
+                for point in points
+                if point.module.startswith(f"{ending.module}.") and point.module != ending.matrix
+            )
+            for ending in endings
+        }
         filled = {name: tuple(found) for name, found in tensors.items()}
-        block = Block(self, index, module, observer, filled, replay, known)
+        block = Block(self, index, module, observer, filled, replay, known, skipped)
         try:
             yield block
         finally:
             block.close()
+            detach_endings(module, endings)
 
     @contextmanager
     def head(self, weights: Weights) -> Iterator[Head]:
@@ -264,7 +273,8 @@ class _Stop:
 
 class Block:
     """One decoder block. ``tensors``: {checkpoint tensor: what it fills}. ``endings``: {tap: its module} of matrices
-    that modules of the block end in (streams/replay.py). Threads may call it at the same time, one window each, but not
+    that modules of the block end in (streams/replay.py); ``skipped``: {such a matrix: the taps that nothing sees when
+    its module is skipped}. Threads may call it at the same time, one window each, but not
     while ``replace`` runs."""
 
     def __init__(
@@ -276,10 +286,11 @@ class Block:
         tensors: Mapping[str, tuple[tuple[str, Slot], ...]],
         replay: Replay,
         endings: Mapping[str, str],
+        skipped: Mapping[str, frozenset[str]],
     ) -> None:
         self._network, self._module, self._observer = network, module, observer
         self.index, self.tensors, self.endings = index, tensors, endings
-        self._replay = replay
+        self._replay, self._skipped = replay, skipped
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The hidden states (length, width) after this block of those before it; on the device of ``hidden``."""
@@ -324,10 +335,15 @@ class Block:
         ``Sink`` and ``CacheSink``."""
         return self._observer.listening(sink, cache)
 
+    def skips(self, tap: str, wanted: Collection[str]) -> bool:
+        """Whether what leads to ``tap`` of ``endings`` may be skipped where the taps ``wanted`` are to be seen."""
+        return self._skipped[self.endings[tap]].isdisjoint(wanted)
+
     def knowing(self, given: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
         """While open, calls of this thread skip what leads to taps of ``endings`` whose inputs are ``given``: {tap:
         (tokens, columns) of the window at hand}. Nothing before those may have been replaced since they were seen."""
-        return self._replay.knowing({self.endings[tap]: values for tap, values in given.items()})
+        device = self._network.device
+        return self._replay.knowing({self.endings[tap]: values.to(device) for tap, values in given.items()})
 
     def replace(self, name: str, value: torch.Tensor) -> None:
         """Let one checkpoint tensor have ``value`` (its shape, any float type) from now on."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Ending", "Replay", "attach_endings", "find_endings"]
+__all__ = ["Ending", "Replay", "attach_endings", "detach_endings", "find_endings"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,12 @@ def attach_endings(block: torch.nn.Module, endings: tuple[Ending, ...], replay: 
         module: Any = block.get_submodule(ending.module)
         matrix = block.get_submodule(ending.matrix)
         module.forward = partial(_forward, module.forward, matrix, ending, replay)
+
+
+def detach_endings(block: torch.nn.Module, endings: tuple[Ending, ...]) -> None:
+    """Undo ``attach_endings``: modules that hold themselves would hold their weights until garbage is collected."""
+    for ending in endings:
+        vars(block.get_submodule(ending.module)).pop("forward", None)
 
 
 def _forward(
