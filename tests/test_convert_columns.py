@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llm_quantize import api
 from llm_quantize.architectures.rows import read_output_rows
@@ -89,6 +90,30 @@ def test_blocks_of_a_file(hybrid: Path, tmp_path: Path, level: str, kept: bool) 
             assert np.array_equal(found[0].decode(found[1]).numpy(), source.read_rows(OUT, 0, 33))
     foreseen = foresee(str(file.path), "gguf")
     assert (not foreseen.never) == kept
+
+
+def test_decays_are_verified_as_they_are_stored(tmp_path: Path) -> None:
+    """-exp(A_log) in the file, A_log in the directory, rounded to 16 bits there: the verdict is of A_log."""
+    model = make_tiny("qwen3_5_text", tmp_path / "model", dtype="float16", linear_num_value_heads=4)
+    options = Options(threads=1, calibrate=False)
+    (file,) = api.quantize(model, "gguf", levels="Q4_0", output_dir=tmp_path, options=options)
+    made = api.convert(file.path, "gptq", output_dir=tmp_path, options=Options(threads=1))
+    assert made.conversion is not None
+    outcome = verify(made.path, source=str(file.path))
+    assert outcome.ok, outcome.all_problems()
+    name = "model.layers.0.linear_attn.A_log"
+    (check,) = [one for one in outcome.tensors if one.name == name]
+    values = load_file(made.path / "model.safetensors")
+    with open_source(str(file.path)).checkpoint as source:
+        wanted = source.read_rows(name, 0, 1).reshape(-1)
+    off = np.linalg.norm(values[name].float().numpy() - wanted) / np.linalg.norm(wanted)
+    assert check.relative_error == pytest.approx(off, rel=1e-4)
+    assert off > 0
+    values[name] += 0.25
+    save_file(values, made.path / "model.safetensors")
+    assert any(
+        "A_log" in text and "manifest says" in text for text in verify(made.path, source=str(file.path)).all_problems()
+    )
 
 
 @pytest.mark.parametrize("span", [4, 8])
