@@ -156,6 +156,24 @@ def test_rows_in_pieces(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     is_exact(tmp_path / "source", made, expected)
 
 
+@pytest.mark.parametrize(("format", "verdict"), [("gptq", "exact"), ("compressed-tensors", "rounded")])
+def test_some_matrices_alone_may_have_it(
+    llama: Path, made: dict[str, Path], tmp_path: Path, format: str, verdict: str
+) -> None:
+    """Nothing is said of grids that the format does not hold: it holds them all."""
+    write_packed(llama, tmp_path / "plain", Form("gptq", group=64))
+    plain = {
+        name: one for name, one in load_file(tmp_path / "plain" / "model.safetensors").items() if ".down_proj." in name
+    }
+    source = changed(made["gptq"], tmp_path / "source", lambda values: values.update(plain))
+    result = converted(source, tmp_path / "made", format)
+    assert result.conversion is not None
+    assert result.conversion["verdict"] == verdict
+    assert not [text for text in result.plan.warnings if "does not hold" in text]
+    told = [text for text in result.plan.warnings if text.startswith("12 matrices rounded anew: g_idx")]
+    assert len(told) == (verdict == "rounded")
+
+
 OTHERS = [
     ("awq", "4bit"),
     ("compressed-tensors", "W4A16"),

@@ -183,9 +183,9 @@ def held_output_rows(
     source: HeldSource, tensor: OutputTensor, start: int, stop: int
 ) -> tuple[Grid, torch.Tensor] | None:
     """``Model.held_grid`` for rows [start, stop) of ``tensor``: the rows of its pieces, in their order, each on
-    the grid on which the source stores it. None where a piece is not held, or not by rows: transposed, its columns
-    reordered, something added; or where pieces are on grids of different kinds. Needs torch."""
-    from llm_quantize.grids.held import joined, taken
+    the grid on which the source stores it. None where a piece is not held, or not by rows: transposed, something
+    added, its columns in an order that parts groups; or where pieces are on grids of different kinds. Needs torch."""
+    from llm_quantize.grids.held import joined, moved, taken
 
     if tensor.constant is not None or is_joined(tensor):
         return None
@@ -194,11 +194,13 @@ def held_output_rows(
         first, last = max(start, base) - base, min(stop, base + count) - base
         if first >= last:
             continue
-        if piece.transpose or piece.columns is not None or piece.altered:
+        if piece.transpose or piece.altered:
             return None
         wanted = np.arange(first, last) if piece.order is None else piece.order[first:last].astype(np.int64)
         low = int(wanted.min()) + piece.start
         found = source.held_grid(piece.source, low, int(wanted.max()) + 1 + piece.start)
+        if found is not None and piece.columns is not None:
+            found = moved(found, piece.columns)
         if found is None:
             return None
         ordered = piece.order is None

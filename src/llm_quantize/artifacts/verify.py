@@ -313,22 +313,30 @@ class _Directory:
 
     def _compared(self, source: Source, decoded: DecodedDirectory) -> Iterator[tuple[str, OutputTensor, Compared]]:
         """(tensor, what it is in the source, the two compared) of every tensor of the map, and of whatever the source
-        has beside them under the same name (vision towers)."""
+        has beside them under the same name (vision towers). What the map puts through a curve is compared as it is
+        stored where it can be: errors are others behind it, and verdicts are of those before."""
         seen = set()
         for output in source.tensors.outputs:
+            curved = any(piece.curve for piece in output.pieces)
             for name, first, count in decoded.parts(output.name):
+                if curved and self._stands(source, name):
+                    continue
                 seen.add(name)
                 yield (
                     name,
                     output,
                     self._compare(source, output, decoded.stored_rows(output.name, first, first + count)),
                 )
-        known = source.checkpoint.tensors
         for name, info in self.files.plain.items():
-            same = name in known and known[name].shape == info.shape and source.checkpoint.is_readable(name)
-            if name not in seen and same and info.dtype in FLOATS:
+            if name not in seen and self._stands(source, name):
                 output = OutputTensor(name, info.shape, (Piece(name),))
                 yield name, output, self._compare(source, output, self._rows_of(name, info))
+
+    def _stands(self, source: Source, name: str) -> bool:
+        """Whether the tensor is floats here, and of the same name and shape in the source."""
+        info, known = self.files.plain.get(name), source.checkpoint.tensors.get(name)
+        same = info is not None and known is not None and known.shape == info.shape and info.dtype in FLOATS
+        return same and source.checkpoint.is_readable(name)
 
     def _rows_of(self, name: str, info: TensorInfo) -> Iterator[tuple[int, Floats]]:
         for _, first, last in chunk_ranges(info.shape, 0, matrix_shape(info.shape)[0]):

@@ -80,7 +80,7 @@ def _repacked(matrices: Matrices, matrix: MatrixPlan) -> Kept | None:
     if len(weight.pieces) != 1 or weight.constant is not None or matrix.cache is not None:
         return None
     (piece,) = weight.pieces
-    if piece.transpose or piece.add or piece.start or not (piece.order is None and piece.columns is None):
+    if piece.transpose or piece.altered or piece.start or not (piece.order is None and piece.columns is None):
         return None
     held = checkpoint.held_words(piece.source) if checkpoint.matrix(piece.source)[0] == rows else None
     made = None if held is None else matrices.store.repack(matrix, held)

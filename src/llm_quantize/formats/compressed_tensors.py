@@ -323,8 +323,8 @@ def _matrix(
     _check_called_for(name, layout, found, weights)
     group = columns_of_group(declared, k, each, varies=False)
     matrix = PackedMatrix(name, layout, n, k, bits, group, "weight_zero_point" not in found, False, found)
-    matrix = replace(matrix, act_order=layout is PACKED and weights.get("actorder") in _BY_GROUP)
     g = matrix.groups
+    matrix = replace(matrix, act_order=layout is PACKED and g > 1 and weights.get("actorder") in _BY_GROUP)
     by_row = {"weight_zero_point": (("I8",), ((n, g), (1,), (1, 1), *(((n,),) if g == 1 else ())))}
     packed_zeros = {"weight_zero_point": (("I32",), ((packed_words(n, bits), g),))}
     return check_fields(

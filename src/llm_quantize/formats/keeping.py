@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from llm_quantize.architectures.base import OutputTensor
+from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import weights_of
 from llm_quantize.errors import UsageError
 from llm_quantize.formats.base import Packed, SchemeOptions
@@ -21,8 +21,9 @@ from llm_quantize.formats.modules import Module, select
 from llm_quantize.formats.packed_recipe import types_of
 from llm_quantize.formats.recipe import Recipe
 from llm_quantize.io.journal import canonical_json
+from llm_quantize.qtypes import QTYPES
 from llm_quantize.qtypes.codebook import OF_127, CodebookType
-from llm_quantize.qtypes.held import Held
+from llm_quantize.qtypes.held import Held, move_whole
 from llm_quantize.qtypes.holding import CODES, NEVER, PERHAPS, SURELY, holds
 from llm_quantize.qtypes.integer import WHOLE_ROW, is_integer
 from llm_quantize.qtypes.packed import packed_type
@@ -55,10 +56,22 @@ def holding_of(source: Source, output: OutputTensor, qtype: str, *, wide: bool =
     blocks = {source.checkpoint.block_type(piece.source, transpose=piece.transpose) for piece in output.pieces}
     if blocks == {qtype}:
         return SURELY
-    found = [source.checkpoint.held(piece.source) for piece in output.pieces]
+    found = [held_of(source, piece) for piece in output.pieces]
     held = min((NEVER if one is None else _holds(qtype, one, act_order) for one in found), default=NEVER)
     narrow = not wide and qtype not in OF_127 and any(one is not None and one.qtype in OF_127 for one in found)
     return CODES if held == SURELY and narrow else held
+
+
+def held_of(source: Source, piece: Piece) -> Held | None:
+    """``Model.held`` of the rows of ``piece``, as ``held_output_rows`` gives them: None too where they are read by
+    columns, or altered, or their columns are in an order that parts groups."""
+    held = None if piece.transpose or piece.altered else source.checkpoint.held(piece.source)
+    if held is None or piece.columns is None:
+        return held
+    if held.act_order or not (held.qtype in QTYPES or _is_known((held.qtype,))):
+        return None
+    size = QTYPES[held.qtype].block_size if held.qtype in QTYPES else packed_type(held.qtype).group_size
+    return held if size == WHOLE_ROW or move_whole(piece.columns, size) else None
 
 
 def _holds(qtype: str, held: Held, act_order: bool) -> int:

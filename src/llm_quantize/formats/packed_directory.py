@@ -421,10 +421,11 @@ def _label(form: Packed, scheme: Scheme) -> str:
 
 
 def _not_held(source: Source, label: str, modules: Sequence[Module], types: Mapping[str, str]) -> Iterator[str]:
-    """Of a source that mixes grids, which of its matrices ``label`` has no grid for."""
+    """Of a source that mixes grids, which of its matrices ``label`` has no grid for; the order of columns is another
+    matter (``keeping.out_of_order``)."""
     stored = {one.name: {source.checkpoint.held(piece.source) for piece in one.weight.pieces} for one in modules}
     given = [one for one in modules if None not in stored[one.name]]
-    lost = [one for one in given if holding_of(source, one.weight, types[one.name]) == NEVER]
+    lost = [one for one in given if holding_of(source, one.weight, types[one.name], act_order=True) == NEVER]
     if 0 < len(lost) < len(given):
         grids = sorted({grid.qtype for one in lost for grid in stored[one.name] if grid is not None})
         yield (

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from llm_quantize.grids.grid import Grid, Ladder
-from llm_quantize.qtypes.held import HeldRows
+from llm_quantize.qtypes.held import HeldRows, move_whole
 
-__all__ = ["grid_of", "joined", "taken"]
+__all__ = ["grid_of", "joined", "moved", "taken"]
 
 
 def grid_of(rows: HeldRows) -> tuple[Grid, Tensor]:
@@ -73,9 +74,24 @@ def taken(part: tuple[Grid, Tensor], order: Sequence[int]) -> tuple[Grid, Tensor
     """The rows of a grid and its codes in another order."""
     grid, codes = part
     index = torch.tensor(order, dtype=torch.int64)
+    return _mapped(grid, lambda one, _size: one[index]), codes[index]
+
+
+def moved(part: tuple[Grid, Tensor], columns: npt.NDArray[np.int64]) -> tuple[Grid, Tensor] | None:
+    """The columns of a grid and its codes in the order ``columns`` int64 (K,); None where that parts what shares a
+    scale."""
+    grid, codes = part
+    if grid.index is not None or not (move_whole(columns, grid.span) and move_whole(columns, grid.group)):
+        return None
+    order = torch.from_numpy(columns)
+    return _mapped(grid, lambda one, size: one[:, order[::size] // size]), codes[:, order]
+
+
+def _mapped(grid: Grid, change: Callable[[Tensor, int], Tensor]) -> Grid:
+    """``change``: of the numbers of groups, and how many columns each is for."""
     chosen = {
-        name: None if one is None else one[index]
+        name: None if one is None else change(one, grid.span if name in ("d", "m") else grid.group)
         for name, one in (("d", grid.d), ("u", grid.u), ("z", grid.z), ("m", grid.m), ("v", grid.v))
     }
-    ladder = None if grid.ladder is None else grid.ladder.mapped(lambda one: one[index])
-    return replace(grid, ladder=ladder, **chosen), codes[index]  # type: ignore[arg-type]
+    ladder = None if grid.ladder is None else grid.ladder.mapped(lambda one: change(one, grid.span))
+    return replace(grid, ladder=ladder, **chosen)  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ from llm_quantize.models.base import Digest, FileFact, Opened, Values, fingerpri
 from llm_quantize.models.hub.locate import Place
 from llm_quantize.models.safetensors import without_weights
 from llm_quantize.qtypes import QTYPES
-from llm_quantize.qtypes.held import Held
+from llm_quantize.qtypes.held import Held, move_whole
 
 if TYPE_CHECKING:
     import torch
@@ -291,9 +291,19 @@ class GgufModel(Opened):
         return values if values.dtype == self.stored_dtype(name) else to_float32(values)
 
     def held(self, name: str) -> Held | None:
-        """As ``Model.held``: of what the file stores in another order of columns, or with something added, nothing."""
-        found = {self.stored.held(piece.source) for piece in self._rows[name].pieces}
-        return found.pop() if len(found) == 1 and self._by_rows(name) is not None else None
+        """As ``Model.held``: nothing of what the file stores by columns, with something added, or in an order of
+        columns that parts blocks."""
+        pieces = self._rows[name].pieces
+        found = {self.stored.held(piece.source) for piece in pieces}
+        return found.pop() if len(found) == 1 and all(map(self._moves_whole, pieces)) else None
+
+    def _moves_whole(self, piece: Piece) -> bool:
+        if piece.transpose or piece.altered:
+            return False
+        if piece.columns is None:
+            return True
+        kind = QTYPES.get(self.stored.tensors[piece.source].dtype)
+        return kind is not None and kind.block_size < len(piece.columns) and move_whole(piece.columns, kind.block_size)
 
     def _by_rows(self, name: str, *, transpose: bool = False) -> OutputTensor | None:
         """How the tensor's rows are rows of the file, as they stand; None where they are not."""

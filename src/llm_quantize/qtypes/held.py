@@ -13,12 +13,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["UNEVEN", "Held", "HeldRows", "HeldWords"]
+__all__ = ["UNEVEN", "Held", "HeldRows", "HeldWords", "move_whole"]
 
 Floats = npt.NDArray[np.float32]
 
 UNEVEN = "uneven"
 """The name of the grid of a matrix with groups of several sizes, which nothing holds."""
+
+
+def move_whole(columns: npt.NDArray[np.int64], group: int) -> bool:
+    """Whether groups of ``group`` columns stay together, in their order, where columns move to the order ``columns``
+    int64 (K,); in one group any order is right."""
+    if group >= len(columns):
+        return True
+    if len(columns) % group:
+        return False
+    starts = columns[::group]
+    return not (starts % group).any() and np.array_equal(columns, (starts[:, None] + np.arange(group)).reshape(-1))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import weights_of
 from llm_quantize.formats.gguf.levels import LEVELS, Level, TensorShape, is_quantizable
 from llm_quantize.formats.gguf.scales import beside, count_of, is_heeded
+from llm_quantize.formats.keeping import held_of
 from llm_quantize.formats.recipe import Recipe
 from llm_quantize.io.journal import canonical_json
 from llm_quantize.qtypes import QTYPES
@@ -55,9 +56,7 @@ def taken(source: Source, output: OutputTensor) -> Taken | None:
     blocks = {model.block_type(piece.source, transpose=piece.transpose) for piece in output.pieces}
     if len(blocks) == 1 and None not in blocks:  # of a GGUF file: they stay as they are
         return Taken(blocks_of(str(blocks.pop()), columns))
-    if any(piece.transpose or piece.columns is not None or piece.altered for piece in output.pieces):
-        return Taken(None)
-    grids = {model.held(name) for name in sources}
+    grids = {held_of(source, piece) for piece in output.pieces}
     grid = grids.pop() if len(grids) == 1 else None
     found = None if grid is None or grid.act_order else blocks_of(grid.qtype, columns)
     if found is None or grid is None or grid.qtype != WITH_A_SCALE:
