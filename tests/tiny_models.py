@@ -369,7 +369,7 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
             fan_in = value.shape[0] if conv else value.shape[-1]
             # What leaves a delta rule is normed, so small values are made large: with less of it, less of their noise.
             usual = 0.42 if name.endswith("linear_attn.out_proj.weight") else 1.2
-            new = noise * (2.0 if "gate.weight" in name else usual) / fan_in**0.5
+            new = noise * ((2.0 if "gate.weight" in name else usual) / fan_in**0.5)
         with torch.no_grad():
             value.copy_(new)
     model.tie_weights()

@@ -209,6 +209,7 @@ def _refuse_inexact(source: Source, foreseen: Foreseen) -> None:
         return
     first, more = foreseen.never[0], len(foreseen.never) - 1
     order = _order_of(source, foreseen.plan.format)
+    order = f", act-order: {order}" if order else ""
     info = source.checkpoint.tensors.get(f"{first}.weight") or source.checkpoint.tensors.get(first)
     stored = "" if info is None else f" ({info.dtype})"
     raise UnsupportedError(

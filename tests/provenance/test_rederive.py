@@ -164,7 +164,9 @@ def test_a_flipped_byte_is_named(place: Path, tmp_path: Path, case: str) -> None
     assert llm_quantize.verify(artifact).ok
     found = again(place, artifact, case)
     assert found.verdict == "differs"
-    (one,) = found.differences
+    one, *others = found.differences
+    # A card tells what the artifact loses as it is, so that it may tell another figure.
+    assert [other.file for other in others] in ([], ["README.md"] if case == "mixed" else [])
     row = (entry["bytes"] // 2 + 1) // (entry["bytes"] // total)
     assert (one.file, one.tensor, one.rows, one.count, one.offset) == (file.name, entry["name"], (row, row), 1, offset)
     assert rows[0] <= row < rows[1]

@@ -10,7 +10,6 @@ import click
 
 from llm_quantize.cli.common import emit_json, json_option, line, mode
 from llm_quantize.cli.progress import told
-from llm_quantize.measures.uncertainty import figure
 from llm_quantize.reports.wording import said, wraps_at_spaces
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ def _methods_table(found: Methods) -> Table:
                 said(row.method),
                 f"{row.size / 1e6:.2f} MB",
                 f"{lost.kld:.5f} {_plus_minus(lost.kld_sem)}",
-                "" if ratio is None else figure(ratio.kld_ratio, ratio.kld_ratio_sem, 2).replace("± ", "±"),
+                "" if ratio is None else f"{ratio.kld_ratio:.2f} {_plus_minus(ratio.kld_ratio_sem, 2)}",
                 f"{100 * lost.same_top:.1f} %",
                 f"{row.seconds:.1f} s" if row.seconds else "–",
             )
@@ -172,10 +171,11 @@ def _table(result: DemoResult) -> Table:
     return table
 
 
-def _plus_minus(error: float) -> str:
+def _plus_minus(error: float, places: int = 5) -> str:
     if not math.isfinite(error):  # one window
         return ""
-    return f"±{error:.5f}" if error >= 5e-6 or error == 0 else f"±{error:.0e}".rjust(8)
+    shown = error == 0 or error >= 0.5 * 10.0**-places
+    return f"±{error:.{places}f}" if shown else f"±{error:.0e}".rjust(places + 3)
 
 
 def _agreement(found: Run) -> str:
