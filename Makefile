@@ -85,7 +85,7 @@ real-models: $(VENV)/.test
 # JSON files are kept.
 bench-real: real-models
 	$(BIN)/python benchmarks/real.py --model $(MODELS)/SmolLM2-135M-Instruct --directory $(MODELS)/runs $(PEER_OPTIONS) \
-		--json benchmarks/results/real.json
+		$(if $(wildcard $(MLX)/bin/python),--mlx-python $(MLX)/bin/python) --json benchmarks/results/real.json
 	$(BIN)/python benchmarks/real.py --model $(MODELS)/gemma-3-270m --directory $(MODELS)/runs-gemma $(PEER_OPTIONS) \
 		--group-size 128 --samples 64 --only gptq --json benchmarks/results/real_gemma.json
 

@@ -21,14 +21,6 @@ LEVELS = {
 }
 
 
-@pytest.fixture(params=_native.levels())
-def level(request):
-    before = kernels.simd_level()
-    kernels.set_simd_level(request.param)
-    yield request.param
-    kernels.set_simd_level(before)
-
-
 def problem(levels, columns, rows, seed, *, offset, group=32):
     g = torch.Generator().manual_seed(seed)
 

@@ -6,17 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quantize import kernels
-from llm_quantize.kernels import _native
 from llm_quantize.kernels.gram import DEPTH, add_gram, serves
-
-
-@pytest.fixture(params=_native.levels())
-def level(request):
-    before = kernels.simd_level()
-    kernels.set_simd_level(request.param)
-    yield request.param
-    kernels.set_simd_level(before)
 
 
 def drawn(tokens: int, columns: int) -> torch.Tensor:

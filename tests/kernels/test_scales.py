@@ -6,19 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quantize import kernels
 from llm_quantize.grids import search
-from llm_quantize.kernels import _native, scales
+from llm_quantize.kernels import scales
 
 INF = float("inf")
-
-
-@pytest.fixture(params=_native.levels())
-def level(request):
-    before = kernels.simd_level()
-    kernels.set_simd_level(request.param)
-    yield request.param
-    kernels.set_simd_level(before)
 
 
 def problem(count: int, groups: int, tries: int, *, zeros: bool):

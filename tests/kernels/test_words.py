@@ -12,14 +12,6 @@ from llm_quantize.kernels import _native, feedback, words
 from llm_quantize.kernels.reference import words as reference_words
 
 
-@pytest.fixture(params=_native.levels())
-def level(request):
-    before = kernels.simd_level()
-    kernels.set_simd_level(request.param)
-    yield request.param
-    kernels.set_simd_level(before)
-
-
 def problem(qtype, columns, rows, seed, *, diagonal=False):
     """(grid, book, H (n, n), metrics, coupling, weight (n, R))."""
     g = torch.Generator().manual_seed(seed)

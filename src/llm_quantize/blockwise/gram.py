@@ -37,13 +37,14 @@ class Gram:
     """The sums of one matrix with ``columns`` inputs. ``cross`` is None where it was not asked for; ``tokens`` so far.
 
     ``hessian`` is whole only after ``finish``. ``largest`` (columns,): of the inputs; ``rows`` (k, columns): those that
-    were kept as they are (``look``). ``held``: (inputs, those of the source) of each chunk that is held back.
+    were kept as they are (``look``). ``held``: (inputs, those of the source, how much each token counts) of each chunk
+    that is held back.
     """
 
     def __init__(self, columns: int, *, cross: bool, device: torch.device | str = "cpu") -> None:
         self.largest = torch.zeros(columns, dtype=torch.float32, device=device)
         self._rows: list[Tensor] = []
-        self.held: list[tuple[Tensor, Tensor]] = []
+        self.held: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self.columns, self.tokens = columns, 0
         self.hessian = torch.zeros((columns, columns), dtype=torch.float32, device=device)
         self.cross = torch.zeros_like(self.hessian) if cross else None
@@ -52,10 +53,11 @@ class Gram:
         """The work of adding ``inputs`` (tokens, columns) and, for the cross product, the source model's (the same
         tokens): pieces that may run at the same time, all of them before those of the next call."""
         self.tokens += inputs.shape[0]
-        return self._sums(self.hessian, inputs, full)
+        return self._sums(self.hessian, inputs, full, token_weights(inputs))
 
-    def _sums(self, hessian: Tensor, inputs: Tensor, full: Tensor | None) -> list[Callable[[], None]]:
-        weights = token_weights(inputs)
+    def _sums(
+        self, hessian: Tensor, inputs: Tensor, full: Tensor | None, weights: Tensor | None
+    ) -> list[Callable[[], None]]:
         return [*self._products(hessian, inputs, weights), *self._crosses(inputs, full, weights)]
 
     def _products(self, hessian: Tensor, inputs: Tensor, weights: Tensor | None) -> Iterator[Callable[[], None]]:
@@ -74,18 +76,13 @@ class Gram:
 
     def hold(self, inputs: Tensor, full: Tensor) -> None:
         """Hold back what ``jobs`` would add."""
-        self.held.append((inputs, full))
-
-    def weighted(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """What is held back, with ``token_weights`` of each chunk."""
-        return [(inputs, full, token_weights(inputs)) for inputs, full in self.held]
+        self.held.append((inputs, full, token_weights(inputs)))
 
     def release(self, hessian: Tensor) -> Iterator[list[Callable[[], None]]]:
         """The jobs of adding what is held back, chunk after chunk: to the cross product, and to another ``hessian``
         (n, n), of the upper triangle; ``join`` adds that as well."""
         while self.held:
-            inputs, full = self.held.pop(0)
-            yield self._sums(hessian, inputs, full)
+            yield self._sums(hessian, *self.held.pop(0))
 
     def join(self, hessian: Tensor, tokens: int) -> None:
         """Add the sums of ``tokens`` more inputs."""

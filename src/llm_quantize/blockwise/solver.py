@@ -222,8 +222,8 @@ class Solver:
             return UNTRIED
         weights = self._sampled(members, taps, gram.columns)
         (known,) = self.pool.each(partial(_moment, gram.cross), [weights])
-        (lacking,) = self.pool.each(partial(moment, gram.weighted()), [weights])
-        held, tokens = torch.zeros_like(gram.hessian), sum(len(inputs) for inputs, _ in gram.held)
+        (lacking,) = self.pool.each(partial(moment, gram.held), [weights])
+        held, tokens = torch.zeros_like(gram.hessian), sum(len(inputs) for inputs, *_ in gram.held)
         for work in gram.release(held):
             self.pool.do(work)
         complete(held)

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from llm_quantize import kernels
-from llm_quantize.grids import ggml_held
+from llm_quantize.grids.ggml_held import GgmlType
 from llm_quantize.grids.ggml_pack import LAYOUTS, unpack
 from llm_quantize.grids.ggml_super import fit_superblocks
 from llm_quantize.grids.grid import Grid, row_tiles
@@ -57,20 +55,8 @@ FACTORS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 
 @dataclass(frozen=True)
-class GgmlGridType:
+class GgmlGridType(GgmlType):
     """The grids of one block type of ggml; a GridType. ``name`` as in ``grid.GGML_GRIDS``."""
-
-    name: str
-
-    @property
-    def block(self) -> int:
-        """Columns must be a multiple of it."""
-        return LAYOUTS[self.name].span
-
-    @property
-    def joint(self) -> int:
-        """See ``GridType``."""
-        return 1
 
     def plain(self, weight: Tensor, importance: Tensor | None) -> tuple[Grid, Tensor]:
         """Grid and codes uint8 (rows, columns) of the bytes that ggml's quantizer writes.
@@ -78,11 +64,7 @@ class GgmlGridType:
         ``weight`` float32 (rows, columns), columns whole blocks; ``importance`` float32 (columns,) is used as it is.
         Raises UsageError for other shapes.
         """
-        rows = np.ascontiguousarray(weight.detach().to("cpu", torch.float32).numpy())
-        channel = None
-        if importance is not None:
-            channel = np.ascontiguousarray(importance.detach().to("cpu", torch.float32).numpy())
-        grid, codes = unpack(self.name, kernels.quantize(self.name, rows, channel), weight.shape[1])
+        grid, codes = unpack(self.name, self.encoded(weight, importance), weight.shape[1])
         return grid.to(weight.device), codes.to(weight.device)
 
     def fit(self, weight: Tensor, importance: Tensor | None, *, refine: bool = True) -> Grid:
@@ -98,14 +80,6 @@ class GgmlGridType:
         h = channel_importance(importance, weight)
         tiles = row_tiles(weight.shape[0], weight.shape[1], TILE)
         return Grid.stack([self._refined(grid.rows(a, b), weight[a:b], self.weights(weight[a:b], h)) for a, b in tiles])
-
-    def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
-        """See ``GridType``: see ``ggml_held``."""
-        return ggml_held.hold(self.name, grid, codes)
-
-    def near(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
-        """See ``GridType``: see ``ggml_held``."""
-        return ggml_held.hold(self.name, grid, codes, exact=False)
 
     def weights(self, x: Tensor, importance: Tensor) -> Tensor:
         """w (rows, columns): ``importance`` (columns,) times sqrt(k * mean x^2 + x^2) over the root of the mean."""

@@ -26,7 +26,7 @@ from llm_quantize.errors import UsageError
 from llm_quantize.grids import ggml_pack
 from llm_quantize.grids.grid import Grid, Ladder
 from llm_quantize.grids.holding import Floats, as_affine, as_integers, grouped, stored
-from llm_quantize.kernels import dequantize
+from llm_quantize.kernels import dequantize, quantize
 from llm_quantize.kernels.reference.floats import half_bits, half_values
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.qtypes.blocks import OFFSETS, SYMMETRIC
@@ -57,6 +57,42 @@ _BYTES = "q8_0"
 _HALF = 8  # codes of E2M1 with either sign
 
 
+@dataclass(frozen=True)
+class GgmlType:
+    """What the grid types of ggml's blocks have in common, each a GridType. ``name``: the type."""
+
+    name: str
+
+    @property
+    def block(self) -> int:
+        """Columns must be a multiple of it."""
+        return QTYPES[self.name].block_size
+
+    @property
+    def joint(self) -> int:
+        """See ``GridType``."""
+        return 1
+
+    def encoded(self, weight: Tensor, importance: Tensor | None) -> Bytes:
+        """The bytes (rows, row_bytes) that ggml's quantizer writes of ``weight`` float32 (rows, columns), columns whole
+        blocks; ``importance`` float32 (columns,) is used as it is. Raises UsageError for other shapes."""
+        rows = np.ascontiguousarray(weight.detach().to("cpu", torch.float32).numpy())
+        channel = None
+        if importance is not None:
+            channel = np.ascontiguousarray(importance.detach().to("cpu", torch.float32).numpy())
+        elif QTYPES[self.name].needs_importance:  # then all channels weigh the same
+            channel = np.ones(weight.shape[1], np.float32)
+        return quantize(self.name, rows, channel)
+
+    def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``."""
+        return hold(self.name, grid, codes)
+
+    def near(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
+        """See ``GridType``."""
+        return hold(self.name, grid, codes, exact=False)
+
+
 def held(qtype: str, packed: Bytes, columns: int, whole: Values | None = None) -> tuple[Grid, Tensor] | None:
     """Grid and codes uint8 (rows, ``columns``) of ``packed`` uint8 (rows, row_bytes), whose ``Grid.decode`` is what a
     decoder of GGUF gives. ``whole``: float32 (rows, 1), what the values of each row are multiplied with.
@@ -66,7 +102,7 @@ def held(qtype: str, packed: Bytes, columns: int, whole: Values | None = None) -
     """
     if qtype in _FOURS:
         return _fours(_FOURS[qtype], packed, columns, whole)
-    if qtype not in (*ggml_pack.LAYOUTS, *_TERNARY) or whole is not None:
+    if qtype not in ggml_pack.LAYOUTS or whole is not None:
         return None
     if qtype in _TERNARY:
         found = _ternary(qtype, packed, columns)

@@ -33,9 +33,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_quantize import kernels
 from llm_quantize.errors import UsageError
-from llm_quantize.grids import ggml_held
+from llm_quantize.grids.ggml_held import GgmlType
 from llm_quantize.grids.grid import Grid, row_tiles
 from llm_quantize.grids.integer import channel_importance
 from llm_quantize.kernels.iq_grids import grid_codes
@@ -325,15 +324,8 @@ def _array(values: Tensor) -> Float32:
 
 
 @dataclass(frozen=True)
-class WordGridType:
-    """The grids of one type of WORDS; a GridType."""
-
-    name: str
-
-    @property
-    def block(self) -> int:
-        """Columns must be a multiple of it."""
-        return SPAN
+class WordGridType(GgmlType):
+    """The grids of one type of WORDS."""
 
     @property
     def joint(self) -> int:
@@ -343,13 +335,7 @@ class WordGridType:
     def plain(self, weight: Tensor, importance: Tensor | None) -> tuple[Grid, Tensor]:
         """Grid and codes uint8 (rows, columns) of the bytes that ggml's quantizer writes; where it needs an importance
         and has none, all channels weigh the same."""
-        rows = np.ascontiguousarray(weight.detach().to("cpu", torch.float32).numpy())
-        channel = None
-        if importance is not None:
-            channel = np.ascontiguousarray(importance.detach().to("cpu", torch.float32).numpy())
-        elif QTYPES[self.name].needs_importance:
-            channel = np.ones(weight.shape[1], np.float32)
-        grid, codes = unpack(self.name, kernels.quantize(self.name, rows, channel), weight.shape[1])
+        grid, codes = unpack(self.name, self.encoded(weight, importance), weight.shape[1])
         return grid.to(weight.device), codes.to(weight.device)
 
     def fit(self, weight: Tensor, importance: Tensor | None, *, refine: bool = True) -> Grid:
@@ -364,14 +350,6 @@ class WordGridType:
         h = channel_importance(importance, weight)
         tiles = row_tiles(weight.shape[0], weight.shape[1], TILE)
         return Grid.stack([_Search(WORDS[self.name], weight[a:b], h).refined(grid.rows(a, b)) for a, b in tiles])
-
-    def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
-        """See ``GridType``: see ``ggml_held``."""
-        return ggml_held.hold(self.name, grid, codes)
-
-    def near(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
-        """See ``GridType``: see ``ggml_held``."""
-        return ggml_held.hold(self.name, grid, codes, exact=False)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_quantize import kernels
 from llm_quantize.errors import UsageError
-from llm_quantize.grids import ggml_held
 from llm_quantize.grids.codebook import best_rung
+from llm_quantize.grids.ggml_held import GgmlType
 from llm_quantize.grids.grid import Grid, Ladder, row_tiles
 from llm_quantize.grids.integer import TILE, channel_importance
 from llm_quantize.grids.search import Levels, fine_factors, from_lanes, lanes, symmetric_scales, weighted_error
@@ -57,25 +56,12 @@ FOURS: Mapping[str, Fours] = {
 
 
 @dataclass(frozen=True)
-class FoursGridType:
+class FoursGridType(GgmlType):
     """A GridType; ``name``: of FOURS."""
-
-    name: str
-
-    @property
-    def block(self) -> int:
-        """Columns must be a multiple of it."""
-        return QTYPES[self.name].block_size
-
-    @property
-    def joint(self) -> int:
-        """See ``GridType``."""
-        return 1
 
     def plain(self, weight: Tensor, importance: Tensor | None) -> tuple[Grid, Tensor]:
         """Grid and codes uint8 (rows, columns) of the bytes that ggml's quantizer writes; importance is not used."""
-        rows = np.ascontiguousarray(weight.detach().to("cpu", torch.float32).numpy())
-        grid, codes = unpack(self.name, kernels.quantize(self.name, rows), weight.shape[1])
+        grid, codes = unpack(self.name, self.encoded(weight, importance), weight.shape[1])
         return grid.to(weight.device), codes.to(weight.device)
 
     def fit(self, weight: Tensor, importance: Tensor | None, *, refine: bool = True) -> Grid:
@@ -95,14 +81,6 @@ class FoursGridType:
             better = weighted_error(x, w, found, levels) < weighted_error(x, w, start, levels)
             scales[first:last] = from_lanes(torch.where(better, found, start), last - first)
         return grid.with_floats(scales)
-
-    def hold(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
-        """See ``GridType``: see ``ggml_held``."""
-        return ggml_held.hold(self.name, grid, codes)
-
-    def near(self, grid: Grid, codes: Tensor) -> tuple[Grid, Tensor] | None:
-        """See ``GridType``: see ``ggml_held``."""
-        return ggml_held.hold(self.name, grid, codes, exact=False)
 
     def weights(self, x: Tensor, importance: Tensor) -> Tensor:
         """w (rows, columns): ``importance`` (columns,) alone."""

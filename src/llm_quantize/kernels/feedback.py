@@ -2,14 +2,17 @@
 
 Legend: a tile is R rows of a weight, held with its columns first, (columns, R), so that rows lie side by side; of one
 column and one row: w weight, q the value of its code, d = w - q residual. Values of the frozen grid are
-scale * level - offset. On a CPU the native loops run, elsewhere ``reference_feedback.py``, which is their meaning:
+scale * level - offset. On a CPU the native loops run, elsewhere ``reference/feedback.py``, which is their meaning:
 equal bit for bit on the same numbers, at every SIMD level.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,7 +20,9 @@ from llm_quantize import kernels
 from llm_quantize.kernels import _native
 from llm_quantize.kernels.reference import feedback as reference_feedback
 
-__all__ = ["BLOCK", "LANES", "TileGrid", "descend", "feedback"]
+__all__ = ["BLOCK", "LANES", "Array", "TileGrid", "descend", "feedback", "swept"]
+
+Array = npt.NDArray[Any]
 
 BLOCK = 128  # columns of a block, at most
 LANES = 16  # rows of a tile are a multiple of this
@@ -62,6 +67,14 @@ class TileGrid:
             uniform=bool((gaps == 1).all()) if uniform is None else uniform,
         )
 
+    def numbers(self, *, by_row: bool = False) -> tuple[Array, Array, Array | None]:
+        """Scale, inverse and offset as the native loops take them: (groups, R), or (R, groups)."""
+
+        def array(part: Tensor) -> Array:
+            return (part.T.contiguous() if by_row else part).numpy()
+
+        return array(self.scale), array(self.inverse), None if self.offset is None else array(self.offset)
+
     def columns(self, chosen: Tensor | slice) -> TileGrid:
         """The same grid for other columns: ``chosen`` of these."""
         group = self.group[chosen]
@@ -86,9 +99,7 @@ def feedback(
         return
     _native.feedback(
         kernels.simd_level(),
-        grid.scale.numpy(),
-        grid.inverse.numpy(),
-        None if grid.offset is None else grid.offset.numpy(),
+        *grid.numbers(),
         grid.group.numpy(),
         grid.levels.numpy(),
         grid.middles.numpy(),
@@ -123,27 +134,36 @@ def descend(
     """
     if weight.device.type != "cpu":
         return reference_feedback.descend(grid, hessian, reciprocal, weight, gradient, residual, codes, sweeps, BLOCK)
-    rows = [values.T.contiguous() for values in (gradient, residual, codes)]
+
+    def sweep(weight: Array, gradient: Array, residual: Array, codes: Array, counts: Array) -> None:
+        _native.descend(
+            kernels.simd_level(),
+            *grid.numbers(by_row=True),
+            grid.group.numpy(),
+            grid.levels.numpy(),
+            grid.middles.numpy(),
+            grid.edges,
+            grid.uniform,
+            hessian.numpy(),
+            reciprocal.numpy(),
+            weight,
+            gradient,
+            residual,
+            codes,
+            sweeps,
+            counts,
+        )
+
+    return swept(weight, gradient, residual, codes, sweep)
+
+
+def swept(weight: Tensor, gradient: Tensor, residual: Tensor, codes: Tensor, sweep: Callable[..., None]) -> int:
+    """How many times a code moved in ``sweep`` (weight, gradient, residual, codes, counts), which is given copies
+    (R, n) of these (n, R), and int32 (R,); what it changed is put back."""
+    changing = (gradient, residual, codes)
+    rows = [values.T.contiguous() for values in changing]
     counts = torch.zeros(weight.shape[1], dtype=torch.int32)
-    _native.descend(
-        kernels.simd_level(),
-        grid.scale.T.contiguous().numpy(),
-        grid.inverse.T.contiguous().numpy(),
-        None if grid.offset is None else grid.offset.T.contiguous().numpy(),
-        grid.group.numpy(),
-        grid.levels.numpy(),
-        grid.middles.numpy(),
-        grid.edges,
-        grid.uniform,
-        hessian.numpy(),
-        reciprocal.numpy(),
-        weight.T.contiguous().numpy(),
-        rows[0].numpy(),
-        rows[1].numpy(),
-        rows[2].numpy(),
-        sweeps,
-        counts.numpy(),
-    )
-    for values, changed in zip((gradient, residual, codes), rows, strict=True):
+    sweep(weight.T.contiguous().numpy(), *(part.numpy() for part in rows), counts.numpy())
+    for values, changed in zip(changing, rows, strict=True):
         values.copy_(changed.T)
     return int(counts.sum())

@@ -10,17 +10,14 @@ bit on the same numbers, at every SIMD level.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llm_quantize import kernels
 from llm_quantize.kernels import _native
+from llm_quantize.kernels.feedback import Array, TileGrid, swept
 from llm_quantize.kernels.reference import words as reference_words
-
-if TYPE_CHECKING:
-    from llm_quantize.kernels.feedback import TileGrid
 
 __all__ = ["WORD", "Book", "descend", "feedback"]
 
@@ -59,6 +56,10 @@ class Book:
             signs=patterns,
         )
 
+    def arrays(self) -> tuple[Array, Array, Array | None]:
+        """Entries, codes and signs as the native loops take them."""
+        return self.entries.numpy(), self.codes.numpy(), None if self.signs is None else self.signs.numpy()
+
     def to(self, device: torch.device | str) -> Book:
         """The same on ``device``."""
         signs = None if self.signs is None else self.signs.to(device)
@@ -87,15 +88,11 @@ def feedback(
         return
     _native.feed_words(
         kernels.simd_level(),
-        grid.scale.numpy(),
-        grid.inverse.numpy(),
-        None if grid.offset is None else grid.offset.numpy(),
+        *grid.numbers(),
         grid.group.numpy(),
         grid.levels.numpy(),
         grid.edges,
-        book.entries.numpy(),
-        book.codes.numpy(),
-        None if book.signs is None else book.signs.numpy(),
+        *book.arrays(),
         coupling.numpy(),
         metrics.numpy(),
         weight.numpy(),
@@ -123,27 +120,22 @@ def descend(
     """
     if weight.device.type != "cpu":
         return reference_words.descend(grid, book, hessian, weight, gradient, residual, codes, sweeps)
-    rows = [values.T.contiguous() for values in (gradient, residual, codes)]
-    counts = torch.zeros(weight.shape[1], dtype=torch.int32)
-    _native.descend_words(
-        kernels.simd_level(),
-        grid.scale.T.contiguous().numpy(),
-        grid.inverse.T.contiguous().numpy(),
-        None if grid.offset is None else grid.offset.T.contiguous().numpy(),
-        grid.group.numpy(),
-        grid.levels.numpy(),
-        grid.edges,
-        book.entries.numpy(),
-        book.codes.numpy(),
-        None if book.signs is None else book.signs.numpy(),
-        hessian.numpy(),
-        weight.T.contiguous().numpy(),
-        rows[0].numpy(),
-        rows[1].numpy(),
-        rows[2].numpy(),
-        sweeps,
-        counts.numpy(),
-    )
-    for values, changed in zip((gradient, residual, codes), rows, strict=True):
-        values.copy_(changed.T)
-    return int(counts.sum())
+
+    def sweep(weight: Array, gradient: Array, residual: Array, codes: Array, counts: Array) -> None:
+        _native.descend_words(
+            kernels.simd_level(),
+            *grid.numbers(by_row=True),
+            grid.group.numpy(),
+            grid.levels.numpy(),
+            grid.edges,
+            *book.arrays(),
+            hessian.numpy(),
+            weight,
+            gradient,
+            residual,
+            codes,
+            sweeps,
+            counts,
+        )
+
+    return swept(weight, gradient, residual, codes, sweep)

@@ -92,7 +92,8 @@ def moment(held: Sequence[tuple[Tensor, Tensor, Tensor | None]], weights: Tensor
 def decide(known: Part, held: Part) -> Correction:
     """The correction that serves text held back, of which ``held`` are the sums; ``known`` are those of the rest.
 
-    The gain has one peak along the ridges: from the middle one it is climbed, so that most are never tried.
+    The gain is climbed from the middle ridge to the first peak, so that most are never tried; where it had two, the
+    other would be missed.
     """
     mean = mean_square(known.hessian.diagonal().to(torch.float64) / max(known.tokens, 1))
     if mean <= 0:

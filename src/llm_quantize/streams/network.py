@@ -179,7 +179,7 @@ class Network:
         prefix = self._prefix(index) + "."
         watch(module, prefix, self._places, self._parameters(index), weights, lambda: observer.cache)
         endings, replay = self._find_endings(index), Replay()
-        attach_endings(module, endings, replay)  # after watch, which asks modules what they take
+        attach_endings(module, endings, replay)
         for parameter in self._parameters(index):
             self._put(module, parameter, weights, prefix)
         round_inputs(module, prefix, self._places, self._parameters(index), weights)
