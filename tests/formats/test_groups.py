@@ -13,8 +13,9 @@ from llm_quantize.artifacts.manifest import read_manifest
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.cli import run
 from llm_quantize.errors import UsageError
-from llm_quantize.formats.base import SchemeOptions, odd_groups, scheme_of
+from llm_quantize.formats.base import SchemeOptions, scheme_of
 from llm_quantize.formats.packed_formats import PACKED
+from llm_quantize.formats.packing import odd_groups
 from llm_quantize.formats.table import FORMATS
 from llm_quantize.models.opening import open_source
 from llm_quantize.options import MethodOptions, Options

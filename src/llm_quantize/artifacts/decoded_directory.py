@@ -24,7 +24,8 @@ from llm_quantize.errors import IntegrityError, MalformedInputError, Unsupported
 from llm_quantize.formats.packed import ALIGNED
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.models.opening import Source
-from llm_quantize.models.quantized import PackedRows, open_directory, zero_biases
+from llm_quantize.models.packed_rows import PackedRows, zero_biases
+from llm_quantize.models.quantized import open_directory
 from llm_quantize.models.stored import StoredDirectory
 from llm_quantize.qtypes.inputs import InputGrid
 

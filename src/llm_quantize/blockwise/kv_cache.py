@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
-from llm_quantize.formats.base import store_floats
+from llm_quantize.formats.packing import store_floats
 from llm_quantize.grids.grid import to_storage
 from llm_quantize.grids.inputs import calibrated
 from llm_quantize.plan import MatrixPlan, TensorPlan

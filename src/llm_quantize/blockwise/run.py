@@ -36,7 +36,8 @@ from llm_quantize.blockwise.solver import Fields, Job, Solver
 from llm_quantize.blockwise.stages import routers, stages
 from llm_quantize.errors import NumericPolicyError, UnsupportedError
 from llm_quantize.events import EventSink
-from llm_quantize.formats.base import Store, mixture_of
+from llm_quantize.formats.base import Store
+from llm_quantize.formats.packing import mixture_of
 from llm_quantize.grids.inputs import calibrated
 from llm_quantize.memory import Fitted
 from llm_quantize.methods.gptq_options import held_back

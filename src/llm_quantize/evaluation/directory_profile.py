@@ -17,12 +17,13 @@ from llm_quantize.architectures.rows import matrix_shape, weights_of
 from llm_quantize.errors import ResourceError, UsageError
 from llm_quantize.evaluation.allocation import Allocation, Choice, Preset, Target, allocate
 from llm_quantize.evaluation.sensitivity import KEPT, Candidate, Profile, Sensitivity
-from llm_quantize.formats.base import Scheme, mixture_of, scheme_of
+from llm_quantize.formats.base import Scheme, scheme_of
 from llm_quantize.formats.compressed_mixed import HEAD_BITS
 from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.formats.modules import head_of
 from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.formats.packed_recipe import together
+from llm_quantize.formats.packing import mixture_of
 from llm_quantize.formats.recipe import Recipe
 from llm_quantize.formats.table import FORMATS
 from llm_quantize.methods.sizes import factor_bytes

@@ -24,7 +24,6 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from llm_quantize.formats.base import load_floats
 from llm_quantize.formats.bitpack import packed_words, unpack_bits
 from llm_quantize.formats.packed import (
     FLOATS,
@@ -42,6 +41,7 @@ from llm_quantize.formats.packed import (
     modules,
     values_of,
 )
+from llm_quantize.formats.packing import load_floats
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.held import HeldRows
 

@@ -31,23 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError, printable
-from llm_quantize.formats.base import (
-    NO_CACHES,
-    Array,
-    Coverage,
-    Field,
-    Scheme,
-    SchemeOptions,
-    as_they_are,
-    check_group,
-    fixed_groups,
-    no_caution,
-    no_fields,
-    no_repacking,
-    takes_any,
-    to_numpy,
-    with_quantization,
-)
+from llm_quantize.formats.base import Array, Coverage, Field, Scheme, SchemeOptions
 from llm_quantize.formats.expressions import Meaning, first_meant
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import (
@@ -63,6 +47,18 @@ from llm_quantize.formats.packed import (
     modules,
     no_words,
     wrong_form,
+)
+from llm_quantize.formats.packing import (
+    NO_CACHES,
+    as_they_are,
+    check_group,
+    fixed_groups,
+    no_caution,
+    no_fields,
+    no_repacking,
+    takes_any,
+    to_numpy,
+    with_quantization,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import BLOCKS, CODEBOOKS, NESTED_BLOCK, CodebookType

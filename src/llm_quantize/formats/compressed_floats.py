@@ -22,10 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_quantize.formats import float_codes
-from llm_quantize.formats.base import Array, Field, Scheme, check_group, load_floats, store_floats, to_numpy
+from llm_quantize.formats.base import Array, Field, Scheme
 from llm_quantize.formats.compressed_inputs import FIELDS as INPUTS
 from llm_quantize.formats.compressed_inputs import SHAPES as INPUT_SHAPES
 from llm_quantize.formats.packed import FLOATS, Fields, Layout, PackedMatrix, check_fields, check_matrix
+from llm_quantize.formats.packing import check_group, load_floats, store_floats, to_numpy
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import CODEBOOKS, IN_COMMON, SCALES, CodebookType, codebook_type
 from llm_quantize.qtypes.held import HeldRows

@@ -16,11 +16,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from llm_quantize.errors import UsageError
-from llm_quantize.formats.base import mixture_of
 from llm_quantize.formats.compressed_groups import Groups, weights_of
 from llm_quantize.formats.compressed_levels import BITS, LEVELS, NAME
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import PackedMatrix
+from llm_quantize.formats.packing import mixture_of
 from llm_quantize.formats.recipe import Recipe
 from llm_quantize.qtypes.integer import integer_type
 

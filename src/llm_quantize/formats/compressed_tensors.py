@@ -30,23 +30,7 @@ from llm_quantize.formats import compressed_floats as floats
 from llm_quantize.formats import compressed_levels as levels
 from llm_quantize.formats import compressed_mixed as mixed
 from llm_quantize.formats import kv_cache
-from llm_quantize.formats.base import (
-    MARLIN_STEPS,
-    Array,
-    Field,
-    Mixes,
-    Scheme,
-    check_group,
-    fits_words,
-    fixed_groups,
-    grid_numbers,
-    load_floats,
-    store_floats,
-    takes_any,
-    to_numpy,
-    usual_groups,
-    with_quantization,
-)
+from llm_quantize.formats.base import Array, Field, Mixes, Scheme
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
 from llm_quantize.formats.compressed_groups import Groups, weights_of
 from llm_quantize.formats.compressed_inputs import FIELDS as INPUT_FIELDS
@@ -91,6 +75,19 @@ from llm_quantize.formats.packed import (
     values_of,
     weights_of_groups,
     wrong_form,
+)
+from llm_quantize.formats.packing import (
+    MARLIN_STEPS,
+    check_group,
+    fits_words,
+    fixed_groups,
+    grid_numbers,
+    load_floats,
+    store_floats,
+    takes_any,
+    to_numpy,
+    usual_groups,
+    with_quantization,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.kernels.repack import ROWS, Room, moved

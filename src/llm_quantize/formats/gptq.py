@@ -32,31 +32,7 @@ import numpy.typing as npt
 
 import llm_quantize
 from llm_quantize.errors import UnsupportedError, printable
-from llm_quantize.formats.base import (
-    MARLIN_STEPS,
-    NO_CACHES,
-    Array,
-    Coverage,
-    Field,
-    Mixes,
-    Scheme,
-    SchemeOptions,
-    as_they_are,
-    check_group,
-    check_words,
-    fits_words,
-    grid_numbers,
-    load_floats,
-    mixture_of,
-    no_caution,
-    no_fields,
-    parse_bits,
-    store_floats,
-    takes_any,
-    to_numpy,
-    usual_groups,
-    with_quantization,
-)
+from llm_quantize.formats.base import Array, Coverage, Field, Mixes, Scheme, SchemeOptions
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
 from llm_quantize.formats.expressions import compiled, first_meant
 from llm_quantize.formats.packed import (
@@ -84,6 +60,25 @@ from llm_quantize.formats.packed import (
     modules,
     values_of,
     widths,
+)
+from llm_quantize.formats.packing import (
+    MARLIN_STEPS,
+    NO_CACHES,
+    as_they_are,
+    check_group,
+    check_words,
+    fits_words,
+    grid_numbers,
+    load_floats,
+    mixture_of,
+    no_caution,
+    no_fields,
+    parse_bits,
+    store_floats,
+    takes_any,
+    to_numpy,
+    usual_groups,
+    with_quantization,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.kernels.repack import INPUTS, Room, moved

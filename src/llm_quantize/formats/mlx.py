@@ -23,23 +23,7 @@ import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError, printable
 from llm_quantize.formats import mlx_floats as floats
-from llm_quantize.formats.base import (
-    NO_CACHES,
-    Array,
-    Coverage,
-    Field,
-    Scheme,
-    SchemeOptions,
-    are_stored,
-    as_they_are,
-    check_group,
-    load_floats,
-    mixture_of,
-    no_caution,
-    no_fields,
-    store_floats,
-    to_numpy,
-)
+from llm_quantize.formats.base import Array, Coverage, Field, Scheme, SchemeOptions
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import (
@@ -58,6 +42,18 @@ from llm_quantize.formats.packed import (
     modules,
     widths,
     wrong_form,
+)
+from llm_quantize.formats.packing import (
+    NO_CACHES,
+    are_stored,
+    as_they_are,
+    check_group,
+    load_floats,
+    mixture_of,
+    no_caution,
+    no_fields,
+    store_floats,
+    to_numpy,
 )
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.kernels.repack import ROWS, Room, moved

@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from llm_quantize.errors import UsageError
 from llm_quantize.formats import float_codes
-from llm_quantize.formats.base import Array, Field, Scheme, check_group, to_numpy
+from llm_quantize.formats.base import Array, Field, Scheme
 from llm_quantize.formats.packed import Fields, Layout, PackedMatrix, check_fields, contradicts
+from llm_quantize.formats.packing import check_group, to_numpy
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import CODEBOOKS, SCALES, CodebookType, codebook_type
 from llm_quantize.qtypes.held import HeldRows

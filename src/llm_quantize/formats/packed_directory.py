@@ -15,17 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import weights_of
 from llm_quantize.errors import UnsupportedError, UsageError
-from llm_quantize.formats.base import (
-    Importance,
-    Mixes,
-    Packed,
-    Scheme,
-    SchemeOptions,
-    Store,
-    mixture_of,
-    odd_groups,
-    scheme_of,
-)
+from llm_quantize.formats.base import Importance, Mixes, Packed, Scheme, SchemeOptions, Store, scheme_of
 from llm_quantize.formats.card import PackedFacts, about_packed, transformers_caution
 from llm_quantize.formats.directory import (
     Contents,
@@ -41,6 +31,7 @@ from llm_quantize.formats.keeping import Kept, float_of, holding_of, is_act_orde
 from llm_quantize.formats.kv_cache import holders
 from llm_quantize.formats.modules import EDGES, HEAD, Module, Selection, coverage, head_of, select, spellings
 from llm_quantize.formats.packed_recipe import as_far_as_both, bits_per_weight, by_grid, named, types_of
+from llm_quantize.formats.packing import mixture_of, odd_groups
 from llm_quantize.formats.recipe import Recipe, no_recipes
 from llm_quantize.plan import ArtifactPlan
 from llm_quantize.qtypes.codebook import IN_COMMON, CodebookType

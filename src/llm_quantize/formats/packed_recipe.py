@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from llm_quantize.errors import UsageError
-from llm_quantize.formats.base import mixture_of
 from llm_quantize.formats.modules import Module, joined_with
+from llm_quantize.formats.packing import mixture_of
 from llm_quantize.formats.recipe import Recipe
 from llm_quantize.measures.amounts import counted
 from llm_quantize.qtypes.integer import GROUPS, WHOLE_ROW, IntegerType, dividing, integer_type

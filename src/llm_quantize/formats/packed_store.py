@@ -12,9 +12,10 @@ import numpy.typing as npt
 import torch
 
 from llm_quantize.architectures.rows import chunk_rows, matrix_shape
-from llm_quantize.formats.base import NUMPY_TYPES, Packed, ReadRows, Repacked, Scheme, store_floats
+from llm_quantize.formats.base import NUMPY_TYPES, Packed, ReadRows, Repacked, Scheme
 from llm_quantize.formats.modules import joined_with
 from llm_quantize.formats.packed import ALIGNED, PackedMatrix
+from llm_quantize.formats.packing import store_floats
 from llm_quantize.grids import grid_type
 from llm_quantize.grids.codebook import CodebookGridType, block_maxima, ladder_of
 from llm_quantize.grids.grid import Grid, GridType, Ladder, to_storage

@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from llm_quantize.errors import UnsupportedError
 from llm_quantize.formats import float_codes
-from llm_quantize.formats.base import load_floats
 from llm_quantize.formats.packed import (
     FLOATS,
     Fields,
@@ -35,6 +34,7 @@ from llm_quantize.formats.packed import (
     modules,
     no_words,
 )
+from llm_quantize.formats.packing import load_floats
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import codebook_type
 from llm_quantize.qtypes.held import HeldRows

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from llm_quantize.errors import MalformedInputError, UnsupportedError, printable
 from llm_quantize.formats import float_codes
-from llm_quantize.formats.base import load_floats
+from llm_quantize.formats.packing import load_floats
 from llm_quantize.io.safetensors_file import TensorInfo
 from llm_quantize.qtypes.codebook import CODEBOOKS
 from llm_quantize.qtypes.held import HeldRows

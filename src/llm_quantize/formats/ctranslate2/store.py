@@ -13,7 +13,8 @@ import torch
 
 from llm_quantize.architectures.rows import chunk_rows, matrix_shape
 from llm_quantize.errors import NumericPolicyError
-from llm_quantize.formats.base import NUMPY_TYPES, ReadRows, to_numpy
+from llm_quantize.formats.base import NUMPY_TYPES, ReadRows
+from llm_quantize.formats.packing import to_numpy
 from llm_quantize.grids import grid_type, has_grid
 from llm_quantize.grids.grid import Grid, GridType
 from llm_quantize.plan import MatrixPlan, TensorPlan
