@@ -151,6 +151,20 @@ def test_a_directory_fits(model: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert "fits this size" in capsys.readouterr().err
 
 
+def test_a_plain_level_that_leaves_the_output_matrix_is_tried(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own matrix, in 16 bits beside W5A16, in 8 where the sensitivities ask for it."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256}
+    untied = str(make_tiny("llama", tmp_path / "untied", tie_word_embeddings=False, **sizes))
+    words = ["quantize", untied, "compressed-tensors", "--fit", "900kB", "--method", "rtn", "--json"]
+    assert run(words) == 0
+    facts = told(capsys)
+    assert facts["artifacts"][0]["size"] <= 900_000
+    assert facts["fit"]["types"]["lm_head"] == {"int8_g128": 1}
+    assert facts["fit"]["tried"]["sensitivities"] < facts["fit"]["tried"]["W5A16"]
+
+
 def test_what_was_tried_is_told_in_japanese(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--lang", "ja", *arguments(model, "700kB")]) == 0
     shown = capsys.readouterr().out
