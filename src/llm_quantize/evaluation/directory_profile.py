@@ -44,6 +44,7 @@ Hold = Callable[[Candidate], "dict[str, torch.Tensor]"]
 _WHOLE = "int8"
 _WIDE = ("F32", "F64")  # kept in 32 bits, all else in 16
 _SPARE = 64  # bytes
+_TOLD = 1024  # bytes, more than the card tells of a size, and what was tried for it
 _FITS = 8  # times that a recipe is planned until all of its files together are small enough
 
 
@@ -70,7 +71,7 @@ class DirectoryLadder:
         least: dict[str, int] = {}
         for one in wanted:
             least[one.name] = min(one.nbytes, least.get(one.name, one.nbytes))
-        return size + sum(least.values())
+        return size + _TOLD + sum(least.values())
 
     def lossless(self, source: Source, wanted: Sequence[Candidate]) -> list[Sensitivity]:
         """None: ``choose`` knows what may be left as it is."""
@@ -81,7 +82,7 @@ class DirectoryLadder:
         base = self._base(source, head=False)
         for bits in sorted(self.widths, reverse=True):
             plan = self._plan(source, self.level.format(bits=bits), None, _group(base))
-            if plan.size > limit:
+            if plan.size + _TOLD > limit:
                 continue
             own = units(plan)
             types = {unit: found[0].qtype for unit, found in own.items()}
@@ -159,7 +160,7 @@ class DirectoryLadder:
         if target.like is not None:
             limit = self._plan(source, target.like, None, _group(base)).size
         else:
-            limit = target.size if target.size is not None else int((target.bpw or 0.0) * base.weights / 8)
+            limit = (target.size if target.size is not None else int((target.bpw or 0.0) * base.weights / 8)) - _TOLD
         budget = limit - rest
         for attempt in range(_FITS):
             allocation = allocate(profile, budget, target.types, align=1)
