@@ -60,10 +60,11 @@ ESTIMATED = "estimated"
 @dataclass(frozen=True)
 class Fit:
     """Why a recipe that was chosen for a size is as it is. Bytes: ``size`` that was asked for, ``file`` that the weight
-    files may have of it, ``reached`` (without what the card tells of it). ``context``: tokens of the cache that fits beside them, in the type ``kv``, which
-    takes ``beside`` with all else that a runtime needs (0, "", 0: the file alone was to fit). ``bits`` per weight.
-    ``way``: how sensitivities were found, "estimated" or "measured"; ``kld``: their sum, nats. ``tried``: {recipe: mean
-    KLD on ``tokens`` positions of other text}, ``chosen`` being the one that was taken; empty where none was tried."""
+    files may have of it, ``reached`` (without what the card tells of it). ``context``: tokens of the cache that fits
+    beside them, in the type ``kv``, which takes ``beside`` with all else that a runtime needs (0, "", 0: the file alone
+    was to fit). ``bits`` per weight. ``way``: how sensitivities were found, "estimated" or "measured"; ``kld``: their
+    sum, nats. ``tried``: {recipe: mean KLD on ``tokens`` positions of other text}, ``chosen`` being the one that was
+    taken; empty where none was tried."""
 
     size: int
     file: int

@@ -283,7 +283,8 @@ LQ_INLINE bool descend_word(const lq::FrozenGrid& grid, const lq::WordBook& book
     return true;
 }
 
-// One sweep over the active rows; blocks of columns are the outer loop, as in descend_rows.
+// One sweep over the active rows; blocks of columns are the outer loop, as in descend_rows. The loop stands here again:
+// shared through a function object it made that of single codes 18 % slower.
 void descend_words(const lq::FrozenGrid& grid, const lq::WordBook& book, const lq::Descent& work) {
     for (int64_t from = 0; from < work.columns; from += most_columns) {
         const int64_t to = from + most_columns < work.columns ? from + most_columns : work.columns;
