@@ -87,7 +87,7 @@ bench-real: real-models
 	$(BIN)/python benchmarks/real.py --model $(MODELS)/SmolLM2-135M-Instruct --directory $(MODELS)/runs $(PEER_OPTIONS) \
 		$(if $(wildcard $(MLX)/bin/python),--mlx-python $(MLX)/bin/python) --json benchmarks/results/real.json
 	$(BIN)/python benchmarks/real.py --model $(MODELS)/gemma-3-270m --directory $(MODELS)/runs-gemma $(PEER_OPTIONS) \
-		--group-size 128 --samples 64 --only gptq --json benchmarks/results/real_gemma.json
+		--group-size 128 --samples 64 --only gptq --only awq --only W4A16 --json benchmarks/results/real_gemma.json
 
 format: $(VENV)/.test
 	$(BIN)/ruff format src tests scripts benchmarks

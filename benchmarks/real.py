@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +41,44 @@ from llm_quantize.calibration.windows import sample_windows
 from llm_quantize.data import evaluation_texts
 from llm_quantize.models.opening import open_source
 
+
+@dataclass(frozen=True)
+class Row:
+    """Files of one format and level, made in the ways that ``kinds`` names: of OURS, "plain", or of PEERS. ``besides``:
+    what its name says beside these two. ``group``: the groups that the level has by itself; a row of another
+    --group-size is left out."""
+
+    form: str
+    level: str
+    kinds: tuple[str, ...]
+    besides: str = ""
+    group: int | None = None
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.form, self.level, self.besides)))
+
+
 ROWS = (
-    ("bitsandbytes", "NF4", ("default", "rtn")),
-    ("compressed-tensors", "NVFP4A16", ("default", "rtn", "plain", "llmcompressor")),
-    ("compressed-tensors", "MXFP4A16", ("default", "rtn", "plain", "llmcompressor")),
-    ("mlx", "4bit", ("default", "rtn", "mlx_lm.gptq")),
-    ("ctranslate2", "int8", ("default", "rtn")),
-    ("bitsandbytes", "INT8", ("default", "rtn")),
-    ("compressed-tensors", "FP8_DYNAMIC", ("default", "rtn", "plain")),
-    ("gptq", "4bit", ("default", "source", "rtn", "gptqmodel", "autoround")),
-    ("gptq", "3bit", ("default", "gptqmodel")),
-    ("gptq", "2bit", ("default", "gptqmodel", "autoround")),
-    ("gguf", "Q4_K_M", ("feedback", "imatrix")),
-    ("gguf", "Q3_K_M", ("feedback", "imatrix")),
-    ("gguf", "Q2_K", ("feedback", "imatrix")),
-    ("gguf", "Q4_0", ("feedback", "imatrix")),
+    Row("bitsandbytes", "NF4", ("default", "rtn")),
+    Row("compressed-tensors", "NVFP4A16", ("default", "rtn", "plain", "llmcompressor")),
+    Row("compressed-tensors", "MXFP4A16", ("default", "rtn", "plain", "llmcompressor")),
+    Row("compressed-tensors", "W4A16", ("default", "rtn", "llmcompressor"), group=128),
+    Row("mlx", "4bit", ("default", "rtn", "mlx_lm.gptq")),
+    Row("ctranslate2", "int8", ("default", "rtn")),
+    Row("bitsandbytes", "INT8", ("default", "rtn")),
+    Row("compressed-tensors", "FP8_DYNAMIC", ("default", "rtn", "plain")),
+    Row("gptq", "4bit", ("default", "source", "rtn", "gptqmodel")),
+    Row("gptq", "3bit", ("default", "gptqmodel")),
+    Row("gptq", "2bit", ("default", "gptqmodel")),
+    Row("awq", "4bit", ("default", "gptqmodel awq")),
+    Row("gguf", "Q4_K_M", ("feedback", "imatrix")),
+    Row("gguf", "Q3_K_M", ("feedback", "imatrix")),
+    Row("gguf", "Q2_K", ("feedback", "imatrix")),
+    Row("gguf", "Q4_0", ("feedback", "imatrix")),
+    # More than an hour of one core each.
+    Row("gptq", "2bit", ("default", "autoround"), besides="tuned"),
+    Row("gptq", "4bit", ("default", "autoround"), besides="tuned"),
 )
 TEXTS = {"English and Japanese": (), "English": ("pride_and_prejudice",)}
 """Passages of the built-in evaluation text, none: all of it. A model that knows little Japanese falls apart into bytes
@@ -63,9 +87,14 @@ PEERS = {
     "llmcompressor": ("llmcompressor", "run_llmcompressor.py", ("--scheme", "{level}")),
     "mlx_lm.gptq": ("mlx", "run_mlx_gptq.py", ("--bits", "{bits}")),
     "gptqmodel": ("gptqmodel", "run_gptqmodel.py", ("--bits", "{bits}", "--group-size", "{group}")),
+    "gptqmodel awq": (
+        "gptqmodel",
+        "run_gptqmodel.py",
+        ("--method", "awq", "--bits", "{bits}", "--group-size", "{group}"),
+    ),
     "autoround": ("autoround", "run_autoround.py", ("--scheme", "W{bits}A16", "--group-size", "{group}")),
 }
-"""Error feedback by other tools: the environment, its runner, and how that is told the level."""
+"""The same format and size by other tools: the environment, its runner, and how that is told the level."""
 OURS = {
     "default": (),
     "feedback": ("--method", "gptq"),
@@ -87,7 +116,7 @@ main()
 def command(form: str, level: str, how: str, options: argparse.Namespace) -> list[str]:
     """What a user would type, without the program's name and the directories."""
     chosen = list(OURS[how])
-    if form == "gptq":
+    if form in ("gptq", "awq"):
         chosen += ["--group-size", str(options.group_size)]
     if how not in ("rtn", "plain"):
         chosen += ["--calibration-samples", str(options.samples), "--sequence-length", str(options.length)]
@@ -109,10 +138,11 @@ def run(program: list[str], arguments: list[str], threads: int) -> tuple[dict[st
     return found, {"cpu_seconds": round(cpu, 1), "wall_seconds": round(time.monotonic() - wall, 1)}
 
 
-def measure(form: str, level: str, kinds: tuple[str, ...], options: argparse.Namespace) -> dict[str, Any]:
-    """One row: the files made, and what each lost."""
+def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
+    """The files of a row made, and what each lost."""
+    form, level = row.form, row.level
     made, paths = {}, []
-    kinds = tuple(how for how in kinds if how not in PEERS or PEERS[how][0] in options.tools)
+    kinds = tuple(how for how in row.kinds if how not in PEERS or PEERS[how][0] in options.tools)
     for how in kinds:
         if how in PEERS:
             made[how], path = peer(form, level, how, options)
@@ -143,7 +173,9 @@ def peer(form: str, level: str, how: str, options: argparse.Namespace) -> tuple[
             drawn = sample_windows(load_texts(()), text, samples=options.samples, length=options.length, seed=0)
         tokens.write_text(json.dumps(drawn.ids.tolist()))
     told = {"level": level, "bits": level.removesuffix("bit"), "group": options.group_size}
-    candidate = Candidate(f"{form}-{level}-{how}", tool, script, tuple(word.format(**told) for word in words))
+    candidate = Candidate(
+        f"{form}-{level}-{how.replace(' ', '-')}", tool, script, tuple(word.format(**told) for word in words)
+    )
     inputs = (options.model.resolve(), tokens.resolve())
     found = launch(candidate, options.tools[tool].absolute(), inputs, options.directory.resolve(), options.threads)
     if "error" in found:
@@ -203,7 +235,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--directory", type=Path, required=True, help="scratch space, about 2 GB")
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose format and level contain TEXT")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="rows whose name contains TEXT; may be repeated"
+    )
     parser.add_argument("--samples", type=int, default=48, help="windows of calibration")
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
     parser.add_argument("--group-size", type=int, default=64, help="of gptq")
@@ -215,18 +249,20 @@ def main() -> None:
     options = parser.parse_args()
     options.tools = interpreters(options)
     os.environ["LLM_QUANTIZE_CACHE"] = str(options.directory / "cache")
-    for form, level, kinds in ROWS:
-        name = f"{form} {level}"
+    for row in ROWS:
+        if row.group not in (None, options.group_size):
+            continue
         result = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {"rows": {}}
         result |= {
             "model": options.model.name,
             "threads": options.threads,
             "note": options.note or result.get("note", ""),
         }
-        if options.only in name and name not in result["rows"]:
-            result["rows"][name] = measure(form, level, kinds, options)
+        wanted = not options.only or any(text in row.name for text in options.only)
+        if wanted and row.name not in result["rows"]:
+            result["rows"][row.name] = measure(row, options)
             options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            print(name, "done", flush=True)
+            print(row.name, "done", flush=True)
 
 
 if __name__ == "__main__":
