@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,10 @@ class Row:
     def name(self) -> str:
         return " ".join(filter(None, (self.form, self.level, self.besides)))
 
+    def present(self, tools: Collection[str]) -> tuple[str, ...]:
+        """``kinds`` without those of tools that are not at hand."""
+        return tuple(how for how in self.kinds if how not in PEERS or PEERS[how][0] in tools)
+
 
 ROWS = (
     Row("bitsandbytes", "NF4", ("default", "rtn")),
@@ -69,9 +74,9 @@ ROWS = (
     Row("bitsandbytes", "INT8", ("default", "rtn")),
     Row("compressed-tensors", "FP8_DYNAMIC", ("default", "rtn", "plain")),
     Row("gptq", "4bit", ("default", "source", "rtn", "gptqmodel")),
-    Row("gptq", "3bit", ("default", "gptqmodel")),
-    Row("gptq", "2bit", ("default", "gptqmodel")),
-    Row("awq", "4bit", ("default", "gptqmodel awq")),
+    Row("gptq", "3bit", ("default", "rtn", "gptqmodel")),
+    Row("gptq", "2bit", ("default", "rtn", "gptqmodel")),
+    Row("awq", "4bit", ("default", "rtn", "gptqmodel awq")),
     Row("gguf", "Q4_K_M", ("feedback", "imatrix")),
     Row("gguf", "Q3_K_M", ("feedback", "imatrix")),
     Row("gguf", "Q2_K", ("feedback", "imatrix")),
@@ -142,7 +147,7 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     """The files of a row made, and what each lost."""
     form, level = row.form, row.level
     made, paths = {}, []
-    kinds = tuple(how for how in row.kinds if how not in PEERS or PEERS[how][0] in options.tools)
+    kinds = row.present(options.tools)
     for how in kinds:
         if how in PEERS:
             made[how], path = peer(form, level, how, options)
@@ -250,7 +255,8 @@ def main() -> None:
     options.tools = interpreters(options)
     os.environ["LLM_QUANTIZE_CACHE"] = str(options.directory / "cache")
     for row in ROWS:
-        if row.group not in (None, options.group_size):
+        # One file by itself is held against nothing.
+        if row.group not in (None, options.group_size) or len(row.present(options.tools)) == 1:
             continue
         result = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {"rows": {}}
         result |= {
