@@ -155,6 +155,32 @@ def test_experts_of_a_layer_are_held_together(tmp_path: Path) -> None:
     assert not [name for name in choice.recipe.tensors if ".experts." in name]
 
 
+def test_of_mlx_embedding_and_head_are_on_grids_too(tmp_path: Path) -> None:
+    """The figure of the embedding is that of a directory that was written, and nothing is left as it is."""
+    model = make_tiny("llama", tmp_path / "model", hidden_size=64, intermediate_size=128)
+    types = ("affine8_g64", "affine4_g64", "affine3_g32")
+    with (source := open_source(str(model))).checkpoint:
+        found = measure_profile(plan_profile(source, windows_of(), types, None, threads=2, form="mlx"))
+        choice = ladder_of("mlx").choose(source, found, Target(like="4bit", form="mlx"))
+        roomy = ladder_of("mlx").choose(source, found, Target(bpw=20.0, form="mlx"))
+    unit = "model.embed_tokens"
+    rtn = MethodOptions(method="rtn")
+    mixed = Options(overrides=Overrides(recipe=choice.recipe), method=rtn)
+    (planned,) = plan(str(model), "mlx", levels=[choice.recipe.level], options=mixed)
+    (plain,) = plan(str(model), "mlx", levels=["4bit"], options=Options(method=rtn))
+    assert planned.size == choice.size <= plain.size
+    assert set(roomy.recipe.tensors.values()) == {"affine8_g64"}
+    assert {unit, "lm_head"} < roomy.recipe.tensors.keys()
+    method = MethodOptions(method="rtn", ignore=(f"^(?!{unit}$)",))
+    options = Options(threads=1, method=method)
+    (result,) = quantize(str(model), "mlx", levels=["4bit"], output_dir=tmp_path / "out", options=options)
+    with (source := open_source(str(model))).checkpoint:
+        expected = measure_quality(source, [result.path], windows_of(), threads=1).artifacts[0].divergence.kld
+    assert expected > 1e-5
+    figures = {(row.tensor, row.qtype): row.kld for row in found.rows}
+    assert figures[unit, "affine4_g64"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_smaller_groups_where_rows_are_odd(llama: Path) -> None:
     source = open_source(str(llama))
     with source.checkpoint:

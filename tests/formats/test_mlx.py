@@ -6,6 +6,7 @@ That mlx writes and loads the same bytes is seen where mlx is: tests/runtimes/te
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,19 @@ from llm_quantize.artifacts.verify import verify
 from llm_quantize.blockwise import measure
 from llm_quantize.blockwise import run as run_blocks
 from llm_quantize.calibration.collect import calibrate
+from llm_quantize.conversion import convert
 from llm_quantize.data import demo_model
 from llm_quantize.errors import IntegrityError, LlmQuantizeError, MalformedInputError, UnsupportedError, UsageError
 from llm_quantize.formats import mlx as form
 from llm_quantize.formats import mlx_floats as floats
 from llm_quantize.formats.base import Scheme, SchemeOptions, scheme_from_dict
+from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.formats.packed_store import DirectoryStore
+from llm_quantize.formats.recipe import Recipe
 from llm_quantize.grids import grid_type
 from llm_quantize.grids.codebook import CodebookGridType, block_maxima, ladder_of
 from llm_quantize.models.opening import open_source
+from llm_quantize.models.recipes import recipe_from
 from llm_quantize.options import CalibrationOptions, MethodOptions, Options
 from llm_quantize.pipeline import plan, quantize
 from llm_quantize.qtypes.affine import GROUPS, WIDTHS
@@ -287,6 +292,50 @@ def test_modules_of_another_width_as_mlx_lm_mixes_them(tmp_path: Path) -> None:
     source = open_source(str(mixed))
     with source.checkpoint:
         assert source.checkpoint.kind == "MLX-4+8bit"
+
+
+def mix(path: Path, grids: Mapping[str, str], level: str = "4bit") -> Path:
+    """The demo model with these modules on grids of their own."""
+    recipe = Recipe("mix", level, grids, form="mlx")
+    options = Options(threads=1, method=MethodOptions(method="rtn"), overrides=Overrides(recipe=recipe))
+    return quantize(str(demo_model()), "mlx", levels=[level], output_dir=path, options=options)[0].path
+
+
+def test_a_recipe_mixes_grids_and_a_conversion_keeps_them(tmp_path: Path) -> None:
+    down, query = "model.layers.2.mlp.down_proj", "model.layers.0.self_attn.{}_proj"
+    grids = {down: "affine6_g32", EMBEDDING: "affine8_g64", **{query.format(part): "affine3_g128" for part in "qkv"}}
+    path = mix(tmp_path, grids)
+    told = json.loads((path / "config.json").read_text())["quantization"]
+    assert (told.pop("group_size"), told.pop("bits"), told.pop("mode")) == (64, 4, "affine")
+    assert {name: f"affine{own['bits']}_g{own['group_size']}" for name, own in told.items()} == grids
+    outcome = verify(path, source=str(demo_model()))
+    assert outcome.ok, outcome.all_problems()
+    kept = convert(str(path), "mlx", output_dir=tmp_path / "kept", options=Options(threads=1)).path
+    stored, again = (load_file(one / "model.safetensors") for one in (path, kept))
+    assert stored.keys() == again.keys()
+    assert all(torch.equal(value.view(torch.uint8), again[name].view(torch.uint8)) for name, value in stored.items())
+    assert json.loads((kept / "config.json").read_text())["quantization"][down] == {"group_size": 32, "bits": 6}
+    narrow = make_tiny("llama", tmp_path / "narrow", intermediate_size=96)
+    recipe = Recipe("mix", "4bit", {down.replace("2", "0"): "affine4_g64"}, form="mlx")
+    asked = Options(overrides=Overrides(recipe=recipe))
+    with pytest.raises(UsageError, match="asks for affine4_g64 where it cannot be"):
+        plan(str(narrow), "mlx", levels=["4bit"], options=asked)
+    again = recipe_from(path)
+    assert {name: again.tensors[name] for name in grids} == grids
+    assert (again.form, again.level) == ("mlx", "4bit")
+
+
+@pytest.mark.parametrize(
+    ("grids", "level", "message"),
+    [
+        ({"lm_head": "int4_g64"}, "4bit", "No such affine type"),
+        ({"lm_head": "affine4_g64"}, "mxfp4", "no MLX level"),
+        ({"model.layers.0.self_attn.q_proj": "affine3_g64"}, "4bit", "splits modules"),
+    ],
+)
+def test_recipes_that_there_are_not(grids: dict[str, str], level: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        mix(tmp_path, grids, level)
 
 
 @pytest.mark.parametrize(

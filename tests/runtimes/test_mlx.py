@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_quantize.advice.fit import fit
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.cli import run as command
 from llm_quantize.data import demo_model
@@ -22,6 +23,7 @@ from llm_quantize.events import ignore
 from llm_quantize.formats import mlx as form
 from llm_quantize.formats import mlx_floats as floats
 from llm_quantize.formats.base import SchemeOptions
+from llm_quantize.formats.gguf.levels import Overrides
 from llm_quantize.grids import grid_type
 from llm_quantize.grids.codebook import CodebookGridType, block_maxima, ladder_of
 from llm_quantize.models.opening import open_source
@@ -188,6 +190,18 @@ def test_with_feedback_logits_text_and_run(level: str, group: int, tmp_path: Pat
     assert len(reply.texts) == 2
     assert all(0 < len(tokens) <= 6 for tokens in reply.tokens)
     assert "".join(generate(path, "The night in the", max_tokens=6, threads=1))
+
+
+def test_a_size_is_a_mix_that_it_loads(tmp_path: Path) -> None:
+    calibration = CalibrationOptions(samples=4, length=64)
+    recipe = fit(str(demo_model()), "mlx", 3_300_000, options=Options(calibration=calibration, threads=1))
+    options = Options(calibration=calibration, threads=1, overrides=Overrides(recipe=recipe))
+    (result,) = quantize(str(demo_model()), "mlx", levels=[recipe.level], output_dir=tmp_path, options=options)
+    assert len(set(recipe.tensors.values())) > 1
+    assert result.size <= 3_300_000
+    reply = mlx.run(result.path, ASK)
+    assert reply.logprobs is not None
+    assert abs(divergence(logprobs(demo_model(), decoded(result.path), WINDOWS), reply.logprobs)) < 1e-6
 
 
 def test_a_conversation(tmp_path: Path) -> None:

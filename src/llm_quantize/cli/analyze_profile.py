@@ -88,7 +88,7 @@ def command(ctx: click.Context, /, as_json: bool, verbose: int, model: str, form
 
     The cost is the mean KL divergence from the source. quantize --recipe takes the recipe. The figures are kept: the
     same command after an interruption goes on, and one with another size measures nothing. FORMAT: gguf (the default),
-    or compressed-tensors, of which all that runtimes make one module is held together.
+    compressed-tensors or mlx; of directories all that runtimes make one module is held together.
 
     \b
     Examples:

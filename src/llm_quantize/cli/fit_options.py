@@ -20,7 +20,7 @@ def fit_options(function: Function) -> Function:
     options = [
         click.option("--fit", "fit", type=Size(),
                      help="Instead of a level: the best artifact of at most this size, for example 8G or 7.5GiB; the "
-                     "type of every tensor is chosen by what it loses there. Of gguf and compressed-tensors."),
+                     "type of every tensor is chosen by what it loses there. Of gguf, compressed-tensors and mlx."),
         click.option("--context", type=Tokens(),
                      help="With --fit: a cache of so many tokens (8k) and what the runtime takes must fit too."),
         click.option("--kv", metavar="TYPE",

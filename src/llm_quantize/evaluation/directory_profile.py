@@ -30,7 +30,8 @@ from llm_quantize.methods.sizes import factor_bytes
 from llm_quantize.options import MethodOptions, Options
 from llm_quantize.pipeline import plan_source
 from llm_quantize.plan import ArtifactPlan, MatrixPlan
-from llm_quantize.qtypes.integer import GROUPS, WHOLE_ROW, dividing, integer_type
+from llm_quantize.qtypes.integer import GROUPS, WHOLE_ROW, IntegerType, dividing
+from llm_quantize.qtypes.packed import packed_type
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,8 @@ _FITS = 8  # times that a recipe is planned until all of its files together are 
 @dataclass(frozen=True)
 class DirectoryLadder:
     """A format of packed integers (``evaluation/ladders.py`` says what is asked of it). ``widths``: bits of the plain
-    levels that a recipe is compared with; ``head_bits``: those that an output matrix may have."""
+    levels that a recipe is compared with; ``head_bits``: those that what stands outside of blocks may have. ``keeps``:
+    whether that is left as it is where a recipe does not name it; ``group``: of the plan that knows all matrices."""
 
     form: str
     default_types: Sequence[str]
@@ -59,6 +61,8 @@ class DirectoryLadder:
     level: str = "W{bits}A16"
     widths: Sequence[int] = (2, 3, 4, 5, 6, 8)
     head_bits: Sequence[int] = HEAD_BITS
+    keeps: bool = True
+    group: int | None = WHOLE_ROW
     feeds_back: bool = True
     weighed_types: Sequence[str] = ()
 
@@ -81,7 +85,7 @@ class DirectoryLadder:
         """The widest level of at most ``limit`` bytes, its losses not said; None where none fits."""
         base = self._base(source, head=False)
         for bits in sorted(self.widths, reverse=True):
-            plan = self._plan(source, self.level.format(bits=bits), None, _group(base))
+            plan = self._plan(source, self.level.format(bits=bits), None, self._usual(base))
             if plan.size + _TOLD > limit:
                 continue
             own = units(plan)
@@ -105,16 +109,16 @@ class DirectoryLadder:
             outputs = tuple(matrix.weight for matrix in matrices)
             columns = [output.shape[-1] for output in outputs]
             for qtype in dict.fromkeys(_fitting(qtype, columns) for qtype in types):
-                if matrices[0].seen or integer_type(qtype).bits in self.head_bits:
+                if matrices[0].seen or packed_type(qtype).bits in self.head_bits:
                     found.append(Candidate(name, outputs, qtype, self._bytes(scheme_of(base), matrices, qtype)))
         return found
 
     def _base(self, source: Source, *, head: bool = True) -> ArtifactPlan:
         """A plan with all matrices that a recipe may name, whatever their sizes: with ``head`` the output matrix too,
         where it is not the embedding."""
-        name = head_of(source) if head else None
+        name = head_of(source) if head and self.keeps else None
         recipe = Recipe("all", self.level.format(bits=8), {} if name is None else {name: _WHOLE}, form=self.form)
-        return self._plan(source, recipe.level, recipe, WHOLE_ROW)
+        return self._plan(source, recipe.level, recipe if self.keeps else None, self.group)
 
     def _bytes(self, scheme: Scheme, matrices: Sequence[MatrixPlan], qtype: str) -> int:
         """Bytes of the fields of ``matrices`` on the grid ``qtype``."""
@@ -156,25 +160,33 @@ class DirectoryLadder:
         if unmeasured:
             raise UsageError("the profile does not know all matrices of this model", found=", ".join(unmeasured[:5]))
         rest = base.size - sum(self._bytes(scheme_of(base), found, found[0].qtype) for found in known.values())
-        profile = replace(profile, rows=(*profile.rows, *_kept(source, known)))
+        if self.keeps:
+            profile = replace(profile, rows=(*profile.rows, *_kept(source, known)))
         if target.like is not None:
-            limit = self._plan(source, target.like, None, _group(base)).size
+            limit = self._plan(source, target.like, None, self._usual(base)).size
         else:
             limit = (target.size if target.size is not None else int((target.bpw or 0.0) * base.weights / 8)) - _TOLD
         budget = limit - rest
         for attempt in range(_FITS):
             allocation = allocate(profile, budget, target.types, align=1)
             recipe = self._recipe(profile, allocation.types, known, name or target.name)
-            size = self._plan(source, recipe.level, recipe, _group(base)).size
+            size = self._plan(source, recipe.level, recipe, self._usual(base)).size
             if size <= limit:
-                return Choice(recipe, allocation, size, self._levels(source, profile, known, _group(base)))
+                return Choice(recipe, allocation, size, self._levels(source, profile, known, self._usual(base)))
             budget -= size - limit + (_SPARE << attempt)  # config.json names the groups: its size follows the recipe
         raise ResourceError("no recipe is small enough", expected=f"at most {limit:,} bytes", found=f"{size:,} bytes")
 
-    def _plan(self, source: Source, level: str, recipe: Recipe | None, group: int) -> ArtifactPlan:
+    def _plan(self, source: Source, level: str, recipe: Recipe | None, group: int | None) -> ArtifactPlan:
         options = Options(overrides=Overrides(recipe=recipe), method=MethodOptions(method="rtn", group_size=group))
         (plan,) = plan_source(source, self.form, levels=[level], name=None, options=options, importance=None)
         return plan
+
+    def _usual(self, plan: ArtifactPlan) -> int | None:
+        """A plain level's group: the largest of the usual ones that divides all rows; None where the format sees to
+        that by itself."""
+        if self.group is None:
+            return None
+        return dividing(GROUPS, [matrix.weight.shape[-1] for matrix in plan.matrices]) or WHOLE_ROW
 
     def _recipe(
         self, profile: Profile, types: Mapping[str, str], known: Mapping[str, Sequence[MatrixPlan]], name: str
@@ -182,19 +194,19 @@ class DirectoryLadder:
         chosen = {unit: found for unit, found in known.items() if types[unit] != KEPT}
         tensors = {mixture_of(matrix.name): types[unit] for unit, found in chosen.items() for matrix in found}
         weights = {unit: sum(weights_of(matrix.weight.shape) for matrix in found) for unit, found in chosen.items()}
-        mean = sum(integer_type(types[unit]).bits * weights[unit] for unit in chosen) / sum(weights.values())
-        level = self.level.format(bits=min(8, max(2, round(mean))))
+        mean = sum(packed_type(types[unit]).bits * weights[unit] for unit in chosen) / sum(weights.values())
+        level = self.level.format(bits=min(self.widths, key=lambda bits: abs(bits - mean)))
         return Recipe(name=name, level=level, tensors=tensors, model=profile.model, form=self.form)
 
     def _levels(
-        self, source: Source, profile: Profile, known: Mapping[str, Sequence[MatrixPlan]], group: int
+        self, source: Source, profile: Profile, known: Mapping[str, Sequence[MatrixPlan]], group: int | None
     ) -> dict[str, tuple[int, float]]:
         figures = {(row.tensor, row.qtype): row.kld for row in profile.rows}
         found = {}
         for bits in self.widths:
             level = self.level.format(bits=bits)
             plan = self._plan(source, level, None, group)
-            pairs = [(unit, plan.matrices[0].qtype) for unit, held in known.items() if held[0].seen]
+            pairs = [(unit, plan.matrices[0].qtype) for unit, held in known.items() if held[0].seen or not self.keeps]
             if all(pair in figures for pair in pairs):
                 found[level] = (plan.size, sum(figures[pair] for pair in pairs))
         return found
@@ -235,14 +247,11 @@ def _unit_name(key: str, matrices: Sequence[MatrixPlan]) -> str:
     return f"{parents[0]}.{'+'.join(lasts)}"
 
 
-def _group(plan: ArtifactPlan) -> int:
-    """The largest of the usual groups that divides all rows: a plain level's."""
-    return dividing(GROUPS, [matrix.weight.shape[-1] for matrix in plan.matrices]) or WHOLE_ROW
-
-
 def _fitting(qtype: str, columns: Sequence[int]) -> str:
     """``qtype``, with smaller groups where its own do not divide all rows."""
-    grid = integer_type(qtype)
+    grid = packed_type(qtype)
     sizes = [grid.group_size, *(size for size in GROUPS if size < grid.group_size)]
     found = None if grid.group_size == WHOLE_ROW else dividing(sizes, columns)
+    if found is None and not isinstance(grid, IntegerType):
+        return qtype  # what no group divides is refused by name
     return replace(grid, group_size=found or WHOLE_ROW).name

@@ -12,6 +12,7 @@ from llm_quantize.evaluation import allocation, sensitivity
 from llm_quantize.evaluation.allocation import Choice, Preset, Target
 from llm_quantize.evaluation.directory_profile import DirectoryLadder
 from llm_quantize.evaluation.sensitivity import Candidate, Profile, Sensitivity
+from llm_quantize.qtypes.affine import WIDTHS
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +124,19 @@ LADDERS: Mapping[str, Ladder] = {
         "compressed-tensors",
         ("int8_g128", "int6_g128", "int5_g128", "int4_g64", "int4_g128", "int3_g64", "int3_g128", "int2_g64"),
         {"quality": Preset("W5A16"), "balanced": Preset("W4A16")},
+    ),
+    "mlx": DirectoryLadder(
+        "mlx",
+        (
+            *("affine8_g64", "affine6_g64", "affine5_g64", "affine4_g32", "affine4_g64", "affine4_g128"),
+            *("affine3_g32", "affine3_g64", "affine2_g32", "affine2_g64"),
+        ),
+        {"quality": Preset("5bit"), "balanced": Preset("4bit")},
+        level="{bits}bit",
+        widths=WIDTHS,
+        head_bits=WIDTHS,
+        keeps=False,
+        group=None,
     ),
 }
 

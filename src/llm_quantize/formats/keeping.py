@@ -25,7 +25,7 @@ from llm_quantize.qtypes import QTYPES
 from llm_quantize.qtypes.codebook import OF_127, CodebookType
 from llm_quantize.qtypes.held import Held, move_whole
 from llm_quantize.qtypes.holding import CODES, NEVER, PERHAPS, SURELY, holds
-from llm_quantize.qtypes.integer import WHOLE_ROW, is_integer
+from llm_quantize.qtypes.integer import WHOLE_ROW
 from llm_quantize.qtypes.packed import packed_type
 
 if TYPE_CHECKING:
@@ -138,12 +138,16 @@ def _without(options: Options, names: Sequence[str]) -> Options:
 
 
 def _mix(form: Packed, modules: Sequence[Module], given: Mapping[str, Held]) -> Recipe | None:
-    """The recipe that gives each module its own grid of the source, where those are integers of several kinds; None
-    where they are not, or the format has no such mixes or orders, or no runtime would read this one."""
+    """The recipe that gives each module its own grid of the source, where those are of several kinds; None where they
+    are not, or the format has no such grids, mixes or orders, or no runtime would read this one."""
     grids = {name: held.qtype for name, held in given.items()}
-    if form.MIXES is None or len(set(grids.values())) < 2 or not all(map(is_integer, grids.values())):
+    if form.MIXES is None or len(set(grids.values())) < 2 or (form.EDGES and len(given) < len(modules)):
         return None
     if not form.ACT_ORDER and any(held.act_order for held in given.values()):
+        return None
+    try:
+        grids = {name: form.MIXES.recipe_type(qtype) for name, qtype in grids.items()}
+    except UsageError:  # a grid that only another format has
         return None
     text = canonical_json(grids)
     name = form.MIXES.mixed_level(set(grids.values()))

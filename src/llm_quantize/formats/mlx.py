@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 from llm_quantize.errors import NumericPolicyError, UnsupportedError, UsageError, printable
 from llm_quantize.formats import mlx_floats as floats
-from llm_quantize.formats.base import Array, Coverage, Field, Scheme, SchemeOptions
+from llm_quantize.formats import mlx_mixed as mixed
+from llm_quantize.formats.base import Array, Coverage, Field, Mixes, Scheme, SchemeOptions
 from llm_quantize.formats.bitpack import pack_bits, packed_words, unpack_bits
 from llm_quantize.formats.level_names import known_level
 from llm_quantize.formats.packed import (
@@ -87,13 +88,12 @@ RUNTIME = (
     "mlx_lm, on Apple silicon or with `mlx-cpu` elsewhere",
     '```python\nfrom mlx_lm import load, generate\n\nmodel, tokenizer = load("{name}")\n```',
 )
-MIXES = None
+MIXES: Mixes | None = mixed
 CACHES = NO_CACHES
 ACT_ORDER = False
 vllm_caution = no_caution
 RESCALES = False
-_BITS: Mapping[str, int] = {f"{bits}bit": bits for bits in (4, 8, 6, 5, 3, 2)}
-LEVELS: Sequence[str] = (*_BITS, *floats.MODES)
+LEVELS: Sequence[str] = (*mixed.BITS, *floats.MODES)
 DEFAULT_GROUP = 64
 MODE = "affine"
 FORMS: Sequence[str] = (MODE, *floats.MODES)
@@ -118,13 +118,13 @@ _ORIGINAL = "use the model that it was made from, in BF16 or F16 (its model card
 
 def scheme(level: str, options: SchemeOptions) -> Scheme:
     """Groups of 64, unless the options say otherwise; those of a mode of floats are fixed. Raises UsageError."""
-    name = known_level(level, TITLE, LEVELS, usual={bits: name for name, bits in _BITS.items()})
+    name = known_level(level, TITLE, LEVELS, usual={bits: name for name, bits in mixed.BITS.items()})
     if name in floats.MODES:
         return floats.scheme(NAME, name, options)
     if options.symmetric is True:
         raise UsageError("MLX has an offset in every group", remedy="leave --sym out")
     group = DEFAULT_GROUP if options.group_size is None else options.group_size
-    return Scheme(NAME, name, AffineType(_BITS[name], group, options.scale))
+    return Scheme(NAME, name, AffineType(mixed.BITS[name], group, options.scale))
 
 
 def groups(scheme: Scheme) -> Sequence[int]:
@@ -393,9 +393,9 @@ def level_of(matrices: Collection[PackedMatrix]) -> str:
 
 def config(scheme: Scheme, coverage: Coverage) -> dict[str, Any]:
     """quantization and quantization_config, key for key as mlx_lm.convert writes both."""
-    del coverage
     mode = scheme.level if scheme.level in floats.MODES else MODE
-    return {"group_size": scheme.qtype.group_size, "bits": scheme.qtype.bits, "mode": mode}
+    own = mixed.settings(scheme.qtype.name, coverage.mixed)
+    return {"group_size": scheme.qtype.group_size, "bits": scheme.qtype.bits, "mode": mode, **own}
 
 
 def least_zero(_scheme: Scheme) -> int:

@@ -10,7 +10,8 @@ from llm_quantize.formats.modules import Module, joined_with
 from llm_quantize.formats.packing import mixture_of
 from llm_quantize.formats.recipe import Recipe
 from llm_quantize.measures.amounts import counted
-from llm_quantize.qtypes.integer import GROUPS, WHOLE_ROW, IntegerType, dividing, integer_type
+from llm_quantize.qtypes.integer import GROUPS, WHOLE_ROW, IntegerType, dividing
+from llm_quantize.qtypes.packed import PackedType, packed_type
 
 _SHOWN = 6
 
@@ -87,16 +88,24 @@ def as_far_as_both(
 
 
 def _check_groups(recipe: Recipe, module: Module, qtype: str) -> None:
-    size, columns = integer_type(qtype).group_size, module.weight.shape[-1]
+    grid, columns = packed_type(qtype), module.weight.shape[-1]
+    size = grid.group_size
     if size > 0 and columns % size:
         raise UsageError(
             f"the recipe {recipe.name} asks for {qtype} where it cannot be",
             tensor=module.name,
             expected=f"rows of whole groups of {size}",
             found=f"rows of {columns} weights",
-            remedy="name a type with a group that divides them, such as "
-            + IntegerType(4, dividing(GROUPS, [columns]) or WHOLE_ROW, True).name,
+            remedy=_divided(grid, columns),
         )
+
+
+def _divided(grid: PackedType, columns: int) -> str:
+    """What to do where groups of ``grid`` do not divide rows of so many ``columns``."""
+    group = dividing(GROUPS, [columns])
+    if group is None and not isinstance(grid, IntegerType):
+        return "leave this matrix as it is: --ignore"
+    return f"name a type with a group that divides them, such as {replace(grid, group_size=group or WHOLE_ROW).name}"
 
 
 def _refuse_split(recipe: Recipe, types: Mapping[str, str]) -> None:

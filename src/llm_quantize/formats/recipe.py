@@ -189,5 +189,5 @@ def no_recipes(format: str) -> UsageError:
     """The error of a format whose matrices all have one grid."""
     return UsageError(
         f"{format} takes no recipes: there, all matrices have one type",
-        remedy="recipes are for gguf and compressed-tensors",
+        remedy="recipes are for gguf, compressed-tensors and mlx",
     )

@@ -13,12 +13,12 @@ from pathlib import Path
 from llm_quantize.architectures import open_architecture
 from llm_quantize.errors import UsageError, printable
 from llm_quantize.events import EventSink, ignore
-from llm_quantize.formats.compressed_levels import NAME
-from llm_quantize.formats.compressed_mixed import mixed_level
+from llm_quantize.formats.compressed_levels import NAME as INTEGERS
 from llm_quantize.formats.gguf.recipe_from import recipe_of
+from llm_quantize.formats.mlx import NAME as MLX
+from llm_quantize.formats.packed_formats import PACKED
 from llm_quantize.formats.recipe import Origin, Recipe
 from llm_quantize.formats.recipe_file import recipe_bytes
-from llm_quantize.formats.table import FORMATS
 from llm_quantize.io.artifact_files import artifact_files
 from llm_quantize.io.gguf_file import read_gguf
 from llm_quantize.io.paths import read_limited
@@ -27,6 +27,8 @@ from llm_quantize.models.gguf import sniff
 from llm_quantize.models.hub.ollama import is_named, stored
 from llm_quantize.models.hub.runnable import gguf_on_hub, is_hub_id
 from llm_quantize.models.quantized import PackedDirectory, is_packed_directory
+from llm_quantize.qtypes.affine import is_affine
+from llm_quantize.qtypes.integer import is_integer
 
 
 def recipe_from(file: str | Path, *, revision: str | None = None, on_event: EventSink = ignore) -> Recipe:
@@ -70,13 +72,16 @@ def recipe_from(file: str | Path, *, revision: str | None = None, on_event: Even
 def _of_directory(packed: PackedDirectory) -> Recipe:
     """The recipe of a directory of packed integers. Raises UsageError for other grids, and for rounded activations."""
     grids = {matrix.name: matrix.qtype for matrix in packed.matrices.values()}
-    odd = [matrix for matrix in packed.matrices.values() if matrix.grid or matrix.inputs is not None]
-    if odd or not grids:
+    form = MLX if any(is_affine(qtype) for qtype in grids.values()) else INTEGERS
+    mixes = PACKED[form].MIXES
+    known = is_affine if form == MLX else is_integer
+    odd = [one for one in packed.matrices.values() if not known(one.qtype) or one.inputs is not None]
+    if mixes is None or odd or not grids:
         raise UsageError(
             "a recipe for a directory has integer weights with activations of 16 bits",
             file=packed.path,
             tensor=odd[0].name if odd else None,
-            expected="matrices as GPTQ, AWQ or W4A16 have them",
+            expected="matrices as GPTQ, AWQ, W4A16 or MLX's integers have them",
             found=odd[0].qtype if odd else "no packed matrices",
             remedy="take the level that it has with -q",
         )
@@ -85,8 +90,8 @@ def _of_directory(packed: PackedDirectory) -> Recipe:
     for header in packed.headers:
         digest.update(header.sha256.encode())
     usual, _ = Counter(grids.values()).most_common(1)[0]
-    level, called = mixed_level([usual]), mixed_level(grids.values())
+    level, called = mixes.mixed_level([usual]), mixes.mixed_level(grids.values())
     name = os.fsencode(packed.path.resolve().name).decode("utf-8", "replace")
     origin = Origin(printable(name, 120), digest.hexdigest(), architecture.gguf_name, architecture.hyper.n_layer)
-    recipe = Recipe(called, FORMATS[NAME].recipe_level(level), grids, form=NAME, origin=origin)
+    recipe = Recipe(called, mixes.recipe_level(level), grids, form=form, origin=origin)
     return replace(recipe, sha256=hashlib.sha256(recipe_bytes(recipe)).hexdigest())
