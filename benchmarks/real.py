@@ -24,8 +24,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,14 @@ from llm_quantize.models.opening import open_source
 @dataclass(frozen=True)
 class Row:
     """Files of one format and level, made in the ways that ``kinds`` names: of OURS, "plain", or of PEERS. ``besides``:
-    what its name says beside these two. ``group``: the groups that the level has by itself; a row of another
-    --group-size is left out."""
+    what its name says beside these two. ``aims``: {other: the most that our divergence shall be of its}. ``group``: the
+    groups that the level has by itself; a row of another --group-size is left out."""
 
     form: str
     level: str
     kinds: tuple[str, ...]
     besides: str = ""
+    aims: Mapping[str, float] = field(default_factory=dict)
     group: int | None = None
 
     @property
@@ -65,25 +66,25 @@ class Row:
 
 
 ROWS = (
-    Row("bitsandbytes", "NF4", ("default", "rtn")),
-    Row("compressed-tensors", "NVFP4A16", ("default", "rtn", "plain", "llmcompressor")),
-    Row("compressed-tensors", "MXFP4A16", ("default", "rtn", "plain", "llmcompressor")),
-    Row("compressed-tensors", "W4A16", ("default", "rtn", "llmcompressor"), group=128),
+    Row("bitsandbytes", "NF4", ("default", "rtn"), aims={"rtn": 0.7}),
+    Row("compressed-tensors", "NVFP4A16", ("default", "rtn", "plain", "llmcompressor"), aims={"llmcompressor": 0.75}),
+    Row("compressed-tensors", "MXFP4A16", ("default", "rtn", "plain", "llmcompressor"), aims={"llmcompressor": 0.75}),
+    Row("compressed-tensors", "W4A16", ("default", "rtn", "llmcompressor"), group=128, aims={"llmcompressor": 0.4}),
     Row("mlx", "4bit", ("default", "rtn", "mlx_lm.gptq")),
-    Row("ctranslate2", "int8", ("default", "rtn")),
-    Row("bitsandbytes", "INT8", ("default", "rtn")),
+    Row("ctranslate2", "int8", ("default", "rtn"), aims={"rtn": 0.9}),
+    Row("bitsandbytes", "INT8", ("default", "rtn"), aims={"rtn": 1.0}),
     Row("compressed-tensors", "FP8_DYNAMIC", ("default", "rtn", "plain")),
-    Row("gptq", "4bit", ("default", "source", "rtn", "gptqmodel")),
-    Row("gptq", "3bit", ("default", "rtn", "gptqmodel")),
-    Row("gptq", "2bit", ("default", "rtn", "gptqmodel")),
-    Row("awq", "4bit", ("default", "rtn", "gptqmodel awq")),
-    Row("gguf", "Q4_K_M", ("feedback", "imatrix")),
-    Row("gguf", "Q3_K_M", ("feedback", "imatrix")),
-    Row("gguf", "Q2_K", ("feedback", "imatrix")),
-    Row("gguf", "Q4_0", ("feedback", "imatrix")),
+    Row("gptq", "4bit", ("default", "source", "rtn", "gptqmodel"), aims={"gptqmodel": 0.33}),
+    Row("gptq", "3bit", ("default", "rtn", "gptqmodel"), aims={"gptqmodel": 0.33}),
+    Row("gptq", "2bit", ("default", "rtn", "gptqmodel"), aims={"gptqmodel": 0.25}),
+    Row("awq", "4bit", ("default", "rtn", "gptqmodel awq"), aims={"gptqmodel awq": 0.35}),
+    Row("gguf", "Q4_K_M", ("feedback", "imatrix"), aims={"imatrix": 0.4}),
+    Row("gguf", "Q3_K_M", ("feedback", "imatrix"), aims={"imatrix": 0.4}),
+    Row("gguf", "Q2_K", ("feedback", "imatrix"), aims={"imatrix": 0.4}),
+    Row("gguf", "Q4_0", ("feedback", "imatrix"), aims={"imatrix": 0.4}),
     # More than an hour of one core each.
-    Row("gptq", "2bit", ("default", "autoround"), besides="tuned"),
-    Row("gptq", "4bit", ("default", "autoround"), besides="tuned"),
+    Row("gptq", "2bit", ("default", "autoround"), besides="tuned", aims={"autoround": 0.8}),
+    Row("gptq", "4bit", ("default", "autoround"), besides="tuned", aims={"autoround": 0.8}),
 )
 TEXTS = {"English and Japanese": (), "English": ("pride_and_prejudice",)}
 """Passages of the built-in evaluation text, none: all of it. A model that knows little Japanese falls apart into bytes
@@ -164,7 +165,7 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         shown = shlex.join(["llm-quantize", words[0], "MODEL", *words[1:]])
         made[how] = {"command": shown + (" (on plain scales)" if how == "plain" else ""), "bytes": size, **cost}
     texts = {name: judge(name, paths, kinds, options) for name in TEXTS}
-    return {"format": form, "level": level, "made": made, "texts": texts}
+    return {"format": form, "level": level, "aims": dict(row.aims), "made": made, "texts": texts}
 
 
 def peer(form: str, level: str, how: str, options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
@@ -188,7 +189,7 @@ def peer(form: str, level: str, how: str, options: argparse.Namespace) -> tuple[
     path = model_in(options.directory / candidate.name)
     return {
         "bytes": weight_bytes(path),
-        **{key: found[key] for key in ("cpu_seconds", "wall_seconds", "rss_peak")},
+        **{key: found[key] for key in ("cpu_seconds", "wall_seconds", "rss_peak", "versions")},
     }, path
 
 
@@ -264,6 +265,9 @@ def main() -> None:
             "threads": options.threads,
             "note": options.note or result.get("note", ""),
         }
+        if row.name in result["rows"]:
+            result["rows"][row.name]["aims"] = dict(row.aims)
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         wanted = not options.only or any(text in row.name for text in options.only)
         if wanted and row.name not in result["rows"]:
             result["rows"][row.name] = measure(row, options)
