@@ -404,14 +404,16 @@ def calibrate(
 
     The statistics are kept under the hashes of model and text, reused by every later run, and lie at ``path`` of the
     result, for ``Options(statistics=...)``. ``output``: also write them there, as ``format``: "imatrix" (llama.cpp's),
-    "dat" (its older form), "json" (a summary), "statistics" (our own); None: by the suffix.
+    "dat" (its older form), "json" (a summary), "statistics" (our own), "svg" (a picture of how many tokens each expert
+    saw); None: by the suffix.
 
     Raises MissingExtraError without torch; ResourceError before any work; NumericPolicyError (an activation that is not
     finite); StoppedError after a signal; what reading the text raises.
     """
     from llm_quantize.calibration import collect
-    from llm_quantize.calibration.outcome import KINDS, export, kind_of, refuse_export
+    from llm_quantize.calibration.outcome import KINDS, kind_of, refuse_export
     from llm_quantize.models.opening import open_source
+    from llm_quantize.reports.experts import export
 
     options = options or CalibrationOptions()
     target = None if output is None else Path(output)
@@ -424,7 +426,7 @@ def calibrate(
             if target is not None:
                 read: list[str | Path] = [header.path for header in source.checkpoint.headers]
                 inputs: list[str | Path] = [*read, *source.checkpoint.directory.glob("*.json"), *options.data]
-                refuse_export(target, kind, options.collect, inputs)
+                refuse_export(source, target, kind, options.collect, inputs)
             result = collect.calibrate(source, options, on_event=sink)
             if target is not None:
                 export(result, source, target, kind)

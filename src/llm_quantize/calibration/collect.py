@@ -29,7 +29,7 @@ from llm_quantize.artifacts.output import DTYPES, DType, refuse_changed, source_
 from llm_quantize.calibration.cache import is_kept, manifest_of, prepare_directory
 from llm_quantize.calibration.drawing import draw_windows
 from llm_quantize.calibration.enough import coverage_advice
-from llm_quantize.calibration.imatrix import coverage
+from llm_quantize.calibration.imatrix import TapCoverage, by_layer, coverage
 from llm_quantize.calibration.outcome import Calibration
 from llm_quantize.calibration.statistics import BlockSums, collecting_sizes
 from llm_quantize.calibration.windows import Windows
@@ -152,6 +152,7 @@ def _result(state: _Run, path: Path, total: int, short: Mapping[str, tuple[int, 
         kinds=state.kinds,
         dtype=state.dtype,
         short=short,
+        experts=tuple(by_layer(_coverage(path, options.expert_minimum))),
         expert_minimum=options.expert_minimum,
         seconds=0.0 if reused else time.process_time() - state.began,
         computed_tokens=state.computed,
@@ -205,8 +206,12 @@ def _kept_in(directory: Path, digest: str) -> Path:
 
 
 def _short(path: Path, minimum: int) -> dict[str, tuple[int, ...]]:
+    return {entry.tap: entry.short for entry in _coverage(path, minimum) if entry.short}
+
+
+def _coverage(path: Path, minimum: int) -> list[TapCoverage]:
     with read_statistics(path) as statistics:
-        return {entry.tap: entry.short for entry in coverage(statistics, minimum) if entry.short}
+        return coverage(statistics, minimum)
 
 
 def _merge(paths: Sequence[Path], directory: Path, on_event: EventSink) -> Path:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.errors import MalformedInputError, NumericPolicyError
 from llm_quantize.io.statistics_file import StatisticsFile
+from llm_quantize.measures.amounts import counted
 
 Floats = npt.NDArray[np.float32]
 
@@ -138,6 +139,20 @@ class TapCoverage:
     tokens: tuple[int, ...]
     short: tuple[int, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"layer": self.block, "tokens": list(self.tokens), "short": list(self.short)}
+
+    @property
+    def sentence(self) -> str:
+        """How many tokens the experts saw, in words."""
+        half = sorted(self.tokens)[len(self.tokens) // 2]
+        least = min(range(len(self.tokens)), key=lambda index: self.tokens[index])
+        return (
+            f"layer {self.block}: its {counted(len(self.tokens), 'expert')} saw {min(self.tokens):,} (expert {least}) "
+            f"to {max(self.tokens):,} tokens, half of them at least {half:,}"
+        )
+
 
 def coverage(statistics: StatisticsFile, minimum: int) -> list[TapCoverage]:
     """How many tokens each expert of each tap saw, in file order; a tap without experts is not listed."""
@@ -172,6 +187,7 @@ def summary(statistics: StatisticsFile, outputs: Sequence[OutputTensor], minimum
             }
         )
     identity = statistics.identity
+    experts = coverage(statistics, minimum)
     return {
         "format_version": 1,
         "model": dict(identity.model),
@@ -179,7 +195,13 @@ def summary(statistics: StatisticsFile, outputs: Sequence[OutputTensor], minimum
         "kinds": list(statistics.kinds),
         "minimum_tokens": minimum,
         "tensors": tensors,
+        **({"experts": [entry.to_dict() for entry in by_layer(experts)]} if experts else {}),
     }
+
+
+def by_layer(experts: Sequence[TapCoverage]) -> list[TapCoverage]:
+    """One of the taps of each layer, all of which the same tokens reach."""
+    return list({entry.block: entry for entry in reversed(experts)}.values())[::-1]
 
 
 def _top_share(values: npt.NDArray[np.float64]) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_quantize.artifacts.preflight import refuse_unwritable
-from llm_quantize.calibration.imatrix import summary, tensor_statistics
+from llm_quantize.calibration.imatrix import TapCoverage, summary, tensor_statistics
 from llm_quantize.calibration.windows import Share
 from llm_quantize.errors import UsageError
 from llm_quantize.io.imatrix_writer import write_imatrix_dat, write_imatrix_gguf
@@ -19,13 +19,24 @@ from llm_quantize.measures.amounts import counted
 from llm_quantize.models.opening import Source
 from llm_quantize.results import Shown
 
-KINDS = ("imatrix", "dat", "json", "statistics")
+PICTURE = "svg"
+NAMES = {
+    "imatrix": "imatrix.gguf",
+    "dat": "imatrix.dat",
+    "json": "importance.json",
+    "statistics": "statistics.safetensors",
+    PICTURE: "experts.svg",
+}
+"""{kind of file: what it is called behind the model's name}"""
+
+KINDS = tuple(NAMES)
 _SUFFIXES = {
     ".gguf": "imatrix",
     ".dat": "dat",
     ".json": "json",
     ".safetensors": "statistics",
     ".statistics": "statistics",
+    ".svg": PICTURE,
 }
 
 
@@ -37,7 +48,8 @@ def kind_of(target: Path) -> str:
 @dataclass(frozen=True, repr=False)
 class Calibration(Shown):
     """What a calibration came to. ``reused``: nothing was run. ``short``: {layer input: experts below the minimum}.
-    ``seconds``: CPU time of this run; ``memory_planned`` and ``memory_peak`` in bytes, 0 where nothing was run."""
+    ``experts``: what those of each layer saw. ``seconds``: CPU time of this run; ``memory_planned`` and ``memory_peak``
+    in bytes, 0 where nothing was run."""
 
     path: Path
     model: str
@@ -54,6 +66,7 @@ class Calibration(Shown):
     memory_planned: int = 0
     memory_peak: int = 0
     advice: tuple[str, ...] = ()
+    experts: tuple[TapCoverage, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -67,13 +80,15 @@ class Calibration(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """The same facts, JSON-ready."""
-        facts = {key: value for key, value in vars(self).items() if key not in ("path", "shares", "short", "advice")}
+        others = ("path", "shares", "short", "advice", "experts")
+        facts = {key: value for key, value in vars(self).items() if key not in others}
         return facts | {
             "statistics": str(self.path),
             "tokens": self.tokens,
             "datasets": {share.dataset: share.tokens for share in self.shares},
             "short_experts": {tap: list(experts) for tap, experts in self.short.items()},
             "advice": list(self.advice),
+            **({"experts": [entry.to_dict() for entry in self.experts]} if self.experts else {}),
         }
 
     def sentences(self, *, in_full: bool = False) -> list[str]:
@@ -89,11 +104,15 @@ class Calibration(Shown):
                 f"{self.seconds:.1f} s of CPU time in {self.dtype}, {rate:,.0f} tokens per CPU second; memory "
                 f"{self.memory_peak / 1e6:,.0f} MB, planned {self.memory_planned / 1e6:,.0f} MB"
             )
+        if self.experts:
+            least, most = (edge(edge(one.tokens) for one in self.experts) for edge in (min, max))
+            lines.append(f"experts saw {least:,} to {most:,} tokens (-v: layer by layer; --format svg: a picture)")
+        lines += [entry.sentence for entry in self.experts] if in_full else []
         if self.short:
-            count, (first, least) = sum(map(len, self.short.values())), next(iter(self.short.items()))
+            count, (first, few) = sum(map(len, self.short.values())), next(iter(self.short.items()))
             lines.append(
                 f"{counted(count, 'expert')} at {counted(len(self.short), 'input')} of layers saw fewer than "
-                f"{self.expert_minimum} tokens, the first: {least[0]} of {first} (-v lists them)"
+                f"{self.expert_minimum} tokens, the first: {few[0]} of {first} (-v lists them)"
             )
         for tap, experts in self.short.items() if in_full else ():
             named = ", ".join(map(str, experts[:8])) + (" and more" if len(experts) > 8 else "")
@@ -101,11 +120,15 @@ class Calibration(Shown):
         return [*lines, f"statistics: {self.path}"]
 
 
-def refuse_export(target: Path, kind: str, collect: Sequence[str], inputs: Iterable[str | Path] = ()) -> None:
-    """Raise what ``export`` would raise after all the work: UsageError (``kind`` is made of the imatrix statistics and
-    ``collect`` leaves them out, or ``target`` is one of the ``inputs``), AccessError (``target`` is no regular file, or
-    its directory cannot be written)."""
-    if kind != "statistics" and "imatrix" not in collect:
+def refuse_export(
+    source: Source, target: Path, kind: str, collect: Sequence[str], inputs: Iterable[str | Path] = ()
+) -> None:
+    """Raise what writing would raise after all the work: UsageError (a picture of experts that ``source`` has not;
+    ``kind`` is made of the imatrix statistics and ``collect`` leaves them out; ``target`` is one of the ``inputs``),
+    AccessError (``target`` is no regular file, or its directory cannot be written)."""
+    if kind == PICTURE and not source.architecture.hyper.n_expert:
+        raise UsageError("this model has no experts to draw", found=source.checkpoint.name)
+    if kind not in ("statistics", PICTURE) and "imatrix" not in collect:
         raise UsageError(
             f"{kind} is written from the statistics of the kind imatrix",
             expected="imatrix in --collect, or --format statistics",

@@ -15,6 +15,7 @@ from llm_quantize.cli.common import (
     json_option,
     lora_option,
     mode,
+    verbose_option,
 )
 from llm_quantize.cli.progress import told
 from llm_quantize.cli.sizes import Size
@@ -30,14 +31,15 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Where to write; the suffix tells the format: .gguf, .dat, .json, .safetensors. [default: MODEL-imatrix.gguf]",
+    help="Where to write; the suffix tells the format: .gguf, .dat, .json, .safetensors, .svg. "
+    "[default: MODEL-imatrix.gguf]",
 )
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["imatrix", "dat", "json", "statistics"]),
+    type=click.Choice(["imatrix", "dat", "json", "statistics", "svg"]),
     help="imatrix: llama.cpp's GGUF; dat: its older form; json: a summary; statistics: our own file, for "
-    "every format. [default: by the suffix, else imatrix]",
+    "every format; svg: a picture of how many tokens each expert saw. [default: by the suffix, else imatrix]",
 )
 @calibration_options
 @click.option(
@@ -60,9 +62,17 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: all CPUs]")
 @click.option("--max-ram", type=Size(), help="Memory limit, for example 8G.")
 @json_option
+@verbose_option
 @click.pass_context
 def command(
-    ctx: click.Context, /, as_json: bool, model: str, output: str | None, kind: str | None, **arguments: Any
+    ctx: click.Context,
+    /,
+    as_json: bool,
+    verbose: int,
+    model: str,
+    output: str | None,
+    kind: str | None,
+    **arguments: Any,
 ) -> int:
     """Run text through MODEL, one block in memory at a time, and write how much each input channel matters.
 
@@ -72,22 +82,23 @@ def command(
     Example: llm-quantize analyze importance ./Llama-3.2-1B -o llama.gguf --calibration-data japanese
     """  # fmt: skip
     from llm_quantize.calibration.collect import calibrate
-    from llm_quantize.calibration.outcome import export, kind_of, refuse_export
+    from llm_quantize.calibration.outcome import NAMES, kind_of, refuse_export
     from llm_quantize.compare.making import lora_words
     from llm_quantize.models.opening import open_source
+    from llm_quantize.reports.experts import export
 
-    shown = mode(ctx, as_json)
+    shown = mode(ctx, as_json, verbose)
     options = build_calibration(
         arguments, tuple(arguments["collect"].split(",")), expert_minimum=arguments["expert_minimum"]
     )
     with told(shown, "calibrate") as sink:
         source = open_source(model, revision=arguments["revision"], lora=arguments["lora"], on_event=sink)
         with source.checkpoint:
-            target = Path(output or f"{source.stem}-imatrix.gguf")
+            target = Path(output or f"{source.stem}-{NAMES[kind or 'imatrix']}")
             kind = kind or kind_of(target)
             files = [header.path for header in source.checkpoint.headers]
             inputs = (*files, *source.checkpoint.directory.glob("*.json"), *options.data)
-            refuse_export(target, kind, options.collect, inputs)
+            refuse_export(source, target, kind, options.collect, inputs)
             result = calibrate(source, options, on_event=sink)
             export(result, source, target, kind)
     if shown.json:
