@@ -177,6 +177,8 @@ def test_of_mlx_embedding_and_head_are_on_grids_too(tmp_path: Path) -> None:
     with (source := open_source(str(model))).checkpoint:
         expected = measure_quality(source, [result.path], windows_of(), threads=1).artifacts[0].divergence.kld
     assert expected > 1e-5
+    write_profile(tmp_path / "p.json", found)
+    assert read_profile(tmp_path / "p.json") == found
     figures = {(row.tensor, row.qtype): row.kld for row in found.rows}
     assert figures[unit, "affine4_g64"] == pytest.approx(expected, rel=1e-3)
 

@@ -55,7 +55,7 @@ def _options(function: Any) -> Any:
         click.option("--imatrix", type=click.Path(dir_okay=False), metavar="FILE",
                      help="llama.cpp importance matrix that will be quantized with."),
         click.option("--statistics", type=click.Path(dir_okay=False), metavar="FILE",
-                     help="Statistics that analyze importance made of this model; for compressed-tensors with "
+                     help="Statistics that analyze importance made of this model; for directories with "
                      "--collect hessian, and codes are then chosen by error feedback, as the artifact's will be."),
         click.option("--text", "texts", multiple=True, metavar="TEXT",
                      help="Text to measure on: a file or a built-in set; repeatable. [default: the built-in mix]"),

@@ -26,6 +26,7 @@ from llm_quantize.io.json_file import read_json
 from llm_quantize.io.whole_file import write_file
 from llm_quantize.models.opening import Source
 from llm_quantize.qtypes import QTYPES
+from llm_quantize.qtypes.affine import is_affine
 from llm_quantize.qtypes.integer import is_integer
 
 FORMAT = "llm-quantize-profile"
@@ -238,7 +239,7 @@ def _row(path: Path, row: Any) -> Sensitivity:
     for key, kinds in _FIELDS.items():
         if type(row[key]) not in kinds:
             raise _refuse(path, f"a figure of the profile has no proper {key}", row)
-    known = row["qtype"] in QTYPES or is_integer(row["qtype"])
+    known = row["qtype"] in QTYPES or is_integer(row["qtype"]) or is_affine(row["qtype"])
     if not known or row["nbytes"] < 1 or row["kld"] < -1e-6:
         raise _refuse(path, "a figure of the profile cannot be", row)
     return Sensitivity.from_dict(row)
