@@ -255,6 +255,17 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm4": ("glm4", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}, "head_dim": 32}),
     "ernie4_5": ("ernie4_5", {"rope_parameters": _ROPE, "head_dim": 32}),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "rope_parameters": {**YARN, "rope_theta": THETA},
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "num_hidden_layers": 3,
+        },
+    ),
     "qwen3_5_text": ("qwen3_5_text", _HYBRID),
     "qwen3_5_text-equal": (
         "qwen3_5_text",

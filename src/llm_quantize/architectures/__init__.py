@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import MalformedInputError, UnsupportedError
-from . import cohere, gemma, gpt, llama, olmo, phi, qwen
+from . import cohere, gemma, gpt, llama, olmo, openai, phi, qwen
 from .architecture import Architecture
 from .base import Family, Hyper, OutputTensor, Piece, TensorMap
 
@@ -23,7 +23,9 @@ __all__ = [
 ]
 
 ARCHITECTURES: dict[str, Family] = {
-    family.model_type: family for module in (llama, qwen, gemma, phi, gpt, olmo, cohere) for family in module.FAMILIES
+    family.model_type: family
+    for module in (llama, qwen, gemma, phi, gpt, olmo, cohere, openai)
+    for family in module.FAMILIES
 }
 
 _GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

@@ -14,8 +14,12 @@ from ..io.safetensors_file import TensorInfo
 from .base import Family, Form, Hyper, Recurrence, TensorMap
 from .config_reader import LARGEST, ConfigReader
 from .mapping import form_of, head_of, map_tensors
-from .rope import Rope, read_rope, rope_constants, rope_metadata
+from .rope import Rope, is_rounded, read_rope, rope_constants, rope_metadata
 
+_RAMP = (
+    "llama.cpp rounds the ends of YaRN's ramp to whole dimensions, which this model does not: its logits there are "
+    "near those of transformers, not the same"
+)
 _MOST_LAYERS, _MOST_EXPERTS, _LARGEST_HEAD = 4096, 4096, 1 << 16
 
 
@@ -52,6 +56,8 @@ class Architecture:
         self.notes = tuple(
             text.format(value=self.config.get(name)) for name, text in family.notes if self.config.get(name)
         )
+        if family.rounds_ramp and self.rope is not None and self.rope.kind == "yarn" and not is_rounded(self.rope):
+            self.notes += (_RAMP,)
 
     @property
     def window(self) -> int:

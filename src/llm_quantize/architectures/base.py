@@ -31,6 +31,8 @@ class Piece:
     source the last two dimensions of each matrix are exchanged.
     ``columns``: int64 (columns,), which source column each output column is (None = as they stand): a bias, which
     is one row, is reordered with it as its matrix is with ``order``.
+    ``deal``: (i, n), every n-th of the source's columns as it is stored, from the i-th: of a transposed source output
+    rows, and in other pieces columns. Rows are counted after that.
     ``add``: added to every value in float32 (Gemma stores norm weights minus one). ``curve``: applied in float32
     (decays of a recurrent state are stored as logarithms).
     """
@@ -43,6 +45,7 @@ class Piece:
     columns: npt.NDArray[np.int64] | None = None
     add: float = 0.0
     curve: Curve = ""
+    deal: tuple[int, int] = (0, 1)
 
     @property
     def altered(self) -> bool:
@@ -58,7 +61,7 @@ class OutputTensor:
     values follow from the configuration (rotary frequency factors). ``float32`` marks what a runtime wants in F32
     whatever the recipe says (norms, biases, routers: the recipe still sees them, and its never-quantized list rules
     in general; this flag only records what the format's owner stores as F32 even at F16/BF16/Q8_0). ``steers``: see
-    ``Kind.steers``.
+    ``Kind.steers``. ``dealt``: its rows are those of all pieces, one value of each in turn.
     """
 
     name: str
@@ -67,6 +70,7 @@ class OutputTensor:
     constant: npt.NDArray[np.float32] | None = None
     float32: bool = False
     steers: bool = False
+    dealt: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ class Form:
     ``name``: its name there, without the family's prefix; ``{}`` is the layer, ``{each}`` the index along ``each``.
     ``shape``: of the source tensor, in words of ``Hyper.sizes``. ``each``: the word for how many source tensors are
     stacked (experts, heads). ``part``: (i, n), the i-th of n equal row blocks of each matrix of the source.
-    ``order``: of its rows; ``columns``: of its columns.
+    ``order``: of its rows; ``columns``: of its columns. ``deal``: see Piece.
     """
 
     name: str
@@ -186,6 +190,7 @@ class Form:
     order: Order = ""
     transpose: bool = False
     columns: Order = ""
+    deal: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -276,6 +281,8 @@ class Family:
     ``equal_heads``: the runtime wants as many key heads as query heads.
     ``recurrent_period``: layers have a recurrent state but for every so-manieth, as the runtime has it where nothing
     says otherwise (0: all have attention). ``sections``: usual numbers of rotated pairs for time, height and width.
+    ``plain_gate``: what lies between up and down is a product with the gate, so that scales may move through it.
+    ``rounds_ramp``: the runtime rounds the ends of YaRN's ramp where models of the family do not, and runs them so.
     ``feeds``: which norm's output goes where, for scales that are folded into norms (see architectures/scaling.py).
     """
 
@@ -312,5 +319,7 @@ class Family:
     sections: tuple[int, ...] = ()
     text_prefix: str = ""
     dense: bool = True
+    plain_gate: bool = True
+    rounds_ramp: bool = False
     feeds: tuple[Feed, ...] = TWO_FEEDS
     words: Mapping[str, str] = field(default_factory=dict)

@@ -30,6 +30,7 @@ class Kind(StrEnum):
     ATTN_Q_NORM = "blk.{bid}.attn_q_norm"
     ATTN_K_NORM = "blk.{bid}.attn_k_norm"
     ATTN_POST_NORM = "blk.{bid}.post_attention_norm"
+    ATTN_SINKS = "blk.{bid}.attn_sinks"
     ATTN_GATE = "blk.{bid}.attn_gate"
     SSM_CONV1D = "blk.{bid}.ssm_conv1d"
     SSM_A = "blk.{bid}.ssm_a"

@@ -236,7 +236,7 @@ class Mapper:
         index, parts = form.part
         if parts == 1:
             columns = self._order(form.columns)
-            return [Piece(info.name, order=order, transpose=form.transpose, columns=columns, add=add)]
+            return [Piece(info.name, order=order, transpose=form.transpose, columns=columns, add=add, deal=form.deal)]
         rows = info.shape[-2] // parts
         matrices = info.shape[0] if len(info.shape) == 3 else 1
         return [Piece(info.name, start=m * info.shape[-2] + index * rows, count=rows, add=add) for m in range(matrices)]

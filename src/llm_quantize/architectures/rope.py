@@ -111,14 +111,19 @@ def _yarn_ramp(fast: float, slow: float, rope: Rope, hyper: Hyper, original: int
     return max(math.floor(dimension(fast)), 0), min(math.ceil(dimension(slow)), hyper.rotary - 1)
 
 
-def _yarn(rope: Rope, config: ConfigReader, hyper: Hyper) -> dict[str, int | float | str]:
+def is_rounded(rope: Rope) -> bool:
+    """Whether the ends of YaRN's ramp are whole numbers of dimensions. Raises MalformedInputError."""
+    return ConfigReader(rope.scaling, None).boolean("truncate", default=True)
+
+
+def _yarn(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper) -> dict[str, int | float | str]:
     scaling, keys = ConfigReader(rope.scaling, config.file), gguf.Keys.Rope
     original = _original_context(rope, config, hyper)
     factor = scaling.number("factor", default=hyper.context_length / original, positive=True)
     fast, slow = scaling.number("beta_fast", default=32.0), scaling.number("beta_slow", default=1.0)
     ramp = _yarn_ramp(fast or 32.0, slow or 1.0, rope, hyper, original)
-    truncate = scaling.boolean("truncate", default=True)
-    if not truncate or ramp != _yarn_ramp(32.0, 1.0, rope, hyper, original):
+    truncate = is_rounded(rope)
+    if not (truncate or family.rounds_ramp) or ramp != _yarn_ramp(32.0, 1.0, rope, hyper, original):
         raise UnsupportedError(
             "llama.cpp has YaRN's ramp built in for this family",
             file=config.file,
@@ -152,7 +157,7 @@ def rope_metadata(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper
         found[keys.SCALING_TYPE] = gguf.RopeScalingType.LINEAR.value
         found[keys.SCALING_FACTOR] = ConfigReader(rope.scaling, config.file).number("factor", positive=True)
     elif rope.kind == "yarn":
-        found |= _yarn(rope, config, hyper)
+        found |= _yarn(rope, config, family, hyper)
     if "longrope" in family.rope:
         found[keys.SCALING_ORIG_CTX_LEN] = _original_context(rope, config, hyper)
     if rope.kind == "longrope":

@@ -143,7 +143,8 @@ def placed(source: Shapes, tensor: OutputTensor) -> Iterator[tuple[int, int, Pie
     for piece in tensor.pieces:
         count = piece.count
         if count is None:
-            count = source.matrix(piece.source, transpose=piece.transpose)[0] - piece.start
+            rows = source.matrix(piece.source, transpose=piece.transpose)[0]
+            count = (rows // piece.deal[1] if piece.transpose else rows) - piece.start
         yield first, count, piece
         first += count
 
@@ -160,6 +161,9 @@ def read_output_rows(
         rows, columns = matrix_shape(tensor.shape)
         return np.ascontiguousarray(tensor.constant, dtype=np.float32).reshape(rows, columns)[start:stop]
     parts: list[Rows] = []
+    if tensor.dealt:
+        parts = [to_float32(_read_piece(source, piece, start, stop, None, digest)) for piece in tensor.pieces]
+        return np.stack(parts, axis=-1).reshape(stop - start, -1)
     if is_joined(tensor):
         parts = [_read_piece(source, piece, 0, 1, None, digest) for piece in tensor.pieces]
         return _together(parts, axis=1)
@@ -176,15 +180,17 @@ def read_output_rows(
 class HeldSource(Shapes, Protocol):
     """A source of stored grids (``models.base.Model`` is one)."""
 
-    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None: ...
+    def held_grid(
+        self, name: str, start: int, stop: int, *, transpose: bool = False
+    ) -> tuple[Grid, torch.Tensor] | None: ...
 
 
 def held_output_rows(
     source: HeldSource, tensor: OutputTensor, start: int, stop: int
 ) -> tuple[Grid, torch.Tensor] | None:
     """``Model.held_grid`` for rows [start, stop) of ``tensor``: the rows of its pieces, in their order, each on
-    the grid on which the source stores it. None where a piece is not held, or not by rows: transposed, something
-    added, its columns in an order that parts groups; or where pieces are on grids of different kinds. Needs torch."""
+    the grid on which the source stores it. None where a piece is not held by its rows, or has something added or its
+    columns in an order that parts groups; or where pieces are on grids of different kinds. Needs torch."""
     from llm_quantize.grids.held import joined, moved, taken
 
     if tensor.constant is not None or is_joined(tensor):
@@ -194,17 +200,19 @@ def held_output_rows(
         first, last = max(start, base) - base, min(stop, base + count) - base
         if first >= last:
             continue
-        if piece.transpose or piece.altered:
+        index, step = piece.deal
+        if piece.altered or (step > 1 and not piece.transpose):
             return None
         wanted = np.arange(first, last) if piece.order is None else piece.order[first:last].astype(np.int64)
-        low = int(wanted.min()) + piece.start
-        found = source.held_grid(piece.source, low, int(wanted.max()) + 1 + piece.start)
+        wanted = (wanted + piece.start) * step + index
+        low = int(wanted.min())
+        found = source.held_grid(piece.source, low, int(wanted.max()) + 1, transpose=piece.transpose)
         if found is not None and piece.columns is not None:
             found = moved(found, piece.columns)
         if found is None:
             return None
-        ordered = piece.order is None
-        parts.append(found if ordered else taken(found, (wanted + piece.start - low).tolist()))
+        ordered = piece.order is None and step == 1
+        parts.append(found if ordered else taken(found, (wanted - low).tolist()))
     return joined(parts)
 
 
@@ -239,6 +247,7 @@ def inverse(shapes: Mapping[str, tuple[int, ...]], outputs: Iterable[OutputTenso
     Raises ValueError for a source tensor of which no output holds some rows, or that is transposed in part.
     """
     back: dict[str, dict[int, Piece]] = {}
+    dealt: dict[str, list[Piece | None]] = {}
     source = Shaped(shapes)
     for output in outputs:
         if is_joined(output):
@@ -246,9 +255,19 @@ def inverse(shapes: Mapping[str, tuple[int, ...]], outputs: Iterable[OutputTenso
                 back.setdefault(name, {}).setdefault(0, part)
             continue
         for base, count, piece in placed(source, output):
+            if piece.deal[1] > 1:
+                index, shares = piece.deal
+                dealt.setdefault(piece.source, [None] * shares)[index] = _undealt(output, piece)
+                continue
             back.setdefault(piece.source, {}).setdefault(piece.start, _back(output.name, base, count, piece))
     found = {}
     for name, shape in shapes.items():
+        if name in dealt:
+            parts = tuple(piece for piece in dealt[name] if piece is not None)
+            if len(parts) != len(dealt[name]):
+                raise ValueError(f"{len(parts)} of {len(dealt[name])} shares of {name} are in the outputs")
+            found[name] = OutputTensor(name, shape, parts, dealt=True)
+            continue
         pieces = tuple(piece for _, piece in sorted(back.get(name, {}).items()))
         rows = sum(matrix_shape(shape)[0] if piece.count is None else piece.count for piece in pieces)
         if rows != matrix_shape(shape)[0]:
@@ -265,6 +284,13 @@ def _columns_of(source: Shapes, output: OutputTensor) -> Iterator[tuple[str, Pie
         order = np.arange(count) if piece.columns is None else np.argsort(piece.columns)
         yield piece.source, Piece(output.name, columns=order + first, add=-piece.add, curve=_UNDO[piece.curve])
         first += count
+
+
+def _undealt(output: OutputTensor, piece: Piece) -> Piece:
+    """What ``piece`` of ``output`` gives to its source's rows, of which it has every so-manieth column."""
+    if len(output.pieces) > 1 or piece.start or piece.count is not None:
+        raise ValueError(f"{piece.source} is dealt to one part of {output.name}")
+    return Piece(output.name, transpose=piece.transpose, add=-piece.add, curve=_UNDO[piece.curve])
 
 
 def _back(output: str, base: int, count: int, piece: Piece) -> Piece:
@@ -301,12 +327,16 @@ def _put(whole: Floats, piece: Piece, first: int, values: Floats) -> None:
     else:
         seen = whole.reshape(1, *matrix_shape(whole.shape))
     last = first + len(values)
+    index, step = piece.deal
+    if step > 1 and not piece.transpose:
+        seen[0, piece.start + first : piece.start + last, index::step] = values
+        return
     if piece.order is None and len(seen) == 1:
         matrix, rows = seen[0], slice(piece.start + first, piece.start + last)
         matrix[rows, slice(None) if piece.columns is None else piece.columns] = values
         return
     target = np.arange(first, last) if piece.order is None else piece.order[first:last]
-    which, row = np.divmod(target + piece.start, seen.shape[1])
+    which, row = np.divmod((target + piece.start) * step + index, seen.shape[1])
     if piece.columns is None:
         seen[which, row] = values
     else:
@@ -326,13 +356,17 @@ def to_float32(rows: Rows) -> npt.NDArray[np.float32]:
 
 def _read_piece(source: RowSource, piece: Piece, first: int, last: int, buffer: Any, digest: Any) -> Rows:
     read = partial(source.read_rows, piece.source, transpose=piece.transpose, digest=digest)
-    if piece.order is None:
+    index, step = piece.deal
+    if step > 1 and piece.transpose:
+        rows = read((piece.start + first) * step, (piece.start + last) * step)[index::step]
+    elif piece.order is None:
         fits = buffer is not None and len(buffer) >= (last - first) * source.matrix(piece.source)[1] * 8
         rows = read(piece.start + first, piece.start + last, buffer=buffer if fits and not piece.transpose else None)
     else:
         rows = _gather(read, piece.order[first:last].astype(np.int64) + piece.start)
-    if piece.columns is not None:
-        rows = np.ascontiguousarray(rows[:, piece.columns])
+    if step > 1 and not piece.transpose:
+        rows = rows[:, index::step]
+    rows = np.ascontiguousarray(rows if piece.columns is None else rows[:, piece.columns])
     if piece.curve:
         rows = curved(piece.curve, rows)
     return to_float32(rows) + np.float32(piece.add) if piece.add else rows

@@ -180,7 +180,7 @@ class _Layer:
     def _from_up(self, gate: T, up: T, down: T) -> Iterator[ScaleGroup]:
         """up -> down, where what lies between is a product with the gate, or the square of a rectifier."""
         above, below = self.output(up), self.output(down)
-        if above is None or below is None:
+        if above is None or below is None or not self.family.plain_gate:
             return
         power, start = 1.0, 0
         width = below.shape[-1]

@@ -38,7 +38,8 @@ def stamped_hash(source: StampedSource, output: OutputTensor, start: int, stop: 
     for base, count, piece in placed(source, output):
         first, last = max(start, base) - base, min(stop, base + count) - base
         if first < last:
-            rows = (piece.start + first, piece.start + last)
+            rows: tuple[int, ...] = (piece.start + first, piece.start + last)
+            rows += piece.deal if piece.deal[1] > 1 else ()
             digest.update(source.stamp(piece.source) + b"".join(row.to_bytes(8, "little") for row in rows))
     return f"{FIELDS}{digest.hexdigest()}"
 

@@ -80,7 +80,13 @@ def _repacked(matrices: Matrices, matrix: MatrixPlan) -> Kept | None:
     if len(weight.pieces) != 1 or weight.constant is not None or matrix.cache is not None:
         return None
     (piece,) = weight.pieces
-    if piece.transpose or piece.altered or piece.start or not (piece.order is None and piece.columns is None):
+    if (
+        piece.transpose
+        or piece.altered
+        or piece.start
+        or piece.deal[1] > 1
+        or not (piece.order is None and piece.columns is None)
+    ):
         return None
     held = checkpoint.held_words(piece.source) if checkpoint.matrix(piece.source)[0] == rows else None
     made = None if held is None else matrices.store.repack(matrix, held)
@@ -126,7 +132,9 @@ def _copied(matrices: Matrices, matrix: MatrixPlan) -> Fields | None:
 
 def _held(matrices: Matrices, matrix: MatrixPlan, pool: Pool) -> Fields | None:
     """The fields of a matrix with the source's codes, on the grid on which the source stores them."""
-    if not all(matrices.source.checkpoint.held(piece.source) for piece in matrix.weight.pieces):
+    if not all(
+        matrices.source.checkpoint.held(piece.source, transpose=piece.transpose) for piece in matrix.weight.pieces
+    ):
         return None
     rows, columns = matrix_shape(matrix.weight.shape)
     step = chunk_rows(columns)

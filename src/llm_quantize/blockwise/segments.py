@@ -73,7 +73,7 @@ def column_orders(members: Iterable[tuple[OutputTensor, Sequence[Segment]]]) -> 
 
 def _stacked(checkpoint: Model, first: int, count: int, piece: Piece, tap: Tap) -> Iterator[Segment]:
     """The matrices of a stack that a piece takes rows of."""
-    each = checkpoint.matrix(piece.source, transpose=piece.transpose)[0] // tap.matrices
+    each = checkpoint.matrix(piece.source, transpose=piece.transpose)[0] // tap.matrices // piece.deal[1]
     at, end = piece.start, piece.start + count
     while at < end:
         last = min(end, (at // each + 1) * each)

@@ -65,7 +65,7 @@ def holding_of(source: Source, output: OutputTensor, qtype: str, *, wide: bool =
 def held_of(source: Source, piece: Piece) -> Held | None:
     """``Model.held`` of the rows of ``piece``, as ``held_output_rows`` gives them: None too where they are read by
     columns, or altered, or their columns are in an order that parts groups."""
-    held = None if piece.transpose or piece.altered else source.checkpoint.held(piece.source)
+    held = None if piece.altered else source.checkpoint.held(piece.source, transpose=piece.transpose)
     if held is None or piece.columns is None:
         return held
     if held.act_order or not (held.qtype in QTYPES or _is_known((held.qtype,))):
@@ -80,7 +80,7 @@ def _holds(qtype: str, held: Held, act_order: bool) -> int:
 
 def is_act_order(source: Source, output: OutputTensor) -> bool:
     """Whether groups of ``output`` do not stand side by side where the source stores it."""
-    found = (source.checkpoint.held(piece.source) for piece in output.pieces)
+    found = (source.checkpoint.held(piece.source, transpose=piece.transpose) for piece in output.pieces)
     return any(one is not None and one.act_order for one in found)
 
 

@@ -173,12 +173,14 @@ class Model(Rows, Protocol):
     @property
     def adapters(self) -> tuple[Merge, ...]: ...
 
-    def held(self, name: str) -> Held | None:
-        """The grid that the tensor ``name`` is stored on, from headers alone, but for the order of its columns; None
-        where it is not quantized, or not in a form that ``held_grid`` may give. Needs no torch. Raises IntegrityError
-        for columns of groups that do not exist."""
+    def held(self, name: str, *, transpose: bool = False) -> Held | None:
+        """The grid on which rows of the tensor ``name``, as ``matrix`` sees them, are stored, but for the order of its
+        columns; None where it is not quantized, or not in a form that ``held_grid`` may give. From headers alone.
+        Needs no torch. Raises IntegrityError for columns of groups that do not exist."""
 
-    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+    def held_grid(
+        self, name: str, start: int, stop: int, *, transpose: bool = False
+    ) -> tuple[Grid, torch.Tensor] | None:
         """Rows [start, stop) of a stored quantized matrix, in the orientation of ``matrix``: the grid, and codes uint8
         (stop - start, columns), whose ``Grid.decode`` is ``read_rows`` bit for bit; but for the last bit where scales
         divide (CTranslate2). None where the tensor is not quantized or these rows are not of this form (groups of
@@ -243,14 +245,16 @@ class Opened(ABC):
         """The weight files, in the order of ``tensors``."""
         return tuple(header.path for header in self.headers)
 
-    def held(self, name: str) -> Held | None:
+    def held(self, name: str, *, transpose: bool = False) -> Held | None:
         """As ``Model.held``: nothing is, unless the reader says so."""
-        del name
+        del name, transpose
         return None
 
-    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+    def held_grid(
+        self, name: str, start: int, stop: int, *, transpose: bool = False
+    ) -> tuple[Grid, torch.Tensor] | None:
         """As ``Model.held_grid``."""
-        del name, start, stop
+        del name, start, stop, transpose
         return None
 
     def held_words(self, name: str) -> HeldWords | None:

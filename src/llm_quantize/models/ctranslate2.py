@@ -114,11 +114,15 @@ class CTranslate2Directory:
         with np.errstate(divide="ignore", invalid="ignore"):
             return to_float32(values) if scales is None else values.astype(np.float32) / scales
 
-    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+    def held_grid(
+        self, name: str, start: int, stop: int, *, transpose: bool = False
+    ) -> tuple[Grid, torch.Tensor] | None:
         """As ``Model.held_grid``, of a variable of int8; None for a code that is no level, and scales that have no
         inverse."""
         from llm_quantize.grids.held import grid_of
 
+        if transpose:
+            return None
         entry = self.find(name)
         codes, scales = (None, None) if entry is None else (self.values(entry, start, stop), self._scales(entry))
         if codes is None or scales is None or codes.dtype != np.int8 or (codes == -128).any():

@@ -184,18 +184,25 @@ class CTranslate2Model(SourceRows, Opened):
             digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
         return values
 
-    def held(self, name: str) -> Held | None:
+    def held(self, name: str, *, transpose: bool = False) -> Held | None:
         """As ``Model.held``: what is int8, by its rows."""
         made = self._made[name]
         by_rows = not any(piece.transpose or piece.columns is not None or piece.add for piece in made.pieces)
+        by_rows = by_rows and not transpose
         return Held(_HELD, "float32") if by_rows and self.tensors[name].dtype == _HELD else None
 
-    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+    def held_grid(
+        self, name: str, start: int, stop: int, *, transpose: bool = False
+    ) -> tuple[Grid, torch.Tensor] | None:
         """As ``Model.held_grid``, with what scales are as factors: the values are those of ``read_rows`` but for the
         last bit of some."""
         if self.headers_only:
             raise without_weights(self.tensors[name])
-        return None if self.held(name) is None else held_output_rows(self.stored, self._made[name], start, stop)
+        return (
+            None
+            if self.held(name, transpose=transpose) is None
+            else held_output_rows(self.stored, self._made[name], start, stop)
+        )
 
     def block_type(self, name: str, *, transpose: bool = False) -> str | None:
         """As ``Model.block_type``: the grid of what is stored as codes, by its rows."""

@@ -119,10 +119,10 @@ class StoredRows:
         stored: npt.NDArray[Any] = np.frombuffer(view, plain).reshape(stop - start, columns)
         return stored if scales is None else to_float32(stored) * scales
 
-    def held(self, name: str) -> Held | None:
+    def held(self, name: str, *, transpose: bool = False) -> Held | None:
         """As ``Model.held``."""
         dtype, scaled = self.tensors[name].dtype, self.scales.info(name) is not None
-        if dtype not in _GRIDS or (scaled and dtype != _SCALED):
+        if transpose or dtype not in _GRIDS or (scaled and dtype != _SCALED):
             return None
         return Held(_SCALED_GRID if scaled else _GRIDS[dtype], "float16")
 
@@ -134,9 +134,11 @@ class StoredRows:
         self._reader.read(info, start * row_bytes, packed.reshape(-1).data)
         return packed
 
-    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+    def held_grid(
+        self, name: str, start: int, stop: int, *, transpose: bool = False
+    ) -> tuple[Grid, torch.Tensor] | None:
         """As ``Model.held_grid``."""
-        if self.held(name) is None:
+        if self.held(name, transpose=transpose) is None:
             return None
         from llm_quantize.grids import ggml_held
 
@@ -290,12 +292,13 @@ class GgufModel(Opened):
         values: npt.NDArray[Any] = read_output_rows(self.stored, tensor, start, stop, buffer=buffer, digest=digest)
         return values if values.dtype == self.stored_dtype(name) else to_float32(values)
 
-    def held(self, name: str) -> Held | None:
+    def held(self, name: str, *, transpose: bool = False) -> Held | None:
         """As ``Model.held``: nothing of what the file stores by columns, with something added, or in an order of
         columns that parts blocks."""
         pieces = self._rows[name].pieces
         found = {self.stored.held(piece.source) for piece in pieces}
-        return found.pop() if len(found) == 1 and all(map(self._moves_whole, pieces)) else None
+        moves = not transpose and all(map(self._moves_whole, pieces))
+        return found.pop() if len(found) == 1 and moves else None
 
     def _moves_whole(self, piece: Piece) -> bool:
         if piece.transpose or piece.altered:
@@ -336,11 +339,17 @@ class GgufModel(Opened):
         found: Bytes = read_output_rows(_BlockSource(self.stored), tensor, start, stop)
         return found
 
-    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+    def held_grid(
+        self, name: str, start: int, stop: int, *, transpose: bool = False
+    ) -> tuple[Grid, torch.Tensor] | None:
         """As ``Model.held_grid``."""
         if self.headers_only:
             raise without_weights(self.tensors[name])
-        return None if self.held(name) is None else held_output_rows(self.stored, self._rows[name], start, stop)
+        return (
+            None
+            if self.held(name, transpose=transpose) is None
+            else held_output_rows(self.stored, self._rows[name], start, stop)
+        )
 
     def close(self) -> None:
         """As ``Rows.close``."""

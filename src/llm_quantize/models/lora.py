@@ -187,13 +187,15 @@ class MergedModel(Opened):
         """As ``Rows.stored_dtype``: float32 of what is merged."""
         return np.dtype(np.float32) if name in self._found else self._model.stored_dtype(name)
 
-    def held(self, name: str) -> Held | None:
+    def held(self, name: str, *, transpose: bool = False) -> Held | None:
         """As ``Model.held``: of what is merged, nothing."""
-        return None if name in self._found else self._model.held(name)
+        return None if name in self._found else self._model.held(name, transpose=transpose)
 
-    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+    def held_grid(
+        self, name: str, start: int, stop: int, *, transpose: bool = False
+    ) -> tuple[Grid, torch.Tensor] | None:
         """As ``Model.held_grid``."""
-        return None if name in self._found else self._model.held_grid(name, start, stop)
+        return None if name in self._found else self._model.held_grid(name, start, stop, transpose=transpose)
 
     def held_words(self, name: str) -> HeldWords | None:
         """As ``Model.held_words``."""

@@ -125,14 +125,16 @@ class PackedRows:
             raise ValueError(f"{name} has no fields of a packed matrix")
         return self.packed.stamp(self.packed.matrices[name])
 
-    def held(self, name: str) -> Held | None:
-        """As ``Model.held``: of what an unquantized model stores the other way round nothing."""
+    def held(self, name: str, *, transpose: bool = False) -> Held | None:
+        """As ``Model.held``: by the rows that are packed, which an unquantized model may store the other way round."""
         matrix = self.packed.matrices.get(name)
-        return None if matrix is None or name in self._transposed else self.packed.grid(matrix)
+        return None if matrix is None or transpose != (name in self._transposed) else self.packed.grid(matrix)
 
-    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+    def held_grid(
+        self, name: str, start: int, stop: int, *, transpose: bool = False
+    ) -> tuple[Grid, torch.Tensor] | None:
         """As ``Model.held_grid``."""
-        if name not in self.packed.matrices or name in self._transposed:
+        if name not in self.packed.matrices or transpose != (name in self._transposed):
             return None
         from llm_quantize.grids.held import grid_of
 

@@ -364,10 +364,12 @@ class QuantizedModel(PackedRows, Opened):
         self._check_here(name)
         return super().read_rows(name, start, stop, transpose=transpose, buffer=buffer, digest=digest)
 
-    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+    def held_grid(
+        self, name: str, start: int, stop: int, *, transpose: bool = False
+    ) -> tuple[Grid, torch.Tensor] | None:
         """As ``Model.held_grid``."""
         self._check_here(name)
-        return super().held_grid(name, start, stop)
+        return super().held_grid(name, start, stop, transpose=transpose)
 
     def held_words(self, name: str) -> HeldWords | None:
         """As ``Model.held_words``."""

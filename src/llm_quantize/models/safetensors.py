@@ -161,17 +161,19 @@ class Checkpoint(Opened):
                 digest.update(self._scale(layout).data)
         return self._converted(name, start, stored)
 
-    def held(self, name: str) -> Held | None:
+    def held(self, name: str, *, transpose: bool = False) -> Held | None:
         """As ``Model.held``: FP8 matrices with a scale for each row, for all, or for blocks of 128 by 128."""
         layout, info = self._layouts.get(name), self.tensors[name]
-        if layout is None or not layout.qtype or len(info.shape) != 2:
+        if layout is None or not layout.qtype or len(info.shape) != 2 or transpose:
             return None
         stored = self._scale_tensors[layout.name].dtype
         return Held(layout.qtype, _SCALE_WORDS[stored], float8.are_powers(stored) or self._powers)
 
-    def held_grid(self, name: str, start: int, stop: int) -> tuple[Grid, torch.Tensor] | None:
+    def held_grid(
+        self, name: str, start: int, stop: int, *, transpose: bool = False
+    ) -> tuple[Grid, torch.Tensor] | None:
         """As ``Model.held_grid``."""
-        found = self.held(name)
+        found = self.held(name, transpose=transpose)
         if found is None:
             return None
         from llm_quantize.grids.held import grid_of
