@@ -100,6 +100,18 @@ Three layers of four hold a recurrent state (gated delta rule), the fourth atten
   pair over (the rest would not be rotated in text); anything else is refused for GGUF alone.
 - Directories of a model with a tower name the modules left out twice: as the whole model has them, and as Transformers
   calls them where it loads the language model by itself.
+
+## gpt-oss
+
+- OpenAI ships the experts in MXFP4. `convert MODEL gguf` takes every code over, and of the rest the bfloat16;
+  `-q MXFP4` has 8 bits there, as the published GGUF files have. Other levels round what the codes decode to.
+- Gate and up of all experts are one tensor (experts, in, out) whose columns alternate; GGUF has them apart. Sinks,
+  biases and routers stay F32.
+- Rows of 2,880 are not whole blocks of K-quants: as in llama.cpp's quantizer, attention and experts get its fallback
+  types there.
+- llama.cpp rounds the ends of YaRN's ramp to whole dimensions, which the published models do not: its logits are near
+  transformers', not equal. The plan says so.
+- Directories: none, as no runtime has names for packed single experts of this family.
 """
 
 

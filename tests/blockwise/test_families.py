@@ -21,7 +21,7 @@ from .tiny import ids_of, matrices, options, run, write_noise
 QUICK = ("gpt2", "phi3", "mixtral", "qwen2_moe", "gemma3_text", "falcon-new", "qwen3_5_text")
 AWQ = ("llama-bias", "qwen2_moe", "qwen3_5")
 DIRECTORIES = ("phi3", "qwen3_moe", "mixtral", "granitemoe", "qwen3_5_moe")
-REFUSED = {"gpt2": "Linear only", "granitemoe": "stored in one tensor"}
+REFUSED = {"gpt2": "Linear only", "granitemoe": "stored in one tensor", "gpt_oss": "stored in one tensor"}
 
 
 def divergence(model: Path, artifact: Path, ids: torch.Tensor) -> float:

@@ -331,11 +331,11 @@ def test_experts_of_mxfp4_of_a_family_that_is_not_known(llama: Path, tmp_path: P
     """What is refused is the family, not the layout."""
     experts(tmp_path / "oss", llama)
     config = json.loads((tmp_path / "oss" / "config.json").read_text())
-    told = {**config, "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]}
+    told = {**config, "model_type": "gpt_oss_next", "architectures": ["GptOssNextForCausalLM"]}
     (tmp_path / "oss" / "config.json").write_text(json.dumps(told))
     with pytest.raises(UnsupportedError) as caught:
         open_source(str(tmp_path / "oss"))
-    assert "gpt_oss" in str(caught.value)
+    assert "gpt_oss_next" in str(caught.value)
     assert "quantized" not in caught.value.what
     assert describe(str(tmp_path / "oss"))["quantization"]["layout"] == "blocks"
 

@@ -44,7 +44,11 @@ def test_the_rest_of_a_block_is_the_same(variant: str, models: Any) -> None:
     for index in range(network.n_blocks):
         with network.block(index, weights) as block:
             taps = [tap for tap in network.taps(index) if tap.name in block.endings]
-            assert taps, "attention of every family ends in its output projection"
+            if variant == "gpt_oss":  # its attention gives its weights as well, which its block does not look at
+                assert not taps
+                entering = block(entering)
+                continue
+            assert taps, "attention of every other family ends in its output projection"
             seen, leaving = capture(block, entering, taps, whole=True)
             assert leaving is not None
             known = {tap: values for (tap, _), values in seen.items()}

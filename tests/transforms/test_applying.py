@@ -26,6 +26,7 @@ _GROUPS = {
     "qwen2_moe": "avfddddd",
     "granitemoe": "avfdddd",
     "olmoe": "avfdddd",
+    "gpt_oss": "av",
     "gpt2": "avf",
     "gpt_neox": "avf",
     "gpt_neox-serial": "avf",

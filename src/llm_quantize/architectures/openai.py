@@ -86,5 +86,6 @@ FAMILIES = (
         needs_output=True,
         plain_gate=False,
         rounds_ramp=True,
+        words={"num_experts": "num_local_experts", "moe_intermediate_size": ""},
     ),
 )

@@ -202,7 +202,7 @@ def _weight(source: Source, name: str) -> Weight:
     generic = _BLOCK.sub("blk.{bid}.", name).removesuffix(".weight")
     config = source.architecture.config
     for weight in source.architecture.family.weights:
-        if weight.tensor == generic and weight.forms[0].name.endswith("weight"):
+        if weight.tensor == generic and not weight.forms[0].name.endswith("bias"):
             asked = weight.when.lstrip("!")
             if not asked or config.boolean(asked) != weight.when.startswith("!"):
                 return weight

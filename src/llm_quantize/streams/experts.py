@@ -1,8 +1,9 @@
 """Mixture of experts, one expert after another in fixed order.
 
 transformers keeps the experts of a layer as two three-dimensional parameters: gate and up (experts, 2 ff, width), and
-down (experts, width, ff). Its decorator ``use_experts_implementation`` lets others compute them. Ours does the same
-arithmetic in the same order as its "eager" one, and tells what each expert's two matrices are given.
+down (experts, width, ff); or turned, each (experts, in, out); in some with biases, (experts, out). Its decorator
+``use_experts_implementation`` lets others compute them. Ours does the same arithmetic in the same order as its "eager"
+one, and tells what each expert's two matrices are given.
 """
 
 from __future__ import annotations
@@ -27,13 +28,8 @@ Listener = Callable[[str, int, torch.Tensor], None]
 Rounder = Callable[[str, int, torch.Tensor], torch.Tensor]
 """The same, after it: what the matrix is given instead."""
 
-_USUAL = {
-    "has_gate": True,
-    "has_bias": False,
-    "is_transposed": False,
-    "is_concatenated": True,
-    "has_post_expert_norm": False,
-}
+_USUAL = {"has_gate": True, "has_post_expert_norm": False}
+_BIAS = "_bias"
 
 
 def register() -> None:
@@ -54,14 +50,26 @@ def is_experts(module: torch.nn.Module) -> bool:
         return False
     names = {name for name, _ in module.named_parameters(recurse=False)}
     found = {name: getattr(module, name, None) for name in _USUAL}
-    if names != {"gate_up_proj", "down_proj"} or found != _USUAL:
+    wanted = {"gate_up_proj", "down_proj"}
+    wanted |= {name + _BIAS for name in wanted} if getattr(module, "has_bias", False) else set()
+    if names != wanted or found != _USUAL:
         raise UnsupportedError(
             "experts of this kind cannot be run one by one",
-            expected="gate_up_proj and down_proj, gated, without bias",
+            expected="gate_up_proj and down_proj, gated",
             found=f"{type(module).__name__}: {sorted(names)}",
             remedy="this model cannot be calibrated or measured by this version",
         )
     return True
+
+
+def columns_of(module: Any, parameter: str) -> int:
+    """The length of the inputs of each matrix of ``parameter``."""
+    return int(getattr(module, parameter).shape[-2 if module.is_transposed else -1])
+
+
+def is_bias(module: torch.nn.Module, parameter: str) -> bool:
+    """Whether ``parameter`` holds the biases of experts."""
+    return parameter.endswith(_BIAS) and is_experts(module)
 
 
 def one_by_one(
@@ -76,7 +84,7 @@ def one_by_one(
     if hidden.is_meta:
         if listener is not None:
             listener("gate_up_proj", 0, hidden)
-            listener("down_proj", 0, hidden.new_empty(hidden.shape[0], module.down_proj.shape[-1]))
+            listener("down_proj", 0, hidden.new_empty(hidden.shape[0], columns_of(module, "down_proj")))
         return torch.empty_like(hidden)
     tokens = hidden.shape[0]
     chosen = top_k_index.T.reshape(-1)
@@ -84,7 +92,7 @@ def one_by_one(
     order = torch.argsort(chosen, stable=True)
     counts = torch.bincount(chosen, minlength=module.num_experts).tolist()
     total = torch.zeros_like(hidden)
-    gate_up, down = module.gate_up_proj.unbind(), module.down_proj.unbind()  # at once: so is the way back through them
+    multiplied, multiplied_again = _layers(module, "gate_up_proj"), _layers(module, "down_proj")
     start = 0
     for expert, count in enumerate(counts):
         if count == 0:
@@ -96,13 +104,26 @@ def one_by_one(
         if listener is not None:
             listener("gate_up_proj", expert, inputs)
         inputs = rounder("gate_up_proj", expert, inputs)
-        inner = module._apply_gate(_linear(inputs, gate_up[expert]))
+        inner = module._apply_gate(multiplied(expert, inputs))
         if listener is not None:
             listener("down_proj", expert, inner)
         inner = rounder("down_proj", expert, inner)
-        outputs = _linear(inner, down[expert]) * share[rows, None]
+        outputs = multiplied_again(expert, inner) * share[rows, None]
         total.index_add_(0, token, outputs.to(total.dtype))
     return total
+
+
+def _layers(module: Any, parameter: str) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """A function of (expert, its inputs (tokens, columns)): what its matrix makes of them, (tokens, out)."""
+    weights = getattr(module, parameter).unbind()  # all at once: so is the way back through them
+    biases = getattr(module, parameter + _BIAS).unbind() if module.has_bias else None
+
+    def through(expert: int, inputs: torch.Tensor) -> torch.Tensor:
+        weight = weights[expert]
+        made = _linear(inputs, weight.T if module.is_transposed else weight)
+        return made if biases is None else made + biases[expert]
+
+    return through
 
 
 def _as_they_are(_parameter: str, _expert: int, inputs: torch.Tensor) -> torch.Tensor:

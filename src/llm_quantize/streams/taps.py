@@ -160,7 +160,7 @@ def _point(block: torch.nn.Module, prefix: str, places: Places, members: list[tu
     module: Any = block.get_submodule(name)
     value = getattr(module, parameter)
     if value.ndim == 3:
-        tap = Tap(f"{prefix}.{name}.{parameter}", value.shape[2], value.shape[0], tensors)
+        tap = Tap(f"{prefix}.{name}.{parameter}", experts.columns_of(module, parameter), value.shape[0], tensors)
     else:
         tap = Tap(f"{prefix}.{name}", columns_of(module), 1, tensors)
     return TapPoint(tap, name, parameter)
@@ -169,7 +169,8 @@ def _point(block: torch.nn.Module, prefix: str, places: Places, members: list[tu
 def _check_complete(block: torch.nn.Module, tapped: set[tuple[str, str]], prefix: str) -> None:
     for name, value in block.named_parameters():
         module, _, parameter = name.rpartition(".")
-        if experts.is_convolution(block.get_submodule(module)):
+        owner = block.get_submodule(module)
+        if experts.is_convolution(owner) or experts.is_bias(owner, parameter):
             continue
         if value.ndim >= 2 and (module, parameter) not in tapped:
             raise UnsupportedError(
