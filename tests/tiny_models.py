@@ -255,6 +255,19 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm4": ("glm4", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}, "head_dim": 32}),
     "ernie4_5": ("ernie4_5", {"rope_parameters": _ROPE, "head_dim": 32}),
+    "exaone4": (
+        "exaone4",
+        {
+            "rope_parameters": {**_LLAMA3, "rope_theta": 500.0},
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 2,
+            "head_dim": 16,
+        },
+    ),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense",
+        {"rope_parameters": {"rope_type": "dynamic", "alpha": 8.0, "factor": 1.0, "rope_theta": 10.0}, "head_dim": 32},
+    ),
     "gpt_oss": (
         "gpt_oss",
         {

@@ -39,6 +39,7 @@ _GROUPS = {
     "stablelm-12b": "bvd",
     "olmo": "d",
     "olmo2": "vd",
+    "exaone4": "vd",
     "olmo3": "vd",
     "olmo3-pattern": "vd",
     # The first layers have no attention: what a delta rule gives is normed before it is multiplied.

@@ -90,7 +90,8 @@ class Architecture:
 
     def _layer_types(self) -> list[bool]:
         """Which layers have a sliding window: as configured, and, unless the runtime reads it, as it has built in."""
-        period, n_layer = self.family.layer_types, self.hyper.n_layer
+        n_layer = self.hyper.n_layer
+        period = self.family.layer_types if self.family.sliding_at in (0, n_layer) else 0
         if self.family.recurrent_period:  # none slides
             return [False] * n_layer
         usual = [bool(period) and (i + 1) % max(1, period) != 0 for i in range(n_layer)]

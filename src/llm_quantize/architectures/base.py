@@ -266,6 +266,7 @@ class Family:
     ``left_out``: (regular expression, reason). ``defaults``: configuration values that transformers fills in where
     config.json has none.
     ``layer_types``: the period of full attention among sliding layers that the runtime has built in (0: no check).
+    ``sliding_at``: layers slide in models of so many layers alone (0: whatever their number).
     ``sliding_pattern``: instead, the runtime reads which layers slide; ``layer_types`` is then the default period.
     ``rope``: which rope scalings the runtime computes for this family. ``rope_default``: rope_theta, or None where
     positions are not rotated. ``partial_default``: rotated share of a head; ``partial``: whether it may be less than 1.
@@ -299,6 +300,7 @@ class Family:
     notes: tuple[tuple[str, str], ...] = ()
     norm: Literal["rms", "layer"] = "rms"
     layer_types: int = 0
+    sliding_at: int = 0
     rope: frozenset[str] = frozenset({"linear", "dynamic", "yarn"})
     rope_default: float | None = 10000.0
     rope_local_default: float | None = None

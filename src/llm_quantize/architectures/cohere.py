@@ -1,4 +1,4 @@
-"""Cohere's Command R and R7B, GLM-4, ERNIE 4.5: families that rotate neighbours already, as llama.cpp does."""
+"""Cohere's Command R and R7B, GLM-4, ERNIE 4.5, EXAONE 4, Hunyuan."""
 
 from __future__ import annotations
 
@@ -87,6 +87,47 @@ FAMILIES = (
         left_out=(ROTARY,),
         limits=(Limit("use_bias", (False,), False),),
         rope_default=5e5,
+        own_head_dim=True,
+    ),
+    Family(
+        "exaone4",
+        "exaone4",
+        generator="Exaone4ForCausalLM",
+        weights=(
+            *EDGES,
+            norm(T.ATTN_POST_NORM, "layers.{}.post_attention_layernorm"),
+            norm(T.FFN_POST_NORM, "layers.{}.post_feedforward_layernorm"),
+            norm(T.ATTN_Q_NORM, "layers.{}.self_attn.q_norm", "head"),
+            norm(T.ATTN_K_NORM, "layers.{}.self_attn.k_norm", "head"),
+            *attention(),
+            *gated(),
+        ),
+        activations=("silu",),
+        defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096},
+        left_out=(ROTARY,),
+        values=(Value(Keys.Attention.SLIDING_WINDOW, "sliding_window", "int"),),
+        rope=frozenset({"linear", "llama3"}),
+        feeds=(),
+        layer_types=4,
+        sliding_at=64,
+    ),
+    Family(
+        "hunyuan_v1_dense",
+        "hunyuan-dense",
+        generator="HunYuanDenseV1ForCausalLM",
+        weights=(
+            *EDGES,
+            *LAYER_NORMS,
+            norm(T.ATTN_Q_NORM, "layers.{}.self_attn.query_layernorm", "head"),
+            norm(T.ATTN_K_NORM, "layers.{}.self_attn.key_layernorm", "head"),
+            *attention(),
+            *gated(),
+        ),
+        activations=("silu",),
+        defaults={"rms_norm_eps": 1e-5},
+        left_out=(ROTARY,),
+        limits=(_NO_BIAS,),
+        rope=frozenset({"alpha"}),
         own_head_dim=True,
     ),
 )

@@ -370,8 +370,10 @@ class _Inverse:
         if self.family.sliding_pattern:
             sliding = self.values.get(gguf.Keys.Attention.SLIDING_WINDOW_PATTERN)
         if not isinstance(sliding, list):
-            sliding = [(i + 1) % period != 0 for i in range(min(count, len(self.contents.shapes)))]
-        return {"layer_types": ["sliding_attention" if one else "full_attention" for one in sliding]}
+            slides = self.family.sliding_at in (0, count)
+            sliding = [slides and (i + 1) % period != 0 for i in range(min(count, len(self.contents.shapes)))]
+        whole: dict[str, object] = {"sliding_window": None} if self.family.sliding_at not in (0, count) else {}
+        return whole | {"layer_types": ["sliding_attention" if one else "full_attention" for one in sliding]}
 
     def _rope(self) -> dict[str, object]:
         """Rotary positions, as transformers 5 spells them."""

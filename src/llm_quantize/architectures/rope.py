@@ -52,6 +52,8 @@ def read_rope(config: ConfigReader, family: Family, limits: list[UnsupportedErro
     kind = reader.text("rope_type") or reader.text("type") or "default"
     if kind == "su" or (kind == "yarn" and "longrope" in family.rope):
         kind = "longrope"
+    if kind == "dynamic" and reader.get("alpha"):
+        kind = "alpha"  # whatever the length of the text
     if kind != "default" and kind not in family.rope:
         limits.append(
             UnsupportedError(
@@ -149,6 +151,14 @@ def _yarn(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper) -> dic
     return found
 
 
+def _base(rope: Rope, config: ConfigReader, hyper: Hyper) -> float:
+    """The base of full-attention layers, as NTK-aware scaling by a fixed alpha stretches it."""
+    if rope.kind != "alpha":
+        return rope.theta
+    alpha = ConfigReader(rope.scaling, config.file).number("alpha", positive=True)
+    return float(rope.theta * alpha ** (hyper.rotary / (hyper.rotary - 2)))
+
+
 def rope_metadata(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper) -> dict[str, int | float | str]:
     """GGUF keys (with ``{arch}``) and values: bases, rotated dimensions, scaling."""
     keys = gguf.Keys.Rope
@@ -162,7 +172,7 @@ def rope_metadata(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper
         found[keys.SCALING_ORIG_CTX_LEN] = _original_context(rope, config, hyper)
     if rope.kind == "longrope":
         found[keys.SCALING_ATTN_FACTOR] = _longrope_attention(rope, config, hyper)
-    found[keys.FREQ_BASE] = rope.theta
+    found[keys.FREQ_BASE] = _base(rope, config, hyper)
     if rope.local_theta is not None:
         found[keys.FREQ_BASE_SWA] = rope.local_theta
     if family.count_rope or hyper.rotary != hyper.head_dim:
