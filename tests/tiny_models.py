@@ -268,6 +268,31 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "hunyuan_v1_dense",
         {"rope_parameters": {"rope_type": "dynamic", "alpha": 8.0, "factor": 1.0, "rope_theta": 10.0}, "head_dim": 32},
     ),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5},
+            "head_dim": 32,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "moe_intermediate_size": 48,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.5,
+            "num_hidden_layers": 3,
+        },
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {
+            "rope_parameters": _ROPE,
+            "moe_intermediate_size": 48,
+            "moe_num_experts": 4,
+            "moe_k": 3,
+            "num_hidden_layers": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
     "gpt_oss": (
         "gpt_oss",
         {
@@ -396,6 +421,9 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
             new = noise * ((2.0 if "gate.weight" in name else usual) / fan_in**0.5)
         with torch.no_grad():
             value.copy_(new)
+    for name, value in sorted(model.named_buffers()):
+        if name.endswith("e_score_correction_bias"):
+            value.copy_(0.2 * torch.randn(value.shape, generator=generator))
     model.tie_weights()
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize
@@ -44,3 +47,43 @@ def test_hunyuan_stretches_its_base(alpha: float, tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "alpha": alpha, "factor": 1.0, "rope_theta": 10.0}
     model = make_tiny("hunyuan_v1_dense", tmp_path / "model", rope_parameters=rope)
     assert distance(model, 300) < 1e-3
+
+
+@pytest.mark.parametrize("variant", ["glm4_moe", "ernie4_5_moe"])
+def test_a_bias_of_the_router_chooses_and_does_not_weigh(variant: str, tmp_path: Path) -> None:
+    """Without it other experts answer: it is in the file, in F32, and llama.cpp heeds it."""
+    model = make_tiny(variant, tmp_path / "model")
+    (made,) = quantize(str(model), "gguf", levels=["Q8_0"], output_dir=tmp_path, options=Options(threads=1))
+    biases = [one for one in gguf.GGUFReader(made.path).tensors if "exp_probs_b" in one.name]
+    assert [one.name for one in biases] == ["blk.1.exp_probs_b.bias", "blk.2.exp_probs_b.bias"]
+    assert all(one.tensor_type.name == "F32" and one.data.std() > 0.05 for one in biases)
+    stored = load_file(model / "model.safetensors")
+    names = [name for name in stored if name.endswith("e_score_correction_bias")]
+    assert len(names) == 2
+    assert distance(model, 100) < 1e-3
+    ids = list(range(100))
+    before = reference_logits(reference_model(model), ids)
+    save_file(stored | {name: torch.zeros_like(stored[name]) for name in names}, model / "model.safetensors")
+    assert np.abs(reference_logits(reference_model(model), ids) - before).max() > 1e-2 * np.ptp(before)
+
+
+def test_a_next_token_head_is_left_out_and_said(tmp_path: Path) -> None:
+    """Its layer stands behind the others, as the checkpoints of GLM-4.5 have it."""
+    model = make_tiny("glm4_moe", tmp_path / "model", num_nextn_predict_layers=1)
+    stored = load_file(model / "model.safetensors")
+    extra = {
+        name.replace("layers.2.", "layers.3."): value.clone() for name, value in stored.items() if "layers.2." in name
+    }
+    save_file(
+        stored | extra | {"model.layers.3.enorm.weight": torch.ones(64)}, model / "model.safetensors", {"format": "pt"}
+    )
+    with (source := open_source(str(model))).checkpoint:
+        reasons = source.tensors.left_out
+    assert reasons.keys() == {*extra, "model.layers.3.enorm.weight"}
+    assert all("predicts several tokens" in reason for reason in reasons.values())
+
+
+def test_groups_of_experts_are_refused_for_llama_cpp(tmp_path: Path) -> None:
+    model = make_tiny("glm4_moe", tmp_path / "model", n_group=2, topk_group=1, num_experts_per_tok=2)
+    with (source := open_source(str(model))).checkpoint:
+        assert "n_group" in str(source.architecture.limits[0])

@@ -171,6 +171,7 @@ class Architecture:
             found[keys.LAYERNORM_RMS_EPS] = self.config.number("rms_norm_eps")
         else:
             found[keys.LAYERNORM_EPS] = self.config.number("layer_norm_eps")
+        found |= self.family.fixed
         for value in self.family.values:
             if self.config.get(value.name) is None and not value.required:
                 if value.empty is not None:
@@ -298,14 +299,20 @@ def read_hyper(config: ConfigReader, family: Family, rope: Rope | None, limits: 
         embedding_length=embedding,
         feed_forward_length=feed,
         expert_feed_forward_length=config.integer("moe_intermediate_size", default=feed or None) if experts else 0,
-        shared_feed_forward_length=config.integer("shared_expert_intermediate_size", low=0, default=0)
-        if experts
-        else 0,
+        shared_feed_forward_length=_shared(config, family) if experts else 0,
         head_dim=head_dim,
         rotary=rotary,
         tied=config.boolean("tie_word_embeddings"),
         recurrence=_recurrence(config, family) if family.recurrent_period else None,
+        n_dense=config.integer(family.leading, low=0) if experts and family.leading else 0,
     )
+
+
+def _shared(config: ConfigReader, family: Family) -> int:
+    """The width of the experts that every token sees, together; 0: there are none."""
+    if not family.shared:
+        return config.integer("shared_expert_intermediate_size", low=0, default=0)
+    return config.integer(family.shared, low=0, default=0) * config.integer("moe_intermediate_size")
 
 
 def _recurrence(config: ConfigReader, family: Family) -> Recurrence:

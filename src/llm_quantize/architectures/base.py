@@ -110,7 +110,8 @@ class Recurrence:
 @dataclass(frozen=True)
 class Hyper:
     """The sizes of a model, read from its configuration and checked. All are counts; ``rotary`` is the number of
-    dimensions of a head that are rotated (0: none). ``vocab_size`` is the number of embedding rows. ``recurrence``:
+    dimensions of a head that are rotated (0: none). ``n_dense``: the first layers of a mixture, which have no experts.
+    ``vocab_size`` is the number of embedding rows. ``recurrence``:
     of the layers that have a state in the place of keys and values, if there are any."""
 
     n_layer: int
@@ -128,9 +129,12 @@ class Hyper:
     rotary: int
     tied: bool
     recurrence: Recurrence | None = None
+    n_dense: int = 0
 
     def holds(self, layers: Layers, layer: int) -> bool:
         """Whether ``layer`` is one of ``layers``."""
+        if layers in ("dense", "experts"):
+            return (layer < self.n_dense) == (layers == "dense")
         recurrent = self.recurrence is not None and layer in self.recurrence.layers
         return not layers or recurrent == (layers == "recurrent")
 
@@ -169,8 +173,8 @@ class Hyper:
 # How the rows of a projection are reordered; ``mapping.row_order`` gives the meaning of each word.
 Order = Literal["", "rope_q", "rope_k", "grouped_qkv", "value_heads", "values", "channels"]
 
-Layers = Literal["", "attention", "recurrent"]
-"""Which layers: all, those with attention, those with a recurrent state."""
+Layers = Literal["", "attention", "recurrent", "dense", "experts"]
+"""Which layers: all, those with attention, those with a recurrent state; of a mixture without or with experts."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +286,8 @@ class Family:
     ``equal_heads``: the runtime wants as many key heads as query heads.
     ``recurrent_period``: layers have a recurrent state but for every so-manieth, as the runtime has it where nothing
     says otherwise (0: all have attention). ``sections``: usual numbers of rotated pairs for time, height and width.
+    ``leading``: the configuration's word for how many first layers of a mixture have no experts; ``shared``: for how
+    many experts see every token, as one of their width together. ``fixed``: {key with ``{arch}``: its one value}.
     ``plain_gate``: what lies between up and down is a product with the gate, so that scales may move through it.
     ``rounds_ramp``: the runtime rounds the ends of YaRN's ramp where models of the family do not, and runs them so.
     ``feeds``: which norm's output goes where, for scales that are folded into norms (see architectures/scaling.py).
@@ -321,6 +327,9 @@ class Family:
     sections: tuple[int, ...] = ()
     text_prefix: str = ""
     dense: bool = True
+    leading: str = ""
+    shared: str = ""
+    fixed: Mapping[str, int] = field(default_factory=dict)
     plain_gate: bool = True
     rounds_ramp: bool = False
     feeds: tuple[Feed, ...] = TWO_FEEDS

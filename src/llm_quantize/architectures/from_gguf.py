@@ -335,7 +335,7 @@ class _Inverse:
             return self._named("num_experts", 0) if usual else {}
         feed = self._width() if self.family.dense else None
         width = values.integer(keys.EXPERT_SHARED_FEED_FORWARD_LENGTH, 0)
-        shared = {"shared_expert_intermediate_size": width} if width else {}
+        shared = {"shared_expert_intermediate_size": width} if width and not self.family.shared else {}
         return {
             **self._named("num_experts", count),
             "num_experts_per_tok": values.integer(keys.EXPERT_USED_COUNT),

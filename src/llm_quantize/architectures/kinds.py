@@ -49,6 +49,7 @@ class Kind(StrEnum):
     FFN_GATE_EXP = "blk.{bid}.ffn_gate_exps"
     FFN_UP_EXP = "blk.{bid}.ffn_up_exps"
     FFN_DOWN_EXP = "blk.{bid}.ffn_down_exps"
+    FFN_EXP_PROBS_B = "blk.{bid}.exp_probs_b"
     FFN_GATE_INP_SHEXP = "blk.{bid}.ffn_gate_inp_shexp"
     FFN_GATE_SHEXP = "blk.{bid}.ffn_gate_shexp"
     FFN_UP_SHEXP = "blk.{bid}.ffn_up_shexp"

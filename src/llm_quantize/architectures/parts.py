@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .base import Form, Order, Weight
+from .base import Form, Layers, Order, Weight
 from .kinds import Kind as T
 
 ROTARY = (r"\.rotary_emb\.inv_freq$", "rotary frequencies, which the runtime computes from the metadata")
@@ -128,6 +128,20 @@ def experts(
         weight(T.FFN_GATE_EXP, gate, "gate_up_proj", (size, "embd"), (0, 2)),
         weight(T.FFN_UP_EXP, up, "gate_up_proj", (size, "embd"), (1, 2)),
         weight(T.FFN_DOWN_EXP, down, "down_proj", ("embd", size), (0, 1)),
+    )
+
+
+def within(layers: Layers, weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
+    """``weights`` in some layers alone."""
+    return tuple(replace(weight, layers=layers) for weight in weights)
+
+
+def shared_experts(prefix: str) -> tuple[Weight, ...]:
+    """Experts that every token sees, as one. ``prefix``: of its gate_proj, up_proj and down_proj."""
+    return (
+        one(T.FFN_GATE_SHEXP, prefix + ".gate_proj.weight", "shared_ff", "embd"),
+        one(T.FFN_UP_SHEXP, prefix + ".up_proj.weight", "shared_ff", "embd"),
+        one(T.FFN_DOWN_SHEXP, prefix + ".down_proj.weight", "embd", "shared_ff"),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from .base import Family, Feed, Form, Limit, Weight
 from .kinds import Kind as T
-from .parts import EDGES, EMBEDDING, HEAD, LAYER_NORMS, ROTARY, attention, experts, gated, norm, one
+from .parts import EDGES, EMBEDDING, HEAD, LAYER_NORMS, ROTARY, attention, experts, gated, norm, one, shared_experts
 
 _FULL = Limit("use_sliding_window", (False,), False)
 _EVERY_LAYER = (
@@ -28,9 +28,7 @@ _SHARED = "layers.{}.mlp.shared_expert"
 
 _SHARED_EXPERT = (
     one(T.FFN_GATE_INP_SHEXP, _SHARED + "_gate.weight", "one", "embd"),
-    one(T.FFN_GATE_SHEXP, _SHARED + ".gate_proj.weight", "shared_ff", "embd"),
-    one(T.FFN_UP_SHEXP, _SHARED + ".up_proj.weight", "shared_ff", "embd"),
-    one(T.FFN_DOWN_SHEXP, _SHARED + ".down_proj.weight", "embd", "shared_ff"),
+    *shared_experts(_SHARED),
 )
 
 _DELTA, _FOURTH = "layers.{}.linear_attn.", "layers.{}.self_attn."

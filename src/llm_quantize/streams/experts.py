@@ -67,11 +67,6 @@ def columns_of(module: Any, parameter: str) -> int:
     return int(getattr(module, parameter).shape[-2 if module.is_transposed else -1])
 
 
-def is_bias(module: torch.nn.Module, parameter: str) -> bool:
-    """Whether ``parameter`` holds the biases of experts."""
-    return parameter.endswith(_BIAS) and is_experts(module)
-
-
 def one_by_one(
     module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:

@@ -200,8 +200,18 @@ class Skeleton:
             return model(**inputs, use_cache=False)
 
 
+def held(root: torch.nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer ``name`` below ``root``."""
+    path, _, own = name.rpartition(".")
+    found: torch.Tensor = getattr(root.get_submodule(path), own)
+    return found
+
+
 def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    """Make ``value`` the parameter ``name`` of ``module``, that of no other module it was tied to."""
+    """Make ``value`` the parameter or buffer ``name`` of ``module``, that of no other module it was tied to."""
+    if name in module._buffers:
+        module._buffers[name] = value
+        return
     module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
 
 

@@ -25,7 +25,7 @@ from llm_quantize.errors import MalformedInputError, UnsupportedError, UsageErro
 from llm_quantize.models.opening import Source
 from llm_quantize.options import DEVICES
 from llm_quantize.streams.kv_cache import CacheSink, watch
-from llm_quantize.streams.model import Arguments, Reached, Skeleton, copied, put
+from llm_quantize.streams.model import Arguments, Reached, Skeleton, copied, held, put
 from llm_quantize.streams.names import Slot, find_places, load, require
 from llm_quantize.streams.replay import Ending, Replay, attach_endings, detach_endings, find_endings
 from llm_quantize.streams.rounding import round_inputs
@@ -91,12 +91,14 @@ class Network:
         return f"{self._skeleton.prefix}.{index}"
 
     def _parameters(self, part: Part) -> tuple[str, ...]:
-        """The parameters of a part, under their names in the model."""
+        """The parameters of a part, and buffers that checkpoints hold, under their names in the model."""
         if part == "embedding":
             return self._skeleton.before
         if part == "head":
             return self._skeleton.after
-        return tuple(f"{self._prefix(part)}.{name}" for name, _ in self._skeleton.blocks[part].named_parameters())
+        block = self._skeleton.blocks[part]
+        names = dict.fromkeys(name for name, _ in block.named_parameters()) | dict.fromkeys(block.state_dict())
+        return tuple(f"{self._prefix(part)}.{name}" for name in names)
 
     def bytes(self, part: Part) -> int:
         """Bytes of a part's weights when loaded. ``part``: a block's index, "embedding" (whole) or "head"."""
@@ -349,7 +351,7 @@ class Block:
         """Let one checkpoint tensor have ``value`` (its shape, any float type) from now on."""
         with torch.inference_mode():
             for parameter, place in self.tensors[name]:
-                view = place.of(self._module.get_parameter(parameter))
+                view = place.of(held(self._module, parameter))
                 if view.shape != value.shape:
                     raise ValueError(f"{name} has shape {tuple(view.shape)}, not {tuple(value.shape)}")
                 view.copy_(value)

@@ -30,7 +30,7 @@ def round_inputs(
     for name in parameters:
         path, _, own = name.removeprefix(prefix).rpartition(".")
         module = root.get_submodule(path)
-        value = module.get_parameter(own)
+        value: torch.Tensor = getattr(module, own)
         found: dict[int | None, InputGrid] = {}
         for place in places[name] if value.ndim >= 2 else ():
             whole = place.expert is None and value.ndim == 3
