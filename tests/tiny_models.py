@@ -86,6 +86,32 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": THETA}},
     ),
     "mistral": ("mistral", {"rope_parameters": _ROPE, "sliding_window": None, "head_dim": 24}),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                **YARN,
+                "rope_theta": THETA,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+            "head_dim": 24,
+        },
+    ),
+    "mistral3": (
+        "mistral3",
+        {
+            "rope_parameters": {
+                **YARN,
+                "rope_theta": THETA,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+            "head_dim": 24,
+        },
+    ),
     "mixtral": (
         "mixtral",
         {"rope_parameters": _ROPE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
@@ -328,7 +354,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_moe_text": ("qwen3_5_moe_text", _HYBRID_EXPERTS),
     "qwen3_5_moe": ("qwen3_5_moe", _HYBRID_EXPERTS),
 }
-WITH_TOWERS = ("gemma3", "qwen3_5", "qwen3_5_moe")
+WITH_TOWERS = ("gemma3", "mistral3", "qwen3_5", "qwen3_5_moe")
 """Variants of which the checkpoint holds more than a language model."""
 
 
@@ -375,6 +401,22 @@ def _config(variant: str, overrides: Mapping[str, Any]) -> transformers.PreTrain
         tied = values.get("tie_word_embeddings", True)
         return transformers.Gemma3Config(
             text_config=text, vision_config=vision, mm_tokens_per_image=4, tie_word_embeddings=tied
+        )
+    if model_type == "mistral3":
+        vision = {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "head_dim": 16,
+            "image_size": 32,
+            "patch_size": 8,
+            "model_type": "pixtral",
+        }
+        return transformers.Mistral3Config(
+            text_config={"model_type": "ministral3", **values},
+            vision_config=vision,
+            tie_word_embeddings=values.get("tie_word_embeddings", False),
         )
     if model_type in ("qwen3_5", "qwen3_5_moe"):
         vision = {
@@ -483,6 +525,7 @@ def _class_of(model_type: str) -> Any:
     """transformers' class of the whole model, towers included."""
     whole = {
         "gemma3": "Gemma3ForConditionalGeneration",
+        "mistral3": "Mistral3ForConditionalGeneration",
         "qwen3_5": "Qwen3_5ForConditionalGeneration",
         "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
     }

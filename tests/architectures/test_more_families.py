@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -40,6 +41,34 @@ def test_exaone_of_fewer_layers_that_slide_is_refused_for_llama_cpp(tmp_path: Pa
     with (source := open_source(str(model))).checkpoint:
         (limit,) = source.architecture.limits
     assert "order of layer_types" in str(limit)
+
+
+def test_scores_of_ministral_grow_past_its_trained_context(tmp_path: Path) -> None:
+    """Three trained contexts of 128 tokens; without the factor the logits would be others."""
+    model = make_tiny("ministral3", tmp_path / "model")
+    assert distance(model, 300) < 1e-3
+    config = json.loads((model / "config.json").read_text())
+    (made,) = (model / "out").glob("*.gguf")
+    told = gguf.GGUFReader(made).get_field("mistral3.attention.temperature_scale")
+    assert told is not None
+    assert told.contents() == pytest.approx(config["rope_parameters"]["llama_4_scaling_beta"])
+    ids = list(range(200))
+    before = reference_logits(reference_model(model), ids)
+    config["rope_parameters"]["llama_4_scaling_beta"] = 0.0
+    (model / "config.json").write_text(json.dumps(config))
+    assert np.abs(reference_logits(reference_model(model), ids) - before).max() > 1e-2 * np.ptp(before)
+
+
+def test_a_wrapper_is_what_its_language_model_is(tmp_path: Path) -> None:
+    """Mistral Small 3.1 has a Mistral inside, Ministral 3 a Ministral; both leave their tower out, and say so."""
+    rope = {"rope_type": "default", "rope_theta": 50.0}
+    small = make_tiny("mistral3", tmp_path / "small", model_type="mistral", rope_parameters=rope)
+    ministral = make_tiny("mistral3", tmp_path / "ministral")
+    for model, arch in ((small, "llama"), (ministral, "mistral3")):
+        with (source := open_source(str(model))).checkpoint:
+            assert source.architecture.gguf_name == arch
+            assert any("vision tower" in reason for reason in source.tensors.left_out.values())
+        assert distance(model, 60) < 1e-3
 
 
 @pytest.mark.parametrize("alpha", [1000.0, 50.0])

@@ -63,7 +63,10 @@ AWQ = (
     Made("awq-4bit", "demo", ("awq", "-q", "4bit", *CALIBRATE)),
     Made("awq-4bit-g64", "qwen3", ("awq", "-q", "4bit", "--group-size", "64", *PLAIN)),
 )
+# Its head has another name in the file than where it is loaded with its tower.
+TOWER = Made("W4A16-tower", "mistral3", ("compressed-tensors", "-q", "W4A16", "--group-size", "64", *PLAIN))
 PACKED = (
+    TOWER,
     Made("W4A16", "demo", ("compressed-tensors", "-q", "W4A16", *CALIBRATE)),
     Made("W4A16_ASYM", "qwen3", ("compressed-tensors", "-q", "W4A16_ASYM", *PLAIN)),
 )
@@ -84,6 +87,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> dict[s
     folder = tmp_path_factory.mktemp("models")
     tiny = {variant: make_tiny(variant, folder / variant, **TINY) for variant in ("llama", "qwen2", "qwen3")}
     tiny["qwen3_moe"] = make_tiny("qwen3_moe", folder / "qwen3_moe", **TINY, moe_intermediate_size=128)
+    tiny["mistral3"] = make_tiny("mistral3", folder / "mistral3", **TINY)
     tiny["qwen3_5"] = make_tiny("qwen3_5", folder / "qwen3_5", **TINY, linear_num_value_heads=8)
     return {"demo": demo_model, **tiny}
 

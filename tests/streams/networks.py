@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ def streamed_logits(network: Network, weights: Weights, ids: torch.Tensor) -> li
 
 def whole_model(directory: Path, dtype: Any = torch.float32) -> Any:
     """The checkpoint as transformers loads it, with its usual attention and its plain experts."""
+    kind = json.loads((directory / "config.json").read_text())["model_type"]
+    auto = transformers.AutoModelForImageTextToText if kind == "mistral3" else transformers.AutoModelForCausalLM
     with quiet():
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, experts_implementation="eager"
-        ).eval()
+        return auto.from_pretrained(directory, dtype=dtype, experts_implementation="eager").eval()
 
 
 def whole_logits(directory: Path, ids: torch.Tensor, dtype: Any = torch.float32) -> list[torch.Tensor]:

@@ -288,6 +288,8 @@ class Family:
     says otherwise (0: all have attention). ``sections``: usual numbers of rotated pairs for time, height and width.
     ``leading``: the configuration's word for how many first layers of a mixture have no experts; ``shared``: for how
     many experts see every token, as one of their width together. ``fixed``: {key with ``{arch}``: its one value}.
+    ``cooled``: scores grow with the logarithm of how many trained contexts lie before a token (Llama 4's scaling).
+    ``instead``: {model_type of text_config: the row of a checkpoint whose language model is of that kind}.
     ``plain_gate``: what lies between up and down is a product with the gate, so that scales may move through it.
     ``rounds_ramp``: the runtime rounds the ends of YaRN's ramp where models of the family do not, and runs them so.
     ``feeds``: which norm's output goes where, for scales that are folded into norms (see architectures/scaling.py).
@@ -330,6 +332,8 @@ class Family:
     leading: str = ""
     shared: str = ""
     fixed: Mapping[str, int] = field(default_factory=dict)
+    cooled: bool = False
+    instead: Mapping[str, Family] = field(default_factory=dict)
     plain_gate: bool = True
     rounds_ramp: bool = False
     feeds: tuple[Feed, ...] = TWO_FEEDS

@@ -427,6 +427,11 @@ class _Inverse:
             }
             if values.get(keys.SCALING_ATTN_FACTOR) is not None:
                 found["attention_factor"] = usual * values.number(keys.SCALING_ATTN_FACTOR)
+            if values.get(keys.SCALING_YARN_LOG_MUL):
+                found |= {"mscale": 1.0, "mscale_all_dim": values.number(keys.SCALING_YARN_LOG_MUL)}
+            if self.family.cooled:
+                beta = values.number(gguf.Keys.Attention.TEMPERATURE_SCALE, 0.0)
+                found |= {"llama_4_scaling_beta": beta}
             return found
         if kind == gguf.RopeScalingType.LINEAR.value and factor not in (0, 1):
             return {"rope_type": "linear", "factor": factor}

@@ -1,6 +1,9 @@
-"""Llama and what is built like it: Mistral, Mixtral, SmolLM3, Granite, Seed-OSS, Arcee."""
+"""Llama and what is built like it: Mistral, Ministral, Mixtral, SmolLM3, Granite, Seed-OSS, Arcee."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 from gguf import Keys
 
@@ -40,6 +43,44 @@ _GRANITE_EXPERTS = (
     one(T.FFN_DOWN_EXP, _GRANITE_MOE + "output_linear.weight", "experts", "embd", "expert_ff"),
 )
 
+_MISTRAL = Family(
+    "mistral",
+    "llama",
+    generator="MistralForCausalLM",
+    weights=(*EDGES, *LAYER_NORMS, *attention(rotated=True), *gated()),
+    activations=("silu",),
+    defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 8},
+    left_out=(ROTARY,),
+    rope=_SCALINGS | {"llama3"},
+    count_rope=True,
+    own_head_dim=True,
+    notes=(SLIDING,),
+)
+_MINISTRAL = replace(
+    _MISTRAL,
+    model_type="ministral3",
+    arch="mistral3",
+    generator="Ministral3ForCausalLM",
+    defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128},
+    rope=frozenset({"yarn"}),
+    cooled=True,
+)
+_WITH_TOWER: dict[str, Any] = {
+    "generator": "Mistral3ForConditionalGeneration",
+    "nested": True,
+    "prefixes": (
+        ("language_model.model.", ""),
+        ("language_model.lm_head.", "lm_head."),
+        ("model.language_model.", ""),
+        ("model.", ""),
+    ),
+    "left_out": (
+        ROTARY,
+        (r"^(model\.)?vision_tower\.", "the vision tower: this artifact holds the language model alone"),
+        (r"^(model\.)?multi_modal_projector\.", "the bridge from the vision tower to the language model"),
+    ),
+}
+
 FAMILIES = (
     Family(
         "llama",
@@ -58,19 +99,9 @@ FAMILIES = (
         count_rope=True,
         own_head_dim=True,
     ),
-    Family(
-        "mistral",
-        "llama",
-        generator="MistralForCausalLM",
-        weights=(*EDGES, *LAYER_NORMS, *attention(rotated=True), *gated()),
-        activations=("silu",),
-        defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 8},
-        left_out=(ROTARY,),
-        rope=_SCALINGS | {"llama3"},
-        count_rope=True,
-        own_head_dim=True,
-        notes=(SLIDING,),
-    ),
+    _MISTRAL,
+    _MINISTRAL,
+    replace(_MINISTRAL, model_type="mistral3", **_WITH_TOWER, instead={"mistral": replace(_MISTRAL, **_WITH_TOWER)}),
     Family(
         "mixtral",
         "llama",

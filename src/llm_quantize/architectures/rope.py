@@ -137,6 +137,8 @@ def _yarn(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper) -> dic
         keys.SCALING_FACTOR: factor,
         keys.SCALING_ORIG_CTX_LEN: original,
     }
+    if family.cooled:
+        found[gguf.Keys.Attention.TEMPERATURE_SCALE] = scaling.number("llama_4_scaling_beta")
     # The runtime itself multiplies by 1 + 0.1 ln(factor); the key holds what is to be multiplied besides.
     usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
     wanted = usual

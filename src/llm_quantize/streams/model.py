@@ -220,6 +220,7 @@ def _build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     values = {name: value for name, value in config.items() if name != "quantization_config"}
     experts.register()
@@ -229,9 +230,9 @@ def _build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     try:
         read = CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                read, dtype=dtype, experts_implementation=experts.IMPLEMENTATION
-            )
+            alone = values["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            auto = transformers.AutoModelForCausalLM if alone else transformers.AutoModelForImageTextToText
+            model = auto.from_config(read, dtype=dtype, experts_implementation=experts.IMPLEMENTATION)
     except (ValueError, TypeError, KeyError, AssertionError, ImportError, StrictDataclassError) as error:
         raise UnsupportedError(
             "transformers cannot build this model from its configuration",

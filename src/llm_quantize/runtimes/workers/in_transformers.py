@@ -16,12 +16,16 @@ from timing import one_by_one, resident, time_model
 def load(directory: str, dtype: str, backend: str | None) -> Any:
     """The model in ``directory`` on the CPU. ``dtype``: a torch name or "auto"; ``backend``: None, the name of a
     kernel of GPTQModel, or "dequantize" for compressed-tensors."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    said = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    values = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    said = values.get("quantization_config") or {}
+    alone = values.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # else its language model comes with a tower
+    auto = AutoModelForCausalLM if alone else AutoModelForImageTextToText
     config = _CONFIGS.get(str(said.get("quant_method")), _as_it_is)(said, backend)
     options = {} if config is None else {"quantization_config": config}
-    model, told = AutoModelForCausalLM.from_pretrained(
+    model, told = auto.from_pretrained(
         directory,
         dtype=dtype,
         local_files_only=True,
