@@ -359,7 +359,8 @@ class Blocks:
             self.matrices.changed.clear()
             if not goes_on:
                 return streams
-            propagate(self.way, block, streams.quantized, after, range(through, len(self.ids)), full)
+            left = None if self.refinement else full  # what stages left there is of codes that have moved since
+            propagate(self.way, block, streams.quantized, after, range(through, len(self.ids)), left)
         return _moved(streams, Streams(after, own if self.paired else after))
 
     def _see_source(
@@ -402,7 +403,7 @@ class Blocks:
                 stage,
                 streams.quantized,
                 block,
-                full,
+                full if self.options.corrects else None,
                 scales,
                 windows=self.calibrated,
                 held_back=self.held_back,
