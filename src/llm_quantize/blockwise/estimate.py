@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import weights_of
-from llm_quantize.blockwise.refining_sizes import HELD_BYTES, KEPT_FOR_BACK, WEIGHT_BYTES, refinement_windows
+from llm_quantize.blockwise.refining_sizes import HELD_BYTES, KEPT_FOR_BACK, PACES, TRIAL, WEIGHT_BYTES, refinement_windows
 from llm_quantize.blockwise.stages import routers, stages
 from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.formats.base import Importance
@@ -286,7 +286,8 @@ def _operations(source: Source, tokens: int, length: int, options: MethodOptions
     outputs = list(block_matrices(source.tensors.outputs))
     refined = 0.0
     if options.refinement and (windows := max(1, tokens // length)):
-        through = refinement_windows(windows, length, options.refinement)
+        trials = min(TRIAL, options.refinement) * len(PACES)  # at worst
+        through = refinement_windows(windows, length, options.refinement + trials)
         refined = REFINING * _forward(source, through * length)
     own = {"sequential": 1.2 if paired else 2.2, "block": 1.75, "source": 1.0}
     passes = own[options.inputs] + paired

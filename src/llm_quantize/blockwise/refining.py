@@ -7,7 +7,8 @@ together (methods/refine.py) down the gradient of
 
 with y' what leaves the block of the source on the source's own stream, y what leaves this block on the quantized one,
 and c the weights of tokens (``gram.token_weights`` of y'): a token of massive activations counts no more than others.
-A step sees BATCH tokens, whole windows drawn with a fixed seed. One window of BACK is held back from the steps: the block is taken
+A step sees BATCH tokens, whole windows drawn with a fixed seed; how long steps are (PACES) is found out by TRIAL of
+them. One window of BACK is held back from the steps: the block is taken
 as it is then, decoded from what the file will store, if L of those windows is lower than it was; else its matrices
 stay as they were. Dense twin: tests/oracles/dense_refinement.py.
 """
@@ -15,7 +16,7 @@ stay as they were. Dense twin: tests/oracles/dense_refinement.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from llm_quantize.architectures.rows import Arrays, read_output_rows, to_float32
 from llm_quantize.blockwise.gram import token_weights
-from llm_quantize.blockwise.refining_sizes import batch_of, refinement_held
+from llm_quantize.blockwise.refining_sizes import PACES, TRIAL, batch_of, refinement_held
 from llm_quantize.errors import NumericPolicyError
 from llm_quantize.methods.refine import Moving
 from llm_quantize.streams.hidden import Activations
@@ -36,6 +37,7 @@ __all__ = ["Outcome", "Part", "Refinement", "drawn"]
 
 Floats = npt.NDArray[np.float32]
 SEED = 20261
+
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``before``, ``after``: L of the windows held back. ``kept``: whether the block is as the steps left it."""
+    """``before``, ``after``: L of the ``windows`` held back. ``kept``: whether the block is as the steps left it."""
 
     before: float
     after: float
     steps: int
     windows: int
+    pace: float = 1.0
 
     @property
     def kept(self) -> bool:
@@ -70,7 +73,7 @@ class Outcome:
     def facts(self) -> dict[str, Any]:
         """As the manifest has it."""
         facts = {"before": self.before, "after": self.after, "kept": self.kept}
-        return {"steps": self.steps, **facts, "held_back": self.windows}
+        return {"steps": self.steps, "pace": self.pace, **facts, "held_back": self.windows}
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,30 @@ class Refinement:
         """The windows held back."""
         return range(self.windows - refinement_held(self.windows), self.windows)
 
-    def run(self, parts: Sequence[Part], values: dict[str, Floats], steps: int) -> float:
-        """Move ``parts`` in ``steps`` steps. ``values``: {matrix: what its codes decode to}, of all matrices that have
-        parts; rows that no part holds stay. Returns L of the windows held back as it was.
+    def run(
+        self, begin: Callable[[float], Sequence[Part]], were: Mapping[str, Floats], steps: int
+    ) -> tuple[Sequence[Part], float]:
+        """Move the parts of all matrices that ``begin`` makes for a pace, in ``steps`` steps. ``were``: {matrix: what
+        its codes decode to}; rows that no part holds stay. Returns the parts and their pace: the first of PACES at
+        which L of the windows of the first step is no larger after TRIAL steps, else the last.
 
         Raises NumericPolicyError where a gradient is not finite, StoppedError after a signal.
         """
-        before = self.loss(self.held)
         fit = self.windows - len(self.held)
-        for chosen in drawn(fit, batch_of(fit, self.entering.shape[1]), steps, self.block.index):
+        batches = list(drawn(fit, batch_of(fit, self.entering.shape[1]), steps, self.block.index))
+        first = self.loss(batches[0])
+        for pace in PACES:
+            parts, values = begin(pace), {name: np.array(value) for name, value in were.items()}
+            told = self if pace == PACES[0] else replace(self, advance=lambda _: None)  # no step counts twice
+            told._move(parts, values, batches[:TRIAL])
+            if pace == PACES[-1] or told.loss(batches[0]) <= first:
+                break
+            self.put(were)
+        self._move(parts, values, batches[TRIAL:])
+        return parts, pace
+
+    def _move(self, parts: Sequence[Part], values: dict[str, Floats], batches: Sequence[Sequence[int]]) -> None:
+        for chosen in batches:
             gradients = self._gradients(chosen)
 
             def step(part: Part, gradients: Mapping[str, Floats] = gradients) -> None:
@@ -112,7 +130,6 @@ class Refinement:
             for _ in self.pool.each(step, parts):
                 pass
             self.put(values)
-        return before
 
     def loss(self, windows: Sequence[int]) -> float:
         """L of ``windows`` with the block as it is: a mean over them, float64 sums in their order."""

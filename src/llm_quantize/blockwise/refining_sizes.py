@@ -8,6 +8,12 @@ BATCH = 2048
 BACK = 8
 """One window of so many is held back."""
 
+PACES = (1.0, 0.25, 0.0625, 0.015625)
+"""How long steps may be: blocks differ in how far their codes can move before they lose more than they gain."""
+
+TRIAL = 6
+"""Steps after which a pace is judged."""
+
 KEPT_FOR_BACK = 4
 """Times what a forward holds for a moment is kept of a block until its gradients are there."""
 
@@ -33,4 +39,4 @@ def refinement_windows(windows: int, length: int, steps: int) -> int:
     """How many windows go through a block, there or back, where ``windows`` of ``length`` tokens are calibrated on; a
     way back counts as two."""
     held = refinement_held(windows)
-    return 2 * held + 3 * steps * batch_of(windows - held, length)
+    return 2 * held + (2 + 3 * steps) * batch_of(windows - held, length)

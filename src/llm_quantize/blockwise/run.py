@@ -448,26 +448,26 @@ class Blocks:
             for name, decoded in sources.finished():
                 block.replace(name, torch.from_numpy(decoded))
 
-        parts = {
-            job.matrix.name: [
-                Part(job.matrix.name, job.matrix.weight, start, Moving(grid, codes, self.refinement))
+        def begin(pace: float) -> list[Part]:
+            return [
+                Part(job.matrix.name, job.matrix.weight, start, Moving(grid, codes, self.refinement, pace))
+                for job in jobs
                 for start, (grid, codes) in sorted(job.solved.items())
             ]
-            for job in jobs
-        }
-        moving = [part for found in parts.values() for part in found]
-        if moving:
+
+        if any(job.solved for job in jobs):
             refining = Refinement(block, entering, target, self.calibrated, self.way.pool, put, self._advance)
             were = {job.matrix.name: store.decode(job.matrix, job.fields) for job in jobs}
-            before = refining.run(moving, {name: np.array(values) for name, values in were.items()}, self.refinement)
-            fields = {job.matrix.name: self._refined(job, parts[job.matrix.name]) for job in jobs}
+            before = refining.loss(refining.held)
+            parts, pace = refining.run(begin, were, self.refinement)
+            fields = {job.matrix.name: self._refined(job, parts) for job in jobs}
             put({job.matrix.name: store.decode(job.matrix, fields[job.matrix.name]) for job in jobs})
             after = refining.loss(refining.held)
-            outcome = Outcome(before, after, self.refinement, len(refining.held))
+            outcome = Outcome(before, after, self.refinement, len(refining.held), pace)
             if not outcome.kept:
                 put(were)
             for job in jobs:
-                if parts[job.matrix.name]:
+                if job.solved:
                     job.facts["refinement"] = outcome.facts()
                     job.fields = fields[job.matrix.name] if outcome.kept else job.fields
         for job in jobs:
@@ -476,7 +476,7 @@ class Blocks:
 
     def _refined(self, job: Job, parts: Sequence[Part]) -> Fields:
         """The fields of a job with its parts as they are now."""
-        for part in parts:
+        for part in [part for part in parts if part.name == job.matrix.name]:
             job.pieces[part.start] = self.matrices.store.piece(job.matrix, *part.moving.hardened())
         return [*self.solver.join(job), *self._cached(job)]
 

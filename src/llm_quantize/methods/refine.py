@@ -7,8 +7,7 @@ between two codes its value is linear. Every free float has a change in shares o
     dL/dt = G d u level'(t)    dL/dd = sum over a span of G u (level(t) - z)    dL/dm = - sum of G v
 
 Floats are rounded to what the file stores at every step, their gradients passed straight through. A step is Adam's
-(Kingma and Ba 2014, arXiv 1412.6980), with one mean square of dL/dt for all weights of a row: weights that matter move
-first, and those that nothing asks to move stay. Codes harden by and by (as in TesseraQ, Chen et al. 2024, arXiv
+(Kingma and Ba 2014, arXiv 1412.6980). Codes harden by and by (as in TesseraQ, Chen et al. 2024, arXiv
 2410.19103): from SOFT of the steps on, a place nearer to a code than a limit that grows to 1/2 settles there, and what
 is left makes up for it. Codes of words (``Grid.book``) stay as they are. Dense twin: tests/oracles/dense_refinement.py.
 """
@@ -43,37 +42,36 @@ _MEAN, _SQUARE = 0.9, 0.99
 
 
 class _Adam:
-    """Directions of about unit length. ``shared``: a row of the gradient has one mean square."""
+    """Directions of about unit length."""
 
-    def __init__(self, shape: torch.Size, device: torch.device, *, shared: bool) -> None:
-        self._shared, self._taken = shared, 0
+    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+        self._taken = 0
         self._mean = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._square = torch.zeros((shape[0], 1) if shared else shape, dtype=torch.float32, device=device)
+        self._square = torch.zeros_like(self._mean)
 
     def direction(self, gradient: Tensor) -> Tensor:
         """Of a descent, the shape of ``gradient``; 0 where it has always been 0."""
         self._taken += 1
-        square = gradient.square()
         self._mean.mul_(_MEAN).add_(gradient, alpha=1 - _MEAN)
-        self._square.mul_(_SQUARE).add_(square.mean(1, keepdim=True) if self._shared else square, alpha=1 - _SQUARE)
+        self._square.mul_(_SQUARE).addcmul_(gradient, gradient, value=1 - _SQUARE)
         scale = (self._square / (1 - _SQUARE**self._taken)).sqrt_()
         return self._mean / (-(1 - _MEAN**self._taken) * torch.where(scale > 0, scale, 1.0))
 
 
 class Moving:
-    """``codes`` uint8 (rows, n) on ``grid``, to be moved in ``steps`` steps. The columns of its groups stand side by
-    side (``Grid.index`` is None)."""
+    """``codes`` uint8 (rows, n) on ``grid``, to be moved in ``steps`` steps, all of them ``pace`` times as long. The
+    columns of its groups stand side by side (``Grid.index`` is None)."""
 
-    def __init__(self, grid: Grid, codes: Tensor, steps: int) -> None:
-        self._first, self._steps, self._taken = codes, steps, 0
+    def __init__(self, grid: Grid, codes: Tensor, steps: int, pace: float = 1.0) -> None:
+        self._first, self._steps, self._pace, self._taken = codes, steps, pace, 0
         self.grid, self.places = grid, codes.to(torch.float32)
         self._settled = torch.zeros_like(codes, dtype=torch.bool)
         self._words = grid.book is not None or len(grid.levels) < 2
         self._floats = [grid.d.clone()] if grid.m is None else [grid.d.clone(), grid.m.clone()]
         self._units = _units(grid)
         device = codes.device
-        self._codes_adam = _Adam(codes.shape, device, shared=True)
-        self._floats_adam = [_Adam(part.shape, device, shared=False) for part in self._floats]
+        self._codes_adam = _Adam(codes.shape, device)
+        self._floats_adam = [_Adam(part.shape, device) for part in self._floats]
 
     def values(self) -> Tensor:
         """float32 (rows, n), of places between codes too."""
@@ -109,6 +107,7 @@ class Moving:
         """One step down ``gradient``, dL/dvalue float32 (rows, n); the last one settles every code."""
         places, floats = self.gradients(gradient)
         rate = min(1.0, (self._taken + 1) / WARMING) * (1 - self._taken / self._steps) * 2 / max(FEWEST, self._steps)
+        rate *= self._pace
         if not self._words:
             self._move(self._codes_adam.direction(places.masked_fill_(self._settled, 0.0)), CODES * rate)
         for part, unit, adam, change in zip(self._floats, self._units, self._floats_adam, floats, strict=True):
