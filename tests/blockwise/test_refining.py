@@ -16,11 +16,12 @@ from llm_quantize.blockwise.refining import Outcome, Part, Refinement, drawn
 from llm_quantize.blockwise.refining_sizes import PACES, TRIAL, batch_of, refinement_held, refinement_windows
 from llm_quantize.errors import UsageError
 from llm_quantize.events import Progress
+from llm_quantize.formats.table import FORMATS
 from llm_quantize.grids import grid_type
 from llm_quantize.methods.refine import Moving
 from llm_quantize.models.opening import open_source
 from llm_quantize.options import MethodOptions
-from llm_quantize.pipeline import plan, quantize
+from llm_quantize.pipeline import _refuse_refinement, plan, quantize
 from llm_quantize.streams.hidden import Activations
 from llm_quantize.streams.network import open_network
 from llm_quantize.streams.pool import Pool
@@ -120,7 +121,7 @@ def test_the_gradient_of_places_and_scales_is_what_moving_them_does(bench: Bench
         places, d = moving.places.double().numpy(), moving.grid.d.double().numpy()
         whole = np.array(bench.values[part.name], np.float64)
 
-        def of(p: Any, floats: Any, part: Part = part, whole: Any = whole) -> float:
+        def of(p: Any, floats: Any, part: Part = part, whole: Any = whole, places: Any = places, d: Any = d) -> float:
             # A change of one value, with all the others at their codes, as the gradient was taken there.
             base = dense.values(part.moving.grid, places, d, None)
             changed = whole.copy()
@@ -131,11 +132,11 @@ def test_the_gradient_of_places_and_scales_is_what_moving_them_does(bench: Bench
         for row, column in ((0, 0), (3, 40)):
             hot = np.zeros_like(places)
             hot[row, column] = 1.0
-            expected = dense.slope(lambda by, hot=hot: of(places + by * hot, d), 1e-3)
+            expected = dense.slope(lambda by, of=of, p=places, d=d, hot=hot: of(p + by * hot, d), 1e-3)
             assert float(by_place[row, column]) == pytest.approx(expected, rel=5e-3, abs=1e-7)
             hot = np.zeros_like(d)
             hot[row, column // 32] = 1.0
-            expected = dense.slope(lambda by, hot=hot: of(places, d + by * hot), 1e-4)
+            expected = dense.slope(lambda by, of=of, p=places, d=d, hot=hot: of(p, d + by * hot), 1e-4)
             assert float(by_float[0][row, column // 32]) == pytest.approx(expected, rel=5e-3, abs=1e-6)
         bench.twin_gets({part.name: whole})
 
@@ -168,7 +169,8 @@ def test_steps_that_go_too_far_are_taken_again_and_shorter(bench: Bench, monkeyp
         return bench.begin(pace)
 
     _, pace = given.run(begin, bench.values, 8)
-    assert begun == list(PACES[:3]) and pace == PACES[2]
+    assert begun == list(PACES[:3])
+    assert pace == PACES[2]
     for index in (TRIAL, 2 * TRIAL + 1):
         assert all(np.array_equal(put[index][name], value) for name, value in bench.values.items())
     assert len(put) == 2 * (TRIAL + 1) + 8
@@ -189,7 +191,8 @@ def test_how_much_text_it_sees() -> None:
 
 
 def test_a_tie_keeps_what_was() -> None:
-    assert Outcome(1.0, 0.5, 4, 1).kept and not Outcome(1.0, 1.0, 4, 1).kept
+    assert Outcome(1.0, 0.5, 4, 1).kept
+    assert not Outcome(1.0, 1.0, 4, 1).kept
     assert not Outcome(1.0, float("nan"), 4, 1).kept
 
 
@@ -216,16 +219,16 @@ def test_each_block_says_what_became_of_it_and_only_better_ones_are_kept(model: 
     told = {name: entry["refinement"] for name, entry in matrices(manifest).items() if "layers" in name}
     for block in ("layers.0.", "layers.1."):
         facts = [one for name, one in told.items() if block in name]
-        assert len(facts) == 7 and all(one == facts[0] for one in facts)
-        assert facts[0]["steps"] == 24 and facts[0]["held_back"] == 4
+        assert len(facts) == 7
+        assert all(one == facts[0] for one in facts)
+        assert facts[0]["steps"] == 24
+        assert facts[0]["held_back"] == 4
         assert facts[0]["kept"] == (facts[0]["after"] < facts[0]["before"])
     assert any(one["kept"] for one in told.values())
     assert _weights(plain.path) != _weights(refined.path)
 
 
-def test_a_block_that_gets_worse_keeps_its_codes(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_that_gets_worse_keeps_its_codes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All bytes are those of a run without refinement where the steps go uphill."""
     text = write_text(tmp_path)
     plain, _ = run(model, tmp_path / "plain", options(text, samples=8, length=48, **GROUPS), "gptq", "2bit")
@@ -234,7 +237,8 @@ def test_a_block_that_gets_worse_keeps_its_codes(
     chosen = options(text, samples=8, length=48, refinement=40, **GROUPS)
     refined, manifest = run(model, tmp_path / "refined", chosen, "gptq", "2bit")
     told = [entry["refinement"] for entry in matrices(manifest).values() if "refinement" in entry]
-    assert len(told) == 14 and not any(one["kept"] for one in told)
+    assert len(told) == 14
+    assert not any(one["kept"] for one in told)
     assert all(one["after"] > one["before"] for one in told)
     assert _weights(plain.path) == _weights(refined.path)
 
@@ -282,7 +286,8 @@ def test_one_bar_that_only_rises_and_ends_full(model: Path, tmp_path: Path) -> N
     seen: list[Any] = []
     quantize(str(model), "gptq", levels=["2bit"], output_dir=tmp_path / "out", options=chosen, on_event=seen.append)
     done = [event.done / event.total for event in seen if isinstance(event, Progress) and event.unit == "tokens"]
-    assert done == sorted(done) and done[-1] == pytest.approx(1.0, abs=0.2)
+    assert done == sorted(done)
+    assert done[-1] == pytest.approx(1.0, abs=0.2)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +304,13 @@ def test_it_is_refused_in_the_plan_where_no_block_runs(
     with pytest.raises(UsageError, match="--refine") as caught:
         plan(str(model), "gptq", levels=["2bit"], options=chosen)
     assert found in str(caught.value)
+
+
+def test_it_is_refused_with_statistics(tmp_path: Path) -> None:
+    chosen = options(write_text(tmp_path), refinement=4, statistics=tmp_path / "statistics.safetensors")
+    with pytest.raises(UsageError, match="--refine") as caught:
+        _refuse_refinement([], FORMATS["gptq"], chosen)
+    assert "--statistics" in str(caught.value)
 
 
 def test_steps_are_not_negative() -> None:

@@ -12,7 +12,19 @@ from llm_quantize.methods.refine import Moving
 
 from ..oracles import dense_refinement as dense
 
-TYPES = ["int2_g32", "int2_g32_asym", "int4_g32", "q2_k", "q3_k", "q4_0", "q4_1", "iq4_nl", "affine2_g32", "nvfp4", "nf4_b64"]
+TYPES = [
+    "int2_g32",
+    "int2_g32_asym",
+    "int4_g32",
+    "q2_k",
+    "q3_k",
+    "q4_0",
+    "q4_1",
+    "iq4_nl",
+    "affine2_g32",
+    "nvfp4",
+    "nf4_b64",
+]
 
 
 def matrix(qtype: str, rows: int = 3, seed: int = 1) -> tuple[Grid, torch.Tensor]:
@@ -33,7 +45,8 @@ def test_it_begins_at_the_codes_that_it_is_given(qtype: str) -> None:
     moving = Moving(grid, codes, 10)
     torch.testing.assert_close(moving.values(), grid.decode(codes), rtol=1e-6, atol=1e-7)
     found, same = moving.hardened()
-    assert torch.equal(same, codes) and torch.equal(found.d, grid.d)
+    assert torch.equal(same, codes)
+    assert torch.equal(found.d, grid.d)
 
 
 @pytest.mark.parametrize("qtype", TYPES)
@@ -90,8 +103,10 @@ def test_what_has_no_gradient_stays() -> None:
     for _ in range(70):
         moving.step(gradient)
     found, moved = moving.hardened()
-    assert torch.equal(moved[1:], codes[1:]) and torch.equal(moved[0, 16:], codes[0, 16:])
-    assert torch.equal(found.d[1:], grid.d[1:]) and not torch.equal(moved[0], codes[0])
+    assert torch.equal(moved[1:], codes[1:])
+    assert torch.equal(moved[0, 16:], codes[0, 16:])
+    assert torch.equal(found.d[1:], grid.d[1:])
+    assert not torch.equal(moved[0], codes[0])
 
 
 def test_words_keep_their_codes_and_move_their_scales() -> None:

@@ -20,7 +20,7 @@ def value(grid: Any, place: float, row: int, column: int, d: float | None = None
     """What a place is worth in a row and column; ``d``, ``m``: in the place of the grid's own."""
     group, span = column // grid.group, column // grid.span
     levels = [float(level) for level in grid.levels]
-    low = min(int(math.floor(place)), max(0, len(levels) - 2))
+    low = min(math.floor(place), max(0, len(levels) - 2))
     level = levels[low]
     if place > low:
         level += (place - low) * (levels[low + 1] - levels[low])

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import weights_of
-from llm_quantize.blockwise.refining_sizes import HELD_BYTES, KEPT_FOR_BACK, PACES, TRIAL, WEIGHT_BYTES, refinement_windows
+from llm_quantize.blockwise.refining_sizes import (
+    HELD_BYTES,
+    KEPT_FOR_BACK,
+    PACES,
+    TRIAL,
+    WEIGHT_BYTES,
+    refinement_windows,
+)
 from llm_quantize.blockwise.stages import routers, stages
 from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.formats.base import Importance

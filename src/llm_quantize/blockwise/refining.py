@@ -1,4 +1,4 @@
-"""The codes and free floats of a whole block, moved by gradient steps until its output is nearer to the source's.
+"""All codes of a block moved together by gradient steps on its output.
 
 Error feedback makes each matrix as good as it can be by itself. Here all matrices of a block that have codes move
 together (methods/refine.py) down the gradient of
@@ -37,7 +37,6 @@ __all__ = ["Outcome", "Part", "Refinement", "drawn"]
 
 Floats = npt.NDArray[np.float32]
 SEED = 20261
-
 
 
 @dataclass(frozen=True)

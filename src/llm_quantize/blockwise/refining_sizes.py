@@ -1,4 +1,4 @@
-"""How much text the refinement of a block sees, and what it takes (blockwise/refining.py). Nothing here needs torch."""
+"""What the refinement of a block sees and takes. Nothing here needs torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a matrix on their way from the codes that they have to codes of which the output of their block loses less.
+"""Rows of a matrix whose codes move by gradient steps.
 
 Every weight has a place t on the line of codes, a real number that begins at its code and may go one code up or down;
 between two codes its value is linear. Every free float has a change in shares of what it was:
