@@ -42,7 +42,7 @@ APART = frozenset(("measurement", "imatrix", "statistics", "data", "recipe"))
 
 FILES = ("imatrix", "statistics")
 _PACKAGES = ("torch", "transformers", "numpy")
-_MOST = {"sweeps": 1000, "alternations": 1000}
+_MOST = {"sweeps": 1000, "alternations": 1000, "refinement": 100_000}
 _LEAST = {"group_size": -1}
 _LARGEST = 1 << 53
 

@@ -73,7 +73,8 @@ class MethodOptions(Settings):
 
     ``transform``: awq rescales channels first; None: what the format does. ``inputs``: what a matrix is calibrated on:
     "sequential" (the model as quantized up to this very matrix), "block" (up to this block), "source" (not at all).
-    ``gptq``: the stages of error feedback.
+    ``gptq``: the stages of error feedback. ``refinement``: so many gradient steps move the codes and floats of each
+    block afterwards (blockwise/refining.py); 0: none.
 
     Of directories: ``group_size`` (-1: a whole row), ``symmetric``, None: as the format and level say;
     ``double_quant`` (scales in 8 bits) and ``compute_dtype`` (None: the checkpoint's) of bitsandbytes; ``kv_cache``
@@ -86,6 +87,7 @@ class MethodOptions(Settings):
     transform: str | None = None
     inputs: str = "sequential"
     gptq: GptqOptions = field(default_factory=GptqOptions)
+    refinement: int = 0
     group_size: int | None = None
     symmetric: bool | None = None
     double_quant: bool | None = None
@@ -104,6 +106,8 @@ class MethodOptions(Settings):
         ):
             if found is not None and found not in allowed:
                 raise UsageError(f"unknown {name}", expected=", ".join(allowed), found=found)
+        if self.refinement < 0:
+            raise UsageError("--refine is a number of steps", expected="0 or more", found=self.refinement)
 
     def method_of(self, format: str) -> Method:
         """The method for ``format``: the one asked for, or the format's own."""
@@ -125,6 +129,8 @@ class MethodOptions(Settings):
         words = {"Method": f"{method.words}{self.transform_of(format).words}"}
         if method.reads_text:
             words["Inputs"] = INPUTS[self.inputs]
+        if self.refinement:
+            words["Refined"] = f"{self.refinement} gradient steps on the output of each block"
         return words | ({"Calibrated on": ", ".join(texts)} if texts else {})
 
     def identity(self, format: str) -> dict[str, object]:
@@ -135,7 +141,13 @@ class MethodOptions(Settings):
         }
         if self.calibrates(format):
             facts |= {"inputs": self.inputs, **asdict(self.stages(format))}
+        if self.refinement:
+            facts["refinement"] = self.refinement
         return facts | ({} if self.kv_cache is None else {"kv_cache": self.kv_cache})
+
+    def pairs(self, format: str) -> bool:
+        """Whether the source's own stream goes along with that of the quantized model."""
+        return self.stages(format).corrects or self.refinement > 0
 
     def stages(self, format: str) -> GptqOptions:
         """The optimiser's stages that the method leaves; on the source's own inputs there is nothing to make up for."""

@@ -203,6 +203,7 @@ def plan_source(
         )
     stem = _file_stem(name or source.stem)
     plans = _asked(form, source, levels, stem, importance, options)
+    _refuse_refinement(plans, form, options)
     if isinstance(importance, choose.Text):
         # A level that no text makes (int16 of CTranslate2, beside int8) is the same file whatever the others need.
         typed = [replace(plan, identity={**plan.identity, ARITHMETIC: importance.dtype}) for plan in plans]
@@ -212,6 +213,28 @@ def plan_source(
     if options.method.method_of(form.name).keeps:
         plans = [_with_order(source, plan, form) for plan in plans]
     return _named([_estimated(source, plan, importance, options) for plan in plans], stem, name)
+
+
+def _refuse_refinement(plans: Sequence[ArtifactPlan], form: Format, options: Options) -> None:
+    """Refuse --refine where there is no output of a block to go by: nothing runs, or only the source does."""
+    method = options.method
+    if not method.refinement:
+        return
+    chosen = method.method_of(form.name)
+    lacks = [
+        (not chosen.reads_text, f"--method {chosen.name} runs no text through the model", "--method gptq"),
+        (options.statistics is not None, "with --statistics no text runs through the model", "leave it out"),
+        (method.inputs == "source", "with --inputs source only the source runs", "--inputs sequential"),
+        (not all(plan.observed for plan in plans), "this level has no codes that text chooses", "another level"),
+    ]
+    for refused, found, remedy in lacks:
+        if refused:
+            raise UsageError(
+                "--refine needs the outputs of the quantized model's blocks",
+                expected="error feedback on text, block after block",
+                found=found,
+                remedy=remedy,
+            )
 
 
 def _asked(

@@ -59,6 +59,8 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
         ("-q", "FP8", "--kv-cache", "fp8", "--threads", "1"),
         ON_DISK,
     ),
+    "refined in memory": ("gptq", ("-q", "2bit", *DIRECTORY[2:], "--refine", "3"), {}),
+    "refined on disk": ("gguf", (*GGUF, "--refine", "3"), ON_DISK),
     "words in memory": ("gguf", ("-q", "IQ2_M", "--method", "gptq", "--threads", "1"), {}),
 }
 WIDE = ("words in memory",)

@@ -46,7 +46,7 @@ def solve_matrices(
     from llm_quantize.streams.pool import Pool
 
     plan, method = target.plan, options.method
-    chosen = method.stages(plan.format)
+    paired = method.pairs(plan.format)
     matrices = Matrices(source, target, FORMATS[plan.format].store(plan), policy)
     if not isinstance(importance, Text) or not plan.observed:
         pool = Pool(fitted.threads, stop, resumable=options.checkpoints)
@@ -76,7 +76,7 @@ def solve_matrices(
     on_event(events.Stage("build the network"))
     network = open_network(source, dtype=plan.identity[ARITHMETIC], device=device)
     _note_processor(target, on_event)
-    further = windows.draw(windows.samples, HELD_OUT_WINDOWS if chosen.corrects else 0)
+    further = windows.draw(windows.samples, HELD_OUT_WINDOWS if paired else 0)
     ids = torch.from_numpy(np.concatenate([windows.ids, further]) if len(further) else windows.ids)
     need = feedback_sizes(
         from_network(source, network, [network.taps(index) for index in range(network.n_blocks)]),
@@ -84,7 +84,7 @@ def solve_matrices(
         method,
         (ids.shape[0], ids.shape[1]),
         routers(source.tensors.outputs),
-        paired=chosen.corrects,
+        paired=paired,
         device=device,
     )
     found = memory.fit(need, threads=fitted.threads, max_ram=options.max_ram, before=fitted.before)

@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING
 
 from llm_quantize.architectures.base import OutputTensor
 from llm_quantize.architectures.rows import weights_of
+from llm_quantize.blockwise.refining_sizes import (
+    HELD_BYTES,
+    KEPT_FOR_BACK,
+    PACES,
+    TRIAL,
+    WEIGHT_BYTES,
+    refinement_windows,
+)
 from llm_quantize.blockwise.stages import routers, stages
 from llm_quantize.calibration.statistics import collecting_sizes
 from llm_quantize.formats.base import Importance
@@ -56,6 +64,9 @@ FITTING_RATE = 10e6
 KEEPING_RATE = 125e6
 """Weights per CPU second whose codes are taken over, decoded and compared: benchmarks/results/convert.json."""
 
+REFINING = 1.0
+"""How much longer an operation of a gradient step takes than one of error feedback (docs/concepts/methods.md)."""
+
 RESCALING = 1.5
 """How much longer error feedback takes where channels are rescaled first (docs/concepts/methods.md)."""
 
@@ -98,7 +109,7 @@ def _fed_back(
 ) -> tuple[tuple[Sizes, ...], Cost]:
     """``estimate`` where errors are fed back."""
     method, length, device = options.method, _length(source, options), options.calibration.device
-    paired = method.stages(artifact.format).corrects
+    paired = method.pairs(artifact.format)
     network = from_headers(source, device)
     known = options.statistics is not None
     if known:
@@ -108,7 +119,7 @@ def _fed_back(
         chosen = routers(source.tensors.outputs)
         sizes = feedback_sizes(network, artifact, method, together, chosen, paired=paired, device=device)
     tokens = 0 if known else _tokens(importance, length)
-    operations = _operations(source, tokens, method, paired=paired)
+    operations = _operations(source, tokens, length, method, paired=paired)
     operations *= RESCALING if method.transform_of(artifact.format).passes else 1.0
     words = sum(weights_of(one.weight.shape) * WORD_SECONDS.get(one.qtype, 0.0) for one in artifact.matrices) / 1e6
     cost = Cost(
@@ -195,7 +206,8 @@ def feedback_sizes(
     tokens = max(CHUNK_TOKENS, length)
     transform = options.transform_of(artifact.format)
     alone, samples = options.inputs == "sequential" and not transform.passes, transform.samples
-    back = held_back(number - HELD_OUT_WINDOWS) if paired and options.gptq.correction is None else 0
+    corrects = options.stages(artifact.format).corrects
+    back = held_back(number - HELD_OUT_WINDOWS) if corrects and options.gptq.correction is None else 0
     most, seen = (0, 0), 0
     for taps in network.taps:
         for stage in stages(taps, {tap.name for tap in taps}, chosen, sequential=alone):
@@ -206,16 +218,23 @@ def feedback_sizes(
             most = max(most, (sums, captured * (1 + paired)), key=sum)
         seen = max(seen, sum(number * length * tap.columns * network.itemsize for tap in taps if tap.matrices == 1))
     widest = _widest(network)
+    factor = factor_bytes(widest, corrects)
+    each = max(network.workspace(length), solve_bytes(widest))
+    held = moving = 0
+    if options.refinement:
+        weights = network.block // network.itemsize
+        held, moving = HELD_BYTES * weights, WEIGHT_BYTES * weights
+        each = max(each, KEPT_FOR_BACK * network.workspace(length) + 2 * network.block)
     return Sizes(
         libraries=TORCH_BYTES,
         ends=max(network.embedding, 2 * network.head),
-        block=network.block,
+        block=network.block + held,
         sums=most[0],
-        captured=most[1],
-        factor=factor_bytes(widest, paired),
+        captured=max(most[1], moving - most[0] - factor),
+        factor=factor,
         values=_values(artifact),
         working=WORKING_BYTES,
-        each=max(network.workspace(length), solve_bytes(widest)) + network.scratch,
+        each=each + network.scratch,
         hidden=network.hidden(number, length),
         copies=2 if options.inputs != "source" else 1,
         inputs=seen if paired else 0,
@@ -269,9 +288,14 @@ def _used(network: NetworkSizes, tap: TapLike) -> int:
     return network.hyper.n_expert_used if tap.matrices > 1 else 1
 
 
-def _operations(source: Source, tokens: int, options: MethodOptions, *, paired: bool) -> float:
+def _operations(source: Source, tokens: int, length: int, options: MethodOptions, *, paired: bool) -> float:
     """Forward passes, sums of products, and about eight products of each matrix with its Hessian."""
     outputs = list(block_matrices(source.tensors.outputs))
+    refined = 0.0
+    if options.refinement and (windows := max(1, tokens // length)):
+        trials = min(TRIAL, options.refinement) * len(PACES)  # at worst
+        through = refinement_windows(windows, length, options.refinement + trials)
+        refined = REFINING * _forward(source, through * length)
     own = {"sequential": 1.2 if paired else 2.2, "block": 1.75, "source": 1.0}
     passes = own[options.inputs] + paired
     forward = _forward(source, tokens) * passes
@@ -282,4 +306,4 @@ def _operations(source: Source, tokens: int, options: MethodOptions, *, paired: 
         products += columns**2 * tokens * (used if matrices > 1 else 1) * (1.25 + 2 * paired)
         factors += 3.0 * columns**3 * matrices
     solved = sum(16.0 * weights_of(output.shape) * output.shape[-1] for output in outputs)
-    return forward + products + solved + factors
+    return forward + products + solved + factors + refined

@@ -31,6 +31,8 @@ from llm_quantize.blockwise.inputs import FullInputs, Streams, collect, propagat
 from llm_quantize.blockwise.keeping import difference
 from llm_quantize.blockwise.kv_cache import Largest
 from llm_quantize.blockwise.measure import measure
+from llm_quantize.blockwise.refining import Outcome, Part, Refinement
+from llm_quantize.blockwise.refining_sizes import refinement_windows
 from llm_quantize.blockwise.segments import Segment, Sources, column_orders, segments
 from llm_quantize.blockwise.solver import Fields, Job, Solver
 from llm_quantize.blockwise.stages import routers, stages
@@ -41,6 +43,7 @@ from llm_quantize.formats.packing import mixture_of
 from llm_quantize.grids.inputs import calibrated
 from llm_quantize.memory import Fitted
 from llm_quantize.methods.gptq_options import held_back
+from llm_quantize.methods.refine import Moving
 from llm_quantize.models.opening import Source
 from llm_quantize.options import MethodOptions
 from llm_quantize.plan import CACHED, MatrixPlan, unit_key
@@ -190,12 +193,21 @@ class Blocks:
         self.sequential = options.inputs == "sequential"
         self.quantized = options.inputs != "source"
         self.options = options.stages(plan.format)
-        self.paired = self.options.corrects
-        self.held_back = held_back(calibrated) if self.paired and self.options.correction is None else 0
+        self.paired = options.pairs(plan.format)
+        self.held_back = held_back(calibrated) if self.options.corrects and self.options.correction is None else 0
+        self.refinement = options.refinement
+        self._whole: frozenset[str] = frozenset()
         self.routers = routers(matrices.source.tensors.outputs)
         method = options.method_of(plan.format)
         self.solver = Solver(
-            method, matrices.store, matrices.rows, self.options, pool, str(network.device), self.routers
+            method,
+            matrices.store,
+            matrices.rows,
+            self.options,
+            pool,
+            str(network.device),
+            self.routers,
+            keeps=self.refinement > 0,
         )
         self.taps = [network.taps(index) for index in range(network.n_blocks)]
         self.members = self._members()
@@ -222,6 +234,8 @@ class Blocks:
 
     def run(self) -> None:
         """Quantize every matrix that is not done. Raises StoppedError after a signal: finished matrices are kept."""
+        whole = [held for held in self.members if all(self.matrices.done(matrix) for matrix, _ in held)]
+        self._whole = frozenset(matrix.name for held in whole for matrix, _ in held)
         missing = [index for index, held in enumerate(self.members) if not all(self._done(m) for m, _ in held)]
         missing += [index for index in range(len(self.taps)) if not self._held_done(index)]
         self.measures = self.measures and self.matrices.target.output.notes.get("measured") is None
@@ -230,8 +244,7 @@ class Blocks:
         if not missing:
             return
         streams, first = self._begin(min(missing))
-        passes = sum(self._passes(index) for index in range(first, max(missing) + 1))
-        self._total = passes * self.ids.shape[0]
+        self._total = sum(self._windows(index) for index in range(first, max(missing) + 1))
         facts = {"total": self.ids.numel(), "threads": self.way.pool.threads, "memory_needed": self.fitted.peak}
         self.on_event(events.Start(**facts, resumed_units=0))
         try:
@@ -250,7 +263,9 @@ class Blocks:
             close(self._lanes(streams))
 
     def _done(self, matrix: MatrixPlan) -> bool:
-        return self.matrices.done(matrix)
+        """Whether it need not be quantized. Matrices of a block that are refined together are done together: what a
+        killed run wrote of them is written again, the same bytes."""
+        return matrix.name in self._whole if self.refinement else self.matrices.done(matrix)
 
     def _held_done(self, index: int) -> bool:
         return all(unit in self.matrices.target.output.records for _, _, unit in rescaling.held_units(self.held[index]))
@@ -263,8 +278,15 @@ class Blocks:
         stages = len(self._stages(index))
         return (stages + 1 if self.quantized else max(1, stages)) + self.transform.passes + self.paired
 
-    def _advance(self) -> None:
-        self._steps += 1
+    def _windows(self, index: int) -> int:
+        """How many windows go through block ``index``, for the progress."""
+        windows = self._passes(index) * self.ids.shape[0]
+        if self.refinement and not all(self._done(matrix) for matrix, _ in self.members[index]):
+            windows += refinement_windows(self.calibrated, self.ids.shape[1], self.refinement)
+        return windows
+
+    def _advance(self, windows: int = 1) -> None:
+        self._steps += windows
         total = self.ids.numel()
         done = min(total, total * self._steps // self._total)
         self.on_event(events.Progress(done=done, total=total, unit="tokens"))
@@ -321,18 +343,24 @@ class Blocks:
             after = self.kept.leaving(index, streams.quantized, QUANTIZED) if goes_on else streams.quantized
             handled: set[str] = set()
             through = self.calibrated if last else 0  # so many windows need not go through the block, or have gone
+            fresh: list[Job] = []
             for stage in self._stages(index):
                 names = {tap.name for tap in stage} - handled
                 members = [(matrix, seen) for matrix, seen in self.members[index] if seen[0].tap in names]
                 # What is collected on the source's own inputs is collected once, on the way to the next block.
                 going = after if goes_on and not self.quantized else None
-                if self._stage(members, stage, block, streams, full, scales, going) and going is not None:
+                jobs = self._stage(members, stage, block, streams, full, scales, going)
+                if jobs and going is not None:
                     through = self.calibrated
+                fresh += jobs
                 handled |= names
+            if self.refinement and fresh:
+                self._refine(fresh, block, streams.quantized, own)
             self.matrices.changed.clear()
             if not goes_on:
                 return streams
-            propagate(self.way, block, streams.quantized, after, range(through, len(self.ids)), full)
+            left = None if self.refinement else full  # what stages left there is of codes that have moved since
+            propagate(self.way, block, streams.quantized, after, range(through, len(self.ids)), left)
         return _moved(streams, Streams(after, own if self.paired else after))
 
     def _see_source(
@@ -343,8 +371,10 @@ class Blocks:
         wanted = {segment.tap for matrix, seen in self.members[index] if not self._done(matrix) for segment in seen}
         taps = [tap for tap in self.taps[index] if tap.name in wanted or any(t.matrices > 1 for t in self.taps[index])]
         place = None if self.fitted.inputs_in_memory else self.directory
-        full = FullInputs(taps if wanted else [], windows, length, self.network.dtype, place)
-        after = None if last and not self.measures else self.kept.leaving(index, streams.full, FULL)
+        seen = taps if wanted and self.options.corrects else []
+        full = FullInputs(seen, windows, length, self.network.dtype, place)
+        goes_on = not last or self.measures or self.refinement
+        after = self.kept.leaving(index, streams.full, FULL) if goes_on else None
         with self.way.block(index, weights) as block:
             full.see(self.way, block, streams.full, after)
         return full, after or streams.full
@@ -358,9 +388,10 @@ class Blocks:
         full: FullInputs | None,
         scales: Mapping[str, torch.Tensor],
         after: Activations | None,
-    ) -> bool:
+    ) -> list[Job]:
         """Quantize the matrices of one stage that are not done, and put all of them into the block. ``after``: takes
-        what leaves the block for the windows calibrated on. Whether there was anything to collect."""
+        what leaves the block for the windows calibrated on. Returns what was to be done, written where nothing refines
+        it."""
         jobs = [Job(matrix, seen) for matrix, seen in members if not self._done(matrix)]
         if jobs:
             stage = _looked_at(stage, jobs)
@@ -372,7 +403,7 @@ class Blocks:
                 stage,
                 streams.quantized,
                 block,
-                full,
+                full if self.options.corrects else None,
                 scales,
                 windows=self.calibrated,
                 held_back=self.held_back,
@@ -396,12 +427,58 @@ class Blocks:
                 fields = self.matrices.read(matrix)
             else:
                 fields = [*self.solver.join(job), *self._cached(job)]
-                self.matrices.write(matrix, fields, job.summary())
+                if self.refinement:
+                    job.fields = fields
+                else:
+                    self.matrices.write(matrix, fields, job.summary())
             if self.quantized:
                 sources.put(matrix.weight, self.matrices.store.decode(matrix, fields))
         for name, decoded in sources.finished():
             block.replace(name, torch.from_numpy(decoded))
-        return bool(jobs)
+        return jobs
+
+    def _refine(self, jobs: Sequence[Job], block: Block, entering: Activations, target: Activations) -> None:
+        """Refine what the stages made of a block, put the better of both into it, and write it."""
+        store = self.matrices.store
+
+        def put(values: Mapping[str, Floats]) -> None:
+            sources = Sources(self.matrices.source.checkpoint, self.matrices.present)
+            for job in jobs:
+                sources.put(job.matrix.weight, values[job.matrix.name])
+            for name, decoded in sources.finished():
+                block.replace(name, torch.from_numpy(decoded))
+
+        def begin(pace: float) -> list[Part]:
+            return [
+                Part(job.matrix.name, job.matrix.weight, start, Moving(grid, codes, self.refinement, pace))
+                for job in jobs
+                for start, (grid, codes) in sorted(job.solved.items())
+            ]
+
+        if any(job.solved for job in jobs):
+            refining = Refinement(block, entering, target, self.calibrated, self.way.pool, put, self._advance)
+            were = {job.matrix.name: store.decode(job.matrix, job.fields) for job in jobs}
+            before = refining.loss(refining.held)
+            parts, pace = refining.run(begin, were, self.refinement)
+            fields = {job.matrix.name: self._refined(job, parts) for job in jobs}
+            put({job.matrix.name: store.decode(job.matrix, fields[job.matrix.name]) for job in jobs})
+            after = refining.loss(refining.held)
+            outcome = Outcome(before, after, self.refinement, len(refining.held), pace)
+            if not outcome.kept:
+                put(were)
+            for job in jobs:
+                if job.solved:
+                    job.facts["refinement"] = outcome.facts()
+                    job.fields = fields[job.matrix.name] if outcome.kept else job.fields
+        for job in jobs:
+            self.matrices.write(job.matrix, job.fields, job.summary())
+            job.fields.clear()
+
+    def _refined(self, job: Job, parts: Sequence[Part]) -> Fields:
+        """The fields of a job with its parts as they are now."""
+        for part in [part for part in parts if part.name == job.matrix.name]:
+            job.pieces[part.start] = self.matrices.store.piece(job.matrix, *part.moving.hardened())
+        return [*self.solver.join(job), *self._cached(job)]
 
     def _cached(self, job: Job) -> Fields:
         """The scales of the keys and values before a matrix, where it has them."""

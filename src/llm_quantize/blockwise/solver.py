@@ -61,6 +61,8 @@ class Job:
     ``facts``: loss and plain_loss (sums over rows of the weighted square error, of ours and of plain rounding),
     plain_rows (rows for which plain rounding was better and kept), tokens (seen by the matrix, or by each of a stack),
     notes and fallbacks (text: count), what was out of the ordinary, and of that what was not done as asked.
+    ``solved``: {first row: grid and codes of what a method chose, on the device}, where they are kept to be moved;
+    ``fields``: the matrix joined, until it is written.
     ``inputs``: what runtimes round its inputs to, with what was calibrated of it. ``cache``: the keys and values that
     were seen before it.
     """
@@ -71,6 +73,8 @@ class Job:
     inputs: InputGrid | None = None
     cache: Largest | None = None
     pieces: dict[int, Any] = field(default_factory=dict)
+    solved: dict[int, tuple[Grid, torch.Tensor]] = field(default_factory=dict)
+    fields: Fields = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -121,7 +125,7 @@ class Job:
 @dataclass(frozen=True)
 class Solver:
     """``method`` chooses codes. ``read``: float32 rows of a matrix. ``routers``: the source's tensors that choose
-    experts."""
+    experts. ``keeps``: jobs keep their pieces, and grids and codes of those that may be moved."""
 
     method: Method
     store: Store
@@ -130,6 +134,7 @@ class Solver:
     pool: Pool
     device: str
     routers: frozenset[str] = frozenset()
+    keeps: bool = False
 
     def stage(
         self, jobs: Sequence[Job], grams: Mapping[tuple[str, int], Gram], taps: Sequence[Tap], members: Members
@@ -194,7 +199,8 @@ class Solver:
 
     def join(self, job: Job) -> Fields:
         """The fields of a job whose rows are all there."""
-        pieces = [job.pieces.pop(start) for start in sorted(job.pieces)]
+        starts = sorted(job.pieces)
+        pieces = [job.pieces[start] if self.keeps else job.pieces.pop(start) for start in starts]
         fields = self.store.join(job.matrix, pieces)
         calibrated = job.inputs is not None and job.inputs.static
         return [*fields, *(self.store.numbers(job.matrix, job.inputs) if calibrated and job.inputs else [])]
@@ -264,6 +270,8 @@ class Solver:
         if _out_of_range(grid, codes, weight):
             with work.job.lock:
                 work.job.facts.setdefault("fallbacks", {})[OUT_OF_RANGE] = 1
+        if self.keeps and not work.job.on_grid and factor is not None and grid.index is None:
+            work.job.solved[work.start] = grid, codes
         work.job.pieces[work.start] = self.store.piece(matrix, grid, codes)
 
     def _expert(

@@ -215,7 +215,7 @@ class PackedFormat:
             judged=options.judged,
             include=method.include,
             qtype=scheme.qtype.name,
-            measured=options.statistics is None and method.stages(self.name).corrects,
+            measured=options.statistics is None and method.pairs(self.name),
             warnings=[*warnings, *cautions, *unlike],
             notes=(*(() if recipe is None else recipe.notes()), *why),
             too_large=_TOO_LARGE,

@@ -324,6 +324,23 @@ class Block:
             )
         return found[0][0].cpu(), self._by_tensor(dict(zip(matrices, found[1:], strict=True)))
 
+    def pull_back_from(
+        self, hidden: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Gradients of a scalar of what leaves this block: ``choose`` is given that, (length, width) on the network's
+        device, and returns the gradient for it. Returns the gradients for the matrices, as ``pull_back`` does."""
+        arguments = self._network.arguments(self.index, hidden.shape[0])
+        matrices = {name: value for name, value in self._module.named_parameters() if value.ndim > 1}
+        with torch.enable_grad():
+            watched = [value.requires_grad_(True) for value in matrices.values()]
+            given = hidden[None].to(self._network.device).clone()
+            result = self._module(given, *copied(arguments.positional), **copied(dict(arguments.named)))
+            if isinstance(result, tuple):
+                result = result[0]
+            gradient = choose(result[0].detach()).to(result)
+            found = torch.autograd.grad(result, watched, gradient[None], allow_unused=True, materialize_grads=True)
+        return self._by_tensor(dict(zip(matrices, found, strict=True)))
+
     def _by_tensor(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {
             name: place.of(gradients[parameter]).cpu()

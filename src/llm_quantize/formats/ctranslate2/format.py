@@ -164,7 +164,7 @@ class CTranslate2:
             shard_size=method.shard_size,
             judged=options.judged,
             include=method.include,
-            measured=fed and options.statistics is None and method.stages(self.name).corrects,
+            measured=fed and options.statistics is None and method.pairs(self.name),
             warnings=warnings,
             dropped=source.left_out,
             too_large="use bfloat16 or float32, which hold larger magnitudes: -q bfloat16",
