@@ -112,6 +112,18 @@ Three layers of four hold a recurrent state (gated delta rule), the fourth atten
 - llama.cpp rounds the ends of YaRN's ramp to whole dimensions, which the published models do not: its logits are near
   transformers', not equal. The plan says so.
 - Directories: none, as no runtime has names for packed single experts of this family.
+
+## Others of their own kind
+
+- **LFM2**: short convolutions in most layers. GGUF tells them by 0 key heads; convolutions stay F32. Directories keep them, too.
+- **GLM-4.5 to 4.7 (`glm4_moe`), ERNIE 4.5 mixtures**: the first layers are dense. The bias by which routers choose stays F32. Groups
+  of experts, and heads that predict several tokens (`num_nextn_predict_layers`), are not in llama.cpp's graph as written
+  here: the first are refused, the second left out and said.
+- **Ministral 3**: scores grow past the trained context (`llama_4_scaling_beta`). Wrappers with a tower (`mistral3`, Mistral Small
+  3.1 too) become a GGUF file of the language model alone; directories keep the tower.
+- **EXAONE 4**: llama.cpp slides in the model of 64 layers alone, and leaves every fourth layer there without rotation; other
+  mixes of layers are refused for it.
+- **Hunyuan**: NTK scaling by a fixed alpha becomes the base.
 """
 
 

@@ -232,7 +232,7 @@ def test_tiny_checkpoints(variant: str, tmp_path: Path) -> None:
     assert compared == [*with_importance, *without]
 
 
-@pytest.mark.parametrize("variant", ["qwen3_5_text", "qwen3_5_moe_text", "gpt_oss"])
+@pytest.mark.parametrize("variant", ["qwen3_5_text", "qwen3_5_moe_text", "gpt_oss", "lfm2", "glm4_moe"])
 def test_layers_of_two_kinds(variant: str, tmp_path: Path) -> None:
     """Rules that count the tensors of a role count those of both kinds of layers."""
     levels = ("Q4_K_M", "Q2_K", "Q3_K_M", "Q5_K_M")

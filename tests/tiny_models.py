@@ -86,6 +86,16 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": THETA}},
     ),
     "mistral": ("mistral", {"rope_parameters": _ROPE, "sliding_window": None, "head_dim": 24}),
+    "lfm2": (
+        "lfm2",
+        {
+            "rope_parameters": _ROPE,
+            "intermediate_size": 144,
+            "block_multiple_of": 32,
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+        },
+    ),
     "ministral3": (
         "ministral3",
         {

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_quantize.architectures import open_architecture
+from llm_quantize.errors import MalformedInputError
 from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
@@ -69,6 +71,28 @@ def test_a_wrapper_is_what_its_language_model_is(tmp_path: Path) -> None:
             assert source.architecture.gguf_name == arch
             assert any("vision tower" in reason for reason in source.tensors.left_out.values())
         assert distance(model, 60) < 1e-3
+
+
+def test_the_width_of_lfm2_is_cut_as_its_configuration_asks(tmp_path: Path) -> None:
+    """LFM2-1.2B: 12,288 becomes 8,192, in blocks of 256; key heads stand in GGUF by layers, 0 at convolutions."""
+    published = {
+        **{"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 16},
+        **{"block_ff_dim": 12288, "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0},
+        **{"block_multiple_of": 256, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 65536},
+        **{"max_position_embeddings": 128000, "conv_L_cache": 3, "full_attn_idxs": [2, 5, 8, 10, 12, 14]},
+        **{"rope_theta": 1e6, "norm_eps": 1e-5},
+    }
+    found = open_architecture(published)
+    assert not found.limits
+    assert found.hyper.feed_forward_length == 8192
+    assert found.hyper.tied
+    heads = found.metadata()["lfm2.attention.head_count_kv"].value
+    assert heads == [8 if layer in (2, 5, 8, 10, 12, 14) else 0 for layer in range(16)]
+    assert open_architecture({**published, "block_auto_adjust_ff_dim": False}).hyper.feed_forward_length == 12288
+    with pytest.raises(MalformedInputError, match="layer_types"):
+        open_architecture({**published, "layer_types": ["conv", "mamba"] * 8})
+    model = make_tiny("lfm2", tmp_path / "model")
+    assert distance(model, 4) < 1e-3  # shorter than two windows of the convolution
 
 
 @pytest.mark.parametrize("alpha", [1000.0, 50.0])

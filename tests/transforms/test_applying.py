@@ -27,6 +27,7 @@ _GROUPS = {
     "granitemoe": "avfdddd",
     "olmoe": "avfdddd",
     "gpt_oss": "av",
+    "lfm2": ("fd", "avfd"),
     "glm4_moe": ("avfd", "avfddddd"),
     "ernie4_5_moe": ("avfd", "avfddddd"),
     "gpt2": "avf",

@@ -101,7 +101,7 @@ def _state(hyper: Hyper) -> int:
     """Bytes of the state of a layer that has one."""
     found = hyper.recurrence
     if found is None:
-        return 0
+        return FLOAT * (hyper.kernel - 1) * hyper.embedding_length if hyper.convolved else 0
     return FLOAT * (found.value_heads * found.key_dim * found.value_dim + (found.kernel - 1) * found.channels)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import MalformedInputError, UnsupportedError
-from . import cohere, gemma, gpt, llama, olmo, openai, phi, qwen, shared
+from . import cohere, gemma, gpt, lfm, llama, olmo, openai, phi, qwen, shared
 from .architecture import Architecture
 from .base import Family, Hyper, OutputTensor, Piece, TensorMap
 
@@ -24,7 +24,7 @@ __all__ = [
 
 ARCHITECTURES: dict[str, Family] = {
     family.model_type: family
-    for module in (llama, qwen, gemma, phi, gpt, olmo, cohere, openai, shared)
+    for module in (llama, qwen, gemma, phi, gpt, olmo, cohere, openai, shared, lfm)
     for family in module.FAMILIES
 }
 

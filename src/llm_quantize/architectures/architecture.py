@@ -92,7 +92,7 @@ class Architecture:
         """Which layers have a sliding window: as configured, and, unless the runtime reads it, as it has built in."""
         n_layer = self.hyper.n_layer
         period = self.family.layer_types if self.family.sliding_at in (0, n_layer) else 0
-        if self.family.recurrent_period:  # none slides
+        if self.family.recurrent_period or self.family.convolutions:  # none slides
             return [False] * n_layer
         usual = [bool(period) and (i + 1) % max(1, period) != 0 for i in range(n_layer)]
         types = self.config.sequence("layer_types")
@@ -185,6 +185,12 @@ class Architecture:
                 found[value.key] = self.config.boolean(value.name)
         named = {key.format(arch=self.gguf_name): _meta(value) for key, value in found.items()}
         named |= self._sections()
+        if self.family.convolutions:
+            heads = [
+                0 if layer in self.hyper.convolved else self.hyper.n_head_kv for layer in range(self.hyper.n_layer)
+            ]
+            name = keys.HEAD_COUNT_KV.format(arch=self.gguf_name)
+            named[name] = MetaValue(GGUFValueType.ARRAY, heads, GGUFValueType.INT32)
         if self.family.sliding_pattern:
             name = keys.SLIDING_WINDOW_PATTERN.format(arch=self.gguf_name)
             named[name] = MetaValue(GGUFValueType.ARRAY, list(self.sliding), GGUFValueType.BOOL)
@@ -286,6 +292,7 @@ def read_hyper(config: ConfigReader, family: Family, rope: Rope | None, limits: 
         raise config.wrong("number of rotated dimensions", "an even number", rotary)
     usual = family.feed_multiple * embedding or None
     feed = config.integer("intermediate_size", default=usual) if family.dense else 0
+    feed = _two_thirds(config, feed) if family.thirds else feed
     experts = config.integer("num_experts", low=0, high=_MOST_EXPERTS, default=0)
     used = config.integer("num_experts_per_tok", low=1, high=max(1, experts)) if experts else 0
     return Hyper(
@@ -304,8 +311,34 @@ def read_hyper(config: ConfigReader, family: Family, rope: Rope | None, limits: 
         rotary=rotary,
         tied=config.boolean("tie_word_embeddings"),
         recurrence=_recurrence(config, family) if family.recurrent_period else None,
+        convolved=_convolved(config) if family.convolutions else frozenset(),
+        kernel=config.integer("conv_L_cache", low=2, high=_LARGEST_HEAD) if family.convolutions else 0,
         n_dense=config.integer(family.leading, low=0) if experts and family.leading else 0,
     )
+
+
+def _two_thirds(config: ConfigReader, feed: int) -> int:
+    """The feed-forward width of LFM2: of what is configured two thirds, as much of them as a factor says, rounded up to
+    whole blocks; where the configuration asks for that."""
+    if not config.boolean("block_auto_adjust_ff_dim"):
+        return feed
+    feed = int(2 * feed / 3)
+    if config.get("block_ffn_dim_multiplier") is None:
+        return feed
+    block = config.integer("block_multiple_of")
+    return -(-int(config.number("block_ffn_dim_multiplier", positive=True) * feed) // block) * block
+
+
+def _convolved(config: ConfigReader) -> frozenset[int]:
+    """The layers without attention. Raises MalformedInputError."""
+    n_layer = config.integer("num_hidden_layers", high=_MOST_LAYERS)
+    types, full = config.sequence("layer_types"), config.sequence("full_attn_idxs")
+    if types is None and full is not None:
+        types = ["full_attention" if layer in full else "conv" for layer in range(n_layer)]
+    types = ["full_attention"] * n_layer if types is None else types
+    if len(types) != n_layer or any(kind not in ("conv", "full_attention") for kind in types):
+        raise config.wrong("layer_types", f"conv or full_attention for each of {n_layer} layers", list(types))
+    return frozenset(layer for layer, kind in enumerate(types) if kind == "conv")
 
 
 def _shared(config: ConfigReader, family: Family) -> int:

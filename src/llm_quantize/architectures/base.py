@@ -110,9 +110,10 @@ class Recurrence:
 @dataclass(frozen=True)
 class Hyper:
     """The sizes of a model, read from its configuration and checked. All are counts; ``rotary`` is the number of
-    dimensions of a head that are rotated (0: none). ``n_dense``: the first layers of a mixture, which have no experts.
-    ``vocab_size`` is the number of embedding rows. ``recurrence``:
-    of the layers that have a state in the place of keys and values, if there are any."""
+    dimensions of a head that are rotated (0: none). ``vocab_size`` is the number of embedding rows. ``recurrence``: of
+    the layers that have a state in the place of keys and values, if there are any. ``n_dense``: the first layers of a
+    mixture, which have no experts. ``convolved``: layers with a short convolution of ``kernel`` tokens in the place of
+    attention."""
 
     n_layer: int
     n_head: int
@@ -130,12 +131,14 @@ class Hyper:
     tied: bool
     recurrence: Recurrence | None = None
     n_dense: int = 0
+    convolved: frozenset[int] = frozenset()
+    kernel: int = 0
 
     def holds(self, layers: Layers, layer: int) -> bool:
         """Whether ``layer`` is one of ``layers``."""
         if layers in ("dense", "experts"):
             return (layer < self.n_dense) == (layers == "dense")
-        recurrent = self.recurrence is not None and layer in self.recurrence.layers
+        recurrent = layer in (self.convolved if self.recurrence is None else self.recurrence.layers)
         return not layers or recurrent == (layers == "recurrent")
 
     @property
@@ -148,7 +151,8 @@ class Hyper:
             "values": recurrence.values,
             "value_heads": recurrence.value_heads,
             "value_dim": recurrence.value_dim,
-            "kernel": recurrence.kernel,
+            "kernel": recurrence.kernel or self.kernel,
+            "3embd": 3 * self.embedding_length,
             "one": 1,
             "embd": self.embedding_length,
             "ff": self.feed_forward_length,
@@ -288,6 +292,8 @@ class Family:
     says otherwise (0: all have attention). ``sections``: usual numbers of rotated pairs for time, height and width.
     ``leading``: the configuration's word for how many first layers of a mixture have no experts; ``shared``: for how
     many experts see every token, as one of their width together. ``fixed``: {key with ``{arch}``: its one value}.
+    ``convolutions``: layers that are not called full_attention have a short convolution instead, and no key heads in
+    GGUF; ``thirds``: their configuration may have the feed-forward width before it is cut to two thirds.
     ``cooled``: scores grow with the logarithm of how many trained contexts lie before a token (Llama 4's scaling).
     ``instead``: {model_type of text_config: the row of a checkpoint whose language model is of that kind}.
     ``plain_gate``: what lies between up and down is a product with the gate, so that scales may move through it.
@@ -332,6 +338,8 @@ class Family:
     leading: str = ""
     shared: str = ""
     fixed: Mapping[str, int] = field(default_factory=dict)
+    convolutions: bool = False
+    thirds: bool = False
     cooled: bool = False
     instead: Mapping[str, Family] = field(default_factory=dict)
     plain_gate: bool = True

@@ -288,7 +288,7 @@ class _Inverse:
             **self._named("hidden_size", embedding),
             **(self._named("intermediate_size", self._width()) if self.family.dense else {}),
             **self._named("num_attention_heads", count),
-            **self._named("num_key_value_heads", values.integer(heads.HEAD_COUNT_KV, count)),
+            **self._named("num_key_value_heads", self._key_heads(count)),
             "vocab_size": table[0],
             "tie_word_embeddings": "output.weight" not in self.contents.shapes,
         }
@@ -298,10 +298,29 @@ class _Inverse:
             found["head_dim"] = head
         if self.family.recurrent_period:
             found |= self._recurrence()
+        if self.family.convolutions:
+            found |= self._convolved()
         if self.family.score_layers:  # the runtime derives the divisor of the scores
             whole = values.integer(keys.BLOCK_COUNT) == self.family.score_layers
             found["query_pre_attn_scalar"] = usual if whole else head
         return found
+
+    def _key_heads(self, heads: int) -> int:
+        """The most of any layer. Raises MalformedInputError."""
+        found = self.values.get(gguf.Keys.Attention.HEAD_COUNT_KV)
+        if self.family.convolutions and isinstance(found, list) and found and all(type(one) is int for one in found):
+            return int(max(found))
+        return self.values.integer(gguf.Keys.Attention.HEAD_COUNT_KV, heads)
+
+    def _convolved(self) -> dict[str, object]:
+        """The layers without attention: those without key heads."""
+        found = self.values.get(gguf.Keys.Attention.HEAD_COUNT_KV)
+        count = self.values.integer(gguf.Keys.LLM.BLOCK_COUNT)
+        heads = found if isinstance(found, list) else [1] * min(count, len(self.contents.shapes))
+        return {
+            "layer_types": ["full_attention" if one else "conv" for one in heads],
+            "block_auto_adjust_ff_dim": False,
+        }
 
     def _width(self) -> int:
         return self.values.integer(gguf.Keys.LLM.FEED_FORWARD_LENGTH)

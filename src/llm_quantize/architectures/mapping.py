@@ -20,6 +20,7 @@ _FLOAT32 = {
     Kind.FFN_GATE_INP_SHEXP,
     Kind.POS_EMBD,
     Kind.SSM_CONV1D,
+    Kind.SHORTCONV_CONV,
 }
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 

@@ -136,7 +136,7 @@ def block_matrices(outputs: Iterable[OutputTensor]) -> Iterable[OutputTensor]:
 
 
 def _is_matrix(output: OutputTensor) -> bool:
-    other = output.name.endswith(("_norm.weight", "ssm_conv1d.weight"))
+    other = output.name.endswith(("_norm.weight", "ssm_conv1d.weight", "shortconv.conv.weight"))
     return len(output.shape) > 1 and output.constant is None and not other
 
 
