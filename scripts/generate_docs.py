@@ -115,14 +115,15 @@ Three layers of four hold a recurrent state (gated delta rule), the fourth atten
 
 ## Others of their own kind
 
-- **LFM2**: short convolutions in most layers. GGUF tells them by 0 key heads; convolutions stay F32. Directories keep them, too.
-- **GLM-4.5 to 4.7 (`glm4_moe`), ERNIE 4.5 mixtures**: the first layers are dense. The bias by which routers choose stays F32. Groups
-  of experts, and heads that predict several tokens (`num_nextn_predict_layers`), are not in llama.cpp's graph as written
-  here: the first are refused, the second left out and said.
-- **Ministral 3**: scores grow past the trained context (`llama_4_scaling_beta`). Wrappers with a tower (`mistral3`, Mistral Small
-  3.1 too) become a GGUF file of the language model alone; directories keep the tower.
-- **EXAONE 4**: llama.cpp slides in the model of 64 layers alone, and leaves every fourth layer there without rotation; other
-  mixes of layers are refused for it.
+- **LFM2**: short convolutions in most layers. GGUF tells them by 0 key heads; convolutions stay F32, and stay floats in
+  directories.
+- **GLM-4.5 to 4.7 (`glm4_moe`), ERNIE 4.5 mixtures**: the first layers are dense. The bias by which routers choose stays
+  F32. Experts in groups are refused for GGUF; a head that predicts several tokens (`num_nextn_predict_layers`) is left
+  out of the file, which says so.
+- **Ministral 3**: scores grow past the trained context (`llama_4_scaling_beta`). Wrappers with a tower (`mistral3`,
+  Mistral Small 3.1 too) become a GGUF file of the language model alone; directories keep the tower.
+- **EXAONE 4**: llama.cpp slides in the model of 64 layers alone, and leaves every fourth layer there without rotation;
+  other mixes of layers are refused for it.
 - **Hunyuan**: NTK scaling by a fixed alpha becomes the base.
 """
 
