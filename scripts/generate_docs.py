@@ -117,7 +117,7 @@ Three layers of four hold a recurrent state (gated delta rule), the fourth atten
 
 - **LFM2**: short convolutions in most layers. GGUF tells them by 0 key heads; convolutions stay F32, and stay floats in
   directories.
-- **GLM-4.5 to 4.7 (`glm4_moe`), ERNIE 4.5 mixtures**: the first layers are dense. The bias by which routers choose stays
+- **GLM-4.5 to 4.7 (`glm4_moe`), ERNIE 4.5 mixtures**: the first layers are dense. The bias of routers stays
   F32. Experts in groups are refused for GGUF; a head that predicts several tokens (`num_nextn_predict_layers`) is left
   out of the file, which says so.
 - **Ministral 3**: scores grow past the trained context (`llama_4_scaling_beta`). Wrappers with a tower (`mistral3`,
