@@ -74,6 +74,13 @@ _HYBRID_EXPERTS = {
     "intermediate_size": None,
 }
 
+_TEMPERED = {
+    **{**YARN, "rope_theta": THETA, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0},
+    "original_max_position_embeddings": 64,
+    "llama_4_scaling_beta": 0.1,
+}
+_MINISTRAL: dict[str, Any] = {"rope_parameters": _TEMPERED, "head_dim": 24}
+
 # variant -> (model_type, what differs from _COMMON; None removes a key)
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": _ROPE}),
@@ -86,6 +93,15 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": THETA}},
     ),
     "mistral": ("mistral", {"rope_parameters": _ROPE, "sliding_window": None, "head_dim": 24}),
+    "ministral3": ("ministral3", _MINISTRAL),
+    "ministral3-yarn": (
+        "ministral3",
+        {
+            **_MINISTRAL,
+            "rope_parameters": {**_TEMPERED, "mscale": 0.7, "mscale_all_dim": 1.4, "beta_fast": 8.0, "beta_slow": 2.0},
+        },
+    ),
+    "mistral3": ("mistral3", _MINISTRAL),
     "mixtral": (
         "mixtral",
         {"rope_parameters": _ROPE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
@@ -279,7 +295,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_moe_text": ("qwen3_5_moe_text", _HYBRID_EXPERTS),
     "qwen3_5_moe": ("qwen3_5_moe", _HYBRID_EXPERTS),
 }
-WITH_TOWERS = ("gemma3", "qwen3_5", "qwen3_5_moe")
+WITH_TOWERS = ("gemma3", "mistral3", "qwen3_5", "qwen3_5_moe")
 """Variants of which the checkpoint holds more than a language model."""
 
 
@@ -327,6 +343,20 @@ def _config(variant: str, overrides: Mapping[str, Any]) -> transformers.PreTrain
         return transformers.Gemma3Config(
             text_config=text, vision_config=vision, mm_tokens_per_image=4, tie_word_embeddings=tied
         )
+    if model_type == "mistral3":
+        vision = {
+            "model_type": "pixtral",
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "head_dim": 16,
+            "image_size": 32,
+            "patch_size": 8,
+        }
+        tied = values.get("tie_word_embeddings", False)
+        text = {"model_type": "ministral3", **values}
+        return transformers.Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=tied)
     if model_type in ("qwen3_5", "qwen3_5_moe"):
         vision = {
             "depth": 1,
@@ -431,6 +461,7 @@ def _class_of(model_type: str) -> Any:
     """transformers' class of the whole model, towers included."""
     whole = {
         "gemma3": "Gemma3ForConditionalGeneration",
+        "mistral3": "Mistral3ForConditionalGeneration",
         "qwen3_5": "Qwen3_5ForConditionalGeneration",
         "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
     }

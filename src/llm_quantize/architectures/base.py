@@ -270,6 +270,8 @@ class Family:
     ``feed_multiple``: the feed-forward width where the configuration has none, in embedding widths.
     ``score_layers``: the runtime scales scores by the head size, but by embedding / heads in models of so many layers.
     ``rope_period``: the runtime leaves every so-manieth layer without rotation.
+    ``ramp``: the runtime reads YaRN's ramp and magnitude, which it has built in otherwise. ``temperature``: the name,
+    among the rotary numbers, of how much queries grow with the logarithm of their position.
     ``falcon_heads``: key heads follow from multi_query and new_decoder_architecture, as in Falcon.
     ``text_prefix``: what stands before the names of the language model where transformers loads it without its towers.
     ``dense``: its configuration has the width of a feed-forward network that is no expert.
@@ -308,6 +310,8 @@ class Family:
     sliding_pattern: bool = False
     score_layers: int = 0
     rope_period: int = 0
+    ramp: bool = False
+    temperature: str = ""
     recurrent_period: int = 0
     sections: tuple[int, ...] = ()
     text_prefix: str = ""

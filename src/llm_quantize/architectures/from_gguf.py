@@ -423,6 +423,14 @@ class _Inverse:
                 "factor": factor,
                 "original_max_position_embeddings": original,
             }
+            if self.family.ramp:
+                found["beta_fast"] = values.number(keys.SCALING_YARN_BETA_FAST, 32.0)
+                found["beta_slow"] = values.number(keys.SCALING_YARN_BETA_SLOW, 1.0)
+                if under := values.number(keys.SCALING_YARN_LOG_MUL, 0.0):
+                    found |= {"mscale": 1.0, "mscale_all_dim": under}
+                    usual = usual / (0.1 * under * math.log(factor) + 1) if factor > 1 else 1.0
+            if self.family.temperature:
+                found[self.family.temperature] = values.number(gguf.Keys.Attention.TEMPERATURE_SCALE, 0.0)
             if values.get(keys.SCALING_ATTN_FACTOR) is not None:
                 found["attention_factor"] = usual * values.number(keys.SCALING_ATTN_FACTOR)
             return found

@@ -1,12 +1,26 @@
-"""Llama and what is built like it: Mistral, Mixtral, SmolLM3, Granite, Seed-OSS, Arcee."""
+"""Llama and what is built like it: Mistral, Ministral 3, Mixtral, SmolLM3, Granite, Seed-OSS, Arcee."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from gguf import Keys
 
 from .base import Family, Feed, Form, Limit, Value, Weight
 from .kinds import Kind as T
 from .parts import EDGES, LAYER_NORMS, ROTARY, SLIDING, attention, either, experts, gated, norm, one
+
+_MINISTRAL: dict[str, Any] = {
+    "weights": (*EDGES, *LAYER_NORMS, *attention(rotated=True), *gated()),
+    "activations": ("silu",),
+    "defaults": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8},
+    "rope_default": 1e6,
+    "ramp": True,
+    "temperature": "llama_4_scaling_beta",
+    "count_rope": True,
+    "own_head_dim": True,
+    "notes": (SLIDING,),
+}
 
 _SCALINGS = frozenset({"linear", "dynamic", "yarn"})
 
@@ -70,6 +84,26 @@ FAMILIES = (
         count_rope=True,
         own_head_dim=True,
         notes=(SLIDING,),
+    ),
+    Family("ministral3", "mistral3", generator="Ministral3ForCausalLM", left_out=(ROTARY,), **_MINISTRAL),
+    Family(
+        "mistral3",
+        "mistral3",
+        generator="Mistral3ForConditionalGeneration",
+        prefixes=(
+            ("language_model.model.", ""),
+            ("language_model.lm_head.", "lm_head."),
+            ("model.language_model.", ""),
+            ("model.", ""),
+        ),
+        left_out=(
+            ROTARY,
+            (r"^(model\.)?vision_tower\.", "the vision tower: this artifact holds the language model alone"),
+            (r"^(model\.)?multi_modal_projector\.", "the bridge from the vision tower to the language model"),
+        ),
+        limits=(Limit("model_type", ("ministral3", "mistral"), "mistral"),),
+        nested=True,
+        **_MINISTRAL,
     ),
     Family(
         "mixtral",

@@ -72,6 +72,15 @@ def read_rope(config: ConfigReader, family: Family, limits: list[UnsupportedErro
     elif (other := ConfigReader(local, config.file).number("rope_theta", default=theta)) != theta:
         what = f"llama.cpp has one rotary base for all layers of {family.model_type}"
         limits.append(UnsupportedError(what, file=config.file, expected=theta, found=other))
+    if family.temperature and kind != "yarn" and reader.number(family.temperature, default=0.0):
+        limits.append(
+            UnsupportedError(
+                f"llama.cpp scales queries by their position with YaRN alone in {family.model_type}",
+                file=config.file,
+                expected="rope_type yarn",
+                found=kind,
+            )
+        )
     share = reader.number(
         "partial_rotary_factor",
         default=config.number("partial_rotary_factor", default=family.partial_default),
@@ -111,18 +120,18 @@ def _yarn_ramp(fast: float, slow: float, rope: Rope, hyper: Hyper, original: int
     return max(math.floor(dimension(fast)), 0), min(math.ceil(dimension(slow)), hyper.rotary - 1)
 
 
-def _yarn(rope: Rope, config: ConfigReader, hyper: Hyper) -> dict[str, int | float | str]:
+def _yarn(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper) -> dict[str, int | float | str]:
     scaling, keys = ConfigReader(rope.scaling, config.file), gguf.Keys.Rope
     original = _original_context(rope, config, hyper)
     factor = scaling.number("factor", default=hyper.context_length / original, positive=True)
     fast, slow = scaling.number("beta_fast", default=32.0), scaling.number("beta_slow", default=1.0)
     ramp = _yarn_ramp(fast or 32.0, slow or 1.0, rope, hyper, original)
     truncate = scaling.boolean("truncate", default=True)
-    if not truncate or ramp != _yarn_ramp(32.0, 1.0, rope, hyper, original):
+    if not truncate or (not family.ramp and ramp != _yarn_ramp(32.0, 1.0, rope, hyper, original)):
         raise UnsupportedError(
             "llama.cpp has YaRN's ramp built in for this family",
             file=config.file,
-            expected="beta_fast 32, beta_slow 1, truncate true",
+            expected="truncate true" if family.ramp else "beta_fast 32, beta_slow 1, truncate true",
             found=f"beta_fast {fast}, beta_slow {slow}, truncate {truncate}",
         )
     found: dict[str, int | float | str] = {
@@ -139,6 +148,11 @@ def _yarn(rope: Rope, config: ConfigReader, hyper: Hyper) -> dict[str, int | flo
         over, under = scaling.number("mscale"), scaling.number("mscale_all_dim")
         if over and under:
             wanted = (0.1 * over * math.log(factor) + 1) / (0.1 * under * math.log(factor) + 1)
+    if family.ramp:
+        found |= {keys.SCALING_YARN_BETA_FAST: fast or 32.0, keys.SCALING_YARN_BETA_SLOW: slow or 1.0}
+        if under := scaling.number("mscale_all_dim", default=0.0):
+            found[keys.SCALING_YARN_LOG_MUL] = under
+            usual = usual / (0.1 * under * math.log(factor) + 1) if factor > 1 else 1.0
     if not math.isclose(wanted, usual):
         found[keys.SCALING_ATTN_FACTOR] = wanted / usual
     return found
@@ -152,7 +166,9 @@ def rope_metadata(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper
         found[keys.SCALING_TYPE] = gguf.RopeScalingType.LINEAR.value
         found[keys.SCALING_FACTOR] = ConfigReader(rope.scaling, config.file).number("factor", positive=True)
     elif rope.kind == "yarn":
-        found |= _yarn(rope, config, hyper)
+        found |= _yarn(rope, config, family, hyper)
+        if family.temperature and (grows := ConfigReader(rope.scaling, config.file).number(family.temperature, default=0.0)):
+            found[gguf.Keys.Attention.TEMPERATURE_SCALE] = grows
     if "longrope" in family.rope:
         found[keys.SCALING_ORIG_CTX_LEN] = _original_context(rope, config, hyper)
     if rope.kind == "longrope":
