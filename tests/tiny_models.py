@@ -468,6 +468,13 @@ def _class_of(model_type: str) -> Any:
     return getattr(transformers, whole.get(model_type, "AutoModelForCausalLM"))
 
 
+def auto_class(directory: Path) -> Any:
+    """transformers' automatic class for the text of the model in ``directory``."""
+    read = transformers.AutoConfig.from_pretrained(directory)
+    known = type(read) in transformers.AutoModelForCausalLM._model_mapping
+    return transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
+
+
 def reference_model(directory: Path) -> Any:
     """The checkpoint in transformers, float32, exact attention."""
     kind = _class_of(json.loads((directory / "config.json").read_text())["model_type"])

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from llm_quantize.models.opening import open_source
 from llm_quantize.streams.network import Network, open_network
 from llm_quantize.streams.weights import CheckpointWeights, Weights
-from tests.tiny_models import quiet
+from tests.tiny_models import auto_class, quiet
 
 
 def opened(directory: Path, dtype: Any = "float32") -> tuple[Network, CheckpointWeights]:
@@ -40,7 +39,7 @@ def streamed_logits(network: Network, weights: Weights, ids: torch.Tensor) -> li
 def whole_model(directory: Path, dtype: Any = torch.float32) -> Any:
     """The checkpoint as transformers loads it, with its usual attention and its plain experts."""
     with quiet():
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        return auto_class(directory).from_pretrained(
             directory, dtype=dtype, experts_implementation="eager"
         ).eval()
 

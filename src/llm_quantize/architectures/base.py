@@ -254,7 +254,8 @@ TWO_FEEDS = (
 class Family:
     """A model family as one row of data.
 
-    ``arch``: its name in GGUF. ``generator``: transformers' class of its model that generates text. ``words``:
+    ``arch``: its name in GGUF. ``generator``: transformers' class of its model that generates text; ``auto``: the
+    automatic class that finds it. ``words``:
     {the name of a value here: the one that its configuration has for it} where these differ ("": none); the names here
     are those of ``config_reader.ALIASES``. ``weights``: everything a checkpoint holds. ``prefixes``: (old, new) pairs
     that bring source names to the ones used here; the first that fits is taken.
@@ -273,7 +274,7 @@ class Family:
     ``ramp``: the runtime reads YaRN's ramp and magnitude, which it has built in otherwise. ``temperature``: the name,
     among the rotary numbers, of how much queries grow with the logarithm of their position.
     ``falcon_heads``: key heads follow from multi_query and new_decoder_architecture, as in Falcon.
-    ``text_prefix``: what stands before the names of the language model where transformers loads it without its towers.
+    ``text_prefix``: what stands before the names of the language model in transformers, where checkpoints have another.
     ``dense``: its configuration has the width of a feed-forward network that is no expert.
     ``equal_heads``: the runtime wants as many key heads as query heads.
     ``recurrent_period``: layers have a recurrent state but for every so-manieth, as the runtime has it where nothing
@@ -315,6 +316,7 @@ class Family:
     recurrent_period: int = 0
     sections: tuple[int, ...] = ()
     text_prefix: str = ""
+    auto: str = "AutoModelForCausalLM"
     dense: bool = True
     feeds: tuple[Feed, ...] = TWO_FEEDS
     words: Mapping[str, str] = field(default_factory=dict)

@@ -90,6 +90,7 @@ FAMILIES = (
         "mistral3",
         "mistral3",
         generator="Mistral3ForConditionalGeneration",
+        auto="AutoModelForImageTextToText",
         prefixes=(
             ("language_model.model.", ""),
             ("language_model.lm_head.", "lm_head."),
@@ -103,6 +104,7 @@ FAMILIES = (
         ),
         limits=(Limit("model_type", ("ministral3", "mistral"), "mistral"),),
         nested=True,
+        text_prefix="model.language_model.",
         **_MINISTRAL,
     ),
     Family(

@@ -219,7 +219,9 @@ def _build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     try:
         read = CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
+            known = type(read) in transformers.AutoModelForCausalLM._model_mapping
+            auto = transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
+            model = auto.from_config(
                 read, dtype=dtype, experts_implementation=experts.IMPLEMENTATION
             )
     except (ValueError, TypeError, KeyError, AssertionError, ImportError, StrictDataclassError) as error:

@@ -16,12 +16,14 @@ from timing import one_by_one, resident, time_model
 def load(directory: str, dtype: str, backend: str | None) -> Any:
     """The model in ``directory`` on the CPU. ``dtype``: a torch name or "auto"; ``backend``: None, the name of a
     kernel of GPTQModel, or "dequantize" for compressed-tensors."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     said = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
     config = _CONFIGS.get(str(said.get("quant_method")), _as_it_is)(said, backend)
     options = {} if config is None else {"quantization_config": config}
-    model, told = AutoModelForCausalLM.from_pretrained(
+    read = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    causal = type(read) in AutoModelForCausalLM._model_mapping
+    model, told = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_pretrained(
         directory,
         dtype=dtype,
         local_files_only=True,
