@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from llm_quantize.architectures import open_architecture
 from llm_quantize.artifacts.verify import verify
@@ -63,9 +66,7 @@ def test_the_tower_is_left_out_of_gguf_and_kept_in_directories(tmp_path: Path) -
     assert "vision tower" in json.dumps(manifest)
     assert not any("vision" in one.name for one in read_gguf(result.path).tensors)
 
-    (made,) = quantize(
-        str(model), "compressed-tensors", levels=["W8A16"], output_dir=tmp_path / "out", options=OPTIONS
-    )
+    (made,) = quantize(str(model), "compressed-tensors", levels=["W8A16"], output_dir=tmp_path / "out", options=OPTIONS)
     assert verify(made.path, source=str(model)).ok
     card = (made.path / "README.md").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in card
@@ -78,3 +79,34 @@ def test_the_tower_is_left_out_of_gguf_and_kept_in_directories(tmp_path: Path) -
     assert not told["unexpected_keys"]
     got, expected = reference_logits(loaded.eval(), IDS[:40]), reference_logits(reference_model(model), IDS[:40])
     assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > 0.999
+
+
+def test_a_release_in_fp8_is_read_with_its_scales(tmp_path: Path) -> None:
+    """As Mistral publishes them: E4M3, one scale for each matrix and one of its inputs, tower and head in bfloat16."""
+    plain = make_tiny("mistral3", tmp_path / "model")
+    tensors = load_file(plain / "model.safetensors")
+    stored, decoded = dict(tensors), dict(tensors)
+    for name in [one for one in tensors if "language_model.model.layers" in one and one.endswith("_proj.weight")]:
+        scale = tensors[name].float().abs().max() / 448
+        stored[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        decoded[name] = stored[name].float() * scale
+        stored[name.replace(".weight", ".weight_scale_inv")] = scale
+        stored[name.replace(".weight", ".activation_scale")] = torch.tensor(0.05)
+    files = []
+    for folder, content in (("fp8", stored), ("decoded", decoded)):
+        target = shutil.copytree(plain, tmp_path / folder)
+        save_file(content, target / "model.safetensors", metadata={"format": "pt"})
+        if folder == "fp8":
+            config = json.loads((target / "config.json").read_text())
+            config["quantization_config"] = {
+                "quant_method": "fp8",
+                "activation_scheme": "static",
+                "weight_block_size": None,
+                "dequantize": False,
+                "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+            }
+            (target / "config.json").write_text(json.dumps(config))
+        out = tmp_path / f"{folder}-out"
+        (made,) = quantize(str(target), "gguf", levels=["F32"], output_dir=out, options=OPTIONS)
+        files.append({one.name: one.data.tobytes() for one in gguf.GGUFReader(made.path).tensors})
+    assert files[0] == files[1]

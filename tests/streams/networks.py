@@ -39,9 +39,7 @@ def streamed_logits(network: Network, weights: Weights, ids: torch.Tensor) -> li
 def whole_model(directory: Path, dtype: Any = torch.float32) -> Any:
     """The checkpoint as transformers loads it, with its usual attention and its plain experts."""
     with quiet():
-        return auto_class(directory).from_pretrained(
-            directory, dtype=dtype, experts_implementation="eager"
-        ).eval()
+        return auto_class(directory).from_pretrained(directory, dtype=dtype, experts_implementation="eager").eval()
 
 
 def whole_logits(directory: Path, ids: torch.Tensor, dtype: Any = torch.float32) -> list[torch.Tensor]:

@@ -167,7 +167,9 @@ def rope_metadata(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper
         found[keys.SCALING_FACTOR] = ConfigReader(rope.scaling, config.file).number("factor", positive=True)
     elif rope.kind == "yarn":
         found |= _yarn(rope, config, family, hyper)
-        if family.temperature and (grows := ConfigReader(rope.scaling, config.file).number(family.temperature, default=0.0)):
+        if family.temperature and (
+            grows := ConfigReader(rope.scaling, config.file).number(family.temperature, default=0.0)
+        ):
             found[gguf.Keys.Attention.TEMPERATURE_SCALE] = grows
     if "longrope" in family.rope:
         found[keys.SCALING_ORIG_CTX_LEN] = _original_context(rope, config, hyper)

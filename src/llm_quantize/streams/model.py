@@ -221,9 +221,7 @@ def _build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             known = type(read) in transformers.AutoModelForCausalLM._model_mapping
             auto = transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
-            model = auto.from_config(
-                read, dtype=dtype, experts_implementation=experts.IMPLEMENTATION
-            )
+            model = auto.from_config(read, dtype=dtype, experts_implementation=experts.IMPLEMENTATION)
     except (ValueError, TypeError, KeyError, AssertionError, ImportError, StrictDataclassError) as error:
         raise UnsupportedError(
             "transformers cannot build this model from its configuration",
