@@ -83,6 +83,17 @@ FAMILY_TESTS = (
     ("directories in Transformers and vLLM (a few families)", "evaluation/test_own_directories.py"),
 )
 HYBRIDS = """
+## Ministral 3
+
+- Queries grow with the logarithm of their position, beyond the original context: `llama_4_scaling_beta` of the rotary
+  numbers, `attention.temperature_scale` in GGUF. llama.cpp takes the original context of YaRN for it, so that this
+  growth without YaRN is refused for GGUF alone.
+- llama.cpp reads YaRN's ramp and magnitude for this family (`yarn_beta_fast`, `yarn_beta_slow`,
+  `yarn_log_multiplier`); elsewhere it has them built in.
+- The tower of `mistral3` (text of Ministral 3 or Mistral) is not in the GGUF file, which says so; model directories
+  keep it in source precision. Transformers loads these with `AutoModelForImageTextToText`, and so does the model card.
+  FP8 releases are read as any other FP8 source.
+
 ## Hybrids: Qwen 3.5, 3.6, 3.8
 
 Three layers of four hold a recurrent state (gated delta rule), the fourth attention with an output gate.

@@ -29,7 +29,7 @@ from .tiny_models import make_tiny, row_lengths_of_256
 VARIANTS = (
     *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"),
     *("gemma3", "phi3", "gpt2", "gpt_neox", "stablelm", "olmo2", "granite", "smollm3", "falcon", "falcon-new"),
-    *("qwen3_5_text", "qwen3_5_moe_text"),
+    *("qwen3_5_text", "qwen3_5_moe_text", "ministral3", "mistral3"),
 )
 # Levels that between them use every type and every rule that importance switches; the rest is in the heavy file.
 GATE_LEVELS = (

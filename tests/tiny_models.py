@@ -74,6 +74,13 @@ _HYBRID_EXPERTS = {
     "intermediate_size": None,
 }
 
+_TEMPERED = {
+    **{**YARN, "rope_theta": THETA, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0},
+    "original_max_position_embeddings": 64,
+    "llama_4_scaling_beta": 0.1,
+}
+_MINISTRAL: dict[str, Any] = {"rope_parameters": _TEMPERED, "head_dim": 24}
+
 # variant -> (model_type, what differs from _COMMON; None removes a key)
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": _ROPE}),
@@ -96,32 +103,15 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["conv", "full_attention", "conv", "full_attention"],
         },
     ),
-    "ministral3": (
+    "ministral3": ("ministral3", _MINISTRAL),
+    "ministral3-yarn": (
         "ministral3",
         {
-            "rope_parameters": {
-                **YARN,
-                "rope_theta": THETA,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-                "llama_4_scaling_beta": 0.5,
-            },
-            "head_dim": 24,
+            **_MINISTRAL,
+            "rope_parameters": {**_TEMPERED, "mscale": 0.7, "mscale_all_dim": 1.4, "beta_fast": 8.0, "beta_slow": 2.0},
         },
     ),
-    "mistral3": (
-        "mistral3",
-        {
-            "rope_parameters": {
-                **YARN,
-                "rope_theta": THETA,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-                "llama_4_scaling_beta": 0.5,
-            },
-            "head_dim": 24,
-        },
-    ),
+    "mistral3": ("mistral3", _MINISTRAL),
     "mixtral": (
         "mixtral",
         {"rope_parameters": _ROPE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
@@ -414,6 +404,7 @@ def _config(variant: str, overrides: Mapping[str, Any]) -> transformers.PreTrain
         )
     if model_type == "mistral3":
         vision = {
+            "model_type": "pixtral",
             "hidden_size": 32,
             "intermediate_size": 32,
             "num_hidden_layers": 1,
@@ -421,13 +412,10 @@ def _config(variant: str, overrides: Mapping[str, Any]) -> transformers.PreTrain
             "head_dim": 16,
             "image_size": 32,
             "patch_size": 8,
-            "model_type": "pixtral",
         }
-        return transformers.Mistral3Config(
-            text_config={"model_type": "ministral3", **values},
-            vision_config=vision,
-            tie_word_embeddings=values.get("tie_word_embeddings", False),
-        )
+        tied = values.get("tie_word_embeddings", False)
+        text = {"model_type": "ministral3", **values}
+        return transformers.Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=tied)
     if model_type in ("qwen3_5", "qwen3_5_moe"):
         vision = {
             "depth": 1,
@@ -540,6 +528,13 @@ def _class_of(model_type: str) -> Any:
         "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
     }
     return getattr(transformers, whole.get(model_type, "AutoModelForCausalLM"))
+
+
+def auto_class(directory: Path) -> Any:
+    """transformers' automatic class for the text of the model in ``directory``."""
+    read = transformers.AutoConfig.from_pretrained(directory)
+    known = type(read) in transformers.AutoModelForCausalLM._model_mapping
+    return transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
 
 
 def reference_model(directory: Path) -> Any:

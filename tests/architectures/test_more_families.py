@@ -66,7 +66,7 @@ def test_a_wrapper_is_what_its_language_model_is(tmp_path: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 50.0}
     small = make_tiny("mistral3", tmp_path / "small", model_type="mistral", rope_parameters=rope)
     ministral = make_tiny("mistral3", tmp_path / "ministral")
-    for model, arch in ((small, "llama"), (ministral, "mistral3")):
+    for model, arch in ((small, "mistral3"), (ministral, "mistral3")):
         with (source := open_source(str(model))).checkpoint:
             assert source.architecture.gguf_name == arch
             assert any("vision tower" in reason for reason in source.tensors.left_out.values())

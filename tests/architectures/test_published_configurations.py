@@ -250,6 +250,38 @@ SMOLLM3 = {
     "vocab_size": 128256,
 }
 
+MINISTRAL3 = {
+    "model_type": "mistral3",
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "text_config": {
+        "model_type": "ministral3",
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 3072,
+        "intermediate_size": 9216,
+        "max_position_embeddings": 262144,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 16.0,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16384,
+            "rope_theta": 1000000.0,
+            "rope_type": "yarn",
+        },
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "vocab_size": 131072,
+    },
+    "vision_config": {"model_type": "pixtral"},
+}
+
 CASES: list[tuple[str, dict[str, Any], bool, dict[str, object]]] = [
     ("Llama 2 7B", LLAMA2, False, {"llama.rope.freq_base": 10000.0, "llama.rope.dimension_count": 128}),
     ("Mistral 7B", MISTRAL, False, {"llama.attention.head_count_kv": 8, "llama.context_length": 32768}),
@@ -302,6 +334,19 @@ CASES: list[tuple[str, dict[str, Any], bool, dict[str, object]]] = [
     ("Pythia 70M", PYTHIA, False, {"gptneox.rope.dimension_count": 16, "gptneox.use_parallel_residual": True}),
     ("Falcon 7B", FALCON, True, {"falcon.attention.head_count_kv": 1, "falcon.feed_forward_length": 18176}),
     ("Falcon 40B", FALCON_40B, True, {"falcon.attention.head_count_kv": 8, "falcon.context_length": 2048}),
+    (
+        "Ministral 3 3B",
+        MINISTRAL3,
+        True,
+        {
+            "mistral3.attention.temperature_scale": 0.1,
+            "mistral3.context_length": 262144,
+            "mistral3.rope.scaling.original_context_length": 16384,
+            "mistral3.rope.scaling.yarn_log_multiplier": 1.0,
+            "mistral3.rope.scaling.yarn_beta_fast": 32.0,
+            "mistral3.rope.scaling.attn_factor": None,
+        },
+    ),
     ("SmolLM3 3B", SMOLLM3, True, {"smollm3.rope.freq_base": 5000000.0, "smollm3.rope.dimension_count": 128}),
 ]
 

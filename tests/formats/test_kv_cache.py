@@ -31,7 +31,7 @@ from llm_quantize.plan import ArtifactPlan
 from tests.blockwise.tiny import ids_of
 from tests.oracles.keys_and_values import largest
 from tests.oracles.whole_model import load_decoded
-from tests.tiny_models import TINY, make_tiny, quiet
+from tests.tiny_models import TINY, auto_class, make_tiny, quiet
 
 ENDS = ("k_scale", "v_scale")
 WINDOWS = CalibrationOptions(samples=3, length=64)
@@ -72,7 +72,7 @@ def test_names_types_and_shapes_are_the_packages(variant: str, tmp_path: Path) -
     """In every family it knows a cache of; the others are refused by name."""
     model = make_tiny(variant, tmp_path / "model")
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
+        empty = auto_class(model).from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
     config = QuantizationConfig(
         config_groups={}, kv_cache_scheme=QuantizationArgs(**args_of("e4m3")), quantization_status="compressed"
     )

@@ -47,6 +47,7 @@ FAMILIES = (
     "falcon",
     "mixtral",
     "granitemoe",
+    "ministral3-yarn",
 )
 TOKENS = np.random.Generator(np.random.PCG64(7)).integers(0, VOCABULARY, 60).tolist()
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from llm_quantize.models.opening import open_source
 from llm_quantize.streams.network import Network, open_network
 from llm_quantize.streams.weights import CheckpointWeights, Weights
-from tests.tiny_models import quiet
+from tests.tiny_models import auto_class, quiet
 
 
 def opened(directory: Path, dtype: Any = "float32") -> tuple[Network, CheckpointWeights]:
@@ -40,10 +38,8 @@ def streamed_logits(network: Network, weights: Weights, ids: torch.Tensor) -> li
 
 def whole_model(directory: Path, dtype: Any = torch.float32) -> Any:
     """The checkpoint as transformers loads it, with its usual attention and its plain experts."""
-    kind = json.loads((directory / "config.json").read_text())["model_type"]
-    auto = transformers.AutoModelForImageTextToText if kind == "mistral3" else transformers.AutoModelForCausalLM
     with quiet():
-        return auto.from_pretrained(directory, dtype=dtype, experts_implementation="eager").eval()
+        return auto_class(directory).from_pretrained(directory, dtype=dtype, experts_implementation="eager").eval()
 
 
 def whole_logits(directory: Path, ids: torch.Tensor, dtype: Any = torch.float32) -> list[torch.Tensor]:

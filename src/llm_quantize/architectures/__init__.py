@@ -56,9 +56,6 @@ def open_architecture(config: Mapping[str, object], *, file: Path | None = None)
             found=repr(config.get("architectures"))[:200],
             remedy="supported: " + ", ".join(sorted(ARCHITECTURES)),
         )
-    text = config.get("text_config")
-    if isinstance(text, Mapping) and isinstance(kind := text.get("model_type"), str):
-        family = family.instead.get(kind, family)
     kinds = config.get("architectures")
     kind = kinds[0] if isinstance(kinds, list) and kinds else None
     if isinstance(kind, str) and not kind.endswith(_GENERATORS):

@@ -267,7 +267,8 @@ TWO_FEEDS = (
 class Family:
     """A model family as one row of data.
 
-    ``arch``: its name in GGUF. ``generator``: transformers' class of its model that generates text. ``words``:
+    ``arch``: its name in GGUF. ``generator``: transformers' class of its model that generates text; ``auto``: the
+    automatic class that finds it. ``words``:
     {the name of a value here: the one that its configuration has for it} where these differ ("": none); the names here
     are those of ``config_reader.ALIASES``. ``weights``: everything a checkpoint holds. ``prefixes``: (old, new) pairs
     that bring source names to the ones used here; the first that fits is taken.
@@ -284,8 +285,10 @@ class Family:
     ``feed_multiple``: the feed-forward width where the configuration has none, in embedding widths.
     ``score_layers``: the runtime scales scores by the head size, but by embedding / heads in models of so many layers.
     ``rope_period``: the runtime leaves every so-manieth layer without rotation.
+    ``ramp``: the runtime reads YaRN's ramp and magnitude, which it has built in otherwise. ``temperature``: the name,
+    among the rotary numbers, of how much queries grow with the logarithm of their position.
     ``falcon_heads``: key heads follow from multi_query and new_decoder_architecture, as in Falcon.
-    ``text_prefix``: what stands before the names of the language model where transformers loads it without its towers.
+    ``text_prefix``: what stands before the names of the language model in transformers, where checkpoints have another.
     ``dense``: its configuration has the width of a feed-forward network that is no expert.
     ``equal_heads``: the runtime wants as many key heads as query heads.
     ``recurrent_period``: layers have a recurrent state but for every so-manieth, as the runtime has it where nothing
@@ -294,8 +297,6 @@ class Family:
     many experts see every token, as one of their width together. ``fixed``: {key with ``{arch}``: its one value}.
     ``convolutions``: layers that are not called full_attention have a short convolution instead, and no key heads in
     GGUF; ``thirds``: their configuration may have the feed-forward width before it is cut to two thirds.
-    ``cooled``: scores grow with the logarithm of how many trained contexts lie before a token (Llama 4's scaling).
-    ``instead``: {model_type of text_config: the row of a checkpoint whose language model is of that kind}.
     ``plain_gate``: what lies between up and down is a product with the gate, so that scales may move through it.
     ``rounds_ramp``: the runtime rounds the ends of YaRN's ramp where models of the family do not, and runs them so.
     ``feeds``: which norm's output goes where, for scales that are folded into norms (see architectures/scaling.py).
@@ -331,17 +332,18 @@ class Family:
     sliding_pattern: bool = False
     score_layers: int = 0
     rope_period: int = 0
+    ramp: bool = False
+    temperature: str = ""
     recurrent_period: int = 0
     sections: tuple[int, ...] = ()
     text_prefix: str = ""
+    auto: str = "AutoModelForCausalLM"
     dense: bool = True
     leading: str = ""
     shared: str = ""
     fixed: Mapping[str, int] = field(default_factory=dict)
     convolutions: bool = False
     thirds: bool = False
-    cooled: bool = False
-    instead: Mapping[str, Family] = field(default_factory=dict)
     plain_gate: bool = True
     rounds_ramp: bool = False
     feeds: tuple[Feed, ...] = TWO_FEEDS

@@ -444,13 +444,16 @@ class _Inverse:
                 "factor": factor,
                 "original_max_position_embeddings": original,
             }
+            if self.family.ramp:
+                found["beta_fast"] = values.number(keys.SCALING_YARN_BETA_FAST, 32.0)
+                found["beta_slow"] = values.number(keys.SCALING_YARN_BETA_SLOW, 1.0)
+                if under := values.number(keys.SCALING_YARN_LOG_MUL, 0.0):
+                    found |= {"mscale": 1.0, "mscale_all_dim": under}
+                    usual = usual / (0.1 * under * math.log(factor) + 1) if factor > 1 else 1.0
+            if self.family.temperature:
+                found[self.family.temperature] = values.number(gguf.Keys.Attention.TEMPERATURE_SCALE, 0.0)
             if values.get(keys.SCALING_ATTN_FACTOR) is not None:
                 found["attention_factor"] = usual * values.number(keys.SCALING_ATTN_FACTOR)
-            if values.get(keys.SCALING_YARN_LOG_MUL):
-                found |= {"mscale": 1.0, "mscale_all_dim": values.number(keys.SCALING_YARN_LOG_MUL)}
-            if self.family.cooled:
-                beta = values.number(gguf.Keys.Attention.TEMPERATURE_SCALE, 0.0)
-                found |= {"llama_4_scaling_beta": beta}
             return found
         if kind == gguf.RopeScalingType.LINEAR.value and factor not in (0, 1):
             return {"rope_type": "linear", "factor": factor}

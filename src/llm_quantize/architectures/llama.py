@@ -1,8 +1,7 @@
-"""Llama and what is built like it: Mistral, Ministral, Mixtral, SmolLM3, Granite, Seed-OSS, Arcee."""
+"""Llama and what is built like it: Mistral, Ministral 3, Mixtral, SmolLM3, Granite, Seed-OSS, Arcee."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from gguf import Keys
@@ -10,6 +9,18 @@ from gguf import Keys
 from .base import Family, Feed, Form, Limit, Value, Weight
 from .kinds import Kind as T
 from .parts import EDGES, LAYER_NORMS, ROTARY, SLIDING, attention, either, experts, gated, norm, one
+
+_MINISTRAL: dict[str, Any] = {
+    "weights": (*EDGES, *LAYER_NORMS, *attention(rotated=True), *gated()),
+    "activations": ("silu",),
+    "defaults": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8},
+    "rope_default": 1e6,
+    "ramp": True,
+    "temperature": "llama_4_scaling_beta",
+    "count_rope": True,
+    "own_head_dim": True,
+    "notes": (SLIDING,),
+}
 
 _SCALINGS = frozenset({"linear", "dynamic", "yarn"})
 
@@ -43,44 +54,6 @@ _GRANITE_EXPERTS = (
     one(T.FFN_DOWN_EXP, _GRANITE_MOE + "output_linear.weight", "experts", "embd", "expert_ff"),
 )
 
-_MISTRAL = Family(
-    "mistral",
-    "llama",
-    generator="MistralForCausalLM",
-    weights=(*EDGES, *LAYER_NORMS, *attention(rotated=True), *gated()),
-    activations=("silu",),
-    defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 8},
-    left_out=(ROTARY,),
-    rope=_SCALINGS | {"llama3"},
-    count_rope=True,
-    own_head_dim=True,
-    notes=(SLIDING,),
-)
-_MINISTRAL = replace(
-    _MISTRAL,
-    model_type="ministral3",
-    arch="mistral3",
-    generator="Ministral3ForCausalLM",
-    defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128},
-    rope=frozenset({"yarn"}),
-    cooled=True,
-)
-_WITH_TOWER: dict[str, Any] = {
-    "generator": "Mistral3ForConditionalGeneration",
-    "nested": True,
-    "prefixes": (
-        ("language_model.model.", ""),
-        ("language_model.lm_head.", "lm_head."),
-        ("model.language_model.", ""),
-        ("model.", ""),
-    ),
-    "left_out": (
-        ROTARY,
-        (r"^(model\.)?vision_tower\.", "the vision tower: this artifact holds the language model alone"),
-        (r"^(model\.)?multi_modal_projector\.", "the bridge from the vision tower to the language model"),
-    ),
-}
-
 FAMILIES = (
     Family(
         "llama",
@@ -99,9 +72,41 @@ FAMILIES = (
         count_rope=True,
         own_head_dim=True,
     ),
-    _MISTRAL,
-    _MINISTRAL,
-    replace(_MINISTRAL, model_type="mistral3", **_WITH_TOWER, instead={"mistral": replace(_MISTRAL, **_WITH_TOWER)}),
+    Family(
+        "mistral",
+        "llama",
+        generator="MistralForCausalLM",
+        weights=(*EDGES, *LAYER_NORMS, *attention(rotated=True), *gated()),
+        activations=("silu",),
+        defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 8},
+        left_out=(ROTARY,),
+        rope=_SCALINGS | {"llama3"},
+        count_rope=True,
+        own_head_dim=True,
+        notes=(SLIDING,),
+    ),
+    Family("ministral3", "mistral3", generator="Ministral3ForCausalLM", left_out=(ROTARY,), **_MINISTRAL),
+    Family(
+        "mistral3",
+        "mistral3",
+        generator="Mistral3ForConditionalGeneration",
+        auto="AutoModelForImageTextToText",
+        prefixes=(
+            ("language_model.model.", ""),
+            ("language_model.lm_head.", "lm_head."),
+            ("model.language_model.", ""),
+            ("model.", ""),
+        ),
+        left_out=(
+            ROTARY,
+            (r"^(model\.)?vision_tower\.", "the vision tower: this artifact holds the language model alone"),
+            (r"^(model\.)?multi_modal_projector\.", "the bridge from the vision tower to the language model"),
+        ),
+        limits=(Limit("model_type", ("ministral3", "mistral"), "mistral"),),
+        nested=True,
+        text_prefix="model.language_model.",
+        **_MINISTRAL,
+    ),
     Family(
         "mixtral",
         "llama",

@@ -74,6 +74,15 @@ def read_rope(config: ConfigReader, family: Family, limits: list[UnsupportedErro
     elif (other := ConfigReader(local, config.file).number("rope_theta", default=theta)) != theta:
         what = f"llama.cpp has one rotary base for all layers of {family.model_type}"
         limits.append(UnsupportedError(what, file=config.file, expected=theta, found=other))
+    if family.temperature and kind != "yarn" and reader.number(family.temperature, default=0.0):
+        limits.append(
+            UnsupportedError(
+                f"llama.cpp scales queries by their position with YaRN alone in {family.model_type}",
+                file=config.file,
+                expected="rope_type yarn",
+                found=kind,
+            )
+        )
     share = reader.number(
         "partial_rotary_factor",
         default=config.number("partial_rotary_factor", default=family.partial_default),
@@ -125,11 +134,12 @@ def _yarn(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper) -> dic
     fast, slow = scaling.number("beta_fast", default=32.0), scaling.number("beta_slow", default=1.0)
     ramp = _yarn_ramp(fast or 32.0, slow or 1.0, rope, hyper, original)
     truncate = is_rounded(rope)
-    if not (truncate or family.rounds_ramp) or ramp != _yarn_ramp(32.0, 1.0, rope, hyper, original):
+    unlike = not family.ramp and ramp != _yarn_ramp(32.0, 1.0, rope, hyper, original)
+    if unlike or not (truncate or family.rounds_ramp):
         raise UnsupportedError(
             "llama.cpp has YaRN's ramp built in for this family",
             file=config.file,
-            expected="beta_fast 32, beta_slow 1, truncate true",
+            expected="truncate true" if family.ramp else "beta_fast 32, beta_slow 1, truncate true",
             found=f"beta_fast {fast}, beta_slow {slow}, truncate {truncate}",
         )
     found: dict[str, int | float | str] = {
@@ -137,8 +147,6 @@ def _yarn(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper) -> dic
         keys.SCALING_FACTOR: factor,
         keys.SCALING_ORIG_CTX_LEN: original,
     }
-    if family.cooled:
-        found[gguf.Keys.Attention.TEMPERATURE_SCALE] = scaling.number("llama_4_scaling_beta")
     # The runtime itself multiplies by 1 + 0.1 ln(factor); the key holds what is to be multiplied besides.
     usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
     wanted = usual
@@ -148,6 +156,11 @@ def _yarn(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper) -> dic
         over, under = scaling.number("mscale"), scaling.number("mscale_all_dim")
         if over and under:
             wanted = (0.1 * over * math.log(factor) + 1) / (0.1 * under * math.log(factor) + 1)
+    if family.ramp:
+        found |= {keys.SCALING_YARN_BETA_FAST: fast or 32.0, keys.SCALING_YARN_BETA_SLOW: slow or 1.0}
+        if under := scaling.number("mscale_all_dim", default=0.0):
+            found[keys.SCALING_YARN_LOG_MUL] = under
+            usual = usual / (0.1 * under * math.log(factor) + 1) if factor > 1 else 1.0
     if not math.isclose(wanted, usual):
         found[keys.SCALING_ATTN_FACTOR] = wanted / usual
     return found
@@ -170,6 +183,10 @@ def rope_metadata(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper
         found[keys.SCALING_FACTOR] = ConfigReader(rope.scaling, config.file).number("factor", positive=True)
     elif rope.kind == "yarn":
         found |= _yarn(rope, config, family, hyper)
+        if family.temperature and (
+            grows := ConfigReader(rope.scaling, config.file).number(family.temperature, default=0.0)
+        ):
+            found[gguf.Keys.Attention.TEMPERATURE_SCALE] = grows
     if "longrope" in family.rope:
         found[keys.SCALING_ORIG_CTX_LEN] = _original_context(rope, config, hyper)
     if rope.kind == "longrope":

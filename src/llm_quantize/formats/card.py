@@ -57,6 +57,7 @@ class PackedFacts:
     vllm_note: str | None = None
     packed_of: str = " of the decoder's blocks"
     cache: InputGrid | None = None
+    auto: str = "AutoModelForCausalLM"
 
 
 _ROOM = 14
@@ -281,8 +282,8 @@ def _loading(facts: PackedFacts) -> str:
         vllm = f"vLLM does not load it: {refusal}."
     transformers = (
         f"Transformers (`pip install transformers accelerate {facts.form.NEEDS}`):\n\n```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{facts.name}")\n'
+        f"from transformers import {facts.auto}, AutoTokenizer\n\n"
+        f'model = {facts.auto}.from_pretrained("{facts.name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{facts.name}")\n```'
     )
     if facts.form.KERNEL:

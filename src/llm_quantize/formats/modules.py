@@ -218,9 +218,9 @@ def _checked(source: Source, module: Module) -> Module:
 def coverage(source: Source, found: Selection) -> Coverage:
     """The linear modules of the model by what became of them, for a format's configuration."""
     short = next(weight for weight in source.architecture.family.weights if weight.tensor == Kind.OUTPUT)
-    bare = short.forms[0].name.removesuffix(".weight")
+    usual = short.forms[0].name.removesuffix(".weight")
     head = next(
-        (info.name.removesuffix(".weight") for info in found.kept if info.name.endswith(f"{bare}.weight")), bare
+        (info.name.removesuffix(".weight") for info in found.kept if info.name.endswith(f"{usual}.weight")), usual
     )
     inside = {piece.source for output in source.tensors.outputs for piece in output.pieces if _BLOCK.match(output.name)}
     edges = {piece.source for output in source.tensors.outputs for piece in output.pieces} - inside
@@ -229,13 +229,13 @@ def coverage(source: Source, found: Selection) -> Coverage:
     routers = [name for tensor, name in names.items() if tensor in inside and name not in found.ignored]
     outside = [name for tensor, name in names.items() if tensor not in inside and name != head]
     kept = spellings(source, [*routers, *found.ignored])
-    packed = [module.name for module in found.modules]
-    # Loaded with a tower, the head may be called otherwise than in the file; its last name is the same.
-    return Coverage(packed, kept, outside, head if head in packed else bare)
+    if head != usual:  # transformers has it beside the parts of a model, wherever the checkpoint has it
+        kept.append(usual)
+    return Coverage([module.name for module in found.modules], kept, outside, head)
 
 
 def spellings(source: Source, names: Sequence[str]) -> list[str]:
-    """``names`` of modules, and behind them what transformers calls them where it loads the language model alone."""
+    """``names`` of modules, and behind them what transformers calls them, where that is something else."""
     family = source.architecture.family
     if not family.text_prefix:
         return list(names)

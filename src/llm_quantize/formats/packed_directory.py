@@ -305,6 +305,7 @@ class PackedFormat:
             grids={qtype: len(names) for qtype, names in by_grid(types).items()},
             cautions=cautions,
             vllm_note=_vllm_note(self.form, scheme, found, types),
+            auto=source.architecture.family.auto,
             packed_of=_OF_BLOCKS if all(module.seen for module in found.modules) else _WITH_HEAD,
         )
 

@@ -112,7 +112,14 @@ class Safetensors:
             name=name,
             groups=groups,
             config=_config(source.checkpoint.config, _DTYPES[level]),
-            about=_about(name, level, len(kept), sum(group.nbytes for group in groups), weights),
+            about=_about(
+                name,
+                level,
+                len(kept),
+                sum(group.nbytes for group in groups),
+                weights,
+                source.architecture.family.auto,
+            ),
             weights=weights,
             identity={"nonfinite": options.nonfinite},
             shard_size=options.method.shard_size,
@@ -146,14 +153,14 @@ def _config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return found
 
 
-def _about(name: str, level: str, tensors: int, nbytes: int, weights: int) -> About:
+def _about(name: str, level: str, tensors: int, nbytes: int, weights: int, auto: str) -> About:
     return About(
         tags=(level.lower(),),
         recipe={"Format": "safetensors", "Level": level, "Tensors": f"{tensors}, all of them in {level}"},
         sizes={"Weights": f"{bytes_words(nbytes)}, {8 * nbytes / max(1, weights):.2f} bits per weight"},
         loading=(
-            "## Loading\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+            f"## Loading\n\n```python\nfrom transformers import {auto}, AutoTokenizer\n\n"
+            f'model = {auto}.from_pretrained("{name}")\n'
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\n```sh\nvllm serve {name}\n```\n'
         ),
     )
