@@ -13,7 +13,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-import transformers
+
+from tests.tiny_models import auto_class
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Dense:
 
 def dense_statistics(directory: Path, windows: torch.Tensor, arch: gguf.MODEL_ARCH) -> dict[str, Dense]:
     """GGUF tensor name -> statistics over ``windows`` (n, length) of the model in ``directory``, run in float32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = auto_class(directory).from_pretrained(directory, dtype=torch.float32).eval()
     seen: dict[str, dict[int, list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
     matrices: dict[str, int] = {}
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)

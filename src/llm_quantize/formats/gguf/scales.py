@@ -30,7 +30,7 @@ AGAIN = "fetch or make the file again; it is damaged, or of a form that this ver
 
 _SCALED = re.compile(r"(blk\.\d+\.\w+|output)(?:\.scale|\.input_scale)")
 
-HEEDED = frozenset(("llama", "qwen3", "qwen3moe", "cohere2"))
+HEEDED = frozenset(("llama", "qwen3", "qwen3moe", "cohere2", "mistral3"))
 """Architectures whose graphs multiply with the scales of every matrix; others with those of attention and output only
 (llama.cpp b11549; a test runs each family)."""
 
