@@ -56,6 +56,32 @@ _GEMMA3: dict[str, Any] = {
     },
     "query_pre_attn_scalar": 16,
 }
+_GEMMA4: dict[str, Any] = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": WINDOW,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "final_logit_softcapping": 30.0,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 2 * THETA},
+        "sliding_attention": _ROPE,
+    },
+}
+_GEMMA4_KEYS: dict[str, Any] = {
+    **_GEMMA4,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
 
 _HYBRID: dict[str, Any] = {
     "num_hidden_layers": 5,
@@ -116,6 +142,19 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3_text": ("gemma3_text", _GEMMA3),
     "gemma3": ("gemma3", _GEMMA3),
+    "gemma4_text": ("gemma4_text", _GEMMA4),
+    "gemma4_text-keys": ("gemma4_text", _GEMMA4_KEYS),
+    "gemma4_text-experts": (
+        "gemma4_text",
+        {
+            **_GEMMA4_KEYS,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 48,
+        },
+    ),
+    "gemma4": ("gemma4", _GEMMA4),
     "phi3": ("phi3", {"rope_parameters": _ROPE, "sliding_window": None}),
     "phi3-longrope": (
         "phi3",
@@ -279,7 +318,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_moe_text": ("qwen3_5_moe_text", _HYBRID_EXPERTS),
     "qwen3_5_moe": ("qwen3_5_moe", _HYBRID_EXPERTS),
 }
-WITH_TOWERS = ("gemma3", "qwen3_5", "qwen3_5_moe")
+WITH_TOWERS = ("gemma3", "gemma4", "qwen3_5", "qwen3_5_moe")
 """Variants of which the checkpoint holds more than a language model."""
 
 
@@ -327,6 +366,15 @@ def _config(variant: str, overrides: Mapping[str, Any]) -> transformers.PreTrain
         return transformers.Gemma3Config(
             text_config=text, vision_config=vision, mm_tokens_per_image=4, tie_word_embeddings=tied
         )
+    if model_type == "gemma4":
+        small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision = {**small, "intermediate_size": 32, "head_dim": 16, "patch_size": 4, "position_embedding_size": 16}
+        return transformers.Gemma4Config(
+            text_config={**values, "model_type": "gemma4_text"},
+            vision_config=vision,
+            audio_config={**small, "subsampling_conv_channels": (8, 4), "output_proj_dims": 32},
+            tie_word_embeddings=values.get("tie_word_embeddings", True),
+        )
     if model_type in ("qwen3_5", "qwen3_5_moe"):
         vision = {
             "depth": 1,
@@ -349,7 +397,7 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     # These store norm weights minus one.
     kind = type(model).__name__.lower()
-    centred = any(word in kind for word in ("gemma", "nemotron"))
+    centred = any(word in kind for word in ("gemma", "nemotron")) and "gemma4" not in kind
 
     for name, value in sorted(model.named_parameters()):
         noise = torch.randn(value.shape, generator=generator)
@@ -363,7 +411,7 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
         elif value.ndim == 1:
             new = 0.3 * noise
         elif "embed" in name or name.endswith(("wte.weight", "wpe.weight")):
-            new = (0.3 if centred else 1.0) * noise
+            new = (0.3 if "gemma" in kind or centred else 1.0) * noise
         else:
             conv = type(model).__name__.startswith("GPT2") and "lm_head" not in name
             fan_in = value.shape[0] if conv else value.shape[-1]
@@ -372,6 +420,9 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
             new = noise * ((2.0 if "gate.weight" in name else usual) / fan_in**0.5)
         with torch.no_grad():
             value.copy_(new)
+    for name, value in sorted(model.named_buffers()):
+        if name.endswith("layer_scalar"):
+            value.copy_(0.9 + 0.2 * torch.rand(value.shape, generator=generator))
     model.tie_weights()
 
 
@@ -431,6 +482,7 @@ def _class_of(model_type: str) -> Any:
     """transformers' class of the whole model, towers included."""
     whole = {
         "gemma3": "Gemma3ForConditionalGeneration",
+        "gemma4": "Gemma4ForConditionalGeneration",
         "qwen3_5": "Qwen3_5ForConditionalGeneration",
         "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
     }

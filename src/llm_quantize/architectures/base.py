@@ -7,7 +7,7 @@ one row (or, transposed, one column) of one source tensor, so any row range can 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -104,10 +104,29 @@ class Recurrence:
 
 
 @dataclass(frozen=True)
+class Uneven:
+    """Sizes that differ from layer to layer. ``full``: the layers without a window, whose heads have ``head_dim``
+    dimensions and of which there are ``n_head_kv`` for keys; ``key_is_value``: their values are their keys. From layer
+    ``first_shared`` on, keys and values are those of the last layer of the same kind before it, and the feed-forward
+    network is ``feed_forward_length`` wide. ``per_layer``: width of what each layer is given of an embedding of its own
+    (0: there is none), which has ``per_layer_vocab`` rows."""
+
+    full: frozenset[int]
+    head_dim: int
+    n_head_kv: int
+    key_is_value: bool
+    first_shared: int
+    feed_forward_length: int
+    per_layer: int
+    per_layer_vocab: int
+
+
+@dataclass(frozen=True)
 class Hyper:
     """The sizes of a model, read from its configuration and checked. All are counts; ``rotary`` is the number of
     dimensions of a head that are rotated (0: none). ``vocab_size`` is the number of embedding rows. ``recurrence``:
-    of the layers that have a state in the place of keys and values, if there are any."""
+    of the layers that have a state in the place of keys and values, if there are any. ``uneven``: what of this is not
+    the same in every layer; what stands here is then of layers with a window and keys of their own."""
 
     n_layer: int
     n_head: int
@@ -124,11 +143,30 @@ class Hyper:
     rotary: int
     tied: bool
     recurrence: Recurrence | None = None
+    uneven: Uneven | None = None
 
     def holds(self, layers: Layers, layer: int) -> bool:
         """Whether ``layer`` is one of ``layers``."""
+        if layers in ("own_keys", "own_values"):
+            uneven = self.uneven
+            if uneven is None:
+                return True
+            owns = layer < uneven.first_shared
+            return owns and not (layers == "own_values" and uneven.key_is_value and layer in uneven.full)
         recurrent = self.recurrence is not None and layer in self.recurrence.layers
         return not layers or recurrent == (layers == "recurrent")
+
+    def in_layer(self, layer: int | None) -> Hyper:
+        """The sizes of one layer, where they differ."""
+        uneven = self.uneven
+        if uneven is None or layer is None:
+            return self
+        found = self
+        if layer in uneven.full:
+            found = replace(found, head_dim=uneven.head_dim, n_head_kv=uneven.n_head_kv)
+        if layer >= uneven.first_shared:
+            found = replace(found, feed_forward_length=uneven.feed_forward_length)
+        return found
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -142,6 +180,9 @@ class Hyper:
             "value_dim": recurrence.value_dim,
             "kernel": recurrence.kernel,
             "one": 1,
+            "per_layer": self.uneven.per_layer if self.uneven else 0,
+            "per_layer_all": self.uneven.per_layer * self.n_layer if self.uneven else 0,
+            "per_layer_vocab": self.uneven.per_layer_vocab if self.uneven else 0,
             "embd": self.embedding_length,
             "ff": self.feed_forward_length,
             "2ff": 2 * self.feed_forward_length,
@@ -165,8 +206,8 @@ class Hyper:
 # How the rows of a projection are reordered; ``mapping.row_order`` gives the meaning of each word.
 Order = Literal["", "rope_q", "rope_k", "grouped_qkv", "value_heads", "values", "channels"]
 
-Layers = Literal["", "attention", "recurrent"]
-"""Which layers: all, those with attention, those with a recurrent state."""
+Layers = Literal["", "attention", "recurrent", "own_keys", "own_values"]
+"""Which layers: all, those with attention, those with a recurrent state; those with keys, or values, of their own."""
 
 
 @dataclass(frozen=True)
@@ -276,6 +317,7 @@ class Family:
     ``equal_heads``: the runtime wants as many key heads as query heads.
     ``recurrent_period``: layers have a recurrent state but for every so-manieth, as the runtime has it where nothing
     says otherwise (0: all have attention). ``sections``: usual numbers of rotated pairs for time, height and width.
+    ``uneven``: sizes differ from layer to layer, as in Gemma 4.
     ``feeds``: which norm's output goes where, for scales that are folded into norms (see architectures/scaling.py).
     """
 
@@ -311,6 +353,7 @@ class Family:
     recurrent_period: int = 0
     sections: tuple[int, ...] = ()
     text_prefix: str = ""
+    uneven: bool = False
     dense: bool = True
     feeds: tuple[Feed, ...] = TWO_FEEDS
     words: Mapping[str, str] = field(default_factory=dict)
