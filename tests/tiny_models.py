@@ -144,16 +144,6 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3", _GEMMA3),
     "gemma4_text": ("gemma4_text", _GEMMA4),
     "gemma4_text-keys": ("gemma4_text", _GEMMA4_KEYS),
-    "gemma4_text-experts": (
-        "gemma4_text",
-        {
-            **_GEMMA4_KEYS,
-            "enable_moe_block": True,
-            "num_experts": 4,
-            "top_k_experts": 2,
-            "moe_intermediate_size": 48,
-        },
-    ),
     "gemma4": ("gemma4", _GEMMA4),
     "phi3": ("phi3", {"rope_parameters": _ROPE, "sliding_window": None}),
     "phi3-longrope": (
@@ -320,6 +310,8 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 WITH_TOWERS = ("gemma3", "gemma4", "qwen3_5", "qwen3_5_moe")
 """Variants of which the checkpoint holds more than a language model."""
+STREAMED = tuple(variant for variant in TINY if not variant.startswith("gemma4"))
+"""Variants that can be run block by block."""
 
 
 def row_lengths_of_256(variant: str) -> dict[str, Any]:
@@ -335,6 +327,10 @@ def row_lengths_of_256(variant: str) -> dict[str, Any]:
         wide |= {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
     if changes.get("head_dim"):
         wide["head_dim"] = 64
+    if "global_head_dim" in changes:
+        wide |= {"global_head_dim": 256, "hidden_size_per_layer_input": 256}
+    if "global_head_dim" in changes and not changes["hidden_size_per_layer_input"]:
+        wide["hidden_size_per_layer_input"] = 0
     if "query_pre_attn_scalar" in changes:
         wide["query_pre_attn_scalar"] = 64
     if "short_factor" in changes.get("rope_parameters", {}):

@@ -113,6 +113,17 @@ class Architecture:
         found = self.hyper.uneven
         if found is None:
             return
+        if self.hyper.n_expert:
+            self.limits.append(
+                UnsupportedError(
+                    f"{self.family.model_type} with experts is not written as GGUF: scales beside its routers and "
+                    "experts would not be read back as what they are",
+                    file=self.config.file,
+                    expected="enable_moe_block false",
+                    found="enable_moe_block true",
+                    remedy="take a dense model of this family",
+                )
+            )
         if found.per_layer and found.per_layer_vocab != self.hyper.vocab_size:
             self._limit("vocab_size_per_layer_input", self.hyper.vocab_size, found.per_layer_vocab)
         kinds = [layer in found.full for layer in range(self.hyper.n_layer)]
@@ -121,7 +132,10 @@ class Architecture:
             expected = "a layer of every kind in layer_types that has keys of its own"
             raise self.config.wrong("num_kv_shared_layers", expected, sharing)
         # llama.cpp does not look for the layer that keys come from: the last but one with a window, the last without.
-        if found.first_shared < len(kinds) and kinds[max(0, found.first_shared - 2) : found.first_shared] != [False, True]:
+        if found.first_shared < len(kinds) and kinds[max(0, found.first_shared - 2) : found.first_shared] != [
+            False,
+            True,
+        ]:
             expected = "sliding_attention, full_attention in the last two layers with keys of their own"
             self._limit("num_kv_shared_layers", expected, len(kinds) - found.first_shared)
 

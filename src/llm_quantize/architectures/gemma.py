@@ -230,7 +230,10 @@ FAMILIES = (
         prefixes=(("model.language_model.", ""), ("model.", "")),
         left_out=(
             ROTARY,
-            (r"^model\.(vision_tower|embed_vision)\.", "the vision tower: this artifact holds the language model alone"),
+            (
+                r"^model\.(vision_tower|embed_vision)\.",
+                "the vision tower: this artifact holds the language model alone",
+            ),
             (r"^model\.(audio_tower|embed_audio)\.", "the audio tower: this artifact holds the language model alone"),
         ),
         nested=True,
