@@ -56,6 +56,32 @@ _GEMMA3: dict[str, Any] = {
     },
     "query_pre_attn_scalar": 16,
 }
+_GEMMA4: dict[str, Any] = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": WINDOW,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "final_logit_softcapping": 30.0,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 2 * THETA},
+        "sliding_attention": _ROPE,
+    },
+}
+_GEMMA4_KEYS: dict[str, Any] = {
+    **_GEMMA4,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
 
 _HYBRID: dict[str, Any] = {
     "num_hidden_layers": 5,
@@ -142,6 +168,9 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3_text": ("gemma3_text", _GEMMA3),
     "gemma3": ("gemma3", _GEMMA3),
+    "gemma4_text": ("gemma4_text", _GEMMA4),
+    "gemma4_text-keys": ("gemma4_text", _GEMMA4_KEYS),
+    "gemma4": ("gemma4", _GEMMA4),
     "phi3": ("phi3", {"rope_parameters": _ROPE, "sliding_window": None}),
     "phi3-longrope": (
         "phi3",
@@ -354,8 +383,10 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_moe_text": ("qwen3_5_moe_text", _HYBRID_EXPERTS),
     "qwen3_5_moe": ("qwen3_5_moe", _HYBRID_EXPERTS),
 }
-WITH_TOWERS = ("gemma3", "mistral3", "qwen3_5", "qwen3_5_moe")
+WITH_TOWERS = ("gemma3", "gemma4", "mistral3", "qwen3_5", "qwen3_5_moe")
 """Variants of which the checkpoint holds more than a language model."""
+STREAMED = tuple(variant for variant in TINY if not variant.startswith("gemma4"))
+"""Variants that can be run block by block."""
 
 
 def row_lengths_of_256(variant: str) -> dict[str, Any]:
@@ -371,6 +402,10 @@ def row_lengths_of_256(variant: str) -> dict[str, Any]:
         wide |= {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
     if changes.get("head_dim"):
         wide["head_dim"] = 64
+    if "global_head_dim" in changes:
+        wide |= {"global_head_dim": 256, "hidden_size_per_layer_input": 256}
+    if "global_head_dim" in changes and not changes["hidden_size_per_layer_input"]:
+        wide["hidden_size_per_layer_input"] = 0
     if "query_pre_attn_scalar" in changes:
         wide["query_pre_attn_scalar"] = 64
     if "short_factor" in changes.get("rope_parameters", {}):
@@ -416,6 +451,15 @@ def _config(variant: str, overrides: Mapping[str, Any]) -> transformers.PreTrain
         tied = values.get("tie_word_embeddings", False)
         text = {"model_type": "ministral3", **values}
         return transformers.Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    if model_type == "gemma4":
+        small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision = {**small, "intermediate_size": 32, "head_dim": 16, "patch_size": 4, "position_embedding_size": 16}
+        return transformers.Gemma4Config(
+            text_config={**values, "model_type": "gemma4_text"},
+            vision_config=vision,
+            audio_config={**small, "subsampling_conv_channels": (8, 4), "output_proj_dims": 32},
+            tie_word_embeddings=values.get("tie_word_embeddings", True),
+        )
     if model_type in ("qwen3_5", "qwen3_5_moe"):
         vision = {
             "depth": 1,
@@ -438,7 +482,7 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     # These store norm weights minus one.
     kind = type(model).__name__.lower()
-    centred = any(word in kind for word in ("gemma", "nemotron"))
+    centred = any(word in kind for word in ("gemma", "nemotron")) and "gemma4" not in kind
 
     for name, value in sorted(model.named_parameters()):
         noise = torch.randn(value.shape, generator=generator)
@@ -452,7 +496,7 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
         elif value.ndim == 1:
             new = 0.3 * noise
         elif "embed" in name or name.endswith(("wte.weight", "wpe.weight")):
-            new = (0.3 if centred else 1.0) * noise
+            new = (0.3 if "gemma" in kind or centred else 1.0) * noise
         else:
             conv = type(model).__name__.startswith("GPT2") and "lm_head" not in name
             fan_in = value.shape[0] if conv else value.shape[-1]
@@ -464,6 +508,8 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
     for name, value in sorted(model.named_buffers()):
         if name.endswith("e_score_correction_bias"):
             value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+        if name.endswith("layer_scalar"):
+            value.copy_(0.9 + 0.2 * torch.rand(value.shape, generator=generator))
     model.tie_weights()
 
 
@@ -524,6 +570,7 @@ def _class_of(model_type: str) -> Any:
     whole = {
         "gemma3": "Gemma3ForConditionalGeneration",
         "mistral3": "Mistral3ForConditionalGeneration",
+        "gemma4": "Gemma4ForConditionalGeneration",
         "qwen3_5": "Qwen3_5ForConditionalGeneration",
         "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
     }

@@ -15,7 +15,7 @@ from llm_quantize.errors import UnsupportedError
 from llm_quantize.models.opening import open_source
 from tests.streams.networks import opened, streamed_logits
 
-from ..tiny_models import TINY, make_tiny
+from ..tiny_models import STREAMED, TINY, make_tiny
 from .tiny import ids_of, matrices, options, run, write_noise
 
 QUICK = ("gpt2", "phi3", "mixtral", "qwen2_moe", "gemma3_text", "falcon-new", "qwen3_5_text")
@@ -72,7 +72,7 @@ def finite(values: Iterable[float]) -> None:
     assert all(value == value and abs(value) != float("inf") for value in values)
 
 
-@pytest.mark.parametrize("variant", [pytest.param(v, marks=() if v in QUICK else pytest.mark.heavy) for v in TINY])
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=() if v in QUICK else pytest.mark.heavy) for v in STREAMED])
 def test_feedback_into_gguf(variant: str, tmp_path: Path) -> None:
     compare(variant, tmp_path, "gguf", "Q4_0")
 
@@ -90,12 +90,12 @@ def into_a_directory(variant: str, root: Path, format: str, level: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(v, marks=() if v in DIRECTORIES else pytest.mark.heavy) for v in TINY]
+    "variant", [pytest.param(v, marks=() if v in DIRECTORIES else pytest.mark.heavy) for v in STREAMED]
 )
 def test_feedback_into_a_directory(variant: str, tmp_path: Path) -> None:
     into_a_directory(variant, tmp_path, "compressed-tensors", "W4A16")
 
 
-@pytest.mark.parametrize("variant", [pytest.param(v, marks=() if v in AWQ else pytest.mark.heavy) for v in TINY])
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=() if v in AWQ else pytest.mark.heavy) for v in STREAMED])
 def test_scales_and_feedback_into_awq(variant: str, tmp_path: Path) -> None:
     into_a_directory(variant, tmp_path, "awq", "4bit")

@@ -19,7 +19,7 @@ from llm_quantize.pipeline import Options
 
 from ..faults.forking import QUIET_MACHINE
 from ..faults.tiny_llama import write_sparse_llama
-from ..tiny_models import TINY, make_tiny
+from ..tiny_models import STREAMED, make_tiny
 
 pytestmark = pytest.mark.heavy
 
@@ -58,7 +58,7 @@ def test_a_checkpoint_four_times_larger_than_the_limit(tmp_path: Path, text: Pat
     assert "do not fit the memory limit" in error["what"]
 
 
-@pytest.mark.parametrize("variant", sorted(TINY))
+@pytest.mark.parametrize("variant", sorted(STREAMED))
 def test_foreseen_names_are_those_of_every_family(variant: str, text: Path, tmp_path: Path) -> None:
     options = Options(
         calibration=CalibrationOptions(data=(str(text),), samples=2, length=64, expert_minimum=0), calibrate=True

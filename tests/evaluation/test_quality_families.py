@@ -11,10 +11,10 @@ from llm_quantize.evaluation.quality import measure_quality
 from llm_quantize.models.opening import open_source
 from llm_quantize.pipeline import Options, quantize
 
-from ..tiny_models import TINY, VOCABULARY, make_tiny
+from ..tiny_models import STREAMED, VOCABULARY, make_tiny
 
 
-@pytest.mark.parametrize("variant", TINY)
+@pytest.mark.parametrize("variant", STREAMED)
 def test_f32_is_the_source_here_and_in_llama_cpp(variant: str, tmp_path: Path) -> None:
     """llama.cpp looks some activation functions up in a table of float16: 1e-6 where it does, 1e-11 elsewhere."""
     model = make_tiny(variant, tmp_path / "model")

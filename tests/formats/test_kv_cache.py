@@ -31,7 +31,7 @@ from llm_quantize.plan import ArtifactPlan
 from tests.blockwise.tiny import ids_of
 from tests.oracles.keys_and_values import largest
 from tests.oracles.whole_model import load_decoded
-from tests.tiny_models import TINY, auto_class, make_tiny, quiet
+from tests.tiny_models import STREAMED, auto_class, make_tiny, quiet
 
 ENDS = ("k_scale", "v_scale")
 WINDOWS = CalibrationOptions(samples=3, length=64)
@@ -67,7 +67,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(demo_model(), tmp_path_factory.mktemp("kv"))
 
 
-@pytest.mark.parametrize("variant", TINY)
+@pytest.mark.parametrize("variant", STREAMED)
 def test_names_types_and_shapes_are_the_packages(variant: str, tmp_path: Path) -> None:
     """In every family it knows a cache of; the others are refused by name."""
     model = make_tiny(variant, tmp_path / "model")

@@ -32,7 +32,15 @@ from llm_quantize.pipeline import Options, plan, quantize
 from llm_quantize.runtimes.llama_cpp import LlamaCpp
 from tests.models.test_gguf import carried, made, number, rewritten, text
 from tests.test_import_rules import loaded_after
-from tests.tiny_models import TINY, VOCABULARY, make_tiny, quiet, reference_logits, reference_model, row_lengths_of_256
+from tests.tiny_models import (
+    STREAMED,
+    VOCABULARY,
+    make_tiny,
+    quiet,
+    reference_logits,
+    reference_model,
+    row_lengths_of_256,
+)
 from tests.tiny_tokenizers import nasty_texts
 
 TOKENS = np.random.Generator(np.random.PCG64(7)).integers(0, VOCABULARY, 300).tolist()
@@ -97,7 +105,7 @@ def test_every_class_is_the_one_of_transformers() -> None:
             assert family.generator == known[model_type]
 
 
-@pytest.mark.parametrize("variant", TINY)
+@pytest.mark.parametrize("variant", STREAMED)
 def test_every_family_goes_there_and_back(variant: str, tmp_path: Path) -> None:
     net = make_tiny(variant, tmp_path / "net")
     expected = reference_logits(reference_model(net), TOKENS)

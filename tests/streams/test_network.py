@@ -15,7 +15,7 @@ from llm_quantize.architectures import ARCHITECTURES
 from llm_quantize.streams.network import Network
 from llm_quantize.streams.weights import CheckpointWeights
 from tests.streams.networks import opened, streamed_logits, streamed_states, whole_logits, windows
-from tests.tiny_models import TINY, WINDOW, make_tiny, reference_logits, reference_model, to_version_4
+from tests.tiny_models import STREAMED, TINY, WINDOW, make_tiny, reference_logits, reference_model, to_version_4
 
 LENGTH = WINDOW + 12  # longer than the sliding windows
 
@@ -43,7 +43,7 @@ def test_every_family_has_a_tiny_model() -> None:
     assert {model_type for model_type, _ in TINY.values()} >= set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("variant", TINY)
+@pytest.mark.parametrize("variant", STREAMED)
 def test_logits_are_those_of_the_whole_model(variant: str, models: Any) -> None:
     network, weights = opened(models(variant))
     ids = windows(2, LENGTH)
@@ -151,7 +151,7 @@ def names_of(matrix: torch.Tensor, network: Network, index: int, weights: Checkp
     return found
 
 
-@pytest.mark.parametrize("variant", TINY)
+@pytest.mark.parametrize("variant", STREAMED)
 def test_every_matrix_is_seen_with_its_input(variant: str, models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     network, weights = opened(models(variant))
     state = next(network.embed(weights, windows(1, LENGTH)))

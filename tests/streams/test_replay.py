@@ -14,7 +14,7 @@ from llm_quantize.blockwise.inputs import capture
 from llm_quantize.streams.network import Block
 from llm_quantize.streams.taps import is_matrix
 from tests.streams.networks import opened, streamed_states, windows
-from tests.tiny_models import TINY, make_tiny
+from tests.tiny_models import STREAMED, make_tiny
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def called(block: Block) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("variant", TINY)
+@pytest.mark.parametrize("variant", STREAMED)
 def test_the_rest_of_a_block_is_the_same(variant: str, models: Any) -> None:
     network, weights = opened(models(variant))
     entering = next(iter(network.embed(weights, windows(1, 20))))

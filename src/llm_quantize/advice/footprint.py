@@ -37,7 +37,8 @@ FLOAT, HALF = 4, 2
 class Shape:
     """The sizes of a model that memory depends on. ``windows``: for each layer the tokens its attention sees, 0: all,
     None: it has a recurrent state of ``state`` bytes instead. ``feed_forward``: width of what one token passes through:
-    the experts used, and shared ones, together."""
+    the experts used, and shared ones, together. ``widths``: of the keys of each layer, 0 where it takes an earlier
+    one's; none: those of ``n_head_kv`` heads in all."""
 
     n_layer: int
     n_head_kv: int
@@ -49,6 +50,7 @@ class Shape:
     windows: tuple[int | None, ...]
     n_head: int = 0
     state: int = 0
+    widths: tuple[int, ...] = ()
 
     def cells(self, layer: int, context: int) -> int:
         """Places for keys and values in one layer."""
@@ -61,7 +63,11 @@ class Shape:
         """Bytes of one layer's keys and values, or of its state."""
         if self.windows[layer] is None:
             return self.state
-        return 2 * HALF * self.n_head_kv * self.head_dim * self.cells(layer, context)
+        return 2 * HALF * self.width(layer) * self.cells(layer, context)
+
+    def width(self, layer: int) -> int:
+        """Values that the keys of one token take in a layer."""
+        return self.widths[layer] if self.widths else self.n_head_kv * self.head_dim
 
     def cache(self, context: int) -> int:
         """Bytes of the keys and values of all layers."""
@@ -79,6 +85,8 @@ def shape_of(source: Source) -> Shape:
     """What memory depends on, of an opened model."""
     architecture, hyper = source.architecture, source.architecture.hyper
     dense = hyper.feed_forward_length if not hyper.n_expert else 0
+    if hyper.uneven is not None:
+        dense = max(hyper.feed_forward_length, hyper.uneven.feed_forward_length)
     experts = hyper.n_expert_used * hyper.expert_feed_forward_length + hyper.shared_feed_forward_length
     return Shape(
         n_layer=hyper.n_layer,
@@ -94,7 +102,16 @@ def shape_of(source: Source) -> Shape:
         ),
         n_head=hyper.n_head,
         state=_state(hyper),
+        widths=_widths(hyper),
     )
+
+
+def _widths(hyper: Hyper) -> tuple[int, ...]:
+    """Of the keys of each layer, where they differ."""
+    if hyper.uneven is None:
+        return ()
+    layers = [(layer, hyper.in_layer(layer)) for layer in range(hyper.n_layer)]
+    return tuple(one.n_head_kv * one.head_dim if hyper.holds("own_keys", layer) else 0 for layer, one in layers)
 
 
 def _state(hyper: Hyper) -> int:

@@ -55,14 +55,20 @@ Need = Callable[[Load, Shape, Machine, int], Footprint]
 
 def cells(shape: Shape, context: int, *, block: int, ahead: int = 0) -> int:
     """Tokens that the caches of all layers have room for: ``context``, or in a window that, and ``ahead``."""
-    windows = (window for window in shape.windows if window is not None)
-    lengths = (context if not window else min(context, window + ahead) for window in windows)
-    return sum(-(-length // block) * block for length in lengths)
+    return sum(_lengths(shape, context, block=block, ahead=ahead).values())
+
+
+def _lengths(shape: Shape, context: int, *, block: int, ahead: int) -> dict[int, int]:
+    """``cells`` of each layer that has any."""
+    found = {layer: window for layer, window in enumerate(shape.windows) if window is not None}
+    lengths = {layer: context if not window else min(context, window + ahead) for layer, window in found.items()}
+    return {layer: -(-length // block) * block for layer, length in lengths.items()}
 
 
 def _cache(shape: Shape, context: int, width: int, *, block: int = 1, ahead: int = 0) -> int:
     states = shape.state * shape.windows.count(None)
-    return states + 2 * width * shape.n_head_kv * shape.head_dim * cells(shape, context, block=block, ahead=ahead)
+    lengths = _lengths(shape, context, block=block, ahead=ahead)
+    return states + 2 * width * sum(shape.width(layer) * length for layer, length in lengths.items())
 
 
 def _states(shape: Shape, tokens: int, width: int, *, times: int = 1) -> int:

@@ -11,7 +11,7 @@ from gguf import GGUFValueType
 from ..errors import UnsupportedError
 from ..io.gguf_file import MetaValue
 from ..io.safetensors_file import TensorInfo
-from .base import Family, Form, Hyper, Recurrence, TensorMap
+from .base import Family, Form, Hyper, Recurrence, TensorMap, Uneven
 from .config_reader import LARGEST, ConfigReader
 from .mapping import form_of, head_of, map_tensors
 from .rope import Rope, is_rounded, read_rope, rope_constants, rope_metadata
@@ -41,6 +41,11 @@ class Architecture:
         if family.falcon_heads:
             new = values.get("new_decoder_architecture") is True
             values["two_norms"] = new and values.get("num_ln_in_parallel_attn") in (2, None)
+        if family.uneven:
+            given = ConfigReader(values, file, family.defaults).get("hidden_size_per_layer_input")
+            values["has_per_layer_input"] = bool(given)
+            if not values.get("enable_moe_block"):
+                values["num_experts"] = values["num_local_experts"] = None
         self.config = ConfigReader(values, file, family.defaults)
         self.gguf_name: str = family.arch
         self.limits: list[UnsupportedError] = []
@@ -49,6 +54,7 @@ class Architecture:
         self.hyper = read_hyper(self.config, family, self.rope, self.limits)
         self.sliding = self._layer_types()
         self._check_recurrence()
+        self._check_uneven()
         self._check_sections()
         self._check_scores()
         self._check_rotated_layers()
@@ -108,6 +114,65 @@ class Architecture:
         if not known or (found != usual and not self.family.sliding_pattern):
             self._limit("order of layer_types", f"full_attention every {period or 1} layers", types)
         return found
+
+    def _check_uneven(self) -> None:
+        """Embeddings of the layers have a row for every token; a layer takes keys from one of its own kind."""
+        found = self.hyper.uneven
+        if found is None:
+            return
+        if self.hyper.n_expert:
+            self.limits.append(
+                UnsupportedError(
+                    f"{self.family.model_type} with experts is not written as GGUF: scales beside its routers and "
+                    "experts would not be read back as what they are",
+                    file=self.config.file,
+                    expected="enable_moe_block false",
+                    found="enable_moe_block true",
+                    remedy="take a dense model of this family",
+                )
+            )
+        if found.per_layer and found.per_layer_vocab != self.hyper.vocab_size:
+            self._limit("vocab_size_per_layer_input", self.hyper.vocab_size, found.per_layer_vocab)
+        kinds = [layer in found.full for layer in range(self.hyper.n_layer)]
+        if set(kinds[: found.first_shared]) != set(kinds):
+            sharing = self.hyper.n_layer - found.first_shared
+            expected = "a layer of every kind in layer_types that has keys of its own"
+            raise self.config.wrong("num_kv_shared_layers", expected, sharing)
+        # llama.cpp does not look for the layer that keys come from: the last but one with a window, the last without.
+        if found.first_shared < len(kinds) and kinds[max(0, found.first_shared - 2) : found.first_shared] != [
+            False,
+            True,
+        ]:
+            expected = "sliding_attention, full_attention in the last two layers with keys of their own"
+            self._limit("num_kv_shared_layers", expected, len(kinds) - found.first_shared)
+
+    def _uneven_sizes(self) -> dict[str, MetaValue]:
+        """What differs from layer to layer: one number where it does not, else one for each layer."""
+        found, hyper = self.hyper.uneven, self.hyper
+        if found is None:
+            return {}
+        keys, heads, rope = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope
+        layers = [hyper.in_layer(layer) for layer in range(hyper.n_layer)]
+        values: dict[str, int | list[int]] = {
+            keys.FEED_FORWARD_LENGTH: [one.feed_forward_length for one in layers],
+            heads.HEAD_COUNT_KV: [one.n_head_kv for one in layers],
+            heads.KEY_LENGTH: found.head_dim,
+            heads.VALUE_LENGTH: found.head_dim,
+            heads.KEY_LENGTH_SWA: hyper.head_dim,
+            heads.VALUE_LENGTH_SWA: hyper.head_dim,
+            heads.SHARED_KV_LAYERS: hyper.n_layer - found.first_shared,
+            keys.EMBD_LENGTH_PER_LAYER_INP: found.per_layer,
+            rope.DIMENSION_COUNT: found.head_dim,
+            rope.DIMENSION_COUNT_SWA: hyper.head_dim,
+        }
+        named = {}
+        for key, value in values.items():
+            if isinstance(value, list) and len(set(value)) > 1:
+                one = MetaValue(GGUFValueType.ARRAY, value, GGUFValueType.INT32)
+            else:
+                one = _meta(value[0] if isinstance(value, list) else value)
+            named[key.format(arch=self.gguf_name)] = one
+        return named
 
     def _check_recurrence(self) -> None:
         """Which layers have a state, and its sizes, must be such as the runtime computes."""
@@ -184,6 +249,7 @@ class Architecture:
             else:
                 found[value.key] = self.config.boolean(value.name)
         named = {key.format(arch=self.gguf_name): _meta(value) for key, value in found.items()}
+        named |= self._uneven_sizes()
         named |= self._sections()
         if self.family.convolutions:
             heads = [
@@ -314,6 +380,42 @@ def read_hyper(config: ConfigReader, family: Family, rope: Rope | None, limits: 
         convolved=_convolved(config) if family.convolutions else frozenset(),
         kernel=config.integer("conv_L_cache", low=2, high=_LARGEST_HEAD) if family.convolutions else 0,
         n_dense=config.integer(family.leading, low=0) if experts and family.leading else 0,
+        uneven=_uneven(config, family, heads, kv, feed) if family.uneven else None,
+    )
+
+
+def _uneven(config: ConfigReader, family: Family, heads: int, kv: int, feed: int) -> Uneven:
+    """What differs from layer to layer. Raises MalformedInputError."""
+    n_layer = config.integer("num_hidden_layers", high=_MOST_LAYERS)
+    types = config.sequence("layer_types")
+    if types is None:
+        types = ["sliding_attention" if (i + 1) % family.layer_types else "full_attention" for i in range(n_layer)]
+    full = frozenset(layer for layer, kind in enumerate(types) if kind == "full_attention")
+    key_is_value = config.boolean("attention_k_eq_v")
+    own = _of_full_layers(config, full)
+    if own is None:  # as before transformers 5.23, which has these two for whole models
+        head_dim = config.integer("global_head_dim", high=_LARGEST_HEAD)
+        kv = config.integer("num_global_key_value_heads", high=_LARGEST_HEAD, default=kv) if key_is_value else kv
+    else:
+        head_dim = own.integer("head_dim", high=_LARGEST_HEAD, default=config.integer("head_dim"))
+        kv = own.integer("num_key_value_heads", high=_LARGEST_HEAD, default=kv)
+    if head_dim % 2:
+        raise config.wrong("head_dim of layers without a window", "an even number", head_dim)
+    if heads % kv:
+        raise config.wrong(
+            "num_key_value_heads of layers without a window", f"a divisor of num_attention_heads ({heads})", kv
+        )
+    shared = config.integer("num_kv_shared_layers", low=0, high=n_layer - 1, default=0)
+    per_layer = config.integer("hidden_size_per_layer_input", low=0, default=0)
+    return Uneven(
+        full=full,
+        head_dim=head_dim,
+        n_head_kv=kv,
+        key_is_value=key_is_value,
+        first_shared=n_layer - shared,
+        feed_forward_length=2 * feed if config.boolean("use_double_wide_mlp") else feed,
+        per_layer=per_layer,
+        per_layer_vocab=config.integer("vocab_size_per_layer_input") if per_layer else 0,
     )
 
 
@@ -368,6 +470,23 @@ def _recurrence(config: ConfigReader, family: Family) -> Recurrence:
         value_dim=config.integer("linear_value_head_dim", high=_LARGEST_HEAD),
         kernel=config.integer("linear_conv_kernel_dim", high=_LARGEST_HEAD),
     )
+
+
+def _of_full_layers(config: ConfigReader, full: frozenset[int]) -> ConfigReader | None:
+    """What ``per_layer_config`` says of the layers without a window; None where there is none. Raises
+    MalformedInputError: it says something of other layers, not the same of all, or of more than heads."""
+    given = config.get("per_layer_config")
+    if given is None:
+        return None
+    found = config.mapping("per_layer_config")
+    values = [found.get(str(layer)) for layer in sorted(full)]
+    layers = {str(layer) for layer in full}
+    first = values[0] if values else {}
+    known = isinstance(first, Mapping) and first.keys() <= {"head_dim", "num_key_value_heads"}
+    if not isinstance(first, Mapping) or not known or set(found) != layers or any(one != first for one in values):
+        expected = f"head_dim and num_key_value_heads, the same for each of the layers {sorted(full)}"
+        raise config.wrong("per_layer_config", expected, given)
+    return ConfigReader(first, config.file)
 
 
 def _head_dim(config: ConfigReader, family: Family, embedding: int, heads: int, limits: list[UnsupportedError]) -> int:

@@ -7,7 +7,7 @@ one row (or, transposed, one column) of one source tensor, so any row range can 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -108,12 +108,31 @@ class Recurrence:
 
 
 @dataclass(frozen=True)
+class Uneven:
+    """Sizes that differ from layer to layer. ``full``: the layers without a window, whose heads have ``head_dim``
+    dimensions and of which there are ``n_head_kv`` for keys; ``key_is_value``: their values are their keys. From layer
+    ``first_shared`` on, keys and values are those of the last layer of the same kind before it, and the feed-forward
+    network is ``feed_forward_length`` wide. ``per_layer``: width of what each layer is given of an embedding of its own
+    (0: there is none), which has ``per_layer_vocab`` rows."""
+
+    full: frozenset[int]
+    head_dim: int
+    n_head_kv: int
+    key_is_value: bool
+    first_shared: int
+    feed_forward_length: int
+    per_layer: int
+    per_layer_vocab: int
+
+
+@dataclass(frozen=True)
 class Hyper:
     """The sizes of a model, read from its configuration and checked. All are counts; ``rotary`` is the number of
     dimensions of a head that are rotated (0: none). ``vocab_size`` is the number of embedding rows. ``recurrence``: of
     the layers that have a state in the place of keys and values, if there are any. ``n_dense``: the first layers of a
     mixture, which have no experts. ``convolved``: layers with a short convolution of ``kernel`` tokens in the place of
-    attention."""
+    attention. ``uneven``: what of this is not the same in every layer; what stands here is then of layers with a window
+    and keys of their own."""
 
     n_layer: int
     n_head: int
@@ -133,13 +152,32 @@ class Hyper:
     n_dense: int = 0
     convolved: frozenset[int] = frozenset()
     kernel: int = 0
+    uneven: Uneven | None = None
 
     def holds(self, layers: Layers, layer: int) -> bool:
         """Whether ``layer`` is one of ``layers``."""
         if layers in ("dense", "experts"):
             return (layer < self.n_dense) == (layers == "dense")
+        if layers in ("own_keys", "own_values"):
+            uneven = self.uneven
+            if uneven is None:
+                return True
+            owns = layer < uneven.first_shared
+            return owns and not (layers == "own_values" and uneven.key_is_value and layer in uneven.full)
         recurrent = layer in (self.convolved if self.recurrence is None else self.recurrence.layers)
         return not layers or recurrent == (layers == "recurrent")
+
+    def in_layer(self, layer: int | None) -> Hyper:
+        """The sizes of one layer, where they differ."""
+        uneven = self.uneven
+        if uneven is None or layer is None:
+            return self
+        found = self
+        if layer in uneven.full:
+            found = replace(found, head_dim=uneven.head_dim, n_head_kv=uneven.n_head_kv)
+        if layer >= uneven.first_shared:
+            found = replace(found, feed_forward_length=uneven.feed_forward_length)
+        return found
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -154,6 +192,9 @@ class Hyper:
             "kernel": recurrence.kernel or self.kernel,
             "3embd": 3 * self.embedding_length,
             "one": 1,
+            "per_layer": self.uneven.per_layer if self.uneven else 0,
+            "per_layer_all": self.uneven.per_layer * self.n_layer if self.uneven else 0,
+            "per_layer_vocab": self.uneven.per_layer_vocab if self.uneven else 0,
             "embd": self.embedding_length,
             "ff": self.feed_forward_length,
             "2ff": 2 * self.feed_forward_length,
@@ -177,8 +218,9 @@ class Hyper:
 # How the rows of a projection are reordered; ``mapping.row_order`` gives the meaning of each word.
 Order = Literal["", "rope_q", "rope_k", "grouped_qkv", "value_heads", "values", "channels"]
 
-Layers = Literal["", "attention", "recurrent", "dense", "experts"]
-"""Which layers: all, those with attention, those with a recurrent state; of a mixture without or with experts."""
+Layers = Literal["", "attention", "recurrent", "dense", "experts", "own_keys", "own_values"]
+"""Which layers: all, those with attention, those with a recurrent state; of a mixture those without or with experts;
+those with keys, or values, of their own."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +341,7 @@ class Family:
     GGUF; ``thirds``: their configuration may have the feed-forward width before it is cut to two thirds.
     ``plain_gate``: what lies between up and down is a product with the gate, so that scales may move through it.
     ``rounds_ramp``: the runtime rounds the ends of YaRN's ramp where models of the family do not, and runs them so.
+    ``uneven``: sizes differ from layer to layer, as in Gemma 4.
     ``feeds``: which norm's output goes where, for scales that are folded into norms (see architectures/scaling.py).
     """
 
@@ -338,6 +381,7 @@ class Family:
     sections: tuple[int, ...] = ()
     text_prefix: str = ""
     auto: str = "AutoModelForCausalLM"
+    uneven: bool = False
     dense: bool = True
     leading: str = ""
     shared: str = ""

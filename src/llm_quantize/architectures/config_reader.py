@@ -17,7 +17,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx"),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-    "num_experts_per_tok": ("num_experts_per_tok", "moe_k"),
+    "num_experts_per_tok": ("num_experts_per_tok", "moe_k", "top_k_experts"),
     "rms_norm_eps": ("rms_norm_eps", "norm_eps"),
     "tie_word_embeddings": ("tie_embedding", "tie_word_embeddings"),
     "layer_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),

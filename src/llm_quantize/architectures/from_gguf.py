@@ -79,6 +79,14 @@ def derive(contents: Contents) -> Derived:
             found=arch,
             remedy="supported: " + ", ".join(known),
         )
+    if any(family.uneven for family in families):
+        raise UnsupportedError(
+            f"a GGUF file of the architecture {arch} cannot be a source: its sizes differ from layer to layer",
+            file=contents.file,
+            expected="one size for all layers",
+            found=arch,
+            remedy="start from the original model, a directory with config.json",
+        )
     problems: list[tuple[int, LlmQuantizeError]] = []
     for family in families:
         try:

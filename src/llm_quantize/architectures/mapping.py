@@ -93,13 +93,13 @@ def layers_of(weight: Weight, hyper: Hyper) -> Sequence[int | None]:
 def checkpoint_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the tensors that a checkpoint of this configuration holds, each weight in its first form."""
     found: dict[str, tuple[int, ...]] = {}
-    sizes = hyper.sizes
     for weight in family.weights:
         form = weight.forms[0]
         head = weight.tensor == Kind.OUTPUT and form.name.endswith(".weight")
         if not config.holds(weight.when) or (head and hyper.tied):
             continue
         for layer in layers_of(weight, hyper):
+            sizes = hyper.in_layer(layer).sizes
             for index in range(sizes[form.each] if form.each else 1):
                 name = checkpoint_name(family, weight, source_name(form, layer, index))
                 found[name] = tuple(sizes[word] for word in form.shape)
@@ -112,8 +112,9 @@ def artifact_shapes(family: Family, config: ConfigReader, hyper: Hyper) -> dict[
     for weight in family.weights:
         head = weight.tensor == Kind.OUTPUT and weight.forms[0].name.endswith(".weight")
         if config.holds(weight.when) and not (head and hyper.tied):
-            shape = tuple(hyper.sizes[word] for word in weight.shape)
-            found |= {output_name(weight, layer): shape for layer in layers_of(weight, hyper)}
+            for layer in layers_of(weight, hyper):
+                sizes = hyper.in_layer(layer).sizes
+                found[output_name(weight, layer)] = tuple(sizes[word] for word in weight.shape)
     return found
 
 
@@ -192,11 +193,13 @@ class Mapper:
             short = source_name(form, layer, index)
             pieces += self._pieces(form, self._check(short, weight, form, layer), weight)
             self.used.add(short)
-        shape = tuple(self.sizes[word] for word in weight.shape)
+        sizes = self.hyper.in_layer(layer).sizes
+        shape = tuple(sizes[word] for word in weight.shape)
         return output_tensor(weight, layer, shape, tuple(pieces))
 
     def _check(self, short: str, weight: Weight, form: Form, layer: int | None) -> TensorInfo:
-        expected = tuple(self.sizes[word] for word in form.shape)
+        sizes = self.hyper.in_layer(layer).sizes
+        expected = tuple(sizes[word] for word in form.shape)
         info = self.tensors.get(short)
         if info is None:
             n_layer = self.hyper.n_layer
@@ -242,6 +245,14 @@ class Mapper:
         matrices = info.shape[0] if len(info.shape) == 3 else 1
         return [Piece(info.name, start=m * info.shape[-2] + index * rows, count=rows, add=add) for m in range(matrices)]
 
+    def _idle(self, short: str, layer: int) -> bool:
+        """Whether this is a weight that only layers with keys of their own use, of a layer that has none."""
+        uneven = self.hyper.uneven
+        if uneven is None or not uneven.first_shared <= layer < self.hyper.n_layer:
+            return False
+        own = [w for w in self.family.weights if w.layers in ("own_keys", "own_values") and self.wanted(w)]
+        return any(source_name(form, layer, 0) == short for weight in own for form in weight.forms)
+
     def finish(self) -> dict[str, str]:
         """What was left out and why. Raises MalformedInputError for a tensor that nothing explains."""
         for short, info in self.tensors.items():
@@ -252,6 +263,9 @@ class Mapper:
             extra = self.config.integer("num_nextn_predict_layers", low=0, default=0)
             if found and n_layer <= layer < n_layer + extra:
                 self.left_out[info.name] = "a head that predicts several tokens at once, not part of the model proper"
+                continue
+            if self._idle(short, layer):
+                self.left_out[info.name] = "keys and values of a layer that takes those of an earlier one: not used"
                 continue
             what = f"the checkpoint holds a tensor that {self.family.model_type} with this configuration does not have"
             if layer >= n_layer:

@@ -20,6 +20,7 @@ from .kinds import Kind
 
 DIVISORS = "divisors"
 """What a configuration derived of a GGUF file calls the rotary divisors that the file holds."""
+STILL = 1e30
 _NESTED = ("full_attention", "sliding_attention")
 
 
@@ -64,6 +65,11 @@ def read_rope(config: ConfigReader, family: Family, limits: list[UnsupportedErro
                 remedy="use a checkpoint without this scaling",
             )
         )
+    if "proportional" in family.rope:
+        for name in ("rope_type", "type"):
+            if (other_kind := ConfigReader(local, config.file).text(name)) not in (None, "default"):
+                what = f"llama.cpp scales no rotary positions of {family.model_type}'s layers with a window"
+                limits.append(UnsupportedError(what, file=config.file, expected="default", found=other_kind))
     theta = reader.number("rope_theta", default=config.number("rope_theta", default=family.rope_default))
     if theta <= 0:
         raise config.wrong("rope_theta", "a number above 0", theta)
@@ -90,6 +96,8 @@ def read_rope(config: ConfigReader, family: Family, limits: list[UnsupportedErro
     )
     if share > 1:
         raise config.wrong("partial_rotary_factor", "at most 1", share)
+    if "proportional" in family.rope:  # the share is in the divisors
+        return Rope(theta, local_theta, kind, 1.0, {**parameters, "partial_rotary_factor": share})
     if share != 1 and not family.partial:
         what = f"llama.cpp rotates whole heads for {family.model_type}"
         limits.append(UnsupportedError(what, file=config.file, expected="partial_rotary_factor 1", found=share))
@@ -201,6 +209,9 @@ def rope_metadata(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper
 
 def rope_constants(rope: Rope | None, config: ConfigReader, hyper: Hyper) -> dict[Kind, npt.NDArray[np.float32]]:
     """Divisors of the rotary frequencies, float32 (rotary / 2,), where the scaling is more than one number."""
+    if rope is not None and hyper.uneven is not None:
+        divisors = _proportional_divisors(rope, config, hyper.uneven.head_dim)
+        return {Kind.ROPE_FREQS: divisors}
     if rope is None or rope.kind not in ("llama3", "longrope"):
         return {}
     if rope.kind == "llama3":
@@ -222,6 +233,18 @@ def _divisors(name: str, rope: Rope, config: ConfigReader, hyper: Hyper) -> npt.
     if not isinstance(values, list) or len(values) != hyper.rotary // 2:
         raise config.wrong(f"rotary {name}", f"a list of {hyper.rotary // 2} numbers", values)
     return np.array([config.checked_number(f"rotary {name}", one, positive=True) for one in values], np.float32)
+
+
+def _proportional_divisors(rope: Rope, config: ConfigReader, head_dim: int) -> npt.NDArray[np.float32]:
+    """Of whole heads: the first pairs turn as they would without a share, the rest stands still (llama.cpp's sign of
+    that is 1e30). Divisors of 1 where nothing is scaled, since llama.cpp wants some."""
+    found = np.ones(head_dim // 2, np.float32)
+    if rope.kind == "proportional":
+        scaling = ConfigReader(rope.scaling, config.file)
+        found *= np.float32(scaling.number("factor", default=1.0, positive=True))
+        share = scaling.number("partial_rotary_factor", default=1.0, positive=True)
+        found[int(share * head_dim // 2) :] = STILL
+    return found
 
 
 def _llama3_divisors(rope: Rope, config: ConfigReader, hyper: Hyper) -> npt.NDArray[np.float32]:

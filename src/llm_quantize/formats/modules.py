@@ -80,6 +80,15 @@ def select(source: Source, ignore: Sequence[str] = (), *, edges: Collection[str]
     Raises UsageError (a bad expression), UnsupportedError (matrices stored (in, out), or experts in one tensor that no
     runtime has single names for).
     """
+    if source.architecture.hyper.uneven is not None:
+        family = source.architecture.family.model_type
+        raise UnsupportedError(
+            f"models of type {family} cannot be written as packed directories yet",
+            file=source.checkpoint.config_file,
+            expected="matrices in the blocks and an output matrix, all else as in its source",
+            found="embeddings of layers, or experts beside a dense network",
+            remedy="make a GGUF file of it",
+        )
     expressions = [_compile(text) for text in ignore]
     used = [False] * len(expressions)
     found = Selection()

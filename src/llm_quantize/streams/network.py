@@ -29,6 +29,7 @@ from llm_quantize.streams.model import Arguments, Reached, Skeleton, copied, hel
 from llm_quantize.streams.names import Slot, find_places, load, require
 from llm_quantize.streams.replay import Ending, Replay, attach_endings, detach_endings, find_endings
 from llm_quantize.streams.rounding import round_inputs
+from llm_quantize.streams.sizes import refuse_side_inputs
 from llm_quantize.streams.taps import Observer, Sink, Tap, TapPoint, attach, columns_of, find_points
 from llm_quantize.streams.weights import ReadsRows, Weights
 
@@ -44,6 +45,7 @@ def open_network(source: Source, *, dtype: Literal["float32", "bfloat16"], devic
     UsageError (no such kind of device), MalformedInputError (the checkpoint lacks a weight of that form, or has one too
     many).
     """
+    refuse_side_inputs(source)
     require_device(device)
     return Network(source, getattr(torch, dtype), device)
 

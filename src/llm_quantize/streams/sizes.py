@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from llm_quantize.architectures.base import Hyper, OutputTensor
 from llm_quantize.architectures.rows import weights_of
+from llm_quantize.errors import UnsupportedError
 from llm_quantize.io.statistics_layout import TapLike
 from llm_quantize.models.opening import Source
 
@@ -102,8 +103,22 @@ def from_network(source: Source, network: Network, taps: Sequence[Sequence[TapLi
     )
 
 
+def refuse_side_inputs(source: Source) -> None:
+    """Raise UnsupportedError where blocks need more than the hidden states of those before: keys and values of earlier
+    blocks, or rows of another embedding."""
+    if source.architecture.hyper.uneven is not None:
+        raise UnsupportedError(
+            f"models of type {source.architecture.family.model_type} cannot be run block by block here",
+            file=source.checkpoint.config_file,
+            expected="blocks that need hidden states alone",
+            found="keys and values shared between layers, or embeddings of layers",
+            remedy="quantize with --no-calibration, or for GGUF with --imatrix FILE of llama.cpp",
+        )
+
+
 def from_headers(source: Source, device: str = "cpu") -> NetworkSizes:
-    """Of the network that will be built."""
+    """Of the network that will be built. Raises UnsupportedError where there can be none (``refuse_side_inputs``)."""
+    refuse_side_inputs(source)
     hyper, itemsize = source.architecture.hyper, _itemsize(source, device)
     blocks = [0] * hyper.n_layer
     embedding = head = 0
