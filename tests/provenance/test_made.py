@@ -26,7 +26,7 @@ EVERYTHING = Options(
     calibration=CalibrationOptions(("chat=0.5",), 3, 64, True, 5, ("imatrix", "hessian"), 0, "cuda"),
     method=MethodOptions(
         *("gptq", "awq", "block", GptqOptions(0.5, False, "natural", False, False, 1, False, 2, 0.5, False)),
-        *(32, False, True, "float16", "fp8", ("head",), 77, ("*.py",)),
+        *(24, 32, False, True, "float16", "fp8", ("head",), 77, ("*.py",)),
     ),
     nonfinite="zero",
     judged=True,
