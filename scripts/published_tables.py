@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llm_quantize.measures.amounts import counted
+
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 FILES = ("real.json", "real_gemma.json")
 MIXED, ENGLISH = "English and Japanese", "English"
@@ -61,7 +63,7 @@ def full_tables() -> list[str]:
             f"## {found['model']}",
             "",
             f"{text['tokens']:,} scored tokens in {text['windows']} windows of {text['context']} of held-out prose, in",
-            f"English and Japanese; in English alone on as many. {found['threads']} thread.",
+            f"English and Japanese; in English alone on as many. {counted(found['threads'], 'thread')}.",
             "",
             "| file | held against | KLD | theirs | ratio | aim | | in English alone | 99.9 % KLD | same top | CPU-s |",
             "|---|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
