@@ -124,6 +124,17 @@ Three layers of four hold a recurrent state (gated delta rule), the fourth atten
   transformers', not equal. The plan says so.
 - Directories: none, as no runtime has names for packed single experts of this family.
 
+## Gemma 4
+
+- Dense models become GGUF files: embeddings of layers (the largest tensor of the small ones), keys and values that the
+  last layers share, values that are keys, heads of another size in layers without a window, rotary in proportion.
+  Towers, and keys and values that nothing uses, are left out, and the file says so.
+- Not yet, and refused by name: runs block by block (calibration, feedback, our own figures of quality), packed
+  directories, experts in GGUF, its GGUF files as a source. What the table above says of those is not shown of it.
+  Importance comes from a file of llama.cpp (`--imatrix`).
+- Models trained for Q4_0 are not recognised without a run block by block: weights on a grid whose groups reach -8 stay
+  exact in Q4_0, those whose groups end at 7 lose 7 % of their size unless an importance matrix is given.
+
 ## Others of their own kind
 
 - **LFM2**: short convolutions in most layers. GGUF tells them by 0 key heads; convolutions stay F32, and stay floats in
@@ -131,8 +142,6 @@ Three layers of four hold a recurrent state (gated delta rule), the fourth atten
 - **GLM-4.5 to 4.7 (`glm4_moe`), ERNIE 4.5 mixtures**: the first layers are dense. The bias of routers stays
   F32. Experts in groups are refused for GGUF; a head that predicts several tokens (`num_nextn_predict_layers`) is left
   out of the file, which says so.
-- **Ministral 3**: scores grow past the trained context (`llama_4_scaling_beta`). Wrappers with a tower (`mistral3`,
-  Mistral Small 3.1 too) become a GGUF file of the language model alone; directories keep the tower.
 - **EXAONE 4**: llama.cpp slides in the model of 64 layers alone, and leaves every fourth layer there without rotation;
   other mixes of layers are refused for it.
 - **Hunyuan**: NTK scaling by a fixed alpha becomes the base.
