@@ -229,6 +229,8 @@ def test_tiny_checkpoints(variant: str, tmp_path: Path) -> None:
     with_importance, without = ("IQ2_XXS", *GATE_LEVELS)[spread % 3 :: 3], (NEED_NONE + GATE_LEVELS)[spread % 4 :: 4]
     # What no level quantizes keeps the type of its source; the fixture's is BF16.
     base = "BF16" if variant.startswith("gemma4") else "F32"
+    if variant.startswith("gemma4"):  # what it never quantizes, llama.cpp's quantizer leaves in the type of its source
+        without = tuple(level for level in without if level != "F16")
     compared = compare_pipeline(model, with_importance, tmp_path / "with", importance=True, base=base)
     compared += compare_pipeline(model, without, tmp_path / "without", importance=False, base=base)
     assert compared == [*with_importance, *without]

@@ -486,17 +486,22 @@ def test_what_lies_with_the_hidden_states_stays_and_stops_nothing(
 
 
 def test_an_export_that_cannot_be_is_refused_before_work(tmp_path: Path) -> None:
-    refuse_export(tmp_path / "x.safetensors", "statistics", ("hessian",))
+    with (source := open_source(str(make_tiny("llama", tmp_path / "model")))).checkpoint:
+        _refused_exports(source, tmp_path)
+
+
+def _refused_exports(source: Source, tmp_path: Path) -> None:
+    refuse_export(source, tmp_path / "x.safetensors", "statistics", ("hessian",))
     with pytest.raises(UsageError, match="imatrix in --collect"):
-        refuse_export(tmp_path / "x.gguf", "imatrix", ("hessian",))
+        refuse_export(source, tmp_path / "x.gguf", "imatrix", ("hessian",))
     for place in (tmp_path, tmp_path / ("x" * 300), Path(os.devnull), Path(__file__, "x.gguf")):
         with pytest.raises(AccessError):
-            refuse_export(place, "imatrix", ("imatrix",))
+            refuse_export(source, place, "imatrix", ("imatrix",))
     kept = tmp_path / "model.safetensors"
     kept.write_text("weights")
     (tmp_path / "link.gguf").symlink_to(tmp_path)
     with pytest.raises(UsageError, match="a file that is read"):
-        refuse_export(tmp_path / "link.gguf" / "model.safetensors", "statistics", KINDS, ["absent", kept])
+        refuse_export(source, tmp_path / "link.gguf" / "model.safetensors", "statistics", KINDS, ["absent", kept])
 
 
 def test_a_model_is_not_replaced_by_its_statistics(model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,9 @@ class Architecture:
         values = dict(config)
         if family.nested and isinstance(nested := config.get("text_config"), Mapping):
             values |= nested
+        for name, word in family.words.items():
+            if word in values and values.get(name) is None:
+                values[name] = values[word]
         if family.falcon_heads:
             new = values.get("new_decoder_architecture") is True
             values["two_norms"] = new and values.get("num_ln_in_parallel_attn") in (2, None)

@@ -18,7 +18,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx"),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     "num_experts_per_tok": ("num_experts_per_tok", "moe_k", "top_k_experts"),
-    "rms_norm_eps": ("rms_norm_eps", "norm_eps"),
+    "rms_norm_eps": ("rms_norm_eps",),
     "tie_word_embeddings": ("tie_embedding", "tie_word_embeddings"),
     "layer_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
     "hidden_act": ("hidden_activation", "hidden_act", "activation_function", "activation"),

@@ -153,19 +153,22 @@ def _packable(source: Source, ignore: Sequence[re.Pattern[str]], edges: Collecti
         for piece in output.pieces:
             info = tensors[piece.source]
             modules = [_whole(info, seen=block is not None)]
-            if (
-                block is not None
-                and len(info.shape) == 3
-                and not any(expression.search(modules[0].name) for expression in ignore)
-            ):
+            if block is not None and len(info.shape) == 3 and not _finds(ignore, modules[0]):
                 modules = list(_experts(source, output, int(block[1]), piece, info))
             found.setdefault(info.name, {}).update({module.name: module for module in modules})
     transposed = {piece.source for output in source.tensors.outputs for piece in output.pieces if piece.transpose}
     return {
-        name: [_oriented(module, tensors[name], transposed) for module in found[name].values()]
+        name: [
+            module if _finds(ignore, module) else _oriented(module, tensors[name], transposed)
+            for module in found[name].values()
+        ]
         for name in tensors
         if name in found
     }
+
+
+def _finds(expressions: Sequence[re.Pattern[str]], module: Module) -> bool:
+    return any(expression.search(module.name) for expression in expressions)
 
 
 def _whole(info: TensorInfo, *, seen: bool) -> Module:
