@@ -14,7 +14,7 @@ from gguf import Keys
 
 from .base import Family, Feed, Limit, Value
 from .kinds import Kind as T
-from .parts import EDGES, EMBEDDING, HEAD, ROTARY, attention, experts, gated, norm, one
+from .parts import EDGES, EMBEDDING, HEAD, ROTARY, TOWER_PREFIXES, VISION, attention, experts, gated, norm, one
 
 _GELU = ("gelu_pytorch_tanh", "gelu")
 _EDGES = (EMBEDDING, norm(T.OUTPUT_NORM, "norm", add=1.0), HEAD)
@@ -201,17 +201,8 @@ FAMILIES = (
         weights=_GEMMA3_WEIGHTS,
         activations=_GELU,
         defaults=_GEMMA3_DEFAULTS,
-        prefixes=(
-            ("language_model.model.", ""),
-            ("language_model.lm_head.", "lm_head."),
-            ("model.language_model.", ""),
-            ("model.", ""),
-        ),
-        left_out=(
-            ROTARY,
-            (r"^(model\.)?vision_tower\.", "the vision tower: this artifact holds the language model alone"),
-            (r"^(model\.)?multi_modal_projector\.", "the bridge from the vision tower to the language model"),
-        ),
+        prefixes=TOWER_PREFIXES,
+        left_out=(ROTARY, *VISION),
         values=_GEMMA3_VALUES,
         limits=_GEMMA3_LIMITS,
         feeds=_FEEDS,

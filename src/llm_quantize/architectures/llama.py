@@ -8,7 +8,20 @@ from gguf import Keys
 
 from .base import Family, Feed, Form, Limit, Value, Weight
 from .kinds import Kind as T
-from .parts import EDGES, LAYER_NORMS, ROTARY, SLIDING, attention, either, experts, gated, norm, one
+from .parts import (
+    EDGES,
+    LAYER_NORMS,
+    ROTARY,
+    SLIDING,
+    TOWER_PREFIXES,
+    VISION,
+    attention,
+    either,
+    experts,
+    gated,
+    norm,
+    one,
+)
 
 _MINISTRAL: dict[str, Any] = {
     "weights": (*EDGES, *LAYER_NORMS, *attention(rotated=True), *gated()),
@@ -91,17 +104,8 @@ FAMILIES = (
         "mistral3",
         generator="Mistral3ForConditionalGeneration",
         auto="AutoModelForImageTextToText",
-        prefixes=(
-            ("language_model.model.", ""),
-            ("language_model.lm_head.", "lm_head."),
-            ("model.language_model.", ""),
-            ("model.", ""),
-        ),
-        left_out=(
-            ROTARY,
-            (r"^(model\.)?vision_tower\.", "the vision tower: this artifact holds the language model alone"),
-            (r"^(model\.)?multi_modal_projector\.", "the bridge from the vision tower to the language model"),
-        ),
+        prefixes=TOWER_PREFIXES,
+        left_out=(ROTARY, *VISION),
         limits=(Limit("model_type", ("ministral3", "mistral"), "mistral"),),
         nested=True,
         text_prefix="model.language_model.",

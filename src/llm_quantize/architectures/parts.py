@@ -10,6 +10,18 @@ from .kinds import Kind as T
 
 ROTARY = (r"\.rotary_emb\.inv_freq$", "rotary frequencies, which the runtime computes from the metadata")
 
+TOWER_PREFIXES = (
+    ("language_model.model.", ""),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", ""),
+    ("model.", ""),
+)
+
+VISION = (
+    (r"^(model\.)?vision_tower\.", "the vision tower: this artifact holds the language model alone"),
+    (r"^(model\.)?multi_modal_projector\.", "the bridge from the vision tower to the language model"),
+)
+
 SLIDING = (
     "sliding_window",
     "llama.cpp has no sliding window for this family: beyond {value} tokens it attends to more than the model did",

@@ -22,13 +22,6 @@ if TYPE_CHECKING:
 
     from llm_quantize.grids.grid import Grid
 
-_STEPS = 16 << 20
-_STORED: dict[str, type[np.generic]] = {
-    **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "U32": np.uint32, "I64": np.int64},
-    **{"U8": np.uint8, "F8_E4M3": np.uint8, "F8_E8M0": np.uint8},
-    **{"F16": np.float16, "BF16": np.uint16, "F32": np.float32},
-}
-
 
 def zero_biases(packed: StoredDirectory, known: Callable[[str], bool]) -> list[str]:
     """Some tools give every matrix that they quantize a bias, of zeros where the model has none (``known``: whether it

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from llm_quantize.calibration import outcome
 from llm_quantize.calibration.outcome import PICTURE
 from llm_quantize.io.whole_file import write_file
 from llm_quantize.reports.numbers import count_text
+from llm_quantize.reports.templating import template_of
 from llm_quantize.reports.wording import said
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def picture(model: str, experts: Sequence[TapCoverage], minimum: int) -> str:
     right, bottom = _LEFT + wide * count, _TOP + tall * len(experts)
     every = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128) if step * wide >= 24 or step == 128)
     gap = 1.0 if wide > 5 else 0.0
-    return _template().render(
+    return template_of("experts.svg.j2").render(
         title=said(f"{model}: tokens that each expert saw"),
         lead=said("a row for each layer; its least and most on the right"),
         rows=[_row(row, _TOP + number * tall, wide, most, minimum) for number, row in enumerate(experts)],
@@ -90,14 +89,3 @@ def _legend(most: int, minimum: int) -> list[tuple[str, str]]:
         (_SHORT, f"< {count_text(minimum)}"),
         *((_fill(tokens, most, minimum), count_text(tokens)) for tokens in shown),
     ]
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("llm_quantize.reports"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("experts.svg.j2")

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from llm_quantize.evaluation.texts import BUILT_IN
@@ -33,6 +32,7 @@ from llm_quantize.reports.numbers import (
     significant,
     with_error,
 )
+from llm_quantize.reports.templating import template_of
 
 _MARGINS = (52.0, 14.0, 124.0, 52.0)
 _NARROW_MARGINS = (34.0, 10.0, 8.0, 44.0)
@@ -55,15 +55,7 @@ def write_text(path: Path, text: str) -> Path:
 def page(result: ComparisonResult, lang: str = "en") -> str:
     """The HTML text. Raises UsageError for an unknown language."""
     words = labels(lang)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("llm_quantize.reports"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("comparison.html.j2")
-    return template.render(lang=lang, t=words, **context(result, lang))
+    return template_of("comparison.html.j2").render(lang=lang, t=words, **context(result, lang))
 
 
 def context(result: ComparisonResult, lang: str) -> dict[str, Any]:
