@@ -19,6 +19,7 @@ from llm_quantize.architectures.base import OutputTensor, Piece
 from llm_quantize.architectures.rows import Arrays, inverse, read_output_rows, scatter
 from llm_quantize.artifacts.verify import verify
 from llm_quantize.conversion import convert
+from llm_quantize.errors import MalformedInputError
 from llm_quantize.models.opening import open_source
 from llm_quantize.options import Options
 from llm_quantize.pipeline import quantize
@@ -153,6 +154,16 @@ def test_the_published_model_is_known_and_its_ramp_told() -> None:
     assert values["gpt-oss.rope.scaling.factor"] == 32.0
     rounded = {**PUBLISHED, "rope_scaling": {**PUBLISHED["rope_scaling"], "truncate": True}}
     assert not open_architecture(rounded).notes
+
+
+@pytest.mark.parametrize("limits", [True, False])
+def test_a_ramp_that_is_no_truth_value_says_where_it_stands(limits: bool) -> None:
+    """Also where another part of the configuration keeps it out of llama.cpp, and rotary numbers are not worked out."""
+    other = {"swiglu_limit": 5.0} if limits else {}
+    wrong = {**PUBLISHED, **other, "rope_scaling": {**PUBLISHED["rope_scaling"], "truncate": "often"}}
+    with pytest.raises(MalformedInputError, match="truncate") as caught:
+        open_architecture(wrong, file=Path("config.json"))
+    assert caught.value.file == "config.json"
 
 
 @pytest.mark.parametrize("change", [{"swiglu_limit": 5.0}, {"attention_bias": False}])

@@ -65,7 +65,8 @@ class Architecture:
         self.notes = tuple(
             text.format(value=self.config.get(name)) for name, text in family.notes if self.config.get(name)
         )
-        if family.rounds_ramp and self.rope is not None and self.rope.kind == "yarn" and not is_rounded(self.rope):
+        yarn = self.rope if self.rope is not None and self.rope.kind == "yarn" else None
+        if family.rounds_ramp and yarn is not None and not is_rounded(yarn, self.config.file):
             self.notes += (_RAMP,)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -130,9 +131,10 @@ def _yarn_ramp(fast: float, slow: float, rope: Rope, hyper: Hyper, original: int
     return max(math.floor(dimension(fast)), 0), min(math.ceil(dimension(slow)), hyper.rotary - 1)
 
 
-def is_rounded(rope: Rope) -> bool:
-    """Whether the ends of YaRN's ramp are whole numbers of dimensions. Raises MalformedInputError."""
-    return ConfigReader(rope.scaling, None).boolean("truncate", default=True)
+def is_rounded(rope: Rope, file: Path | None) -> bool:
+    """Whether the ends of YaRN's ramp are whole numbers of dimensions. ``file``: where ``rope`` stands. Raises
+    MalformedInputError."""
+    return ConfigReader(rope.scaling, file).boolean("truncate", default=True)
 
 
 def _yarn(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper) -> dict[str, int | float | str]:
@@ -141,7 +143,7 @@ def _yarn(rope: Rope, config: ConfigReader, family: Family, hyper: Hyper) -> dic
     factor = scaling.number("factor", default=hyper.context_length / original, positive=True)
     fast, slow = scaling.number("beta_fast", default=32.0), scaling.number("beta_slow", default=1.0)
     ramp = _yarn_ramp(fast or 32.0, slow or 1.0, rope, hyper, original)
-    truncate = is_rounded(rope)
+    truncate = is_rounded(rope, config.file)
     unlike = not family.ramp and ramp != _yarn_ramp(32.0, 1.0, rope, hyper, original)
     if unlike or not (truncate or family.rounds_ramp):
         raise UnsupportedError(
